@@ -1,0 +1,97 @@
+"""Flags and errors, wrapped once for every command.
+
+Exit status: 0 success; 2 for an unusable flag, config, file or shape, with one message and no
+traceback (unless `--debug`); 143 when preempted; 1 for anything else.
+
+Flags are absl's, which by itself exits with 1 on a bad flag. Config fields (`--config.model.depth=6`)
+are taken out of the command line first and applied by `config.apply_overrides`, so that they work
+alike on a config file and on the stored config of a workdir, and a mistyped field gets a suggestion.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from uwm_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+
+USAGE_STATUS = 2
+INTERRUPTED_STATUS = 130
+
+flags.DEFINE_bool("debug", False, "show the traceback behind an error message")
+
+_overrides: list[tuple[str, str]] = []
+_takes_config = False
+
+
+def accept_config_overrides() -> None:
+    """Called by commands that read a config: `--config.any.field=value` becomes part of their flags."""
+    global _takes_config
+    _takes_config = True
+
+
+def config_overrides() -> list[tuple[str, str]]:
+    """The `--config.any.field=value` pairs of the command line, in order."""
+    return list(_overrides)
+
+
+def required(name: str) -> str:
+    """The value of a text flag that must be given."""
+    value = FLAGS[name].value
+    if not value:
+        raise UserError(f"--{name.replace('_', '-')} is required. Run with --help to see the flags.")
+    return value
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses the flags, calls `main` with the positional arguments and exits the process."""
+    sys.exit(call(main, sys.argv))
+
+
+def call(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
+    """Like `run`, but returns the exit status."""
+    debug = "--debug" in argv
+    try:
+        main(_parse(argv))
+    except UserError as e:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {e}", file=sys.stderr)
+        return USAGE_STATUS
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED_STATUS
+    except SystemExit as e:  # absl's --help
+        return e.code if isinstance(e.code, int) else 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Absl flags are set, overrides kept; the positional arguments are returned."""
+    rest, _overrides[:] = [argv[0]], []
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        if _takes_config and argument.lstrip("-").startswith("config.") and argument.startswith("-"):
+            name, equals, value = argument.lstrip("-").removeprefix("config.").partition("=")
+            _overrides.append((name, value if equals else next(arguments, "true")))
+        elif argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            rest.append(name.replace("-", "_").replace("__", "--", 1) + equals + value)
+        else:
+            rest.append(argument)
+    FLAGS.unparse_flags()
+    for flag in FLAGS.flags_by_module_dict().values():
+        for f in flag:
+            f.unparse()
+    try:
+        return FLAGS(rest)[1:]
+    except flags.Error as e:
+        raise UserError(f"{e}\nRun with --help to see the flags.") from e

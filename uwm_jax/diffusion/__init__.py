@@ -1,0 +1,1 @@
+"""Noise schedules, the table of modes, the loss and the sampler. A network is passed in as a function."""

@@ -1,0 +1,67 @@
+"""The sampler: one scan over the network, for every mode of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from uwm_jax.diffusion.modes import MODALITIES, MODES, Role, generated
+from uwm_jax.diffusion.schedule import Schedule
+
+Arrays = Mapping[str, jax.Array]
+
+
+def sample(
+    modulation: Callable[[dict[str, jax.Array]], Any],
+    predict: Callable[[dict[str, jax.Array], Any], dict[str, jax.Array]],
+    schedule: Schedule,
+    mode: str,
+    *,
+    noise: Arrays,
+    given: Arrays,
+    prediction: Mapping[str, str],
+    clip: Mapping[str, float],
+) -> dict[str, jax.Array]:
+    """Samples what `mode` generates, by deterministic DDIM.
+
+    Args:
+      modulation: {modality: (S,) timesteps} -> a tree with leading axis S, what the network needs to know
+        of the timesteps; called once, so that nothing that depends on timesteps alone is in the scan.
+      predict: ({modality: array}, one slice of that tree) -> {modality: network output}.
+      schedule: noise schedule with S inference steps.
+      mode: a key of `MODES`.
+      noise: {modality: array}, N(0, 1): where generation starts, or what stands in for a hidden modality.
+      given: {modality: clean array} for the modalities that the mode is given.
+      prediction, clip: per modality, as in `Schedule.ddim_step`.
+
+    Returns:
+      {modality: array} of the generated modalities.
+    """
+    roles = MODES[mode]
+    steps, previous = jnp.asarray(schedule.timesteps), jnp.asarray(schedule.previous_timesteps)
+    levels = {
+        Role.GENERATE: steps,
+        Role.GIVEN: jnp.zeros_like(steps),
+        Role.HIDDEN: jnp.full_like(steps, schedule.sample_hidden_timestep),
+    }
+    modulations = modulation({m: levels[roles[m]] for m in MODALITIES})
+    fixed = {
+        m: (given if roles[m] is Role.GIVEN else noise)[m]
+        for m in MODALITIES
+        if roles[m] is not Role.GENERATE
+    }
+
+    def body(
+        x: dict[str, jax.Array], step: tuple[jax.Array, jax.Array, Any]
+    ) -> tuple[dict[str, jax.Array], None]:
+        timestep, landing, slice_ = step
+        output = predict({**fixed, **x}, slice_)
+        x = {m: schedule.ddim_step(prediction[m], output[m], x[m], timestep, landing, clip[m]) for m in x}
+        return x, None
+
+    start = {m: noise[m] for m in generated(mode)}
+    end, _ = jax.lax.scan(body, start, (steps, previous, modulations))
+    return end

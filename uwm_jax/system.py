@@ -1,0 +1,316 @@
+"""The whole model between a batch and its losses or samples: the one place where the parts meet.
+
+`System` joins the trainable network, the frozen image codec, the noise schedule and the preprocessing.
+Everything is a pure function of arrays, so training, sampling, evaluation and serving jit what they need.
+Randomness of a row is a function of a key and the row's index in the global batch, so neither the mesh
+nor accumulation changes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from uwm_jax.data.images import preprocess
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.diffusion import loss as losses
+from uwm_jax.diffusion import sampler
+from uwm_jax.diffusion.modes import MODALITIES, MODES, generated, given
+from uwm_jax.diffusion.schedule import Schedule
+from uwm_jax.models.codecs import Codec
+from uwm_jax.models.network import network_from_config
+
+Batch = Mapping[str, jax.Array]
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFacts:
+    """What the model must know of its data; stored in every checkpoint.
+
+    Attributes:
+      cameras: {camera key: (height, width)} of the raw frames.
+      low_dim: {observation key: D}.
+      action_dim: Da.
+      text_dim: width of the text embedding, 0 for none.
+      normalizer: raw = normalised * scale + offset, for `action` and the low-dim keys.
+    """
+
+    cameras: dict[str, tuple[int, int]]
+    low_dim: dict[str, int]
+    action_dim: int
+    text_dim: int
+    normalizer: Normalizer
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "cameras": {k: list(v) for k, v in self.cameras.items()},
+            "low_dim": dict(self.low_dim),
+            "action_dim": self.action_dim,
+            "text_dim": self.text_dim,
+            "normalizer": self.normalizer.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> DataFacts:
+        return cls(
+            cameras={k: (int(v[0]), int(v[1])) for k, v in stored["cameras"].items()},
+            low_dim={k: int(v) for k, v in stored["low_dim"].items()},
+            action_dim=int(stored["action_dim"]),
+            text_dim=int(stored["text_dim"]),
+            normalizer=Normalizer.from_json(stored["normalizer"]),
+        )
+
+
+def _exact(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Traces `method` with exact float32 products when the config says float32 (no TF32, no bf16 passes)."""
+
+    @functools.wraps(method)
+    def wrapped(self: System, *args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest" if self.config.model.dtype == "float32" else "default"):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+class System:
+    """A Unified World Model as functions of (params, frozen, batch).
+
+    `params` are the trainable parameters {"obs_encoder", "noise_pred_net"}; `frozen` those of the codec.
+    Batches are flat: `obs/<camera>`, `next_obs/<camera>` uint8 (B, T, H, W, 3), `obs/<low-dim>` float32
+    (B, T, D) normalised, `obs/text` (B, E), `action` (B, Ta, Da) normalised, `action_mask` (B,) bool,
+    `row` (B,) int32.
+    """
+
+    def __init__(self, config: ConfigDict, facts: DataFacts, codec: Codec):
+        self.config, self.facts, self.codec = config, facts, codec
+        self.cameras = tuple(sorted(facts.cameras))
+        self.schedule = Schedule(
+            num_train_steps=config.diffusion.num_train_steps,
+            num_inference_steps=config.diffusion.num_inference_steps,
+            beta_schedule=config.diffusion.beta_schedule,
+            spacing=config.diffusion.spacing,
+        )
+        self.prediction = config.diffusion.prediction.to_dict()
+        self.clip = config.diffusion.clip.to_dict()
+        window = config.data.window
+        self.num_frames = len(window.obs)
+        self.action_shape = (len(window.action), facts.action_dim)
+        self.latent_shape = codec.latent_shape(len(self.cameras), self.num_frames, *config.data.crop)
+        self.network = network_from_config(
+            config.model,
+            action_dim=facts.action_dim,
+            action_len=len(window.action),
+            num_views=len(self.cameras),
+            num_frames=self.num_frames,
+            latent_shape=self.latent_shape,
+        )
+        self.augment = config.data.augment.to_dict()
+
+    # --- parameters and inputs -----------------------------------------------------------------
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh trainable parameters, float32."""
+        batch = self.example_batch(1)
+        images = jnp.zeros((1, len(self.cameras), self.num_frames, *self.config.data.crop, 3))
+        noisy = {m: jnp.zeros(shape) for m, shape in self.noise_shapes(1).items()}
+        timestep = {m: jnp.zeros((1,), jnp.int32) for m in MODALITIES}
+        low_dim, text = self._conditions(batch)
+        variables = self.network.init(rng, images, low_dim, text, noisy, timestep, method="init_all")
+        return variables["params"]
+
+    def example_batch(self, batch_size: int) -> dict[str, jax.Array]:
+        """A batch of zeros with the right keys, shapes and dtypes (the network accepts it)."""
+        batch = {
+            f"{group}/{camera}": jnp.zeros((batch_size, self.num_frames, *size, 3), jnp.uint8)
+            for group in ("obs", "next_obs")
+            for camera, size in self.facts.cameras.items()
+        }
+        for key, dim in self.facts.low_dim.items():
+            batch[f"obs/{key}"] = jnp.zeros((batch_size, self.num_frames, dim), jnp.float32)
+        if self.facts.text_dim:
+            batch["obs/text"] = jnp.zeros((batch_size, self.facts.text_dim), jnp.float32)
+        batch["action"] = jnp.zeros((batch_size, *self.action_shape), jnp.float32)
+        batch["action_mask"] = jnp.ones((batch_size,), bool)
+        batch["row"] = jnp.arange(batch_size, dtype=jnp.int32)
+        return batch
+
+    def noise_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """{modality: shape} of a batch's noise."""
+        return {"action": (batch_size, *self.action_shape), "next_obs": (batch_size, *self.latent_shape)}
+
+    def draw_noise(self, key: jax.Array, rows: jax.Array) -> dict[str, jax.Array]:
+        """N(0, 1) noise {modality: (B, ...)}; row i depends on the key and `rows[i]` alone."""
+
+        def one(row: jax.Array) -> dict[str, jax.Array]:
+            keys = jax.random.split(jax.random.fold_in(key, row), len(MODALITIES))
+            shapes = self.noise_shapes(1)
+            return {m: jax.random.normal(k, shapes[m][1:]) for m, k in zip(MODALITIES, keys, strict=True)}
+
+        return jax.vmap(one)(rows)
+
+    def preprocess(self, batch: Batch, keys: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+        """Current and, where the batch has them, following images (B, V, T, h, w, 3) in [0, 1].
+
+        With keys (B,) the images are augmented, with one draw for current and following frames.
+        """
+        current = {c: batch[f"obs/{c}"] for c in self.cameras}
+        has_next = all(f"next_obs/{c}" in batch for c in self.cameras)
+        following = {c: batch[f"next_obs/{c}"] for c in self.cameras} if has_next else None
+        return preprocess(
+            current,
+            following,
+            resize=self.config.data.resize,
+            crop=self.config.data.crop,
+            augment=self.augment,
+            keys=keys,
+        )
+
+    def _conditions(self, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array | None]:
+        return {k: batch[f"obs/{k}"] for k in sorted(self.facts.low_dim)}, batch.get("obs/text")
+
+    @_exact
+    def encode_obs(self, params: Params, batch: Batch, current: jax.Array) -> jax.Array:
+        """`global_cond` (B, F) float32 of the current observation."""
+        low_dim, text = self._conditions(batch)
+        return self.network.apply({"params": params}, current, low_dim, text, method="encode_obs")
+
+    @_exact
+    def encode_frames(self, frozen: Params, frames: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Latents (B, V, T, h, w, C) of images; the posterior is sampled with keys (B,), else its mode."""
+        return jax.lax.stop_gradient(self.codec.encode(frozen, frames, keys))
+
+    @_exact
+    def decode(self, frozen: Params, latents: jax.Array) -> jax.Array:
+        """Images (B, V, T, h, w, 3) of latents, float32, [0, 1] up to the codec's overshoot."""
+        return self.codec.decode(frozen, latents)
+
+    # --- training ------------------------------------------------------------------------------
+
+    @_exact
+    def loss(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        key: jax.Array,
+        weights: Mapping[str, jax.Array],
+        *,
+        augment: bool = True,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The training loss of a batch, and {"loss/action", "loss/next_obs"} unweighted.
+
+        Args:
+          key: one key a step; every row folds its global index into it.
+          weights: {modality: () array}.
+          augment: False for the loss on held-out data (centre crop, no jitter, posterior mode).
+        """
+        noise = self.draw_noise(jax.random.fold_in(key, 0), batch["row"])
+        row_keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, 1)))(batch["row"])
+        time_keys, image_keys, posterior_keys = jax.vmap(functools.partial(jax.random.split, num=3))(
+            row_keys
+        ).T
+        draw = functools.partial(
+            losses.draw_timesteps, schedule=self.schedule, next_obs=self.config.diffusion.next_obs_timesteps
+        )
+        timestep = losses.hide_missing_actions(jax.vmap(draw)(time_keys), batch["action_mask"], self.schedule)
+
+        current, following = self.preprocess(batch, image_keys if augment else None)
+        sample_posterior = augment and self.config.model.codec.posterior == "sample"
+        latents = self.encode_frames(frozen, following, posterior_keys if sample_posterior else None)
+        global_cond = self.encode_obs(params, batch, current)
+
+        def network(noisy: Batch, timestep: Batch) -> Any:
+            return self.network.apply({"params": params}, global_cond, noisy, timestep)[0]
+
+        total, parts, _ = losses.diffusion_loss(
+            network,
+            self.schedule,
+            {"action": batch["action"], "next_obs": latents},
+            noise,
+            timestep,
+            weights=weights,
+            prediction=self.prediction,
+            action_mask=batch["action_mask"],
+            action_free=self.config.loss.action_free,
+        )
+        return total, {f"loss/{m}": value for m, value in parts.items()}
+
+    # --- inference -----------------------------------------------------------------------------
+
+    def _latents_of(self, frozen: Params, batch: Batch, following: jax.Array | None) -> jax.Array:
+        if "next_obs_latent" in batch:
+            return batch["next_obs_latent"]
+        return self.encode_frames(frozen, following)
+
+    @_exact
+    def denoise(
+        self, params: Params, frozen: Params, batch: Batch, noise: Batch, timestep: Batch
+    ) -> dict[str, jax.Array]:
+        """One evaluation of the network at given noise and timesteps (B,).
+
+        Returns `noise_pred/*` (the network's outputs), `loss/*` (unweighted means), `obs_feat` (B, F) and
+        `next_obs_latent` (posterior mode, or the batch's own).
+        """
+        current, following = self.preprocess(batch)
+        latents = self._latents_of(frozen, batch, following)
+        global_cond = self.encode_obs(params, batch, current)
+        _, parts, output = losses.diffusion_loss(
+            lambda noisy, t: self.network.apply({"params": params}, global_cond, noisy, t)[0],
+            self.schedule,
+            {"action": batch["action"], "next_obs": latents},
+            noise,
+            timestep,
+            weights=dict.fromkeys(MODALITIES, jnp.ones(())),
+            prediction=self.prediction,
+            action_mask=jnp.ones(batch["action"].shape[:1], bool),
+        )
+        return {
+            **{f"noise_pred/{m}": output[m] for m in MODALITIES},
+            **{f"loss/{m}": parts[m] for m in MODALITIES},
+            "obs_feat": global_cond,
+            "next_obs_latent": latents,
+        }
+
+    @_exact
+    def sample(
+        self, params: Params, frozen: Params, batch: Batch, mode: str, noise: Batch
+    ) -> dict[str, jax.Array]:
+        """Samples a mode of the table for a batch.
+
+        Args:
+          batch: `obs/*`, and of `action` (normalised) and `next_obs/*` (or `next_obs_latent`) what the mode is given.
+          noise: {modality: array}, where generation starts or what stands in for what is hidden.
+
+        Returns:
+          `action` (B, Ta, Da), normalised, and `next_obs_latent`, of these what the mode generates.
+        """
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+        current, following = self.preprocess(batch)
+        global_cond = self.encode_obs(params, batch, current)
+        known = given(mode)
+        clean = {}
+        if "action" in known:
+            clean["action"] = batch["action"]
+        if "next_obs" in known:
+            clean["next_obs"] = self._latents_of(frozen, batch, following)
+        variables = {"params": params}
+        result = sampler.sample(
+            lambda timestep: self.network.apply(variables, global_cond, timestep, method="modulation"),
+            lambda noisy, modulation: self.network.apply(variables, noisy, modulation, method="predict")[0],
+            self.schedule,
+            mode,
+            noise=noise,
+            given=clean,
+            prediction=self.prediction,
+            clip=self.clip,
+        )
+        names = {"action": "action", "next_obs": "next_obs_latent"}
+        return {names[m]: result[m] for m in generated(mode)}

@@ -1,0 +1,90 @@
+"""What a run carries from step to step, and the optimizer that changes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from uwm_jax.diffusion.modes import MODALITIES
+
+Params = Any
+
+
+@flax.struct.dataclass
+class Hparams:
+    """Scalars that a sweep varies: arrays, so that one compiled step serves every value.
+
+    Attributes:
+      seed: () uint32, root of every random draw of the run.
+      learning_rate: () float32, the peak; the schedule's shape is static.
+      weights: {modality: () float32}.
+    """
+
+    seed: jax.Array
+    learning_rate: jax.Array
+    weights: dict[str, jax.Array]
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> Hparams:
+        return cls(
+            seed=jnp.asarray(config.seed, jnp.uint32),
+            learning_rate=jnp.asarray(config.optimizer.learning_rate, jnp.float32),
+            weights={m: jnp.asarray(config.loss.weights[m], jnp.float32) for m in MODALITIES},
+        )
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything the jitted step reads and writes.
+
+    `step` () int32 counts finished steps; `ema_params` is None without averaging.
+    """
+
+    step: jax.Array
+    params: Params
+    ema_params: Params | None
+    opt_state: Any
+    hparams: Hparams
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which the step applies (decay included, as torch does).
+
+    Weight decay acts on every trainable parameter, norms and biases too.
+    """
+    o = config.optimizer
+    parts = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
+    parts += [optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps), optax.add_decayed_weights(o.weight_decay)]
+    return optax.chain(*parts)
+
+
+def schedule_factor(config: ConfigDict, step: jax.Array) -> jax.Array:
+    """The learning rate at `step` (counted from 0) as a share of its peak.
+
+    Linear warm-up, then constant or half a cosine to 0 at `total_steps`. The warm-up is capped by
+    `total_steps`, so short runs of long configs work.
+    """
+    total = config.total_steps
+    warmup = min(config.optimizer.warmup_steps, total)
+    step = jnp.asarray(step, jnp.float32)
+    factor = jnp.ones(())
+    if config.optimizer.schedule == "cosine":
+        progress = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        factor = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    return jnp.where(step < warmup, step / max(warmup, 1), factor)
+
+
+def create(config: ConfigDict, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state around parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
+        opt_state=optimizer.init(params),
+        hparams=Hparams.from_config(config),
+    )
