@@ -1,0 +1,243 @@
+"""Reading and writing image autoencoders as diffusers-format folders: `config.json` and one safetensors file.
+
+Tensors are kept as they were found (names and bits) beside the parameters made of them, so that what was read
+can be written back bit for bit. Neither torch nor diffusers is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from uwm_jax.errors import UserError
+from uwm_jax.models.vae import AutoencoderKL
+from uwm_jax.torch_bridge.hub import fetch
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+SUMS_FILE = "SHA256SUMS"
+
+# What tensors cannot tell about a VAE in an official UWM checkpoint (which always holds SDXL's)
+NORM_NUM_GROUPS = 32
+SCALING_FACTOR = 0.13025
+
+# Attention of checkpoints from before diffusers 0.18: 1x1 convolutions or linear layers under these names
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAME = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)$")
+
+# Fields of the module that a configuration may state; the values are diffusers' defaults, used for what it omits
+_FIELDS: dict[str, Any] = {
+    "in_channels": 3, "out_channels": 3, "block_out_channels": (64,), "layers_per_block": 1, "latent_channels": 4,
+    "norm_num_groups": 32, "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
+    "scaling_factor": 0.18215, "shift_factor": None,
+}  # fmt: skip
+
+
+def module_from_config(config: Mapping[str, Any], dtype: Any = jnp.float32, source: str = CONFIG_FILE) -> AutoencoderKL:
+    """The module that a diffusers configuration describes; refuses by name what it does not model."""
+    required = {
+        "_class_name": {"AutoencoderKL"},
+        "act_fn": {"silu", "swish"},
+        "latents_mean": {None},
+        "latents_std": {None},
+    }
+    for key, allowed in required.items():
+        if key in config and config[key] not in allowed:
+            wanted = " or ".join(repr(v) for v in sorted(allowed, key=str))
+            raise UserError(f"{source}: {key} is {config[key]!r}, but only {wanted} is supported; use another VAE")
+    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        others = sorted(set(config.get(key, ())) - {kind})
+        if others:
+            raise UserError(f"{source}: {key} has {', '.join(others)}, but only {kind} is supported; use another VAE")
+    fields = {key: config.get(key, default) for key, default in _FIELDS.items()}
+    fields["block_out_channels"] = tuple(fields["block_out_channels"])
+    fields["shift_factor"] = fields["shift_factor"] or 0.0
+    return AutoencoderKL(**fields, dtype=dtype)
+
+
+def infer_config(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The diffusers configuration of an `AutoencoderKL` state dict (names without prefix).
+
+    Channels and layers come from the tensors' shapes; GroupNorm groups (32) and the scaling factor (0.13025) are
+    constants, since no tensor shows them.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UserError(f"the VAE's tensor {name} is missing, so its configuration cannot be told from the weights")
+        return tuple(tensors[name].shape)
+
+    def count(pattern: str) -> int:
+        return len({m.group(1) for name in tensors if (m := re.match(pattern, name))})
+
+    levels = count(r"encoder\.down_blocks\.(\d+)\.")
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "in_channels": shape("encoder.conv_in.weight")[1],
+        "out_channels": shape("decoder.conv_out.weight")[0],
+        "latent_channels": shape("decoder.conv_in.weight")[1],
+        "layers_per_block": count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "mid_block_add_attention": any(name.startswith("encoder.mid_block.attentions.") for name in tensors),
+        "norm_num_groups": NORM_NUM_GROUPS,
+        "scaling_factor": SCALING_FACTOR,
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+    }
+
+
+def params_from_tensors(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str = "the VAE"
+) -> dict[str, Any]:
+    """Parameters (float32 numpy, the tree below flax's "params") of a diffusers state dict.
+
+    Args:
+        config: diffusers configuration, see `module_from_config`.
+        tensors: every tensor of the state dict by its diffusers name, old or new attention names.
+        source: what to call the tensors in messages.
+    Raises:
+        UserError: naming every missing, extra and misshaped tensor.
+    """
+    model = module_from_config(config, source=source)
+    size = model.downsampling
+    image = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
+    shapes = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
+
+    given = {_current_name(name): name for name in sorted(tensors, key=_current_name)}
+    complaints = [f"extra tensor {name}" for name in sorted(set(tensors) - set(given.values()))]
+    flat = {}
+    for path, leaf in shapes.items():
+        name = _torch_name(path)
+        expected = _torch_shape(leaf.shape)
+        if name not in given:
+            complaints.append(f"missing tensor {name} {expected}")
+            continue
+        value = np.asarray(tensors[given.pop(name)])
+        if path[-2].startswith("to_") and value.ndim == 4 and value.shape[2:] == (1, 1):
+            value = value[:, :, 0, 0]  # attention stored as 1x1 convolutions
+        if value.shape != expected:
+            complaints.append(f"tensor {name} has shape {value.shape}, expected {expected}")
+            continue
+        flat[path] = np.ascontiguousarray(value.astype(np.float32).transpose(_TO_FLAX[value.ndim]))
+    complaints += [f"extra tensor {name}" for name in sorted(given.values())]
+    if complaints:
+        shown = "\n  ".join(complaints[:20]) + ("" if len(complaints) <= 20 else f"\n  and {len(complaints) - 20} more")
+        raise UserError(
+            f"{source}: the weights do not fit the configuration:\n  {shown}\n"
+            f"Use the {CONFIG_FILE} and {WEIGHTS_FILE} of one and the same VAE."
+        )
+    return traverse_util.unflatten_dict(flat)
+
+
+def load_vae(path_or_hub_name: str | os.PathLike[str], dtype: Any = jnp.float32) -> tuple[AutoencoderKL, dict, dict]:
+    """Reads a VAE from a diffusers-format folder or the Hugging Face hub.
+
+    Args:
+        path_or_hub_name: a folder with `config.json` and `diffusion_pytorch_model.safetensors`, or a hub name
+            "owner/name" or "owner/name/subfolder".
+        dtype: compute dtype of the module (parameters are float32).
+    Returns:
+        the module, its parameters (float32 numpy), and the source as found: {"config": dict, "tensors": {name:
+        array}, "origin": str}, which `write_folder` takes.
+    Raises:
+        UserError: a missing or unreadable file, a configuration that is not modelled, tensors that do not fit, or a
+            folder whose contents differ from its SHA256SUMS.
+    """
+    config_path, weights_path = fetch(path_or_hub_name, (CONFIG_FILE, WEIGHTS_FILE), what="VAE")
+    _check_sums(config_path.parent)
+    try:
+        config = json.loads(config_path.read_text())
+    except ValueError as error:
+        raise UserError(f"{config_path}: not valid JSON ({error}); fetch the VAE again") from None
+    try:
+        tensors = load_file(weights_path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{weights_path}: not a readable safetensors file ({error}); fetch the VAE again") from None
+    params = params_from_tensors(config, tensors, source=str(path_or_hub_name))
+    source = {"config": config, "tensors": tensors, "origin": str(path_or_hub_name)}
+    return module_from_config(config, dtype, str(config_path)), params, source
+
+
+def write_folder(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, str]:
+    """Writes a diffusers-format folder with SHA256SUMS, all of it or nothing.
+
+    A folder with the same contents is left alone.
+
+    Returns:
+        {file name: sha256 in hexadecimal}.
+    Raises:
+        UserError: the folder exists with other contents.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        (staging / CONFIG_FILE).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, staging / WEIGHTS_FILE)
+        sums = {name: _sha256(staging / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        (staging / SUMS_FILE).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        staging.chmod(0o755)  # mkdtemp makes it private, but a workdir is for everyone who may read its parent
+        if folder.exists():
+            found = {name: _sha256(folder / name) for name in sums if (folder / name).is_file()}
+            if found != sums:
+                raise UserError(f"{folder} already holds another VAE; remove the folder or choose another workdir")
+        else:
+            staging.rename(folder)
+        return sums
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+# torch (out, in, ...) <-> flax (..., in, out); the permutation of 4 axes is not its own inverse
+_TO_FLAX: dict[int, tuple[int, ...]] = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[i] for i in np.argsort(_TO_FLAX[len(shape)]))
+
+
+def _torch_name(path: tuple[str, ...]) -> str:
+    *modules, leaf = path
+    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+    return ".".join([re.sub(r"_(\d+)$", r".\1", module) for module in modules] + [leaf])
+
+
+def _current_name(name: str) -> str:
+    return _OLD_NAME.sub(lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.{m[3]}", name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sums(folder: Path) -> None:
+    sums = folder / SUMS_FILE
+    if not sums.is_file():
+        return  # a plain diffusers folder
+    for line in sums.read_text().splitlines():
+        digest, name = line.split(maxsplit=1)
+        if _sha256(folder / name) != digest:
+            raise UserError(
+                f"{folder / name}: its sha256 is not the one in {SUMS_FILE}, so it changed after it was written; "
+                "restore the file (latents and predictions depend on it)"
+            )
