@@ -348,7 +348,7 @@ def _validate_combinations(c: ConfigDict) -> None:
         )
     check(
         len(w.obs) == len(w.next_obs),
-        f"config.data.window: obs has {len(w.obs)} frames and next_obs {len(w.next_obs)}; both must have the "
+        f"config.data.window.next_obs has {len(w.next_obs)} frames and config.data.window.obs {len(w.obs)}; both need the "
         "same number, since one augmentation and one latent shape serve both.",
     )
     check(

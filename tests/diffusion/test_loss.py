@@ -1,0 +1,97 @@
+"""The objective against numpy, and its treatment of rows without actions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uwm_jax.diffusion import loss as losses
+from uwm_jax.diffusion.schedule import Schedule
+
+SCHEDULE = Schedule()
+
+
+def make(batch: int = 6):
+    rng = np.random.default_rng(0)
+    shapes = {"action": (batch, 4, 3), "next_obs": (batch, 2, 5)}
+    clean = {m: jnp.asarray(rng.uniform(-1, 1, s), jnp.float32) for m, s in shapes.items()}
+    noise = {m: jnp.asarray(rng.normal(size=s), jnp.float32) for m, s in shapes.items()}
+    timestep = {m: jnp.asarray(rng.integers(0, 100, batch), jnp.int32) for m in shapes}
+    return clean, noise, timestep
+
+
+def network(noisy, timestep):
+    return {m: jnp.sin(2 * x) + 0.01 * timestep[m].reshape(-1, *[1] * (x.ndim - 1)) for m, x in noisy.items()}
+
+
+def call(clean, noise, timestep, mask, **options):
+    defaults = {"weights": {"action": 2.0, "next_obs": 0.5}, "prediction": {"action": "v", "next_obs": "epsilon"}}
+    return losses.diffusion_loss(
+        network, SCHEDULE, clean, noise, timestep, action_mask=mask, **(defaults | options)
+    )
+
+
+def test_matches_numpy():
+    clean, noise, timestep = make()
+    total, parts, output = call(clean, noise, timestep, jnp.ones(6, bool))
+    abar = SCHEDULE.alphas_cumprod.astype(np.float64)
+    expected = {}
+    for m in clean:
+        x, e = np.float64(clean[m]), np.float64(noise[m])
+        a = abar[np.asarray(timestep[m])].reshape(-1, *[1] * (x.ndim - 1))
+        prediction = np.sin(2 * (np.sqrt(a) * x + np.sqrt(1 - a) * e))
+        prediction += 0.01 * np.asarray(timestep[m]).reshape(a.shape)
+        target = np.sqrt(a) * e - np.sqrt(1 - a) * x if m == "action" else e
+        expected[m] = np.mean((prediction - target) ** 2)
+        np.testing.assert_allclose(output[m], prediction, atol=1e-5)
+        np.testing.assert_allclose(parts[m], expected[m], rtol=1e-5)
+    np.testing.assert_allclose(total, 2 * expected["action"] + 0.5 * expected["next_obs"], rtol=1e-5)
+
+
+def test_rows_without_actions_sit_at_the_last_timestep():
+    _, _, timestep = make()
+    mask = jnp.array([True, False, True, False, True, True])
+    hidden = losses.hide_missing_actions(timestep, mask, SCHEDULE)
+    assert hidden["action"][1] == hidden["action"][3] == 99
+    np.testing.assert_array_equal(hidden["action"][mask], timestep["action"][mask])
+    np.testing.assert_array_equal(hidden["next_obs"], timestep["next_obs"])
+
+
+def test_dropped_rows_add_nothing_to_the_action_loss():
+    clean, noise, timestep = make()
+    mask = jnp.array([True, False, True, False, True, True])
+    _, dropped, _ = call(clean, noise, timestep, mask, action_free="dropped")
+    keep = np.flatnonzero(mask)
+    subset = [{m: x[keep] for m, x in tree.items()} for tree in (clean, noise, timestep)]
+    _, alone, _ = call(*subset, mask[keep])
+    np.testing.assert_allclose(dropped["action"], alone["action"], rtol=1e-6)
+    _, kept, _ = call(clean, noise, timestep, mask)
+    assert abs(float(kept["action"] - dropped["action"])) > 1e-3
+    assert kept["next_obs"] == dropped["next_obs"]
+
+    def action_loss(action, action_free):
+        return call(clean | {"action": action}, noise, timestep, mask, action_free=action_free)[1]["action"]
+
+    gradient = jax.grad(action_loss)(clean["action"], "dropped")
+    assert not gradient[~mask].any() and gradient[mask].any(axis=(1, 2)).all()
+    assert jax.grad(action_loss)(clean["action"], "kept")[~mask].any()
+
+
+def test_all_rows_dropped_is_zero_and_finite():
+    clean, noise, timestep = make()
+    _, parts, _ = call(clean, noise, timestep, jnp.zeros(6, bool), action_free="dropped")
+    assert parts["action"] == 0 and np.isfinite(parts["next_obs"])
+
+
+@pytest.mark.parametrize(("kind", "share"), [("uniform", 0.25), ("high_noise", 0.625)])
+def test_timesteps_cover_the_range_independently(kind, share):
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    draw = jax.vmap(lambda k: losses.draw_timesteps(k, SCHEDULE, kind))(keys)
+    action, next_obs = np.asarray(draw["action"]), np.asarray(draw["next_obs"])
+    for t in (action, next_obs):
+        assert t.min() == 0 and t.max() == 99
+    assert abs((action >= 75).mean() - 0.25) < 0.015
+    assert abs((next_obs >= 75).mean() - share) < 0.015
+    assert abs(np.corrcoef(action, next_obs)[0, 1]) < 0.03

@@ -1,0 +1,60 @@
+"""Exit statuses and messages, in a process of its own as users see them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+from absl import flags
+from uwm_jax import cli
+from uwm_jax.errors import UserError
+flags.DEFINE_string("official_config", None, "a file")
+flags.DEFINE_integer("count", 3, "a number")
+cli.accept_config_overrides()
+def main(argv):
+    if "usage" in argv:
+        raise UserError("FILE: expected that, found this.")
+    if "bug" in argv:
+        raise RuntimeError("a defect of ours")
+    print(argv, flags.FLAGS.official_config, flags.FLAGS.count, cli.config_overrides())
+cli.run(main)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_flags_with_hyphens_and_overrides():
+    result = run("word", "--official-config=x-y", "--config.a.b=1", "--count", "4", "--config.c", "d=e")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "['word'] x-y 4 [('a.b', '1'), ('c', 'd=e')]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["usage"], 2, "error: FILE: expected that, found this."),
+        (["--official_confg=x"], 2, "official_config"),
+        (["--count=many"], 2, "count"),
+    ],
+)
+def test_errors_of_users_have_no_traceback(arguments, status, message):
+    result = run(*arguments)
+    assert result.returncode == status
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback_and_defects_exit_with_1():
+    assert "Traceback" in run("usage", "--debug").stderr
+    defect = run("bug")
+    assert defect.returncode == 1 and "Traceback" in defect.stderr
+
+
+def test_help_succeeds():
+    result = run("--help")
+    assert result.returncode == 0 and "official_config" in result.stdout + result.stderr

@@ -1,0 +1,86 @@
+"""Loading, overriding, storing and checking configs."""
+
+from __future__ import annotations
+
+import pytest
+
+from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+
+FILE = """
+from uwm_jax.config import base
+def get_config(size="large"):
+    c = base()
+    c.model.depth = {"large": 24, "small": 2}[size]
+    return c
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text(FILE)
+    return str(file)
+
+
+def test_load_with_argument_and_overrides(path):
+    assert config_lib.load(path).model.depth == 24
+    config = config_lib.load(
+        f"{path}:small",
+        [("batch_size", "48"), ("data.cameras", "a,b"), ("model.patch", "(2,2,2)"), ("optimizer.eps", "1"),
+         ("model.scan_blocks", "false"), ("data.low_dim", "")],
+    )  # fmt: skip
+    assert (config.model.depth, config.batch_size, config.data.cameras) == (2, 48, ("a", "b"))
+    assert (config.model.patch, config.model.scan_blocks, config.data.low_dim) == ((2, 2, 2), False, ())
+    assert isinstance(config.optimizer.eps, float)
+
+
+def test_stored_config_comes_back_equal(path, tmp_path):
+    config = config_lib.load(f"{path}:small")
+    assert config_lib.from_json(config_lib.to_json(config), "there") == config
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    assert config_lib.read(tmp_path, [("seed", "7")]).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (("model.dpeth", "3"), "Did you mean model.depth"),
+        (("model.depth", "deep"), "expected a whole number"),
+        (("model.depth", "0"), "at least 1"),
+        (("optimizer.learning_rate", "-1"), "at least 0"),
+        (("optimizer.learning_rate", "nan"), "at least 0"),
+        (("model.remat", "some"), "none, dots, full"),
+        (("model.num_heads", "7"), "does not divide"),
+        (("model.patch", "(4,4)"), "3 positive whole numbers"),
+        (("data.crop", "(300,300)"), "larger than config.data.resize"),
+        (("data.window.next_obs", "(17,)"), "same number"),
+        (("data.window.obs", "(-1,0)"), "pad='edge'"),
+        (("data.val_ratio", "1.0"), "0 <= ratio < 1"),
+        (("model.encoder.use_low_dim", "true"), "config.data.low_dim"),
+        (("model.encoder.use_language", "true"), "config.data.text"),
+        (("diffusion.num_inference_steps", "101"), "exceeds"),
+        (("data.action", "action"), "pairs"),
+    ],
+)
+def test_bad_values_are_named(path, override, message):
+    with pytest.raises(UserError, match="(?s)" + message.replace("(", r"\(")) as error:
+        config_lib.load(path, [override])
+    assert override[0] in str(error.value)
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        config_lib.load(str(tmp_path / "none.py"))
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config(:")
+    with pytest.raises(UserError, match="does not load"):
+        config_lib.load(str(broken))
+    with pytest.raises(UserError, match="holds no config.json"):
+        config_lib.read(tmp_path)
+    with pytest.raises(UserError, match="unknown field 'model.dept'.*Did you mean model.depth"):
+        config_lib.from_json('{"model": {"dept": 3}}', "config.json")
+    extra = tmp_path / "extra.py"
+    extra.write_text("from uwm_jax.config import base\ndef get_config():\n  c = base()\n  c.model.dropout = 0.1\n  return c")
+    with pytest.raises(UserError, match="model.dropout: there is no such field"):
+        config_lib.load(str(extra))

@@ -1,0 +1,129 @@
+"""Reading the YAML of an official run: references, numbers, agreement with the tensors, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from uwm_jax.errors import UserError
+from uwm_jax.torch_bridge.official_config import OfficialYaml, read_official
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def _yaml(name: str = "uwm_droid_small") -> str:
+    return (GOLDEN / f"{name}.config.yaml").read_text()
+
+
+def _shapes(name: str = "uwm_droid_small") -> dict[str, tuple[int, ...]]:
+    stored = json.loads((GOLDEN / f"{name}.manifest.json").read_text())
+    return {tensor: tuple(shape) for tensor, shape, _ in stored["tensors"]}
+
+
+def _read(tmp_path: Path, text: str, shapes: dict[str, tuple[int, ...]] | None = None):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return read_official(OfficialYaml(path), _shapes() if shapes is None else shapes)
+
+
+def test_droid_small(tmp_path: Path) -> None:
+    run = _read(tmp_path, _yaml())
+    c = run.config
+    assert run.cameras == {
+        "exterior_image_1_left": (45, 80), "exterior_image_2_left": (45, 80), "wrist_image_left": (45, 80)
+    }  # fmt: skip
+    assert c.data.cameras == tuple(sorted(run.cameras))
+    assert run.low_dim == {} and run.low_dim_seen == {"cartesian_position": 6, "gripper_position": 1}
+    assert (run.action_dim, run.text_dim) == (10, 0)
+    m = c.model
+    assert (m.embed_dim, m.depth, m.num_heads, m.mlp_ratio, m.num_registers) == (64, 3, 4, 4, 8)
+    assert (m.timestep_embed_dim, m.patch, m.qkv_bias) == (32, (2, 4, 4), True)
+    assert (m.encoder.stage_sizes, m.encoder.width, m.encoder.pool) == ((2, 2, 2, 2), 64, "average")
+    w = c.data.window
+    assert (w.obs, w.action, w.next_obs) == ((0, 1), tuple(range(1, 17)), (17, 18))
+    assert (c.data.resize, c.data.crop, c.data.augment.draw) == ((72, 96), (64, 64), "batch")
+    assert (c.data.augment.hue, c.data.augment.brightness) == (0.2, 0.2)
+    assert (c.diffusion.num_train_steps, c.diffusion.spacing) == (100, "leading")
+    assert c.diffusion.clip.to_dict() == {"action": 1.0, "next_obs": 1.0}
+
+
+def test_libero_small_and_low_dim(tmp_path: Path) -> None:
+    run = _read(tmp_path, _yaml("uwm_libero_small"), _shapes("uwm_libero_small"))
+    assert run.config.model.num_registers == 24
+    shapes = _shapes()
+    for name in [n for n in shapes if n.endswith("adaLN_modulation.1.weight")]:
+        shapes[name] = (shapes[name][0], shapes[name][1] + 2 * 7)
+    low = _read(tmp_path, _yaml().replace("use_low_dim: false", "use_low_dim: true"), shapes)
+    assert low.low_dim == {"cartesian_position": 6, "gripper_position": 1}
+    assert low.config.data.low_dim == ("cartesian_position", "gripper_position")
+
+
+def test_references_and_numbers(tmp_path: Path) -> None:
+    text = (
+        _yaml()
+        .replace("  action_dim: 10\n", "  action_dim: ${dataset.shape_meta.action.shape[0]}\n")
+        .replace("    num_frames: 2\n", "    num_frames: ${obs_num_frames}\n")
+        .replace("    embed_dim: 64\n", "    embed_dim: ${model.embed_dim}\n")
+        .replace("num_frames: 19\n", "num_frames: ${dataset.seq_len}\n", 1)
+        .replace("    shape_meta: *id001\n", "    shape_meta: ${dataset.shape_meta}\n")
+        .replace("  name: golden\n", "  name: golden_${algo}\n")
+        + "logdir: logs/${now:%Y}\noptimizer:\n  lr: 1e-4\n  weight_decay: 1.0e-6\n  betas: [0.9, 0.999]\n  eps: 1e-08\n"
+    )
+    c = _read(tmp_path, text).config
+    reference = _read(tmp_path, _yaml()).config
+    assert c.data.path == "golden_uwm"
+    assert (c.optimizer.learning_rate, c.optimizer.weight_decay, c.optimizer.eps) == (1e-4, 1e-6, 1e-8)
+    reference.data.path = c.data.path
+    assert c.to_dict() == reference.to_dict()
+
+
+def test_a_resolved_file_with_other_anchors_reads_the_same(tmp_path: Path) -> None:
+    expanded = _yaml().replace("&id001", "").replace("*id001", "${dataset.shape_meta}")
+    assert _read(tmp_path, expanded).config.to_dict() == _read(tmp_path, _yaml()).config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("depth: 3", "depth: 4", ["model.depth", "4", "3"]),
+        ("num_registers: 8", "num_registers: 9", ["model.num_registers", "9", "8", "noise_pred_net.registers"]),
+        ("  action_dim: 10", "  action_dim: 9", ["model.action_dim", "9", "[10]"]),
+        ("timestep_embed_dim: 32", "timestep_embed_dim: 64", ["model.timestep_embed_dim", "64", "32"]),
+        ("mlp_ratio: 4", "mlp_ratio: 2", ["mlp_ratio", "128", "256"]),
+        ("    - 72\n    - 96", "    - 72\n    - 60", ["crop"]),
+        ("    - 64\n    - 64", "    - 64\n    - 96", ["model.action_len + video tokens", "42", "36"]),
+        ("num_frames: 19", "num_frames: 18", ["num_frames", "18", "19"]),
+        ("num_heads: 4", "num_heads: 5", ["num_heads", "5"]),
+        ("vision_backbone: resnet", "vision_backbone: vit", ["vision_backbone", "'vit'"]),
+        ("use_language: false", "use_language: true", ["use_language", "text_encoder.head"]),
+        ("imagenet_norm: false", "imagenet_norm: true", ["imagenet_norm"]),
+        ("use_low_dim: false", "use_low_dim: true", ["condition", "430", "416"]),
+        ("algo: uwm", "algo: dp", ["algo", "'dp'"]),
+        ("  depth: 3", "", ["model.depth", "missing"]),
+        ("depth: 3", "depth: three", ["model.depth", "whole number", "three"]),
+        ("depth: 3", "depth: ${a.b}", ["model.depth", "${a.b}"]),
+        ("depth: 3", "depth: ${model.depth}", ["refers to itself"]),
+        ("depth: 3", "depth: ${now:x}", ["resolver"]),
+        ("depth: 3", "depth: !!python/object/apply:os.getcwd []", ["not plain YAML"]),
+        ("      - -0.2", "      - -0.1", ["hue", "symmetric"]),
+    ],
+)
+def test_refusals_name_the_field(tmp_path: Path, old: str, new: str, parts: list[str]) -> None:
+    assert old in _yaml()
+    with pytest.raises(UserError) as error:
+        _read(tmp_path, _yaml().replace(old, new, 1))
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_clip_tower_is_refused_by_name(tmp_path: Path) -> None:
+    shapes = _shapes() | {"obs_encoder.text_encoder.text_encoder.logit_scale": ()}
+    with pytest.raises(UserError, match="CLIP tower .*text_encoder.logit_scale"):
+        _read(tmp_path, _yaml(), shapes)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        OfficialYaml(tmp_path / "none.yaml")

@@ -1,0 +1,428 @@
+"""The saved YAML of an official PyTorch run, and its tensors' shapes, as our config.
+
+What a tensor's shape tells (width, depth, tokens, action and condition sizes, the VAE) is read from
+the tensors and must agree with the YAML; what it does not tell (head count, crops, cameras, window,
+diffusion) is read from the YAML. The YAML may be resolved, or hold Hydra's `${a.b[0]}` references.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ml_collections import ConfigDict
+
+from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+
+NET = "noise_pred_net."
+RESNET = "obs_encoder.img_encoder.model."
+VAE = "obs_encoder.vae.vae."
+TEXT = "obs_encoder.text_encoder."
+TEXT_HEAD = TEXT + "head."
+
+Shape = tuple[int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, for which `1e-4` is a number as in YAML 1.2 (PyYAML reads a text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+_INNERMOST = re.compile(r"\$\{([^${}]*)\}")
+_TOKEN = re.compile(r"\[([^\[\]]+)\]|([^.\[\]]+)")
+_REQUIRED = object()
+
+
+class OfficialYaml:
+    """A saved configuration whose references are followed when a field is read, and not before.
+
+    Fields that nobody asks for may therefore hold resolvers such as `${now:%Y}`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self._root = yaml.load(self.path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        except OSError as e:
+            raise UserError(f"--official-config: cannot read {str(path)!r} ({e.strerror}).") from e
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise UserError(f"--official-config: {path} is not plain YAML: {e}") from e
+        if not isinstance(self._root, dict):
+            raise UserError(f"--official-config: {path} should hold a mapping of fields, found {self._root!r:.60}.")
+
+    def get(self, field: str, default: Any = _REQUIRED) -> Any:
+        """The value at `a.b.c` with every reference inside it followed.
+
+        Raises UserError for an absent field without a default, a reference to nothing, a reference
+        cycle, and a resolver (`${name:...}`), which only Hydra can run.
+        """
+        try:
+            return self._resolve(self._find(field, ()), ())
+        except KeyError as e:
+            if default is not _REQUIRED and e.args[0] == field:
+                return default
+            if e.args[0] == field:
+                raise self.error(field, "is missing from the official configuration") from e
+            raise self.error(field, f"refers to ${{{e.args[0]}}}, which is not in the file") from e
+
+    def error(self, field: str, message: str) -> UserError:
+        return UserError(f"--official-config: {self.path}: {field} {message}.")
+
+    def _find(self, field: str, seen: tuple[str, ...]) -> Any:
+        node = self._root
+        for match in _TOKEN.finditer(field):
+            token = (match[1] or match[2]).strip("'\"")
+            node = self._resolve(node, seen) if isinstance(node, str) else node
+            if isinstance(node, list) and token.isdigit() and int(token) < len(node):
+                node = node[int(token)]
+            elif isinstance(node, dict) and token in node:
+                node = node[token]
+            else:
+                raise KeyError(field)
+        return node
+
+    def _resolve(self, value: Any, seen: tuple[str, ...]) -> Any:
+        if isinstance(value, dict):
+            return {k: self._resolve(v, seen) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._resolve(v, seen) for v in value]
+        while isinstance(value, str) and (match := _INNERMOST.search(value)):
+            reference = match[1].strip()
+            if ":" in reference or reference.startswith("."):
+                raise self.error(
+                    f"${{{reference}}}", "is a resolver or relative reference; save the configuration resolved instead"
+                )
+            if reference in seen:
+                raise self.error(f"${{{reference}}}", "refers to itself")
+            target = self._resolve(self._find(reference, seen + (reference,)), seen + (reference,))
+            if match.span() == (0, len(value)):
+                return target
+            value = value[: match.start()] + str(target) + value[match.end() :]
+        return value
+
+
+@dataclass(frozen=True)
+class OfficialRun:
+    """What the converter needs to know beside the tensors.
+
+    cameras: raw (height, width) per camera key. low_dim: size of each low-dim key that the model
+    reads. low_dim_seen: of each key that the run stored. text_dim: 0 without a text head.
+    """
+
+    config: ConfigDict
+    cameras: dict[str, tuple[int, int]]
+    low_dim: dict[str, int]
+    low_dim_seen: dict[str, int]
+    action_dim: int
+    text_dim: int
+
+
+def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> OfficialRun:
+    """Our config and the data's facts of an official run.
+
+    Args:
+      official: its saved configuration.
+      shapes: shape of every tensor of its state dict, under official names.
+
+    Raises UserError for what we do not model (by name), for a field that is missing or mistyped, and
+    for a YAML field that disagrees with the tensors (naming both). Missing and misshaped tensors that
+    no field depends on are left to `layout.from_official`.
+    """
+    _refuse_unsupported(official, shapes)
+    c = config_lib.base()
+    cameras, low_dim_seen, action_dim = _shape_meta(official)
+    c.data.path = str(official.get("dataset.name", "official"))
+    c.data.cameras = tuple(sorted(cameras))
+    _read_window(official, c)
+    _read_images(official, c, cameras)
+    _read_diffusion(official, c)
+    _read_optimizer(official, c)
+    c.data.normalize = "minmax" if official.get("dataset.normalize_action", False) else "none"
+
+    c.model.encoder.use_low_dim = _typed(official, "model.obs_encoder.use_low_dim", bool, False)
+    c.model.encoder.use_language = _typed(official, "model.obs_encoder.use_language", bool, False)
+    low_dim = dict(sorted(low_dim_seen.items())) if c.model.encoder.use_low_dim else {}
+    c.data.low_dim = tuple(low_dim)
+    text_dim = 0
+    if c.model.encoder.use_language:
+        c.data.text = "text"
+        text_dim = _dim(shapes, TEXT_HEAD + "weight", 1, rank=2) or 0
+
+    c.model.num_heads = _typed(official, "model.num_heads", int)
+    for field, ours in {
+        "embed_dim": "embed_dim",
+        "depth": "depth",
+        "num_registers": "num_registers",
+        "timestep_embed_dim": "timestep_embed_dim",
+        "mlp_ratio": "mlp_ratio",
+    }.items():
+        c.model[ours] = _typed(official, f"model.{field}", int)
+    c.model.qkv_bias = _typed(official, "model.qkv_bias", bool, True)
+    c.model.patch = _ints(official, "model.latent_patch_shape", 3)
+    _check_against_tensors(official, shapes, c, low_dim, action_dim)
+    config_lib.validate(c)
+    return OfficialRun(c, cameras, low_dim, low_dim_seen, action_dim, text_dim)
+
+
+def _refuse_unsupported(official: OfficialYaml, shapes: Mapping[str, Shape]) -> None:
+    for field, expected in {"algo": "uwm", "model._target_": "models.uwm.UnifiedWorldModel"}.items():
+        if (found := official.get(field, expected)) != expected:
+            raise official.error(field, f"is {found!r}; only {expected!r} can be converted")
+    if (backbone := official.get("model.obs_encoder.vision_backbone", "resnet")) != "resnet":
+        raise official.error(
+            "model.obs_encoder.vision_backbone", f"is {backbone!r}, which we do not model; only 'resnet' is"
+        )
+    if official.get("model.obs_encoder.imagenet_norm", False):
+        raise official.error(
+            "model.obs_encoder.imagenet_norm",
+            "is true, which we do not model; ImageNet normalisation is part of the ResNet",
+        )
+    towers = [n for n in shapes if n.startswith(TEXT) and not n.startswith(TEXT_HEAD)]
+    if towers:
+        raise UserError(
+            f"--input: it holds a CLIP tower ({len(towers)} tensors, such as {min(towers)}), which we do not model. "
+            f"Text embeddings are inputs here: remove the tower, keep {TEXT_HEAD}weight and {TEXT_HEAD}bias, and "
+            "give the model embeddings made by the same CLIP."
+        )
+    if official.get("model.obs_encoder.use_language", False) and TEXT_HEAD + "weight" not in shapes:
+        raise official.error(
+            "model.obs_encoder.use_language",
+            f"is true, but --input holds no {TEXT_HEAD}weight, the projection of a text embedding",
+        )
+
+
+def _shape_meta(official: OfficialYaml) -> tuple[dict[str, tuple[int, int]], dict[str, int], int]:
+    """Raw camera sizes, low-dim sizes and the action size."""
+    field = "model.obs_encoder.shape_meta"
+    if official.get(field, None) is None:
+        field = "dataset.shape_meta"
+    meta = official.get(field)
+    cameras: dict[str, tuple[int, int]] = {}
+    low_dim: dict[str, int] = {}
+    observations = meta.get("obs") if isinstance(meta, dict) else None
+    if not isinstance(observations, dict) or not observations:
+        raise official.error(f"{field}.obs", "should map observation keys to shapes")
+    for key in sorted(observations):
+        kind = official.get(f"{field}.obs.{key}.type", "low_dim")
+        shape = official.get(f"{field}.obs.{key}.shape")
+        whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+        if kind == "rgb" and whole and len(shape) == 3 and shape[-1] == 3:
+            cameras[key] = (shape[0], shape[1])
+        elif kind == "low_dim" and whole and len(shape) == 1:
+            low_dim[key] = shape[0]
+        else:
+            raise official.error(
+                f"{field}.obs.{key}",
+                f"should be of type rgb with shape [height, width, 3] or low_dim with shape [size], found {kind!r} {shape!r}",
+            )
+    if not cameras:
+        raise official.error(f"{field}.obs", "has no key of type rgb")
+    action_dim = _typed(official, "model.action_dim", int)
+    if (shape := official.get(f"{field}.action.shape", None)) is not None and shape != [action_dim]:
+        raise official.error(f"{field}.action.shape", f"is {shape}, but model.action_dim is {action_dim}")
+    return cameras, low_dim, action_dim
+
+
+def _read_window(official: OfficialYaml, c: ConfigDict) -> None:
+    """obs 0..To-1, actions To-1..To+Ta-2, next_obs from To+Ta-1 to the end (the paper: 0,1 | 1..16 | 17,18)."""
+    frames = _typed(official, "num_frames", int)
+    obs = _typed(official, "obs_num_frames", int)
+    actions = _typed(official, "model.action_len", int)
+    inner = official.get("model.obs_encoder.num_frames", obs)
+    if inner != obs:
+        raise official.error("model.obs_encoder.num_frames", f"is {inner}, but obs_num_frames is {obs}")
+    first_next = obs - 1 + actions
+    if frames - first_next != obs:
+        raise official.error(
+            "num_frames",
+            f"is {frames}, which leaves {frames - first_next} frames after obs_num_frames={obs} and "
+            f"model.action_len={actions}; the model predicts as many frames as it sees, so it should be {first_next + obs}",
+        )
+    c.data.window.obs = tuple(range(obs))
+    c.data.window.action = tuple(range(obs - 1, first_next))
+    c.data.window.next_obs = tuple(range(first_next, frames))
+
+
+def _read_images(official: OfficialYaml, c: ConfigDict, cameras: dict[str, tuple[int, int]]) -> None:
+    encoder = "model.obs_encoder."
+    sizes = set(cameras.values())
+    if official.get(encoder + "resize_shape", None) is None:
+        if len(sizes) > 1:
+            raise official.error(encoder + "resize_shape", f"is absent, but the cameras differ in size: {cameras}")
+        c.data.resize = sizes.pop()
+    else:
+        c.data.resize = _ints(official, encoder + "resize_shape", 2)
+    has_crop = official.get(encoder + "crop_shape", None) is not None
+    c.data.crop = _ints(official, encoder + "crop_shape", 2) if has_crop else c.data.resize
+    augment = c.data.augment
+    augment.draw = "batch"
+    augment.random_crop = _typed(official, encoder + "random_crop", bool, True)
+    jitter = official.get(encoder + "color_jitter", None) or {}
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        centre = 0.0 if name == "hue" else 1.0
+        field, value = f"{encoder}color_jitter.{name}", jitter.get(name, 0.0)
+        if isinstance(value, list) and len(value) == 2:
+            low, high = (_number(official, field, v) - centre for v in value)
+            if not math.isclose(-low, high, rel_tol=1e-6, abs_tol=1e-9):
+                raise official.error(
+                    field, f"is {value}; only a range that is symmetric about {centre:g} can be represented"
+                )
+            value = high
+        augment[name] = _number(official, field, value)
+
+
+def _read_diffusion(official: OfficialYaml, c: ConfigDict) -> None:
+    c.diffusion.num_train_steps = _typed(official, "model.num_train_steps", int)
+    c.diffusion.num_inference_steps = _typed(official, "model.num_inference_steps", int)
+    c.diffusion.beta_schedule = _typed(official, "model.beta_schedule", str)
+    clip = 1.0 if _typed(official, "model.clip_sample", bool) else 0.0
+    for modality in config_lib.MODALITIES:
+        c.diffusion.clip[modality] = clip
+
+
+def _read_optimizer(official: OfficialYaml, c: ConfigDict) -> None:
+    """The optimiser's numbers, where the run stored them, so that a continued run starts from them."""
+    for field, ours in {"lr": "learning_rate", "eps": "eps", "weight_decay": "weight_decay"}.items():
+        if official.get(f"optimizer.{field}", None) is not None:
+            c.optimizer[ours] = _number(official, f"optimizer.{field}", official.get(f"optimizer.{field}"))
+    betas = official.get("optimizer.betas", None)
+    if betas is not None:
+        c.optimizer.b1, c.optimizer.b2 = (_number(official, "optimizer.betas", b) for b in betas)
+
+
+def _check_against_tensors(
+    official: OfficialYaml, shapes: Mapping[str, Shape], c: ConfigDict, low_dim: dict[str, int], action_dim: int
+) -> None:
+    m = c.model
+    views, frames = len(c.data.cameras), len(c.data.window.obs)
+
+    def agree(field: str, value: Any, tensor: str, found: Any) -> None:
+        if found is not None and found != value:
+            raise official.error(field, f"is {value}, but the tensors say {found} ({tensor} is {shapes.get(tensor)})")
+
+    blocks = [int(match[1]) for n in shapes if (match := re.match(r"noise_pred_net\.blocks\.(\d+)\.", n))]
+    if blocks and max(blocks) + 1 != m.depth:
+        raise official.error(
+            "model.depth",
+            f"is {m.depth}, but the tensors say {max(blocks) + 1} ({NET}blocks.{max(blocks)} is the last block)",
+        )
+    pos, qkv = NET + "pos_embed", NET + "blocks.0.attn.qkv."
+    agree("model.embed_dim", m.embed_dim, pos, _dim(shapes, pos, 2, rank=3))
+    agree("model.num_registers", m.num_registers, NET + "registers", _dim(shapes, NET + "registers", 1, rank=3))
+    agree(
+        "model.action_dim",
+        action_dim,
+        NET + "action_encoder.0.weight",
+        _dim(shapes, NET + "action_encoder.0.weight", 1),
+    )
+    fc1 = NET + "blocks.0.mlp.fc1.weight"
+    agree("model.mlp_ratio * model.embed_dim", m.mlp_ratio * m.embed_dim, fc1, _dim(shapes, fc1, 0))
+    if qkv + "weight" in shapes:
+        agree("model.qkv_bias", m.qkv_bias, qkv + "bias", qkv + "bias" in shapes)
+    time = NET + "timestep_embedding.proj.2.weight"
+    agree("model.timestep_embed_dim", m.timestep_embed_dim, time, _dim(shapes, time, 0))
+    fc = RESNET + "fc.weight"
+    m.encoder.stage_sizes, m.encoder.width = resnet_sizes(shapes, m.encoder.stage_sizes, m.encoder.width)
+    agree(
+        "model.obs_encoder.embed_dim",
+        _typed(official, "model.obs_encoder.embed_dim", int, m.embed_dim),
+        fc,
+        _dim(shapes, fc, 0),
+    )
+    # Our observation encoder and the network share one width, as in every official run.
+    agree("model.embed_dim (of the observation encoder as well)", m.embed_dim, fc, _dim(shapes, fc, 0))
+
+    patch = NET + "obs_patchifier.patch_encoder.weight"
+    if len(shapes.get(patch, ())) == 5:
+        agree("model.latent_patch_shape", m.patch, patch, shapes[patch][2:])
+    channels, factor = vae_geometry(shapes)
+    if len(shapes.get(patch, ())) == 5 and channels is not None and shapes[patch][1] != channels:
+        raise UserError(
+            f"--input: {patch} reads {shapes[patch][1]} latent channels, but {VAE}post_quant_conv.weight says {channels}."
+        )
+    if factor is not None:
+        for size, part, axis in zip(c.data.crop, m.patch[1:], ("height", "width"), strict=True):
+            if size % (factor * part):
+                raise official.error(
+                    "model.obs_encoder.crop_shape",
+                    f"has {axis} {size}, which the VAE's factor {factor} times the patch's {part} does not divide",
+                )
+        rows, columns = (s // (factor * p) for s, p in zip(c.data.crop, m.patch[1:], strict=True))
+        video = views * (frames // m.patch[0]) * rows * columns
+        tokens = len(c.data.window.action) + video + m.num_registers
+        agree(
+            f"model.action_len + video tokens ({video}) + model.num_registers",
+            tokens,
+            pos,
+            _dim(shapes, pos, 1, rank=3),
+        )
+    low_dims = frames * sum(low_dim.values())
+    features = views * frames * m.embed_dim + low_dims + (m.embed_dim if m.encoder.use_language else 0)
+    head = NET + "head.adaLN_modulation.1.weight"
+    agree(
+        f"the condition ({views} cameras x {frames} frames x {m.embed_dim}, low-dim {low_dims}, "
+        f"text {m.encoder.use_language}, time {m.timestep_embed_dim})",
+        features + m.timestep_embed_dim,
+        head,
+        _dim(shapes, head, 1),
+    )
+
+
+def resnet_sizes(shapes: Mapping[str, Shape], stage_sizes: tuple[int, ...], width: int) -> tuple[tuple[int, ...], int]:
+    """Blocks per stage and first width of the ResNet; the given values where the tensors do not tell."""
+    blocks: dict[int, int] = {}
+    for name in shapes:
+        if match := re.match(re.escape(RESNET) + r"layer(\d+)\.(\d+)\.", name):
+            stage, block = int(match[1]), int(match[2])
+            blocks[stage] = max(blocks.get(stage, 0), block + 1)
+    if sorted(blocks) == list(range(1, len(blocks) + 1)) and blocks:
+        stage_sizes = tuple(blocks[s] for s in sorted(blocks))
+    return stage_sizes, _dim(shapes, RESNET + "conv1.weight", 0, rank=4) or width
+
+
+def vae_geometry(shapes: Mapping[str, Shape]) -> tuple[int | None, int | None]:
+    """Latent channels and pixels per latent of the VAE's tensors; None where they do not tell."""
+    levels = {
+        int(match[1]) for n in shapes if (match := re.match(re.escape(VAE) + r"encoder\.down_blocks\.(\d+)\.", n))
+    }
+    return _dim(shapes, VAE + "post_quant_conv.weight", 1, rank=4), 2 ** max(levels) if levels else None
+
+
+def _dim(shapes: Mapping[str, Shape], name: str, axis: int, rank: int = 2) -> int | None:
+    """One axis of a tensor; None when the tensor is absent or of another rank (reported elsewhere)."""
+    shape = shapes.get(name, ())
+    return shape[axis] if len(shape) == rank else None
+
+
+def _typed(official: OfficialYaml, field: str, kind: type, default: Any = _REQUIRED) -> Any:
+    value = official.get(field, default)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # mlp_ratio: 4.0, num_train_steps: 1e2
+    if type(value) is not kind:
+        names = {int: "a whole number", bool: "true or false", str: "a text"}
+        raise official.error(field, f"should be {names[kind]}, found {value!r}")
+    return value
+
+
+def _number(official: OfficialYaml, field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise official.error(field, f"should be a number, found {value!r}")
+    return float(value)
+
+
+def _ints(official: OfficialYaml, field: str, length: int) -> tuple[int, ...]:
+    value = official.get(field)
+    if not isinstance(value, list) or len(value) != length or not all(type(v) is int and v > 0 for v in value):
+        raise official.error(field, f"should be a list of {length} whole numbers, found {value!r}")
+    return tuple(value)
