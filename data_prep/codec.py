@@ -1,0 +1,75 @@
+"""Fits the PCA image codec of a dataset on frames of its training episodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from uwm_jax.data.records import Dataset
+from uwm_jax.data.windows import split_episodes
+from uwm_jax.errors import UserError
+from uwm_jax.models.codecs import fit_pca
+
+MAX_FRAMES = 2000
+_MAX_BYTES = 1 << 28  # of decoded frames in memory
+
+
+def common_size(cameras: dict[str, tuple[int, int]], patch: int) -> tuple[int, int] | None:
+    """The cameras' size, rounded down to whole patches; None if they differ or are smaller than a patch."""
+    if len(set(cameras.values())) != 1:
+        return None
+    height, width = next(iter(cameras.values()))
+    size = height // patch * patch, width // patch * patch
+    return size if min(size) > 0 else None
+
+
+def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, channels: int, val_ratio: float) -> int:
+    """Fits the codec of each camera, and one scale for all, at `size` (height, width), and writes it to `file`.
+
+    The file is an npz with `<camera>/mean` (H, W, 3) float32 in [0, 1], `<camera>/components` (patch*patch*3, channels)
+    float32, `scale` (), `patch`, `channels`, `image_size` (2,), `val_ratio`, `num_frames`.
+
+    Returns:
+        The number of steps whose frames were used: evenly spaced over the training episodes of `val_ratio`.
+    """
+    cameras = sorted(dataset.cameras)
+    height, width = size
+    if height % patch or width % patch:
+        raise UserError(f"--codec_size={height},{width} is not a multiple of --pca_patch={patch}.")
+    if not 1 <= channels <= patch * patch * 3:
+        raise UserError(f"--pca_channels={channels}: expected 1 to {patch * patch * 3} for --pca_patch={patch}.")
+    train, _ = split_episodes(dataset.num_episodes, val_ratio)
+    ends = np.cumsum(dataset.episode_lengths[train])
+    count = max(1, min(MAX_FRAMES, int(ends[-1]), _MAX_BYTES // (len(cameras) * height * width * 3)))
+    frames = np.empty((count, len(cameras), height, width, 3), np.uint8)
+    raw = {c: np.empty((1, *dataset.cameras[c], 3), np.uint8) for c in cameras}
+    for i, step in enumerate(np.linspace(0, ends[-1] - 1, count).astype(np.int64)):
+        e = int(np.searchsorted(ends, step, side="right"))
+        offset = int(step - (ends[e - 1] if e else 0))
+        dataset.frames(int(train[e]), dict.fromkeys(cameras, [offset]), raw)
+        for v, camera in enumerate(cameras):
+            frames[i, v] = _resized(raw[camera][0], size)
+    params = fit_pca(frames, patch, channels)
+    names = [c.removeprefix("observation/") for c in cameras]
+    arrays = {f"{name}/{part}": params[part][v] for v, name in enumerate(names) for part in ("mean", "components")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        file,
+        allow_pickle=False,
+        **arrays,
+        scale=params["scale"],
+        patch=patch,
+        channels=channels,
+        image_size=np.asarray(size),
+        val_ratio=val_ratio,
+        num_frames=count,
+    )
+    return count
+
+
+def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))

@@ -1,0 +1,227 @@
+"""Reads and re-frames serialized `tf.train.Example` messages without protobuf or TensorFlow.
+
+An RLDS episode is one `Example`: a map from feature name to a list of bytes, floats or int64s, in
+which `steps/<key>` holds the values of all steps one after another. Random access needs a few of
+those values out of a record of a megabyte, so nothing is decoded that is not asked for: `scan`
+finds where each feature lies, and the other functions look inside one feature.
+
+Wire format: protobuf encoding guide; message numbers: tensorflow/core/example/{example,feature}.proto.
+All functions raise `ValueError` for bytes that are not such a message.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Buffer = bytes | memoryview
+
+# Field number of the list inside a `Feature`.
+BYTES, FLOAT, INT64 = 1, 2, 3
+
+
+class Field(NamedTuple):
+    """Where the values of a feature lie: `kind` (BYTES, FLOAT, INT64, or 0 for an empty feature) and
+    the byte range of the list message inside the record."""
+
+    kind: int
+    start: int
+    stop: int
+
+
+def scan(record: Buffer, wanted: Collection[bytes] | None = None) -> dict[bytes, Field]:
+    """Finds the features of one record (all, or only those named in `wanted`)."""
+    fields: dict[bytes, Field] = {}
+    try:
+        for number, start, stop in _messages(record, 0, len(record)):
+            if number != 1:  # Example.features
+                continue
+            for number, entry, entry_stop in _messages(record, start, stop):
+                if number != 1:  # Features.feature, a map of (key, value)
+                    continue
+                # Keys come first in every writer's output; the general order is handled by `_entry`.
+                name, value = _entry(record, entry, entry_stop)
+                if wanted is not None and name not in wanted:
+                    continue
+                fields[name] = _feature(record, *value)
+                if wanted is not None and len(fields) == len(wanted):
+                    return fields
+    except IndexError:
+        raise ValueError("the record ends in the middle of a tf.Example") from None
+    return fields
+
+
+def bytes_spans(record: Buffer, field: Field, stop: int | None = None) -> list[tuple[int, int]]:
+    """Byte ranges of the values of a BYTES feature (the first `stop` of them)."""
+    if field.kind not in (BYTES, 0):
+        raise ValueError("expected a list of bytes")
+    spans = []
+    for _, start, end in _messages(record, field.start, field.stop):
+        spans.append((start, end))
+        if stop is not None and len(spans) >= stop:
+            break
+    return spans
+
+
+def floats(record: Buffer, field: Field) -> np.ndarray:
+    """Values of a FLOAT feature, (n,) float32."""
+    if field.kind not in (FLOAT, 0):
+        raise ValueError("expected a list of floats")
+    parts = []
+    for wire, start, stop in _values(record, field):
+        # An unpacked list has every value in a field of its own; a packed one is a single run.
+        if wire not in (2, 5) or (stop - start) % 4:
+            raise ValueError("malformed list of floats")
+        parts.append(record[start:stop])
+    if len(parts) == 1:
+        return np.frombuffer(parts[0], "<f4")
+    return np.frombuffer(b"".join(parts), "<f4")
+
+
+def ints(record: Buffer, field: Field) -> np.ndarray:
+    """Values of an INT64 feature, (n,) int64."""
+    raw = np.frombuffer(_packed_ints(record, field), np.uint8)
+    ends = np.flatnonzero(raw < 128)
+    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
+    out = np.zeros(len(ends), np.uint64)
+    for shift in range(int((ends - starts).max()) + 1 if len(ends) else 0):
+        at = starts + shift
+        more = at <= ends
+        out[more] |= (raw[at[more]] & np.uint64(127)).astype(np.uint64) << np.uint64(7 * shift)
+    return out.view(np.int64)
+
+
+def count(record: Buffer, field: Field) -> int:
+    """Number of values of a feature."""
+    if field.kind == FLOAT:
+        return len(floats(record, field))
+    if field.kind == INT64:
+        return int(np.count_nonzero(np.frombuffer(_packed_ints(record, field), np.uint8) < 128))
+    return len(bytes_spans(record, field))
+
+
+def split_feature(record: Buffer, field: Field, edges: Sequence[int]) -> list[bytes]:
+    """Cuts a feature into serialized `Feature`s of the values [edges[i], edges[i + 1]); bytes are untouched."""
+    if field.kind == BYTES:
+        # The list message is nothing but its values one after another, each with its tag.
+        at = [field.start, *(end for _, end in bytes_spans(record, field))]
+        payloads: list[Buffer] = [record[at[a] : at[b]] for a, b in itertools.pairwise(edges)]
+    elif field.kind == FLOAT:
+        values = floats(record, field)
+        payloads = [_tagged(1, values[a:b].tobytes()) for a, b in itertools.pairwise(edges)]
+    elif field.kind == INT64:
+        packed = _packed_ints(record, field)
+        at_int = np.concatenate([[0], np.flatnonzero(np.frombuffer(packed, np.uint8) < 128) + 1])
+        payloads = [_tagged(1, packed[int(at_int[a]) : int(at_int[b])]) for a, b in itertools.pairwise(edges)]
+    else:
+        return [b""] * (len(edges) - 1)
+    return [_tagged(field.kind, payload) for payload in payloads]
+
+
+def whole_feature(record: Buffer, field: Field) -> bytes:
+    """A serialized `Feature` equal to the one in `record`."""
+    return _tagged(field.kind, record[field.start : field.stop]) if field.kind else b""
+
+
+def int_feature(values: Iterable[int]) -> bytes:
+    """A serialized `Feature` with an int64 list of non-negative values."""
+    return _tagged(INT64, _tagged(1, b"".join(_varint(v) for v in values)))
+
+
+def serialize(features: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A serialized `Example` from (name, serialized `Feature`) pairs."""
+    entries = [_tagged(1, _tagged(1, name) + _tagged(2, feature)) for name, feature in features]
+    return _tagged(1, b"".join(entries))
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _tagged(number: int, payload: Buffer) -> bytes:
+    return b"".join((bytes((number << 3 | 2,)), _varint(len(payload)), payload))
+
+
+def _read_varint(record: Buffer, at: int) -> tuple[int, int]:
+    value = record[at]
+    at += 1
+    if value < 128:
+        return value, at
+    value &= 127
+    shift = 7
+    while True:
+        byte = record[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+
+
+def _messages(record: Buffer, at: int, stop: int):
+    """Yields (field number, start, stop) of the length-delimited fields in a byte range."""
+    while at < stop:
+        tag, at = _read_varint(record, at)
+        if tag & 7 != 2:
+            raise ValueError(f"unexpected wire type {tag & 7} in a tf.Example")
+        length, at = _read_varint(record, at)
+        end = at + length
+        if end > stop:
+            raise ValueError("a field of the tf.Example runs over its end")
+        yield tag >> 3, at, end
+        at = end
+
+
+def _values(record: Buffer, field: Field):
+    """Yields (wire type, start, stop) of the runs of a numeric list."""
+    at, stop = field.start, field.stop
+    while at < stop:
+        tag, at = _read_varint(record, at)
+        wire = tag & 7
+        if wire == 2:
+            length, at = _read_varint(record, at)
+            end = at + length
+        elif wire == 5:
+            end = at + 4
+        else:
+            _, end = _read_varint(record, at)
+        if end > stop:
+            raise ValueError("a list of the tf.Example runs over its end")
+        yield wire, at, end
+        at = end
+
+
+def _packed_ints(record: Buffer, field: Field) -> bytes:
+    if field.kind not in (INT64, 0):
+        raise ValueError("expected a list of int64")
+    parts = []
+    for wire, start, stop in _values(record, field):
+        if wire not in (0, 2):
+            raise ValueError("malformed list of int64")
+        parts.append(bytes(record[start:stop]))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _entry(record: Buffer, start: int, stop: int) -> tuple[bytes, tuple[int, int]]:
+    name, value = b"", (stop, stop)
+    for number, a, b in _messages(record, start, stop):
+        if number == 1:
+            name = bytes(record[a:b])
+        elif number == 2:
+            value = (a, b)
+    return name, value
+
+
+def _feature(record: Buffer, start: int, stop: int) -> Field:
+    for number, a, b in _messages(record, start, stop):
+        if number in (BYTES, FLOAT, INT64):
+            return Field(number, a, b)
+    return Field(0, stop, stop)

@@ -1,0 +1,342 @@
+"""Batches for training and held-out windows, read through grain.
+
+`Loader` turns a position into a sample (order -> window -> frames, columns -> normalised arrays), lets grain's
+threads work ahead, and joins samples to batches. It keeps no state but the step it is at.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.order import StreamOrder
+from uwm_jax.data.records import Dataset, dataset_dir
+from uwm_jax.data.stats import join_stats, key_stats
+from uwm_jax.data.transforms import get_transform
+from uwm_jax.data.windows import Windows, WindowSpec, split_episodes
+from uwm_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def open_dataset(config: Any) -> Dataset:
+    """The dataset that `config.data` names."""
+    return Dataset(dataset_dir(config.path), config.split)
+
+
+class Trace(NamedTuple):
+    """Where a sample comes from: `origin` is the step of the episode at which its window begins."""
+
+    dataset: str
+    shard: str
+    episode: int
+    origin: int
+
+
+class Samples:
+    """One window of a dataset as arrays, as `config.data` asks for them.
+
+    Args:
+        dataset: an open split.
+        config: `config.data`.
+    Raises:
+        UserError: a key that the dataset does not have, a transform that does not fit, values that are not finite.
+    """
+
+    def __init__(self, dataset: Dataset, config: Any):
+        self.dataset = dataset
+        self.spec = WindowSpec.from_config(config.window)
+        self.cameras = {name: dataset.camera_key(name) for name in sorted(config.cameras)}
+        self._low_dim = {name: dataset.column_key(name) for name in sorted(config.low_dim)}
+        self._text = dataset.float_key(config.text) if config.text else ""
+        self._action = [(dataset.column_key(key), get_transform(name)) for key, name in config.action]
+        identity = get_transform("identity")
+        stats = {name: key_stats(dataset, key, identity) for name, key in self._low_dim.items()}
+        widths = [t.width(key, self._width(key)) for key, t in self._action]
+        stats["action"] = join_stats(key_stats(dataset, key, t) for key, t in self._action)
+        self.normalizer = Normalizer.from_stats(stats, config.normalize, stats)
+        self.action_dim = sum(widths)
+        self.low_dim = {name: self._width(key) for name, key in self._low_dim.items()}
+        self.text_dim = self._width(self._text) if self._text else 0
+
+    def load(self, episode: int, origin: int) -> Batch:
+        """The sample of the window at `origin` of an episode, keys as in `Loader` without the batch axis."""
+        dataset, spec = self.dataset, self.spec
+        length, start = int(dataset.episode_lengths[episode]), int(dataset.episode_starts[episode])
+        obs = spec.steps(spec.obs, origin, length)
+        action = spec.steps(spec.action, origin, length)
+        steps = obs + spec.steps(spec.next_obs, origin, length)
+        sample: Batch = {}
+        frames = {key: np.empty((len(steps), *dataset.cameras[key], 3), np.uint8) for key in self.cameras.values()}
+        dataset.frames(episode, dict.fromkeys(frames, steps), frames)
+        for name, key in self.cameras.items():
+            sample[f"obs/{name}"] = frames[key][: len(obs)]
+            sample[f"next_obs/{name}"] = frames[key][len(obs) :]
+        for name, key in self._low_dim.items():
+            sample[f"obs/{name}"] = self._normalized(name, self._rows(key, start, obs).astype(np.float32))
+        if self._text:
+            sample["obs/text"] = np.array(dataset.values(episode, obs[-1], self._text), np.float32)
+        parts = [transform.apply(self._rows(key, start, action)) for key, transform in self._action]
+        sample["action"] = self._normalized("action", np.concatenate(parts, axis=-1))
+        sample["action_mask"] = np.bool_(True)
+        return sample
+
+    def _rows(self, key: str, start: int, steps: list[int]) -> np.ndarray:
+        column = self.dataset.column(key)
+        return np.asarray(column[[start + s for s in steps]]).reshape(len(steps), -1)
+
+    def _normalized(self, key: str, x: np.ndarray) -> np.ndarray:
+        return np.asarray(self.normalizer.normalize(key, x), np.float32)
+
+    def _width(self, key: str) -> int:
+        return int(np.prod(self.dataset.step_shape(key), dtype=np.int64))
+
+
+class _Source:
+    """What grain indexes: this process's rows of all batches from `start_step` on, in order."""
+
+    def __init__(self, loader: Loader):
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return 1 << 48  # training stops by itself; epochs are the order's business
+
+    def __getitem__(self, i: int) -> Batch:
+        loader = self._loader
+        step, place = divmod(int(i), loader.local_batch_size)
+        row = place * loader.process_count + loader.process_index
+        position = (loader.start_step + step) * loader.batch_size + row
+        sample = loader.samples.load(*loader.windows.locate(loader.order.window(position)))
+        return sample | {"row": np.int32(row)}
+
+
+class Loader:
+    """Training batches of a dataset from `start_step` on, and its held-out windows.
+
+    Iterating yields flat dicts of numpy arrays, with b = batch_size / process_count rows of this process:
+    `obs/<camera>`, `next_obs/<camera>` (b, T, H, W, 3) uint8 raw; `obs/<low-dim key>` (b, T, D) and `action`
+    (b, Ta, Da) float32, normalised; `obs/text` (b, E) float32 if configured; `action_mask` (b,) bool; `row` (b,)
+    int32, the row's index in the global batch. Process p of P has the rows p, p + P, ...; the global batch of a
+    step depends on nothing but (dataset, config, batch_size, seed, step).
+
+    Args:
+        dataset: an open split; `config`: `config.data`; `batch_size`: global; `seed`: of the order.
+        start_step: batches drawn before the first one.
+        process_index, process_count: this process among those that share every batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: Any,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self.dataset = dataset
+        self.config = config
+        self.batch_size = batch_size
+        self.start_step = start_step
+        self.process_index, self.process_count = process_index, process_count
+        self.samples = Samples(dataset, config)
+        train, held_out = split_episodes(dataset.num_episodes, config.val_ratio)
+        self.windows = Windows(self.samples.spec, dataset.episode_lengths, train, "training episodes")
+        self._held_out_episodes = held_out
+        self.order = StreamOrder(len(self.windows), config.num_streams, seed)
+        for what, number in (("the batch size", batch_size), ("the number of streams", self.order.num_streams)):
+            if number % process_count:
+                raise UserError(
+                    f"{process_count} processes do not divide {what}, {number} ({len(self.windows)} windows, "
+                    f"config.batch_size={batch_size}, config.data.num_streams={config.num_streams})."
+                )
+        self.local_batch_size = batch_size // process_count
+
+    @property
+    def normalizer(self) -> Normalizer:
+        return self.samples.normalizer
+
+    def facts(self) -> dict[str, Any]:
+        """What a model must know: cameras {name: (H, W)}, low_dim {name: D}, action_dim, text_dim, normalizer."""
+        return {
+            "cameras": {name: self.dataset.cameras[key] for name, key in self.samples.cameras.items()},
+            "low_dim": dict(self.samples.low_dim),
+            "action_dim": self.samples.action_dim,
+            "text_dim": self.samples.text_dim,
+            "normalizer": self.normalizer,
+        }
+
+    def summary(self) -> str:
+        """One line about the data, for people."""
+        lengths = self.dataset.episode_lengths
+        return (
+            f"data: {self.dataset.directory} ({self.dataset.split}): {self.dataset.num_episodes} episodes, "
+            f"{int(lengths.sum())} steps; {len(self.windows)} training windows in {len(self.windows.episodes)} "
+            f"episodes, {len(self._held_out_episodes)} episodes held out; cameras {', '.join(self.samples.cameras)}; "
+            f"action {self.samples.action_dim}-d"
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        threads = self.config.num_threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, 2 * threads) if threads else 0)
+        dataset = grain.MapDataset.source(_Source(self)).to_iter_dataset(options)
+        return iter(dataset.batch(self.local_batch_size, drop_remainder=True))
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after `step` steps must keep, JSON: no topology, only a position and what it counts."""
+        name = self.dataset.directory.name
+        return {
+            "position": step * self.batch_size,
+            "seed": self.order.seed,
+            "num_streams": self.order.num_streams,
+            "weights": [[0, {name: 1.0}]],  # (from which position, weight of each source)
+            "datasets": {name: self.dataset.fingerprint},
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Checks that this loader continues the order that `state` was saved from.
+
+        Raises:
+            UserError: another dataset, seed or number of streams, or another place than `start_step`.
+        """
+        expected = self.state(self.start_step)
+        for field, value in expected.items():
+            if state.get(field) != value:
+                raise UserError(
+                    f"{self.dataset.directory}: the checkpoint's data order has {field} = {state.get(field)!r}, "
+                    f"this run has {value!r}. Continue with the same data and config, or use a new --workdir."
+                )
+
+    def describe(self, position: int) -> Trace:
+        """Where the sample at a global position (step * batch_size + row) comes from."""
+        episode, origin = self.windows.locate(self.order.window(position))
+        shard = self.dataset.locate(episode, max(origin, 0)).shard
+        return Trace(str(self.dataset.directory), shard, episode, origin)
+
+    def held_out(self, num_windows: int, seed: int = 0) -> HeldOut:
+        """At most `num_windows` windows of validation episodes, evenly spread over all of them, always the same.
+
+        Raises:
+            UserError: there are no validation episodes, or none is long enough.
+        """
+        if not len(self._held_out_episodes):
+            raise UserError(
+                f"{self.dataset.directory}: no episodes are held out "
+                f"(config.data.val_ratio={self.config.val_ratio}, {self.dataset.num_episodes} episodes)."
+            )
+        windows = Windows(
+            self.samples.spec, self.dataset.episode_lengths, self._held_out_episodes, "validation episodes"
+        )
+        count = min(num_windows, len(windows))
+        # One window from each of `count` equal parts of the list, at the same place of each part.
+        place = np.random.default_rng(seed).random()
+        chosen = ((np.arange(count) + place) * len(windows) / count).astype(np.int64)
+        return HeldOut(self.samples, [windows.locate(int(w)) for w in chosen])
+
+    def close(self) -> None:
+        """Closes the dataset's files."""
+        self.dataset.close()
+
+
+class HeldOut:
+    """Fixed windows for evaluation.
+
+    Attributes:
+        episodes: (n,) int64 episode of each window: intervals are to be clustered by it.
+        origins: (n,) int64 first step of each window.
+    """
+
+    def __init__(self, samples: Samples, windows: list[tuple[int, int]]):
+        self._samples = samples
+        self.episodes, self.origins = np.asarray(windows, np.int64).T
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Windows [start, stop) as a batch; `row` is the window's number. Windows beyond the last start over."""
+        rows = np.arange(start, stop) % len(self)
+        loaded = [self._samples.load(int(self.episodes[r]), int(self.origins[r])) for r in rows]
+        return {k: np.stack([x[k] for x in loaded]) for k in loaded[0]} | {"row": rows.astype(np.int32)}
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All windows in batches of one size; the last batch is filled up from the beginning."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(start, start + batch_size)
+
+
+def prefetch_to_device(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int) -> DevicePrefetch:
+    """A loader's batches on the devices, `depth` of them ahead."""
+    return DevicePrefetch(batches, sharding, depth)
+
+
+class DevicePrefetch(Iterator[dict[str, jax.Array]]):
+    """Iterates over a loader's batches, already on the devices: a thread keeps `depth` batches ahead.
+
+    Every process gives its own rows of the global batch; `sharding` says how the batch axis lies on the devices.
+    An exception of the loader is raised where the batch would have come.
+
+    Attributes:
+        wait_seconds: how long `next` has waited for data so far.
+    """
+
+    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int):
+        self.wait_seconds = 0.0
+        self._sharding = sharding
+        self._depth = max(depth, 1)
+        self._ready: collections.deque[Any] = collections.deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, args=(batches,), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> dict[str, jax.Array]:
+        began = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._closed)
+            if not self._ready:
+                raise StopIteration
+            item = self._ready[0]
+            if isinstance(item, BaseException):
+                raise item  # stays first: it is the end of the iterator
+            self._ready.popleft()
+            self._changed.notify_all()
+        self.wait_seconds += time.perf_counter() - began
+        return item
+
+    def close(self) -> None:
+        """Stops the thread and lets go of the batches."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _work(self, batches: Iterator[Batch]) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
+                if self._closed:
+                    return
+            item: Any
+            try:
+                batch = next(batches)
+                item = {k: jax.make_array_from_process_local_data(self._sharding, x) for k, x in batch.items()}
+            except BaseException as e:  # noqa: BLE001 - handed to the consumer, StopIteration too
+                item = e
+            with self._changed:
+                if self._closed:
+                    return
+                self._ready.append(item)
+                self._changed.notify_all()
+            if isinstance(item, BaseException):
+                return

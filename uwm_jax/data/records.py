@@ -1,0 +1,333 @@
+"""The training layout on disk, and random access to it.
+
+A dataset directory is a TFDS-readable RLDS dataset in ArrayRecord (`dataset_info.json`,
+`features.json`, shards with one record per group) whose records are chunks of up to `chunk_steps`
+consecutive steps of one episode, encoded images untouched. Beside it lie
+
+- `manifest.json`: format version, source, keys with shapes and dtypes, camera sizes, and per split
+  the counts, what was skipped, and the shards with size and sha256;
+- `index/<split>.npz`: `episode_length` (E,), `episode_first_chunk` (E,), `chunk_shard` (K,),
+  `chunk_record` (K,), all int64, chunks of an episode being consecutive;
+- `columns/<split>/<key>.npy`: every numeric step key of at most `COLUMN_MAX_SIZE` values, (steps, ...)
+  in episode order, float32 or int64, so that actions and statistics need no record;
+- `codec/pca.npz` and `stats.json`, which `data_prep` derives from the above.
+
+A window then costs a few reads of whole records, a scan of their wire format, and the decoding of
+only the frames that it uses.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from array_record.python import array_record_module
+from etils import epath
+from PIL import Image
+
+from uwm_jax.data import example
+from uwm_jax.errors import UserError
+
+FORMAT = "uwm_jax/chunks"
+FORMAT_VERSION = 1
+COLUMN_MAX_SIZE = 256
+
+# Open files are kept for this many shards; a reader holds a descriptor and its shard's index.
+_MAX_OPEN_SHARDS = 256
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_READER_BUFFER = 1 << 15
+
+
+def dataset_dir(path: str | os.PathLike[str]) -> epath.Path:
+    """Where a dataset lies: `path` itself if absolute (or a URL), else under $UWM_DATA_DIR (default `data/`)."""
+    return epath.Path(os.environ.get("UWM_DATA_DIR", "data")) / path
+
+
+def fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Identifies a dataset's content: sha256 of its manifest, which holds the checksum of every shard."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def column_file(split: str, key: str) -> str:
+    """File of a column, relative to the dataset directory."""
+    return f"columns/{split}/{key.replace('/', '.')}.npy"
+
+
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked manifest of a dataset directory.
+
+    Raises:
+        UserError: there is none, or it is of another format.
+    """
+    file = epath.Path(path) / "manifest.json"
+    if not file.exists():
+        hint = ""
+        if (epath.Path(path) / "dataset_info.json").exists():
+            hint = f" This is a plain TFDS dataset: run `python -m data_prep.reshard --input={path} --output=DIR`."
+        raise UserError(f"{path}: no training dataset here (no manifest.json).{hint}")
+    try:
+        manifest = json.loads(file.read_text())
+    except json.JSONDecodeError as e:
+        raise UserError(f"{file} is not valid JSON: {e}") from e
+    found = (manifest.get("format"), manifest.get("format_version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        raise UserError(
+            f"{file}: expected format {(FORMAT, FORMAT_VERSION)}, found {found}. "
+            "Make the dataset again with `python -m data_prep.reshard` of this version."
+        )
+    missing = {"name", "chunk_steps", "step_features", "cameras", "splits"} - set(manifest)
+    if missing:
+        raise UserError(f"{file}: the fields {', '.join(sorted(missing))} are missing. Make the dataset again.")
+    return manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRef:
+    """Where a step is stored: the shard's file name, the record in it, and the step's place in the record."""
+
+    shard: str
+    record: int
+    offset: int
+
+
+class Dataset:
+    """One split of a dataset directory, opened for random access; safe to use from many threads.
+
+    Attributes:
+        directory, split, manifest, fingerprint.
+        episode_lengths: (E,) int64.
+        episode_starts: (E,) int64, where an episode begins in the columns.
+        cameras: step key -> (height, width) of the 3-channel uint8 image features.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], split: str = "train"):
+        self.directory = epath.Path(path)
+        self.split = split
+        self.manifest = read_manifest(path)
+        self.fingerprint = fingerprint(self.manifest)
+        if split not in self.manifest["splits"]:
+            raise UserError(
+                f"{self.directory}: no split {split!r}; it has {', '.join(sorted(self.manifest['splits']))}."
+            )
+        info = self.manifest["splits"][split]
+        self.chunk_steps = int(self.manifest["chunk_steps"])
+        self.cameras = {k: (c["height"], c["width"]) for k, c in self.manifest["cameras"].items()}
+        self._shards = [s["file"] for s in info["shards"]]
+        self._check_shard_sizes(info["shards"])
+        self._read_index(info)
+        self._columns: dict[str, np.ndarray] = {}
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.episode_lengths)
+
+    @property
+    def column_keys(self) -> list[str]:
+        """Step keys that have a column, sorted."""
+        return sorted(k for k, f in self.manifest["step_features"].items() if f["column"])
+
+    def camera_key(self, name: str) -> str:
+        """Step key of a camera, named in full or without the leading `observation/`."""
+        return self._resolve(name, self.cameras, "camera")
+
+    def column_key(self, name: str) -> str:
+        """Step key of a low-dimensional observation, named in full or without `observation/`."""
+        return self._resolve(name, self.column_keys, "low-dimensional key")
+
+    def float_key(self, name: str) -> str:
+        """Step key of a vector of floats of any size (for example a text embedding)."""
+        keys = [k for k, f in self.manifest["step_features"].items() if f["dtype"].startswith("float")]
+        return self._resolve(name, keys, "step key with floats")
+
+    def step_shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one step of a step key."""
+        return tuple(self.manifest["step_features"][key]["shape"])
+
+    def column(self, key: str) -> np.ndarray:
+        """Values of all steps, (steps, ...) float32 or int64, memory-mapped where the file is local."""
+        if key not in self._columns:
+            self._columns[key] = self._load_column(self._resolve(key, self.column_keys, "column"))
+        return self._columns[key]
+
+    def locate(self, episode: int, step: int) -> ChunkRef:
+        """Where a step of an episode is stored."""
+        chunk, offset = divmod(step, self.chunk_steps)
+        chunk += int(self._first_chunk[episode])
+        return ChunkRef(self._shards[self._chunk_shard[chunk]], int(self._chunk_record[chunk]), offset)
+
+    def record(self, episode: int, chunk: int) -> bytes:
+        """The serialized `tf.Example` with steps [chunk * chunk_steps, ...) of an episode."""
+        row = int(self._first_chunk[episode]) + chunk
+        shard, record = int(self._chunk_shard[row]), int(self._chunk_record[row])
+        try:
+            return self._reader(shard).read([record])[0]
+        except (RuntimeError, IndexError, ValueError) as e:
+            raise UserError(
+                f"{self.directory / self._shards[shard]}: record {record} cannot be read ({str(e)[:200]}). "
+                "The file is damaged: copy it again (manifest.json has its sha256) or make the dataset again."
+            ) from e
+
+    def frames(self, episode: int, steps: Mapping[str, Sequence[int]], into: Mapping[str, np.ndarray]) -> None:
+        """Decodes frames of an episode.
+
+        Args:
+            episode: its number in the split.
+            steps: camera key -> steps wanted; each record that holds any of them is read once.
+            into: camera key -> (len(steps), H, W, 3) uint8, C-contiguous, that receives the frames.
+        """
+        wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
+        for camera, indices in steps.items():
+            for place, step in enumerate(indices):
+                chunk, offset = divmod(step, self.chunk_steps)
+                wanted.setdefault(chunk, {}).setdefault(camera, []).append((offset, place))
+        for chunk, cameras in wanted.items():
+            # The view keeps slices of a record of a megabyte from being copied.
+            record = memoryview(self.record(episode, chunk))
+            names = {b"steps/" + camera.encode(): camera for camera in cameras}
+            try:
+                fields = example.scan(record, names)
+                for name, camera in names.items():
+                    last = max(offset for offset, _ in cameras[camera])
+                    spans = example.bytes_spans(record, fields[name], last + 1)
+                    for offset, place in cameras[camera]:
+                        decode_image(record[slice(*spans[offset])], into[camera][place])
+            except (ValueError, KeyError, IndexError, OSError) as e:
+                ref = self.locate(episode, chunk * self.chunk_steps)
+                raise UserError(
+                    f"{self.directory / ref.shard}: record {ref.record} (episode {episode}, steps from "
+                    f"{chunk * self.chunk_steps}): {', '.join(cameras)}: {e!s}. The record is not what manifest.json "
+                    "describes: make the dataset again."
+                ) from e
+
+    def values(self, episode: int, step: int, key: str) -> np.ndarray:
+        """The floats of a step key at one step, (size,) float32, read from the record."""
+        chunk, offset = divmod(step, self.chunk_steps)
+        record = self.record(episode, chunk)
+        name = b"steps/" + key.encode()
+        fields = example.scan(record, {name})
+        size = int(np.prod(self.step_shape(key)))
+        values = example.floats(record, fields[name]) if name in fields else np.empty(0, np.float32)
+        if len(values) < (offset + 1) * size:
+            ref = self.locate(episode, step)
+            raise UserError(
+                f"{self.directory / ref.shard}: record {ref.record} has no value of {key!r} at step {step}."
+            )
+        return values[offset * size : (offset + 1) * size]
+
+    def close(self) -> None:
+        """Closes the open shards; a later read opens them again."""
+        with self._lock:
+            for reader in self._readers.values():
+                reader.close()
+            self._readers.clear()
+
+    def _resolve(self, name: str, keys: Any, what: str) -> str:
+        for key in (f"observation/{name}", name):
+            if key in keys:
+                return key
+        raise UserError(f"{self.directory}: no {what} {name!r}; it has: {', '.join(sorted(keys)) or 'none'}.")
+
+    def _check_shard_sizes(self, shards: list[dict[str, Any]]) -> None:
+        for shard in shards:
+            file = self.directory / shard["file"]
+            if not file.exists():
+                raise UserError(f"{file} is missing, though manifest.json names it. Copy it again.")
+            if (size := file.stat().length) != shard["bytes"]:
+                raise UserError(f"{file}: expected {shard['bytes']} bytes, found {size}. Copy it again.")
+
+    def _read_index(self, info: dict[str, Any]) -> None:
+        file = self.directory / "index" / f"{self.split}.npz"
+        try:
+            with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as index:
+                self.episode_lengths = index["episode_length"]
+                self._first_chunk = index["episode_first_chunk"]
+                self._chunk_shard = index["chunk_shard"]
+                self._chunk_record = index["chunk_record"]
+        except (OSError, KeyError, ValueError) as e:
+            raise UserError(f"{file}: the episode index cannot be read ({e}). Make the dataset again.") from e
+        found = (len(self.episode_lengths), int(self.episode_lengths.sum()), len(self._chunk_shard))
+        expected = (info["episodes"], info["steps"], info["chunks"])
+        if found != expected:
+            raise UserError(
+                f"{file}: expected (episodes, steps, chunks) {expected} as in manifest.json, found {found}. "
+                "Make the dataset again."
+            )
+        self.episode_starts = np.concatenate([[0], np.cumsum(self.episode_lengths)[:-1]]).astype(np.int64)
+
+    def _load_column(self, key: str) -> np.ndarray:
+        file = self.directory / column_file(self.split, key)
+        try:
+            if "://" in os.fspath(file):
+                column = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+            else:
+                column = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{file}: the column cannot be read ({e}). Make the dataset again.") from e
+        expected = (int(self.episode_lengths.sum()), *self.step_shape(key))
+        if column.shape != expected:
+            raise UserError(f"{file}: expected shape {expected}, found {column.shape}. Make the dataset again.")
+        return column
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            if shard in self._readers:
+                self._readers.move_to_end(shard)
+                return self._readers[shard]
+            reader = array_record_module.ArrayRecordReader(
+                os.fspath(self.directory / self._shards[shard]), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
+            )
+            if not reader.ok():
+                raise UserError(
+                    f"{self.directory / self._shards[shard]} is not a whole ArrayRecord file. Copy it again."
+                )
+            self._readers[shard] = reader
+            # The evicted reader is closed by its last user, not here: another thread may be reading from it.
+            if len(self._readers) > _MAX_OPEN_SHARDS:
+                self._readers.popitem(last=False)
+            return reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a Dataset holds open files; open it again from its path")
+
+
+def image_size(data: bytes | memoryview) -> tuple[int, int, int]:
+    """(height, width, channels) from the header of an encoded image.
+
+    Raises:
+        ValueError: neither JPEG nor an image that Pillow reads.
+    """
+    if data[:2] == b"\xff\xd8":
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        return height, width, 1 if space == "Gray" else 3
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width, len(image.getbands())
+    except OSError as e:
+        raise ValueError(str(e)) from e
+
+
+def decode_image(data: bytes | memoryview, out: np.ndarray) -> None:
+    """Decodes a JPEG or PNG into `out`, (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError, OSError: a damaged image, or one of another size.
+    """
+    height, width, _ = image_size(data)
+    if (height, width, 3) != out.shape:
+        raise ValueError(f"expected an image of {out.shape[0]} x {out.shape[1]}, found {height} x {width}")
+    if data[:2] == b"\xff\xd8":
+        simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+    else:
+        with Image.open(io.BytesIO(data)) as image:
+            out[...] = np.asarray(image.convert("RGB"))

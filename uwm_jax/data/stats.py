@@ -1,0 +1,113 @@
+"""Statistics of low-dimensional columns, as they are or after an action transform."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from uwm_jax.data.records import Dataset
+from uwm_jax.data.transforms import Transform
+
+Stats = dict[str, Any]
+
+STATS_FILE = "stats.json"
+
+_BLOCK = 1 << 18  # rows in memory at a time
+_QUANTILE_VALUES = 1 << 26  # values that quantiles are taken of: more are thinned evenly
+_FIELDS = ("min", "max", "mean", "std", "q01", "q99")
+
+
+def column_stats(column: np.ndarray, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> Stats:
+    """Statistics per dimension of (N, ...) values, after `transform` of (n, D) blocks if given.
+
+    Returns:
+        {"count": N, "nonfinite": rows with NaN or infinity (left out of the rest), and lists of D floats
+        "min", "max", "mean", "std", "q01", "q99"}. Quantiles come from at most 2**26 values, rows evenly thinned.
+    """
+    column = column.reshape(len(column), -1)
+    finite_rows, thinned = 0, []
+    stride = 1
+    low = high = mean = square = np.zeros(0)
+    for start in range(0, len(column), _BLOCK):
+        block = np.asarray(column[start : start + _BLOCK])
+        block = block if transform is None else transform(block)
+        if start == 0:
+            low, high = np.full(block.shape[1], np.inf), np.full(block.shape[1], -np.inf)
+            mean = square = np.zeros(block.shape[1])
+            stride = max(1, -(-len(column) * block.shape[1] // _QUANTILE_VALUES))
+        thinned.append(block[-start % stride :: stride].astype(np.float32))
+        block = block[np.isfinite(block).all(axis=1)].astype(np.float64)
+        if not len(block):
+            continue
+        low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+        # Chan et al. 1979: joining the moments of two sets keeps float64 exact enough for any count.
+        delta, n = block.mean(axis=0) - mean, len(block)
+        square = square + block.var(axis=0) * n + delta**2 * (finite_rows * n / (finite_rows + n))
+        mean = mean + delta * (n / (finite_rows + n))
+        finite_rows += n
+    result: Stats = {"count": len(column), "nonfinite": len(column) - finite_rows}
+    if finite_rows:
+        sample = np.concatenate(thinned)
+        sample = sample[np.isfinite(sample).all(axis=1)]
+        q01, q99 = np.quantile(sample, [0.01, 0.99], axis=0) if len(sample) else (low, high)
+        values = (low, high, mean, np.sqrt(square / finite_rows), q01, q99)
+        result |= {name: [float(v) for v in value] for name, value in zip(_FIELDS, values, strict=True)}
+    return result
+
+
+def dataset_stats(dataset: Dataset) -> dict[str, Stats]:
+    """Statistics of every column of a split, by step key."""
+    return {key: column_stats(dataset.column(key)) for key in dataset.column_keys}
+
+
+def key_stats(dataset: Dataset, key: str, transform: Transform) -> Stats:
+    """Statistics of one column after a transform.
+
+    Untransformed ones come from `stats.json`. The others are computed once (a pass over the column) and kept
+    in the dataset's `derived_stats/` where that is writable; a file of other data is never believed.
+    """
+    if transform.name == "identity":
+        stored = _read_matching(dataset, STATS_FILE)
+        if stored and key in stored.get("splits", {}).get(dataset.split, {}):
+            return stored["splits"][dataset.split][key]
+    name = f"derived_stats/{dataset.split}.{key.replace('/', '.')}.{transform.name}.json"
+    stored = _read_matching(dataset, name)
+    if stored:
+        return stored["stats"]
+    stats = column_stats(dataset.column(key), transform.apply)
+    file = dataset.directory / name
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"fingerprint": dataset.fingerprint, "stats": stats})
+    except OSError:
+        pass  # a read-only dataset: the next start computes them again
+    return stats
+
+
+def write_json(file: str | os.PathLike[str], value: Any) -> None:
+    """Writes a JSON file by rename, so that several processes may write it and none reads half of it."""
+    temporary = epath.Path(f"{os.fspath(file)}.{secrets.token_hex(4)}.tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(file)
+
+
+def _read_matching(dataset: Dataset, name: str) -> dict[str, Any] | None:
+    file = dataset.directory / name
+    try:
+        stored = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return stored if stored.get("fingerprint") == dataset.fingerprint else None
+
+
+def join_stats(parts: Iterable[Stats]) -> Stats:
+    """Statistics of a vector that is joined from parts."""
+    parts = list(parts)
+    joined: Stats = {"count": parts[0]["count"], "nonfinite": sum(p["nonfinite"] for p in parts)}
+    return joined | {name: sum((p[name] for p in parts), []) for name in _FIELDS if all(name in p for p in parts)}

@@ -1,0 +1,95 @@
+"""Transforms of actions and rotations, vectorised over leading axes.
+
+DROID's 10-d action of the paper is `action_dict/cartesian_velocity` through `xyz_euler_to_rot6d`, joined with
+`action_dict/gripper_position`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from uwm_jax.errors import UserError
+
+
+def xyz_euler_to_rot6d(x: np.ndarray) -> np.ndarray:
+    """Position and Euler angles to position and the first two rows of the rotation.
+
+    Args:
+        x: (..., 6) xyz and radians (a, b, c), meaning R = Rx(a) Ry(b) Rz(c) (intrinsic XYZ).
+    Returns:
+        (..., 9) float32: xyz, row 0 of R, row 1 of R (Zhou et al., arXiv:1812.07035, uses columns).
+    """
+    x = np.asarray(x, np.float64)
+    (ca, cb, cc), (sa, sb, sc) = (np.moveaxis(f(x[..., 3:6]), -1, 0) for f in (np.cos, np.sin))
+    rows = [cb * cc, -cb * sc, sb, ca * sc + sa * sb * cc, ca * cc - sa * sb * sc, -sa * cb]
+    return np.concatenate([x[..., :3], np.stack(rows, axis=-1)], axis=-1).astype(np.float32)
+
+
+def rot6d_to_xyz_euler(x: np.ndarray, convention: str = "intrinsic") -> np.ndarray:
+    """Inverse of `xyz_euler_to_rot6d`; the six numbers need not be orthonormal (Gram-Schmidt).
+
+    Args:
+        x: (..., 9) xyz and two rows of a rotation.
+        convention: "intrinsic" is the true inverse, with b in [-pi/2, pi/2]; "extrinsic" reads the angles
+            of R = Rz(c) Ry(b) Rx(a) instead, as the official UWM deployment does.
+    Returns:
+        (..., 6) float32 xyz and radians.
+    """
+    if convention not in ("intrinsic", "extrinsic"):
+        raise ValueError(f"expected convention 'intrinsic' or 'extrinsic', found {convention!r}")
+    x = np.asarray(x, np.float64)
+    r0 = _unit(x[..., 3:6])
+    r1 = _unit(x[..., 6:9] - np.sum(r0 * x[..., 6:9], axis=-1, keepdims=True) * r0)
+    r = np.stack([r0, r1, np.cross(r0, r1)], axis=-2)
+    if convention == "extrinsic":
+        # The extrinsic angles of R are, negated, the intrinsic angles of its transpose.
+        return np.concatenate([x[..., :3], -_intrinsic_xyz(np.swapaxes(r, -1, -2))], axis=-1).astype(np.float32)
+    return np.concatenate([x[..., :3], _intrinsic_xyz(r)], axis=-1).astype(np.float32)
+
+
+def _intrinsic_xyz(r: np.ndarray) -> np.ndarray:
+    """(a, b, c) of R = Rx(a) Ry(b) Rz(c); where b = +-pi/2 fixes only a sum of a and c, c is 0."""
+    b = np.arcsin(np.clip(r[..., 0, 2], -1.0, 1.0))
+    locked = np.hypot(r[..., 0, 0], r[..., 0, 1]) < 1e-9
+    a = np.where(locked, np.arctan2(r[..., 2, 1], r[..., 1, 1]), np.arctan2(-r[..., 1, 2], r[..., 2, 2]))
+    c = np.where(locked, 0.0, np.arctan2(-r[..., 0, 1], r[..., 0, 0]))
+    return np.stack([a, b, c], axis=-1)
+
+
+def _unit(v: np.ndarray) -> np.ndarray:
+    return v / np.linalg.norm(v, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A named map (..., in_dim) -> (..., out_dim) float32; None means any width, unchanged."""
+
+    name: str
+    apply: Callable[[np.ndarray], np.ndarray]
+    in_dim: int | None = None
+    out_dim: int | None = None
+
+    def width(self, key: str, dim: int) -> int:
+        """Width of the result for a step key of width `dim`; raises UserError if it does not fit."""
+        if self.in_dim is not None and dim != self.in_dim:
+            raise UserError(f"config.data.action: {self.name!r} takes {self.in_dim} numbers, but {key!r} has {dim}.")
+        return dim if self.out_dim is None else self.out_dim
+
+
+TRANSFORMS = {
+    t.name: t
+    for t in (
+        Transform("identity", lambda x: np.asarray(x, np.float32)),
+        Transform("xyz_euler_to_rot6d", xyz_euler_to_rot6d, 6, 9),
+    )
+}
+
+
+def get_transform(name: str) -> Transform:
+    """The transform of this name; raises UserError for an unknown one."""
+    if name not in TRANSFORMS:
+        raise UserError(f"config.data.action: no transform {name!r}; there are {', '.join(sorted(TRANSFORMS))}.")
+    return TRANSFORMS[name]

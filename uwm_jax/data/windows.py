@@ -1,0 +1,99 @@
+"""Windows as data: which steps of an episode make one training sample, and how many samples there are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from uwm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowSpec:
+    """Relative step indices of a sample. The paper's is obs (0, 1), action 1..16, next_obs (17, 18).
+
+    Attributes:
+        obs, action, next_obs: indices relative to the window's origin.
+        pad: "none": every index lies inside the episode, so an episode of length L has
+            L - (largest - smallest index) windows; "edge": every step is once the last observed one
+            (`obs[-1]`), and indices outside the episode repeat its first or last step, so L windows.
+    """
+
+    obs: tuple[int, ...]
+    action: tuple[int, ...]
+    next_obs: tuple[int, ...]
+    pad: str = "none"
+
+    @classmethod
+    def from_config(cls, config: Any) -> WindowSpec:
+        """From `config.data.window`."""
+        return cls(tuple(config.obs), tuple(config.action), tuple(config.next_obs), config.pad)
+
+    @property
+    def span(self) -> int:
+        """Steps from the first to the last index, both included."""
+        indices = self.obs + self.action + self.next_obs
+        return max(indices) - min(indices) + 1
+
+    @property
+    def first_origin(self) -> int:
+        """Origin of an episode's first window."""
+        return -max(self.obs) if self.pad == "edge" else -min(self.obs + self.action + self.next_obs)
+
+    def count(self, lengths: np.ndarray) -> np.ndarray:
+        """Windows of episodes of these lengths, (E,) int64."""
+        lengths = np.asarray(lengths, np.int64)
+        return lengths if self.pad == "edge" else np.maximum(lengths - self.span + 1, 0)
+
+    def steps(self, indices: tuple[int, ...], origin: int, length: int) -> list[int]:
+        """Steps of an episode of `length` that `indices` mean for a window at `origin`."""
+        return [min(max(origin + i, 0), length - 1) for i in indices]
+
+
+class Windows:
+    """All windows of some episodes, numbered 0 .. len - 1 episode by episode; nothing is listed in memory.
+
+    Args:
+        spec: the window.
+        lengths: (E,) lengths of all episodes of the split.
+        episodes: (n,) which of them to use, rising.
+        what: names the set in the error message.
+    Raises:
+        UserError: no episode is long enough.
+    """
+
+    def __init__(self, spec: WindowSpec, lengths: np.ndarray, episodes: np.ndarray, what: str = "episodes"):
+        counts = spec.count(np.asarray(lengths)[episodes])
+        self.spec = spec
+        self.episodes = np.asarray(episodes)[counts > 0]
+        self._ends = np.cumsum(counts[counts > 0])
+        if not len(self.episodes):
+            longest = int(np.max(np.asarray(lengths)[episodes], initial=0))
+            raise UserError(
+                f"config.data.window spans {spec.span} steps, but the longest of {len(episodes)} {what} has {longest}. "
+                f"Use a window of at most {longest} steps, or config.data.window.pad='edge'."
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def locate(self, window: int) -> tuple[int, int]:
+        """(episode number in the split, origin step) of a window."""
+        i = int(np.searchsorted(self._ends, window, side="right"))
+        start = int(self._ends[i - 1]) if i else 0
+        return int(self.episodes[i]), window - start + self.spec.first_origin
+
+
+def split_episodes(num_episodes: int, val_ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """(training, validation) episode numbers, both rising.
+
+    clip(round(val_ratio * N), 1, N - 1) episodes, chosen without replacement by numpy's default_rng(0), are
+    held out (the official code's rule, shared with diffusion policy); none for val_ratio 0 or N = 1.
+    """
+    if val_ratio <= 0 or num_episodes < 2:
+        return np.arange(num_episodes), np.arange(0)
+    held_out = min(max(round(val_ratio * num_episodes), 1), num_episodes - 1)
+    chosen = np.sort(np.random.default_rng(0).choice(num_episodes, held_out, replace=False))
+    return np.setdiff1d(np.arange(num_episodes), chosen), chosen
