@@ -87,18 +87,17 @@ def collect(system: System, params: Any, frozen: Any, held_out: Any, batch_size:
             out |= {f"{mode}/{name}": value for name, value in made.items()}
         return out
 
-    total = len(held_out.episodes)
+    total = len(held_out)
     size = min(batch_size, total)
     pieces = []
     with tqdm(total=total, desc="sampling all modes", unit="window") as bar:
         for batch in held_out.batches(size):
-            rows = len(batch["row"])
-            padded = {k: np.concatenate([v, np.repeat(v[-1:], size - rows, axis=0)]) for k, v in batch.items()}
-            pieces.append(jax.tree.map(lambda x, n=rows: np.asarray(x)[:n], run(params, frozen, padded)))
-            bar.update(rows)
+            pieces.append(jax.device_get(run(params, frozen, batch)))
+            bar.update(min(size, total - bar.n))
+    # The last batch is filled up from the beginning; what it repeats is cut off.
     return {
-        "episode": np.asarray(held_out.episodes),
-        **{name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]},
+        "episode": held_out.episodes,
+        **{name: np.concatenate([p[name] for p in pieces])[:total] for name in pieces[0]},
     }
 
 

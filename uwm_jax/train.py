@@ -20,7 +20,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.loader import Loader, open_dataset, prefetch_to_device
 from uwm_jax.errors import UserError
 from uwm_jax.parallel import mesh as mesh_lib
-from uwm_jax.system import System
+from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training import state as state_lib
@@ -73,7 +73,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     loader = Loader(
         dataset, config.data, batch_size=config.batch_size, seed=config.seed, start_step=start_step
     )
-    facts = loader.facts()
+    facts = DataFacts(**loader.facts())
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
     codec, frozen = open_codec(config, checkpoints, last_step, dataset.directory, workdir)
@@ -121,10 +121,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch)
     try:
         for step in range(start_step + 1, config.total_steps + 1):
-            waited = time.perf_counter()
             batch = next(batches)
-            clock.waiting_for_data(time.perf_counter() - waited)
-
             state, metrics = train_step(state, frozen, batch)
             window.add(step, metrics)
 
@@ -132,7 +129,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             save = step % config.checkpoint.every == 0 or last
             if step % config.log_every == 0 or step == start_step + 1 or save:
                 means = window.means()  # raises on NaN, so that none is ever saved
-                rates = clock.tick(step)
+                rates = clock.tick(step, batches.wait_seconds)
                 print(progress_line(step, config.total_steps, {**means, **rates}), flush=True)
                 del rates["eta_seconds"]
                 log.write(step, {**means, **rates})
@@ -149,6 +146,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         checkpoints.wait()
     finally:
         log.close()
+        batches.close()
         loader.close()
         checkpoints.close()
     print(f"done: {config.total_steps} steps in {workdir}", flush=True)

@@ -62,24 +62,24 @@ class Clock:
         self._start: tuple[float, int] | None = None
         self._waited = 0.0
 
-    def waiting_for_data(self, seconds: float) -> None:
-        self._waited += seconds
-
-    def tick(self, step: int) -> dict[str, float]:
+    def tick(self, step: int, data_wait_seconds: float) -> dict[str, float]:
         """`samples_per_second`, `data_wait_fraction` and `eta_seconds`; the time since the last call counts.
 
         The first interval, which holds the compilation, is left out of the ETA.
+
+        Args:
+          data_wait_seconds: how long the run has waited for data so far.
         """
         now, (then, last) = time.perf_counter(), self._mark
         elapsed = max(now - then, 1e-9)
         rates = {
             "samples_per_second": (step - last) * self._batch_size / elapsed,
-            "data_wait_fraction": min(self._waited / elapsed, 1.0),
+            "data_wait_fraction": min((data_wait_seconds - self._waited) / elapsed, 1.0),
         }
         since = self._start or (then, last)
         rates["eta_seconds"] = (self._total - step) * (now - since[0]) / max(step - since[1], 1)
         self._start = self._start or (now, step)
-        self._mark, self._waited = (now, step), 0.0
+        self._mark, self._waited = (now, step), data_wait_seconds
         return rates
 
     def pause(self, seconds: float) -> None:

@@ -1,0 +1,109 @@
+"""The step against torch's AdamW, schedules against their formulas, EMA and clipping against numpy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uwm_jax.config import base
+from uwm_jax.training import state as state_lib
+from uwm_jax.training.step import make_eval_step, make_train_step
+
+
+class Quadratic:
+    """A system whose loss is a weighted distance of the parameters to the batch's target."""
+
+    def loss(self, params, frozen, batch, key, weights, *, augment=True):
+        parts = {
+            "loss/action": jnp.sum((params["w"] - batch["w"]) ** 2),
+            "loss/next_obs": jnp.sum(jnp.cos(params["b"])),
+        }
+        return weights["action"] * parts["loss/action"] + weights["next_obs"] * parts["loss/next_obs"], parts
+
+
+START = {"w": np.array([[1.0, -2.0], [0.5, 3.0]], np.float32), "b": np.array([0.3, -0.7], np.float32)}
+BATCH = {"w": jnp.asarray([[0.0, 1.0], [2.0, -1.0]])}
+
+
+def make(**optimizer):
+    config = base()
+    config.total_steps = 20
+    config.loss.weights.next_obs = 0.5
+    for name, value in optimizer.items():
+        config.optimizer[name] = value
+    transform = state_lib.make_optimizer(config)
+    state = state_lib.create(config, jax.tree.map(jnp.asarray, START), transform)
+    return jax.jit(make_train_step(config, Quadratic(), transform)), state
+
+
+@pytest.mark.torch
+def test_matches_torch_adamw_with_warmup_and_cosine():
+    torch = pytest.importorskip("torch")
+    settings = {"learning_rate": 0.05, "weight_decay": 0.1, "warmup_steps": 5, "schedule": "cosine", "clip_norm": 1.0}
+    step, state = make(**settings)
+    params = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in START.items()}
+    reference = torch.optim.AdamW(params.values(), lr=0.05, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    target = torch.tensor(np.asarray(BATCH["w"]))
+    for i in range(20):
+        state, metrics = step(state, None, BATCH)
+        factor = i / 5 if i < 5 else 0.5 * (1 + np.cos(np.pi * (i - 5) / 15))
+        reference.param_groups[0]["lr"] = 0.05 * factor
+        reference.zero_grad()
+        loss = ((params["w"] - target) ** 2).sum() + 0.5 * torch.cos(params["b"]).sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        reference.step()
+        np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=1e-5)
+        np.testing.assert_allclose(metrics["learning_rate"], 0.05 * factor, rtol=1e-5, atol=1e-9)
+        for k in params:
+            np.testing.assert_allclose(state.params[k], params[k].detach().numpy(), rtol=1e-5)
+    assert int(state.step) == 20
+
+
+def test_schedules():
+    config = base()
+    config.total_steps = 100
+    factor = lambda step: float(state_lib.schedule_factor(config, step))  # noqa: E731
+    assert factor(0) == factor(99) == 1.0
+    config.optimizer.warmup_steps = 10
+    assert factor(0) == 0 and factor(5) == 0.5 and factor(10) == factor(99) == 1.0
+    config.optimizer.schedule = "cosine"
+    np.testing.assert_allclose([factor(10), factor(55), factor(100)], [1.0, 0.5, 0.0], atol=1e-7)
+    config.optimizer.warmup_steps = 1000  # capped by total_steps
+    np.testing.assert_allclose(factor(50), 0.5)
+
+
+def test_moving_average():
+    step, state = make(learning_rate=0.1, ema_decay=0.9)
+    expected = jax.tree.map(np.asarray, state.params)
+    for _ in range(5):
+        state, _ = step(state, None, BATCH)
+        expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * np.asarray(p), expected, state.params)
+    for k in expected:
+        np.testing.assert_allclose(state.ema_params[k], expected[k], rtol=1e-6)
+        assert not np.allclose(state.ema_params[k], state.params[k])
+    assert make()[1].ema_params is None
+
+
+def test_hyper_parameters_are_arrays_of_one_compiled_step():
+    step, state = make(learning_rate=0.1)
+    first, _ = step(state, None, BATCH)
+    hparams = state.hparams.replace(learning_rate=jnp.float32(0.2), weights={"action": 0.0, "next_obs": 1.0})
+    hparams = jax.tree.map(jnp.float32, hparams).replace(seed=jnp.uint32(3))
+    second, metrics = step(state.replace(hparams=hparams), None, BATCH)
+    assert step._cache_size() == 1, "another learning rate, weight or seed must not compile again"
+    np.testing.assert_allclose(metrics["loss"], np.cos(START["b"]).sum(), rtol=1e-6)
+    assert metrics["learning_rate"] == np.float32(0.2)
+    moved = np.abs(np.asarray(second.params["b"]) - START["b"]) / np.abs(np.asarray(first.params["b"]) - START["b"])
+    np.testing.assert_allclose(moved, 2.0, rtol=1e-4)
+
+
+def test_eval_step_uses_the_average():
+    _, state = make(ema_decay=0.9)
+    state = state.replace(ema_params=jax.tree.map(jnp.zeros_like, state.params))
+    metrics = make_eval_step(Quadratic())(state, None, BATCH)
+    np.testing.assert_allclose(metrics["eval/loss/action"], jnp.sum(BATCH["w"] ** 2))
+    assert set(metrics) == {"eval/loss/action", "eval/loss/next_obs"}

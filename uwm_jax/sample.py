@@ -1,0 +1,220 @@
+"""One mode (or several) of a trained model on a file of inputs.
+
+    python -m uwm_jax.sample --workdir=DIR --mode=policy,forward --inputs=IN.npz --output=OUT.npz
+
+IN holds `obs/<key>` (cameras uint8 (B, To, H, W, 3), low-dim float (B, To, D) in raw units, `obs/text`
+(B, E) where the model reads text) and what the mode needs beside: `action` (B, Ta, Da) in raw units for
+`forward`; `next_obs/<camera>` or `next_obs_latent` for `inverse`; optionally `noise/action` and
+`noise/next_obs`, else drawn from `--seed`. `denoise` is one evaluation of the network and needs
+`action`, `next_obs`, `noise/*` and `timestep/*`. Other keys are ignored.
+
+OUT holds `action` (raw units), `action_normalized`, `next_obs_latent` and `next_obs/<camera>` (uint8,
+cropped size), of these what the mode makes; for `denoise` `noise_pred/*`, `loss/*`, `obs_feat` and
+`next_obs_latent`. With several modes every key starts with `<mode>/`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from uwm_jax import cli
+from uwm_jax.diffusion.modes import MODALITIES, MODES, Role, given
+from uwm_jax.errors import UserError
+from uwm_jax.system import System
+from uwm_jax.torch_bridge import weights
+from uwm_jax.training import checkpoint
+
+FLAGS = flags.FLAGS
+
+DENOISE = "denoise"
+ALL_MODES = (*MODES, DENOISE)
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "directory of a run, or of a converted checkpoint")
+    flags.DEFINE_string("mode", None, f"one or more of {', '.join(ALL_MODES)}, separated by commas")
+    flags.DEFINE_string("inputs", None, "the .npz of inputs")
+    flags.DEFINE_string("output", None, "the .npz to write")
+    flags.DEFINE_integer("seed", 0, "of the noise that the inputs do not give")
+    flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
+    cli.accept_config_overrides()
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
+    workdir, output = cli.required("workdir"), cli.required("output")
+    modes = parse_modes(cli.required("mode"))
+    arrays = weights.read_npz(cli.required("inputs"), "--inputs")
+    system, params, frozen, step = checkpoint.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
+    checked = [check_inputs(system, mode, arrays) for mode in modes]  # all, before the first takes its time
+    results: dict[str, np.ndarray] = {}
+    for inputs in checked:
+        prefix = f"{inputs.mode}/" if len(modes) > 1 else ""
+        results |= {prefix + key: value for key, value in run(system, params, frozen, inputs, FLAGS.seed).items()}
+    with weights.atomic(output) as temporary, temporary.open("wb") as file:
+        np.savez(file, **results)
+    shapes = ", ".join(f"{key} {value.shape}" for key, value in results.items())
+    print(f"wrote {output} (step {step}): {shapes}")
+
+
+def parse_modes(text: str) -> list[str]:
+    """`policy,forward` -> ["policy", "forward"]; UserError names an unknown or repeated mode."""
+    modes = [part.strip() for part in text.split(",") if part.strip()]
+    for mode in modes:
+        if mode not in ALL_MODES:
+            raise UserError(f"--mode: expected one or more of {', '.join(ALL_MODES)}; found {mode!r}.")
+    if not modes or len(set(modes)) < len(modes):
+        raise UserError(f"--mode: expected different modes separated by commas, found {text!r}.")
+    return modes
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one mode reads, checked.
+
+    batch: `obs/*`, `next_obs/*` or `next_obs_latent`, `action`, as the file has them (raw units).
+    noise: {modality: float32}, of these what the file gives. timestep: {modality: (B,) int32} for `denoise`.
+    """
+
+    mode: str
+    batch_size: int
+    batch: dict[str, np.ndarray]
+    noise: dict[str, np.ndarray]
+    timestep: dict[str, np.ndarray]
+
+
+def check_inputs(system: System, mode: str, arrays: Mapping[str, np.ndarray], where: str = "--inputs") -> Inputs:
+    """Takes from `arrays` what `mode` reads.
+
+    Raises:
+      UserError: naming every key that is missing, and every one with an unfit shape, dtype or value.
+    """
+    facts, frames = system.facts, system.num_frames
+    denoise = mode == DENOISE
+    known = MODALITIES if denoise else given(mode)
+    problems: list[str] = []
+    batch_size: int | None = None
+
+    def take(key: str, shape: tuple[int, ...], kind: str, needed: bool = True) -> np.ndarray | None:
+        nonlocal batch_size
+        expected = f"{kind} (B{''.join(f', {n}' for n in shape)})"
+        if key not in arrays:
+            if needed:
+                problems.append(f"missing {key}: expected {expected}")
+            return None
+        value = arrays[key]
+        fits = {
+            "uint8": value.dtype == np.uint8,
+            "float32": np.issubdtype(value.dtype, np.floating),
+            "integer": np.issubdtype(value.dtype, np.integer),
+        }[kind]
+        if not fits or value.ndim != 1 + len(shape) or value.shape[1:] != shape or not value.shape[0]:
+            problems.append(f"{key}: expected {expected}, found {value.dtype} {value.shape}")
+            return None
+        if batch_size is not None and value.shape[0] != batch_size:
+            problems.append(f"{key}: expected B = {batch_size} rows like the keys before it, found {value.shape[0]}")
+            return None
+        batch_size = value.shape[0]
+        if kind == "float32":
+            if not np.isfinite(value).all():
+                problems.append(f"{key}: holds values that are not finite")
+            return value.astype(np.float32)
+        return value
+
+    batch: dict[str, np.ndarray | None] = {}
+    for camera in system.cameras:
+        batch[f"obs/{camera}"] = take(f"obs/{camera}", (frames, *facts.cameras[camera], 3), "uint8")
+    for key, size in sorted(facts.low_dim.items()):
+        batch[f"obs/{key}"] = take(f"obs/{key}", (frames, size), "float32")
+    if facts.text_dim:
+        batch["obs/text"] = take("obs/text", (facts.text_dim,), "float32")
+    if "action" in known:
+        batch["action"] = take("action", system.action_shape, "float32")
+    if "next_obs" in known:
+        if "next_obs_latent" in arrays:
+            batch["next_obs_latent"] = take("next_obs_latent", system.latent_shape, "float32")
+        else:
+            for camera in system.cameras:
+                key = f"next_obs/{camera}"
+                batch[key] = take(key, (frames, *facts.cameras[camera], 3), "uint8")
+            if not any(f"next_obs/{camera}" in arrays for camera in system.cameras):
+                problems.append(
+                    f"(or next_obs_latent: expected float32 (B, {', '.join(map(str, system.latent_shape))}))"
+                )
+
+    shapes = {m: shape[1:] for m, shape in system.noise_shapes(1).items()}
+    used = [m for m in MODALITIES if denoise or MODES[mode][m] is not Role.GIVEN]
+    noise = {m: take(f"noise/{m}", shapes[m], "float32", needed=denoise) for m in used}
+    timestep = {m: take(f"timestep/{m}", (), "integer") for m in MODALITIES if denoise}
+    steps = system.schedule.num_train_steps
+    for m, t in timestep.items():
+        if t is not None and (t.min() < 0 or t.max() >= steps):
+            problems.append(f"timestep/{m}: expected 0 to {steps - 1}, found {t.min()} to {t.max()}")
+    if problems or batch_size is None:
+        raise UserError(f"{where}, for mode {mode}:\n  " + "\n  ".join(problems))
+    return Inputs(
+        mode,
+        batch_size,
+        {k: v for k, v in batch.items() if v is not None},
+        {m: v for m, v in noise.items() if v is not None},
+        {m: t.astype(np.int32) for m, t in timestep.items() if t is not None},
+    )
+
+
+def run(system: System, params: Any, frozen: Any, inputs: Inputs, seed: int = 0) -> dict[str, np.ndarray]:
+    """Runs one mode; returns the arrays of OUT, without the mode's prefix.
+
+    Args:
+      inputs: from `check_inputs`.
+      seed: of the noise that the inputs do not give; row i's noise is a function of (seed, i).
+    """
+    normalizer = system.facts.normalizer
+    batch = dict(inputs.batch)
+    for key in system.facts.low_dim:
+        batch[f"obs/{key}"] = normalizer.normalize(key, batch[f"obs/{key}"])
+    if "action" in batch:
+        batch["action"] = normalizer.normalize("action", batch["action"])
+    if inputs.mode == DENOISE:
+        out = _compiled(system, DENOISE)(params, frozen, batch, inputs.noise, inputs.timestep)
+        return {key: np.asarray(value) for key, value in out.items()}
+    drawn = system.draw_noise(jax.random.key(seed), jnp.arange(inputs.batch_size, dtype=jnp.int32))
+    out = _compiled(system, inputs.mode)(params, frozen, batch, {**drawn, **inputs.noise})
+    results: dict[str, np.ndarray] = {}
+    if "action" in out:
+        normalized = np.asarray(out["action"])
+        results["action"] = np.asarray(normalizer.unnormalize("action", normalized), np.float32)
+        results["action_normalized"] = normalized
+    if "next_obs_latent" in out:
+        results["next_obs_latent"] = np.asarray(out["next_obs_latent"])
+        images = np.asarray(_compiled(system, "pictures")(frozen, out["next_obs_latent"]))
+        results |= {f"next_obs/{camera}": images[:, view] for view, camera in enumerate(system.cameras)}
+    return results
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(system: System, what: str) -> Callable[..., Any]:
+    """The jitted function of a mode, or of decoding to uint8, so that repeated calls compile once."""
+    if what == DENOISE:
+        return jax.jit(system.denoise)
+    if what == "pictures":
+
+        def pictures(frozen: Any, latents: jax.Array) -> jax.Array:
+            images = jnp.clip(system.decode(frozen, latents), 0.0, 1.0)
+            return jnp.round(images * 255).astype(jnp.uint8)
+
+        return jax.jit(pictures)
+    return jax.jit(lambda params, frozen, batch, noise: system.sample(params, frozen, batch, what, noise))
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
