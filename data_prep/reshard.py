@@ -30,10 +30,10 @@ from rich import progress
 
 from data_prep import rlds
 from data_prep.chunks import EpisodeError, Layout, camera_features, cut_episode, frame_size, plan_layout
+from data_prep.stats import write_stats
 from uwm_jax import cli
 from uwm_jax.data import records
 from uwm_jax.data.records import Dataset
-from uwm_jax.data.stats import STATS_FILE, dataset_stats, write_json
 from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -383,9 +383,8 @@ def _derive(
     """What is computed from the finished records: statistics, and the PCA codec of the (first or) `train` split."""
     from data_prep.codec import common_size, fit_codec  # imports JAX, which the workers do not need
 
-    stats = {split: dataset_stats(Dataset(directory, split)) for split in manifest["splits"]}
-    write_json(directory / STATS_FILE, {"fingerprint": records.fingerprint(manifest), "splits": stats})
-    dataset = Dataset(directory, "train" if "train" in stats else next(iter(stats)))
+    write_stats(directory)
+    dataset = Dataset(directory, "train" if "train" in manifest["splits"] else next(iter(manifest["splits"])))
     size = codec_size or common_size(dataset.cameras, patch)
     if not dataset.cameras or size is None:
         print("PCA codec: not fitted, as the cameras have no common size; fit it with --codec_size=H,W.")

@@ -53,8 +53,10 @@ def dataset_dir(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Identifies a dataset's content: sha256 of its manifest, which holds the checksum of every shard."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    """Identifies a dataset's content, wherever it came from: sha256 of its manifest, which holds the sha256 of
+    every shard."""
+    content = {k: v for k, v in manifest.items() if k != "source"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def column_file(split: str, key: str) -> str:

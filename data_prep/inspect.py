@@ -1,0 +1,187 @@
+"""Shows what a training dataset holds: a contact sheet, histograms, and a summary.
+
+    python -m data_prep.inspect --dataset=DIR [--output=DIR/inspect]
+
+Writes `contact_sheet.png` (a few episodes, every camera, frames evenly spaced in time), `actions.png`
+(a histogram per action dimension) and `episode_lengths.png`.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from PIL import Image, ImageDraw, ImageFont
+
+from data_prep.reshard import summary
+from uwm_jax import cli
+from uwm_jax.data import example
+from uwm_jax.data.records import Dataset, read_manifest
+from uwm_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+
+_TILE_HEIGHT = 128
+_LABEL_WIDTH = 170
+_MARGIN = 4
+_BINS = 60
+
+
+def inspect(dataset: Dataset, output: Path, num_episodes: int = 6, num_frames: int = 8) -> list[str]:
+    """Writes the pictures of a dataset into `output`.
+
+    Returns:
+        Remarks on what looks wrong: black cameras, constant action dimensions.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    sheet, remarks = contact_sheet(dataset, num_episodes, num_frames)
+    sheet.save(output / "contact_sheet.png")
+    remarks += _plot_actions(dataset, output / "actions.png")
+    _plot_lengths(dataset, output / "episode_lengths.png")
+    return remarks
+
+
+def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple[Image.Image, list[str]]:
+    """Episodes (evenly spread) as rows, one strip per camera; frames (evenly spaced) as columns."""
+    cameras = sorted(dataset.cameras)
+    if not cameras:
+        return _note("this dataset has no cameras"), ["no cameras"]
+    episodes = _spread(dataset.num_episodes, num_episodes)
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    widths = {c: round(_TILE_HEIGHT * dataset.cameras[c][1] / dataset.cameras[c][0]) for c in cameras}
+    line = _TILE_HEIGHT + 18
+    block = 24 + len(cameras) * line + 10
+    size = (_LABEL_WIDTH + num_frames * (max(widths.values()) + _MARGIN), len(episodes) * block)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    brightest = dict.fromkeys(cameras, 0)
+    for row, episode in enumerate(episodes):
+        length = int(dataset.episode_lengths[episode])
+        steps = _spread(length, num_frames)
+        frames = {c: np.empty((len(steps), *dataset.cameras[c], 3), np.uint8) for c in cameras}
+        dataset.frames(episode, dict.fromkeys(cameras, steps), frames)
+        top = row * block
+        draw.line([(0, top), (size[0], top)], fill="black", width=2)
+        text = language(dataset, episode)
+        draw.text((6, top + 4), f"episode {episode}: {length} steps   {text[:140]}", "black", font)
+        for i, camera in enumerate(cameras):
+            y = top + 24 + i * line
+            name = textwrap.wrap(camera.removeprefix("observation/"), 20)
+            height, width = dataset.cameras[camera]
+            draw.multiline_text((6, y + 18), "\n".join([*name, f"{height} x {width}"]), "black", font)
+            for j, (step, frame) in enumerate(zip(steps, frames[camera], strict=True)):
+                x = _LABEL_WIDTH + j * (max(widths.values()) + _MARGIN)
+                draw.text((x, y + 1), f"step {step}", "gray", small)
+                # Nearest neighbour: enlarged pixels stay what they are.
+                tile = Image.fromarray(frame).resize(
+                    (widths[camera], _TILE_HEIGHT),
+                    Image.Resampling.NEAREST if height < _TILE_HEIGHT else Image.Resampling.LANCZOS,
+                )
+                sheet.paste(tile, (x, y + 16))
+            brightest[camera] = max(brightest[camera], int(frames[camera].max()))
+    remarks = [f"camera {c}: black in every frame looked at" for c in cameras if brightest[c] < 16]
+    return sheet, remarks
+
+
+def language(dataset: Dataset, episode: int) -> str:
+    """The episode's instruction: the first non-empty text whose key speaks of language, at its first step."""
+    record = dataset.record(episode, 0)
+    for name, field in sorted(example.scan(record).items()):
+        if field.kind == example.BYTES and (b"language" in name or b"instruction" in name):
+            spans = example.bytes_spans(record, field, 1)
+            if spans and record[slice(*spans[0])]:
+                return record[slice(*spans[0])].decode(errors="replace")
+    return ""
+
+
+def _spread(total: int, count: int) -> list[int]:
+    return sorted({int(i) for i in np.linspace(0, total - 1, min(count, total)).round()})
+
+
+def _note(text: str) -> Image.Image:
+    image = Image.new("RGB", (480, 60), "white")
+    ImageDraw.Draw(image).text((10, 20), text, "black", ImageFont.load_default(15))
+    return image
+
+
+def _plot_actions(dataset: Dataset, file: Path) -> list[str]:
+    keys = [k for k in dataset.column_keys if k.startswith("action") or k.rpartition("/")[2].startswith("action")]
+    if not keys:
+        _note("this dataset has no numeric step key that begins with `action`").save(file)
+        return ["no actions"]
+    panels = []
+    for key in keys:
+        values = dataset.column(key).reshape(len(dataset.column(key)), -1)
+        # A few hundred thousand rows show the shape of any distribution.
+        values = np.asarray(values[:: max(1, len(values) // 300_000)], np.float64)
+        panels += [(f"{key}[{i}]" if values.shape[1] > 1 else key, values[:, i]) for i in range(values.shape[1])]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(4 * columns, 2.4 * rows)
+    remarks = []
+    for i, (name, column) in enumerate(panels):
+        axis = figure.add_subplot(rows, columns, i + 1)
+        column = column[np.isfinite(column)]
+        axis.hist(column, bins=_BINS)
+        axis.set_yscale("log")
+        axis.set_title(f"{name}: mean {column.mean():.3g}, std {column.std():.3g}", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=5)
+        if np.ptp(column) == 0:
+            remarks.append(f"{name}: always {column[0]:g}")
+    figure.supylabel("steps (log scale)")
+    figure.savefig(file, dpi=100)
+    return remarks
+
+
+def _plot_lengths(dataset: Dataset, file: Path) -> None:
+    lengths = dataset.episode_lengths
+    figure = _figure(8, 4)
+    axis = figure.add_subplot()
+    axis.hist(lengths, bins=np.arange(lengths.min(), lengths.max() + 2) - 0.5 if np.ptp(lengths) < _BINS else _BINS)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("steps in an episode")
+    axis.set_ylabel("episodes")
+    axis.set_title(
+        f"{len(lengths)} episodes: shortest {lengths.min()}, median {np.median(lengths):g}, longest {lengths.max()}"
+    )
+    figure.savefig(file, dpi=100)
+
+
+def _figure(width: float, height: float):
+    # Without pyplot there is no global state and no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("dataset", None, "directory of a training dataset, as data_prep.reshard makes it")
+    flags.DEFINE_string("output", "", "directory for the pictures; default DATASET/inspect")
+    flags.DEFINE_string("split", "", "which split; default train, or the only one")
+    flags.DEFINE_integer("episodes", 6, "rows of the contact sheet", lower_bound=1)
+    flags.DEFINE_integer("frames", 8, "columns of the contact sheet", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
+    directory = cli.required("dataset")
+    manifest = read_manifest(directory)
+    split = FLAGS.split or ("train" if "train" in manifest["splits"] else sorted(manifest["splits"])[0])
+    output = Path(FLAGS.output or Path(directory) / "inspect")
+    remarks = inspect(Dataset(directory, split), output, FLAGS.episodes, FLAGS.frames)
+    print(f"{directory}: {summary(manifest)}")
+    for remark in remarks:
+        print(f"  note: {remark}")
+    print(f"wrote contact_sheet.png, actions.png and episode_lengths.png of split {split!r} to {output}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
