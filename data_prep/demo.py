@@ -1,0 +1,260 @@
+"""Makes the demonstration dataset: PushT solved by a sampling-MPC expert.
+
+    python -m data_prep.demo
+
+With no flags this makes what `configs/quickstart.py` reads: the training layout in `$UWM_DATA_DIR/pusht`
+(default `data/pusht`), and beside it, in `pusht_rlds`, the RLDS dataset that it was cut from, which
+TFDS can read. An episode is a function of the seed and its number alone, so the number of worker processes
+changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from PIL import Image
+from tqdm import tqdm
+
+from data_prep.pusht_expert import PushTExpert, Renderer, make_env, read_state
+from uwm_jax import cli
+from uwm_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+
+SEEDS_PER_RUN = 1_000_000  # the episodes of `--seed=1` share none with those of `--seed=0`
+RECORD = "demo.json"
+VAL_RATIO = 0.1  # of configs/quickstart.py: the codec is fitted on the other episodes
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """What determines the dataset."""
+
+    episodes: int = 216
+    image_size: int = 64
+    seed: int = 0
+    candidates: int = 24
+    max_steps: int = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """T steps of the environment are T + 1 steps of RLDS: the last one holds only an observation.
+
+    images: T + 1 PNG files; agent_pos (T + 1, 2) float32; action (T, 2) float32; reward (T,) float32.
+    """
+
+    seed: int
+    images: list[bytes]
+    agent_pos: np.ndarray
+    action: np.ndarray
+    reward: np.ndarray
+    coverage: float
+    solved: bool
+
+
+def define_flags() -> None:
+    default = Demo()
+    flags.DEFINE_integer("episodes", default.episodes, "demonstrations to keep", lower_bound=1)
+    flags.DEFINE_integer("image_size", default.image_size, "height and width of the frames", lower_bound=8)
+    flags.DEFINE_integer("seed", default.seed, "of the starts and of the expert", lower_bound=0)
+    flags.DEFINE_integer("candidates", default.candidates, "pushes the expert simulates per decision", lower_bound=1)
+    flags.DEFINE_integer("workers", 0, "processes; 0 = all cores", lower_bound=0)
+    flags.DEFINE_string("output", None, "directory of the dataset; default $UWM_DATA_DIR/pusht")
+    flags.DEFINE_bool("overwrite", False, "replace a dataset made with other flags")
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
+    demo = Demo(FLAGS.episodes, FLAGS.image_size, FLAGS.seed, FLAGS.candidates)
+    default = Path(os.environ.get("UWM_DATA_DIR", "data")) / "pusht"
+    make(demo, FLAGS.output or default, FLAGS.workers, FLAGS.overwrite)
+
+
+def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite: bool = False) -> None:
+    """Makes the dataset in `output` and its RLDS source in `<output>_rlds`; what is there already is kept.
+
+    Raises:
+        UserError: another dataset is there, or the expert fails too often.
+    """
+    output = Path(output)
+    source = output.with_name(output.name + "_rlds")
+    made = _read_record(source)
+    if made is not None and made["demo"] == dataclasses.asdict(demo):
+        if (output / "manifest.json").exists():
+            print(f"{output}: {demo.episodes} demonstrations are there already, made with the same flags.")
+            return
+    else:
+        if output.exists() and not overwrite:
+            found = f"made with {made['demo']}" if made else f"not made by this command, {source / RECORD} is missing"
+            raise UserError(
+                f"{output} holds another dataset ({found}); asked for {dataclasses.asdict(demo)}. "
+                "Pass --overwrite to replace it, or another --output."
+            )
+        shutil.rmtree(output, ignore_errors=True)
+        made = _write_source(demo, source, workers)
+
+    from data_prep.reshard import reshard  # worker processes import this module, and need none of it
+
+    reshard(source / made["dataset"], output, val_ratio=VAL_RATIO, workers=workers, overwrite=overwrite)
+    print(f"{output}: {demo.episodes} demonstrations, {made['steps']} steps; {made['failed']} failed and were dropped.")
+
+
+def episodes(demo: Demo, workers: int = 0) -> Iterator[tuple[int, Episode]]:
+    """The episodes by number, solved and failed, without end; the caller stops when it has enough.
+
+    workers: processes, 0 = all cores, 1 = in this process.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    if workers == 1:
+        yield from ((i, run_episode(i, demo)) for i in range(SEEDS_PER_RUN))
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_leave_interrupts_to_the_parent)
+    try:
+        waiting: collections.deque = collections.deque()
+        for i in range(SEEDS_PER_RUN):
+            waiting.append((i, pool.submit(run_episode, i, demo)))
+            if len(waiting) > 2 * workers:  # a little ahead, so that no worker idles behind a long episode
+                number, future = waiting.popleft()
+                yield number, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@functools.cache
+def _tools(image_size: int, candidates: int) -> tuple[Any, PushTExpert, Renderer]:
+    env = make_env()
+    env.reset(seed=0)
+    return env, PushTExpert(candidates=candidates), Renderer(env, image_size)
+
+
+def run_episode(number: int, demo: Demo) -> Episode:
+    """Episode `number` of the run, until the block covers 95 % of the goal or `max_steps` are over."""
+    env, expert, render = _tools(demo.image_size, demo.candidates)
+    seed = demo.seed * SEEDS_PER_RUN + number
+    env.reset(seed=seed)
+    expert.reset(seed)
+    state = read_state(env)
+    images, agent = [_png(render())], [state[:2]]
+    actions: list[np.ndarray] = []
+    rewards: list[float] = []
+    solved, coverage = False, 0.0
+    while not solved and len(actions) < demo.max_steps:
+        action = expert.act(state)
+        _, reward, solved, _, info = env.step(action)
+        state = read_state(env)
+        coverage = float(info["coverage"])
+        images.append(_png(render()))
+        agent.append(state[:2])
+        actions.append(action)
+        rewards.append(reward)
+    return Episode(
+        seed,
+        images,
+        np.asarray(agent, np.float32),
+        np.asarray(actions, np.float32),
+        np.asarray(rewards, np.float32),
+        coverage,
+        bool(solved),
+    )
+
+
+def _png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def rlds_record(episode: Episode) -> dict[str, Any]:
+    """The episode as TFDS takes it. The last step repeats the last action (RLDS leaves it undefined; a zero
+    would widen the range of the actions), its reward and discount are 0."""
+    steps = len(episode.action)
+    action = np.concatenate([episode.action, episode.action[-1:]])
+    return {
+        "steps": [
+            {
+                "observation": {"image": episode.images[t], "agent_pos": episode.agent_pos[t]},
+                "action": action[t],
+                "reward": episode.reward[t] if t < steps else np.float32(0),
+                "discount": np.float32(t < steps),
+                "is_first": t == 0,
+                "is_last": t == steps,
+                "is_terminal": t == steps and episode.solved,
+            }
+            for t in range(steps + 1)
+        ],
+        "episode_metadata": {"seed": episode.seed, "final_coverage": np.float32(episode.coverage)},
+    }
+
+
+def _write_source(demo: Demo, directory: Path, workers: int) -> dict[str, Any]:
+    """Writes the RLDS dataset with TFDS, episodes in the order of their numbers; returns its record."""
+    import tensorflow_datasets as tfds
+
+    from data_prep.pusht_rlds import PushtExpert
+
+    tfds.disable_progress_bar()
+    counts = {"episodes": 0, "failed": 0, "steps": 0}
+
+    def records() -> Iterator[dict[str, Any]]:
+        pause = 0.5 if sys.stderr.isatty() else 10.0  # seconds between lines of a log file
+        with tqdm(total=demo.episodes, desc="demonstrations", unit="episode", mininterval=pause) as bar:
+            for number, episode in episodes(demo, workers):
+                if not episode.solved:
+                    counts["failed"] += 1
+                    bar.set_postfix(failed=counts["failed"])
+                    if counts["failed"] > 10 + 2 * counts["episodes"]:
+                        raise UserError(
+                            f"the expert failed in {counts['failed']} of the first {number + 1} episodes: "
+                            f"--candidates={demo.candidates} is too few (24 solve nearly all)."
+                        )
+                    continue
+                yield rlds_record(episode)
+                counts["episodes"] += 1
+                counts["steps"] += len(episode.images)
+                bar.update()
+                if counts["episodes"] == demo.episodes:
+                    return
+
+    (directory / RECORD).unlink(missing_ok=True)
+    shutil.rmtree(directory / PushtExpert.name, ignore_errors=True)
+    builder = PushtExpert(demo.image_size, records, data_dir=directory, file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads
+        builder.download_and_prepare()
+    record = {"demo": dataclasses.asdict(demo), "dataset": os.path.relpath(builder.data_dir, directory), **counts}
+    temporary = directory / (RECORD + ".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, directory / RECORD)
+    return record
+
+
+def _read_record(directory: Path) -> dict[str, Any] | None:
+    file = directory / RECORD
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
