@@ -146,7 +146,6 @@ def _leave_interrupts_to_the_parent() -> None:
 @functools.cache
 def _tools(image_size: int, candidates: int) -> tuple[Any, PushTExpert, Renderer]:
     env = make_env()
-    env.reset(seed=0)
     return env, PushTExpert(candidates=candidates), Renderer(env, image_size)
 
 

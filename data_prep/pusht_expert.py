@@ -14,12 +14,15 @@ that the agent is pulled towards.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import sys
 import types
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from uwm_jax.errors import UserError
 
 BOARD = 512.0
 AGENT_RADIUS = 15.0
@@ -28,7 +31,6 @@ SUBSTEPS = 10
 DT = 0.01
 STIFFNESS, DAMPING = 100.0, 20.0  # of the environment's position controller
 SETTLE = 2  # steps that the agent needs to come to rest at its target
-STATE_SIZE = 10  # agent x y vx vy, block x y angle, block vx vy, block angular velocity
 
 # The block is two axis-aligned boxes in its own frame: centre and half size of bar and stem.
 _BOX_CENTER = np.array([[0.0, 15.0], [0.0, 75.0]])
@@ -42,19 +44,36 @@ _CORNERS = np.array(
 
 
 def make_env() -> Any:
-    """The stock `PushTEnv` with `state` observations; pictures are made by `Renderer` when wanted."""
-    return _gym_pusht().PushTEnv(obs_type="state")
+    """The stock `PushTEnv` with `state` observations; pictures are made by `Renderer` when wanted.
+
+    Its coverage (in `step`: reward, success, info) is summed over the block's two boxes in a fixed
+    order. The stock sum follows the order of a set of objects, and so of their addresses: its last
+    bits, and with them whether 95 % is reached, would change from process to process.
+    """
+    envs = _gym_pusht()
+    env = envs.PushTEnv(obs_type="state")
+    outline = envs.pusht.pymunk_to_shapely
+    env.reset(seed=0)  # makes the bodies
+    goal = outline(env.get_goal_pose_body(env.goal_pose), env._block_shapes)  # the same in every episode
+
+    def coverage() -> float:
+        return goal.intersection(outline(env.block, env._block_shapes)).area / goal.area
+
+    env._get_coverage = coverage
+    return env
 
 
 def _gym_pusht() -> types.ModuleType:
     """gym_pusht.envs, also where OpenCV cannot be loaded.
 
-    gym_pusht imports cv2 for one call, a resize. The wheel it asks for links libGL and X11, which
-    slim images lack; there the import would fail, and the headless wheel cannot replace it by a
-    dependency (both own the folder `cv2`). So where cv2 does not load, gym_pusht sees a module with
-    that one function, `resize`; our own pictures use it everywhere, so that they are the same bits on
-    every machine.
+    gym_pusht imports cv2 to resize pictures (and to mark the action in `render()`, which we do not
+    call). The wheel it asks for links libGL and X11, which slim images lack; there the import would
+    fail, and the headless wheel cannot replace it by a dependency (both own the folder `cv2`). So
+    where cv2 does not load, gym_pusht is given a module with our `resize`, which our own pictures use
+    everywhere, so that they are the same bits on every machine.
     """
+    if importlib.util.find_spec("gym_pusht") is None:
+        raise UserError("gym-pusht is not installed: run `pip install 'uwm_jax[demo]'` (or `-e '.[demo]'` in a clone).")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     try:
         import cv2  # noqa: F401
@@ -73,10 +92,7 @@ def _gym_pusht() -> types.ModuleType:
 
 
 class Renderer:
-    """Draws an environment as its pixel observation shows it, in a third of the time.
-
-    The environment makes a new surface and draws the goal anew for every picture.
-    """
+    """Draws an environment as its pixel observation shows it, but draws the goal only once."""
 
     def __init__(self, env: Any, size: int):
         _gym_pusht()
@@ -110,22 +126,29 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     x0, x1, fx = _taps(image.shape[1], size[0])
     y0, y1, fy = _taps(image.shape[0], size[1])
     fx, fy = fx[None, :, None], fy[:, None, None]
-    y0, y1 = y0[:, None], y1[:, None]
-    top = image[y0, x0] * (1 - fx) + image[y0, x1] * fx
-    bottom = image[y1, x0] * (1 - fx) + image[y1, x1] * fx
+    low, high = image[y0], image[y1]
+    top = low[:, x0] * (1 - fx) + low[:, x1] * fx
+    bottom = high[:, x0] * (1 - fx) + high[:, x1] * fx
     return (top * (1 - fy) + bottom * fy + np.float32(0.5)).astype(np.uint8)
 
 
 @functools.cache
-def _taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two neighbours of every output pixel along one axis, and the weight of the second."""
+def _taps(n_in: int, n_out: int) -> tuple[Any, Any, np.ndarray]:
+    """Indices of the two neighbours of every output pixel along one axis, and the weight of the second."""
     x = np.clip((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, 0, n_in - 1)
     low = np.minimum(x.astype(int), max(n_in - 2, 0))
-    return low, np.minimum(low + 1, n_in - 1), (x - low).astype(np.float32)
+    weight = (x - low).astype(np.float32)
+    if n_in % (2 * n_out) == 0:  # slices instead of indices: faster, and the usual case
+        step = n_in // n_out
+        return slice(low[0], None, step), slice(low[0] + 1, None, step), weight
+    return low, np.minimum(low + 1, n_in - 1), weight
 
 
 def read_state(env: Any) -> np.ndarray:
-    """The full state of the environment's bodies: float64 (10,), see `STATE_SIZE`."""
+    """The full state of the environment's bodies: float64 (10,).
+
+    Agent x, y and velocity x, y; block x, y, angle, velocity x, y and angular velocity.
+    """
     return _read(env.agent, env.block)
 
 
@@ -176,6 +199,15 @@ class PushTSimulator:
     """
 
     def __init__(self) -> None:
+        self.set_state(read_state(make_env()))
+
+    def set_state(self, state: np.ndarray) -> None:
+        """Puts the bodies into `state` (10,).
+
+        Everything is built anew: Chipmunk keeps the impulses of earlier contacts, a correction of
+        overlaps that is due at the next step, and an order of its shapes that grows with use, all out
+        of sight. With those left in place the same state would not always have the same future.
+        """
         import pymunk
 
         env = _gym_pusht().PushTEnv
@@ -186,24 +218,13 @@ class PushTSimulator:
         walls = [(0, 1), (1, 2), (2, 3), (0, 3)]
         self.space.add(*[env.add_segment(self.space, corner[a], corner[b], 2) for a, b in walls])
         self.agent = env.add_circle(self.space, (256, 400), AGENT_RADIUS)
-        self.block, shapes = env.add_tee(self.space, (256, 300), 0)
-        self._shapes = [*self.agent.shapes, *shapes]
+        self.block, _ = env.add_tee(self.space, (256, 300), 0)
 
-    def set_state(self, state: np.ndarray) -> None:
-        """Puts the bodies into `state` (10,) and forgets the contacts of earlier simulations.
-
-        Chipmunk keeps the impulses of earlier contacts, and a correction of overlaps that is due at
-        the next step, out of sight: with those left in place, the same state would not always have the
-        same future. Taking the shapes out drops the first, an empty step uses up the second.
-        """
         values = [float(x) for x in state]
-        self.space.remove(*self._shapes)
-        self.space.step(DT)
         self.agent.position, self.agent.velocity = tuple(values[0:2]), tuple(values[2:4])
         # The angle first: setting it turns the block about its centre of gravity, not its origin.
         self.block.angle, self.block.position = values[6], tuple(values[4:6])
         self.block.velocity, self.block.angular_velocity = tuple(values[7:9]), values[9]
-        self.space.add(*self._shapes)
 
     def get_state(self) -> np.ndarray:
         """The state (10,) of the bodies now."""

@@ -1,0 +1,253 @@
+"""PushT demonstrations: the simulator, the pictures, the expert, and what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uwm_jax.errors import UserError
+
+pytest.importorskip("gym_pusht")
+
+from data_prep import demo  # noqa: E402
+from data_prep.pusht_expert import (  # noqa: E402
+    GOAL_POSE,
+    SUBSTEPS,
+    PushTExpert,
+    PushTSimulator,
+    Renderer,
+    agent_path,
+    corners,
+    goal_distance,
+    make_env,
+    read_state,
+    resize,
+)
+
+TINY = demo.Demo(episodes=2, image_size=32, seed=3, candidates=6, max_steps=12)
+
+
+def pushing_states(seeds=(0, 1, 2), steps=60, every=6):
+    """States along the expert's way, most of them in contact."""
+    env, expert = make_env(), PushTExpert(candidates=8)
+    for seed in seeds:
+        env.reset(seed=seed)
+        expert.reset(seed)
+        for t in range(steps):
+            state = read_state(env)
+            action = expert.act(state)
+            if t % every == 0:
+                yield state, action
+            env.step(action)
+
+
+def test_same_state_same_future_whatever_was_simulated_before():
+    used = PushTSimulator()
+    rng = np.random.default_rng(0)
+    moved = 0
+    for state, action in pushing_states():
+        actions = [action] * 3 + list(rng.uniform(100, 400, (4, 2)))
+        futures = []
+        for simulator in (used, PushTSimulator()):
+            simulator.set_state(state)
+            np.testing.assert_array_equal(simulator.get_state(), state)
+            for a in actions:
+                simulator.step(a)
+            futures.append(simulator.get_state())
+        np.testing.assert_array_equal(futures[0], futures[1])
+        moved += not np.array_equal(futures[0][4:7], state[4:7])
+    assert moved > 15  # the block was pushed in most of the 30 trials
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3, 4])
+def test_simulator_is_the_environment(seed):
+    """From starts without contact: contacts that the environment remembers are not part of its state.
+
+    Where both boxes of the block are touched, the order in which they are solved may move the last bit.
+    """
+    env, simulator = make_env(), PushTSimulator()
+    env.reset(seed=seed)
+    start = read_state(env)
+    simulator.set_state(start)
+    for t in range(25):
+        target = start[4:6] + (t - 8) * 8.0
+        env.step(target)
+        simulator.step(target)
+        np.testing.assert_allclose(simulator.get_state(), read_state(env), rtol=0, atol=1e-9)
+    assert np.abs(read_state(env) - start)[4:7].max() > 5  # it was pushed
+
+
+def test_coverage_is_the_environments():
+    env = make_env()
+    for seed in range(5):
+        env.reset(seed=seed)
+        env.block.angle = GOAL_POSE[2] + 0.02 * seed
+        env.block.position = GOAL_POSE[0] + seed, GOAL_POSE[1]
+        ours = env._get_coverage()
+        assert ours == pytest.approx(type(env)._get_coverage(env), rel=1e-12)
+        assert ours > 0.7
+
+
+def test_agent_path_is_the_environments_controller():
+    env = make_env()
+    env.reset(seed=1)
+    start = read_state(env)
+    targets = np.random.default_rng(0).uniform(50, 450, (6, 2))
+    positions, velocities = agent_path(start[:2], start[2:4], targets)
+    for t, target in enumerate(targets):
+        env.step(target)
+        k = (t + 1) * SUBSTEPS - 1
+        np.testing.assert_allclose([*positions[k], *velocities[k]], read_state(env)[:4], rtol=0, atol=1e-9)
+
+
+def test_corners_are_the_environments_keypoints():
+    env = make_env()
+    env.reset(seed=2)
+    expected = env.get_keypoints(env._block_shapes)
+    ours = corners(read_state(env)[4:7])
+    order = np.lexsort(np.round(ours, 6).T), np.lexsort(np.round(expected, 6).T)
+    np.testing.assert_allclose(ours[order[0]], expected[order[1]], atol=1e-9)
+    assert goal_distance(np.array(GOAL_POSE)) == 0
+    assert goal_distance(np.array(GOAL_POSE) + [3, 4, 0]) == pytest.approx(5)
+
+
+@pytest.mark.parametrize("size,tolerance", [(64, 0), (128, 0), (96, 1)])
+def test_pictures_are_the_environments(size, tolerance):
+    pytest.importorskip("cv2", exc_type=ImportError)
+    env = make_env()
+    env.observation_width = env.observation_height = size
+    env.reset(seed=0)
+    render = Renderer(env, size)
+    for seed in range(8):
+        env.reset(seed=seed)
+        for _ in range(3):
+            env.step(read_state(env)[4:6])  # into the block: contacts are drawn as well
+        difference = np.abs(render().astype(int) - env._render().astype(int))
+        assert difference.max() <= tolerance
+
+
+def test_resize_of_a_ramp_is_exact():
+    """Bilinear interpolation reproduces what is linear, and half-pixel centres fix where it is read."""
+    x = np.arange(64) * 2.0
+    image = np.repeat(np.repeat(x[None, :, None], 64, 0), 3, 2).astype(np.uint8)
+    np.testing.assert_array_equal(resize(image, (16, 8))[:, :, 1], np.tile(x[1::4] + 1, (8, 1)))
+
+
+def test_runs_where_opencv_cannot_be_loaded():
+    code = """
+        import sys
+
+        class NoGL:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "cv2":
+                    raise ImportError("libGL.so.1: cannot open shared object file")
+
+        sys.meta_path.insert(0, NoGL())
+        from data_prep.pusht_expert import Renderer, make_env
+        env = make_env()
+        env.reset(seed=0)
+        print(int(Renderer(env, 64)().sum()), "cv2" in sys.modules)
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True
+    ).stdout.split()[-2:]
+    env = make_env()
+    env.reset(seed=0)
+    assert out == [str(int(Renderer(env, 64)().sum())), "False"]
+
+
+def test_expert_solves():
+    for number in range(2):
+        episode = demo.run_episode(number, demo.Demo(image_size=16))
+        assert episode.solved and episode.coverage > 0.95 and episode.reward[-1] == 1
+        assert len(episode.action) < 300
+        assert len(episode.images) == len(episode.agent_pos) == len(episode.action) + 1
+        assert episode.action.min() >= 0 and episode.action.max() <= 512
+
+
+def same(a: demo.Episode, b: demo.Episode) -> bool:
+    x, y = dataclasses.astuple(a), dataclasses.astuple(b)
+    return all(np.array_equal(p, q) if isinstance(p, np.ndarray) else p == q for p, q in zip(x, y, strict=True))
+
+
+def test_episodes_do_not_depend_on_the_processes():
+    def first(workers: int) -> list[tuple[int, demo.Episode]]:
+        generator = demo.episodes(TINY, workers)
+        try:
+            return list(itertools.islice(generator, 4))
+        finally:
+            generator.close()
+
+    alone, together = first(1), first(2)
+    assert [n for n, _ in alone] == [n for n, _ in together] == [0, 1, 2, 3]
+    assert all(same(a, b) for (_, a), (_, b) in zip(alone, together, strict=True))
+    assert same(demo.run_episode(2, TINY), alone[2][1])  # nor on the episodes before it
+    assert not same(demo.run_episode(2, dataclasses.replace(TINY, seed=4)), alone[2][1])
+
+
+@pytest.fixture
+def short_episodes(monkeypatch):
+    """Episode 1 fails; the others count as solved after a few steps."""
+    run = demo.run_episode
+
+    def short(number, params):
+        return dataclasses.replace(run(number, params), solved=number != 1)
+
+    monkeypatch.setattr(demo, "run_episode", short)
+
+
+def test_written_dataset(short_episodes, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    record = demo._write_source(TINY, tmp_path / "rlds", workers=1)
+    assert (record["episodes"], record["failed"], record["steps"]) == (2, 1, 26)
+    assert json.loads((tmp_path / "rlds" / demo.RECORD).read_text()) == record
+
+    builder = tfds.builder_from_directory(str(tmp_path / "rlds" / record["dataset"]))
+    source = builder.as_data_source(split="train")
+    assert len(source) == 2
+    for written, number in zip(source, (0, 2), strict=True):
+        episode = demo.run_episode(number, TINY)
+        steps = list(written["steps"])
+        assert written["episode_metadata"]["seed"] == 3_000_000 + number == episode.seed
+        assert written["episode_metadata"]["final_coverage"] == np.float32(episode.coverage)
+        images = [np.asarray(Image.open(io.BytesIO(png))) for png in episode.images]
+        np.testing.assert_array_equal([s["observation"]["image"] for s in steps], images)
+        np.testing.assert_array_equal([s["observation"]["agent_pos"] for s in steps], episode.agent_pos)
+        np.testing.assert_array_equal([s["action"] for s in steps], episode.action[[*range(12), 11]])
+        np.testing.assert_array_equal([s["reward"] for s in steps], [*episode.reward, 0])
+        assert [s["discount"] for s in steps] == [1] * 12 + [0]
+        assert [s["is_first"] for s in steps] == [True] + [False] * 12
+        assert [s["is_last"] for s in steps] == [s["is_terminal"] for s in steps] == [False] * 12 + [True]
+
+
+def test_make_is_ready_to_train_on_and_keeps_what_is_there(short_episodes, tmp_path, capsys):
+    output = tmp_path / "pusht"
+    demo.make(TINY, output, workers=1)
+    manifest = (output / "manifest.json").read_bytes()
+    assert (output / "codec" / "pca.npz").exists() and (output / "stats.json").exists()
+
+    capsys.readouterr()
+    demo.make(TINY, output, workers=1)
+    assert "there already" in capsys.readouterr().out
+    other = dataclasses.replace(TINY, seed=9)
+    with pytest.raises(UserError, match="--overwrite"):
+        demo.make(other, output, workers=1)
+    assert (output / "manifest.json").read_bytes() == manifest
+    demo.make(other, output, workers=1, overwrite=True)
+    assert (output / "manifest.json").read_bytes() != manifest
+
+
+def test_an_expert_that_always_fails_is_an_error(monkeypatch, tmp_path):
+    episode = demo.run_episode(0, TINY)
+    monkeypatch.setattr(demo, "run_episode", lambda number, params: dataclasses.replace(episode, solved=False))
+    with pytest.raises(UserError, match="--candidates=6"):
+        demo._write_source(TINY, tmp_path, workers=1)
