@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from uwm_jax.config import base
 from uwm_jax.models.network import UWMNetwork, network_from_config
 
 B, LATENT = 2, (1, 2, 8, 8, 12)
+fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def quickstart_model():
@@ -42,20 +45,31 @@ def batch() -> dict:
     }
 
 
-def perturbed(params):
-    """Zero-initialised layers get values, so that every path carries something."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    drawn = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, drawn)
+def small() -> UWMNetwork:
+    model = quickstart_model()
+    model.update(embed_dim=32, timestep_embed_dim=8)
+    model.encoder.update(stage_sizes=(1,), pool="average")
+    return build(model)
+
+
+def shapes_of(network: UWMNetwork, batch: dict) -> dict:
+    init = partial(network.init, method="init_all")
+    return jax.eval_shape(lambda: init(jax.random.key(0), **batch))["params"]
 
 
 @pytest.fixture(scope="module")
-def params(batch):
-    return jax.jit(lambda: build().init(jax.random.key(0), **batch, method="init_all"))()["params"]
+def params(batch) -> dict:
+    """Values everywhere, also where a start has zeros, so that every path carries something."""
+    rng = np.random.default_rng(1)
+
+    def draw(leaf):
+        return jnp.asarray(rng.normal(0.02, 0.1, leaf.shape).astype(np.float32))
+
+    return jax.tree.map(draw, shapes_of(small(), batch))
 
 
-def test_tree_and_quickstart_shapes(params):
+def test_tree_and_quickstart_shapes(batch):
+    params = shapes_of(build(), batch)
     assert set(params) == {"obs_encoder", "noise_pred_net"}
     assert params["obs_encoder"]["img_encoder"]["fc"]["kernel"].shape == (2 * 2 * 128, 128)
     net = params["noise_pred_net"]
@@ -64,48 +78,37 @@ def test_tree_and_quickstart_shapes(params):
     assert net["blocks"]["adaln"]["kernel"].shape == (2, 2 * 128 + 2 * 2 + 64, 6, 128)
 
 
-def test_starts_at_zero(params, batch):
-    network = build()
-
-    def run(params):
-        return network.apply({"params": params}, **batch, method="init_all")
-
-    pred, _ = jax.jit(run)(params)
-    assert {name: value.shape for name, value in pred.items()} == {"action": (B, 16, 2), "next_obs": (B, *LATENT)}
-    assert all((np.asarray(value) == 0).all() for value in pred.values())
-
-
 def test_parts_make_the_whole(params, batch):
     """Encoding once, modulating all steps and predicting one equals the training path at equal timesteps."""
-    network, variables = build(), {"params": perturbed(params)}
-    steps = {"action": jnp.array([90, 10]), "next_obs": jnp.array([90, 0])}
+    network, steps = small(), {"action": jnp.array([90, 10]), "next_obs": jnp.array([90, 0])}
+    variables = {"params": params}
 
-    @jax.jit
-    def sampling(variables):
+    @fast_jit
+    def both(variables):
         cond = network.apply(variables, batch["images"], batch["low_dim"], None, method="encode_obs")
         modulation = network.apply(variables, cond, steps, method="modulation")
         second = jax.tree.map(lambda m: m[1], modulation)
-        return network.apply(variables, batch["noisy"], second, method="predict")[0]
-
-    @jax.jit
-    def training(variables):
-        cond = network.apply(variables, batch["images"], batch["low_dim"], method="encode_obs")
+        sampling, _ = network.apply(variables, batch["noisy"], second, method="predict")
         rows = {"action": jnp.full(B, 10), "next_obs": jnp.full(B, 0)}
-        return network.apply(variables, cond, batch["noisy"], rows)[0]
+        training, _ = network.apply(variables, cond, batch["noisy"], rows)
+        at_once, _ = network.apply(variables, **{**batch, "timestep": rows}, method="init_all")
+        return sampling, training, at_once
 
-    for actual, wanted in zip(*map(jax.tree.leaves, (sampling(variables), training(variables))), strict=True):
-        assert float(jnp.abs(wanted).max()) > 0.01
-        np.testing.assert_allclose(actual, wanted, atol=3e-6 * float(jnp.abs(wanted).max()))
+    sampling, training, at_once = both(variables)
+    for key, wanted in training.items():
+        assert wanted.shape == batch["noisy"][key].shape
+        scale = float(jnp.abs(wanted).max())
+        assert scale > 0.01
+        np.testing.assert_allclose(sampling[key], wanted, atol=3e-6 * scale)
+        np.testing.assert_allclose(at_once[key], wanted, atol=3e-6 * scale)
 
 
 def test_gradients_reach_every_parameter(params, batch):
-    network = build()
-
     def loss(params):
-        pred, _ = network.apply({"params": params}, **batch, method="init_all")
+        pred, _ = small().apply({"params": params}, **batch, method="init_all")
         return sum(jnp.mean((p - 1) ** 2) for p in pred.values())
 
-    for path, leaf in jax.tree_util.tree_flatten_with_path(jax.jit(jax.grad(loss))(perturbed(params)))[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(fast_jit(jax.grad(loss))(params))[0]:
         assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -11,6 +12,8 @@ import pytest
 
 from uwm_jax.models.obs_encoder import ObsEncoder
 from uwm_jax.models.resnet import ResNet
+
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def u(n: int, k: int) -> np.ndarray:
@@ -44,9 +47,7 @@ def reference_params(shapes: dict) -> dict:
             if leaf not in node:
                 continue
             shape = node[leaf].shape
-            torch_shape = {4: tuple(shape[i] for i in (3, 2, 0, 1)) if len(shape) == 4 else (), 2: shape[::-1]}.get(
-                len(shape), shape
-            )
+            torch_shape = tuple(shape[i] for i in (3, 2, 0, 1)) if len(shape) == 4 else shape[::-1]
             value = (0.2 * u(int(np.prod(shape)), k)).astype(np.float32).reshape(torch_shape)
             if leaf == "scale":
                 value = value + np.float32(1)
@@ -70,9 +71,7 @@ def test_published_features():
     features = np.asarray(jax.jit(encoder.apply)({"params": params}, images))
     assert features.shape == (1, 32) and features.dtype == np.float32
     np.testing.assert_allclose([features.mean(), features.std()], [-0.1751449, 1.1243242], atol=4e-6)
-    np.testing.assert_allclose(
-        features[0, :5], [0.729113, -2.437508, 0.894957, -0.12738, 1.035589], atol=4e-6
-    )
+    np.testing.assert_allclose(features[0, :5], [0.729113, -2.437508, 0.894957, -0.12738, 1.035589], atol=4e-6)
     np.testing.assert_allclose(features[0, -3:], [-1.042441, -0.353726, -0.061039], atol=4e-6)
 
 
@@ -95,10 +94,10 @@ def small(**fields) -> ObsEncoder:
 
 def test_order_of_features(inputs):
     encoder = small(use_low_dim=True, use_language=True)
-    variables = jax.jit(encoder.init)(jax.random.key(0), **inputs)
-    features = np.asarray(jax.jit(encoder.apply)(variables, **inputs))
+    variables = fast_jit(encoder.init)(jax.random.key(0), **inputs)
+    features = np.asarray(fast_jit(encoder.apply)(variables, **inputs))
     assert features.shape == (2, 3 * 2 * 4 + 2 * (3 + 2) + 4)
-    net = jax.jit(ResNet((1,), width=16, embed_dim=4).apply)
+    net = fast_jit(ResNet((1,), width=16, embed_dim=4).apply)
     for view in range(3):
         for frame in range(2):
             start = (view * 2 + frame) * 4
@@ -111,9 +110,7 @@ def test_order_of_features(inputs):
     np.testing.assert_allclose(features[:, 34:], inputs["text"] @ head["kernel"] + head["bias"], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "fields, width", [({}, 24), ({"use_low_dim": True}, 34), ({"use_language": True}, 28)]
-)
+@pytest.mark.parametrize("fields, width", [({}, 24), ({"use_low_dim": True}, 34), ({"use_language": True}, 28)])
 def test_width_of_features(inputs, fields, width):
     features, variables = jax.eval_shape(small(**fields).init_with_output, jax.random.key(0), **inputs)
     assert features.shape == (2, width) and features.dtype == jnp.float32
@@ -122,7 +119,7 @@ def test_width_of_features(inputs, fields, width):
 
 def test_text_head_starts_as_torch_does(inputs):
     wide = {**inputs, "text": jnp.ones((2, 400))}
-    head = jax.jit(small(use_language=True).init)(jax.random.key(0), **wide)["params"]["text_head"]
+    head = fast_jit(small(use_language=True).init)(jax.random.key(0), **wide)["params"]["text_head"]
     kernel = np.asarray(head["kernel"])
     assert kernel.shape == (400, 4) and 0.045 < np.abs(kernel).max() <= 0.05
     assert 0 < np.abs(np.asarray(head["bias"])).max() <= 0.05

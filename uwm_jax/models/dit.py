@@ -113,9 +113,7 @@ class Block(nn.Module):
     def setup(self) -> None:
         d, heads, dtype = self.embed_dim, self.num_heads, self.dtype
         self.adaln = nn.DenseGeneral((6, d), dtype=dtype, kernel_init=ZEROS)
-        self.qkv = nn.DenseGeneral(
-            (3, heads, d // heads), use_bias=self.qkv_bias, dtype=dtype, kernel_init=INIT
-        )
+        self.qkv = nn.DenseGeneral((3, heads, d // heads), use_bias=self.qkv_bias, dtype=dtype, kernel_init=INIT)
         self.proj = nn.DenseGeneral(d, axis=(-2, -1), dtype=dtype, kernel_init=INIT)
         self.fc1 = nn.Dense(int(d * self.mlp_ratio), dtype=dtype, kernel_init=INIT)
         self.fc2 = nn.Dense(d, dtype=dtype, kernel_init=INIT)
@@ -137,6 +135,10 @@ class Block(nn.Module):
         x = x + gate1[:, None] * self.proj(y).astype(jnp.float32)
         y = self.fc2(exact_gelu(self.fc1(modulate(x, shift2, scale2))))
         return x + gate2[:, None] * y.astype(jnp.float32)
+
+
+def _apply(block: Block, params: Any, *args: Array, method: str = "__call__") -> Any:
+    return block.apply({"params": params}, *args, method=method)
 
 
 class Head(nn.Module):
@@ -178,7 +180,7 @@ class DiT(nn.Module):
 
     action_dim: int
     action_len: int
-    latent_shape: tuple[int, int, int, int, int]
+    latent_shape: tuple[int, ...]
     patch: tuple[int, int, int] = (2, 4, 4)
     embed_dim: int = 768
     depth: int = 12
@@ -247,9 +249,7 @@ class DiT(nn.Module):
         `hidden` (depth, B, L, D) after every block, `final` (B, L, D) after the head; L runs over actions, video,
         registers. What is not used costs nothing under jit.
         """
-        cond = jnp.concatenate(
-            [global_cond.astype(jnp.float32), self._embed_timestep(timestep)], axis=-1
-        )
+        cond = jnp.concatenate([global_cond.astype(jnp.float32), self._embed_timestep(timestep)], axis=-1)
         cond = nn.silu(cond)
         # The blocks' parameters depend on the width of the condition, so they are declared here, not in setup.
         blocks = self.param("blocks", self._init_blocks, cond.shape[-1])
@@ -257,13 +257,11 @@ class DiT(nn.Module):
 
         def body(x: Array, params: Any) -> Array:
             # The modulation belongs to the body: it is rematerialised, and its weights gathered, layer by layer.
-            return block.apply({"params": params}, x, cond)
+            return _apply(block, params, x, cond)
 
         if self.remat != "none":
             # A scan keeps XLA from merging the recomputation with the forward pass; unrolled code needs barriers.
-            body = jax.checkpoint(
-                body, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_blocks
-            )
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_blocks)
         tokens = self._tokens(noisy)
         x, hidden = self._run(body, tokens, blocks)
         return self._outputs(x, self.head.modulation(cond), {"tokens": tokens, "hidden": hidden})
@@ -283,9 +281,7 @@ class DiT(nn.Module):
         time = nn.silu(self._embed_timestep(timestep))
         # The condition is [obs | time] and the layer is linear, so B + S rows replace B * S. The rows are padded
         # with zeros because slicing the largest kernels of the network would copy them.
-        cond = jnp.concatenate(
-            [jnp.pad(obs, ((0, 0), (0, time.shape[-1]))), jnp.pad(time, ((0, 0), (features, 0)))]
-        )
+        cond = jnp.concatenate([jnp.pad(obs, ((0, 0), (0, time.shape[-1]))), jnp.pad(time, ((0, 0), (features, 0)))])
 
         def combine(out: Array, bias: Array) -> Array:
             """(..., B + S, k, D) -> (S, ..., B, k, D); both halves came with the bias, which counts once."""
@@ -293,15 +289,13 @@ class DiT(nn.Module):
             time_part = jnp.moveaxis(out[..., rows:, :, :] - bias[..., None, :, :], -3, 0)
             return obs_part + time_part[..., None, :, :]
 
-        blocks = self.get_variable("params", "blocks")
+        blocks: Any = self.get_variable("params", "blocks")
         block = self._block()
         # Conditions are repeated per layer so that `depth` is a batch axis of the product on both sides.
         repeated = jnp.broadcast_to(cond, (self.depth, *cond.shape))
-        out = jax.vmap(lambda params, c: block.apply({"params": params}, c, method=Block.modulation))(
-            blocks, repeated
-        )
+        out = jax.vmap(lambda params, c: _apply(block, params, c, method="modulation"))(blocks, repeated)
         head = self.head.modulation(cond)
-        head_bias = self.get_variable("params", "head")["adaln"]["bias"]
+        head_bias: Any = self.get_variable("params", "head")["adaln"]["bias"]
         return {"blocks": combine(out, blocks["adaln"]["bias"]), "head": combine(head, head_bias)}
 
     def predict(
@@ -311,10 +305,10 @@ class DiT(nn.Module):
         block = self._block()
 
         def body(x: Array, layer: tuple[Any, Array]) -> Array:
-            return block.apply({"params": layer[0]}, x, layer[1], method=Block.apply_modulated)
+            return _apply(block, layer[0], x, layer[1], method="apply_modulated")
 
         tokens = self._tokens(noisy)
-        layers = (self.get_variable("params", "blocks"), modulation["blocks"])
+        layers: Any = (self.get_variable("params", "blocks"), modulation["blocks"])
         x, hidden = self._run(body, tokens, layers)
         return self._outputs(x, modulation["head"], {"tokens": tokens, "hidden": hidden})
 

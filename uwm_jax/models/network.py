@@ -27,15 +27,11 @@ class UWMNetwork(nn.Module):
     obs_encoder: ObsEncoder
     noise_pred_net: DiT
 
-    def encode_obs(
-        self, images: Array, low_dim: Mapping[str, Array] | None = None, text: Array | None = None
-    ) -> Array:
+    def encode_obs(self, images: Array, low_dim: Mapping[str, Array] | None = None, text: Array | None = None) -> Array:
         """Frames (B, V, T, H, W, 3) in [0, 1], {key: (B, T, D)}, (B, E) -> features (B, F) float32."""
         return self.obs_encoder(images, low_dim, text)
 
-    def __call__(
-        self, global_cond: Array, noisy: Mapping[str, Array], timestep: Mapping[str, Array]
-    ) -> Prediction:
+    def __call__(self, global_cond: Array, noisy: Mapping[str, Array], timestep: Mapping[str, Array]) -> Prediction:
         """Predictions and intermediates of `DiT` for features (B, F) and timesteps (B,)."""
         return self.noise_pred_net(global_cond, noisy, timestep)
 

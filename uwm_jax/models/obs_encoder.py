@@ -35,9 +35,7 @@ class ObsEncoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, images: Array, low_dim: Mapping[str, Array] | None = None, text: Array | None = None
-    ) -> Array:
+    def __call__(self, images: Array, low_dim: Mapping[str, Array] | None = None, text: Array | None = None) -> Array:
         """Encodes a batch.
 
         Args:
@@ -52,9 +50,7 @@ class ObsEncoder(nn.Module):
             ValueError: an input that the options ask for is missing.
         """
         batch = images.shape[0]
-        net = ResNet(
-            self.stage_sizes, self.width, self.embed_dim, self.pool, self.dtype, name="img_encoder"
-        )
+        net = ResNet(self.stage_sizes, self.width, self.embed_dim, self.pool, self.dtype, name="img_encoder")
         features = [net(images.reshape(-1, *images.shape[3:])).reshape(batch, -1)]
         if self.use_low_dim:
             if not low_dim:

@@ -112,7 +112,7 @@ class ResNet(nn.Module):
             raise ValueError(f"width must be a positive multiple of {CHANNELS_PER_GROUP}, found {self.width}")
         if self.pool not in ("average", "flatten"):
             raise ValueError(f"pool must be average or flatten, found {self.pool!r}")
-        mean, std = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
+        mean, std = np.array([IMAGENET_MEAN, IMAGENET_STD], np.float32)
         x = ((images.astype(jnp.float32) - mean) / std).astype(self.dtype)
         x = _conv(self.width, 7, 2, self.dtype, "conv1")(x)
         x = nn.relu(_norm(self.width, self.dtype, "bn1")(x))
