@@ -16,7 +16,7 @@ cropped size), of these what the mode makes; for `denoise` `noise_pred/*`, `loss
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 
 from uwm_jax import cli
-from uwm_jax.diffusion.modes import MODALITIES, MODES, Role, given
+from uwm_jax.diffusion.modes import MODALITIES, MODES, given
 from uwm_jax.errors import UserError
 from uwm_jax.system import System
 from uwm_jax.torch_bridge import weights
@@ -55,11 +55,10 @@ def main(argv: list[str]) -> None:
     modes = parse_modes(cli.required("mode"))
     arrays = weights.read_npz(cli.required("inputs"), "--inputs")
     system, params, frozen, step = checkpoint.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
-    checked = [check_inputs(system, mode, arrays) for mode in modes]  # all, before the first takes its time
+    inputs = check_inputs(system, modes, arrays)
     results: dict[str, np.ndarray] = {}
-    for inputs in checked:
-        prefix = f"{inputs.mode}/" if len(modes) > 1 else ""
-        results |= {prefix + key: value for key, value in run(system, params, frozen, inputs, FLAGS.seed).items()}
+    for mode, made in run(system, params, frozen, inputs, FLAGS.seed).items():
+        results |= {f"{mode}/{key}" if len(modes) > 1 else key: value for key, value in made.items()}
     with weights.atomic(output) as temporary, temporary.open("wb") as file:
         np.savez(file, **results)
     shapes = ", ".join(f"{key} {value.shape}" for key, value in results.items())
@@ -79,28 +78,30 @@ def parse_modes(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one mode reads, checked.
+    """What some modes read, checked.
 
     batch: `obs/*`, `next_obs/*` or `next_obs_latent`, `action`, as the file has them (raw units).
     noise: {modality: float32}, of these what the file gives. timestep: {modality: (B,) int32} for `denoise`.
     """
 
-    mode: str
+    modes: tuple[str, ...]
     batch_size: int
     batch: dict[str, np.ndarray]
     noise: dict[str, np.ndarray]
     timestep: dict[str, np.ndarray]
 
 
-def check_inputs(system: System, mode: str, arrays: Mapping[str, np.ndarray], where: str = "--inputs") -> Inputs:
-    """Takes from `arrays` what `mode` reads.
+def check_inputs(
+    system: System, modes: Sequence[str], arrays: Mapping[str, np.ndarray], where: str = "--inputs"
+) -> Inputs:
+    """Takes from `arrays` what `modes` read.
 
     Raises:
       UserError: naming every key that is missing, and every one with an unfit shape, dtype or value.
     """
     facts, frames = system.facts, system.num_frames
-    denoise = mode == DENOISE
-    known = MODALITIES if denoise else given(mode)
+    denoise = DENOISE in modes
+    known = {m for mode in modes for m in (MODALITIES if mode == DENOISE else given(mode))}
     problems: list[str] = []
     batch_size: int | None = None
 
@@ -152,7 +153,7 @@ def check_inputs(system: System, mode: str, arrays: Mapping[str, np.ndarray], wh
                 )
 
     shapes = {m: shape[1:] for m, shape in system.noise_shapes(1).items()}
-    used = [m for m in MODALITIES if denoise or MODES[mode][m] is not Role.GIVEN]
+    used = [m for m in MODALITIES if any(mode == DENOISE or m not in given(mode) for mode in modes)]
     noise = {m: take(f"noise/{m}", shapes[m], "float32", needed=denoise) for m in used}
     timestep = {m: take(f"timestep/{m}", (), "integer") for m in MODALITIES if denoise}
     steps = system.schedule.num_train_steps
@@ -160,9 +161,9 @@ def check_inputs(system: System, mode: str, arrays: Mapping[str, np.ndarray], wh
         if t is not None and (t.min() < 0 or t.max() >= steps):
             problems.append(f"timestep/{m}: expected 0 to {steps - 1}, found {t.min()} to {t.max()}")
     if problems or batch_size is None:
-        raise UserError(f"{where}, for mode {mode}:\n  " + "\n  ".join(problems))
+        raise UserError(f"{where}, for mode {', '.join(modes)}:\n  " + "\n  ".join(problems))
     return Inputs(
-        mode,
+        tuple(modes),
         batch_size,
         {k: v for k, v in batch.items() if v is not None},
         {m: v for m, v in noise.items() if v is not None},
@@ -170,12 +171,13 @@ def check_inputs(system: System, mode: str, arrays: Mapping[str, np.ndarray], wh
     )
 
 
-def run(system: System, params: Any, frozen: Any, inputs: Inputs, seed: int = 0) -> dict[str, np.ndarray]:
-    """Runs one mode; returns the arrays of OUT, without the mode's prefix.
+def run(system: System, params: Any, frozen: Any, inputs: Inputs, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+    """Runs the modes of `inputs`; returns {mode: arrays of OUT, without the mode's prefix}.
 
     Args:
       inputs: from `check_inputs`.
-      seed: of the noise that the inputs do not give; row i's noise is a function of (seed, i).
+      seed: of the noise that the inputs do not give; row i's noise is a function of (seed, i), and the
+        same for every mode.
     """
     normalizer = system.facts.normalizer
     batch = dict(inputs.batch)
@@ -183,36 +185,41 @@ def run(system: System, params: Any, frozen: Any, inputs: Inputs, seed: int = 0)
         batch[f"obs/{key}"] = normalizer.normalize(key, batch[f"obs/{key}"])
     if "action" in batch:
         batch["action"] = normalizer.normalize("action", batch["action"])
-    if inputs.mode == DENOISE:
-        out = _compiled(system, DENOISE)(params, frozen, batch, inputs.noise, inputs.timestep)
-        return {key: np.asarray(value) for key, value in out.items()}
     drawn = system.draw_noise(jax.random.key(seed), jnp.arange(inputs.batch_size, dtype=jnp.int32))
-    out = _compiled(system, inputs.mode)(params, frozen, batch, {**drawn, **inputs.noise})
-    results: dict[str, np.ndarray] = {}
-    if "action" in out:
-        normalized = np.asarray(out["action"])
-        results["action"] = np.asarray(normalizer.unnormalize("action", normalized), np.float32)
-        results["action_normalized"] = normalized
-    if "next_obs_latent" in out:
-        results["next_obs_latent"] = np.asarray(out["next_obs_latent"])
-        images = np.asarray(_compiled(system, "pictures")(frozen, out["next_obs_latent"]))
-        results |= {f"next_obs/{camera}": images[:, view] for view, camera in enumerate(system.cameras)}
+    made = _modes(system, inputs.modes)(params, frozen, batch, {**drawn, **inputs.noise}, inputs.timestep)
+    results: dict[str, dict[str, np.ndarray]] = {}
+    for mode in inputs.modes:
+        out = results[mode] = {key: np.asarray(value) for key, value in made[mode].items()}
+        if mode != DENOISE and "action" in out:
+            out["action_normalized"] = out["action"]
+            out["action"] = np.asarray(normalizer.unnormalize("action", out["action"]), np.float32)
+        if mode != DENOISE and "next_obs_latent" in out:
+            images = np.asarray(_pictures(system)(frozen, out["next_obs_latent"]))
+            out |= {f"next_obs/{camera}": images[:, view] for view, camera in enumerate(system.cameras)}
     return results
 
 
+# Cached, so that repeated calls compile once. All modes are one program: they share the encoders' work.
 @functools.lru_cache(maxsize=16)
-def _compiled(system: System, what: str) -> Callable[..., Any]:
-    """The jitted function of a mode, or of decoding to uint8, so that repeated calls compile once."""
-    if what == DENOISE:
-        return jax.jit(system.denoise)
-    if what == "pictures":
+def _modes(system: System, modes: tuple[str, ...]) -> Callable[..., Any]:
+    def run_modes(params: Any, frozen: Any, batch: Any, noise: Any, timestep: Any) -> dict[str, Any]:
+        return {
+            mode: system.denoise(params, frozen, batch, noise, timestep)
+            if mode == DENOISE
+            else system.sample(params, frozen, batch, mode, noise)
+            for mode in modes
+        }
 
-        def pictures(frozen: Any, latents: jax.Array) -> jax.Array:
-            images = jnp.clip(system.decode(frozen, latents), 0.0, 1.0)
-            return jnp.round(images * 255).astype(jnp.uint8)
+    return jax.jit(run_modes)
 
-        return jax.jit(pictures)
-    return jax.jit(lambda params, frozen, batch, noise: system.sample(params, frozen, batch, what, noise))
+
+@functools.lru_cache(maxsize=4)
+def _pictures(system: System) -> Callable[..., Any]:
+    def pictures(frozen: Any, latents: jax.Array) -> jax.Array:
+        images = jnp.clip(system.decode(frozen, latents), 0.0, 1.0)
+        return jnp.round(images * 255).astype(jnp.uint8)
+
+    return jax.jit(pictures)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def from_official(
     complaints += other
     if complaints:
         raise UserError(
-            f"{source}: {len(complaints)} of its tensors are not those of the model that the configuration describes:\n  "
+            f"{source}: {len(complaints)} tensors are not those of the model that the configuration describes:\n  "
             + "\n  ".join(complaints)
             + "\nUse the weights and the configuration of one and the same official run."
         )

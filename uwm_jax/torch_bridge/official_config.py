@@ -224,7 +224,8 @@ def _shape_meta(official: OfficialYaml) -> tuple[dict[str, tuple[int, int]], dic
         else:
             raise official.error(
                 f"{field}.obs.{key}",
-                f"should be of type rgb with shape [height, width, 3] or low_dim with shape [size], found {kind!r} {shape!r}",
+                "should be of type rgb with shape [height, width, 3] or low_dim with shape [size], "
+                f"found {kind!r} {shape!r}",
             )
     if not cameras:
         raise official.error(f"{field}.obs", "has no key of type rgb")
@@ -247,7 +248,8 @@ def _read_window(official: OfficialYaml, c: ConfigDict) -> None:
         raise official.error(
             "num_frames",
             f"is {frames}, which leaves {frames - first_next} frames after obs_num_frames={obs} and "
-            f"model.action_len={actions}; the model predicts as many frames as it sees, so it should be {first_next + obs}",
+            f"model.action_len={actions}; the model predicts as many frames as it sees, "
+            f"so it should be {first_next + obs}",
         )
     c.data.window.obs = tuple(range(obs))
     c.data.window.action = tuple(range(obs - 1, first_next))
@@ -349,7 +351,8 @@ def _check_against_tensors(
     channels, factor = vae_geometry(shapes)
     if len(shapes.get(patch, ())) == 5 and channels is not None and shapes[patch][1] != channels:
         raise UserError(
-            f"--input: {patch} reads {shapes[patch][1]} latent channels, but {VAE}post_quant_conv.weight says {channels}."
+            f"--input: {patch} reads {shapes[patch][1]} latent channels, "
+            f"but {VAE}post_quant_conv.weight says {channels}."
         )
     if factor is not None:
         for size, part, axis in zip(c.data.crop, m.patch[1:], ("height", "width"), strict=True):
