@@ -14,7 +14,8 @@ fi
 stamp=.venv/installed-for-tests
 wanted=$(cat pyproject.toml launch/constraints.txt | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
-  "$python" -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable '.[data_prep,dev]'
+  # data-prep with a hyphen: the pip that comes with Python 3.11 does not find the extra by the underscore.
+  "$python" -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable '.[data-prep,dev]'
   echo "$wanted" > "$stamp"
 fi
 
