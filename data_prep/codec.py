@@ -13,7 +13,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.models.codecs import fit_pca
 
 MAX_FRAMES = 2000
-_MAX_BYTES = 1 << 28  # of decoded frames in memory
+_MAX_BYTES = 1 << 26  # of decoded frames: bounds memory and seconds, and leaves patches enough
 
 
 def common_size(cameras: dict[str, tuple[int, int]], patch: int) -> tuple[int, int] | None:

@@ -161,7 +161,7 @@ def _run_job(job: _Job) -> _Result:
             for chunk in episode.chunks:
                 writer.write(chunk)
             for key, values in episode.columns.items():
-                columns[key].write(np.ascontiguousarray(values, job.layout.columns[key][1]))
+                columns[key].write(values.astype(job.layout.columns[key][1]).tobytes())
             result.lengths.append(episode.length)
         with _done_bytes.get_lock():
             _done_bytes.value += size
@@ -211,12 +211,14 @@ class _ShardWriter:
 def _run_jobs(jobs: list[_Job], workers: int) -> list[_Result]:
     context = multiprocessing.get_context("spawn")
     done_bytes, done_episodes = context.Value("q", 0), context.Value("q", 0)
-    shared = {"initializer": _init_worker, "initargs": (done_bytes, done_episodes)}
+    counters = (done_bytes, done_episodes)
     executor: concurrent.futures.Executor
-    if min(workers, len(jobs)) > 1:
-        executor = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, **shared)
+    if (processes := min(workers, len(jobs))) > 1:
+        executor = concurrent.futures.ProcessPoolExecutor(
+            processes, context, initializer=_init_worker, initargs=counters
+        )
     else:
-        executor = concurrent.futures.ThreadPoolExecutor(1, **shared)
+        executor = concurrent.futures.ThreadPoolExecutor(1, initializer=_init_worker, initargs=counters)
     bar = progress.Progress(
         progress.TextColumn("{task.fields[episodes]} episodes"),
         progress.BarColumn(),

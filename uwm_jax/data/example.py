@@ -42,7 +42,11 @@ def scan(record: Buffer, wanted: Collection[bytes] | None = None) -> dict[bytes,
             for number, entry, entry_stop in _messages(record, start, stop):
                 if number != 1:  # Features.feature, a map of (key, value)
                     continue
-                # Keys come first in every writer's output; the general order is handled by `_entry`.
+                # Writers put the key first, and keys are short: then what is not wanted costs one comparison.
+                if record[entry] == 0x0A and record[entry + 1] < 128:
+                    name = bytes(record[entry + 2 : entry + 2 + record[entry + 1]])
+                    if wanted is not None and name not in wanted:
+                        continue
                 name, value = _entry(record, entry, entry_stop)
                 if wanted is not None and name not in wanted:
                     continue
@@ -58,11 +62,18 @@ def bytes_spans(record: Buffer, field: Field, stop: int | None = None) -> list[t
     """Byte ranges of the values of a BYTES feature (the first `stop` of them)."""
     if field.kind not in (BYTES, 0):
         raise ValueError("expected a list of bytes")
-    spans = []
-    for _, start, end in _messages(record, field.start, field.stop):
-        spans.append((start, end))
-        if stop is not None and len(spans) >= stop:
-            break
+    spans: list[tuple[int, int]] = []
+    at, end = field.start, field.stop
+    # The same as `_messages`, written out: this runs once per frame of every record that is read.
+    while at < end and (stop is None or len(spans) < stop):
+        length = record[at + 1]
+        start = at + 2
+        if length >= 128:
+            length, start = _read_varint(record, at + 1)
+        at = start + length
+        if at > end:
+            raise ValueError("a list of bytes runs over its end")
+        spans.append((start, at))
     return spans
 
 

@@ -7,9 +7,10 @@ threads work ahead, and joins samples to batches. It keeps no state but the step
 from __future__ import annotations
 
 import collections
+import ctypes
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -42,7 +43,7 @@ class Trace(NamedTuple):
 
 
 class Samples:
-    """One window of a dataset as arrays, as `config.data` asks for them.
+    """Windows of a dataset as rows of batches, as `config.data` asks for them.
 
     Args:
         dataset: an open split.
@@ -67,55 +68,82 @@ class Samples:
         self.low_dim = {name: self._width(key) for name, key in self._low_dim.items()}
         self.text_dim = self._width(self._text) if self._text else 0
 
-    def load(self, episode: int, origin: int) -> Batch:
-        """The sample of the window at `origin` of an episode, keys as in `Loader` without the batch axis."""
+    def empty(self, rows: int) -> Batch:
+        """Arrays for a batch of `rows` samples, to be filled by `load`."""
+        spec = self.spec
+        batch: Batch = {}
+        for name, key in self.cameras.items():
+            size = (*self.dataset.cameras[key], 3)
+            batch[f"obs/{name}"] = np.empty((rows, len(spec.obs), *size), np.uint8)
+            batch[f"next_obs/{name}"] = np.empty((rows, len(spec.next_obs), *size), np.uint8)
+        for name, width in self.low_dim.items():
+            batch[f"obs/{name}"] = np.empty((rows, len(spec.obs), width), np.float32)
+        if self._text:
+            batch["obs/text"] = np.empty((rows, self.text_dim), np.float32)
+        batch["action"] = np.empty((rows, len(spec.action), self.action_dim), np.float32)
+        batch["action_mask"] = np.empty(rows, np.bool_)
+        batch["row"] = np.empty(rows, np.int32)
+        return batch
+
+    def load(self, batch: Batch, at: int, episode: int, origin: int, row: int) -> None:
+        """Writes the sample of the window at `origin` of an episode into place `at` of a batch, as row `row`."""
         dataset, spec = self.dataset, self.spec
         length, start = int(dataset.episode_lengths[episode]), int(dataset.episode_starts[episode])
         obs = spec.steps(spec.obs, origin, length)
-        action = spec.steps(spec.action, origin, length)
         steps = obs + spec.steps(spec.next_obs, origin, length)
-        sample: Batch = {}
-        frames = {key: np.empty((len(steps), *dataset.cameras[key], 3), np.uint8) for key in self.cameras.values()}
+        frames = {
+            key: [*batch[f"obs/{name}"][at], *batch[f"next_obs/{name}"][at]] for name, key in self.cameras.items()
+        }
         dataset.frames(episode, dict.fromkeys(frames, steps), frames)
-        for name, key in self.cameras.items():
-            sample[f"obs/{name}"] = frames[key][: len(obs)]
-            sample[f"next_obs/{name}"] = frames[key][len(obs) :]
         for name, key in self._low_dim.items():
-            sample[f"obs/{name}"] = self._normalized(name, self._rows(key, start, obs).astype(np.float32))
+            batch[f"obs/{name}"][at] = self.normalizer.normalize(name, self._rows(key, start, obs))
         if self._text:
-            sample["obs/text"] = np.array(dataset.values(episode, obs[-1], self._text), np.float32)
+            batch["obs/text"][at] = dataset.values(episode, obs[-1], self._text)
+        action = spec.steps(spec.action, origin, length)
         parts = [transform.apply(self._rows(key, start, action)) for key, transform in self._action]
-        sample["action"] = self._normalized("action", np.concatenate(parts, axis=-1))
-        sample["action_mask"] = np.bool_(True)
-        return sample
+        batch["action"][at] = self.normalizer.normalize("action", np.concatenate(parts, axis=-1))
+        batch["action_mask"][at] = True
+        batch["row"][at] = row
 
     def _rows(self, key: str, start: int, steps: list[int]) -> np.ndarray:
-        column = self.dataset.column(key)
-        return np.asarray(column[[start + s for s in steps]]).reshape(len(steps), -1)
-
-    def _normalized(self, key: str, x: np.ndarray) -> np.ndarray:
-        return np.asarray(self.normalizer.normalize(key, x), np.float32)
+        rows = self.dataset.column(key)[[start + s for s in steps]]
+        return np.asarray(rows, np.float32).reshape(len(steps), -1)
 
     def _width(self, key: str) -> int:
         return int(np.prod(self.dataset.step_shape(key), dtype=np.int64))
 
 
 class _Source:
-    """What grain indexes: this process's rows of all batches from `start_step` on, in order."""
+    """What grain indexes: this process's rows of all batches from `start_step` on, in order.
+
+    A row is decoded straight into the arrays of its batch, which saves a copy of every frame; the element that
+    grain carries to the end of the pipeline is only the batch's number. Each iterator has a source of its own.
+    """
 
     def __init__(self, loader: Loader):
         self._loader = loader
+        self._lock = threading.Lock()
+        self._batches: dict[int, Batch] = {}
 
     def __len__(self) -> int:
         return 1 << 48  # training stops by itself; epochs are the order's business
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int) -> int:
         loader = self._loader
         step, place = divmod(int(i), loader.local_batch_size)
+        with self._lock:
+            if step not in self._batches:
+                self._batches[step] = loader.samples.empty(loader.local_batch_size)
+            batch = self._batches[step]
         row = place * loader.process_count + loader.process_index
         position = (loader.start_step + step) * loader.batch_size + row
-        sample = loader.samples.load(*loader.windows.locate(loader.order.window(position)))
-        return sample | {"row": np.int32(row)}
+        loader.samples.load(batch, place, *loader.windows.locate(loader.order.window(position)), row)
+        return step
+
+    def take(self, steps: Sequence[int]) -> Batch:
+        """The batch whose rows are all done."""
+        with self._lock:
+            return self._batches.pop(steps[0])
 
 
 class Loader:
@@ -160,6 +188,7 @@ class Loader:
                     f"config.batch_size={batch_size}, config.data.num_streams={config.num_streams})."
                 )
         self.local_batch_size = batch_size // process_count
+        _keep_freed_memory()
 
     @property
     def normalizer(self) -> Normalizer:
@@ -188,8 +217,9 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         threads = self.config.num_threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, 2 * threads) if threads else 0)
-        dataset = grain.MapDataset.source(_Source(self)).to_iter_dataset(options)
-        return iter(dataset.batch(self.local_batch_size, drop_remainder=True))
+        source = _Source(self)
+        rows = grain.MapDataset.source(source).to_iter_dataset(options)
+        return iter(rows.batch(self.local_batch_size, drop_remainder=True, batch_fn=source.take))
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint after `step` steps must keep, JSON: no topology, only a position and what it counts."""
@@ -265,13 +295,28 @@ class HeldOut:
     def batch(self, start: int, stop: int) -> Batch:
         """Windows [start, stop) as a batch; `row` is the window's number. Windows beyond the last start over."""
         rows = np.arange(start, stop) % len(self)
-        loaded = [self._samples.load(int(self.episodes[r]), int(self.origins[r])) for r in rows]
-        return {k: np.stack([x[k] for x in loaded]) for k in loaded[0]} | {"row": rows.astype(np.int32)}
+        batch = self._samples.empty(len(rows))
+        for at, r in enumerate(rows):
+            self._samples.load(batch, at, int(self.episodes[r]), int(self.origins[r]), int(r))
+        return batch
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All windows in batches of one size; the last batch is filled up from the beginning."""
         for start in range(0, len(self), batch_size):
             yield self.batch(start, start + batch_size)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep freed blocks of a few megabytes instead of returning them to the system.
+
+    Every record read takes and frees such blocks; mapping fresh pages each time costs three times the read itself.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # another C library
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its largest value
+    mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
 
 
 def prefetch_to_device(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int) -> DevicePrefetch:

@@ -180,13 +180,16 @@ class Dataset:
                 "The file is damaged: copy it again (manifest.json has its sha256) or make the dataset again."
             ) from e
 
-    def frames(self, episode: int, steps: Mapping[str, Sequence[int]], into: Mapping[str, np.ndarray]) -> None:
+    def frames(
+        self, episode: int, steps: Mapping[str, Sequence[int]], into: Mapping[str, Sequence[np.ndarray] | np.ndarray]
+    ) -> None:
         """Decodes frames of an episode.
 
         Args:
             episode: its number in the split.
             steps: camera key -> steps wanted; each record that holds any of them is read once.
-            into: camera key -> (len(steps), H, W, 3) uint8, C-contiguous, that receives the frames.
+            into: camera key -> for each step, the (H, W, 3) uint8 C-contiguous array that receives the frame
+                (or one array of them all).
         """
         wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
         for camera, indices in steps.items():
@@ -325,11 +328,13 @@ def decode_image(data: bytes | memoryview, out: np.ndarray) -> None:
     Raises:
         ValueError, OSError: a damaged image, or one of another size.
     """
-    height, width, _ = image_size(data)
-    if (height, width, 3) != out.shape:
-        raise ValueError(f"expected an image of {out.shape[0]} x {out.shape[1]}, found {height} x {width}")
     if data[:2] == b"\xff\xd8":
-        simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+        shape = simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape
     else:
-        with Image.open(io.BytesIO(data)) as image:
-            out[...] = np.asarray(image.convert("RGB"))
+        with Image.open(io.BytesIO(data)) as opened:
+            image = np.asarray(opened.convert("RGB"))
+        shape = image.shape
+        if shape == out.shape:
+            out[...] = image
+    if shape != out.shape:
+        raise ValueError(f"expected an image of shape {out.shape}, found {shape}")

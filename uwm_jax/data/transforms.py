@@ -22,10 +22,15 @@ def xyz_euler_to_rot6d(x: np.ndarray) -> np.ndarray:
     Returns:
         (..., 9) float32: xyz, row 0 of R, row 1 of R (Zhou et al., arXiv:1812.07035, uses columns).
     """
-    x = np.asarray(x, np.float64)
-    (ca, cb, cc), (sa, sb, sc) = (np.moveaxis(f(x[..., 3:6]), -1, 0) for f in (np.cos, np.sin))
-    rows = [cb * cc, -cb * sc, sb, ca * sc + sa * sb * cc, ca * cc - sa * sb * sc, -sa * cb]
-    return np.concatenate([x[..., :3], np.stack(rows, axis=-1)], axis=-1).astype(np.float32)
+    angles = np.asarray(x[..., 3:6], np.float64)
+    cos, sin = np.cos(angles), np.sin(angles)
+    ca, cb, cc = cos[..., 0], cos[..., 1], cos[..., 2]
+    sa, sb, sc = sin[..., 0], sin[..., 1], sin[..., 2]
+    out = np.empty((*angles.shape[:-1], 9), np.float32)
+    out[..., :3] = x[..., :3]
+    out[..., 3], out[..., 4], out[..., 5] = cb * cc, -cb * sc, sb
+    out[..., 6], out[..., 7], out[..., 8] = ca * sc + sa * sb * cc, ca * cc - sa * sb * sc, -sa * cb
+    return out
 
 
 def rot6d_to_xyz_euler(x: np.ndarray, convention: str = "intrinsic") -> np.ndarray:

@@ -1,0 +1,348 @@
+"""The loader against windows cut out of the source episodes by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from data_prep.reshard import reshard
+from uwm_jax.config import base
+from uwm_jax.data.loader import Loader, Trace, open_dataset, prefetch_to_device
+from uwm_jax.data.transforms import xyz_euler_to_rot6d
+from uwm_jax.data.windows import split_episodes
+from uwm_jax.errors import UserError
+
+_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
+rlds_source = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(rlds_source)
+
+LENGTHS = [21, 5, 40, 19, 12, 33]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("loader")
+    episodes = rlds_source.make(root / "source", LENGTHS)
+    reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, chunk_steps=8, workers=1)
+    return root / "out", episodes
+
+
+@pytest.fixture
+def config(made) -> ConfigDict:
+    c = base().data
+    c.path = str(made[0])
+    c.cameras = ("wrist", "exterior")
+    c.low_dim = ("state", "gripper")
+    c.text = "embedding"
+    c.action = (
+        ("action_dict/cartesian_velocity", "xyz_euler_to_rot6d"),
+        ("action_dict/gripper_position", "identity"),
+        ("action", "identity"),
+    )
+    c.window.obs = (0, 1)
+    c.window.action = (1, 2, 3, 4, 5, 6)
+    c.window.next_obs = (7, 9)
+    c.num_streams = 8
+    c.num_threads = 2
+    return c
+
+
+def _loader(config: ConfigDict, batch_size: int = 8, seed: int = 5, **kwargs: Any) -> Loader:
+    return Loader(open_dataset(config), config, batch_size, seed, **kwargs)
+
+
+def _take(loader: Loader, count: int) -> list[dict[str, np.ndarray]]:
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]
+
+
+def _raw_actions(episode: dict[str, Any]) -> np.ndarray:
+    """(steps, 17) as the config joins them, straight from the source episode."""
+    rows = []
+    for step in episode["steps"]:
+        velocity = step["action_dict"]["cartesian_velocity"].astype(np.float32)
+        parts = [xyz_euler_to_rot6d(velocity), step["action_dict"]["gripper_position"], step["action"]]
+        rows.append(np.concatenate(parts).astype(np.float32))
+    return np.stack(rows)
+
+
+def _minmax(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    low, high = values.min(axis=0), values.max(axis=0)
+    return np.where(high > low, (high - low) / 2, 1), (high + low) / 2
+
+
+@pytest.mark.parametrize("pad", ["none", "edge"])
+def test_batches_equal_windows_cut_by_hand(made, config: ConfigDict, pad: str) -> None:
+    config.window.pad = pad
+    _, episodes = made
+    loader = _loader(config)
+    every_action = np.concatenate([_raw_actions(e) for e in episodes])
+    action_scale, action_offset = _minmax(every_action)
+    state_scale, state_offset = _minmax(np.stack([s["observation"]["state"] for e in episodes for s in e["steps"]]))
+    decoded = {}
+    for camera in rlds_source.CAMERAS:
+        key = f"observation/{camera}"
+        for e, length in enumerate(LENGTHS):
+            decoded[camera, e] = np.zeros((length, *loader.dataset.cameras[key], 3), np.uint8)
+            loader.dataset.frames(e, {key: range(length)}, {key: decoded[camera, e]})
+
+    for step, batch in enumerate(_take(loader, 6)):
+        np.testing.assert_array_equal(batch["row"], np.arange(8))
+        assert batch["row"].dtype == np.int32 and batch["action_mask"].dtype == np.bool_
+        assert batch["action_mask"].all()
+        for row in range(8):
+            trace = loader.describe(step * 8 + row)
+            length = LENGTHS[trace.episode]
+
+            def at(indices, origin=trace.origin, length=length):
+                steps = [origin + i for i in indices]
+                if pad == "none":
+                    assert min(steps) >= 0 and max(steps) < length
+                return [min(max(s, 0), length - 1) for s in steps]
+
+            for camera in rlds_source.CAMERAS:
+                frames = decoded[camera, trace.episode]
+                np.testing.assert_array_equal(batch[f"obs/{camera}"][row], frames[at((0, 1))])
+                np.testing.assert_array_equal(batch[f"next_obs/{camera}"][row], frames[at((7, 9))])
+            steps = episodes[trace.episode]["steps"]
+            state = np.stack([steps[t]["observation"]["state"] for t in at((0, 1))])
+            np.testing.assert_allclose(batch["obs/state"][row], (state - state_offset) / state_scale, atol=1e-5)
+            actions = _raw_actions(episodes[trace.episode])[at(range(1, 7))]
+            expected = (actions - action_offset) / action_scale
+            np.testing.assert_allclose(batch["action"][row], expected, atol=1e-5)
+            np.testing.assert_array_equal(batch["obs/text"][row], steps[at((1,))[0]]["embedding"])
+        for key in ("action", "obs/state", "obs/gripper", "obs/text"):
+            assert batch[key].dtype == np.float32
+
+
+def test_facts(config: ConfigDict) -> None:
+    loader = _loader(config)
+    facts = loader.facts()
+    assert facts.pop("normalizer") is loader.normalizer
+    assert facts == {
+        "cameras": {"exterior": (24, 32), "wrist": (16, 16)},
+        "low_dim": {"gripper": 1, "state": 3},
+        "action_dim": 17,
+        "text_dim": 300,
+    }
+    assert set(loader.normalizer.entries) == {"action", "state", "gripper"}
+    assert "6 episodes, 130 steps" in loader.summary()
+
+
+def test_every_epoch_visits_every_training_window_once(config: ConfigDict) -> None:
+    loader = _loader(config, batch_size=1)
+    train, held_out = split_episodes(len(LENGTHS), config.val_ratio)
+    assert len(held_out) == 1
+    expected = {(e, o) for e in train for o in range(LENGTHS[e] - 9)}
+    streams = loader.order.num_streams
+    assert len(loader.windows) == len(expected)
+    seen: dict[tuple[int, int], int] = {}
+    for stream in range(streams):
+        start, stop = loader.order.stream_range(stream)
+        for draw in range(2 * (stop - start)):
+            trace = loader.describe(draw * streams + stream)
+            seen[trace.episode, trace.origin] = seen.get((trace.episode, trace.origin), 0) + 1
+    assert seen == dict.fromkeys(expected, 2)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_same_global_batches(config: ConfigDict, processes: int) -> None:
+    whole = _take(_loader(config), 3)
+    parts = [_take(_loader(config, process_index=p, process_count=processes), 3) for p in range(processes)]
+    for step in range(3):
+        joined = {k: np.concatenate([part[step][k] for part in parts]) for k in whole[step]}
+        order = np.argsort(joined["row"])
+        for key, value in whole[step].items():
+            np.testing.assert_array_equal(joined[key][order], value)
+
+
+def test_processes_own_ranges_of_windows(config: ConfigDict) -> None:
+    loader = _loader(config)
+    ranges = [{loader.order.window(n) for n in range(1000) if n % 4 == p} for p in range(4)]
+    assert not any(a & b for i, a in enumerate(ranges) for b in ranges[:i])
+
+
+def test_continuing_gives_the_same_tail(config: ConfigDict) -> None:
+    whole = _take(_loader(config), 7)
+    tail = _take(_loader(config, start_step=4), 3)
+    for a, b in zip(whole[4:], tail, strict=True):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_threads_change_nothing(config: ConfigDict) -> None:
+    results = []
+    for threads in (0, 1, 5):
+        config.num_threads = threads
+        results.append(_take(_loader(config), 5))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            for key in a:
+                np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_state_is_small_json_and_checked(config: ConfigDict) -> None:
+    state = json.loads(json.dumps(_loader(config).state(12)))
+    assert state["position"] == 96
+    assert len(json.dumps(state)) < 500
+    _loader(config, start_step=12).check_state(state)
+    _loader(config, start_step=12, process_index=1, process_count=4).check_state(state)
+    with pytest.raises(UserError, match="has position = 96, this run has 0"):
+        _loader(config).check_state(state)
+    with pytest.raises(UserError, match="has seed = 5, this run has 6"):
+        _loader(config, seed=6, start_step=12).check_state(state)
+    state["datasets"] = dict.fromkeys(state["datasets"], "0" * 64)
+    with pytest.raises(UserError, match="has datasets"):
+        _loader(config, start_step=12).check_state(state)
+
+
+def test_describe_names_the_place(made, config: ConfigDict) -> None:
+    trace = _loader(config).describe(3)
+    assert isinstance(trace, Trace)
+    assert trace.dataset == str(made[0]) and (made[0] / trace.shard).exists()
+
+
+def test_held_out_windows_are_fixed_and_evenly_spread(made, config: ConfigDict) -> None:
+    config.val_ratio = 0.5
+    loader = _loader(config)
+    _, held_out = split_episodes(len(LENGTHS), 0.5)
+    chosen = loader.held_out(10)
+    every = loader.held_out(10_000)
+    assert set(every.episodes) <= set(held_out)
+    assert len(every) == sum(max(LENGTHS[e] - 9, 0) for e in held_out)
+    places = list(zip(every.episodes.tolist(), every.origins.tolist(), strict=True))
+    assert len(set(places)) == len(places)
+    indices = [places.index(p) for p in zip(chosen.episodes.tolist(), chosen.origins.tolist(), strict=True)]
+    gaps = np.diff(indices)
+    assert len(chosen) == 10 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+    again = _loader(config, seed=99).held_out(10)
+    np.testing.assert_array_equal(again.origins, chosen.origins)
+
+    batches = list(chosen.batches(4))
+    assert [len(b["row"]) for b in batches] == [4, 4, 4]
+    np.testing.assert_array_equal(np.concatenate([b["row"] for b in batches]), [*range(10), 0, 1])
+    one = chosen.batch(3, 4)
+    for key in one:
+        np.testing.assert_array_equal(one[key][0], batches[0][key][3])
+
+
+def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:
+    config.window.next_obs = (50, 51)
+    with pytest.raises(UserError, match=r"spans 52 steps, but the longest of \d training episodes has \d+"):
+        _loader(config)
+    config.window.next_obs = (7, 9)
+    with pytest.raises(UserError, match="3 processes do not divide"):
+        _loader(config, process_count=3)
+    config.cameras = ("front",)
+    with pytest.raises(UserError, match="no camera 'front'"):
+        _loader(config)
+    config.cameras = ("wrist",)
+    config.action = (("action", "xyz_euler_to_rot6d"),)
+    with pytest.raises(UserError, match="takes 6 numbers, but 'action' has 7"):
+        _loader(config)
+    config.action = (("actions", "identity"),)
+    with pytest.raises(UserError, match="no low-dimensional key 'actions'"):
+        _loader(config)
+    config.action = (("action", "identity"),)
+    config.val_ratio = 0.0
+    with pytest.raises(UserError, match="no episodes are held out"):
+        _loader(config).held_out(4)
+
+
+def test_transformed_statistics_are_kept_and_never_stale(made, config: ConfigDict) -> None:
+    _loader(config)
+    file = made[0] / "derived_stats" / "train.action_dict.cartesian_velocity.xyz_euler_to_rot6d.json"
+    stored = json.loads(file.read_text())
+    expected = np.concatenate([_raw_actions(e)[:, :9] for e in made[1]])
+    np.testing.assert_allclose(stored["stats"]["max"], expected.max(axis=0), rtol=1e-6)
+    file.write_text(json.dumps({"fingerprint": "other", "stats": {}}))
+    _loader(config)
+    assert json.loads(file.read_text()) == stored
+
+
+def test_prefetch_puts_the_same_batches_on_the_device(config: ConfigDict) -> None:
+    expected = _take(_loader(config), 4)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    batches = prefetch_to_device(iter(_loader(config)), sharding, 2)
+    for batch in expected:
+        found = next(batches)
+        assert all(isinstance(x, jax.Array) for x in found.values())
+        for key in batch:
+            np.testing.assert_array_equal(found[key], batch[key])
+    assert batches.wait_seconds > 0
+    batches.close()
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_prefetch_hands_on_errors_and_the_end() -> None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def failing():
+        yield {"x": np.zeros(2)}
+        raise UserError("shard 3 is damaged")
+
+    batches = prefetch_to_device(failing(), sharding, 4)
+    next(batches)
+    for _ in range(2):
+        with pytest.raises(UserError, match="shard 3 is damaged"):
+            next(batches)
+    assert len(list(prefetch_to_device(iter([{"x": np.zeros(2)}] * 3), sharding, 1))) == 3
+
+
+def test_a_damaged_record_reaches_the_caller_as_a_user_error(made, config: ConfigDict, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(made[0], tmp_path / "copy")
+    for shard in copy.glob("*array_record*"):
+        data = bytearray(shard.read_bytes())
+        for at in range(1000, len(data), 2000):
+            data[at] ^= 1
+        shard.write_bytes(data)
+    config.path = str(copy)
+    for threads in (0, 2):
+        config.num_threads = threads
+        with pytest.raises(UserError, match="cannot be read"):
+            _take(_loader(config), 1)
+
+
+@pytest.mark.slow
+def test_neither_tensorflow_nor_torch_is_imported(made, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import sys
+# An import of either now raises; etils asks find_spec, which answers "not installed".
+sys.modules["tensorflow"] = sys.modules["torch"] = None
+import jax
+from uwm_jax.config import base
+from uwm_jax.data.loader import Loader, open_dataset, prefetch_to_device
+c = base().data
+c.path, c.cameras, c.num_threads = {str(made[0])!r}, ("wrist", "exterior"), 2
+loader = Loader(open_dataset(c), c, 4, 0)
+batches = prefetch_to_device(iter(loader), jax.sharding.SingleDeviceSharding(jax.devices()[0]), 2)
+print(next(batches)["obs/wrist"].shape)
+batches.close()
+assert sys.modules["tensorflow"] is None and sys.modules["torch"] is None
+"""
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(4, 2, 16, 16, 3)" in done.stdout

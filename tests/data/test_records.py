@@ -1,0 +1,161 @@
+"""Random access to the training layout, and what damaged or missing parts say."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.reshard import reshard
+from uwm_jax.data.records import Dataset, dataset_dir
+from uwm_jax.errors import UserError
+
+_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
+rlds_source = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(rlds_source)
+
+LENGTHS = [21, 5, 40]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("records")
+    episodes = rlds_source.make(root / "source", LENGTHS)
+    reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, chunk_steps=8, workers=1)
+    return root / "out", episodes
+
+
+def _frames(dataset: Dataset, episode: int, camera: str, steps: list[int]) -> np.ndarray:
+    out = np.zeros((len(steps), *dataset.cameras[camera], 3), np.uint8)
+    dataset.frames(episode, {camera: steps}, {camera: out})
+    return out
+
+
+def test_frames_are_those_of_an_independent_decoder(made) -> None:
+    out, episodes = made
+    dataset = Dataset(out)
+    for name in rlds_source.CAMERAS:
+        for episode, steps in ((0, [0, 7, 8, 20, 20]), (1, [4]), (2, [39, 0, 16])):
+            found = _frames(dataset, episode, f"observation/{name}", steps)
+            for frame, step in zip(found, steps, strict=True):
+                data = episodes[episode]["steps"][step]["observation"][name]
+                expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+                # PNG is exact; two JPEG decoders may round apart.
+                assert np.abs(frame.astype(int) - expected).max() <= (0 if name == "wrist" else 2)
+
+
+def test_each_record_is_read_once_per_call(made, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = Dataset(made[0])
+    calls = []
+    record = dataset.record
+    monkeypatch.setattr(dataset, "record", lambda e, c: calls.append((e, c)) or record(e, c))
+    cameras = dict.fromkeys(dataset.cameras, [0, 1, 17, 18])
+    dataset.frames(2, cameras, {c: np.zeros((4, *dataset.cameras[c], 3), np.uint8) for c in cameras})
+    assert calls == [(2, 0), (2, 2)]
+
+
+def test_values_too_wide_for_a_column_come_from_the_record(made) -> None:
+    dataset = Dataset(made[0])
+    assert dataset.float_key("embedding") == "embedding"
+    np.testing.assert_array_equal(dataset.values(2, 19, "embedding"), np.full(300, 2 + 19 / 64, np.float32))
+
+
+def test_keys_that_do_not_exist_are_listed(made) -> None:
+    dataset = Dataset(made[0])
+    assert dataset.camera_key("wrist") == dataset.camera_key("observation/wrist") == "observation/wrist"
+    with pytest.raises(UserError, match=r"no camera 'wirst'; it has: observation/exterior, observation/wrist\."):
+        dataset.camera_key("wirst")
+    with pytest.raises(UserError, match=r"no low-dimensional key 'pose'; it has: action, .*observation/state"):
+        dataset.column_key("pose")
+    with pytest.raises(UserError, match=r"no split 'val'; it has train"):
+        Dataset(made[0], "val")
+
+
+@pytest.fixture
+def copy(made, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made[0], tmp_path / "copy"))
+
+
+def _shard(directory: Path) -> Path:
+    return sorted(directory.glob("*array_record*"))[0]
+
+
+def test_a_truncated_shard_is_found_when_opening(copy: Path) -> None:
+    data = _shard(copy).read_bytes()
+    _shard(copy).write_bytes(data[:-1000])
+    with pytest.raises(UserError, match=rf"{_shard(copy).name}: expected {len(data)} bytes, found {len(data) - 1000}"):
+        Dataset(copy)
+    _shard(copy).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        Dataset(copy)
+
+
+def test_a_flipped_bit_is_found_when_reading(copy: Path) -> None:
+    data = bytearray(_shard(copy).read_bytes())
+    data[5000] ^= 8
+    _shard(copy).write_bytes(data)
+    dataset = Dataset(copy)
+    with pytest.raises(UserError, match=rf"{_shard(copy).name}: record 0 cannot be read .*mismatch") as caught:
+        _frames(dataset, 0, "observation/wrist", [0])
+    assert "sha256" in str(caught.value)
+
+
+def test_a_record_of_something_else_is_named(copy: Path) -> None:
+    from array_record.python import array_record_module
+
+    dataset = Dataset(copy)
+    records = [dataset.record(0, 0)[:-40]]
+    writer = array_record_module.ArrayRecordWriter(str(_shard(copy)), "group_size:1")
+    writer.write(records[0])
+    writer.close()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["bytes"] = _shard(copy).stat().st_size
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"record 0 \(episode 0, steps from 0\): observation/wrist"):
+        _frames(Dataset(copy), 0, "observation/wrist", [0])
+    with pytest.raises(UserError, match="record 1 cannot be read"):
+        _frames(Dataset(copy), 0, "observation/wrist", [9])
+
+
+def test_manifest_index_and_columns_are_checked(copy: Path) -> None:
+    np.save(copy / "columns" / "train" / "action.npy", np.zeros((3, 7), np.float32))
+    with pytest.raises(UserError, match=r"action.npy: expected shape \(66, 7\), found \(3, 7\)"):
+        Dataset(copy).column("action")
+    (copy / "columns" / "train" / "action.npy").unlink()
+    with pytest.raises(UserError, match="action.npy"):
+        Dataset(copy).column("action")
+
+    manifest = json.loads((copy / "manifest.json").read_text())
+    steps = manifest["splits"]["train"]["steps"]
+    manifest["splits"]["train"]["steps"] = 7
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"expected \(episodes, steps, chunks\) \(3, 7, 9\).*found \(3, 66, 9\)"):
+        Dataset(copy)
+    manifest["splits"]["train"]["steps"] = steps
+    manifest["format_version"] = 99
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="expected format"):
+        Dataset(copy)
+    del manifest["cameras"]
+    manifest["format_version"] = 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="fields cameras are missing"):
+        Dataset(copy)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"python -m data_prep.reshard --input="):
+        Dataset(copy)
+
+
+def test_where_datasets_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UWM_DATA_DIR", raising=False)
+    assert str(dataset_dir("pusht")) == "data/pusht"
+    monkeypatch.setenv("UWM_DATA_DIR", "/mnt/sets")
+    assert str(dataset_dir("pusht")) == "/mnt/sets/pusht"
+    assert str(dataset_dir("/elsewhere/pusht")) == "/elsewhere/pusht"

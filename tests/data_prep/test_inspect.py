@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.inspect import contact_sheet, inspect, language
+from data_prep.reshard import reshard
+from uwm_jax.data.records import Dataset
+
+_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parents[1] / "data" / "rlds_source.py")
+rlds_source = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(rlds_source)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inspect")
+    rlds_source.make(root / "source", [9, 3, 20])
+    reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, workers=1)
+    return root / "out"
+
+
+def test_the_contact_sheet_shows_the_right_frames(out: Path) -> None:
+    dataset = Dataset(out)
+    sheet, remarks = contact_sheet(dataset, num_episodes=3, num_frames=4)
+    assert remarks == []
+    pixels = np.asarray(sheet)
+    # The wrist's red channel is 20 per episode, its green 6 per step, exactly (PNG, nearest neighbour).
+    steps = {0: [0, 3, 5, 8], 1: [0, 1, 2], 2: [0, 6, 13, 19]}
+    for episode, shown in steps.items():
+        for step in shown:
+            found = (pixels[..., 0] == 20 * episode) & (pixels[..., 1] == 6 * step)
+            assert found.sum() >= 128 * 100, (episode, step)
+    assert not ((pixels[..., 0] == 40) & (pixels[..., 1] == 6 * 7)).sum() > 128 * 100
+
+
+def test_pictures_and_remarks(out: Path, tmp_path: Path) -> None:
+    dataset = Dataset(out)
+    assert language(dataset, 2) == "do thing 2"
+    remarks = inspect(dataset, tmp_path / "pictures")
+    assert remarks == ["action[6]: always 0.5"]
+    for name in ("contact_sheet", "actions", "episode_lengths"):
+        with Image.open(tmp_path / "pictures" / f"{name}.png") as image:
+            assert min(image.size) >= 200
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+@pytest.mark.slow
+def test_command_line(out: Path) -> None:
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "data_prep.inspect", *args],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+
+    done = run(f"--dataset={out}")
+    assert done.returncode == 0, done.stderr
+    assert "3 episodes, 32 steps" in done.stdout and "skipped: 0" in done.stdout
+    assert (out / "inspect" / "contact_sheet.png").exists()
+    bad = run(f"--dataset={out}", "--split=test")
+    assert bad.returncode == 2 and "no split 'test'" in bad.stderr and "Traceback" not in bad.stderr
