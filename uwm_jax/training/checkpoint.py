@@ -66,6 +66,11 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
             ),
+            # A manager that has saved nothing itself reads an item's metadata only if told what kind it is.
+            item_handlers={
+                **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema_params", "train_state", "codec")},
+                **{name: ocp.JsonCheckpointHandler() for name in ("data_iter", "assets")},
+            },
         )
 
     def latest_step(self) -> int | None:
