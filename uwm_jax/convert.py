@@ -44,6 +44,9 @@ FORMAT_VERSION = 1
 LATENT_SHIFT, LATENT_SCALE = "obs_encoder.vae.shift", "obs_encoder.vae.scale"
 PCA = "obs_encoder.pca."
 
+# What the official VAE always has; without this a missing layer would pass for another architecture.
+SDXL_PARTS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
+
 
 def define_flags() -> None:
     flags.DEFINE_string("input", None, "from-torch: official weights, .safetensors or .pt")
@@ -89,17 +92,15 @@ def from_torch(
 
     source = f"--input: {input_path}"
     vae_tensors = {name.removeprefix(VAE): t for name, t in tensors.items() if name.startswith(VAE)}
-    complaints = _complaints_about_latents(tensors)
-    vae_config: dict[str, Any] = {}
+    complaints: list[str] = []
+    vae_config = {**diffusers_vae.infer_config(vae_tensors, VAE), **SDXL_PARTS}
     try:
-        vae_config = diffusers_vae.infer_config(vae_tensors)
-        diffusers_vae.params_from_tensors(vae_config, vae_tensors, source=f"its VAE (names after {VAE})")
+        diffusers_vae.params_from_tensors(vae_config, vae_tensors, "its VAE", VAE)
     except UserError as e:
         complaints.append(str(e))
+    complaints += _complaints_about_latents(tensors, vae_config["latent_channels"])
     network = {n: t for n, t in tensors.items() if not n.startswith(VAE) and n not in (LATENT_SHIFT, LATENT_SCALE)}
-    module = diffusers_vae.module_from_config(vae_config) if vae_config else None
-    if module is None:
-        raise UserError(f"{source}: " + "; ".join(complaints))
+    module = diffusers_vae.module_from_config(vae_config)
     system = System(run.config, facts, VAECodec(module, run.config.model.codec.microbatch))
     like = jax.eval_shape(system.init, jax.random.key(0))
     params = layout.from_official(network, like, run.config.model.patch, source, complaints)
@@ -134,14 +135,14 @@ def to_torch(workdir: str | Path, output: str | Path, step: int | None = None) -
     system, params, frozen, step = checkpoint.load_for_inference(workdir, step)
     tensors = layout.to_official(params, system.config.model.patch)
     tensors |= _codec_tensors(system, frozen, Path(workdir))
-    description = describe(system, tensors, step)
+    description = describe(system, tensors, step, Path(workdir))
     with weights.atomic(output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(description, indent=2) + "\n")
     weights.write_weights(output, dict(sorted(tensors.items())))
     print(f"wrote {output}: {len(tensors)} tensors of step {step}, described in {output.with_suffix('.json').name}")
 
 
-def describe(system: System, tensors: Mapping[str, np.ndarray], step: int) -> dict[str, Any]:
+def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Path) -> dict[str, Any]:
     """Everything that the tensors mean: enough to run the model without our code (JSON values only)."""
     c, facts, schedule = system.config, system.facts, system.schedule
     return {
@@ -171,7 +172,7 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int) -> di
             "alphas_cumprod": [float(a) for a in schedule.alphas_cumprod],
         },
         "modes": {mode: {m: role.value for m, role in roles.items()} for mode, roles in MODES.items()},
-        "codec": _codec_json(system),
+        "codec": _codec_json(system, workdir),
         "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype.name} for name, t in sorted(tensors.items())},
     }
 
@@ -190,17 +191,15 @@ def _normalizer(run: OfficialRun, pairs: weights.Normalizers) -> Normalizer:
     return Normalizer(dict(pairs))
 
 
-def _complaints_about_latents(tensors: Mapping[str, np.ndarray]) -> list[str]:
+def _complaints_about_latents(tensors: Mapping[str, np.ndarray], channels: int) -> list[str]:
     """The wrapper's buffers are constants of our codec, so they must hold what the official code puts there."""
-    complaints = []
+    complaints, shape = [], (1, channels, 1, 1)
     for name, constant in ((LATENT_SHIFT, 0.0), (LATENT_SCALE, VAECodec.divisor)):
         if name not in tensors:
-            complaints.append(f"missing tensor {name}")
-        elif tensors[name].ndim != 4 or not (tensors[name] == constant).all():
-            found = f"{tensors[name].shape} {tensors[name].ravel()[:4]}"
-            complaints.append(
-                f"tensor {name} should be {constant:g} everywhere, of shape (1, channels, 1, 1), found {found}"
-            )
+            complaints.append(f"missing tensor {name} {shape}")
+        elif tensors[name].shape != shape or not (tensors[name] == constant).all():
+            found = f"{tensors[name].shape} with {tensors[name].ravel()[:4]}"
+            complaints.append(f"tensor {name} is {found}, expected {shape} with {constant:g} everywhere")
     return complaints
 
 
@@ -216,25 +215,27 @@ def _codec_tensors(system: System, frozen: Any, workdir: Path) -> dict[str, np.n
     return {PCA + name: np.asarray(value) for name, value in frozen.items()}
 
 
-def _codec_json(system: System) -> dict[str, Any]:
+def _codec_json(system: System, workdir: Path) -> dict[str, Any]:
     codec = system.codec
     if isinstance(codec, VAECodec):
-        vae = codec.vae
-        fields = {
-            "block_out_channels": list(vae.block_out_channels),
-            "layers_per_block": vae.layers_per_block,
-            "latent_channels": vae.latent_channels,
-            "norm_num_groups": vae.norm_num_groups,
-            "mid_block_add_attention": vae.mid_block_add_attention,
-            "scaling_factor": vae.scaling_factor,
-            "shift_factor": vae.shift_factor,
+        return {
+            "name": "vae",
+            "tensors": VAE,
+            "latents": "(mode of the posterior of images * 2 - 1, minus shift_factor) * scaling_factor / divisor",
+            "scaling_factor": codec.vae.scaling_factor,
+            "shift_factor": codec.vae.shift_factor,
+            "divisor": codec.divisor,
+            "diffusers_config": json.loads((workdir / "frozen" / "vae" / diffusers_vae.CONFIG_FILE).read_text()),
         }
-        # latents = (posterior mode - shift_factor) * scaling_factor / divisor, of images * 2 - 1
-        return {"name": "vae", "tensors": VAE, "posterior": "mode", "divisor": codec.divisor, **fields}
     if isinstance(codec, PCACodec):
-        # latents = (patches of (image - mean)) @ components / scale; patches are (row, column, colour)
-        return {"name": "pca", "tensors": PCA, "patch": codec.patch, "channels": codec.channels}
-    return {"name": "pixels"}  # latents = images * 2 - 1
+        return {
+            "name": "pca",
+            "tensors": PCA,
+            "latents": "patches (row, column, colour) of images - mean, times components / scale",
+            "patch": codec.patch,
+            "channels": codec.channels,
+        }
+    return {"name": "pixels", "latents": "images * 2 - 1"}
 
 
 if __name__ == "__main__":

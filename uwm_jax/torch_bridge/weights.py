@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections import OrderedDict
@@ -131,9 +132,9 @@ def _read_pt(path: Path) -> tuple[dict[str, np.ndarray], Normalizers]:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as e:
-        raise UserError(
-            f"--input: {path} is not a checkpoint of tensors and normalisers: {str(e).splitlines()[0] if str(e) else e}"
-        ) from e
+        found = re.search(r"GLOBAL (\S+)", str(e))
+        reason = f"it holds {found[1]}" if found else f"torch cannot read it ({type(e).__name__})"
+        raise UserError(f"--input: {path} is not a checkpoint of tensors and normalisers alone: {reason}.") from e
     model = stored.get("model", stored) if isinstance(stored, dict) else None
     if not isinstance(model, dict) or not model or not all(isinstance(t, torch.Tensor) for t in model.values()):
         raise UserError(f"--input: {path} should hold a state dict, alone or under the key 'model'.")
