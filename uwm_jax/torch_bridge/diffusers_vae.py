@@ -66,19 +66,24 @@ def module_from_config(config: Mapping[str, Any], dtype: Any = jnp.float32, sour
     fields = {key: config.get(key, default) for key, default in _FIELDS.items()}
     fields["block_out_channels"] = tuple(fields["block_out_channels"])
     fields["shift_factor"] = fields["shift_factor"] or 0.0
-    return AutoencoderKL(**fields, dtype=dtype)
+    return AutoencoderKL(**fields, dtype=jnp.dtype(dtype))
 
 
-def infer_config(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def infer_config(tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, Any]:
     """The diffusers configuration of an `AutoencoderKL` state dict (names without prefix).
 
     Channels and layers come from the tensors' shapes; GroupNorm groups (32) and the scaling factor (0.13025) are
-    constants, since no tensor shows them.
+    constants, since no tensor shows them. Messages put `prefix` before names.
     """
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
-            raise UserError(f"the VAE's tensor {name} is missing, so its configuration cannot be told from the weights")
+            raise UserError(
+                f"the VAE's tensor {prefix}{name} is missing, so its configuration cannot be told from the weights"
+            )
+        if tensors[name].ndim != 4:
+            found = tensors[name].shape
+            raise UserError(f"the VAE's tensor {prefix}{name} has shape {found}, expected a convolution's")
         return tuple(tensors[name].shape)
 
     def count(pattern: str) -> int:
@@ -104,14 +109,14 @@ def infer_config(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def params_from_tensors(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str = "the VAE"
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str = "the VAE", prefix: str = ""
 ) -> dict[str, Any]:
     """Parameters (float32 numpy, the tree below flax's "params") of a diffusers state dict.
 
     Args:
         config: diffusers configuration, see `module_from_config`.
         tensors: every tensor of the state dict by its diffusers name, old or new attention names.
-        source: what to call the tensors in messages.
+        source: what to call the tensors in messages, which put `prefix` before names.
     Raises:
         UserError: naming every missing, extra and misshaped tensor.
     """
@@ -121,22 +126,22 @@ def params_from_tensors(
     shapes = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
 
     given = {_current_name(name): name for name in sorted(tensors, key=_current_name)}
-    complaints = [f"extra tensor {name}" for name in sorted(set(tensors) - set(given.values()))]
+    complaints = [f"extra tensor {prefix}{name}" for name in sorted(set(tensors) - set(given.values()))]
     flat = {}
     for path, leaf in shapes.items():
         name = _torch_name(path)
         expected = _torch_shape(leaf.shape)
         if name not in given:
-            complaints.append(f"missing tensor {name} {expected}")
+            complaints.append(f"missing tensor {prefix}{name} {expected}")
             continue
         value = np.asarray(tensors[given.pop(name)])
         if path[-2].startswith("to_") and value.ndim == 4 and value.shape[2:] == (1, 1):
             value = value[:, :, 0, 0]  # attention stored as 1x1 convolutions
         if value.shape != expected:
-            complaints.append(f"tensor {name} has shape {value.shape}, expected {expected}")
+            complaints.append(f"tensor {prefix}{name} has shape {value.shape}, expected {expected}")
             continue
         flat[path] = np.ascontiguousarray(value.astype(np.float32).transpose(_TO_FLAX[value.ndim]))
-    complaints += [f"extra tensor {name}" for name in sorted(given.values())]
+    complaints += [f"extra tensor {prefix}{name}" for name in sorted(given.values())]
     if complaints:
         shown = "\n  ".join(complaints[:20]) + ("" if len(complaints) <= 20 else f"\n  and {len(complaints) - 20} more")
         raise UserError(
@@ -151,7 +156,7 @@ def load_vae(path_or_hub_name: str | os.PathLike[str], dtype: Any = jnp.float32)
 
     Args:
         path_or_hub_name: a folder with `config.json` and `diffusion_pytorch_model.safetensors`, or a hub name
-            "owner/name" or "owner/name/subfolder".
+            "owner/name" or "owner/name/subfolder" (a `Path` is always local).
         dtype: compute dtype of the module (parameters are float32).
     Returns:
         the module, its parameters (float32 numpy), and the source as found: {"config": dict, "tensors": {name:
@@ -173,6 +178,12 @@ def load_vae(path_or_hub_name: str | os.PathLike[str], dtype: Any = jnp.float32)
     params = params_from_tensors(config, tensors, source=str(path_or_hub_name))
     source = {"config": config, "tensors": tensors, "origin": str(path_or_hub_name)}
     return module_from_config(config, dtype, str(config_path)), params, source
+
+
+def copy_folder(path_or_hub_name: str | os.PathLike[str], folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Checks a VAE as `load_vae` does and writes it to `folder`; returns and raises what `write_folder` does."""
+    _, _, source = load_vae(path_or_hub_name)
+    return write_folder(folder, source["config"], source["tensors"])
 
 
 def write_folder(
