@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     for mode, made in run(system, params, frozen, inputs, FLAGS.seed).items():
         results |= {f"{mode}/{key}" if len(modes) > 1 else key: value for key, value in made.items()}
     with weights.atomic(output) as temporary, temporary.open("wb") as file:
-        np.savez(file, **results)
+        np.savez(file, **results)  # type: ignore[arg-type]  # numpy's types take any keyword for allow_pickle
     shapes = ", ".join(f"{key} {value.shape}" for key, value in results.items())
     print(f"wrote {output} (step {step}): {shapes}")
 

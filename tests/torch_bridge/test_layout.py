@@ -20,12 +20,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PATCH = (2, 4, 4)
 
 
-def _tree(views: int = 2, heads: int = 3, width: int = 48, action_dim: int = 7, text: bool = False) -> dict:
-    """Shapes of the small LIBERO model's parameters."""
+def _tree(views: int = 2, action_dim: int = 7, text: bool = False, latent_size: int = 8, **model_fields: int) -> dict:
+    """Shapes of parameters; by default those of the small LIBERO model."""
     model = config_lib.base().model
-    model.update(embed_dim=width, depth=2, num_heads=heads, num_registers=24, timestep_embed_dim=32)
+    small = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_registers": 24, "timestep_embed_dim": 32}
+    model.update(**(model_fields or small))
     model.encoder.use_language = text
-    latent = (views, 2, 8, 8, 4)
+    latent = (views, 2, latent_size, latent_size, 4)
     network = network_from_config(
         model, action_dim=action_dim, action_len=16, num_views=views, num_frames=2, latent_shape=latent
     )
@@ -53,6 +54,26 @@ def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 def test_names_and_shapes_are_the_official_ones() -> None:
     entries = layout.table(_tree(), PATCH)
     assert {e.name: e.torch_shape for e in entries} == _manifest()
+
+
+def test_the_paper_s_model_has_the_official_tensors() -> None:
+    entries = {e.name: e.torch_shape for e in layout.table(_tree(3, 10, latent_size=28, depth=12), PATCH)}
+    assert len(entries) == 454 - 248 - 2  # without the VAE and its two constants
+    for name, shape in {
+        "noise_pred_net.registers": (1, 8, 768),
+        "noise_pred_net.pos_embed": (1, 171, 768),
+        "noise_pred_net.obs_patchifier.patch_encoder.weight": (768, 4, 2, 4, 4),
+        "noise_pred_net.obs_patchifier.patch_decoder.weight": (128, 768),
+        "noise_pred_net.timestep_embedding.proj.0.weight": (2048, 1024),
+        "noise_pred_net.blocks.11.adaLN_modulation.1.weight": (4608, 5120),
+        "noise_pred_net.blocks.0.attn.qkv.weight": (2304, 768),
+        "noise_pred_net.head.adaLN_modulation.1.bias": (1536,),
+        "obs_encoder.img_encoder.model.fc.weight": (768, 512),
+        "obs_encoder.img_encoder.model.layer4.0.downsample.0.weight": (512, 256, 1, 1),
+    }.items():
+        assert entries[name] == shape
+    sizes = {part: sum(np.prod(s) for n, s in entries.items() if n.startswith(part)) for part in ("noise", "obs")}
+    assert {part: round(size / 1e6, 2) for part, size in sizes.items()} == {"noise": 384.92, "obs": 11.57}
 
 
 def test_there_and_back_is_bit_equal() -> None:

@@ -69,7 +69,8 @@ def test_references_and_numbers(tmp_path: Path) -> None:
         .replace("num_frames: 19\n", "num_frames: ${dataset.seq_len}\n", 1)
         .replace("    shape_meta: *id001\n", "    shape_meta: ${dataset.shape_meta}\n")
         .replace("  name: golden\n", "  name: golden_${algo}\n")
-        + "logdir: logs/${now:%Y}\noptimizer:\n  lr: 1e-4\n  weight_decay: 1.0e-6\n  betas: [0.9, 0.999]\n  eps: 1e-08\n"
+        + "logdir: logs/${now:%Y}\n"
+        + "optimizer:\n  lr: 1e-4\n  weight_decay: 1.0e-6\n  betas: [0.9, 0.999]\n  eps: 1e-08\n"
     )
     c = _read(tmp_path, text).config
     reference = _read(tmp_path, _yaml()).config
