@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uwm_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD, ResNet
+from uwm_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD, ResNet, max_pool
 
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -69,6 +70,17 @@ def test_against_torch(stages, pool, size):
     params = random_params(net, images, seed=2)
     actual = jax.jit(net.apply)({"params": params}, images)
     np.testing.assert_allclose(actual, torch_forward(params, images, net), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 3)])
+def test_max_pool(size):
+    """Values and gradients of flax's pooling, where no two values are equal; all below the padding's usual 0."""
+    values = np.random.default_rng(0).permutation(2 * size[0] * size[1] * 3).astype(np.float32)
+    x = jnp.asarray(values.reshape(2, *size, 3) - 1000)
+    wanted, wanted_vjp = jax.vjp(lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))), x)
+    actual, vjp = jax.vjp(max_pool, x)
+    np.testing.assert_array_equal(actual, wanted)
+    np.testing.assert_array_equal(vjp(wanted)[0], wanted_vjp(wanted)[0])
 
 
 def test_bfloat16_stays_close():
