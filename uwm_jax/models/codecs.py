@@ -14,6 +14,7 @@ Frames are (B, V, T, H, W, 3) float32 in [0, 1], latents (B, V, T, h, w, C) floa
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -106,6 +107,12 @@ class PCACodec:
     patch: int
     channels: int
 
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> PCACodec:
+        """The codec that parameters of `fit_pca` belong to."""
+        _, size, channels = params["components"].shape
+        return cls(patch=math.isqrt(size // 3), channels=channels)
+
     def latent_shape(self, num_views: int, num_frames: int, height: int, width: int) -> LatentShape:
         """(V, T, H/patch, W/patch, channels)."""
         h, w = _grid(height, width, self.patch, "the PCA codec's patch")
@@ -130,6 +137,9 @@ class PCACodec:
         return patches.reshape(b, v, t, h * self.patch, w * self.patch, 3) + params["mean"][:, None]
 
 
+Codec = VAECodec | PixelsCodec | PCACodec
+
+
 def fit_pca(frames: np.ndarray, patch: int, channels: int) -> dict[str, np.ndarray]:
     """Parameters of a `PCACodec`, by exact PCA of all patches of each view.
 
@@ -138,9 +148,9 @@ def fit_pca(frames: np.ndarray, patch: int, channels: int) -> dict[str, np.ndarr
         patch: side of a patch in pixels; divides H and W.
         channels: components kept, at most patch * patch * 3.
     Returns:
-        float32 arrays {"mean": (V, H, W, 3) mean image in [0, 1]; "components": (V, patch*patch*3, channels), orthonormal
-        columns by falling variance, each with its largest entry positive; "scale": (), the standard
-        deviation over all latents of `frames` before division}.
+        float32 arrays {"mean": (V, H, W, 3) mean image in [0, 1]; "components": (V, patch*patch*3, channels),
+        orthonormal columns by falling variance, each with its largest entry positive; "scale": (), the
+        standard deviation over all latents of `frames` before division}.
     Raises:
         ValueError: frames of another kind, or a patch or channels that do not fit.
     """

@@ -22,9 +22,12 @@ class _Layers(nn.Module):
     groups: int
     dtype: Any
 
-    def _precision(self) -> jax.lax.Precision | None:
+    def _is_float32(self) -> bool:
+        return jnp.dtype(self.dtype) == jnp.float32
+
+    def _precision(self) -> jax.lax.Precision:
         # float32 promises exact products; accelerators would otherwise round inputs to TF32 or bfloat16
-        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        return jax.lax.Precision.HIGHEST if self._is_float32() else jax.lax.Precision.DEFAULT
 
     def _conv(self, channels: int, name: str, kernel: int = 3, strides: int = 1, padding: Any = None) -> nn.Conv:
         return nn.Conv(channels, (kernel, kernel), strides, kernel // 2 if padding is None else padding,
@@ -36,7 +39,7 @@ class _Layers(nn.Module):
     def _norm(self, x: jax.Array, name: str) -> jax.Array:
         """GroupNorm in float32 whatever the compute dtype; the caller casts back after the nonlinearity."""
         # E[x^2] - E[x]^2 reads memory once but cancels: its error drowns in bfloat16's, not in float32's
-        fast = self.dtype != jnp.float32
+        fast = not self._is_float32()
         return nn.GroupNorm(self.groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=fast, name=name)(x)
 
     def _norm_silu(self, x: jax.Array, name: str) -> jax.Array:

@@ -49,15 +49,15 @@ _FIELDS: dict[str, Any] = {
 
 def module_from_config(config: Mapping[str, Any], dtype: Any = jnp.float32, source: str = CONFIG_FILE) -> AutoencoderKL:
     """The module that a diffusers configuration describes; refuses by name what it does not model."""
-    required = {
-        "_class_name": {"AutoencoderKL"},
-        "act_fn": {"silu", "swish"},
-        "latents_mean": {None},
-        "latents_std": {None},
+    required: dict[str, tuple[Any, ...]] = {
+        "_class_name": ("AutoencoderKL",),
+        "act_fn": ("silu", "swish"),
+        "latents_mean": (None,),
+        "latents_std": (None,),
     }
     for key, allowed in required.items():
         if key in config and config[key] not in allowed:
-            wanted = " or ".join(repr(v) for v in sorted(allowed, key=str))
+            wanted = " or ".join(repr(value) for value in allowed)
             raise UserError(f"{source}: {key} is {config[key]!r}, but only {wanted} is supported; use another VAE")
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         others = sorted(set(config.get(key, ())) - {kind})

@@ -13,7 +13,7 @@ def fetch(path_or_hub_name: str | os.PathLike[str], files: Sequence[str], what: 
     """Local paths of `files` in a folder or in a hub repository.
 
     Args:
-        path_or_hub_name: an existing folder, or "owner/name" or "owner/name/subfolder" on the hub.
+        path_or_hub_name: an existing folder, or a string "owner/name" or "owner/name/subfolder" on the hub.
         files: file names to find.
         what: what they are, for messages.
     Raises:
@@ -27,7 +27,8 @@ def fetch(path_or_hub_name: str | os.PathLike[str], files: Sequence[str], what: 
             raise UserError(f"{folder}: expected {' and '.join(files)} of the {what}, but {missing[0]} is missing")
         return [folder / file for file in files]
     parts = name.split("/")
-    if folder.is_absolute() or name.startswith((".", "~")) or len(parts) < 2 or not all(parts):
+    local = isinstance(path_or_hub_name, os.PathLike) or folder.is_absolute()
+    if local or name.startswith((".", "~")) or len(parts) < 2 or not all(parts):
         raise UserError(
             f"{name!r}: expected a folder with the {what} ({', '.join(files)}) or a hub name like 'owner/name', "
             "but there is no such folder"
