@@ -7,7 +7,6 @@ threads work ahead, and joins samples to batches. It keeps no state but the step
 from __future__ import annotations
 
 import collections
-import ctypes
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -188,7 +187,6 @@ class Loader:
                     f"config.batch_size={batch_size}, config.data.num_streams={config.num_streams})."
                 )
         self.local_batch_size = batch_size // process_count
-        _keep_freed_memory()
 
     @property
     def normalizer(self) -> Normalizer:
@@ -304,19 +302,6 @@ class HeldOut:
         """All windows in batches of one size; the last batch is filled up from the beginning."""
         for start in range(0, len(self), batch_size):
             yield self.batch(start, start + batch_size)
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc keep freed blocks of a few megabytes instead of returning them to the system.
-
-    Every record read takes and frees such blocks; mapping fresh pages each time costs three times the read itself.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # another C library
-    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its largest value
-    mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
 
 
 def prefetch_to_device(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int) -> DevicePrefetch:
