@@ -348,8 +348,8 @@ def _validate_combinations(c: ConfigDict) -> None:
         )
     check(
         len(w.obs) == len(w.next_obs),
-        f"config.data.window.next_obs has {len(w.next_obs)} frames and config.data.window.obs {len(w.obs)}; both need the "
-        "same number, since one augmentation and one latent shape serve both.",
+        f"config.data.window.next_obs has {len(w.next_obs)} frames and config.data.window.obs {len(w.obs)}; both "
+        "need the same number, since one augmentation and one latent shape serve both.",
     )
     check(
         len(w.next_obs) % m.patch[0] == 0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -148,10 +149,13 @@ class System:
     def draw_noise(self, key: jax.Array, rows: jax.Array) -> dict[str, jax.Array]:
         """N(0, 1) noise {modality: (B, ...)}; row i depends on the key and `rows[i]` alone."""
 
+        shapes = {m: shape[1:] for m, shape in self.noise_shapes(1).items()}
+
         def one(row: jax.Array) -> dict[str, jax.Array]:
             keys = jax.random.split(jax.random.fold_in(key, row), len(MODALITIES))
-            shapes = self.noise_shapes(1)
-            return {m: jax.random.normal(k, shapes[m][1:]) for m, k in zip(MODALITIES, keys, strict=True)}
+            # Drawn flat: the same numbers, but counters over many axes take XLA tens of seconds to compile on CPUs.
+            flat = {m: jax.random.normal(k, (math.prod(shapes[m]),)) for m, k in zip(MODALITIES, keys, strict=True)}
+            return {m: x.reshape(shapes[m]) for m, x in flat.items()}
 
         return jax.vmap(one)(rows)
 
