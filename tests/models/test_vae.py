@@ -17,7 +17,9 @@ def apply(model: AutoencoderKL, params, x: np.ndarray, method: str):
 
 
 def random_params(model: AutoencoderKL):
-    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(scale=0.1, size=x.shape).astype(np.float32), shapes)
 
 
 def channels_last(x: np.ndarray) -> np.ndarray:

@@ -174,9 +174,9 @@ def fit_pca(frames: np.ndarray, patch: int, channels: int) -> dict[str, np.ndarr
     vectors = vectors * np.where(largest < 0, -1.0, 1.0)
     scale = np.sqrt(max(variances.mean(), 0.0))
     return {
-        "mean": mean.astype(np.float32),
+        "mean": np.asarray(mean, np.float32),
         "components": vectors.astype(np.float32),
-        "scale": np.float32(scale if scale > 1e-6 else 1.0),  # frames that never change have zero latents
+        "scale": np.asarray(scale if scale > 1e-6 else 1.0, np.float32),  # frames that never change have zero latents
     }
 
 
