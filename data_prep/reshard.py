@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 from array_record.python import array_record_module
-from rich import progress
+from tqdm import tqdm
 
 from data_prep import rlds
 from data_prep.chunks import EpisodeError, Layout, camera_features, cut_episode, frame_size, plan_layout
@@ -219,16 +219,8 @@ def _run_jobs(jobs: list[_Job], workers: int) -> list[_Result]:
         )
     else:
         executor = concurrent.futures.ThreadPoolExecutor(1, initializer=_init_worker, initargs=counters)
-    bar = progress.Progress(
-        progress.TextColumn("{task.fields[episodes]} episodes"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TextColumn("ETA"),
-        progress.TimeRemainingColumn(),
-    )
-    with bar, executor:
-        task = bar.add_task("", total=sum(job.file.stat().st_size for job in jobs), episodes=0)
+    total = sum(job.file.stat().st_size for job in jobs)
+    with tqdm(total=total, desc="resharding", unit="B", unit_scale=True) as bar, executor:
         futures = [executor.submit(_run_job, job) for job in jobs]
         pending: set[concurrent.futures.Future[_Result]] = set(futures)
         try:
@@ -236,7 +228,8 @@ def _run_jobs(jobs: list[_Job], workers: int) -> list[_Result]:
                 done, pending = concurrent.futures.wait(pending, timeout=0.5)
                 for future in done:
                     future.result()  # a failure ends the job now, not after all the others
-                bar.update(task, completed=done_bytes.value, episodes=done_episodes.value)
+                bar.set_postfix(episodes=done_episodes.value, refresh=False)
+                bar.update(done_bytes.value - bar.n)
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise

@@ -81,6 +81,8 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match="unknown field 'model.dept'.*Did you mean model.depth"):
         config_lib.from_json('{"model": {"dept": 3}}', "config.json")
     extra = tmp_path / "extra.py"
-    extra.write_text("from uwm_jax.config import base\ndef get_config():\n  c = base()\n  c.model.dropout = 0.1\n  return c")
+    extra.write_text(
+        "from uwm_jax.config import base\ndef get_config():\n  c = base()\n  c.model.dropout = 0.1\n  return c"
+    )
     with pytest.raises(UserError, match="model.dropout: there is no such field"):
         config_lib.load(str(extra))

@@ -55,7 +55,7 @@ def base() -> ConfigDict:
     c.model.codec = ConfigDict()
     c.model.codec.name = "vae"  # vae, pixels, pca
     c.model.codec.vae = "stabilityai/sdxl-vae"  # diffusers folder or hub name
-    c.model.codec.microbatch = 72  # frames per pass through the VAE
+    c.model.codec.microbatch = 72  # frames per pass through the VAE, on each device
     c.model.codec.posterior = "sample"  # sample (official) or mode, in training
     c.model.codec.dtype = "float32"  # bfloat16 keeps GroupNorm in fp32
 
@@ -63,9 +63,7 @@ def base() -> ConfigDict:
     c.diffusion.num_train_steps = 100
     c.diffusion.num_inference_steps = 10
     c.diffusion.beta_schedule = "squaredcos_cap_v2"  # or linear, scaled_linear
-    c.diffusion.spacing = (
-        "leading"  # leading (official: 90..0, masked at 90) or trailing (99..9, masked at 99)
-    )
+    c.diffusion.spacing = "leading"  # leading (official: 90..0, masked at 90) or trailing (99..9, masked at 99)
     c.diffusion.prediction = ConfigDict({m: "epsilon" for m in MODALITIES})  # epsilon, sample, v
     c.diffusion.clip = ConfigDict({m: 1.0 for m in MODALITIES})  # range of predicted x0; 0 = no clipping
     c.diffusion.next_obs_timesteps = "uniform"  # or high_noise: half of the draws from the noisiest quarter
@@ -173,9 +171,7 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     path, _, argument = spec.partition(":")
     if not Path(path).is_file():
         shipped = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
-        raise UserError(
-            f"--config: there is no file {path!r}. Shipped configs: {', '.join(shipped) or 'none here'}."
-        )
+        raise UserError(f"--config: there is no file {path!r}. Shipped configs: {', '.join(shipped) or 'none here'}.")
     module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
@@ -221,9 +217,7 @@ def _parse(name: str, text: str, like: Any) -> Any:
             return _tuples(value) if isinstance(value, list | tuple) else (value,)
         return text
     except (KeyError, ValueError) as e:
-        raise UserError(
-            f"--config.{name}: expected {_type_name(like)} such as {like!r}, found {text!r}."
-        ) from e
+        raise UserError(f"--config.{name}: expected {_type_name(like)} such as {like!r}, found {text!r}.") from e
 
 
 def _type_name(value: Any) -> str:

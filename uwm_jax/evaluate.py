@@ -109,9 +109,7 @@ def measure(windows: Arrays) -> dict[str, dict[str, float]]:
         if f"{mode}/action" in windows:
             values[f"{mode}/action_mse"] = _per_window(windows[f"{mode}/action"] - windows["action"])
         if f"{mode}/next_obs" in windows:
-            values[f"{mode}/latent_mse"] = _per_window(
-                windows[f"{mode}/next_obs_latent"] - windows["next_obs_latent"]
-            )
+            values[f"{mode}/latent_mse"] = _per_window(windows[f"{mode}/next_obs_latent"] - windows["next_obs_latent"])
             values[f"{mode}/psnr"] = _psnr(windows[f"{mode}/next_obs"], windows["next_obs"])
     values["baseline/copied_frame/psnr"] = _psnr(windows["current"], windows["next_obs"])
     return {name: interval(value, windows["episode"]) for name, value in values.items()}

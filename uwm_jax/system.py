@@ -217,9 +217,7 @@ class System:
         """
         noise = self.draw_noise(jax.random.fold_in(key, 0), batch["row"])
         row_keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, 1)))(batch["row"])
-        time_keys, image_keys, posterior_keys = jax.vmap(functools.partial(jax.random.split, num=3))(
-            row_keys
-        ).T
+        time_keys, image_keys, posterior_keys = jax.vmap(functools.partial(jax.random.split, num=3))(row_keys).T
         draw = functools.partial(
             losses.draw_timesteps, schedule=self.schedule, next_obs=self.config.diffusion.next_obs_timesteps
         )
@@ -283,9 +281,7 @@ class System:
         }
 
     @_exact
-    def sample(
-        self, params: Params, frozen: Params, batch: Batch, mode: str, noise: Batch
-    ) -> dict[str, jax.Array]:
+    def sample(self, params: Params, frozen: Params, batch: Batch, mode: str, noise: Batch) -> dict[str, jax.Array]:
         """Samples a mode of the table for a batch.
 
         Args:

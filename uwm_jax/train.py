@@ -70,13 +70,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
     dataset = open_dataset(config.data)
     start_step = last_step or 0
-    loader = Loader(
-        dataset, config.data, batch_size=config.batch_size, seed=config.seed, start_step=start_step
-    )
+    loader = Loader(dataset, config.data, batch_size=config.batch_size, seed=config.seed, start_step=start_step)
     facts = DataFacts(**loader.facts())
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
-    codec, frozen = open_codec(config, checkpoints, last_step, dataset.directory, workdir)
+    codec, frozen = open_codec(config, checkpoints, last_step, dataset.directory, workdir, mesh.size)
     frozen = jax.device_put(frozen, replicated)
     system = System(config, facts, codec)
     optimizer = state_lib.make_optimizer(config)
@@ -95,9 +93,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         state = jax.jit(init_state, out_shardings=shardings)(rng)
         state = load_pretrained_encoder(config, state, shardings)
     else:
-        like = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         state, data_iter = checkpoints.restore_state(last_step, like)
         loader.check_state(data_iter)
         print(f"continuing from step {last_step}", flush=True)
@@ -169,13 +165,14 @@ def open_codec(
     last_step: int | None,
     dataset: Path,
     workdir: Path,
+    devices: int,
 ) -> tuple[Any, Any]:
     """The codec of a run that starts, or the one that its checkpoints carry."""
     if last_step is None:
-        return frozen_lib.for_new_run(config, dataset, workdir)
+        return frozen_lib.for_new_run(config, dataset, workdir, devices)
     carried = "codec" in checkpoints.items(last_step)
     arrays = checkpoints.restore_arrays(last_step, "codec") if carried else None
-    return frozen_lib.from_workdir(config, workdir, arrays)
+    return frozen_lib.from_workdir(config, workdir, arrays, devices)
 
 
 def load_pretrained_encoder(

@@ -28,9 +28,7 @@ def network(noisy, timestep):
 
 def call(clean, noise, timestep, mask, **options):
     defaults = {"weights": {"action": 2.0, "next_obs": 0.5}, "prediction": {"action": "v", "next_obs": "epsilon"}}
-    return losses.diffusion_loss(
-        network, SCHEDULE, clean, noise, timestep, action_mask=mask, **(defaults | options)
-    )
+    return losses.diffusion_loss(network, SCHEDULE, clean, noise, timestep, action_mask=mask, **(defaults | options))
 
 
 def test_matches_numpy():

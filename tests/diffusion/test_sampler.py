@@ -43,17 +43,13 @@ def test_every_mode_against_a_loop(mode, spacing):
         calls.append(timestep)
         return timestep
 
-    result = sample(
-        modulation, toy, schedule, mode, noise=noise, given=known, prediction=prediction, clip=clip
-    )
+    result = sample(modulation, toy, schedule, mode, noise=noise, given=known, prediction=prediction, clip=clip)
 
     x = {m: known[m] if m in WHAT_IS_KNOWN[mode] else noise[m] for m in shapes}
     hidden = 90 if spacing == "leading" else 99
     for i in range(10):
         t = (90 if spacing == "leading" else 99) - 10 * i
-        level = {
-            m: t if m in WHAT_IS_MADE[mode] else 0 if m in WHAT_IS_KNOWN[mode] else hidden for m in shapes
-        }
+        level = {m: t if m in WHAT_IS_MADE[mode] else 0 if m in WHAT_IS_KNOWN[mode] else hidden for m in shapes}
         output = toy(x, level)
         for m in WHAT_IS_MADE[mode]:
             args = (prediction[m], output[m], x[m], jnp.asarray(t), jnp.asarray(t - 10 if t >= 10 else -1))

@@ -141,9 +141,7 @@ def _resize_and_crop(
     return planes
 
 
-def _offset(
-    offsets: jax.Array | None, resize: tuple[int, int], crop: tuple[int, int], axis: int
-) -> jax.Array | int:
+def _offset(offsets: jax.Array | None, resize: tuple[int, int], crop: tuple[int, int], axis: int) -> jax.Array | int:
     return round((resize[axis] - crop[axis]) / 2) if offsets is None else offsets[:, axis]
 
 

@@ -27,9 +27,7 @@ def draw_timesteps(key: jax.Array, schedule: Schedule, next_obs: str = "uniform"
     return {"action": jax.random.randint(action_key, (), 0, total), "next_obs": t_next}
 
 
-def hide_missing_actions(
-    timestep: Arrays, action_mask: jax.Array, schedule: Schedule
-) -> dict[str, jax.Array]:
+def hide_missing_actions(timestep: Arrays, action_mask: jax.Array, schedule: Schedule) -> dict[str, jax.Array]:
     """Rows without actions take the timesteps of `ACTION_FREE_MODE`: what it hides sits at T - 1.
 
     Args:
@@ -84,4 +82,4 @@ def diffusion_loss(
             losses[m] = jnp.where(action_mask, rows, 0.0).sum() / jnp.maximum(action_mask.sum(), 1)
         else:
             losses[m] = error.mean()
-    return sum(weights[m] * losses[m] for m in losses), losses, output
+    return sum((weights[m] * losses[m] for m in losses), jnp.zeros(())), losses, output

@@ -48,15 +48,9 @@ def sample(
         Role.HIDDEN: jnp.full_like(steps, schedule.sample_hidden_timestep),
     }
     modulations = modulation({m: levels[roles[m]] for m in MODALITIES})
-    fixed = {
-        m: (given if roles[m] is Role.GIVEN else noise)[m]
-        for m in MODALITIES
-        if roles[m] is not Role.GENERATE
-    }
+    fixed = {m: (given if roles[m] is Role.GIVEN else noise)[m] for m in MODALITIES if roles[m] is not Role.GENERATE}
 
-    def body(
-        x: dict[str, jax.Array], step: tuple[jax.Array, jax.Array, Any]
-    ) -> tuple[dict[str, jax.Array], None]:
+    def body(x: dict[str, jax.Array], step: tuple[jax.Array, jax.Array, Any]) -> tuple[dict[str, jax.Array], None]:
         timestep, landing, slice_ = step
         output = predict({**fixed, **x}, slice_)
         x = {m: schedule.ddim_step(prediction[m], output[m], x[m], timestep, landing, clip[m]) for m in x}

@@ -132,8 +132,12 @@ class PCACodec:
         """(B, V, T, h, w, channels) -> (B, V, T, H, W, 3), the transpose of `encode`'s projection."""
         b, v, t, h, w, _ = latents.shape
         components = params["components"].reshape(v, self.patch, self.patch, 3, self.channels)
-        patches = jnp.einsum("bvthwk,vpqck->bvthpwqc", latents.astype(jnp.float32) * params["scale"], components,
-                             precision=jax.lax.Precision.HIGHEST)
+        patches = jnp.einsum(
+            "bvthwk,vpqck->bvthpwqc",
+            latents.astype(jnp.float32) * params["scale"],
+            components,
+            precision=jax.lax.Precision.HIGHEST,
+        )
         return patches.reshape(b, v, t, h * self.patch, w * self.patch, 3) + params["mean"][:, None]
 
 

@@ -30,8 +30,15 @@ class _Layers(nn.Module):
         return jax.lax.Precision.HIGHEST if self._is_float32() else jax.lax.Precision.DEFAULT
 
     def _conv(self, channels: int, name: str, kernel: int = 3, strides: int = 1, padding: Any = None) -> nn.Conv:
-        return nn.Conv(channels, (kernel, kernel), strides, kernel // 2 if padding is None else padding,
-                       dtype=self.dtype, precision=self._precision(), name=name)
+        return nn.Conv(
+            channels,
+            (kernel, kernel),
+            strides,
+            kernel // 2 if padding is None else padding,
+            dtype=self.dtype,
+            precision=self._precision(),
+            name=name,
+        )
 
     def _dense(self, channels: int, name: str) -> nn.Dense:
         return nn.Dense(channels, dtype=self.dtype, precision=self._precision(), name=name)
@@ -66,8 +73,7 @@ class _Attention(_Layers):
         n, height, width, channels = x.shape
         h = self._norm(x, "group_norm").astype(self.dtype).reshape(n, height * width, channels)
         query, key, value = (self._dense(channels, name)(h) for name in ("to_q", "to_k", "to_v"))
-        logits = jnp.einsum("nqc,nkc->nqk", query, key, precision=self._precision(),
-                            preferred_element_type=jnp.float32)
+        logits = jnp.einsum("nqc,nkc->nqk", query, key, precision=self._precision(), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(self.dtype)
         h = jnp.einsum("nqk,nkc->nqc", weights, value, precision=self._precision())
         return x + self._dense(channels, "to_out_0")(h).reshape(x.shape)
@@ -174,10 +180,18 @@ class AutoencoderKL(nn.Module):
 
     def setup(self) -> None:
         shared = {"groups": self.norm_num_groups, "dtype": self.dtype, "attention": self.mid_block_add_attention}
-        self.encoder = _Encoder(levels=tuple(self.block_out_channels), layers=self.layers_per_block,
-                                out_channels=2 * self.latent_channels, **shared)
-        self.decoder = _Decoder(levels=tuple(self.block_out_channels)[::-1], layers=self.layers_per_block + 1,
-                                out_channels=self.out_channels, **shared)
+        self.encoder = _Encoder(
+            levels=tuple(self.block_out_channels),
+            layers=self.layers_per_block,
+            out_channels=2 * self.latent_channels,
+            **shared,
+        )
+        self.decoder = _Decoder(
+            levels=tuple(self.block_out_channels)[::-1],
+            layers=self.layers_per_block + 1,
+            out_channels=self.out_channels,
+            **shared,
+        )
         # the moments and the latents pass these two tiny products in float32: they cost nothing
         exact = {"kernel_size": (1, 1), "dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
         if self.use_quant_conv:

@@ -21,9 +21,7 @@ DEFAULT_FILE = "model.safetensors"  # the name that hub repositories of classifi
 _NORM = re.compile(r"(^|\.)(bn\d+|downsample\.1)\.(weight|bias|running_mean|running_var|num_batches_tracked)$")
 
 
-def load_imagenet_resnet(
-    path_or_hub: str | os.PathLike[str], encoder_params: Mapping[str, Any]
-) -> dict[str, Any]:
+def load_imagenet_resnet(path_or_hub: str | os.PathLike[str], encoder_params: Mapping[str, Any]) -> dict[str, Any]:
     """Puts a classifier's convolutions into fresh encoder parameters, as the official UWM code does.
 
     Convolutions are copied. BatchNorm's entries are discarded, since GroupNorm replaces it: norms restart at scale 1

@@ -16,7 +16,7 @@ from uwm_jax.torch_bridge import diffusers_vae
 
 
 def for_new_run(
-    config: ConfigDict, dataset: str | os.PathLike[str], workdir: str | os.PathLike[str]
+    config: ConfigDict, dataset: str | os.PathLike[str], workdir: str | os.PathLike[str], devices: int = 1
 ) -> tuple[Codec, Any]:
     """The codec and its arrays for a run that starts; a VAE is copied into the workdir.
 
@@ -27,20 +27,29 @@ def for_new_run(
         folder = Path(workdir) / "frozen" / "vae"
         if not folder.is_dir():
             diffusers_vae.copy_folder(config.model.codec.vae, folder)
-        return from_workdir(config, workdir, None)
+        return from_workdir(config, workdir, None, devices)
     arrays = _read_pca(config, Path(dataset)) if config.model.codec.name == "pca" else None
-    return from_workdir(config, workdir, arrays)
+    return from_workdir(config, workdir, arrays, devices)
 
 
-def from_workdir(config: ConfigDict, workdir: str | os.PathLike[str], arrays: Any) -> tuple[Codec, Any]:
-    """The codec of a workdir; `arrays` are those of a fitted codec, from its checkpoint."""
+def from_workdir(
+    config: ConfigDict, workdir: str | os.PathLike[str], arrays: Any, devices: int = 1
+) -> tuple[Codec, Any]:
+    """The codec of a workdir.
+
+    Args:
+      arrays: those of a fitted codec, from its checkpoint; None for the others.
+      devices: over how many the batch is spread; each takes `config.model.codec.microbatch` frames at a time.
+    """
     c = config.model.codec
     if c.name == "pixels":
         return PixelsCodec(), {}
     if c.name == "pca":
+        if arrays is None:
+            raise UserError(f"{workdir}: config.model.codec.name is 'pca', but the checkpoint carries no codec.")
         return PCACodec.from_params(arrays), arrays
     module, params, _ = diffusers_vae.load_vae(Path(workdir) / "frozen" / "vae", dtype=c.dtype)
-    return VAECodec(module, microbatch=c.microbatch), params
+    return VAECodec(module, microbatch=c.microbatch * devices), params
 
 
 def checkpointed_arrays(config: ConfigDict, frozen: Any) -> Any:

@@ -15,8 +15,7 @@ from uwm_jax.diffusion.modes import MODALITIES
 Params = Any
 
 
-@flax.struct.dataclass
-class Hparams:
+class Hparams(flax.struct.PyTreeNode):
     """Scalars that a sweep varies: arrays, so that one compiled step serves every value.
 
     Attributes:
@@ -38,8 +37,7 @@ class Hparams:
         )
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything the jitted step reads and writes.
 
     `step` () int32 counts finished steps; `ema_params` is None without averaging.

@@ -22,9 +22,7 @@ def make_train_step(
     """`(state, frozen, batch) -> (state, metrics)`; metrics are () float32 arrays."""
     ema_decay = config.optimizer.ema_decay
 
-    def train_step(
-        state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.hparams.seed), state.step)
 
         def objective(params: Any) -> tuple[jax.Array, Metrics]:
