@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 if [ ! -x .venv/bin/python ]; then
   "${PYTHON:-python3}" -m venv .venv
 fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[data_prep]'
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
 
 started=$SECONDS
 .venv/bin/python -m data_prep.demo
