@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 from pathlib import Path
@@ -33,3 +34,50 @@ def _no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", local_only)
         yield
+
+
+def _load_rlds_source():
+    file = Path(__file__).parent / "data" / "rlds_source.py"
+    spec = importlib.util.spec_from_file_location("rlds_source", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """Six short DROID-like episodes in the training layout, with a PCA codec for 16-pixel frames."""
+    from data_prep.reshard import reshard
+
+    root = tmp_path_factory.mktemp("tiny_dataset")
+    _load_rlds_source().make(root / "source", [21, 9, 30, 19, 12, 25])
+    reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, chunk_steps=8, workers=1)
+    return root / "out"
+
+
+@pytest.fixture
+def tiny_config(tiny_dataset):
+    """A model that compiles in seconds on `tiny_dataset`: one camera, state, 10-d actions, the PCA codec."""
+    from uwm_jax.config import base
+
+    c = base()
+    c.total_steps, c.batch_size, c.log_every = 4, 4, 1
+    c.checkpoint.every, c.checkpoint.keep = 2, 2
+    c.eval.num_windows = 6
+    c.model.embed_dim, c.model.depth, c.model.num_heads, c.model.num_registers = 32, 2, 2, 2
+    c.model.timestep_embed_dim, c.model.patch = 16, (2, 2, 2)
+    c.model.encoder.stage_sizes, c.model.encoder.width, c.model.encoder.pool = (1,), 16, "flatten"
+    c.model.encoder.use_low_dim = True
+    c.model.codec.name = "pca"
+    c.data.path = str(tiny_dataset)
+    c.data.cameras, c.data.low_dim = ("wrist",), ("state",)
+    c.data.action = (
+        ("action_dict/cartesian_velocity", "xyz_euler_to_rot6d"),
+        ("action_dict/gripper_position", "identity"),
+    )
+    c.data.window.action, c.data.window.next_obs = (1, 2, 3, 4), (5, 6)
+    c.data.val_ratio = 0.3
+    c.data.num_streams, c.data.num_threads = 8, 1
+    c.data.resize = c.data.crop = (16, 16)
+    c.optimizer.learning_rate, c.optimizer.ema_decay = 1e-3, 0.9
+    return c

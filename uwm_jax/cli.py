@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from uwm_jax.errors import UserError
+from uwm_jax.errors import RunError, UserError
 
 FLAGS = flags.FLAGS
 
@@ -58,11 +58,11 @@ def call(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
         main(_parse(argv))
-    except UserError as e:
+    except (UserError, RunError) as e:
         if debug:
             traceback.print_exc()
         print(f"error: {e}", file=sys.stderr)
-        return USAGE_STATUS
+        return USAGE_STATUS if isinstance(e, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED_STATUS

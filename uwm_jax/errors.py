@@ -1,8 +1,14 @@
-"""The one exception for what a person can mend: flags, configs, files, shapes.
-
-`cli.run` prints its message alone and exits with status 2; anything else keeps its traceback.
-"""
+"""Exceptions whose message is all that a person needs: `cli.run` prints it without a traceback."""
 
 
 class UserError(Exception):
-    """Says what is wrong, where, what was expected, what was found and what to do about it."""
+    """An unusable flag, config, file or shape; exit status 2.
+
+    Says what is wrong, where, what was expected, what was found and what to do about it."""
+
+
+class RunError(Exception):
+    """A run that was well asked for went wrong (a loss that is not finite); exit status 1.
+
+    Says at which step, what was seen and what to do about it.
+    """

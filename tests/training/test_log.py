@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import jax.numpy as jnp
 import pytest
@@ -53,7 +54,7 @@ def test_clock_and_progress_line(monkeypatch):
     monkeypatch.setattr("uwm_jax.training.log.time.perf_counter", lambda: now[0])
     clock = Clock(step=0, total_steps=101, batch_size=8)
     now[0] += 30  # compilation
-    clock.tick(1, 2.0)
+    assert math.isnan(clock.tick(1, 2.0)["eta_seconds"])
     now[0] += 5
     now[0] += 10
     clock.pause(10)  # an evaluation

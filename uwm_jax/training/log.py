@@ -14,8 +14,10 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from uwm_jax.errors import RunError
 
-class NotFinite(Exception):
+
+class NotFinite(RunError):
     """A metric became NaN or infinite; the message names the step and the metric."""
 
 
@@ -65,7 +67,7 @@ class Clock:
     def tick(self, step: int, data_wait_seconds: float) -> dict[str, float]:
         """`samples_per_second`, `data_wait_fraction` and `eta_seconds`; the time since the last call counts.
 
-        The first interval, which holds the compilation, is left out of the ETA.
+        The first interval, which holds the compilation, is left out of the ETA, which is NaN until the second.
 
         Args:
           data_wait_seconds: how long the run has waited for data so far.
@@ -76,8 +78,9 @@ class Clock:
             "samples_per_second": (step - last) * self._batch_size / elapsed,
             "data_wait_fraction": min((data_wait_seconds - self._waited) / elapsed, 1.0),
         }
-        since = self._start or (then, last)
-        rates["eta_seconds"] = (self._total - step) * (now - since[0]) / max(step - since[1], 1)
+        rates["eta_seconds"] = math.nan
+        if self._start:
+            rates["eta_seconds"] = (self._total - step) * (now - self._start[0]) / max(step - self._start[1], 1)
         self._start = self._start or (now, step)
         self._mark, self._waited = (now, step), data_wait_seconds
         return rates
@@ -128,9 +131,11 @@ def _step_of(line: str) -> float:
 
 def progress_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     """`step 200/1000  loss 0.812 (action 0.402, next_obs 0.410)  285 samples/s  data wait 1 %  ETA 3:20`."""
-    minutes, seconds = divmod(round(metrics["eta_seconds"]), 60)
-    hours, minutes = divmod(minutes, 60)
-    eta = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    eta = "after the next line"
+    if math.isfinite(metrics["eta_seconds"]):
+        minutes, seconds = divmod(round(metrics["eta_seconds"]), 60)
+        hours, minutes = divmod(minutes, 60)
+        eta = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
     parts = ", ".join(f"{m} {metrics[f'loss/{m}']:.4f}" for m in ("action", "next_obs"))
     return (
         f"step {step}/{total_steps}  loss {metrics['loss']:.4f} ({parts})  "
