@@ -57,6 +57,10 @@ def call(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     """Like `run`, but returns the exit status."""
     debug = "--debug" in argv
     try:
+        if {"--help", "-h", "-help"} & set(argv):
+            flag_lines = FLAGS.main_module_help().strip().split("\n")[1:]  # the first one is the file's path
+            print(sys.modules[main.__module__].__doc__ or "", "Flags:", *flag_lines, sep="\n")
+            return 0
         main(_parse(argv))
     except (UserError, RunError) as e:
         if debug:
@@ -66,8 +70,6 @@ def call(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED_STATUS
-    except SystemExit as e:  # absl's --help
-        return e.code if isinstance(e.code, int) else 1
     except Exception:
         traceback.print_exc()
         return 1
