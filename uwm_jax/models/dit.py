@@ -29,8 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.models.initializers import normal
+
 Array = jax.Array
-INIT = nn.initializers.normal(0.02)
+INIT = normal(0.02)
 ZEROS = nn.initializers.zeros
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.models.initializers import kaiming_fan_out
+
 Array = jax.Array
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CHANNELS_PER_GROUP = 16
-
-CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class TorchDense(nn.Module):
@@ -53,7 +53,7 @@ def _conv(features: int, size: int, stride: int, dtype: Any, name: str) -> nn.Co
         padding=((pad, pad), (pad, pad)),
         use_bias=False,
         dtype=dtype,
-        kernel_init=CONV_INIT,
+        kernel_init=kaiming_fan_out,
         name=name,
     )
 

@@ -1,0 +1,28 @@
+"""Initialisers that draw flat and reshape: the same numbers as drawing in shape, compiled many times faster.
+
+XLA on CPUs takes seconds for each random array of four axes, because the counters behind the bits are computed
+axis by axis; of one axis it takes a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def normal(std: float) -> Any:
+    """N(0, std^2)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return std * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
+
+    return init
+
+
+def kaiming_fan_out(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """N(0, 2 / fan-out) for convolution kernels (rows, columns, inputs, outputs), as in torchvision (He et al. 2015)."""
+    fan_out = shape[0] * shape[1] * shape[3]
+    return normal(math.sqrt(2 / fan_out))(key, shape, dtype)
