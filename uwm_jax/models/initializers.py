@@ -23,6 +23,6 @@ def normal(std: float) -> Any:
 
 
 def kaiming_fan_out(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """N(0, 2 / fan-out) for convolution kernels (rows, columns, inputs, outputs), as in torchvision (He et al. 2015)."""
+    """N(0, 2 / fan-out) for convolution kernels (rows, columns, inputs, outputs), as torchvision (He et al. 2015)."""
     fan_out = shape[0] * shape[1] * shape[3]
     return normal(math.sqrt(2 / fan_out))(key, shape, dtype)
