@@ -149,6 +149,9 @@ def _run_job(job: _Job) -> _Result:
     job.parts.mkdir(parents=True)
     columns = {key: (job.parts / f"{i}.column").open("wb") for i, key in enumerate(job.layout.columns)}
     writer = _ShardWriter(job)
+    bytes_left = (
+        job.file.stat().st_size
+    )  # a compressed file's records are larger than the file: the bar ends at its size
     for number, (record, reason, size) in enumerate(rlds.read_records(job.file, job.file_format)):
         try:
             if record is None:
@@ -163,12 +166,16 @@ def _run_job(job: _Job) -> _Result:
             for key, values in episode.columns.items():
                 columns[key].write(values.astype(job.layout.columns[key][1]).tobytes())
             result.lengths.append(episode.length)
+        counted = min(size, bytes_left)
+        bytes_left -= counted
         with _done_bytes.get_lock():
-            _done_bytes.value += size
+            _done_bytes.value += counted
             _done_episodes.value += 1
     for column in columns.values():
         column.close()
     result.shards = writer.close()
+    with _done_bytes.get_lock():
+        _done_bytes.value += bytes_left
     del result.notes[_MAX_NOTES:]
     return result
 
