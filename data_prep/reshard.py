@@ -149,9 +149,7 @@ def _run_job(job: _Job) -> _Result:
     job.parts.mkdir(parents=True)
     columns = {key: (job.parts / f"{i}.column").open("wb") for i, key in enumerate(job.layout.columns)}
     writer = _ShardWriter(job)
-    bytes_left = (
-        job.file.stat().st_size
-    )  # a compressed file's records are larger than the file: the bar ends at its size
+    bytes_left = job.file.stat().st_size
     for number, (record, reason, size) in enumerate(rlds.read_records(job.file, job.file_format)):
         try:
             if record is None:
