@@ -26,7 +26,7 @@ def test_permutations_are_uniform_enough() -> None:
     assert chi2 < 80
 
 
-@pytest.mark.parametrize(("num_windows", "num_streams"), [(1000, 64), (64, 64), (1000, 7), (130, 64)])
+@pytest.mark.parametrize(("num_windows", "num_streams"), [(1024, 64), (1500, 64), (1000, 7), (1100, 64)])
 def test_every_stream_visits_its_own_range_once_per_epoch(num_windows: int, num_streams: int) -> None:
     order = StreamOrder(num_windows, num_streams, seed=3)
     ranges = [order.stream_range(s) for s in range(num_streams)]
@@ -62,6 +62,29 @@ def test_golden_order() -> None:
 GOLDEN = [67, 180, 99954, 86, 81298]
 
 
-@pytest.mark.parametrize(("num_windows", "expected"), [(1, 1), (2, 2), (3, 2), (1000, 512), (1023, 512), (1024, 1024)])
-def test_few_windows_reduce_the_streams_to_a_power_of_two(num_windows: int, expected: int) -> None:
-    assert StreamOrder(num_windows, 1024, 0).num_streams == expected
+@pytest.mark.parametrize(
+    ("num_windows", "num_streams", "expected"),
+    [
+        (1, 1024, 1),
+        (31, 1024, 1),
+        (32, 1024, 2),
+        (1000, 1024, 32),
+        (16_383, 1024, 512),
+        (16_384, 1024, 1024),
+        (1600, 100, 100),
+        (1599, 100, 50),
+        (111, 7, 3),
+        (20, 7, 1),
+    ],
+)
+def test_few_windows_halve_the_streams(num_windows: int, num_streams: int, expected: int) -> None:
+    assert StreamOrder(num_windows, num_streams, 0).num_streams == expected
+
+
+@pytest.mark.parametrize("num_windows", [3, 40, 1025, 1500])
+def test_every_window_is_drawn_nearly_equally_often(num_windows: int) -> None:
+    order = StreamOrder(num_windows, 1024, 0)
+    draws = 40 * num_windows
+    counts = np.bincount([order.window(n) for n in range(draws)], minlength=num_windows)
+    # One epoch more or less (40 are drawn), and ranges of n and n + 1 windows, n being at least 16.
+    assert counts.min() >= 40 * 16 / 17 - 1 and counts.max() <= 40 * 17 / 16 + 1

@@ -7,9 +7,14 @@ processes or threads, from any step) computes the same samples, and the only sta
 
 A process count P that divides S owns the positions n with n mod P = p, which are whole streams and
 hence ranges of windows (shards) of its own.
+
+A small source has fewer streams. Ranges differ by one window, and a window of a shorter range is drawn more often: a
+range of two windows beside ranges of one would be visited half as often per window.
 """
 
 from __future__ import annotations
+
+MIN_RANGE = 16  # windows per stream: the rates at which windows are drawn differ by 1/16 at most
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8
@@ -18,16 +23,18 @@ _ROUNDS = 8
 class StreamOrder:
     """Virtual streams over the windows 0 .. num_windows - 1 of one source.
 
-    With fewer windows than `num_streams`, the number of streams is the largest power of two that is at
-    most `num_windows`. A stream's draws depend on (seed, stream, draw) alone, so that a mixture of sources
-    can advance each by its own counts.
+    `num_streams` is halved (rounded down) until every stream has at least `MIN_RANGE` windows, or one stream is left.
+    A stream's draws depend on (seed, stream, draw) alone, so that a mixture of sources can advance each by its own
+    counts.
     """
 
     def __init__(self, num_windows: int, num_streams: int, seed: int):
         if num_windows < 1 or num_streams < 1:
             raise ValueError(f"expected at least one window and stream, found {num_windows} and {num_streams}")
         self.num_windows = num_windows
-        self.num_streams = num_streams if num_windows >= num_streams else 1 << (num_windows.bit_length() - 1)
+        while num_streams > 1 and num_windows // num_streams < MIN_RANGE:
+            num_streams //= 2
+        self.num_streams = num_streams
         self.seed = seed
 
     def stream_range(self, stream: int) -> tuple[int, int]:

@@ -10,7 +10,8 @@ consecutive steps of one episode, encoded images untouched. Beside it lie
   `chunk_record` (K,), all int64, chunks of an episode being consecutive;
 - `columns/<split>/<key>.npy`: every numeric step key of at most `COLUMN_MAX_SIZE` values, (steps, ...)
   in episode order, float32 or int64, so that actions and statistics need no record;
-- `codec/pca.npz` and `stats.json`, which `data_prep` derives from the above.
+- `codec/pca.npz` and `stats.json`, which `data_prep` derives from the above, and `derived_stats/`, a cache of
+  what `uwm_jax.data.stats` computes.
 
 A window then costs a few reads of whole records, a scan of their wire format, and the decoding of
 only the frames that it uses.
@@ -57,6 +58,11 @@ def fingerprint(manifest: Mapping[str, Any]) -> str:
     every shard."""
     content = {k: v for k, v in manifest.items() if k != "source"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def short_key(key: str) -> str:
+    """A step key without the leading `observation/`, as files beside the records (`codec/pca.npz`) name cameras."""
+    return key.removeprefix("observation/")
 
 
 def column_file(split: str, key: str) -> str:
