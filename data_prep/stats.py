@@ -3,7 +3,10 @@
     python -m data_prep.stats --dataset=DIR
 
 Reads the columns only, no record and no image, so it takes seconds. `data_prep.reshard` has already done
-it; this computes them again and shows them.
+it; this computes them again, shows them, and warns of constant dimensions and of values that are not finite.
+
+They describe whole splits. The normaliser of a run does not use them: its own are those of the run's training
+episodes (`uwm_jax.data.stats.key_stats`).
 """
 
 from __future__ import annotations
@@ -12,18 +15,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from uwm_jax import cli
+from uwm_jax.data.normalize import is_constant
 from uwm_jax.data.records import Dataset, read_manifest
-from uwm_jax.data.stats import STATS_FILE, Stats, dataset_stats, write_json
+from uwm_jax.data.stats import Stats, dataset_stats, write_json
 from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 
+STATS_FILE = "stats.json"
+_EPISODES = "all episodes of each split, also those that a run holds out"
+
 
 def write_stats(directory: str | os.PathLike[str]) -> dict[str, dict[str, Stats]]:
-    """Writes `stats.json`: {"fingerprint": of the manifest, "splits": {split: {step key: statistics}}}.
+    """Writes `stats.json`: {"fingerprint": of the manifest, "episodes": which ones, in words, "splits": {split:
+    {step key: statistics}}}.
 
     Statistics are those of `uwm_jax.data.stats.column_stats`, over all steps of the split.
 
@@ -34,7 +43,8 @@ def write_stats(directory: str | os.PathLike[str]) -> dict[str, dict[str, Stats]
     """
     datasets = [Dataset(directory, split) for split in read_manifest(directory)["splits"]]
     splits = {dataset.split: dataset_stats(dataset) for dataset in datasets}
-    write_json(Path(directory) / STATS_FILE, {"fingerprint": datasets[0].fingerprint, "splits": splits})
+    described = {"fingerprint": datasets[0].fingerprint, "episodes": _EPISODES, "splits": splits}
+    write_json(Path(directory) / STATS_FILE, described)
     return splits
 
 
@@ -46,9 +56,25 @@ def table(stats: dict[str, Stats]) -> str:
             name = f"{key}[{i}]" if len(s["min"]) > 1 else key
             numbers: list[Any] = [s[field][i] for field in ("min", "q01", "mean", "q99", "max", "std")]
             lines.append(f"{name:<40}" + "".join(f"{n:>11.4g}" for n in numbers))
-        if s["nonfinite"]:
-            lines.append(f"{key}: {s['nonfinite']} of {s['count']} steps are NaN or infinite")
     return "\n".join(lines)
+
+
+def warnings(stats: dict[str, Stats]) -> list[str]:
+    """What a run on one split would stumble over, one line per key: constant dimensions (as the normaliser sees
+    them) and values that are not finite."""
+    lines = []
+    for key, s in stats.items():
+        found = []
+        low, high = np.asarray(s.get("min", [])), np.asarray(s.get("max", []))
+        constant = np.flatnonzero(is_constant(low, high))
+        if len(constant):
+            what = "constant" if len(low) == 1 else f"{len(constant)} of {len(low)} dimensions are constant"
+            found.append(f"{what} ({', '.join(f'[{i}] = {low[i]:g}' for i in constant)})")
+        if s["nonfinite"]:
+            found.append(f"{s['nonfinite']} of {s['count']} steps are NaN or infinite")
+        if found:
+            lines.append(f"warning: {key}: {'; '.join(found)}")
+    return lines
 
 
 def define_flags() -> None:
@@ -60,7 +86,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     directory = cli.required("dataset")
     for split, stats in write_stats(directory).items():
-        print(f"{split}: {max((s['count'] for s in stats.values()), default=0)} steps\n{table(stats)}")
+        steps = max((s["count"] for s in stats.values()), default=0)
+        print("\n".join([f"{split}: {steps} steps of {_EPISODES}", table(stats), *warnings(stats)]))
     print(f"wrote {Path(directory) / STATS_FILE}")
 
 

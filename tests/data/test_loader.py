@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from ml_collections import ConfigDict
 from data_prep.reshard import reshard
 from uwm_jax.config import base
 from uwm_jax.data.loader import Loader, Trace, open_dataset, prefetch_to_device
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.records import Dataset, column_file
 from uwm_jax.data.transforms import xyz_euler_to_rot6d
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
@@ -26,7 +29,7 @@ _SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).wit
 rlds_source = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(rlds_source)
 
-LENGTHS = [21, 5, 40, 19, 12, 33]
+LENGTHS = [21, 5, 100, 32, 12, 33]  # 129 training windows: 8 streams of 16 or more
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +89,10 @@ def test_batches_equal_windows_cut_by_hand(made, config: ConfigDict, pad: str) -
     config.window.pad = pad
     _, episodes = made
     loader = _loader(config)
-    every_action = np.concatenate([_raw_actions(e) for e in episodes])
-    action_scale, action_offset = _minmax(every_action)
-    state_scale, state_offset = _minmax(np.stack([s["observation"]["state"] for e in episodes for s in e["steps"]]))
+    train = split_episodes(len(LENGTHS), config.val_ratio)[0]
+    action_scale, action_offset = _minmax(np.concatenate([_raw_actions(episodes[e]) for e in train]))
+    states = [s["observation"]["state"] for e in train for s in episodes[e]["steps"]]
+    state_scale, state_offset = _minmax(np.stack(states))
     decoded = {}
     for camera in rlds_source.CAMERAS:
         key = f"observation/{camera}"
@@ -136,7 +140,7 @@ def test_facts(config: ConfigDict) -> None:
         "text_dim": 300,
     }
     assert set(loader.normalizer.entries) == {"action", "state", "gripper"}
-    assert "6 episodes, 130 steps" in loader.summary()
+    assert f"6 episodes, {sum(LENGTHS)} steps" in loader.summary()
 
 
 def test_every_epoch_visits_every_training_window_once(config: ConfigDict) -> None:
@@ -237,8 +241,8 @@ def test_held_out_windows_are_fixed_and_evenly_spread(made, config: ConfigDict) 
 
 
 def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:
-    config.window.next_obs = (50, 51)
-    with pytest.raises(UserError, match=r"spans 52 steps, but the longest of \d training episodes has \d+"):
+    config.window.next_obs = (150, 151)
+    with pytest.raises(UserError, match=r"spans 152 steps, but the longest of \d training episodes has \d+"):
         _loader(config)
     config.window.next_obs = (7, 9)
     with pytest.raises(UserError, match="3 processes do not divide"):
@@ -261,13 +265,102 @@ def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:
 
 def test_transformed_statistics_are_kept_and_never_stale(made, config: ConfigDict) -> None:
     _loader(config)
-    file = made[0] / "derived_stats" / "train.action_dict.cartesian_velocity.xyz_euler_to_rot6d.json"
+    directory = made[0] / "derived_stats"
+    file = directory / "train.action_dict.cartesian_velocity.xyz_euler_to_rot6d.val_0.05.json"
     stored = json.loads(file.read_text())
-    expected = np.concatenate([_raw_actions(e)[:, :9] for e in made[1]])
+    train = split_episodes(len(LENGTHS), 0.05)[0]
+    expected = np.concatenate([_raw_actions(made[1][e])[:, :9] for e in train])
+    assert stored["stats"]["count"] == len(expected)
     np.testing.assert_allclose(stored["stats"]["max"], expected.max(axis=0), rtol=1e-6)
-    file.write_text(json.dumps({"fingerprint": "other", "stats": {}}))
-    _loader(config)
-    assert json.loads(file.read_text()) == stored
+    for foreign in ({"fingerprint": "other"}, {"val_ratio": 0.5}):
+        file.write_text(json.dumps(stored | foreign | {"stats": {}}))
+        _loader(config)
+        assert json.loads(file.read_text()) == stored
+
+
+def _entries(loader: Loader) -> dict[str, list[list[float]]]:
+    return {key: [x.tolist() for x in pair] for key, pair in loader.normalizer.entries.items()}
+
+
+@pytest.mark.parametrize("kind", ["minmax", "quantile"])
+def test_the_normaliser_knows_training_episodes_only(made, config: ConfigDict, tmp_path: Path, kind: str) -> None:
+    config.normalize, config.val_ratio = kind, 0.3
+    copy = shutil.copytree(made[0], tmp_path / "copy", ignore=shutil.ignore_patterns("derived_stats"))
+    config.path = str(copy)
+    dataset = open_dataset(config)
+    train, held_out = split_episodes(len(LENGTHS), 0.3)
+    assert len(held_out) == 2
+
+    def values(episodes: np.ndarray, change: float) -> dict[str, list[list[float]]]:
+        for key in dataset.column_keys:
+            column = np.array(Dataset(made[0]).column(key))
+            for e in episodes:
+                rows = slice(dataset.episode_starts[e], dataset.episode_starts[e] + LENGTHS[e])
+                column[rows] = change if column.dtype.kind == "f" else 1 << 40
+            np.save(copy / column_file("train", key), column)
+        shutil.rmtree(copy / "derived_stats", ignore_errors=True)
+        return _entries(_loader(config))
+
+    original = values(held_out[:0], 0.0)
+    assert values(held_out, 1e6) == original
+    assert values(held_out, np.nan) == original
+    changed = values(train[:1], 1e6)
+    assert all(changed[key] != original[key] for key in original)
+
+
+def test_values_that_are_not_finite_are_named(made, config: ConfigDict, tmp_path: Path) -> None:
+    config.path = str(shutil.copytree(made[0], tmp_path / "copy", ignore=shutil.ignore_patterns("derived_stats")))
+    dataset = open_dataset(config)
+    train, held_out = split_episodes(len(LENGTHS), config.val_ratio)
+    for episode in (held_out[0], train[2]):
+        column = np.array(Dataset(made[0]).column("action"))
+        column[dataset.episode_starts[episode] + 5] = np.nan
+        np.save(Path(config.path) / column_file("train", "action"), column)
+        shutil.rmtree(Path(config.path) / "derived_stats", ignore_errors=True)
+        if episode in train:
+            with pytest.raises(UserError, match="action: 1 of .* steps are NaN or infinite"):
+                _loader(config)
+        else:
+            chosen = _loader(config).held_out(10_000)
+            with pytest.raises(UserError, match=rf"action is NaN or infinite in episode {episode} .* at step 0"):
+                chosen.batch(0, 1)
+
+
+def test_statistics_follow_the_split(config: ConfigDict) -> None:
+    """Cached ones of another share of held-out episodes are never taken."""
+    found = {}
+    for ratio in (0.0, 0.5, 0.05, 0.5, 0.0):
+        config.val_ratio = ratio
+        entries = _entries(_loader(config))
+        assert found.setdefault(ratio, entries) == entries
+    assert found[0.0] != found[0.05] != found[0.5]
+
+
+def test_a_given_normaliser_is_used_instead(config: ConfigDict) -> None:
+    given = Normalizer({"action": (np.full(17, 2, np.float32), np.full(17, 1, np.float32))})
+    loader = _loader(config, normalizer=given)
+    assert loader.normalizer is given and loader.facts()["normalizer"] is given
+    raw, found = (_take(_loader(config, normalizer=n), 1)[0] for n in (Normalizer(), given))
+    np.testing.assert_allclose(found["action"], (raw["action"] - 1) / 2, rtol=1e-6)
+    np.testing.assert_array_equal(found["obs/state"], raw["obs/state"])  # an absent key is the identity
+
+    def pair(width: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.ones(width, np.float32), np.zeros(width, np.float32)
+
+    for entries, message in (
+        ({"action": pair(7)}, r"is for action \(7 numbers\), but .* read action \(17 numbers\), gripper"),
+        ({"action": pair(17), "state": pair(4)}, r"state \(4 numbers\), but .* state \(3 numbers\)"),
+        ({"action": pair(17), "pose": pair(3)}, r"pose \(3 numbers\), but .* state \(3 numbers\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _loader(config, normalizer=Normalizer(entries))
+    every = {"action": pair(17), "state": pair(3), "gripper": pair(1), "unused": pair(9)}
+    _loader(config, normalizer=Normalizer(every))
+
+
+def test_a_given_normaliser_needs_no_statistics(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uwm_jax.data.loader.key_stats", None)
+    _loader(config, normalizer=Normalizer())
 
 
 def test_prefetch_puts_the_same_batches_on_the_device(config: ConfigDict) -> None:
@@ -301,8 +394,6 @@ def test_prefetch_hands_on_errors_and_the_end() -> None:
 
 
 def test_a_damaged_record_reaches_the_caller_as_a_user_error(made, config: ConfigDict, tmp_path: Path) -> None:
-    import shutil
-
     copy = shutil.copytree(made[0], tmp_path / "copy")
     for shard in copy.glob("*array_record*"):
         data = bytearray(shard.read_bytes())

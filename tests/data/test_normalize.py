@@ -100,6 +100,20 @@ def test_stats_equal_numpy_over_many_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_allclose(column_stats(x)["q99"], np.quantile(x[::stride], 0.99, axis=0), rtol=1e-6)
 
 
+def test_rows_left_out_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uwm_jax.data.stats._BLOCK", 301)
+    monkeypatch.setattr("uwm_jax.data.stats._QUANTILE_VALUES", 3 * 700)  # thinned
+    x = _column()
+    keep = np.random.default_rng(1).random(len(x)) < 0.6
+    keep[:1000] = False  # whole blocks
+    expected = column_stats(x[keep])
+    x[~keep] = np.nan
+    found = column_stats(x, keep=keep)
+    assert found.keys() == expected.keys() and found["count"] == keep.sum() and found["nonfinite"] == 0
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-9, err_msg=name)
+
+
 def test_transformed_and_joined() -> None:
     x = _column()
     parts = [column_stats(x, lambda v: np.square(v)), column_stats(x)]

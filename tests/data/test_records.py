@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data_prep.reshard import reshard
-from uwm_jax.data.records import Dataset, dataset_dir
+from uwm_jax.data.records import Dataset, dataset_dir, short_key
 from uwm_jax.errors import UserError
 
 _SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
@@ -72,6 +72,9 @@ def test_keys_that_do_not_exist_are_listed(made) -> None:
     assert dataset.camera_key("wrist") == dataset.camera_key("observation/wrist") == "observation/wrist"
     with pytest.raises(UserError, match=r"no camera 'wirst'; it has: observation/exterior, observation/wrist\."):
         dataset.camera_key("wirst")
+    for name in ("wrist", "observation/wrist"):
+        assert short_key(name) == short_key(dataset.camera_key(name)) == "wrist"
+    assert short_key("action_dict/observation/x") == "action_dict/observation/x"
     with pytest.raises(UserError, match=r"no low-dimensional key 'pose'; it has: action, .*observation/state"):
         dataset.column_key("pose")
     with pytest.raises(UserError, match=r"no split 'val'; it has train"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep.reshard import reshard
-from data_prep.stats import table, write_stats
+from data_prep.stats import table, warnings, write_stats
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError
 
@@ -38,8 +38,49 @@ def test_statistics_equal_numpys_and_carry_the_fingerprint(tmp_path: Path) -> No
     np.testing.assert_allclose(stats["mean"], actions.mean(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stats["std"], actions.std(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stats["q01"], np.quantile(actions, 0.01, axis=0), rtol=1e-5)
+    assert written_by_reshard["episodes"].startswith("all episodes of each split")
     text = table(splits["train"])
     assert "action[6]" in text and "observation/state[2]" in text and "reward " in text
+
+
+def test_constant_and_broken_values_are_warned_of_once_per_key(tmp_path: Path) -> None:
+    rlds_source.make(tmp_path / "source", [9, 30, 14])
+    reshard(tmp_path / "source", tmp_path / "out", codec_size=(16, 16), pca_channels=4, workers=1)
+    lines = warnings(write_stats(tmp_path / "out")["train"])
+    assert "warning: action: 1 of 7 dimensions are constant ([6] = 0.5)" in lines
+    assert "warning: is_last: constant ([0] = 0)" in lines
+    assert not any("state" in line or "reward" in line for line in lines)
+
+    file = tmp_path / "out" / "columns" / "train" / "action.npy"
+    column = np.load(file)
+    column[[3, 8], 0] = np.nan, np.inf
+    np.save(file, column)
+    lines = warnings(write_stats(tmp_path / "out")["train"])
+    expected = "warning: action: 1 of 7 dimensions are constant ([6] = 0.5); 2 of 53 steps are NaN or infinite"
+    assert [line for line in lines if "action:" in line] == [expected]
+    column[:] = np.nan
+    np.save(file, column)
+    lines = warnings(write_stats(tmp_path / "out")["train"])
+    assert "warning: action: 53 of 53 steps are NaN or infinite" in lines
+
+
+def test_the_command_prints_the_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from absl import flags
+
+    from data_prep import stats
+
+    rlds_source.make(tmp_path / "source", [9, 30])
+    reshard(tmp_path / "source", tmp_path / "out", codec_size=(16, 16), pca_channels=4, workers=1)
+    capsys.readouterr()
+    values = flags.FlagValues()
+    flags.DEFINE_string("dataset", str(tmp_path / "out"), "", flag_values=values)
+    values(["stats"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats.cli, "FLAGS", values)
+        stats.main([])
+    printed = capsys.readouterr().out
+    assert "warning: action: 1 of 7 dimensions are constant ([6] = 0.5)" in printed
+    assert "train: 39 steps of all episodes" in printed and "stats.json" in printed
 
 
 def test_a_directory_that_is_no_dataset(tmp_path: Path) -> None:

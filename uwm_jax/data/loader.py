@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.data.order import StreamOrder
+from uwm_jax.data.order import MIN_RANGE, StreamOrder
 from uwm_jax.data.records import Dataset, dataset_dir
 from uwm_jax.data.stats import join_stats, key_stats
 from uwm_jax.data.transforms import get_transform
@@ -47,25 +47,27 @@ class Samples:
     Args:
         dataset: an open split.
         config: `config.data`.
+        normalizer: to be used as it is (a checkpoint's); None: made from the training episodes.
     Raises:
-        UserError: a key that the dataset does not have, a transform that does not fit, values that are not finite.
+        UserError: a key that the dataset does not have, a transform that does not fit, training values that are not
+            finite, a normaliser for other keys or widths.
     """
 
-    def __init__(self, dataset: Dataset, config: Any):
+    def __init__(self, dataset: Dataset, config: Any, normalizer: Normalizer | None = None):
         self.dataset = dataset
         self.spec = WindowSpec.from_config(config.window)
         self.cameras = {name: dataset.camera_key(name) for name in sorted(config.cameras)}
         self._low_dim = {name: dataset.column_key(name) for name in sorted(config.low_dim)}
         self._text = dataset.float_key(config.text) if config.text else ""
         self._action = [(dataset.column_key(key), get_transform(name)) for key, name in config.action]
-        identity = get_transform("identity")
-        stats = {name: key_stats(dataset, key, identity) for name, key in self._low_dim.items()}
-        widths = [t.width(key, self._width(key)) for key, t in self._action]
-        stats["action"] = join_stats(key_stats(dataset, key, t) for key, t in self._action)
-        self.normalizer = Normalizer.from_stats(stats, config.normalize, stats)
-        self.action_dim = sum(widths)
+        self.action_dim = sum(t.width(key, self._width(key)) for key, t in self._action)
         self.low_dim = {name: self._width(key) for name, key in self._low_dim.items()}
         self.text_dim = self._width(self._text) if self._text else 0
+        if normalizer is None:
+            normalizer = self._fit_normalizer(config.normalize, config.val_ratio)
+        else:
+            self._check_normalizer(normalizer)
+        self.normalizer = normalizer
 
     def empty(self, rows: int) -> Batch:
         """Arrays for a batch of `rows` samples, to be filled by `load`."""
@@ -103,6 +105,31 @@ class Samples:
         batch["action"][at] = self.normalizer.normalize("action", np.concatenate(parts, axis=-1))
         batch["action_mask"][at] = True
         batch["row"][at] = row
+        for name in ("action", *(f"obs/{name}" for name in self._low_dim)):
+            # Training episodes are known to be finite from their statistics; held-out ones are met here.
+            if not np.isfinite(batch[name][at]).all():
+                raise UserError(
+                    f"{dataset.directory}: {name} is NaN or infinite in episode {episode} of split {dataset.split!r}, "
+                    f"in the window at step {origin}. Remove the episode from the source and reshard it."
+                )
+
+    def _fit_normalizer(self, kind: str, val_ratio: float) -> Normalizer:
+        identity = get_transform("identity")
+        stats = {name: key_stats(self.dataset, key, identity, val_ratio) for name, key in self._low_dim.items()}
+        stats["action"] = join_stats(key_stats(self.dataset, key, t, val_ratio) for key, t in self._action)
+        return Normalizer.from_stats(stats, kind, stats)
+
+    def _check_normalizer(self, normalizer: Normalizer) -> None:
+        """A key of ours without an entry is the identity, and an entry for nothing of ours is not used; but both at
+        once mean that the normaliser belongs to other keys."""
+        ours = {"action": self.action_dim, **self.low_dim}
+        theirs = {key: len(scale) for key, (scale, _) in normalizer.entries.items()}
+        differing = any(ours[key] != theirs[key] for key in ours.keys() & theirs.keys())
+        if differing or (ours.keys() - theirs.keys() and theirs.keys() - ours.keys()):
+            raise UserError(
+                f"The normaliser of this run is for {_widths(theirs)}, but config.data.action and config.data.low_dim "
+                f"read {_widths(ours)} from {self.dataset.directory}. Use the data keys that the run was trained with."
+            )
 
     def _rows(self, key: str, start: int, steps: list[int]) -> np.ndarray:
         rows = self.dataset.column(key)[[start + s for s in steps]]
@@ -110,6 +137,10 @@ class Samples:
 
     def _width(self, key: str) -> int:
         return int(np.prod(self.dataset.step_shape(key), dtype=np.int64))
+
+
+def _widths(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{key} ({width} numbers)" for key, width in sorted(sizes.items())) or "no keys"
 
 
 class _Source:
@@ -158,6 +189,7 @@ class Loader:
         dataset: an open split; `config`: `config.data`; `batch_size`: global; `seed`: of the order.
         start_step: batches drawn before the first one.
         process_index, process_count: this process among those that share every batch.
+        normalizer: as for `Samples`.
     """
 
     def __init__(
@@ -169,13 +201,14 @@ class Loader:
         start_step: int = 0,
         process_index: int = 0,
         process_count: int = 1,
+        normalizer: Normalizer | None = None,
     ):
         self.dataset = dataset
         self.config = config
         self.batch_size = batch_size
         self.start_step = start_step
         self.process_index, self.process_count = process_index, process_count
-        self.samples = Samples(dataset, config)
+        self.samples = Samples(dataset, config, normalizer)
         train, held_out = split_episodes(dataset.num_episodes, config.val_ratio)
         self.windows = Windows(self.samples.spec, dataset.episode_lengths, train, "training episodes")
         self._held_out_episodes = held_out
@@ -184,7 +217,8 @@ class Loader:
             if number % process_count:
                 raise UserError(
                     f"{process_count} processes do not divide {what}, {number} ({len(self.windows)} windows, "
-                    f"config.batch_size={batch_size}, config.data.num_streams={config.num_streams})."
+                    f"config.batch_size={batch_size}, config.data.num_streams={config.num_streams}; a stream has at "
+                    f"least {MIN_RANGE} windows). Use a number of processes that divides both, or more data."
                 )
         self.local_batch_size = batch_size // process_count
 
@@ -299,7 +333,9 @@ class HeldOut:
         return batch
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All windows in batches of one size; the last batch is filled up from the beginning."""
+        """All windows in batches of one size, of which the one that begins at `start` (a multiple of `batch_size`)
+        has `min(batch_size, len(self) - start)` windows of its own: the last batch is filled up from the beginning,
+        and a mean over windows leaves these rows out."""
         for start in range(0, len(self), batch_size):
             yield self.batch(start, start + batch_size)
 

@@ -50,9 +50,9 @@ class Normalizer:
             low, high = np.asarray(s["min"], np.float64), np.asarray(s["max"], np.float64)
             if kind == "quantile":
                 q01, q99 = np.asarray(s["q01"], np.float64), np.asarray(s["q99"], np.float64)
-                spread = ~_constant(q01, q99)
+                spread = ~is_constant(q01, q99)
                 low, high = np.where(spread, q01, low), np.where(spread, q99, high)
-            scale = np.where(_constant(low, high), 1.0, (high - low) / 2)
+            scale = np.where(is_constant(low, high), 1.0, (high - low) / 2)
             entries[key] = (scale.astype(np.float32), ((high + low) / 2).astype(np.float32))
         return cls(entries)
 
@@ -86,6 +86,6 @@ class Normalizer:
         )
 
 
-def _constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def is_constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Whether a range is no more than rounding, in float32, of its own values."""
     return high - low <= 1e-6 * np.maximum(np.abs(low), np.abs(high)) + 1e-12

@@ -13,35 +13,47 @@ from etils import epath
 
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.transforms import Transform
+from uwm_jax.data.windows import split_episodes
 
 Stats = dict[str, Any]
-
-STATS_FILE = "stats.json"
 
 _BLOCK = 1 << 18  # rows in memory at a time
 _QUANTILE_VALUES = 1 << 26  # values that quantiles are taken of: more are thinned evenly
 _FIELDS = ("min", "max", "mean", "std", "q01", "q99")
 
 
-def column_stats(column: np.ndarray, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> Stats:
-    """Statistics per dimension of (N, ...) values, after `transform` of (n, D) blocks if given.
+def column_stats(
+    column: np.ndarray,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    keep: np.ndarray | None = None,
+) -> Stats:
+    """Statistics per dimension of N rows of values.
 
+    The column is read once, front to back, a block at a time.
+
+    Args:
+        column: (rows, ...), possibly memory-mapped.
+        transform: applied to (n, D) blocks, if given.
+        keep: (rows,) bool, which rows count; all if None.
     Returns:
         {"count": N, "nonfinite": rows with NaN or infinity (left out of the rest), and lists of D floats
         "min", "max", "mean", "std", "q01", "q99"}. Quantiles come from at most 2**26 values, rows evenly thinned.
     """
     column = column.reshape(len(column), -1)
-    finite_rows, thinned = 0, []
+    total = len(column) if keep is None else int(np.count_nonzero(keep))
+    rows, finite_rows, thinned = 0, 0, []
     stride = 1
     low = high = mean = square = np.zeros(0)
     for start in range(0, len(column), _BLOCK):
         block = np.asarray(column[start : start + _BLOCK])
+        block = block if keep is None else block[keep[start : start + _BLOCK]]
         block = block if transform is None else transform(block)
         if start == 0:
             low, high = np.full(block.shape[1], np.inf), np.full(block.shape[1], -np.inf)
             mean = square = np.zeros(block.shape[1])
-            stride = max(1, -(-len(column) * block.shape[1] // _QUANTILE_VALUES))
-        thinned.append(block[-start % stride :: stride].astype(np.float32))
+            stride = max(1, -(-total * block.shape[1] // _QUANTILE_VALUES))
+        thinned.append(block[-rows % stride :: stride].astype(np.float32))
+        rows += len(block)
         block = block[np.isfinite(block).all(axis=1)].astype(np.float64)
         if not len(block):
             continue
@@ -51,7 +63,7 @@ def column_stats(column: np.ndarray, transform: Callable[[np.ndarray], np.ndarra
         square = square + block.var(axis=0) * n + delta**2 * (finite_rows * n / (finite_rows + n))
         mean = mean + delta * (n / (finite_rows + n))
         finite_rows += n
-    result: Stats = {"count": len(column), "nonfinite": len(column) - finite_rows}
+    result: Stats = {"count": total, "nonfinite": total - finite_rows}
     if finite_rows:
         sample = np.concatenate(thinned)
         sample = sample[np.isfinite(sample).all(axis=1)]
@@ -62,29 +74,32 @@ def column_stats(column: np.ndarray, transform: Callable[[np.ndarray], np.ndarra
 
 
 def dataset_stats(dataset: Dataset) -> dict[str, Stats]:
-    """Statistics of every column of a split, by step key."""
+    """Statistics of every column of a split, by step key, over all its episodes."""
     return {key: column_stats(dataset.column(key)) for key in dataset.column_keys}
 
 
-def key_stats(dataset: Dataset, key: str, transform: Transform) -> Stats:
-    """Statistics of one column after a transform.
+def key_stats(dataset: Dataset, key: str, transform: Transform, val_ratio: float) -> Stats:
+    """Statistics of one column after a transform, over the training episodes that `val_ratio` leaves.
 
-    Untransformed ones come from `stats.json`. The others are computed once (a pass over the column) and kept
-    in the dataset's `derived_stats/` where that is writable; a file of other data is never believed.
+    Computed once, in a pass over the column, and kept in the dataset's `derived_stats/` where that is writable; a
+    file of other data or of another split is never believed.
     """
-    if transform.name == "identity":
-        stored = _read_matching(dataset, STATS_FILE)
-        if stored and key in stored.get("splits", {}).get(dataset.split, {}):
-            return stored["splits"][dataset.split][key]
-    name = f"derived_stats/{dataset.split}.{key.replace('/', '.')}.{transform.name}.json"
-    stored = _read_matching(dataset, name)
-    if stored:
-        return stored["stats"]
-    stats = column_stats(dataset.column(key), transform.apply)
+    name = f"derived_stats/{dataset.split}.{key.replace('/', '.')}.{transform.name}.val_{val_ratio:g}.json"
+    meaning = {"fingerprint": dataset.fingerprint, "val_ratio": float(val_ratio)}
     file = dataset.directory / name
     try:
+        stored = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):
+        stored = {}
+    if meaning.items() <= stored.items():
+        return stored["stats"]
+    train, _ = split_episodes(dataset.num_episodes, val_ratio)
+    in_training = np.zeros(dataset.num_episodes, np.bool_)
+    in_training[train] = True
+    stats = column_stats(dataset.column(key), transform.apply, np.repeat(in_training, dataset.episode_lengths))
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"fingerprint": dataset.fingerprint, "stats": stats})
+        write_json(file, meaning | {"stats": stats})
     except OSError:
         pass  # a read-only dataset: the next start computes them again
     return stats
@@ -95,15 +110,6 @@ def write_json(file: str | os.PathLike[str], value: Any) -> None:
     temporary = epath.Path(f"{os.fspath(file)}.{secrets.token_hex(4)}.tmp")
     temporary.write_text(json.dumps(value, indent=1))
     temporary.replace(file)
-
-
-def _read_matching(dataset: Dataset, name: str) -> dict[str, Any] | None:
-    file = dataset.directory / name
-    try:
-        stored = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    return stored if stored.get("fingerprint") == dataset.fingerprint else None
 
 
 def join_stats(parts: Iterable[Stats]) -> Stats:
