@@ -51,17 +51,27 @@ def tiny_dataset(tmp_path_factory) -> Path:
 
     root = tmp_path_factory.mktemp("tiny_dataset")
     _load_rlds_source().make(root / "source", [21, 9, 30, 19, 12, 25])
-    reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, chunk_steps=8, workers=1)
+    reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, chunk_steps=8, val_ratio=0.3, workers=1)
     return root / "out"
 
 
+@pytest.fixture(scope="session")
+def make_tiny_config(tiny_dataset):
+    """A function that makes what `tiny_config` is."""
+    return lambda: _tiny_config(tiny_dataset)
+
+
 @pytest.fixture
-def tiny_config(tiny_dataset):
+def tiny_config(make_tiny_config):
     """A model that compiles in seconds on `tiny_dataset`: one camera, state, 10-d actions, the PCA codec."""
+    return make_tiny_config()
+
+
+def _tiny_config(tiny_dataset):
     from uwm_jax.config import base
 
     c = base()
-    c.total_steps, c.batch_size, c.log_every = 4, 4, 1
+    c.total_steps, c.batch_size, c.log_every = 6, 4, 2
     c.checkpoint.every, c.checkpoint.keep = 2, 2
     c.eval.num_windows = 6
     c.model.embed_dim, c.model.depth, c.model.num_heads, c.model.num_registers = 32, 2, 2, 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -11,10 +13,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
+from uwm_jax.benchmark_step import make_up_system
 from uwm_jax.errors import UserError
-from uwm_jax.train import train
+from uwm_jax.train import load_pretrained_encoder, train
 from uwm_jax.training.checkpoint import Checkpoints, load_for_inference
 from uwm_jax.training.log import NotFinite
 
@@ -24,75 +28,122 @@ def metrics_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, request):
-    """A run of four steps, and its config."""
-    return tmp_path_factory.mktemp("run") / "workdir"
+def finished(tmp_path_factory, make_tiny_config):
+    """The workdir of a run of six steps, with its output beside it."""
+    workdir = tmp_path_factory.mktemp("run") / "workdir"
+    config = make_tiny_config()
+    config.eval.every = 3
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        train(config, workdir)
+    workdir.with_suffix(".out").write_text(output.getvalue())
+    return workdir
 
 
-def test_a_run_from_start_to_end(finished, tiny_config, capsys):
-    tiny_config.eval.every = 4
-    train(tiny_config, finished)
+@pytest.fixture
+def finished_config(tiny_config):
+    tiny_config.eval.every = 3
+    return tiny_config
+
+
+def test_what_a_run_leaves_behind(finished, finished_config):
     lines = metrics_of(finished)
-    steps = [x for x in lines if "loss" in x]
-    assert [x["step"] for x in steps] == [1, 2, 3, 4]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4, 6]  # the first; each second; evaluation each third
     expected = {"step", "loss", "loss/action", "loss/next_obs", "grad_norm", "learning_rate", "samples_per_second"}
-    for x in steps:
-        assert expected | {"data_wait_fraction"} == set(x)
+    for x in lines:
+        evaluated = {"eval/loss/action", "eval/loss/next_obs"} if x["step"] in (3, 6) else set()
+        assert expected | evaluated | {"data_wait_fraction"} == set(x)
         np.testing.assert_allclose(x["loss"], x["loss/action"] + x["loss/next_obs"], rtol=1e-6)
     # The outputs start at zero, so epsilon prediction starts at the variance of the noise.
-    assert 1.5 < steps[0]["loss"] < 2.5
-    assert {"eval/loss/action", "eval/loss/next_obs"} <= set(lines[-1])
-    assert config_lib.read(finished) == tiny_config
+    assert 1.5 < lines[0]["loss"] < 2.5
+    assert config_lib.read(finished) == finished_config
     assert list((finished / "tensorboard").iterdir())
-    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [2, 4]
-    items = {p.name for p in (finished / "checkpoints" / "4").iterdir() if p.is_dir()}
+    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [4, 6], "the newest two of three"
+    items = {p.name for p in (finished / "checkpoints" / "6").iterdir() if p.is_dir()}
     assert items == {"params", "ema_params", "train_state", "data_iter", "assets", "codec"}
-    output = capsys.readouterr().out
-    assert "step 4/4" in output and "ETA" in output and "6 episodes" in output
+    output = finished.with_suffix(".out").read_text()
+    assert "step 6/6" in output and "ETA" in output and "6 episodes" in output
 
 
-def test_the_checkpoint_describes_itself(finished, tiny_config):
-    checkpoints = Checkpoints(finished)
-    assets = checkpoints.assets(4)
+def test_the_checkpoint_describes_itself(finished):
+    checkpoints = Checkpoints(finished, read_only=True)
+    assets = checkpoints.assets(6)
     checkpoints.close()
     assert assets["config"]["model"]["depth"] == 2
     assert assets["data_facts"]["action_dim"] == 10 and assets["data_facts"]["cameras"] == {"wrist": [16, 16]}
     assert assets["dataset"]["format"] == "uwm_jax/chunks" and assets["code_version"]
     system, params, frozen, step = load_for_inference(finished)
-    assert step == 4 and frozen["components"].shape == (1, 192, 4)
+    assert step == 6 and frozen["components"].shape == (1, 192, 4)
     assert system.facts.normalizer.entries["action"][0].shape == (10,)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
-    with pytest.raises(UserError, match=r"--step=3.*\[2, 4\]"):
+    with pytest.raises(UserError, match=r"--step=3.*\[4, 6\]"):
         load_for_inference(finished, 3)
 
 
-def test_continuing_equals_never_having_stopped(finished, tiny_config, tmp_path):
-    """From the checkpoint of step 2 on, with more loader threads: the same losses to the last bit."""
+def test_continuing_equals_never_having_stopped(finished, finished_config, tmp_path, capsys):
+    """From the checkpoint of step 4 on, with more loader threads: the same losses to the last bit."""
     again = tmp_path / "again"
     shutil.copytree(finished, again)
-    shutil.rmtree(again / "checkpoints" / "4")
-    tiny_config.data.num_threads = 3
-    train(tiny_config, again)
-    before, after = ([x for x in metrics_of(d) if "loss" in x] for d in (finished, again))
-    assert [x["step"] for x in after] == [1, 2, 3, 4]
-    for x, y in zip(before[2:], after[2:], strict=True):
-        for name in ("loss", "loss/action", "loss/next_obs", "grad_norm"):
-            assert x[name] == y[name]
+    shutil.rmtree(again / "checkpoints" / "6")
+    finished_config.data.num_threads = 3
+    train(finished_config, again)
+    assert "continuing from step 4" in capsys.readouterr().out
+    before, after = metrics_of(finished), metrics_of(again)
+    assert [x["step"] for x in after] == [x["step"] for x in before]
+    for x, y in zip(before, after, strict=True):
+        for name in set(x) - {"samples_per_second", "data_wait_fraction"}:
+            assert x[name] == y[name], (x["step"], name)
     params = [load_for_inference(d)[1] for d in (finished, again)]
     jax.tree.map(np.testing.assert_array_equal, *params)
 
 
-def test_a_changed_config_is_refused_by_field(finished, tiny_config):
-    tiny_config.eval.every = 4
-    tiny_config.optimizer.learning_rate = 0.5
+def test_a_finished_run_is_left_alone(finished, finished_config, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    finished_config.total_steps = 5
+    train(finished_config, finished)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before and config_lib.read(finished).total_steps == 6
+
+
+def test_a_changed_config_is_refused_by_field(finished, finished_config):
+    finished_config.optimizer.learning_rate = 0.5
     with pytest.raises(UserError, match=r"config.optimizer.learning_rate is 0.5.*started with 0.001"):
-        train(tiny_config, finished)
+        train(finished_config, finished)
     assert config_lib.read(finished).optimizer.learning_rate == 1e-3
+
+
+def test_pretrained_image_weights_reach_a_fresh_state(tiny_config, tmp_path):
+    from uwm_jax.torch_bridge.torchvision_resnet import load_imagenet_resnet
+    from uwm_jax.training.state import create, make_optimizer
+
+    tensors = {f"{k}.weight": v for k, v in resnet_tensors(np.random.default_rng(0)).items()}
+    save_file(tensors, tmp_path / "resnet.safetensors")
+    tiny_config.model.encoder.imagenet_weights = str(tmp_path / "resnet.safetensors")
+    system, _ = make_up_system(tiny_config, 10)
+    state = create(tiny_config, system.init(jax.random.key(0)), make_optimizer(tiny_config))
+    loaded = load_pretrained_encoder(tiny_config, state, jax.tree.map(lambda x: x.sharding, state))
+    expected = load_imagenet_resnet(
+        tiny_config.model.encoder.imagenet_weights, state.params["obs_encoder"]["img_encoder"]
+    )
+    for params in (loaded.params, loaded.ema_params):
+        encoder = params["obs_encoder"]["img_encoder"]
+        np.testing.assert_array_equal(encoder["conv1"]["kernel"], tensors["conv1.weight"].transpose(2, 3, 1, 0))
+        jax.tree.map(np.testing.assert_array_equal, encoder, jax.tree.map(np.asarray, expected))
+    assert not np.array_equal(
+        state.params["obs_encoder"]["img_encoder"]["conv1"]["kernel"],
+        loaded.params["obs_encoder"]["img_encoder"]["conv1"]["kernel"],
+    )
+
+
+def resnet_tensors(rng):
+    """Convolutions of a ResNet of one stage and width 16, by their torchvision names."""
+    shapes = {"conv1": (16, 3, 7, 7), "layer1.0.conv1": (16, 16, 3, 3), "layer1.0.conv2": (16, 16, 3, 3)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def test_not_finite_names_step_and_metric(tiny_config, tmp_path):
     tiny_config.optimizer.learning_rate = 1e30
     tiny_config.total_steps = 10
+    tiny_config.log_every = 1
     with pytest.raises(NotFinite, match=r"step \d: (loss|grad_norm)"):
         train(tiny_config, tmp_path / "run")
     steps = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())

@@ -1,7 +1,7 @@
 """Flags and errors, wrapped once for every command.
 
 Exit status: 0 success; 2 for an unusable flag, config, file or shape, with one message and no
-traceback (unless `--debug`); 143 when preempted; 1 for anything else.
+traceback (unless `--debug`); 1 for anything else.
 
 Flags are absl's, which by itself exits with 1 on a bad flag. Config fields (`--config.model.depth=6`)
 are taken out of the command line first and applied by `config.apply_overrides`, so that they work
@@ -21,7 +21,9 @@ from uwm_jax.errors import RunError, UserError
 FLAGS = flags.FLAGS
 
 USAGE_STATUS = 2
-INTERRUPTED_STATUS = 130
+
+# What the paths that a user gives can lead to; other OSErrors (a full disk) are no fault of the command line.
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 flags.DEFINE_bool("debug", False, "show the traceback behind an error message")
 
@@ -55,7 +57,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def call(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     """Like `run`, but returns the exit status."""
-    debug = "--debug" in argv
+    debug = any(a.lstrip("-").split("=")[0] == "debug" and not a.endswith("=false") for a in argv if a[:1] == "-")
     try:
         if {"--help", "-h", "-help"} & set(argv):
             flag_lines = FLAGS.main_module_help().strip().split("\n")[1:]  # the first one is the file's path
@@ -67,9 +69,14 @@ def call(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
             traceback.print_exc()
         print(f"error: {e}", file=sys.stderr)
         return USAGE_STATUS if isinstance(e, UserError) else 1
+    except _PATH_ERRORS as e:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {e.filename}: {e.strerror}. Check the paths of the flags.", file=sys.stderr)
+        return USAGE_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED_STATUS
+        return 1
     except Exception:
         traceback.print_exc()
         return 1

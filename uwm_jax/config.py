@@ -18,9 +18,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.errors import UserError
-
-MODALITIES = ("action", "next_obs")
 
 
 def base() -> ConfigDict:
@@ -147,7 +146,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _AT_LEAST_ONE = (
     "total_steps batch_size log_every model.embed_dim model.depth model.num_heads model.mlp_ratio "
     "model.timestep_embed_dim model.encoder.width model.codec.microbatch diffusion.num_train_steps "
-    "diffusion.num_inference_steps data.num_streams data.num_threads data.prefetch checkpoint.every "
+    "diffusion.num_inference_steps data.num_streams data.prefetch checkpoint.every "
     "checkpoint.keep eval.num_windows"
 ).split()
 
@@ -169,20 +168,24 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     Raises UserError for a missing file, a file without `get_config`, an unknown field or a bad value.
     """
     path, _, argument = spec.partition(":")
-    if not Path(path).is_file():
+    if not Path(path).is_file() or not path.endswith(".py"):
         shipped = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
-        raise UserError(f"--config: there is no file {path!r}. Shipped configs: {', '.join(shipped) or 'none here'}.")
+        raise UserError(
+            f"--config: there is no Python file {path!r}. Shipped configs: {', '.join(shipped) or 'none here'}."
+        )
     module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
         config = module.get_config(argument) if argument else module.get_config()
-    except (SyntaxError, ImportError, AttributeError, KeyError, TypeError) as e:
+    except Exception as e:  # whatever a user's file does wrong
         raise UserError(
             f"--config: {path} does not load ({type(e).__name__}: {e}). Expected a Python file whose "
             "get_config([argument]) returns an ml_collections ConfigDict made from uwm_jax.config.base()."
         ) from e
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config of {path} returned {config!r}, expected a ConfigDict.")
     apply_overrides(config, overrides)
     validate(config)
     return config
@@ -256,6 +259,8 @@ def from_json(text: str, where: str) -> ConfigDict:
     known = flatten(config)
 
     def fill(node: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
+        if not isinstance(values, Mapping):
+            raise UserError(f"{where}: expected fields under {prefix.rstrip('.') or 'the top'!r}, found {values!r}.")
         for key, value in values.items():
             if key not in node:
                 raise UserError(f"{where}: unknown field {prefix + key!r}.{_suggest(prefix + key, known)}")
@@ -293,7 +298,7 @@ def validate(config: ConfigDict) -> None:
             continue
         if type(value) is not type(default):
             raise UserError(f"config.{name}: expected {_type_name(default)}, found {value!r}.")
-        if isinstance(value, int | float) and name != "mesh.data" and name != "seed":
+        if isinstance(value, int | float) and name != "mesh.data":
             lowest = 1 if name in _AT_LEAST_ONE else 0
             if not value >= lowest or value == float("inf"):
                 raise UserError(f"config.{name}: expected a number of at least {lowest}, found {value}.")
@@ -317,6 +322,12 @@ def _validate_combinations(c: ConfigDict) -> None:
         m.timestep_embed_dim % 2 == 0 and m.timestep_embed_dim >= 4,
         f"config.model.timestep_embed_dim: expected an even number of at least 4, found {m.timestep_embed_dim}.",
     )
+    check(
+        m.encoder.width > 0 and m.encoder.width % 16 == 0,
+        f"config.model.encoder.width: expected a multiple of 16 (GroupNorm's channels per group), found "
+        f"{m.encoder.width}.",
+    )
+    check(c.seed < 2**32, f"config.seed: expected less than 2**32, found {c.seed}.")
     sizes = {"model.patch": (m.patch, 3), "data.resize": (d.resize, 2), "data.crop": (d.crop, 2)}
     for name, (value, length) in sizes.items():
         check(
@@ -350,6 +361,8 @@ def _validate_combinations(c: ConfigDict) -> None:
         f"config.model.patch[0]={m.patch[0]} does not divide the {len(w.next_obs)} frames of next_obs.",
     )
     check(len(d.cameras) > 0, "config.data.cameras: expected at least one camera key.")
+    for name in ("cameras", "low_dim"):
+        check(len(set(d[name])) == len(d[name]), f"config.data.{name}: a key is named twice in {d[name]}.")
     check(
         all(len(a) == 2 and all(isinstance(part, str) for part in a) for a in d.action) and len(d.action) > 0,
         f"config.data.action: expected pairs (step key, transform), found {d.action}.",
@@ -368,7 +381,8 @@ def _validate_combinations(c: ConfigDict) -> None:
         f"config.diffusion.num_inference_steps={c.diffusion.num_inference_steps} exceeds "
         f"num_train_steps={c.diffusion.num_train_steps}.",
     )
-    check(0.0 <= c.optimizer.ema_decay < 1.0, "config.optimizer.ema_decay: expected 0 <= decay < 1.")
+    for name in ("b1", "b2", "ema_decay"):
+        check(c.optimizer[name] < 1.0, f"config.optimizer.{name}: expected less than 1, found {c.optimizer[name]}.")
     check(d.augment.hue <= 0.5, f"config.data.augment.hue: expected at most 0.5, found {d.augment.hue}.")
     for name in ("brightness", "contrast", "saturation"):
         check(

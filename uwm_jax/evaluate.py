@@ -24,7 +24,7 @@ from uwm_jax import cli, report
 from uwm_jax.data.loader import Loader, open_dataset
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError
-from uwm_jax.system import System
+from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
 
 FLAGS = flags.FLAGS
@@ -44,7 +44,10 @@ def main(argv: list[str]) -> None:
     workdir = Path(cli.required("workdir"))
     system, params, frozen, step = checkpoint_lib.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
     config = system.config
-    loader = Loader(open_dataset(config.data), config.data, batch_size=1, seed=config.seed)
+    loader = Loader(
+        open_dataset(config.data), config.data, batch_size=1, seed=config.seed, normalizer=system.facts.normalizer
+    )
+    refuse_other_data(system, loader)
     held_out = loader.held_out(config.eval.num_windows)
 
     start = time.perf_counter()
@@ -61,6 +64,16 @@ def main(argv: list[str]) -> None:
     print(f"{len(windows['episode'])} held-out windows, {len(MODES)} modes, {seconds:.1f} s")
     print(report.text_table(metrics))
     print(f"wrote {folder / 'metrics.json'} and {workdir / 'report.html'}")
+
+
+def refuse_other_data(system: System, loader: Loader) -> None:
+    """Raises UserError where the dataset is not of the kind that the run was trained on."""
+    trained, found = system.facts.to_json(), DataFacts(**loader.facts()).to_json()
+    for name in ("cameras", "low_dim", "action_dim", "text_dim"):
+        if trained[name] != found[name]:
+            raise UserError(
+                f"{loader.dataset.directory}: {name} is {found[name]}, but the run was trained with {trained[name]}."
+            )
 
 
 def collect(system: System, params: Any, frozen: Any, held_out: Any, batch_size: int = 64) -> Arrays:

@@ -17,20 +17,12 @@ from ml_collections import ConfigDict
 import uwm_jax
 from uwm_jax.config import base, flatten
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.diffusion.modes import MODES, generated, given
+from uwm_jax.diffusion.modes import MODES, QUESTIONS, generated, given
+from uwm_jax.training.log import read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-TRUTH_COLOR = "black"
-MODE_COLORS = {"policy": "tab:blue", "inverse": "tab:green", "joint": "tab:orange"}
-WHAT_IT_ASKS = {
-    "policy": "what to do, seeing now",
-    "video": "what will be seen, whatever is done",
-    "forward": "what will be seen, after these actions",
-    "inverse": "what was done, seeing now and later",
-    "joint": "what to do and what will be seen",
-}
 SYMBOLS = {"action": "a", "next_obs": "o'"}
 
 
@@ -74,9 +66,10 @@ def draw_modes(windows: Mapping[str, np.ndarray], normalizer: Normalizer, path: 
             def trace(key: str, dim: int = dim, window: int = window) -> np.ndarray:
                 return normalizer.unnormalize("action", windows[key][window])[:, dim]
 
-            axis.plot(trace("action"), color=TRUTH_COLOR, linewidth=2.5, label="truth")
-            for mode, color in MODE_COLORS.items():
-                axis.plot(trace(f"{mode}/action"), color=color, linewidth=1.4, label=f"{mode}: {formula(mode)}")
+            axis.plot(trace("action"), color="black", linewidth=2.5, label="truth")
+            for mode in MODES:
+                if f"{mode}/action" in windows:
+                    axis.plot(trace(f"{mode}/action"), linewidth=1.4, label=f"{mode}: {formula(mode)}")
             axis.tick_params(labelsize=7)
             if row == 0:
                 axis.set_title(f"action, dimension {dim}", fontsize=10)
@@ -89,7 +82,7 @@ def draw_modes(windows: Mapping[str, np.ndarray], normalizer: Normalizer, path: 
 
 def draw_curves(metrics_file: Path, path: Path) -> None:
     """Training and held-out losses of both modalities over steps, on a logarithmic axis."""
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()] if metrics_file.is_file() else []
+    lines = read_metrics(metrics_file)
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for modality, color in (("action", "tab:blue"), ("next_obs", "tab:orange")):
         for prefix, style, name in (("loss/", "-", "training"), ("eval/loss/", "o--", "held out")):
@@ -134,7 +127,7 @@ def write(
         return f"<td>{m['mean']:.{digits}f}<br><small>{m['lo']:.{digits}f} to {m['hi']:.{digits}f}</small></td>"
 
     rows = "".join(
-        f"<tr><th>{mode}</th><td>{html.escape(formula(mode))}</td><td>{WHAT_IT_ASKS[mode]}</td>"
+        f"<tr><th>{mode}</th><td>{html.escape(formula(mode))}</td><td>{QUESTIONS[mode]}</td>"
         + cell(f"{mode}/action_mse", 4)
         + cell(f"{mode}/latent_mse", 4)
         + cell(f"{mode}/psnr", 2)

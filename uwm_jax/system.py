@@ -24,6 +24,7 @@ from uwm_jax.diffusion import loss as losses
 from uwm_jax.diffusion import sampler
 from uwm_jax.diffusion.modes import MODALITIES, MODES, generated, given
 from uwm_jax.diffusion.schedule import Schedule
+from uwm_jax.errors import UserError
 from uwm_jax.models.codecs import Codec
 from uwm_jax.models.network import network_from_config
 
@@ -103,7 +104,16 @@ class System:
         window = config.data.window
         self.num_frames = len(window.obs)
         self.action_shape = (len(window.action), facts.action_dim)
-        self.latent_shape = codec.latent_shape(len(self.cameras), self.num_frames, *config.data.crop)
+        crop, patch = config.data.crop, config.model.patch
+        try:
+            self.latent_shape = codec.latent_shape(len(self.cameras), self.num_frames, *crop)
+        except ValueError as e:
+            raise UserError(f"config.data.crop={crop} does not suit the codec: {e}.") from e
+        if any(n % p for n, p in zip(self.latent_shape[1:4], patch, strict=True)):
+            raise UserError(
+                f"config.model.patch={patch} does not divide the latents' (frames, rows, columns) "
+                f"{self.latent_shape[1:4]}, which follow from config.data.crop={crop} and the codec."
+            )
         self.network = network_from_config(
             config.model,
             action_dim=facts.action_dim,

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import cli
 from uwm_jax import config as config_lib
+from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader, open_dataset, prefetch_to_device
 from uwm_jax.errors import UserError
 from uwm_jax.parallel import mesh as mesh_lib
@@ -31,13 +32,8 @@ FLAGS = flags.FLAGS
 
 # What a continued run may change; every other field decides what the numbers mean.
 MAY_CHANGE = (
-    "total_steps",
-    "log_every",
-    "eval.",
-    "checkpoint.",
-    "mesh.",
-    "data.num_threads",
-    "data.prefetch",
+    *("total_steps", "log_every", "eval.", "checkpoint.", "mesh.", "data.num_threads", "data.prefetch"),
+    *("model.scan_blocks", "model.remat", "model.codec.microbatch"),  # compilation: the results are the same
 )
 
 
@@ -57,11 +53,12 @@ def main(argv: list[str]) -> None:
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs `config` in `workdir` up to `config.total_steps`."""
     # --- Config: what an earlier start of this run fixed must still hold. ------------------------
-    checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
-    last_step = checkpoints.latest_step()
+    last_step = checkpoint_lib.latest_step(workdir)
     if last_step is not None:
         refuse_changed_config(config, config_lib.read(workdir))
-    checkpoint_lib.write_config(workdir, config)
+        if last_step >= config.total_steps:
+            print(f"nothing to do: {workdir} is at step {last_step} of {config.total_steps} already")
+            return
 
     # --- Mesh: rows of a batch over devices. -------------------------------------------------------
     mesh = mesh_lib.make_mesh(config)
@@ -72,6 +69,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
     start_step = last_step or 0
     loader = Loader(dataset, config.data, batch_size=config.batch_size, seed=config.seed, start_step=start_step)
     facts = DataFacts(**loader.facts())
+
+    # --- Workdir: nothing is written before config, mesh and data are known to be good. ------------
+    checkpoint_lib.write_config(workdir, config)
+    checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
     codec, frozen = open_codec(config, checkpoints, last_step, dataset.directory, workdir, mesh.size)
@@ -123,18 +124,19 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
             last = step == config.total_steps
             save = step % config.checkpoint.every == 0 or last
-            if step % config.log_every == 0 or step == start_step + 1 or save:
-                means = window.means()  # raises on NaN, so that none is ever saved
-                rates = clock.tick(step, batches.wait_seconds)
-                print(progress_line(step, config.total_steps, {**means, **rates}), flush=True)
-                del rates["eta_seconds"]
-                log.write(step, {**means, **rates})
+            evaluate = config.eval.every > 0 and (step % config.eval.every == 0 or last)
+            if not (step % config.log_every == 0 or step == 1 or save or evaluate):
+                continue
+            means = window.means()  # raises on NaN, so that none is ever saved
+            rates = clock.tick(step, batches.wait_seconds)
+            print(progress_line(step, config.total_steps, {**means, **rates}), flush=True)
+            del rates["eta_seconds"]
 
             paused = time.perf_counter()
-            if config.eval.every and (step % config.eval.every == 0 or last):
-                evaluation = mean_over_batches(eval_step, state, frozen, held_out)
-                print("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items()), flush=True)
-                log.write(step, evaluation)
+            losses = mean_over_batches(eval_step, state, frozen, held_out) if evaluate else {}
+            if evaluate:
+                print("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()), flush=True)
+            log.write(step, {**means, **rates, **losses})
             if save:
                 arrays = frozen_lib.checkpointed_arrays(config, frozen)
                 checkpoints.save(state, loader.state(step), arrays, assets)
@@ -169,7 +171,9 @@ def open_codec(
 ) -> tuple[Any, Any]:
     """The codec of a run that starts, or the one that its checkpoints carry."""
     if last_step is None:
-        return frozen_lib.for_new_run(config, dataset, workdir, devices)
+        is_pca = config.model.codec.name == "pca"
+        fitted = read_pca(dataset, config.data.cameras, config.data.crop, config.data.val_ratio) if is_pca else None
+        return frozen_lib.for_new_run(config, workdir, fitted, devices)
     carried = "codec" in checkpoints.items(last_step)
     arrays = checkpoints.restore_arrays(last_step, "codec") if carried else None
     return frozen_lib.from_workdir(config, workdir, arrays, devices)
@@ -201,6 +205,7 @@ def held_out_batches(config: ConfigDict, loader: Loader, sharding: Any) -> list[
 
 
 def mean_over_batches(eval_step: Any, state: Any, frozen: Any, batches: list[Any]) -> dict[str, float]:
+    """Mean of held-out losses over batches (of one size: the last is filled up with the first windows)."""
     results = [jax.device_get(eval_step(state, frozen, batch)) for batch in batches]
     return {name: float(sum(r[name] for r in results) / len(results)) for name in results[0]}
 

@@ -29,6 +29,15 @@ MODES: dict[str, dict[str, Role]] = {
     "joint": {"action": Role.GENERATE, "next_obs": Role.GENERATE},  # p(a, o' | o)
 }
 
+# What a mode asks, in words for reports.
+QUESTIONS = {
+    "policy": "what to do, seeing now",
+    "video": "what will be seen, whatever is done",
+    "forward": "what will be seen, after these actions",
+    "inverse": "what was done, seeing now and later",
+    "joint": "what to do and what will be seen",
+}
+
 # How a training row is treated: with its actions, and without any (video).
 TRAINING_MODE = "joint"
 ACTION_FREE_MODE = "video"

@@ -1,5 +1,8 @@
 """Noise schedules, the forward process and DDIM, as diffusers' DDIMScheduler computes them.
 
+One difference: a step lands on the next timestep that is visited. diffusers subtracts T // n, which is the same
+except for trailing spacing with a number of steps n that does not divide T.
+
 Conventions: T = `num_train_steps`; timestep t in [0, T); `alphas_cumprod` is float32 of shape (T,);
 x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps  (DDPM, Ho et al. 2020, equation 4).
 """

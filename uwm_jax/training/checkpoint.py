@@ -9,7 +9,7 @@
   codec         arrays of a codec fitted on data (`pca`); a VAE lies in `<workdir>/frozen/vae` instead
   assets        config, data facts with the normaliser, dataset manifest, code version (JSON)
 
-A checkpoint with only `params` and `assets` (a converted one) serves inference and fine-tuning.
+A checkpoint with only `params` and `assets` (a converted one) serves inference.
 """
 
 from __future__ import annotations
@@ -57,14 +57,24 @@ class Checkpoints:
     Args:
       workdir: the run's directory.
       keep: how many of the newest to keep; None keeps all.
+      read_only: changes nothing on disk, not even what looks left over: a run may be saving just now.
+
+    Raises:
+      UserError: `read_only`, and there are no checkpoints.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int | None = None):
+    def __init__(self, workdir: str | os.PathLike[str], keep: int | None = None, read_only: bool = False):
         self.directory = Path(workdir).absolute() / "checkpoints"
+        if read_only and latest_step(workdir) is None:
+            raise UserError(f"--workdir: {str(workdir)!r} holds no checkpoint yet.")
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                max_to_keep=keep,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                enable_async_checkpointing=not read_only,
             ),
             # A manager that has saved nothing itself reads an item's metadata only if told what kind it is.
             item_handlers={
@@ -72,9 +82,6 @@ class Checkpoints:
                 **{name: ocp.JsonCheckpointHandler() for name in ("data_iter", "assets")},
             },
         )
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -115,6 +122,7 @@ class Checkpoints:
                 f"{self.directory / str(step)}: holds parameters without a training state (a converted "
                 "checkpoint); it can be sampled from, but not continued. Train in a new --workdir."
             )
+        self._check_shapes(step, "params", like.params)
         items = {
             "params": ocp.args.StandardRestore(like.params),
             "train_state": ocp.args.StandardRestore(_train_state_item(like)),
@@ -135,6 +143,7 @@ class Checkpoints:
 
     def restore_params(self, step: int, like: Any, item: str = "params") -> Any:
         """One parameter item alone; `like` as in `restore_state`."""
+        self._check_shapes(step, item, like)
         return self._restore(step, {item: ocp.args.StandardRestore(like)})[item]
 
     def restore_arrays(self, step: int, item: str) -> Any:
@@ -142,7 +151,7 @@ class Checkpoints:
         metadata = self._manager.item_metadata(step)[item]
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata.tree)
-        return self.restore_params(step, like, item)
+        return self._restore(step, {item: ocp.args.StandardRestore(like)})[item]
 
     def assets(self, step: int) -> dict[str, Any]:
         return self._restore(step, {"assets": ocp.args.JsonRestore()})["assets"]
@@ -157,6 +166,20 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+    def _check_shapes(self, step: int, item: str, like: Any) -> None:
+        """Raises UserError that names the first array whose presence or shape differs from `like`."""
+        stored, wanted = (
+            {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
+            for leaves in map(jax.tree_util.tree_leaves_with_path, (self._manager.item_metadata(step)[item].tree, like))
+        )
+        for name in sorted(stored.keys() | wanted.keys()):
+            if stored.get(name) != wanted.get(name):
+                raise UserError(
+                    f"{self.directory / str(step)}: {item}/{name} is {stored.get(name, 'absent')} in the checkpoint, "
+                    f"but {wanted.get(name, 'absent')} in the model of this config. Undo the override or choose "
+                    "another checkpoint."
+                )
 
     def _restore(self, step: int, items: Mapping[str, Any]) -> Any:
         try:
@@ -207,15 +230,14 @@ def load_for_inference(
       UserError: no such workdir or step, or a checkpoint that does not fit its config.
     """
     config = config_lib.read(workdir, overrides)
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)
     try:
         steps = checkpoints.steps()
-        if not steps:
-            raise UserError(f"--workdir: {str(workdir)!r} holds no checkpoint yet.")
         if step is not None and step not in steps:
             raise UserError(f"--step={step}: {str(workdir)!r} has checkpoints of steps {steps}.")
         step = steps[-1] if step is None else step
         facts = DataFacts.from_json(checkpoints.assets(step)["data_facts"])
+        _check_keys(config, facts)
         items = checkpoints.items(step)
         arrays = checkpoints.restore_arrays(step, "codec") if "codec" in items else None
         codec, frozen = frozen_lib.from_workdir(config, workdir, arrays)
@@ -229,6 +251,23 @@ def load_for_inference(
         return system, params, frozen, step
     finally:
         checkpoints.close()
+
+
+def _check_keys(config: ConfigDict, facts: DataFacts) -> None:
+    """Inputs are those that the run was trained with; an override cannot change them."""
+    for field, trained in (("cameras", facts.cameras), ("low_dim", facts.low_dim)):
+        if set(config.data[field]) != set(trained):
+            raise UserError(
+                f"config.data.{field} is {tuple(config.data[field])}, but the run was trained with "
+                f"{tuple(sorted(trained))}."
+            )
+
+
+def latest_step(workdir: str | os.PathLike[str]) -> int | None:
+    """The newest finished checkpoint of a workdir, None without one; touches nothing."""
+    directory = Path(workdir) / "checkpoints"
+    steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()] if directory.is_dir() else []
+    return max(steps, default=None)
 
 
 def to_numpy(tree: Any) -> Any:

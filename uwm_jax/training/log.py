@@ -47,7 +47,7 @@ class Window:
             for name, value in metrics.items():
                 if not np.isfinite(value):
                     raise NotFinite(
-                        f"step {step}: {name} is {float(value)}. The last checkpoint is from before it; a lower "
+                        f"step {step}: {name} is {float(value)}. Nothing of it was saved; a lower "
                         "config.optimizer.learning_rate or config.optimizer.clip_norm=1.0 often helps."
                     )
         means = {name: float(np.mean([m[name] for _, m in fetched])) for name in fetched[-1][1]}
@@ -103,7 +103,7 @@ class MetricsLog:
     def __init__(self, workdir: str | os.PathLike[str], step: int):
         path = Path(workdir) / "metrics.jsonl"
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            kept = [json.dumps(x) for x in read_metrics(path) if x["step"] <= step]
             temporary = path.with_suffix(".jsonl.tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, path)
@@ -121,12 +121,16 @@ class MetricsLog:
         self._board.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; a half-written last line counts as never reached."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The objects of a `metrics.jsonl`, without what a crash left half-written; [] where there is no file."""
+    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
+    complete = []
+    for line in lines:
+        try:
+            complete.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return complete
 
 
 def progress_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:

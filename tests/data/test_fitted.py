@@ -1,0 +1,35 @@
+"""The PCA codec of a dataset is used only where it was fitted for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from uwm_jax.data.fitted import read_pca
+from uwm_jax.errors import UserError
+
+
+def test_cameras_are_sorted_and_short_names_serve(tiny_dataset):
+    both = read_pca(tiny_dataset, ("wrist", "exterior"), (16, 16), 0.3)
+    assert both["mean"].shape == (2, 16, 16, 3) and both["components"].shape == (2, 192, 4)
+    one = read_pca(tiny_dataset, ("observation/wrist",), (16, 16), 0.3)
+    np.testing.assert_array_equal(one["mean"][0], both["mean"][1])
+    assert all(x.dtype == np.float32 for x in both.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((("front",), (16, 16), 0.3), "no codec for camera 'front'; it has exterior, wrist"),
+        ((("wrist",), (24, 24), 0.3), r"fitted on 16x16 images, but config.data.crop is \(24, 24\)"),
+        ((("wrist",), (16, 16), 0.1), "fitted with 0.3 of the episodes held out, but config.data.val_ratio is 0.1"),
+    ],
+)
+def test_what_does_not_fit_is_named(tiny_dataset, arguments, message):
+    with pytest.raises(UserError, match=message):
+        read_pca(tiny_dataset, *arguments)
+
+
+def test_a_dataset_without_a_codec(tmp_path):
+    with pytest.raises(UserError, match="pca.npz"):
+        read_pca(tmp_path, ("wrist",), (16, 16), 0.3)

@@ -1,0 +1,183 @@
+"""The wiring between a batch and its loss: what reaches the network, and what a config field changes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.errors import UserError
+from uwm_jax.models.codecs import PixelsCodec, VAECodec
+from uwm_jax.models.vae import AutoencoderKL
+from uwm_jax.system import DataFacts, System
+
+FACTS = DataFacts(
+    cameras={"wrist": (16, 16)},
+    low_dim={"state": 3},
+    action_dim=10,
+    text_dim=0,
+    normalizer=Normalizer({"action": (np.full(10, 2.0, np.float32), np.ones(10, np.float32))}),
+)
+WEIGHTS = {"action": 1.0, "next_obs": 1.0}
+
+
+class Recorder:
+    """A network that keeps what it is given and predicts the timestep and what it sees."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def apply(self, variables, *args, method=None):
+        if method == "encode_obs":
+            images, low_dim, _ = args
+            self.seen |= {"images": images, "state": low_dim["state"]}
+            return images.reshape(len(images), -1)[:, :4]
+        cond, noisy, timestep = args
+        self.seen |= {"noisy": noisy, "timestep": timestep}
+        level = 0.01 * timestep["action"] + cond.mean(axis=1)
+        return {m: x * 0.1 + level.reshape(-1, *[1] * (x.ndim - 1)) for m, x in noisy.items()}, {}
+
+
+@pytest.fixture
+def config(tiny_config):
+    tiny_config.model.codec.name = "pixels"
+    return tiny_config
+
+
+def make(config, codec=None):
+    system = System(config, FACTS, codec or PixelsCodec())
+    system.network = Recorder()
+    return system
+
+
+def batch(rows=64, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "obs/wrist": jnp.asarray(rng.integers(0, 256, (rows, 2, 16, 16, 3)), jnp.uint8),
+        "next_obs/wrist": jnp.asarray(rng.integers(0, 256, (rows, 2, 16, 16, 3)), jnp.uint8),
+        "obs/state": jnp.asarray(rng.normal(size=(rows, 2, 3)), jnp.float32),
+        "action": jnp.asarray(rng.uniform(-1, 1, (rows, 4, 10)), jnp.float32),
+        "action_mask": jnp.ones(rows, bool),
+        "row": jnp.arange(rows, dtype=jnp.int32),
+    }
+
+
+def loss(system, data, seed=0, frozen=None, **options):
+    """The loss and what reached the network."""
+    total, metrics = system.loss({}, frozen or {}, data, jax.random.key(seed), WEIGHTS, **options)
+    return {"loss": total, **metrics}, system.network.seen
+
+
+def test_rows_without_actions_are_hidden_and_may_be_dropped(config):
+    data = batch() | {"action_mask": jnp.arange(64) % 4 != 0}
+    kept, seen = loss(make(config), data)
+    assert (seen["timestep"]["action"][::4] == 99).all()
+    assert len(set(np.asarray(seen["timestep"]["action"][1::4]).tolist())) > 5
+    config.loss.action_free = "dropped"
+    dropped, _ = loss(make(config), data)
+    assert kept["loss/action"] != dropped["loss/action"]
+    assert kept["loss/next_obs"] == dropped["loss/next_obs"]
+
+
+def test_timesteps_follow_the_config(config):
+    _, uniform = loss(make(config), batch(256))
+    config.diffusion.next_obs_timesteps = "high_noise"
+    _, noisy = loss(make(config), batch(256))
+    late = [float((s["timestep"]["next_obs"] >= 75).mean()) for s in (uniform, noisy)]
+    assert late[0] < 0.4 < 0.5 < late[1]
+    np.testing.assert_array_equal(uniform["timestep"]["action"], noisy["timestep"]["action"])
+
+
+def test_augmentation_reaches_both_images_and_is_off_for_held_out_data(config):
+    data = batch(8)
+    _, plain = loss(make(config), data, augment=False)
+    expected = data["obs/wrist"][:, None] / 255.0
+    np.testing.assert_allclose(plain["images"], expected, atol=1e-6)
+    _, augmented = loss(make(config), data)
+    assert float(jnp.abs(augmented["images"] - expected).max()) > 0.05
+    # At the first timesteps the noisy latent is nearly the clean one, which shows the augmented pixels too.
+    early = np.flatnonzero(np.asarray(augmented["timestep"]["next_obs"]) < 100)
+    difference = jnp.abs(augmented["noisy"]["next_obs"] - plain["noisy"]["next_obs"])[early]
+    assert float(difference.max()) > 0.05
+
+
+def test_a_row_depends_on_its_index_alone(config):
+    """Shuffled rows give the same rows, and a smaller batch the same first rows.
+
+    Draws are equal to the bit; the jitter's arithmetic, compiled for another batch size, to float32 rounding.
+    """
+    data = batch(8)
+    noise = make(config).draw_noise(jax.random.key(0), data["row"])
+    for name, value in make(config).draw_noise(jax.random.key(0), data["row"][:3]).items():
+        np.testing.assert_array_equal(value, noise[name][:3])
+    _, whole = loss(make(config), data)
+    order = np.array([3, 0, 7, 1, 2, 6, 5, 4])
+    _, shuffled = loss(make(config), {k: v[order] for k, v in data.items()})
+    _, part = loss(make(config), {k: v[:3] for k, v in data.items()})
+    for name in ("action", "next_obs"):
+        np.testing.assert_array_equal(shuffled["timestep"][name], whole["timestep"][name][order])
+        np.testing.assert_allclose(shuffled["noisy"][name], whole["noisy"][name][order], atol=1e-5)
+        np.testing.assert_allclose(part["noisy"][name], whole["noisy"][name][:3], atol=1e-5)
+    np.testing.assert_allclose(shuffled["images"], whole["images"][order], atol=1e-5)
+
+
+def test_steps_differ(config):
+    data = batch(8)
+    first, second = (loss(make(config), data, seed=seed)[0] for seed in (0, 1))
+    assert first["loss"] != second["loss"]
+
+
+def test_the_posterior_is_sampled_or_its_mode(config):
+    vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+    frozen = vae.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    data = batch(4)
+    results = {}
+    for posterior in ("sample", "mode"):
+        config.model.codec.posterior = posterior
+        results[posterior] = loss(make(config, VAECodec(vae)), data, frozen=frozen)[1]["noisy"]["next_obs"]
+        held_out = loss(make(config, VAECodec(vae)), data, frozen=frozen, augment=False)[1]["noisy"]["next_obs"]
+        results[f"{posterior}, held out"] = held_out
+    assert float(jnp.abs(results["sample"] - results["mode"]).max()) > 1e-3
+    np.testing.assert_array_equal(results["sample, held out"], results["mode, held out"])
+
+
+def test_the_loss_at_the_start_is_the_variance_of_the_noise(config):
+    """The real network's outputs are zero at initialisation, so both losses are the mean square of the noise."""
+    config.data.augment.hue = 0.0
+    system = System(config, FACTS, PixelsCodec())
+    params = jax.jit(system.init)(jax.random.key(0))
+    data = batch(16)
+    key = jax.random.key(3)
+    total, metrics = jax.jit(system.loss)(params, {}, data, key, {"action": 2.0, "next_obs": 0.5})
+    noise = system.draw_noise(jax.random.fold_in(key, 0), data["row"])
+    for m in noise:
+        np.testing.assert_allclose(metrics[f"loss/{m}"], jnp.square(noise[m]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(total, 2 * metrics["loss/action"] + 0.5 * metrics["loss/next_obs"], rtol=1e-6)
+
+
+def test_facts_survive_storage():
+    again = DataFacts.from_json(FACTS.to_json())
+    assert (again.cameras, again.low_dim, again.action_dim, again.text_dim) == (
+        {"wrist": (16, 16)},
+        {"state": 3},
+        10,
+        0,
+    )
+    np.testing.assert_array_equal(again.normalizer.entries["action"][0], FACTS.normalizer.entries["action"][0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("patch", (2, 3, 3), r"config.model.patch=\(2, 3, 3\) does not divide"), ("crop", (12, 12), "config.data.crop")],
+)
+def test_shapes_that_do_not_fit_are_named(config, field, value, message):
+    if field == "patch":
+        config.model.patch = value
+        codec = PixelsCodec()
+    else:
+        config.data.crop = value
+        codec = VAECodec(AutoencoderKL())  # divides by 8
+    with pytest.raises(UserError, match=message):
+        System(config, FACTS, codec)

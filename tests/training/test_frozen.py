@@ -1,0 +1,75 @@
+"""The VAE of a run is the one that its config asks for."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from uwm_jax.errors import UserError
+from uwm_jax.models.codecs import PCACodec, PixelsCodec, VAECodec
+from uwm_jax.models.vae import AutoencoderKL
+from uwm_jax.torch_bridge import diffusers_vae
+from uwm_jax.training import frozen
+
+CONFIG = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "scaling_factor": 0.5,
+}
+
+
+def write_vae(folder, seed):
+    """A tiny VAE with random weights as a diffusers folder."""
+    module = diffusers_vae.module_from_config(CONFIG)
+    params = module.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 3)))["params"]
+    tensors = {}
+    for path, value in traverse_util.flatten_dict(params).items():
+        value = np.asarray(value)
+        axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(value.ndim)
+        tensors[diffusers_vae._torch_name(path)] = value.transpose(axes) if axes else value
+    diffusers_vae.write_folder(folder, CONFIG, tensors)
+    return params
+
+
+@pytest.fixture
+def config(tiny_config):
+    tiny_config.model.codec.name = "vae"
+    tiny_config.model.codec.microbatch = 3
+    return tiny_config
+
+
+def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
+    params = write_vae(tmp_path / "vae", seed=0)
+    config.model.codec.vae = str(tmp_path / "vae")
+    codec, found = frozen.for_new_run(config, tmp_path / "run", None, devices=2)
+    assert isinstance(codec, VAECodec) and isinstance(codec.vae, AutoencoderKL) and codec.microbatch == 6
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    config.model.codec.vae = "nowhere/at-all"  # a run that continues reads its own copy
+    _, again = frozen.from_workdir(config, tmp_path / "run", None)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_another_vae_in_the_workdir_is_refused(config, tmp_path):
+    for seed in (0, 1):
+        write_vae(tmp_path / str(seed), seed)
+    config.model.codec.vae = str(tmp_path / "0")
+    frozen.for_new_run(config, tmp_path / "run", None)
+    config.model.codec.vae = str(tmp_path / "1")
+    with pytest.raises(UserError, match="frozen/vae"):
+        frozen.for_new_run(config, tmp_path / "run", None)
+
+
+def test_codecs_without_a_vae(tiny_config, tmp_path):
+    arrays = {"mean": np.zeros((1, 16, 16, 3)), "components": np.zeros((1, 192, 4)), "scale": np.ones(())}
+    codec, found = frozen.for_new_run(tiny_config, tmp_path, arrays)
+    assert codec == PCACodec(8, 4) and frozen.checkpointed_arrays(tiny_config, found) is found
+    with pytest.raises(UserError, match="carries no codec"):
+        frozen.from_workdir(tiny_config, tmp_path, None)
+    tiny_config.model.codec.name = "pixels"
+    assert frozen.for_new_run(tiny_config, tmp_path, None) == (PixelsCodec(), {})
+    assert frozen.checkpointed_arrays(tiny_config, {}) is None

@@ -1,0 +1,60 @@
+"""What the data jobs fit on a dataset's training episodes and training reads: the PCA image codec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from uwm_jax.errors import UserError
+
+
+def read_pca(
+    dataset: str | os.PathLike[str], cameras: Sequence[str], crop: tuple[int, int], val_ratio: float
+) -> dict[str, np.ndarray]:
+    """The arrays of a `PCACodec` from `<dataset>/codec/pca.npz`.
+
+    Args:
+      cameras: camera keys, with or without `observation/`.
+      crop: (height, width) of the frames that the model sees.
+      val_ratio: share of episodes that the run holds out; the codec must not have seen them.
+
+    Returns:
+      float32 {"mean": (V, H, W, 3), "components": (V, patch*patch*3, C), "scale": ()}, cameras sorted.
+
+    Raises:
+      UserError: there is none, or it was fitted for other cameras, another size or another split.
+    """
+    path = Path(dataset) / "codec" / "pca.npz"
+    if not path.is_file():
+        raise UserError(
+            f"config.model.codec.name='pca' needs {path}, which data_prep.reshard fits on the training episodes: "
+            "reshard the dataset again, or use config.model.codec.name='pixels'."
+        )
+    with np.load(path, allow_pickle=False) as stored:
+        keys = [camera.removeprefix("observation/") for camera in sorted(cameras)]
+        missing = [key for key in keys if f"{key}/mean" not in stored]
+        if missing:
+            known = sorted(k.removesuffix("/mean") for k in stored if k.endswith("/mean"))
+            raise UserError(f"{path}: holds no codec for camera {missing[0]!r}; it has {', '.join(known)}.")
+        arrays = {
+            "mean": np.stack([stored[f"{key}/mean"] for key in keys]).astype(np.float32),
+            "components": np.stack([stored[f"{key}/components"] for key in keys]).astype(np.float32),
+            "scale": stored["scale"].astype(np.float32),
+        }
+        fitted_ratio = float(stored["val_ratio"])
+    size = arrays["mean"].shape[1:3]
+    if size != tuple(crop):
+        raise UserError(
+            f"{path} was fitted on {size[0]}x{size[1]} images, but config.data.crop is {tuple(crop)}: set "
+            f"config.data.resize and config.data.crop to {size}, or reshard with --codec_size={crop[0]},{crop[1]}."
+        )
+    if not np.isclose(fitted_ratio, val_ratio):
+        raise UserError(
+            f"{path} was fitted with {fitted_ratio:g} of the episodes held out, but config.data.val_ratio is "
+            f"{val_ratio:g}, so it may have seen validation episodes: set config.data.val_ratio={fitted_ratio:g}, "
+            f"or reshard with --val_ratio={val_ratio:g}."
+        )
+    return arrays
