@@ -7,13 +7,24 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from uwm_jax.data.records import Dataset
+from uwm_jax.data.records import Dataset, short_key
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
-from uwm_jax.models.codecs import fit_pca
 
 MAX_FRAMES = 2000
 _MAX_BYTES = 1 << 26  # of decoded frames: bounds memory and seconds, and leaves patches enough
+
+
+def check_options(size: tuple[int, int] | None, patch: int, channels: int, val_ratio: float) -> None:
+    """Raises UserError that names the first option of `fit_codec` that no dataset could be fitted with."""
+    if patch < 1:
+        raise UserError(f"--pca_patch={patch}: expected at least 1 pixel.")
+    if not 1 <= channels <= patch * patch * 3:
+        raise UserError(f"--pca_channels={channels}: expected 1 to {patch * patch * 3} for --pca_patch={patch}.")
+    if size is not None and (min(size) < 1 or any(n % patch for n in size)):
+        raise UserError(f"--codec_size={size[0]},{size[1]}: expected positive multiples of --pca_patch={patch}.")
+    if not 0 <= val_ratio < 1:  # false for NaN too
+        raise UserError(f"--val_ratio={val_ratio}: expected a share of the episodes, 0 <= ratio < 1.")
 
 
 def common_size(cameras: dict[str, tuple[int, int]], patch: int) -> tuple[int, int] | None:
@@ -33,13 +44,14 @@ def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, c
 
     Returns:
         The number of steps whose frames were used: evenly spaced over the training episodes of `val_ratio`.
+    Raises:
+        UserError: as `check_options`.
     """
+    from uwm_jax.models.codecs import fit_pca  # imports JAX, which resharding's workers do not need
+
+    check_options(size, patch, channels, val_ratio)
     cameras = sorted(dataset.cameras)
     height, width = size
-    if height % patch or width % patch:
-        raise UserError(f"--codec_size={height},{width} is not a multiple of --pca_patch={patch}.")
-    if not 1 <= channels <= patch * patch * 3:
-        raise UserError(f"--pca_channels={channels}: expected 1 to {patch * patch * 3} for --pca_patch={patch}.")
     train, _ = split_episodes(dataset.num_episodes, val_ratio)
     ends = np.cumsum(dataset.episode_lengths[train])
     count = max(1, min(MAX_FRAMES, int(ends[-1]), _MAX_BYTES // (len(cameras) * height * width * 3)))
@@ -52,7 +64,7 @@ def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, c
         for v, camera in enumerate(cameras):
             frames[i, v] = _resized(raw[camera][0], size)
     params = fit_pca(frames, patch, channels)
-    names = [c.removeprefix("observation/") for c in cameras]
+    names = [short_key(c) for c in cameras]
     arrays = {f"{name}/{part}": params[part][v] for v, name in enumerate(names) for part in ("mean", "components")}
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez(

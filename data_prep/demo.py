@@ -19,7 +19,6 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
+from data_prep.output import building, check_output
 from data_prep.pusht_expert import PushTExpert, Renderer, make_env, read_state
 from uwm_jax import cli
 from uwm_jax.errors import UserError
@@ -91,30 +91,44 @@ def main(argv: list[str]) -> None:
 def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite: bool = False) -> None:
     """Makes the dataset in `output` and its RLDS source in `<output>_rlds`; what is there already is kept.
 
+    Each takes the place of an older one when it is complete, so an interrupted run has lost nothing.
+
     Raises:
         UserError: another dataset is there, or the expert fails too often.
     """
+    from data_prep.reshard import is_training_dataset, reshard  # worker processes import this module, and need none
+
     output = Path(output)
-    source = output.with_name(output.name + "_rlds")
+    source = Path(f"{os.path.abspath(output)}_rlds")
     made = _read_record(source)
-    if made is not None and made["demo"] == dataclasses.asdict(demo):
-        if (output / "manifest.json").exists():
-            print(f"{output}: {demo.episodes} demonstrations are there already, made with the same flags.")
-            return
-    else:
-        if output.exists() and not overwrite:
-            found = f"made with {made['demo']}" if made else f"not made by this command, {source / RECORD} is missing"
-            raise UserError(
-                f"{output} holds another dataset ({found}); asked for {dataclasses.asdict(demo)}. "
-                "Pass --overwrite to replace it, or another --output."
-            )
-        shutil.rmtree(output, ignore_errors=True)
+    same = made is not None and made["demo"] == dataclasses.asdict(demo)
+    if made is not None and same and made.get("fingerprint", "unfinished") == _fingerprint(output):
+        print(f"{output}: {demo.episodes} demonstrations are there already, made with the same flags.")
+        return
+    if output.exists() and not overwrite:
+        found = f"made with {made['demo']}" if made and not same else f"not cut from what is in {source}"
+        raise UserError(
+            f"{output} holds another dataset ({found}); asked for {dataclasses.asdict(demo)}. "
+            "Pass --overwrite to replace it, or another --output."
+        )
+    check_output(output, is_training_dataset, "a training dataset", overwrite=overwrite)
+    if made is None or not same:
+        check_output(source, _is_source, "the source of such a dataset", overwrite=overwrite)
         made = _write_source(demo, source, workers)
-
-    from data_prep.reshard import reshard  # worker processes import this module, and need none of it
-
     reshard(source / made["dataset"], output, val_ratio=VAL_RATIO, workers=workers, overwrite=overwrite)
+    # Last, so that a dataset that was not replaced is never taken for one made from this source.
+    _write_record(source, made | {"fingerprint": _fingerprint(output)})
     print(f"{output}: {demo.episodes} demonstrations, {made['steps']} steps; {made['failed']} failed and were dropped.")
+
+
+def _fingerprint(output: Path) -> str | None:
+    """Of a training dataset; None where there is none that can be read."""
+    from uwm_jax.data.records import fingerprint, read_manifest
+
+    try:
+        return fingerprint(read_manifest(output))
+    except UserError:
+        return None
 
 
 def episodes(demo: Demo, workers: int = 0) -> Iterator[tuple[int, Episode]]:
@@ -237,21 +251,33 @@ def _write_source(demo: Demo, directory: Path, workers: int) -> dict[str, Any]:
                 if counts["episodes"] == demo.episodes:
                     return
 
-    (directory / RECORD).unlink(missing_ok=True)
-    shutil.rmtree(directory / PushtExpert.name, ignore_errors=True)
-    builder = PushtExpert(demo.image_size, records, data_dir=directory, file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads
-        builder.download_and_prepare()
-    record = {"demo": dataclasses.asdict(demo), "dataset": os.path.relpath(builder.data_dir, directory), **counts}
-    temporary = directory / (RECORD + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, directory / RECORD)
+    with building(directory) as new:
+        builder = PushtExpert(demo.image_size, records, data_dir=new, file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads
+            builder.download_and_prepare()
+        record = {"demo": dataclasses.asdict(demo), "dataset": os.path.relpath(builder.data_dir, new), **counts}
+        _write_record(new, record)
     return record
 
 
+def _write_record(directory: Path, record: dict[str, Any]) -> None:
+    temporary = directory / (RECORD + ".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, directory / RECORD)
+
+
 def _read_record(directory: Path) -> dict[str, Any] | None:
-    file = directory / RECORD
-    return json.loads(file.read_text()) if file.exists() else None
+    """What `_write_record` wrote: the flags, `dataset` (the builder's directory), counts, and `fingerprint` of the
+    training dataset once it is cut; None if the directory is no source of this command."""
+    try:
+        record = json.loads((directory / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"demo", "dataset"} <= record.keys() else None
+
+
+def _is_source(directory: Path) -> bool:
+    return _read_record(directory) is not None
 
 
 if __name__ == "__main__":

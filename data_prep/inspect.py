@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_prep.reshard import summary
 from uwm_jax import cli
 from uwm_jax.data import example
-from uwm_jax.data.records import Dataset, read_manifest
+from uwm_jax.data.records import Dataset, read_manifest, short_key
 from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -34,8 +34,13 @@ def inspect(dataset: Dataset, output: Path, num_episodes: int = 6, num_frames: i
 
     Returns:
         Remarks on what looks wrong: black cameras, constant action dimensions.
+    Raises:
+        UserError: the directory cannot be made.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{output} cannot be made: {e.filename}: {e.strerror}. Choose another --output.") from e
     sheet, remarks = contact_sheet(dataset, num_episodes, num_frames)
     sheet.save(output / "contact_sheet.png")
     remarks += _plot_actions(dataset, output / "actions.png")
@@ -68,7 +73,7 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
         draw.text((6, top + 4), f"episode {episode}: {length} steps   {text[:140]}", "black", font)
         for i, camera in enumerate(cameras):
             y = top + 24 + i * line
-            name = textwrap.wrap(camera.removeprefix("observation/"), 20)
+            name = textwrap.wrap(short_key(camera), 20)
             height, width = dataset.cameras[camera]
             draw.multiline_text((6, y + 18), "\n".join([*name, f"{height} x {width}"]), "black", font)
             for j, (step, frame) in enumerate(zip(steps, frames[camera], strict=True)):
@@ -124,6 +129,9 @@ def _plot_actions(dataset: Dataset, file: Path) -> list[str]:
     for i, (name, column) in enumerate(panels):
         axis = figure.add_subplot(rows, columns, i + 1)
         column = column[np.isfinite(column)]
+        if not len(column):
+            remarks.append(f"{name}: never finite")
+            continue
         axis.hist(column, bins=_BINS)
         axis.set_yscale("log")
         axis.set_title(f"{name}: mean {column.mean():.3g}, std {column.std():.3g}", fontsize=9)

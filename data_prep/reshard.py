@@ -17,7 +17,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,8 @@ from tqdm import tqdm
 
 from data_prep import rlds
 from data_prep.chunks import EpisodeError, Layout, camera_features, cut_episode, frame_size, plan_layout
+from data_prep.codec import check_options, common_size, fit_codec
+from data_prep.output import building, check_output
 from data_prep.stats import write_stats
 from uwm_jax import cli
 from uwm_jax.data import records
@@ -70,11 +71,12 @@ def reshard(
     Returns:
         The manifest.
     Raises:
-        UserError: the source cannot be read, or the output exists.
+        UserError: an option no dataset could be made with, a source that cannot be read, an output that exists or
+            (with `overwrite`) is no training dataset, or one that lies inside the source or around it.
     """
     source, output = Path(source), Path(output)
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists. Choose another --output, or replace it with --overwrite.")
+    check_options(codec_size, pca_patch, pca_channels, val_ratio)
+    check_output(output, is_training_dataset, "a training dataset", overwrite=overwrite, source=source)
     if (source / "manifest.json").exists():
         raise UserError(f"{source} is already in the training layout. Give --input the RLDS dataset it was made from.")
     opened = rlds.open_source(source)
@@ -84,29 +86,26 @@ def reshard(
     chosen = {split: files for split, files in opened.splits.items() if split in splits or not splits}
     layout = plan_layout(opened.features, chunk_steps, _camera_sizes(opened, chosen))
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = output.parent / f".{output.name}.{secrets.token_hex(4)}.building"
-    building.mkdir()
-    try:
+    with building(output) as new:
         jobs = [
-            _Job(split, i, file, opened.file_format, layout, shard_mb << 20, building)
+            _Job(split, i, file, opened.file_format, layout, shard_mb << 20, new)
             for split, files in chosen.items()
             for i, file in enumerate(files)
         ]
         results = _run_jobs(jobs, workers or os.cpu_count() or 1)
         by_split = {split: [r for job, r in zip(jobs, results, strict=True) if job.split == split] for split in chosen}
-        manifest = _assemble(building, opened, layout, by_split)
-        _derive(building, manifest, codec_size, pca_patch, pca_channels, val_ratio)
-        if output.exists():
-            replaced = building.with_suffix(".replaced")
-            output.rename(replaced)
-            building.rename(output)
-            shutil.rmtree(replaced)
-        else:
-            building.rename(output)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        manifest = _assemble(new, opened, layout, by_split)
+        _derive(new, manifest, codec_size, pca_patch, pca_channels, val_ratio)
     return manifest
+
+
+def is_training_dataset(directory: Path) -> bool:
+    """Whether a directory is in the training layout, of this or another version."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == records.FORMAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,24 +155,25 @@ def _run_job(job: _Job) -> _Result:
                 raise EpisodeError(reason, reason)
             episode = cut_episode(record, job.layout)
         except EpisodeError as e:
+            kept = 0
             result.skipped[e.reason] += 1
             result.notes.append(f"{job.file.name}: record {number}: {e.reason}: {e}")
         else:
+            kept = 1
             for chunk in episode.chunks:
                 writer.write(chunk)
             for key, values in episode.columns.items():
                 columns[key].write(values.astype(job.layout.columns[key][1]).tobytes())
             result.lengths.append(episode.length)
-        counted = min(size, bytes_left)
-        bytes_left -= counted
+        bytes_left -= size
         with _done_bytes.get_lock():
-            _done_bytes.value += counted
-            _done_episodes.value += 1
+            _done_bytes.value += size
+            _done_episodes.value += kept
     for column in columns.values():
         column.close()
     result.shards = writer.close()
     with _done_bytes.get_lock():
-        _done_bytes.value += bytes_left
+        _done_bytes.value += bytes_left  # what follows a broken frame is not read
     del result.notes[_MAX_NOTES:]
     return result
 
@@ -381,8 +381,6 @@ def _derive(
     val_ratio: float,
 ) -> None:
     """What is computed from the finished records: statistics, and the PCA codec of the (first or) `train` split."""
-    from data_prep.codec import common_size, fit_codec  # imports JAX, which the workers do not need
-
     write_stats(directory)
     dataset = Dataset(directory, "train" if "train" in manifest["splits"] else next(iter(manifest["splits"])))
     size = codec_size or common_size(dataset.cameras, patch)

@@ -40,7 +40,6 @@ class Source:
     version: str
     file_format: str
     splits: dict[str, list[Path]]
-    episodes: dict[str, int]
     info: dict[str, Any]
     features_json: dict[str, Any]
     features: dict[str, Feature]
@@ -55,10 +54,9 @@ def open_source(path: Path) -> Source:
         raise UserError(
             f"{path / 'dataset_info.json'}: fileFormat is {file_format!r}; expected tfrecord or array_record."
         )
-    splits, episodes = {}, {}
+    splits = {}
     for split in info.get("splits", []):
-        lengths = [int(n) for n in split.get("shardLengths", [])]
-        files = _shard_files(path, info, split, file_format, len(lengths))
+        files = _shard_files(path, info, split, file_format, len(split.get("shardLengths", [])))
         missing = [f.name for f in files if not f.exists()]
         if missing:
             raise UserError(
@@ -66,7 +64,6 @@ def open_source(path: Path) -> Source:
                 f"the first is {missing[0]}. Complete the download."
             )
         splits[split["name"]] = files
-        episodes[split["name"]] = sum(lengths)
     if not splits:
         raise UserError(f"{path / 'dataset_info.json'} names no splits.")
     features = dict(_flatten(features_json, ""))
@@ -74,14 +71,13 @@ def open_source(path: Path) -> Source:
         raise UserError(
             f"{path / 'features.json'} has no `steps`: not an RLDS dataset. Its keys: {', '.join(sorted(features))}."
         )
-    return Source(
-        path, info["name"], info.get("version", ""), file_format, splits, episodes, info, features_json, features
-    )
+    return Source(path, info["name"], info.get("version", ""), file_format, splits, info, features_json, features)
 
 
 def read_records(path: Path, file_format: str) -> Iterator[tuple[bytes | None, str, int]]:
-    """Yields (record, "", bytes read) per record, or (None, reason, bytes read) for what cannot be
-    read: a record with a wrong checksum is skipped, a broken frame ends the file."""
+    """Yields (record, "", size) per record, or (None, reason, size) for what cannot be read: a record with a wrong
+    checksum is skipped, a broken frame ends the file. Sizes are shares of the file's bytes: their sum is the size
+    of the file, or less where a broken frame ends it."""
     if file_format == "tfrecord":
         yield from _read_tfrecord(path)
     else:
@@ -119,13 +115,16 @@ def _read_array_record(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
         if not reader.ok():
             yield None, "file truncated", path.stat().st_size
             return
-        for i in range(reader.num_records()):
+        total, count = path.stat().st_size, reader.num_records()
+        for i in range(count):
+            # Records may be compressed, and a damaged one has no length: equal shares are as good as any.
+            size = total * (i + 1) // count - total * i // count
             try:
                 record = reader.read([i])[0]
             except RuntimeError:  # the format's own hashes disagree
-                yield None, "data checksum mismatch", 0
+                yield None, "data checksum mismatch", size
                 continue
-            yield record, "", len(record)
+            yield record, "", size
     finally:
         reader.close()
 

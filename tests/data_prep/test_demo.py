@@ -250,4 +250,58 @@ def test_an_expert_that_always_fails_is_an_error(monkeypatch, tmp_path):
     episode = demo.run_episode(0, TINY)
     monkeypatch.setattr(demo, "run_episode", lambda number, params: dataclasses.replace(episode, solved=False))
     with pytest.raises(UserError, match="--candidates=6"):
-        demo._write_source(TINY, tmp_path, workers=1)
+        demo._write_source(TINY, tmp_path / "rlds", workers=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _files(directory):
+    return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_an_interrupted_overwrite_loses_nothing_and_is_not_taken_for_done(short_episodes, tmp_path, monkeypatch):
+    output, other = tmp_path / "pusht", dataclasses.replace(TINY, seed=9)
+    demo.make(TINY, output, workers=1)
+    before = _files(tmp_path)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "rlds_record", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            demo.make(other, output, workers=1, overwrite=True)
+    assert _files(tmp_path) == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.reshard._run_jobs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            demo.make(other, output, workers=1, overwrite=True)
+    assert _files(output) == {p.relative_to("pusht"): b for p, b in before.items() if p.parts[0] == "pusht"}
+
+    # The source is the new one now, the dataset still the old one: this must not count as ready.
+    with pytest.raises(UserError, match="holds another dataset .not cut from what is in .*pusht_rlds"):
+        demo.make(other, output, workers=1)
+    monkeypatch.setattr(demo, "run_episode", None)  # the source is kept
+    demo.make(other, output, workers=1, overwrite=True)
+    assert _files(output) != before
+    demo.make(other, output, workers=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pusht", "pusht_rlds"]
+
+
+@pytest.mark.parametrize("name", ["pusht", "pusht_rlds"])
+def test_overwrite_deletes_nothing_of_others(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(demo, "run_episode", None)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("kept")
+    for overwrite, message in ((True, "does not replace it"), (False, "--overwrite")):
+        with pytest.raises(UserError, match=message):
+            demo.make(TINY, tmp_path / "pusht", workers=1, overwrite=overwrite)
+    assert _files(tmp_path) == {(tmp_path / name / "thesis.tex").relative_to(tmp_path): b"kept"}
+
+
+def test_output_in_a_place_that_is_no_directory(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "run_episode", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        demo.make(TINY, tmp_path / "file" / "pusht", workers=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from data_prep.inspect import contact_sheet, inspect, language
 from data_prep.reshard import reshard
 from uwm_jax.data.records import Dataset
+from uwm_jax.errors import UserError
 
 _SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parents[1] / "data" / "rlds_source.py")
 rlds_source = importlib.util.module_from_spec(_SPEC)
@@ -50,6 +52,23 @@ def test_pictures_and_remarks(out: Path, tmp_path: Path) -> None:
         with Image.open(tmp_path / "pictures" / f"{name}.png") as image:
             assert min(image.size) >= 200
             assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def test_an_output_that_cannot_be_made_is_one_message(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for output in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(UserError, match=r"cannot be made: .*Choose another --output"):
+            inspect(Dataset(out), output)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_dimension_without_a_finite_value_is_remarked(out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    column = np.load(copy / "columns" / "train" / "action.npy")
+    column[:, 2] = np.nan
+    np.save(copy / "columns" / "train" / "action.npy", column)
+    remarks = inspect(Dataset(copy), tmp_path / "pictures")
+    assert remarks == ["action[2]: never finite", "action[6]: always 0.5"]
 
 
 @pytest.mark.slow

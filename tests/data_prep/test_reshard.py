@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,12 +187,112 @@ def test_nothing_is_left_behind_and_nothing_overwritten_by_default(made, tmp_pat
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="--overwrite"):
         reshard(source, tmp_path / "out", **OPTIONS)
-    with pytest.raises(UserError, match="pca_channels"):
-        reshard(source, tmp_path / "other", codec_size=(16, 16), pca_channels=999, workers=1)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     reshard(source, tmp_path / "out", overwrite=True, **OPTIONS)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert Dataset(tmp_path / "out").num_episodes == len(LENGTHS)
+
+
+def test_overwrite_replaces_training_datasets_only(made, tmp_path: Path) -> None:
+    source, out, _ = made
+    copy = shutil.copytree(source, tmp_path / "rlds" / "1.0.0")
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    for output in (copy, copy / "chunks", copy.parent, tmp_path):
+        with pytest.raises(UserError, match="inside the other"):
+            reshard(copy, output, overwrite=True, **OPTIONS)
+    foreign = tmp_path / "rlds"  # holds another RLDS dataset, and no manifest.json
+    with pytest.raises(UserError, match="is not a training dataset, so --overwrite does not replace it"):
+        reshard(source, foreign, overwrite=True, **OPTIONS)
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+    (foreign / "manifest.json").write_text(json.dumps({"name": "a web app"}))
+    with pytest.raises(UserError, match="is not a training dataset"):
+        reshard(source, foreign, overwrite=True, **OPTIONS)
+    assert (copy / "features.json").exists()
+
+
+def test_an_interrupted_overwrite_keeps_the_old_dataset(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out, _ = made
+    shutil.copytree(out, tmp_path / "out")
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.reshard.fit_codec", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        reshard(source, tmp_path / "out", chunk_steps=4, codec_size=(16, 16), overwrite=True, **OPTIONS)
+    assert Dataset(tmp_path / "out").fingerprint == Dataset(out).fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pca_channels": 999}, r"--pca_channels=999: expected 1 to 192"),
+        ({"pca_channels": 0}, r"--pca_channels=0"),
+        ({"pca_patch": 0}, r"--pca_patch=0"),
+        ({"codec_size": (16, 20)}, r"--codec_size=16,20: expected positive multiples of --pca_patch=8"),
+        ({"codec_size": (0, 16)}, r"--codec_size=0,16"),
+        ({"val_ratio": 1.0}, r"--val_ratio=1.0"),
+        ({"val_ratio": -0.1}, r"--val_ratio=-0.1"),
+        ({"val_ratio": float("nan")}, r"--val_ratio=nan"),
+    ],
+)
+def test_bad_options_are_found_before_any_work(
+    made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("data_prep.reshard._run_jobs", None)
+    with pytest.raises(UserError, match=message):
+        reshard(made[0], tmp_path / "out", **OPTIONS | options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_made_is_one_message(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.reshard._run_jobs", None)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match=r"file.out cannot be made: .*Choose another --output"):
+        reshard(made[0], tmp_path / "file" / "out", **OPTIONS)
+    with pytest.raises(UserError, match="file exists"):
+        reshard(made[0], tmp_path / "file", **OPTIONS)
+    with pytest.raises(UserError, match="file exists and is not a training dataset"):
+        reshard(made[0], tmp_path / "file", overwrite=True, **OPTIONS)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_progress_ends_at_the_size_of_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str
+) -> None:
+    rlds_source.make(tmp_path / "source", [9, 12, 4, 6], file_format=file_format)
+    first, second = sorted((tmp_path / "source").glob("toy-train*"))
+    data = bytearray(first.read_bytes())
+    data[2000] ^= 4  # inside the first record: it is skipped
+    first.write_bytes(data)
+    bars: list[Any] = []
+
+    class Bar:
+        def __init__(self, total: int, **kwargs: Any):
+            self.total, self.n = total, 0
+            bars.append(self)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *args: Any) -> None:
+            pass
+
+        def set_postfix(self, episodes: int, refresh: bool) -> None:
+            self.episodes = episodes
+
+        def update(self, n: int) -> None:
+            assert n >= 0
+            self.n += n
+            assert self.n <= self.total
+
+    monkeypatch.setattr("data_prep.reshard.tqdm", Bar)
+    info = reshard(tmp_path / "source", tmp_path / "out", **OPTIONS)["splits"]["train"]
+    assert sum(info["skipped"].values()) >= 1
+    assert bars[0].n == bars[0].total == first.stat().st_size + second.stat().st_size
+    assert bars[0].episodes == info["episodes"] == 4 - sum(info["skipped"].values())
 
 
 def test_shards_roll_over_and_chunks_have_the_asked_size(made, tmp_path: Path) -> None:
