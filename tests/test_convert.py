@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from uwm_jax import cli, convert
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.models.codecs import PCACodec, fit_pca
+from uwm_jax.models.codecs import PCACodec, PixelsCodec, fit_pca
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint
 
@@ -136,6 +136,7 @@ def test_every_unfit_tensor_is_named(official: Path, tmp_path: Path, capsys: pyt
     message = capsys.readouterr().err
     for part in (
         "bad.safetensors",
+        "configuration describes (6):",
         "missing tensor noise_pred_net.blocks.0.mlp.fc2.bias (48,)",
         "missing tensor obs_encoder.vae.vae.decoder.conv_norm_out.weight (32,)",
         "missing tensor obs_encoder.vae.vae.quant_conv.weight (8, 8, 1, 1)",
@@ -146,6 +147,78 @@ def test_every_unfit_tensor_is_named(official: Path, tmp_path: Path, capsys: pyt
         assert part in message
     assert "Traceback" not in message
     assert not (tmp_path / "run").exists() and list(tmp_path.iterdir()) == [tmp_path / "bad.safetensors"]
+
+
+def faults_of(official: Path, tmp_path: Path, tensors: dict[str, np.ndarray], capsys, **changed: object) -> str:
+    """What from-torch prints about unfit tensors."""
+    save_file(tensors, tmp_path / "bad.safetensors")
+    line = libero_line(official, tmp_path / "run", input=tmp_path / "bad.safetensors", **changed)
+    assert command(*line) == 2
+    assert not (tmp_path / "run").exists()
+    return capsys.readouterr().err
+
+
+def test_a_tensor_that_shows_a_size_hides_no_other_fault(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, net, vae = reference.weights(LIBERO), "noise_pred_net.", "obs_encoder.vae.vae."
+    del tensors[net + "registers"], tensors[vae + "encoder.down_blocks.0.resnets.0.conv1.weight"]
+    del tensors[vae + "encoder.conv_in.weight"], tensors[vae + "decoder.conv_in.weight"]
+    tokens = tensors[net + "pos_embed"].shape[1]
+    tensors[net + "pos_embed"] = tensors[net + "pos_embed"][:, :-1].copy()
+    tensors[vae + "quant_conv.bias"] = tensors[vae + "quant_conv.bias"].astype(np.int32)
+    tensors |= {f"extra.{i:02}": np.zeros(1, np.float32) for i in range(30)}
+    message = faults_of(official, tmp_path, tensors, capsys)
+    for part in (
+        "configuration describes (36):",
+        f"missing tensor {net}registers (1, 24, 48)",
+        f"missing tensor {vae}encoder.down_blocks.0.resnets.0.conv1.weight (",
+        f"missing tensor {vae}encoder.conv_in.weight (",
+        f"missing tensor {vae}decoder.conv_in.weight (",
+        f"tensor {net}pos_embed has shape (1, {tokens - 1}, 48), expected (1, {tokens}, 48)",
+        f"tensor {vae}quant_conv.bias is int32, expected a floating dtype",
+        *(f"extra tensor extra.{i:02}" for i in range(30)),
+        "tensors contradict (1):",
+        "model.action_len + video tokens",
+    ):
+        assert part in message
+
+
+def test_a_configuration_of_another_model_names_fields_and_tensors(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = reference.weights(LIBERO) | {"extra": np.zeros(1, np.float32)}
+    text = reference.official_yaml(LIBERO).read_text().replace("depth: 2", "depth: 3")
+    (tmp_path / "deeper.yaml").write_text(text)
+    message = faults_of(official, tmp_path, tensors, capsys, **{"official-config": tmp_path / "deeper.yaml"})
+    for part in ("missing tensor noise_pred_net.blocks.2.attn.qkv.weight", "extra tensor extra", "model.depth is 3"):
+        assert part in message
+    # Crops that the patches do not divide describe no model; then the fields alone are named.
+    (tmp_path / "odd.yaml").write_text(text.replace("crop_shape:\n    - 64", "crop_shape:\n    - 60"))
+    message = faults_of(official, tmp_path, tensors, capsys, **{"official-config": tmp_path / "odd.yaml"})
+    assert "model.depth is 3" in message and "crop_shape has height 60" in message and "Traceback" not in message
+
+
+def test_tensors_that_are_not_finite_are_counted(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = reference.weights(LIBERO)
+    tensors["obs_encoder.vae.vae.encoder.conv_in.bias"][0] = np.nan
+    tensors["noise_pred_net.pos_embed"][0, 0, 0] = np.inf
+    save_file(tensors, tmp_path / "bad.safetensors")
+    np.savez(tmp_path / "n.npz", **{"action/scale": np.ones(7, np.float32), "action/offset": np.ones(7, np.float32)})
+    changed = {"input": tmp_path / "bad.safetensors", "normalizer": tmp_path / "n.npz"}
+    assert command(*libero_line(official, tmp_path / "run", **changed)) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "warning: 2 tensors hold values that are not finite, first noise_pred_net.pos_embed."
+
+
+def test_unused_normalizer_keys_are_named(official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ones = np.ones(7, np.float32)
+    np.savez(tmp_path / "n.npz", **{"actions/scale": ones, "actions/offset": ones})
+    assert command(*libero_line(official, tmp_path / "run", normalizer=tmp_path / "n.npz")) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no normaliser for action;" in line and "--normalizer has actions, but the run's keys are action" in line
 
 
 @pytest.mark.parametrize(
@@ -162,7 +235,10 @@ def test_every_unfit_tensor_is_named(official: Path, tmp_path: Path, capsys: pyt
         ({"normalizer": "{tmp}/half.npz"}, "action/offset"),
         ({"normalizer": "{tmp}/zero.npz"}, "zeros"),
         ({"normalizer": "{tmp}/name.npz"}, "'scale'"),
+        ({"normalizer": "{tmp}/empty.npz"}, "empty.npz is empty"),
+        ({"normalizer": "{tmp}/object.npz"}, "action/scale is not a readable plain array"),
         ({"workdir": "{tmp}"}, "not empty"),
+        ({"workdir": "{tmp}/weights.ckpt/run"}, "weights.ckpt' is not a folder"),
     ],
 )
 def test_unusable_inputs_end_with_status_2(
@@ -175,11 +251,35 @@ def test_unusable_inputs_end_with_status_2(
     np.savez(tmp_path / "half.npz", **{"action/scale": ones})
     np.savez(tmp_path / "zero.npz", **{"action/scale": 0 * ones, "action/offset": ones})
     np.savez(tmp_path / "name.npz", scale=ones)
+    np.savez(tmp_path / "empty.npz")
+    np.savez(tmp_path / "object.npz", **{"action/scale": np.array([{}], object), "action/offset": ones})
     droid = reference.official_yaml("uwm_droid_small")
     filled = {key: value and value.format(tmp=tmp_path, droid=droid) for key, value in changed.items()}
     assert command(*libero_line(official, **{"workdir": tmp_path / "run", **filled})) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
+
+
+def test_a_workdir_that_may_not_be_written(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)  # tests may run as root, who may write everywhere
+        assert command(*libero_line(official, tmp_path / "a" / "run")) == 2
+    assert f"{str(tmp_path)!r} may not be written to" in capsys.readouterr().err
+
+    def full(*arguments: object, **keywords: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert.checkpoint, "save_params_only", full)
+    assert command(*libero_line(official, tmp_path / "run")) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_torch_takes_no_overrides(official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*libero_line(official, tmp_path / "run"), "--config.model.depth=3") == 2
+    assert "--config.model.depth: from-torch takes every field" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [(), ("to_torch",), ("from-torch", "to-torch")])
@@ -312,3 +412,31 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path) -> None:
     assert (described["low_dim"], described["text_dim"]) == ({"state": 3}, 7)
     assert described["diffusion"]["prediction"] == {"action": "sample", "next_obs": "sample"}
     assert np.array_equal(np.float32(described["normalizers"]["action"]["offset"]), pair[1])
+
+    # Fields are changed on top of the stored config; a folder in the way ends it before anything is written.
+    out = tmp_path / "again" / "model.safetensors"
+    line = ["to-torch", f"--workdir={tmp_path / 'run'}", f"--output={out}"]
+    assert command(*line, "--config.diffusion.spacing=trailing") == 0
+    described = json.loads(out.with_suffix(".json").read_text())
+    assert described["config"]["diffusion"]["spacing"] == "trailing"
+    assert described["diffusion"]["timesteps"][0] == 99
+    assert command(*line, "--config.diffusion.spacin=trailing") == 2
+
+
+def test_no_description_is_left_without_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_lib.base()
+    config.model.update(embed_dim=16, depth=1, num_heads=2, num_registers=1, timestep_embed_dim=8)
+    config.model.encoder.update(stage_sizes=(1,), width=16)
+    config.model.codec.name = "pixels"
+    config.data.update(cameras=("a",), resize=(8, 8), crop=(8, 8))
+    facts = DataFacts({"a": (8, 8)}, {}, 2, 0, Normalizer())
+    params = jax.jit(System(config, facts, PixelsCodec()).init)(jax.random.key(0))
+    checkpoint.save_params_only(tmp_path / "run", config, facts, params)
+
+    def full(*arguments: object, **keywords: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("uwm_jax.torch_bridge.weights.save_file", full)
+    (tmp_path / "out").mkdir()
+    assert command("to-torch", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out' / 'm.safetensors'}") == 2
+    assert list((tmp_path / "out").iterdir()) == []

@@ -2,7 +2,7 @@
 
     python -m uwm_jax.convert from-torch --input=model.safetensors --official-config=config.yaml \\
         [--normalizer=normalizer.npz] --workdir=DIR
-    python -m uwm_jax.convert to-torch --workdir=DIR --output=model.safetensors [--step=N]
+    python -m uwm_jax.convert to-torch --workdir=DIR --output=model.safetensors [--step=N] [--config.FIELD=VALUE]
 
 Tensors keep their bits: from-torch, then to-torch, gives an equal file with the same names. Beside it,
 `model.json` describes the model fully; normalisers are there, never among the tensors.
@@ -11,11 +11,8 @@ Tensors keep their bits: from-torch, then to-torch, gives an equal file with the
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +52,19 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "from-torch: the directory to make; to-torch: the one to read")
     flags.DEFINE_string("output", None, "to-torch: the .safetensors file to write; a .json goes beside it")
     flags.DEFINE_integer("step", None, "to-torch: which checkpoint; the newest by default", lower_bound=0)
+    cli.accept_config_overrides()
 
 
 def main(argv: list[str]) -> None:
+    overrides = cli.config_overrides()
     if argv == ["from-torch"]:
+        if overrides:
+            raise UserError(f"--config.{overrides[0][0]}: from-torch takes every field from --official-config.")
         from_torch(
             cli.required("input"), cli.required("official_config"), cli.required("workdir"), FLAGS.normalizer or None
         )
     elif argv == ["to-torch"]:
-        to_torch(cli.required("workdir"), cli.required("output"), FLAGS.step)
+        to_torch(cli.required("workdir"), cli.required("output"), FLAGS.step, overrides)
     else:
         found = " ".join(argv) or "nothing"
         raise UserError(f"expected one of the words from-torch and to-torch, found {found}. Run with --help.")
@@ -81,64 +82,67 @@ def from_torch(
       normalizer: `.npz`; takes the place of what a `.pt` holds for the same key.
     """
     workdir = Path(workdir)
+    weights.check_output(workdir, "--workdir")
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(
             f"--workdir: {str(workdir)!r} is not empty; a converted checkpoint needs a directory of its own."
         )
     tensors, stored = weights.read_weights(input_path)
     run = read_official(OfficialYaml(official_config), {name: tuple(t.shape) for name, t in tensors.items()})
-    pairs = {**stored, **(weights.read_normalizers(normalizer) if normalizer else {})}
-    facts = DataFacts(run.cameras, run.low_dim, run.action_dim, run.text_dim, _normalizer(run, pairs))
+    given = weights.read_normalizers(normalizer) if normalizer else {}
+    facts = DataFacts(run.cameras, run.low_dim, run.action_dim, run.text_dim, _normalizer(run, stored, given))
 
-    source = f"--input: {input_path}"
     vae_tensors = {name.removeprefix(VAE): t for name, t in tensors.items() if name.startswith(VAE)}
-    complaints: list[str] = []
-    vae_config = {**diffusers_vae.infer_config(vae_tensors, VAE), **SDXL_PARTS}
-    try:
-        diffusers_vae.params_from_tensors(vae_config, vae_tensors, "its VAE", VAE)
-    except UserError as e:
-        complaints.append(str(e))
-    complaints += _complaints_about_latents(tensors, vae_config["latent_channels"])
+    vae_config = {**diffusers_vae.infer_config({name: t.shape for name, t in vae_tensors.items()}), **SDXL_PARTS}
     network = {n: t for n, t in tensors.items() if not n.startswith(VAE) and n not in (LATENT_SHIFT, LATENT_SCALE)}
-    module = diffusers_vae.module_from_config(vae_config)
-    system = System(run.config, facts, VAECodec(module, run.config.model.codec.microbatch))
-    like = jax.eval_shape(system.init, jax.random.key(0))
-    params = layout.from_official(network, like, run.config.model.patch, source, complaints)
-
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
+    source, patch = f"--input: {input_path}", run.config.model.patch
+    faults = diffusers_vae.match_tensors(vae_config, vae_tensors, "its VAE", VAE)[1]
+    faults += _faults_of_latents(tensors, vae_config["latent_channels"])
     try:
+        module = diffusers_vae.module_from_config(vae_config)
+        system = System(run.config, facts, VAECodec(module, run.config.model.codec.microbatch))
+        like = jax.eval_shape(system.init, jax.random.key(0))
+    except (UserError, ValueError) as e:  # such fields describe no model, so nothing tells which tensors to expect
+        if not run.conflicts:
+            raise
+        raise UserError(layout.refusal(source, faults, run.conflicts)) from e
+    faults = layout.find_faults(network, like, patch) + faults
+    if faults or run.conflicts:
+        raise UserError(layout.refusal(source, faults, run.conflicts))
+    params = layout.from_official(network, like, patch, source)
+    _warn_of_infinities(tensors)
+
+    with weights.atomic_folder(workdir, "--workdir") as staging:
         diffusers_vae.write_folder(staging / "frozen" / "vae", vae_config, vae_tensors)
         origin = {"converted_from": {"weights": Path(input_path).name, "config": Path(official_config).name}}
         checkpoint.save_params_only(staging, run.config, facts, params, extra_assets=origin)
-        staging.chmod(0o755)
-        if workdir.exists():
-            workdir.rmdir()
-        os.replace(staging, workdir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"wrote {workdir}: {count / 1e6:.2f} M trainable parameters, cameras {', '.join(sorted(run.cameras))}")
 
 
-def to_torch(workdir: str | Path, output: str | Path, step: int | None = None) -> None:
+def to_torch(
+    workdir: str | Path, output: str | Path, step: int | None = None, overrides: Iterable[tuple[str, str]] = ()
+) -> None:
     """Writes a checkpoint (its averaged parameters, where it keeps them) under official names.
 
     Args:
       workdir: any of our workdirs.
       output: the `.safetensors` file; the description goes beside it with the ending `.json`.
       step: which checkpoint; None takes the newest.
+      overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output: expected a name that ends in .safetensors, found {str(output)!r}.")
-    system, params, frozen, step = checkpoint.load_for_inference(workdir, step)
+    for path in (output, output.with_suffix(".json")):
+        weights.check_output_file(path)
+    system, params, frozen, step = checkpoint.load_for_inference(workdir, step, overrides)
     tensors = layout.to_official(params, system.config.model.patch)
     tensors |= _codec_tensors(system, frozen, Path(workdir))
     description = describe(system, tensors, step, Path(workdir))
+    weights.write_weights(output, dict(sorted(tensors.items())))
     with weights.atomic(output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(description, indent=2) + "\n")
-    weights.write_weights(output, dict(sorted(tensors.items())))
     print(f"wrote {output}: {len(tensors)} tensors of step {step}, described in {output.with_suffix('.json').name}")
 
 
@@ -177,8 +181,12 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
     }
 
 
-def _normalizer(run: OfficialRun, pairs: weights.Normalizers) -> Normalizer:
-    """The run's normaliser; says once which keys the model reads or makes without one."""
+def _normalizer(run: OfficialRun, stored: weights.Normalizers, given: weights.Normalizers) -> Normalizer:
+    """The run's normaliser, `given` before `stored`.
+
+    Says once which keys the model reads or makes without one, and which of the given ones belong to nothing.
+    """
+    pairs = {**stored, **given}
     sizes = {"action": run.action_dim, **run.low_dim_seen}
     for key, (scale, _) in pairs.items():
         if key in sizes and scale.shape != (sizes[key],):
@@ -186,21 +194,31 @@ def _normalizer(run: OfficialRun, pairs: weights.Normalizers) -> Normalizer:
         if key in ("action", *run.low_dim) and not scale.all():
             raise UserError(f"--normalizer: {key}/scale has zeros, so {key} cannot be normalised; put 1 there.")
     absent = [key for key in ("action", *run.low_dim) if key not in pairs]
-    if absent:
-        print(f"warning: no normaliser for {', '.join(absent)}; raw and normalised values are equal.", file=sys.stderr)
-    return Normalizer(dict(pairs))
+    unknown = [key for key in given if key not in sizes]
+    warnings = [f"no normaliser for {', '.join(absent)}; raw and normalised values are equal"] if absent else []
+    if unknown:
+        warnings += [f"--normalizer has {', '.join(unknown)}, but the run's keys are {', '.join(sizes)}"]
+    if warnings:
+        print(f"warning: {'; '.join(warnings)}.", file=sys.stderr)
+    return Normalizer(pairs)
 
 
-def _complaints_about_latents(tensors: Mapping[str, np.ndarray], channels: int) -> list[str]:
+def _warn_of_infinities(tensors: Mapping[str, np.ndarray]) -> None:
+    bad = [name for name in sorted(tensors) if not np.isfinite(tensors[name]).all()]
+    if bad:
+        print(f"warning: {len(bad)} tensors hold values that are not finite, first {bad[0]}.", file=sys.stderr)
+
+
+def _faults_of_latents(tensors: Mapping[str, np.ndarray], channels: int) -> list[str]:
     """The wrapper's buffers are constants of our codec, so they must hold what the official code puts there."""
-    complaints, shape = [], (1, channels, 1, 1)
+    faults, shape = [], (1, channels, 1, 1)
     for name, constant in ((LATENT_SHIFT, 0.0), (LATENT_SCALE, VAECodec.divisor)):
         if name not in tensors:
-            complaints.append(f"missing tensor {name} {shape}")
+            faults.append(f"missing tensor {name} {shape}")
         elif tensors[name].shape != shape or not (tensors[name] == constant).all():
             found = f"{tensors[name].shape} with {tensors[name].ravel()[:4]}"
-            complaints.append(f"tensor {name} is {found}, expected {shape} with {constant:g} everywhere")
-    return complaints
+            faults.append(f"tensor {name} is {found}, expected {shape} with {constant:g} everywhere")
+    return faults
 
 
 def _codec_tensors(system: System, frozen: Any, workdir: Path) -> dict[str, np.ndarray]:

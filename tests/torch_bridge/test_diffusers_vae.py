@@ -143,10 +143,14 @@ def test_every_missing_extra_and_misshaped_tensor_is_named(tiny):
     tensors["encoder.conv_in.weight"] = np.zeros((32, 4, 3, 3), np.float32)
     tensors["loss.logvar"] = np.zeros(())
     tensors["encoder.mid_block.attentions.0.query.weight"] = np.zeros((64, 64))  # beside to_q
+    tensors["quant_conv.weight"] = tensors["quant_conv.weight"].astype(np.int8)
+    tensors |= {f"unknown.{i}": np.zeros(()) for i in range(40)}
     with pytest.raises(UserError) as error:
         bridge.params_from_tensors(config, tensors, source="some/vae")
     message = str(error.value)
-    assert message.startswith("some/vae:")
+    assert message.startswith("some/vae:") and "45 times" in message
+    assert all(f"extra tensor unknown.{i}" in message for i in range(40))
+    assert "tensor quant_conv.weight is int8, expected a floating dtype" in message
     assert "missing tensor quant_conv.bias (6,)" in message
     assert "encoder.conv_in.weight has shape (32, 4, 3, 3), expected (32, 3, 3, 3)" in message
     assert "extra tensor loss.logvar" in message
@@ -156,13 +160,22 @@ def test_every_missing_extra_and_misshaped_tensor_is_named(tiny):
 @pytest.mark.torch
 def test_infer_config(tiny):
     folder, model = tiny
-    inferred = bridge.infer_config(load_file(folder / bridge.WEIGHTS_FILE))
+    shapes = {name: value.shape for name, value in load_file(folder / bridge.WEIGHTS_FILE).items()}
+    inferred = bridge.infer_config(shapes)
     for key, value in inferred.items():
         if key not in ("norm_num_groups", "scaling_factor", "_class_name"):
             assert model.config[key] == value, key
     assert inferred["norm_num_groups"] == 32 and inferred["scaling_factor"] == 0.13025
-    with pytest.raises(UserError, match="encoder.conv_in.weight is missing"):
-        bridge.infer_config({})
+    for name in shapes:  # no tensor is the only one to tell, but for these two, whose presence tells
+        if name not in ("quant_conv.weight", "post_quant_conv.weight"):
+            others = {k: v for k, v in shapes.items() if k != name}
+            others["encoder.down_blocks.9.resnets.7.conv1.weight"] = (96, 32, 3, 3)  # a stray
+            assert bridge.infer_config(others) == bridge.infer_config({**others, name: (7,)}) == inferred, name
+
+
+def test_without_tensors_the_configuration_is_sdxl_s():
+    inferred = bridge.infer_config({})
+    assert {key: inferred[key] for key in SDXL} == SDXL
 
 
 @pytest.mark.parametrize(
@@ -231,3 +244,20 @@ def test_names_that_cannot_be_fetched(tmp_path):
     for name in ("vae", str(tmp_path / "none"), "./none/vae", Path("runs/none")):
         with pytest.raises(UserError, match="there is no such folder"):
             bridge.load_vae(name)
+
+
+@pytest.mark.parametrize(
+    ("listing", "message"),
+    [
+        ("nonsense\n", "expected lines of a sha256 and a file name, found 'nonsense'"),
+        ("", "does not list config.json and diffusion_pytorch_model.safetensors"),
+        ("{sums}" + "0" * 64 + "  none.txt\n", "none.txt: is listed in SHA256SUMS, but there is no such file"),
+        (b"\xff\xfe", "SHA256SUMS: cannot be read"),
+    ],
+)
+def test_malformed_sums(tmp_path, listing, message):
+    folder, _, _ = folder_of(tmp_path)
+    sums = folder / bridge.SUMS_FILE
+    sums.write_bytes(listing if isinstance(listing, bytes) else listing.format(sums=sums.read_text()).encode())
+    with pytest.raises(UserError, match=message):
+        bridge.load_vae(folder)

@@ -109,14 +109,31 @@ def test_a_resolved_file_with_other_anchors_reads_the_same(tmp_path: Path) -> No
         ("depth: 3", "depth: ${now:x}", ["resolver"]),
         ("depth: 3", "depth: !!python/object/apply:os.getcwd []", ["not plain YAML"]),
         ("      - -0.2", "      - -0.1", ["hue", "symmetric"]),
+        ("    color_jitter:\n", "    color_jitter: true\n    other:\n", ["color_jitter", "map", "True"]),
+        ("    color_jitter:\n", "    color_jitter: [0.2, 0.2]\n    other:\n", ["color_jitter", "map", "[0.2, 0.2]"]),
+        ("    color_jitter:\n", "    color_jitter: strong\n    other:\n", ["color_jitter", "map", "'strong'"]),
+        ("algo: uwm", "algo: uwm\noptimizer: {betas: 0.9}", ["optimizer.betas", "two numbers", "0.9"]),
+        ("algo: uwm", "algo: uwm\noptimizer: {betas: [0.9]}", ["optimizer.betas", "two numbers", "[0.9]"]),
+        ("algo: uwm", "algo: uwm\noptimizer: {betas: [0.9, x]}", ["optimizer.betas", "number", "'x'"]),
+        ("algo: uwm", "algo: uwm\noptimizer: {lr: .nan}", ["optimizer.lr", "finite number", "nan"]),
+        ("normalize_action: true", "normalize_action: maybe", ["dataset.normalize_action", "true or false", "'maybe'"]),
+        ("imagenet_norm: false", "imagenet_norm: maybe", ["imagenet_norm", "true or false", "'maybe'"]),
+        ("      wrist_image_left:\n", "      7:\n", ["shape_meta.obs", "texts", "7"]),
+        (
+            "      wrist_image_left:\n",
+            "      wrist_image_left: {}\n      x:\n",
+            ["obs.wrist_image_left", "rgb", "None"],
+        ),
     ],
 )
 def test_refusals_name_the_field(tmp_path: Path, old: str, new: str, parts: list[str]) -> None:
     assert old in _yaml()
-    with pytest.raises(UserError) as error:
-        _read(tmp_path, _yaml().replace(old, new, 1))
-    for part in parts:
-        assert part in str(error.value)
+    try:
+        message = "\n".join(_read(tmp_path, _yaml().replace(old, new, 1)).conflicts)
+    except UserError as error:
+        message = str(error)
+    for part in ("config.yaml", *parts):
+        assert part in message
 
 
 def test_a_clip_tower_is_refused_by_name(tmp_path: Path) -> None:
@@ -128,3 +145,35 @@ def test_a_clip_tower_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         OfficialYaml(tmp_path / "none.yaml")
+
+
+def test_a_camera_key_may_have_a_dot(tmp_path: Path) -> None:
+    run = _read(tmp_path, _yaml().replace("wrist_image_left:", "wrist.left:"))
+    assert run.cameras["wrist.left"] == (45, 80) and run.conflicts == ()
+
+
+def test_no_jitter(tmp_path: Path) -> None:
+    run = _read(tmp_path, _yaml().replace("    color_jitter:\n", "    color_jitter: null\n    other:\n"))
+    assert run.config.data.augment.hue == run.config.data.augment.brightness == 0.0
+
+
+def test_one_bad_tensor_does_not_hide_the_sizes(tmp_path: Path) -> None:
+    shapes = _shapes()
+    shapes["obs_encoder.img_encoder.model.conv1.weight"] = (63, 3, 7, 7)
+    shapes["obs_encoder.img_encoder.model.layer1.9.extra"] = (1,)
+    del shapes["obs_encoder.vae.vae.encoder.down_blocks.1.resnets.0.conv1.weight"]
+    run = _read(tmp_path, _yaml(), shapes)
+    assert (run.config.model.encoder.stage_sizes, run.config.model.encoder.width) == ((2, 2, 2, 2), 64)
+    assert run.conflicts == ()
+
+
+def test_names_behind_a_wrapper_are_refused(tmp_path: Path) -> None:
+    wrapped = {f"module.{name}": shape for name, shape in _shapes().items()}
+    with pytest.raises(UserError, match=r"starts with noise_pred_net\.; its first are module\.noise_pred_net\."):
+        _read(tmp_path, _yaml(), wrapped)
+
+
+def test_every_conflict_is_named(tmp_path: Path) -> None:
+    text = _yaml().replace("depth: 3", "depth: 4").replace("num_registers: 8", "num_registers: 9")
+    conflicts = "\n".join(_read(tmp_path, text).conflicts)
+    assert "model.depth is 4" in conflicts and "model.num_registers is 9" in conflicts

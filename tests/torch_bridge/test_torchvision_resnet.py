@@ -92,9 +92,11 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path, params):
     del tensors["layer1.0.conv2.weight"]
     tensors["layer1.0.conv3.weight"] = np.zeros((64, 16, 1, 1), np.float32)  # a bottleneck's
     tensors["conv1.weight"] = np.zeros((64, 3, 7, 7), np.float32)
+    tensors |= {f"unknown.{i}": np.zeros(1, np.float32) for i in range(40)}
     with pytest.raises(UserError) as error:
         load_imagenet_resnet(saved(tmp_path, tensors), params)
     message = str(error.value)
+    assert "43 times" in message and all(f"extra tensor unknown.{i}" in message for i in range(40))
     assert "missing tensor layer1.0.conv2.weight (16, 16, 3, 3)" in message
     assert "extra tensor layer1.0.conv3.weight" in message
     assert "tensor conv1.weight has shape (64, 3, 7, 7), expected (16, 3, 7, 7)" in message

@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 from uwm_jax.errors import UserError
 from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.torch_bridge.hub import fetch
+from uwm_jax.torch_bridge.layout import is_float
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -34,6 +36,12 @@ SUMS_FILE = "SHA256SUMS"
 # What tensors cannot tell about a VAE in an official UWM checkpoint (which always holds SDXL's)
 NORM_NUM_GROUPS = 32
 SCALING_FACTOR = 0.13025
+_SDXL_CHANNELS = (128, 256, 512, 512)
+
+# Tensors whose first axis is the width of their block
+_BLOCK = re.compile(
+    r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.resnets\.(\d+)\.(?:conv1|norm2|conv2)\.(?:weight|bias)$"
+)
 
 # Attention of checkpoints from before diffusers 0.18: 1x1 convolutions or linear layers under these names
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -69,42 +77,45 @@ def module_from_config(config: Mapping[str, Any], dtype: Any = jnp.float32, sour
     return AutoencoderKL(**fields, dtype=jnp.dtype(dtype))
 
 
-def infer_config(tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, Any]:
-    """The diffusers configuration of an `AutoencoderKL` state dict (names without prefix).
+def infer_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The diffusers configuration of an `AutoencoderKL` state dict {name without prefix: shape}.
 
-    Channels and layers come from the tensors' shapes; GroupNorm groups (32) and the scaling factor (0.13025) are
-    constants, since no tensor shows them. Messages put `prefix` before names.
+    Channels and layers are what most of the tensors that show them say, so that one that is missing, extra or
+    misshaped does not hide what the others are; where none tells, they are those of SDXL's VAE. Colours (3),
+    GroupNorm groups (32) and the scaling factor (0.13025) are constants.
     """
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise UserError(
-                f"the VAE's tensor {prefix}{name} is missing, so its configuration cannot be told from the weights"
-            )
-        if tensors[name].ndim != 4:
-            found = tensors[name].shape
-            raise UserError(f"the VAE's tensor {prefix}{name} has shape {found}, expected a convolution's")
-        return tuple(tensors[name].shape)
-
-    def count(pattern: str) -> int:
-        return len({m.group(1) for name in tensors if (m := re.match(pattern, name))})
-
-    levels = count(r"encoder\.down_blocks\.(\d+)\.")
+    channels: dict[int, list[int]] = {}
+    layers: dict[tuple[str, int], int] = {}  # the decoder has one more per block than the encoder
+    for name, shape in shapes.items():
+        if match := _BLOCK.match(name):
+            part, block, layer = match[1], int(match[2]), int(match[3])
+            layers[part, block] = max(layers.get((part, block), 0), layer + (part == "encoder"))
+            if part == "encoder" and shape and shape[0] % NORM_NUM_GROUPS == 0:
+                channels.setdefault(block, []).append(shape[0])
+    blocks = [block for block, votes in channels.items() if len(votes) > 2]  # fewer are strays
+    block_out_channels = list(_SDXL_CHANNELS)
+    if blocks:
+        block_out_channels = []
+        for block in range(max(blocks) + 1):
+            before = block_out_channels[-1] if block_out_channels else _SDXL_CHANNELS[0]
+            block_out_channels.append(_most_common(channels.get(block, ()), before))
+    latent = [("decoder.conv_in.weight", 1), ("post_quant_conv.bias", 0)]
+    latent += [("post_quant_conv.weight", axis) for axis in (0, 1)]
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "block_out_channels": [shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "in_channels": shape("encoder.conv_in.weight")[1],
-        "out_channels": shape("decoder.conv_out.weight")[0],
-        "latent_channels": shape("decoder.conv_in.weight")[1],
-        "layers_per_block": count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "mid_block_add_attention": any(name.startswith("encoder.mid_block.attentions.") for name in tensors),
+        "block_out_channels": block_out_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(block_out_channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(block_out_channels),
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": _most_common((shapes[n][i] for n, i in latent if len(shapes.get(n, ())) > i), 4),
+        "layers_per_block": _most_common((n for n in layers.values() if n), 2),
+        "mid_block_add_attention": any(name.startswith("encoder.mid_block.attentions.") for name in shapes),
         "norm_num_groups": NORM_NUM_GROUPS,
         "scaling_factor": SCALING_FACTOR,
-        "use_quant_conv": "quant_conv.weight" in tensors,
-        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
     }
 
 
@@ -118,8 +129,22 @@ def params_from_tensors(
         tensors: every tensor of the state dict by its diffusers name, old or new attention names.
         source: what to call the tensors in messages, which put `prefix` before names.
     Raises:
-        UserError: naming every missing, extra and misshaped tensor.
+        UserError: naming every tensor that is missing, extra, misshaped or not of a floating dtype.
     """
+    params, complaints = match_tensors(config, tensors, source, prefix)
+    if complaints:
+        raise UserError(
+            f"{source}: the weights do not fit the configuration, {len(complaints)} times:\n  "
+            + "\n  ".join(complaints)
+            + f"\nUse the {CONFIG_FILE} and {WEIGHTS_FILE} of one and the same VAE."
+        )
+    return params
+
+
+def match_tensors(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str = "the VAE", prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """As `params_from_tensors`, but returns one line about each unfit tensor, which the parameters then lack."""
     model = module_from_config(config, source=source)
     size = model.downsampling
     image = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
@@ -140,15 +165,12 @@ def params_from_tensors(
         if value.shape != expected:
             complaints.append(f"tensor {prefix}{name} has shape {value.shape}, expected {expected}")
             continue
+        if not is_float(value.dtype):
+            complaints.append(f"tensor {prefix}{name} is {value.dtype}, expected a floating dtype")
+            continue
         flat[path] = np.ascontiguousarray(value.astype(np.float32).transpose(_TO_FLAX[value.ndim]))
     complaints += [f"extra tensor {prefix}{name}" for name in sorted(given.values())]
-    if complaints:
-        shown = "\n  ".join(complaints[:20]) + ("" if len(complaints) <= 20 else f"\n  and {len(complaints) - 20} more")
-        raise UserError(
-            f"{source}: the weights do not fit the configuration:\n  {shown}\n"
-            f"Use the {CONFIG_FILE} and {WEIGHTS_FILE} of one and the same VAE."
-        )
-    return traverse_util.unflatten_dict(flat)
+    return traverse_util.unflatten_dict(flat), complaints
 
 
 def load_vae(path_or_hub_name: str | os.PathLike[str], dtype: Any = jnp.float32) -> tuple[AutoencoderKL, dict, dict]:
@@ -245,10 +267,28 @@ def _check_sums(folder: Path) -> None:
     sums = folder / SUMS_FILE
     if not sums.is_file():
         return  # a plain diffusers folder
-    for line in sums.read_text().splitlines():
-        digest, name = line.split(maxsplit=1)
+    try:
+        lines = [line.split(maxsplit=1) for line in sums.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{sums}: cannot be read ({error}); restore the file") from None
+    for line in lines:
+        if len(line) != 2 or not re.fullmatch(r"[0-9a-fA-F]{64}", line[0]):
+            raise UserError(
+                f"{sums}: expected lines of a sha256 and a file name, found {' '.join(line)!r:.100}; restore the file"
+            )
+    listed = {name.removeprefix("*").removeprefix("./"): digest.lower() for digest, name in lines}
+    if unlisted := [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in listed]:
+        raise UserError(f"{sums}: does not list {' and '.join(unlisted)}; restore the file")
+    for name, digest in listed.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is listed in {SUMS_FILE}, but there is no such file; restore it")
         if _sha256(folder / name) != digest:
             raise UserError(
                 f"{folder / name}: its sha256 is not the one in {SUMS_FILE}, so it changed after it was written; "
                 "restore the file (latents and predictions depend on it)"
             )
+
+
+def _most_common(values: Iterable[int], default: int) -> int:
+    counted = Counter(values).most_common(1)
+    return counted[0][0] if counted else default

@@ -85,9 +85,7 @@ def to_official(params: Any, patch: Sequence[int]) -> dict[str, np.ndarray]:
     }
 
 
-def from_official(
-    tensors: Mapping[str, np.ndarray], like: Any, patch: Sequence[int], source: str, other: Sequence[str] = ()
-) -> dict[str, Any]:
+def from_official(tensors: Mapping[str, np.ndarray], like: Any, patch: Sequence[int], source: str) -> dict[str, Any]:
     """Official tensors of the trainable parts as our parameter tree, float32.
 
     Args:
@@ -95,28 +93,13 @@ def from_official(
       like: the expected tree (anything with `shape`).
       patch: as in `table`.
       source: what to call the tensors in messages.
-      other: complaints about the rest of the file, to be reported together with these.
 
     Raises:
-      UserError: naming every missing, extra and misshaped tensor.
+      UserError: naming every tensor that is missing, extra, misshaped or not of a floating dtype.
     """
     entries = table(like, patch)
-    complaints = []
-    for e in entries:
-        if e.name not in tensors:
-            complaints.append(f"missing tensor {e.name} {e.torch_shape}")
-        elif tensors[e.name].shape != e.torch_shape:
-            complaints.append(f"tensor {e.name} has shape {tensors[e.name].shape}, expected {e.torch_shape}")
-        elif not is_float(tensors[e.name].dtype):
-            complaints.append(f"tensor {e.name} is {tensors[e.name].dtype}, expected a floating dtype")
-    complaints += [f"extra tensor {name}" for name in sorted(set(tensors) - {e.name for e in entries})]
-    complaints += other
-    if complaints:
-        raise UserError(
-            f"{source}: {len(complaints)} tensors are not those of the model that the configuration describes:\n  "
-            + "\n  ".join(complaints)
-            + "\nUse the weights and the configuration of one and the same official run."
-        )
+    if complaints := find_faults(tensors, like, patch):
+        raise UserError(refusal(source, complaints))
     shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(like).items()}
     flat: dict[Path, np.ndarray] = {}
     for e in entries:
@@ -127,6 +110,36 @@ def from_official(
             stacked = flat.setdefault(e.path, np.empty(shapes[e.path], np.float32))
             stacked[e.layer] = e.from_torch(value, shapes[e.path][1:])
     return _unflatten(flat)
+
+
+def find_faults(tensors: Mapping[str, np.ndarray], like: Any, patch: Sequence[int]) -> list[str]:
+    """One line about each tensor that is not one of `like`'s; arguments as in `from_official`."""
+    entries, faults = table(like, patch), []
+    for e in entries:
+        if e.name not in tensors:
+            faults.append(f"missing tensor {e.name} {e.torch_shape}")
+        elif tensors[e.name].shape != e.torch_shape:
+            faults.append(f"tensor {e.name} has shape {tensors[e.name].shape}, expected {e.torch_shape}")
+        elif not is_float(tensors[e.name].dtype):
+            faults.append(f"tensor {e.name} is {tensors[e.name].dtype}, expected a floating dtype")
+    return faults + [f"extra tensor {name}" for name in sorted(set(tensors) - {e.name for e in entries})]
+
+
+def refusal(source: str, faults: Sequence[str], conflicts: Sequence[str] = ()) -> str:
+    """The message about tensors that do not fit.
+
+    Args:
+      faults: one line about each tensor.
+      conflicts: one line about each field of the configuration that the tensors contradict.
+    """
+    lines = [f"{source}:"]
+    if faults:
+        lines += [f"tensors unlike those that the configuration describes ({len(faults)}):"]
+        lines += [f"  {fault}" for fault in faults]
+    if conflicts:
+        lines += [f"fields of the configuration that the tensors contradict ({len(conflicts)}):"]
+        lines += [f"  {conflict}" for conflict in conflicts]
+    return "\n".join([*lines, "Use the weights and the configuration of one and the same official run."])
 
 
 def is_float(dtype: np.dtype) -> bool:

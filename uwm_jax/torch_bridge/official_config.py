@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,14 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
+from uwm_jax.torch_bridge.diffusers_vae import infer_config
 
 NET = "noise_pred_net."
 RESNET = "obs_encoder.img_encoder.model."
 VAE = "obs_encoder.vae.vae."
 TEXT = "obs_encoder.text_encoder."
 TEXT_HEAD = TEXT + "head."
+CLIP_DIM = 512  # of the official text embedding, where the tensors do not tell
 
 Shape = tuple[int, ...]
 
@@ -118,6 +121,7 @@ class OfficialRun:
 
     cameras: raw (height, width) per camera key. low_dim: size of each low-dim key that the model
     reads. low_dim_seen: of each key that the run stored. text_dim: 0 without a text head.
+    conflicts: one line about each field that the tensors contradict; with any, the weights must be refused.
     """
 
     config: ConfigDict
@@ -126,6 +130,7 @@ class OfficialRun:
     low_dim_seen: dict[str, int]
     action_dim: int
     text_dim: int
+    conflicts: tuple[str, ...] = ()
 
 
 def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> OfficialRun:
@@ -135,9 +140,10 @@ def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> Offici
       official: its saved configuration.
       shapes: shape of every tensor of its state dict, under official names.
 
-    Raises UserError for what we do not model (by name), for a field that is missing or mistyped, and
-    for a YAML field that disagrees with the tensors (naming both). Missing and misshaped tensors that
-    no field depends on are left to `layout.from_official`.
+    Raises UserError for what we do not model (by name), for a field that is missing or mistyped, and for
+    tensors that are not those of such a run at all. A YAML field that disagrees with the tensors becomes
+    one of the `conflicts` (which name both), so that it can be reported together with unfit tensors;
+    those are left to `layout.find_faults`.
     """
     _refuse_unsupported(official, shapes)
     c = config_lib.base()
@@ -148,16 +154,20 @@ def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> Offici
     _read_images(official, c, cameras)
     _read_diffusion(official, c)
     _read_optimizer(official, c)
-    c.data.normalize = "minmax" if official.get("dataset.normalize_action", False) else "none"
+    c.data.normalize = "minmax" if _typed(official, "dataset.normalize_action", bool, False) else "none"
 
     c.model.encoder.use_low_dim = _typed(official, "model.obs_encoder.use_low_dim", bool, False)
     c.model.encoder.use_language = _typed(official, "model.obs_encoder.use_language", bool, False)
     low_dim = dict(sorted(low_dim_seen.items())) if c.model.encoder.use_low_dim else {}
     c.data.low_dim = tuple(low_dim)
+    conflicts: list[str] = []
     text_dim = 0
     if c.model.encoder.use_language:
         c.data.text = "text"
-        text_dim = _dim(shapes, TEXT_HEAD + "weight", 1, rank=2) or 0
+        text_dim = _dim(shapes, TEXT_HEAD + "weight", 1, rank=2) or CLIP_DIM
+        if TEXT_HEAD + "weight" not in shapes:
+            message = f"is true, but --input holds no {TEXT_HEAD}weight, the projection of a text embedding"
+            conflicts.append(str(official.error("model.obs_encoder.use_language", message)))
 
     c.model.num_heads = _typed(official, "model.num_heads", int)
     for field, ours in {
@@ -170,9 +180,12 @@ def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> Offici
         c.model[ours] = _typed(official, f"model.{field}", int)
     c.model.qkv_bias = _typed(official, "model.qkv_bias", bool, True)
     c.model.patch = _ints(official, "model.latent_patch_shape", 3)
-    _check_against_tensors(official, shapes, c, low_dim, action_dim)
-    config_lib.validate(c)
-    return OfficialRun(c, cameras, low_dim, low_dim_seen, action_dim, text_dim)
+    conflicts += _conflicts(official, shapes, c, low_dim, action_dim)
+    try:
+        config_lib.validate(c)
+    except UserError as e:
+        raise UserError(f"--official-config: {official.path}: {e}") from e
+    return OfficialRun(c, cameras, low_dim, low_dim_seen, action_dim, text_dim, tuple(conflicts))
 
 
 def _refuse_unsupported(official: OfficialYaml, shapes: Mapping[str, Shape]) -> None:
@@ -183,7 +196,7 @@ def _refuse_unsupported(official: OfficialYaml, shapes: Mapping[str, Shape]) -> 
         raise official.error(
             "model.obs_encoder.vision_backbone", f"is {backbone!r}, which we do not model; only 'resnet' is"
         )
-    if official.get("model.obs_encoder.imagenet_norm", False):
+    if _typed(official, "model.obs_encoder.imagenet_norm", bool, False):
         raise official.error(
             "model.obs_encoder.imagenet_norm",
             "is true, which we do not model; ImageNet normalisation is part of the ResNet",
@@ -195,10 +208,11 @@ def _refuse_unsupported(official: OfficialYaml, shapes: Mapping[str, Shape]) -> 
             f"Text embeddings are inputs here: remove the tower, keep {TEXT_HEAD}weight and {TEXT_HEAD}bias, and "
             "give the model embeddings made by the same CLIP."
         )
-    if official.get("model.obs_encoder.use_language", False) and TEXT_HEAD + "weight" not in shapes:
-        raise official.error(
-            "model.obs_encoder.use_language",
-            f"is true, but --input holds no {TEXT_HEAD}weight, the projection of a text embedding",
+    if not any(name.startswith(NET) for name in shapes):
+        raise UserError(
+            f"--input: expected the names of an official state dict, such as {NET}pos_embed and {RESNET}fc.weight, but "
+            f"none of its {len(shapes)} names starts with {NET}; its first are {', '.join(sorted(shapes)[:3])}. "
+            "A prefix that a wrapper put before every name ('module.', '_orig_mod.') has to be removed first."
         )
 
 
@@ -213,9 +227,12 @@ def _shape_meta(official: OfficialYaml) -> tuple[dict[str, tuple[int, int]], dic
     observations = meta.get("obs") if isinstance(meta, dict) else None
     if not isinstance(observations, dict) or not observations:
         raise official.error(f"{field}.obs", "should map observation keys to shapes")
-    for key in sorted(observations):
-        kind = official.get(f"{field}.obs.{key}.type", "low_dim")
-        shape = official.get(f"{field}.obs.{key}.shape")
+    if odd := [key for key in observations if not isinstance(key, str)]:
+        raise official.error(f"{field}.obs", f"should have texts as keys, found {odd[0]!r}")
+    for key in sorted(observations):  # not read as a field, because a key may have a dot
+        entry = observations[key] if isinstance(observations[key], dict) else {}
+        kind: Any = entry.get("type", "low_dim")
+        shape: Any = entry.get("shape")
         whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
         if kind == "rgb" and whole and len(shape) == 3 and shape[-1] == 3:
             cameras[key] = (shape[0], shape[1])
@@ -270,7 +287,13 @@ def _read_images(official: OfficialYaml, c: ConfigDict, cameras: dict[str, tuple
     augment = c.data.augment
     augment.draw = "batch"
     augment.random_crop = _typed(official, encoder + "random_crop", bool, True)
-    jitter = official.get(encoder + "color_jitter", None) or {}
+    jitter = official.get(encoder + "color_jitter", None)
+    jitter = {} if jitter is None else jitter
+    if not isinstance(jitter, dict):
+        raise official.error(
+            encoder + "color_jitter",
+            f"should map brightness, contrast, saturation and hue to numbers, or be null; found {jitter!r:.60}",
+        )
     for name in ("brightness", "contrast", "saturation", "hue"):
         centre = 0.0 if name == "hue" else 1.0
         field, value = f"{encoder}color_jitter.{name}", jitter.get(name, 0.0)
@@ -294,28 +317,35 @@ def _read_diffusion(official: OfficialYaml, c: ConfigDict) -> None:
 
 
 def _read_optimizer(official: OfficialYaml, c: ConfigDict) -> None:
-    """The optimiser's numbers, where the run stored them, so that a continued run starts from them."""
+    """The optimiser's numbers, where the run stored them: they describe how the weights were made."""
     for field, ours in {"lr": "learning_rate", "eps": "eps", "weight_decay": "weight_decay"}.items():
         if official.get(f"optimizer.{field}", None) is not None:
             c.optimizer[ours] = _number(official, f"optimizer.{field}", official.get(f"optimizer.{field}"))
     betas = official.get("optimizer.betas", None)
     if betas is not None:
+        if not isinstance(betas, list) or len(betas) != 2:
+            raise official.error("optimizer.betas", f"should be a list of two numbers, found {betas!r:.60}")
         c.optimizer.b1, c.optimizer.b2 = (_number(official, "optimizer.betas", b) for b in betas)
 
 
-def _check_against_tensors(
+def _conflicts(
     official: OfficialYaml, shapes: Mapping[str, Shape], c: ConfigDict, low_dim: dict[str, int], action_dim: int
-) -> None:
+) -> list[str]:
+    """One line about each field that the tensors contradict; also reads the ResNet's sizes into `c`."""
     m = c.model
     views, frames = len(c.data.cameras), len(c.data.window.obs)
+    found_conflicts: list[str] = []
+
+    def conflict(field: str, message: str) -> None:
+        found_conflicts.append(str(official.error(field, message)))
 
     def agree(field: str, value: Any, tensor: str, found: Any) -> None:
         if found is not None and found != value:
-            raise official.error(field, f"is {value}, but the tensors say {found} ({tensor} is {shapes.get(tensor)})")
+            conflict(field, f"is {value}, but the tensors say {found} ({tensor} is {shapes.get(tensor)})")
 
     blocks = [int(match[1]) for n in shapes if (match := re.match(r"noise_pred_net\.blocks\.(\d+)\.", n))]
     if blocks and max(blocks) + 1 != m.depth:
-        raise official.error(
+        conflict(
             "model.depth",
             f"is {m.depth}, but the tensors say {max(blocks) + 1} ({NET}blocks.{max(blocks)} is the last block)",
         )
@@ -350,14 +380,13 @@ def _check_against_tensors(
         agree("model.latent_patch_shape", m.patch, patch, shapes[patch][2:])
     channels, factor = vae_geometry(shapes)
     if len(shapes.get(patch, ())) == 5 and channels is not None and shapes[patch][1] != channels:
-        raise UserError(
-            f"--input: {patch} reads {shapes[patch][1]} latent channels, "
-            f"but {VAE}post_quant_conv.weight says {channels}."
+        found_conflicts.append(
+            f"--input: {patch} reads {shapes[patch][1]} latent channels, but the VAE has {channels}."
         )
     if factor is not None:
         for size, part, axis in zip(c.data.crop, m.patch[1:], ("height", "width"), strict=True):
             if size % (factor * part):
-                raise official.error(
+                conflict(
                     "model.obs_encoder.crop_shape",
                     f"has {axis} {size}, which the VAE's factor {factor} times the patch's {part} does not divide",
                 )
@@ -380,26 +409,31 @@ def _check_against_tensors(
         head,
         _dim(shapes, head, 1),
     )
+    return found_conflicts
 
 
 def resnet_sizes(shapes: Mapping[str, Shape], stage_sizes: tuple[int, ...], width: int) -> tuple[tuple[int, ...], int]:
     """Blocks per stage and first width of the ResNet; the given values where the tensors do not tell."""
     blocks: dict[int, int] = {}
     for name in shapes:
-        if match := re.match(re.escape(RESNET) + r"layer(\d+)\.(\d+)\.", name):
+        if match := re.match(re.escape(RESNET) + r"layer(\d+)\.(\d+)\.(?:conv|bn)[12]\.(?:weight|bias)$", name):
             stage, block = int(match[1]), int(match[2])
             blocks[stage] = max(blocks.get(stage, 0), block + 1)
     if sorted(blocks) == list(range(1, len(blocks) + 1)) and blocks:
         stage_sizes = tuple(blocks[s] for s in sorted(blocks))
-    return stage_sizes, _dim(shapes, RESNET + "conv1.weight", 0, rank=4) or width
+    # What most of the tensors that show it say, so that one of a wrong shape is named rather than believed.
+    known = [shapes.get(f"{RESNET}{name}", ()) for name in ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight")]
+    counted = Counter(shape[0] for shape in known if shape and shape[0] > 0 and shape[0] % 16 == 0).most_common(1)
+    return stage_sizes, counted[0][0] if counted else width
 
 
 def vae_geometry(shapes: Mapping[str, Shape]) -> tuple[int | None, int | None]:
-    """Latent channels and pixels per latent of the VAE's tensors; None where they do not tell."""
-    levels = {
-        int(match[1]) for n in shapes if (match := re.match(re.escape(VAE) + r"encoder\.down_blocks\.(\d+)\.", n))
-    }
-    return _dim(shapes, VAE + "post_quant_conv.weight", 1, rank=4), 2 ** max(levels) if levels else None
+    """Latent channels and pixels per latent of the VAE's tensors; None without any."""
+    vae = {name.removeprefix(VAE): shape for name, shape in shapes.items() if name.startswith(VAE)}
+    if not vae:
+        return None, None
+    config = infer_config(vae)
+    return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def _dim(shapes: Mapping[str, Shape], name: str, axis: int, rank: int = 2) -> int | None:
@@ -419,8 +453,8 @@ def _typed(official: OfficialYaml, field: str, kind: type, default: Any = _REQUI
 
 
 def _number(official: OfficialYaml, field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise official.error(field, f"should be a number, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise official.error(field, f"should be a finite number, found {value!r:.60}")
     return float(value)
 
 

@@ -67,9 +67,8 @@ def load_imagenet_resnet(path_or_hub: str | os.PathLike[str], encoder_params: Ma
         flat[keys] = np.ascontiguousarray(tensors[name].astype(np.float32).transpose(2, 3, 1, 0))
     complaints += [f"extra tensor {name}" for name in sorted(unused)]
     if complaints:
-        shown = "\n  ".join(complaints[:20]) + ("" if len(complaints) <= 20 else f"\n  and {len(complaints) - 20} more")
         raise UserError(
-            f"{path}: the weights do not fit the encoder:\n  {shown}\n"
+            f"{path}: the weights do not fit the encoder, {len(complaints)} times:\n  " + "\n  ".join(complaints) + "\n"
             "Use a torchvision ResNet with basic blocks and the sizes of config.model.encoder.stage_sizes and .width "
             "(ResNet-18: (2, 2, 2, 2) and 64)."
         )

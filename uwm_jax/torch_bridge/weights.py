@@ -6,8 +6,10 @@ import functools
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,12 +50,31 @@ def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary)
 
 
+def check_output(path: str | Path, flag: str) -> None:
+    """Raises UserError where a file or folder could not be made at `path`; nothing is made."""
+    parents = Path(path).absolute().parents
+    try:
+        nearest = next(parent for parent in parents if parent.exists())
+    except OSError as e:
+        raise UserError(f"{flag}: cannot write {str(path)!r} ({e.strerror or e}).") from e
+    if not nearest.is_dir():
+        raise UserError(f"{flag}: cannot write {str(path)!r}, because {str(nearest)!r} is not a folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}: cannot write {str(path)!r}, because {str(nearest)!r} may not be written to.")
+
+
+def check_output_file(path: str | Path, flag: str = "--output") -> None:
+    """Like `check_output`, for a file that may exist already, but not as a folder."""
+    check_output(path, flag)
+    if Path(path).is_dir():
+        raise UserError(f"{flag}: {str(path)!r} is a folder; name a file.")
+
+
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, flag: str = "--output") -> Iterator[Path]:
     """A temporary path beside `path` that takes its place if the block succeeds; folders are made."""
+    check_output_file(path, flag)
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"--output: {str(path)!r} is a folder; name a file.")
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,29 +87,86 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"--output: cannot write {str(path)!r} ({e.strerror or e}).") from e
+        raise UserError(f"{flag}: cannot write {str(path)!r} ({e.strerror or e}).") from e
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def read_npz(path: str | Path, flag: str) -> dict[str, np.ndarray]:
-    """The arrays of an npz file; pickled objects are refused."""
+@contextmanager
+def atomic_folder(path: str | Path, flag: str) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place if the block succeeds; `path` is absent or empty."""
+    check_output(path, flag)
+    path = Path(path)
+    temporary = None
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it holds one array, not an archive of named arrays")
-        with file:
-            return {key: file[key] for key in file.files}
-    except FileNotFoundError as e:
-        raise UserError(f"{flag}: there is no file {str(path)!r}.") from e
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
-        raise UserError(f"{flag}: {path} is not a readable .npz file of plain arrays ({e}).") from e
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"{flag}: cannot make {str(path)!r} ({e.strerror or e}).") from e
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+class NpzArrays(Mapping[str, np.ndarray]):
+    """The arrays of an npz file, each read when it is asked for; use it in a `with`.
+
+    A key that cannot be read, or holds pickled objects, raises UserError when it is asked for, and no earlier.
+    """
+
+    def __init__(self, path: str | Path, flag: str):
+        """UserError for a file that is absent or no npz; `flag` names it in messages."""
+        self.where = f"{flag}: {path}"
+        try:
+            file = np.load(path, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, not an archive of named arrays")
+        except FileNotFoundError as e:
+            raise UserError(f"{flag}: there is no file {str(path)!r}.") from e
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
+            raise UserError(f"{self.where} is not a readable .npz file of plain arrays ({e}).") from e
+        self._file = file
+
+    def __enter__(self) -> NpzArrays:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self._file.files:
+            raise KeyError(key)
+        try:
+            value = self._file[key]
+            if not isinstance(value, np.ndarray):
+                raise ValueError("it is not in numpy's format")
+        # What zipfile, zlib and numpy raise for damaged, encrypted or pickled contents, or a header that lies.
+        except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as e:
+            raise UserError(f"{self.where}: {key} is not a readable plain array ({e}).") from e
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.files)
+
+    def __len__(self) -> int:
+        return len(self._file.files)
+
+    def __contains__(self, key: object) -> bool:  # without reading it
+        return key in self._file.files
 
 
 def read_normalizers(path: str | Path) -> Normalizers:
-    """`<key>/scale` and `<key>/offset` per bare key (`action`, `gripper_position`, ...)."""
-    arrays = read_npz(path, "--normalizer")
+    """`<key>/scale` and `<key>/offset` per bare key (`action`, `gripper_position`, ...); at least one pair."""
+    with NpzArrays(path, "--normalizer") as file:
+        arrays = dict(file)
+    if not arrays:
+        raise UserError(f"--normalizer: {path} is empty; expected keys such as action/scale and action/offset.")
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name, value in arrays.items():
         key, _, part = name.rpartition("/")
