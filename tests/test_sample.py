@@ -276,6 +276,7 @@ def test_every_unfit_key_is_named() -> None:
     arrays["action"][0, 0, 0] = np.nan
     arrays["noise/action"] = np.zeros((3, 3, 2), np.float32)
     arrays["timestep/action"] = np.array([0, 100])
+    arrays["noise/next_obs"] = np.full((2, 2, 2, 8, 8, 3), 1e300)  # finite, but not in float32
     with pytest.raises(UserError) as error:
         sample.check_inputs(system, ["denoise"], arrays, "IN.npz")
     for part in (
@@ -285,11 +286,14 @@ def test_every_unfit_key_is_named() -> None:
         "obs/state: expected float32 (B, 2, 1), found float32 (2, 1, 1)",
         "action: holds values that are not finite",
         "noise/action: expected B = 2 rows like the keys before it, found 3",
-        "missing noise/next_obs: expected float32 (B, 2, 2, 8, 8, 3)",
+        "noise/next_obs: holds values that are not finite",
         "timestep/action: expected 0 to 99, found 0 to 100",
         "missing timestep/next_obs: expected integer (B)",
     ):
         assert part in str(error.value)
+    del arrays["noise/next_obs"]
+    with pytest.raises(UserError, match=r"missing noise/next_obs: expected float32 \(B, 2, 2, 8, 8, 3\)"):
+        sample.check_inputs(system, ["denoise"], arrays)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +308,9 @@ def test_every_unfit_key_is_named() -> None:
         (["--mode=policy", "extra"], "extra"),
         (["--mode=policy", "--config.model.dept=3"], "model.depth"),
         (["--mode=policy", "--output=."], "folder"),
+        (["--mode=policy", "--output={tmp}/in.npz/out.npz"], "in.npz' is not a folder"),
+        (["--mode=policy", "--seed=-1"], "seed"),
+        (["--mode=policy", "--seed=4294967296"], "seed"),
     ],
 )
 def test_unusable_flags_end_with_status_2(
@@ -311,7 +318,7 @@ def test_unusable_flags_end_with_status_2(
 ) -> None:
     np.savez(tmp_path / "in.npz", **tiny_inputs())
     given = [f"--workdir={tiny}", f"--inputs={tmp_path / 'in.npz'}", f"--output={tmp_path / 'out.npz'}"]
-    assert command(sample, *given, *arguments) == 2
+    assert command(sample, *given, *(a.format(tmp=tmp_path) for a in arguments)) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
     assert not (tmp_path / "out.npz").exists()
@@ -325,3 +332,34 @@ def test_unreadable_inputs_end_with_status_2(tiny: Path, tmp_path: Path, capsys:
         paths = [f"--workdir={tiny}", f"--inputs={tmp_path / name}", f"--output={tmp_path / 'out.npz'}"]
         assert command(sample, *paths, "--mode=policy") == 2
         assert name in capsys.readouterr().err
+
+
+def test_only_used_keys_are_read(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unreadable = np.array([{"a": 1}], dtype=object)
+    unused = {"action": unreadable, "next_obs_latent": unreadable, "noise/action": unreadable, "notes": unreadable}
+    out = run_tiny(
+        tiny, tmp_path, tiny_inputs() | {k: v for k, v in unused.items() if k != "noise/action"}, "--mode=policy"
+    )
+    assert np.isfinite(out["action"]).all()
+    np.savez(tmp_path / "bad.npz", **(tiny_inputs() | unused | {"obs/state": unreadable}))
+    paths = [f"--workdir={tiny}", f"--inputs={tmp_path / 'bad.npz'}", f"--output={tmp_path / 'none.npz'}"]
+    assert command(sample, *paths, "--mode=policy") == 2
+    message = capsys.readouterr().err
+    for key in ("obs/state", "noise/action"):
+        assert f"bad.npz: {key} is not a readable plain array" in message
+    for key in ("next_obs_latent", "notes"):
+        assert key not in message
+
+
+def test_results_that_are_not_finite_are_not_written(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = tiny_inputs()
+    arrays["obs/state"] = np.full((2, 2, 1), 3e38, np.float32)  # finite, and too large for any product
+    np.savez(tmp_path / "in.npz", **arrays)
+    paths = [f"--workdir={tiny}", f"--inputs={tmp_path / 'in.npz'}", f"--output={tmp_path / 'out.npz'}"]
+    for modes, keys in (("policy", "action, action_normalized"), ("policy,video", "policy/action, ")):
+        assert command(sample, *paths, f"--mode={modes}") == 2
+        message = capsys.readouterr().err
+        assert f"--mode={modes}: the results {keys}" in message and "not finite" in message
+    assert not (tmp_path / "out.npz").exists()

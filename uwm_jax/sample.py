@@ -43,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_string("mode", None, f"one or more of {', '.join(ALL_MODES)}, separated by commas")
     flags.DEFINE_string("inputs", None, "the .npz of inputs")
     flags.DEFINE_string("output", None, "the .npz to write")
-    flags.DEFINE_integer("seed", 0, "of the noise that the inputs do not give")
+    flags.DEFINE_integer("seed", 0, "of the noise that the inputs do not give", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
     cli.accept_config_overrides()
 
@@ -53,12 +53,14 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     workdir, output = cli.required("workdir"), cli.required("output")
     modes = parse_modes(cli.required("mode"))
-    arrays = weights.read_npz(cli.required("inputs"), "--inputs")
-    system, params, frozen, step = checkpoint.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
-    inputs = check_inputs(system, modes, arrays)
+    weights.check_output_file(output)
+    with weights.NpzArrays(cli.required("inputs"), "--inputs") as arrays:
+        system, params, frozen, step = checkpoint.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
+        inputs = check_inputs(system, modes, arrays, arrays.where)
     results: dict[str, np.ndarray] = {}
     for mode, made in run(system, params, frozen, inputs, FLAGS.seed).items():
         results |= {f"{mode}/{key}" if len(modes) > 1 else key: value for key, value in made.items()}
+    check_results(results, ",".join(modes))
     with weights.atomic(output) as temporary, temporary.open("wb") as file:
         np.savez(file, **results)  # type: ignore[arg-type]  # numpy's types take any keyword for allow_pickle
     shapes = ", ".join(f"{key} {value.shape}" for key, value in results.items())
@@ -112,7 +114,11 @@ def check_inputs(
             if needed:
                 problems.append(f"missing {key}: expected {expected}")
             return None
-        value = arrays[key]
+        try:
+            value = arrays[key]
+        except UserError as e:  # the file has it, but in no readable form
+            problems.append(str(e))
+            return None
         fits = {
             "uint8": value.dtype == np.uint8,
             "float32": np.issubdtype(value.dtype, np.floating),
@@ -126,9 +132,10 @@ def check_inputs(
             return None
         batch_size = value.shape[0]
         if kind == "float32":
+            with np.errstate(over="ignore"):
+                value = value.astype(np.float32)
             if not np.isfinite(value).all():
-                problems.append(f"{key}: holds values that are not finite")
-            return value.astype(np.float32)
+                problems.append(f"{key}: holds values that are not finite (in float32)")
         return value
 
     batch: dict[str, np.ndarray | None] = {}
@@ -197,6 +204,15 @@ def run(system: System, params: Any, frozen: Any, inputs: Inputs, seed: int = 0)
             images = np.asarray(_pictures(system)(frozen, out["next_obs_latent"]))
             out |= {f"next_obs/{camera}": images[:, view] for view, camera in enumerate(system.cameras)}
     return results
+
+
+def check_results(results: Mapping[str, np.ndarray], modes: str) -> None:
+    """Raises UserError that names the mode and every key of OUT that holds NaN or infinity."""
+    if bad := [key for key, value in results.items() if not np.isfinite(value).all()]:
+        raise UserError(
+            f"--mode={modes}: the results {', '.join(bad)} hold values that are not finite, so nothing was written. "
+            "Check the inputs for extreme values, and the checkpoint's parameters."
+        )
 
 
 # Cached, so that repeated calls compile once. All modes are one program: they share the encoders' work.
