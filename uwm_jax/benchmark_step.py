@@ -26,6 +26,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.system import DataFacts, System
+from uwm_jax.torch_bridge import weights
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import make_train_step
 
@@ -47,12 +48,14 @@ def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     config = config_lib.load(cli.required("config"), cli.config_overrides())
+    if FLAGS.json:
+        weights.check_output_file(FLAGS.json, "--json")
     results = benchmark(config, FLAGS.steps, FLAGS.action_dim)
     for name, value in results.items():
         print(f"{name:<28} {value:12.4f}" if isinstance(value, float) else f"{name:<28} {value!s:>12}")
     if FLAGS.json:
-        with open(FLAGS.json, "w") as file:
-            json.dump(results, file, indent=2)
+        with weights.atomic(FLAGS.json, "--json") as temporary:
+            temporary.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def benchmark(config: ConfigDict, steps: int, action_dim: int) -> dict[str, Any]:
