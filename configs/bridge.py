@@ -6,7 +6,7 @@ Command:
 
 Hardware: a CPU is enough for 64-pixel frames. For the full dataset (256 pixels, long episodes) reshard with
 `--codec_size=64,64` and lengthen the window:
-    --config.data.window.action="tuple of 1..16" --config.data.window.next_obs="(17,18)"
+    --config.data.window.action=1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16 --config.data.window.next_obs=17,18
 """
 
 from ml_collections import ConfigDict

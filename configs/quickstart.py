@@ -15,10 +15,10 @@ from uwm_jax.config import base
 
 def get_config() -> ConfigDict:
     c = base()
-    c.total_steps = 1_000
+    c.total_steps = 900
     c.batch_size = 32
     c.log_every = 50
-    c.checkpoint.every = 500
+    c.checkpoint.every = 450
     c.checkpoint.keep = 2
 
     # 16 actions + 16 video tokens + 4 registers of width 128, a quarter-width ResNet-10 with its 2x2 map.

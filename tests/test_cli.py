@@ -17,6 +17,8 @@ cli.accept_config_overrides()
 def main(argv):
     if "usage" in argv:
         raise UserError("FILE: expected that, found this.")
+    if "path" in argv:
+        open("/dev/null/x")
     if "bug" in argv:
         raise RuntimeError("a defect of ours")
     print(argv, flags.FLAGS.official_config, flags.FLAGS.count, cli.config_overrides())
@@ -39,6 +41,7 @@ def test_flags_with_hyphens_and_overrides():
     ("arguments", "status", "message"),
     [
         (["usage"], 2, "error: FILE: expected that, found this."),
+        (["path"], 2, "/dev/null/x: Not a directory"),
         (["--official_confg=x"], 2, "official_config"),
         (["--count=many"], 2, "count"),
     ],
@@ -50,7 +53,7 @@ def test_errors_of_users_have_no_traceback(arguments, status, message):
 
 
 def test_debug_shows_the_traceback_and_defects_exit_with_1():
-    assert "Traceback" in run("usage", "--debug").stderr
+    assert "Traceback" in run("usage", "--debug").stderr and "Traceback" in run("usage", "--debug=true").stderr
     defect = run("bug")
     assert defect.returncode == 1 and "Traceback" in defect.stderr
 

@@ -61,6 +61,11 @@ def test_stored_config_comes_back_equal(path, tmp_path):
         (("model.encoder.use_language", "true"), "config.data.text"),
         (("diffusion.num_inference_steps", "101"), "exceeds"),
         (("data.action", "action"), "pairs"),
+        (("data.cameras", "a,a"), "named twice"),
+        (("seed", "-1"), "at least 0"),
+        (("seed", "4294967296"), "less than 2"),
+        (("model.encoder.width", "24"), "multiple of 16"),
+        (("optimizer.b2", "1.0"), "less than 1"),
     ],
 )
 def test_bad_values_are_named(path, override, message):
@@ -70,12 +75,21 @@ def test_bad_values_are_named(path, override, message):
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="no Python file"):
         config_lib.load(str(tmp_path / "none.py"))
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config(:")
     with pytest.raises(UserError, match="does not load"):
         config_lib.load(str(broken))
+    broken.write_text("def get_config():\n  return undefined_name")
+    with pytest.raises(UserError, match="does not load.*undefined_name"):
+        config_lib.load(str(broken))
+    broken.write_text("def get_config():\n  return None")
+    with pytest.raises(UserError, match="returned None"):
+        config_lib.load(str(broken))
+    for text in ("[1]", '{"model": 3}'):
+        with pytest.raises(UserError, match="expected fields"):
+            config_lib.from_json(text, "config.json")
     with pytest.raises(UserError, match="holds no config.json"):
         config_lib.read(tmp_path)
     with pytest.raises(UserError, match="unknown field 'model.dept'.*Did you mean model.depth"):

@@ -1,0 +1,56 @@
+"""Every shipped config loads, says how to run it, and trains in a tiny form."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from uwm_jax import config as config_lib
+from uwm_jax.benchmark_step import benchmark
+
+CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
+
+# What makes any of them small; everything else, such as options and keys, stays as shipped.
+TINY = [
+    ("batch_size", "2"),
+    ("model.embed_dim", "32"),
+    ("model.depth", "2"),
+    ("model.num_heads", "2"),
+    ("model.timestep_embed_dim", "16"),
+    ("model.encoder.stage_sizes", "(1,)"),
+    ("model.encoder.width", "16"),
+    ("data.resize", "(24,32)"),
+    ("data.crop", "(16,16)"),
+]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_step_in_tiny_form(path):
+    config = config_lib.load(str(path), TINY)
+    if config.model.codec.name == "vae":  # no pretrained weights here
+        config.model.codec.name = "pixels"
+    result = benchmark(config, steps=1, action_dim=3)
+    assert np.isfinite(result["loss_after_steps"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_docstring_keeps_its_promise(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    for part in ("Command:", f"--config=configs/{path.name}", "Hardware:", "Expect:"):
+        assert part in docstring, f"{path.name} lacks {part!r}"
+
+
+def test_the_papers_pretraining():
+    """The numbers of the paper's table of hyper-parameters and of the official configuration."""
+    config = config_lib.load(str(CONFIGS[0].with_name("droid.py")))
+    m, w, o = config.model, config.data.window, config.optimizer
+    assert (m.embed_dim, m.depth, m.num_heads, m.num_registers, m.patch) == (768, 12, 12, 8, (2, 4, 4))
+    assert (m.timestep_embed_dim, m.mlp_ratio, m.encoder.stage_sizes) == (512, 4, (2, 2, 2, 2))
+    assert (w.obs, w.action, w.next_obs, w.pad) == ((0, 1), tuple(range(1, 17)), (17, 18), "none")
+    assert (config.data.resize, config.data.crop) == ((240, 320), (224, 224))
+    assert (config.diffusion.num_train_steps, config.diffusion.num_inference_steps) == (100, 10)
+    assert (o.learning_rate, o.b1, o.b2, o.weight_decay, o.schedule) == (1e-4, 0.9, 0.999, 1e-6, "constant")
+    assert (config.total_steps, config.batch_size) == (100_000, 144)
