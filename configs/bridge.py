@@ -7,6 +7,10 @@ Command:
 Hardware: a CPU is enough for 64-pixel frames. For the full dataset (256 pixels, long episodes) reshard with
 `--codec_size=64,64` and lengthen the window:
     --config.data.window.action=1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16 --config.data.window.next_obs=17,18
+
+Expect: 14.46 M parameters in the network and 1.62 M in the image encoder. On 25 real episodes of 10 steps (24 of them
+for training) and two CPU cores, 42 to 45 samples a second, and a loss that falls from 1.75 to 0.65 in 50 steps with
+`--config.total_steps=50`; so few episodes are learned by heart, which tests the path and not the method.
 """
 
 from ml_collections import ConfigDict

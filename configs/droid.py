@@ -8,9 +8,11 @@ Hardware: accelerators; the global batch of 144 (36 on each of 4 devices in the 
 are there. The VAE (stabilityai/sdxl-vae) and ImageNet weights come from the hub at the first start;
 `--config.model.codec.vae=DIR` and `--config.model.encoder.imagenet_weights=FILE` take local ones.
 
-Expect: 384.92 M parameters in the network and 11.57 M in the image encoder, a first loss of 2.0 (1 for each
-modality, since both outputs start at zero). The paper trains for 100,000 steps. Products run in bfloat16;
-`--config.model.dtype=float32 --config.model.codec.dtype=float32` is the official arithmetic.
+Expect: 384.92 M parameters in the network, 11.57 M in the image encoder and 83.65 M in the frozen VAE, and a first
+loss of 2.0 (1 for each modality, since both outputs start at zero). The paper trains for 100,000 steps. Products run
+in bfloat16; `--config.model.dtype=float32 --config.model.codec.dtype=float32` is the official arithmetic. Whether it
+fits a machine, and what a step costs there, is what
+`python -m uwm_jax.benchmark_step --config=configs/droid.py --config.batch_size=1` tells without data or weights.
 """
 
 from ml_collections import ConfigDict

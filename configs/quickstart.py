@@ -6,6 +6,8 @@ Command:
     python -m uwm_jax.evaluate --workdir=runs/quickstart
 
 Hardware: two CPU cores.
+
+Expect: 2.46 M parameters in the network and 0.38 M in the image encoder.
 """
 
 from ml_collections import ConfigDict

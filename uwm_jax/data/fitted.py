@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from uwm_jax.data.records import short_key
 from uwm_jax.errors import UserError
 
 
@@ -34,7 +35,7 @@ def read_pca(
             "reshard the dataset again, or use config.model.codec.name='pixels'."
         )
     with np.load(path, allow_pickle=False) as stored:
-        keys = [camera.removeprefix("observation/") for camera in sorted(cameras)]
+        keys = [short_key(camera) for camera in sorted(cameras)]
         missing = [key for key in keys if f"{key}/mean" not in stored]
         if missing:
             known = sorted(k.removesuffix("/mean") for k in stored if k.endswith("/mean"))
