@@ -281,5 +281,4 @@ def _is_source(directory: Path) -> bool:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -12,7 +12,6 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from safetensors.numpy import load_file, save_file
 
 from uwm_jax import cli, convert
@@ -31,13 +30,7 @@ LIBERO = "uwm_libero_small"
 
 def command(*arguments: str) -> int:
     """Runs the command in this process; returns its exit status."""
-    before = set(flags.FLAGS)
-    convert.define_flags()
-    try:
-        return cli.call(convert.main, ["convert", *arguments])
-    finally:
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
+    return cli.call(convert.main, ["convert", *arguments], convert.define_flags)
 
 
 def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from uwm_jax import evaluate, report
+from uwm_jax import cli, evaluate, report
 from uwm_jax.data.loader import Loader, open_dataset
 from uwm_jax.evaluate import collect, interval, measure
 from uwm_jax.train import train
@@ -48,17 +48,12 @@ def test_measures_against_known_errors():
     assert "policy/latent_mse" not in metrics and "video/action_mse" not in metrics
 
 
-def test_the_command_writes_metrics_pictures_and_report(tiny_config, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_metrics_pictures_and_report(tiny_config, tmp_path):
     tiny_config.total_steps = 2
     workdir = tmp_path / "run"
     train(tiny_config, workdir)
-    from absl import flags
-
-    if "workdir" not in flags.FLAGS:
-        flags.DEFINE_string("workdir", None, "")
-    if "step" not in flags.FLAGS:
-        flags.DEFINE_integer("step", None, "")
-    assert evaluate.cli.call(evaluate.main, ["evaluate", f"--workdir={workdir}"]) == 0
+    arguments = ["evaluate", f"--workdir={workdir}"]
+    assert cli.call(evaluate.main, arguments, evaluate.define_flags) == 0
     metrics = json.loads((workdir / "eval" / "2" / "metrics.json").read_text())
     assert set(metrics["joint/psnr"]) == {"mean", "lo", "hi", "n"} and metrics["joint/psnr"]["n"] == 6
     page = (workdir / "report.html").read_text()

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from safetensors.numpy import save_file
 
 from uwm_jax import cli, convert, sample
@@ -33,13 +32,7 @@ MODES = ("policy", "video", "forward", "inverse", "joint")
 
 def command(module: ModuleType, *arguments: str) -> int:
     """Runs a command in this process; returns its exit status."""
-    before = set(flags.FLAGS)
-    module.define_flags()
-    try:
-        return cli.call(module.main, [module.__name__, *arguments])
-    finally:
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
+    return cli.call(module.main, [module.__name__, *arguments], module.define_flags)
 
 
 # --- the golden numbers -------------------------------------------------------------------------

@@ -156,5 +156,4 @@ def _time(run: Callable[[Any], Any], carry: Any, repetitions: int) -> tuple[floa
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -50,13 +50,34 @@ def required(name: str) -> str:
     return value
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+Main = Callable[[list[str]], None]
+
+
+def run(main: Main, define_flags: Callable[[], None] | None = None) -> None:
     """Parses the flags, calls `main` with the positional arguments and exits the process."""
-    sys.exit(call(main, sys.argv))
+    sys.exit(call(main, sys.argv, define_flags))
 
 
-def call(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
-    """Like `run`, but returns the exit status."""
+def call(main: Main, argv: Sequence[str], define_flags: Callable[[], None] | None = None) -> int:
+    """Like `run`, but returns the exit status.
+
+    Args:
+      define_flags: declares the command's flags; they are gone afterwards, so that several commands, which share
+        names such as --workdir, can be called in one process.
+    """
+    global _takes_config
+    before = set(FLAGS)
+    try:
+        if define_flags:
+            define_flags()
+        return _call(main, argv)
+    finally:
+        for name in set(FLAGS) - before:
+            delattr(FLAGS, name)
+        _takes_config = _takes_config and not define_flags
+
+
+def _call(main: Main, argv: Sequence[str]) -> int:
     debug = any(a.lstrip("-").split("=")[0] == "debug" and not a.endswith("=false") for a in argv if a[:1] == "-")
     try:
         if {"--help", "-h", "-help"} & set(argv):

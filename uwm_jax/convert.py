@@ -257,5 +257,4 @@ def _codec_json(system: System, workdir: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -239,5 +239,4 @@ def _pictures(system: System) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -223,5 +223,4 @@ def print_summary(config: ConfigDict, loader: Loader, params: Any, frozen: Any, 
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.run(main, define_flags)
