@@ -66,8 +66,13 @@ def batch(rows=64, seed=0):
 
 def loss(system, data, seed=0, frozen=None, **options):
     """The loss and what reached the network."""
-    total, metrics = system.loss({}, frozen or {}, data, jax.random.key(seed), WEIGHTS, **options)
-    return {"loss": total, **metrics}, system.network.seen
+
+    @jax.jit
+    def run(frozen, data, key):
+        total, metrics = system.loss({}, frozen, data, key, WEIGHTS, **options)
+        return {"loss": total, **metrics}, system.network.seen
+
+    return run(frozen or {}, data, jax.random.key(seed))
 
 
 def test_rows_without_actions_are_hidden_and_may_be_dropped(config):
@@ -131,7 +136,7 @@ def test_steps_differ(config):
 
 def test_the_posterior_is_sampled_or_its_mode(config):
     vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
-    frozen = vae.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    frozen = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     data = batch(4)
     results = {}
     for posterior in ("sample", "mode"):

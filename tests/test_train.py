@@ -119,7 +119,7 @@ def test_pretrained_image_weights_reach_a_fresh_state(tiny_config, tmp_path):
     save_file(tensors, tmp_path / "resnet.safetensors")
     tiny_config.model.encoder.imagenet_weights = str(tmp_path / "resnet.safetensors")
     system, _ = make_up_system(tiny_config, 10)
-    state = create(tiny_config, system.init(jax.random.key(0)), make_optimizer(tiny_config))
+    state = create(tiny_config, jax.jit(system.init)(jax.random.key(0)), make_optimizer(tiny_config))
     loaded = load_pretrained_encoder(tiny_config, state, jax.tree.map(lambda x: x.sharding, state))
     expected = load_imagenet_resnet(
         tiny_config.model.encoder.imagenet_weights, state.params["obs_encoder"]["img_encoder"]
