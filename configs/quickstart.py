@@ -7,7 +7,18 @@ Command:
 
 Hardware: two CPU cores.
 
-Expect: 2.46 M parameters in the network and 0.38 M in the image encoder.
+Expect: 2.46 M parameters in the network and 0.38 M in the image encoder. Measured on two shared cores, one seed: the
+demonstrations take 95 s, training runs at 128 samples a second, and all three commands together take 377 s. On 256
+held-out windows of 22 episodes (95 % intervals over episodes):
+
+    policy   action MSE 0.058 [0.052, 0.064], normalised
+    inverse  action MSE 0.054 [0.049, 0.059]
+    joint    action MSE 0.058 [0.053, 0.063], PSNR 25.4 dB [25.0, 25.7]
+    forward  PSNR 25.3 dB [25.0, 25.6]
+    video    PSNR 25.4 dB [25.0, 25.7]; copying the current frame gives 25.1 dB [24.7, 25.5]
+
+So few steps give blurred frames, in which the block stands near its goal whatever the observation shows, and an
+inverse mode whose interval still overlaps the policy's.
 """
 
 from ml_collections import ConfigDict
