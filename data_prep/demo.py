@@ -30,7 +30,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.output import building, check_output
+from data_prep.output import building, check_output, is_vacant
 from data_prep.pusht_expert import PushTExpert, Renderer, make_env, read_state
 from uwm_jax import cli
 from uwm_jax.errors import UserError
@@ -105,7 +105,7 @@ def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite
     if made is not None and same and made.get("fingerprint", "unfinished") == _fingerprint(output):
         print(f"{output}: {demo.episodes} demonstrations are there already, made with the same flags.")
         return
-    if output.exists() and not overwrite:
+    if not is_vacant(output) and not overwrite:
         found = f"made with {made['demo']}" if made and not same else f"not cut from what is in {source}"
         raise UserError(
             f"{output} holds another dataset ({found}); asked for {dataclasses.asdict(demo)}. "

@@ -11,6 +11,11 @@ from pathlib import Path
 from uwm_jax.errors import UserError
 
 
+def is_vacant(output: Path) -> bool:
+    """Whether there is nothing at `output`, or an empty directory."""
+    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
+
+
 def check_output(
     output: Path, is_ours: Callable[[Path], bool], what: str, *, overwrite: bool, source: Path | None = None
 ) -> None:
@@ -30,11 +35,11 @@ def check_output(
                 f"--output={output} and the input {source} are the same directory, or one lies inside the other. "
                 "Choose an --output beside the input."
             )
-    if not output.exists():
+    if is_vacant(output):
         return
     if not overwrite:
         raise UserError(f"{output} exists. Choose another --output, or replace it with --overwrite.")
-    if not output.is_dir() or (any(output.iterdir()) and not is_ours(output)):
+    if not output.is_dir() or not is_ours(output):
         raise UserError(
             f"{output} exists and is not {what}, so --overwrite does not replace it. "
             "Choose another --output, or remove it yourself."

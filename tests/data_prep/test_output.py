@@ -23,10 +23,11 @@ def test_only_what_is_ours_is_replaced(tmp_path: Path) -> None:
     file.touch()
     _check(ours)
     _check(empty)
+    _check(empty, overwrite=False)
     for output in (foreign, file):
         with pytest.raises(UserError, match="is not a marked directory, so --overwrite does not replace it"):
             _check(output)
-    for output in (ours, foreign, empty, file):
+    for output in (ours, foreign, file):
         with pytest.raises(UserError, match="replace it with --overwrite"):
             _check(output, overwrite=False)
 
