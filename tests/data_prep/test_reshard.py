@@ -185,9 +185,12 @@ def test_a_broken_length_ends_the_file(tmp_path: Path) -> None:
 def test_nothing_is_left_behind_and_nothing_overwritten_by_default(made, tmp_path: Path) -> None:
     source, _, _ = made
     (tmp_path / "out").mkdir()
+    reshard(source, tmp_path / "out", **OPTIONS)  # an empty directory is as good as none
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "out").rglob("*"))
     with pytest.raises(UserError, match="--overwrite"):
         reshard(source, tmp_path / "out", **OPTIONS)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "out").rglob("*")) == before
     reshard(source, tmp_path / "out", overwrite=True, **OPTIONS)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert Dataset(tmp_path / "out").num_episodes == len(LENGTHS)
