@@ -34,6 +34,7 @@ from data_prep.output import building, check_output, is_vacant
 from data_prep.pusht_expert import PushTExpert, Renderer, make_env, read_state
 from uwm_jax import cli
 from uwm_jax.errors import UserError
+from uwm_jax.files import write_text
 
 FLAGS = flags.FLAGS
 
@@ -261,9 +262,7 @@ def _write_source(demo: Demo, directory: Path, workers: int) -> dict[str, Any]:
 
 
 def _write_record(directory: Path, record: dict[str, Any]) -> None:
-    temporary = directory / (RECORD + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, directory / RECORD)
+    write_text(directory / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _read_record(directory: Path) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ that set alone, so two checkpoints see the same inputs.
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from uwm_jax import cli, report
 from uwm_jax.data.loader import Loader, open_dataset
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError
+from uwm_jax.files import write_text
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
     folder = workdir / "eval" / str(step)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     report.draw_modes(windows, system.facts.normalizer, folder / "modes.png")
     report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
     report.write(workdir, config, step, metrics, folder / "modes.png", workdir / "curves.png")
@@ -153,12 +153,6 @@ def interval(values: np.ndarray, clusters: np.ndarray, resamples: int = 2000) ->
     means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
     lo, hi = np.quantile(means, [0.025, 0.975])
     return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi), "n": len(values)}
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import uwm_jax
 from uwm_jax.config import base, flatten
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODES, QUESTIONS, generated, given
+from uwm_jax.files import write_text
 from uwm_jax.training.log import read_metrics
 
 matplotlib.use("Agg")
@@ -138,7 +139,7 @@ def write(
     rows += cell("baseline/copied_frame/psnr", 2) + "</tr>"
     defaults = flatten(base())
     changed = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(_plain(value))}</td></tr>"
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
         for name, value in sorted(flatten(config).items())
         if value != defaults[name]
     )
@@ -169,13 +170,7 @@ below. o is the current observation, a the next actions, o' the observation afte
 <table>{changed}</table>
 </body></html>
 """
-    temporary = workdir / "report.html.tmp"
-    temporary.write_text(page)
-    os.replace(temporary, workdir / "report.html")
-
-
-def _plain(value: Any) -> str:
-    return json.dumps(value)
+    write_text(workdir / "report.html", page)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 import uwm_jax
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
+from uwm_jax.files import write_text
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.state import TrainState
@@ -36,9 +36,7 @@ def write_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
     """Writes `config.json` atomically."""
     path = Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(config_lib.to_json(config) + "\n")
-    os.replace(temporary, path)
+    write_text(path, config_lib.to_json(config) + "\n")
 
 
 def make_assets(config: ConfigDict, facts: DataFacts, **extra: Any) -> dict[str, Any]:
@@ -268,8 +266,3 @@ def latest_step(workdir: str | os.PathLike[str]) -> int | None:
     directory = Path(workdir) / "checkpoints"
     steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()] if directory.is_dir() else []
     return max(steps, default=None)
-
-
-def to_numpy(tree: Any) -> Any:
-    """Every leaf on the host."""
-    return jax.tree.map(np.asarray, tree)

@@ -15,6 +15,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from uwm_jax.errors import RunError
+from uwm_jax.files import write_text
 
 
 class NotFinite(RunError):
@@ -104,9 +105,7 @@ class MetricsLog:
         path = Path(workdir) / "metrics.jsonl"
         if path.is_file():
             kept = [json.dumps(x) for x in read_metrics(path) if x["step"] <= step]
-            temporary = path.with_suffix(".jsonl.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
+            write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None)
 
