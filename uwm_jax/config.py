@@ -12,7 +12,7 @@ import difflib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,12 @@ def base() -> ConfigDict:
     c.seed = 0
     c.total_steps = 100_000
     c.batch_size = 36  # global, over all devices and processes
+    c.accumulation_steps = 1  # parts that a batch is computed in, one after the other, to save memory
     c.log_every = 50
+    c.hang_seconds = 900.0  # a step that takes longer prints the stacks of all threads; 0 = no watchdog
+    c.compilation_cache_dir = ""  # keeps compiled programs for the next start; "" = no cache
+    c.init_from = ""  # DIR[@step]: finetuning starts from the parameters and normaliser of this workdir
+    c.init_from_skip = ()  # patterns of parameters that start fresh, e.g. ("*/action_encoder/*",)
 
     c.model = ConfigDict()
     c.model.embed_dim = 768
@@ -74,6 +79,7 @@ def base() -> ConfigDict:
     c.data = ConfigDict()
     c.data.path = "droid"  # under $UWM_DATA_DIR (default data/) unless absolute
     c.data.split = "train"  # the dataset's own split; validation episodes are held out of it
+    c.data.sources = ConfigDict()  # {name: source()} of a mixture; empty = path alone
     c.data.cameras = ("exterior_image_1_left", "exterior_image_2_left", "wrist_image_left")
     c.data.low_dim = ()  # observation keys, e.g. ("gripper_position",)
     c.data.text = ""  # step key of a precomputed text embedding
@@ -110,7 +116,10 @@ def base() -> ConfigDict:
     c.optimizer.ema_decay = 0.0  # 0 = no average; else used by evaluation and sampling
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # -1 = whatever devices are left
+    c.mesh.data = -1  # rows of the batch over devices; -1 = whatever devices are left
+    c.mesh.fsdp = 1  # rows of the batch, and parameters with all that belongs to them
+    c.mesh.tensor = 1  # heads, hidden units and channels of the products
+    c.mesh.rules = "uwm"  # the table of configs/meshes/ that says which array lies on which axis, or a FILE.py
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10_000
@@ -120,6 +129,25 @@ def base() -> ConfigDict:
     c.eval.every = 0  # steps between losses on held-out windows; 0 = never
     c.eval.num_windows = 256
     return c
+
+
+def source(**fields: Any) -> ConfigDict:
+    """One source of `config.data.sources`; `fields` change the defaults."""
+    s = ConfigDict()
+    s.path = ""  # as config.data.path, which "" takes
+    s.split = ""  # as config.data.split, which "" takes
+    s.weight = 1.0  # share of the samples, relative to the other sources'; may change when a run continues
+    s.use_actions = True  # False: robot data or video that only shows; the rows have action_mask False
+    s.include = ()  # only episodes whose path holds one of these texts
+    s.exclude = ()  # no episode whose path holds one of these texts
+    s.path_key = "episode_metadata/file_path"  # the episode's path, for include and exclude
+    s.cameras = ()  # this source's keys for config.data.cameras, in that order; () = the same keys
+    s.fill_views = (
+        "same"  # fewer cameras than the model has: same (copied), none (one random view), random (other clips)
+    )
+    s.action = ()  # as config.data.action, which () takes
+    s.update(fields)
+    return s
 
 
 # Values that a field may take, where its type says too little.
@@ -144,7 +172,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 # Smallest value of a number; everything named here is otherwise at least 0.
 _AT_LEAST_ONE = (
-    "total_steps batch_size log_every model.embed_dim model.depth model.num_heads model.mlp_ratio "
+    "total_steps batch_size accumulation_steps log_every mesh.fsdp mesh.tensor "
+    "model.embed_dim model.depth model.num_heads model.mlp_ratio "
     "model.timestep_embed_dim model.encoder.width model.codec.microbatch diffusion.num_train_steps "
     "diffusion.num_inference_steps data.num_streams data.prefetch checkpoint.every "
     "checkpoint.keep eval.num_windows"
@@ -256,6 +285,9 @@ def from_json(text: str, where: str) -> ConfigDict:
     except json.JSONDecodeError as e:
         raise UserError(f"{where}: not JSON ({e}).") from e
     config = base()
+    if isinstance(stored, Mapping) and isinstance(stored.get("data"), Mapping):
+        sources = stored["data"].get("sources", {})
+        config.data.sources = ConfigDict({name: source() for name in sources if isinstance(sources, Mapping)})
     known = flatten(config)
 
     def fill(node: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
@@ -287,7 +319,10 @@ def read(workdir: str | os.PathLike[str], overrides: Iterable[tuple[str, str]] =
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError that names the first field that is missing, unknown, mistyped or inconsistent."""
-    reference, flat = flatten(base()), flatten(config)
+    defaults = base()
+    if isinstance(config.get("data"), ConfigDict) and isinstance(config.data.get("sources"), ConfigDict):
+        defaults.data.sources = ConfigDict({name: source() for name in config.data.sources})
+    reference, flat = flatten(defaults), flatten(config)
     for name in flat.keys() - reference.keys():
         raise UserError(f"config.{name}: there is no such field.{_suggest(name, reference)}")
     for name, default in reference.items():
@@ -302,7 +337,10 @@ def validate(config: ConfigDict) -> None:
             lowest = 1 if name in _AT_LEAST_ONE else 0
             if not value >= lowest or value == float("inf"):
                 raise UserError(f"config.{name}: expected a number of at least {lowest}, found {value}.")
-    for name, choices in _CHOICES.items():
+    choices_of = dict(_CHOICES) | {
+        f"data.sources.{s}.fill_views": ("same", "none", "random") for s in config.data.sources
+    }
+    for name, choices in choices_of.items():
         if flat[name] not in choices:
             raise UserError(f"config.{name}: expected one of {', '.join(choices)}; found {flat[name]!r}.")
     _validate_combinations(config)
@@ -314,6 +352,11 @@ def _validate_combinations(c: ConfigDict) -> None:
             raise UserError(message)
 
     m, d, w = c.model, c.data, c.data.window
+    check(
+        c.batch_size % c.accumulation_steps == 0,
+        f"config.accumulation_steps={c.accumulation_steps} does not divide config.batch_size={c.batch_size}.",
+    )
+    _validate_sources(d, check)
     check(
         m.embed_dim % m.num_heads == 0,
         f"config.model.num_heads={m.num_heads} does not divide config.model.embed_dim={m.embed_dim}.",
@@ -393,3 +436,34 @@ def _validate_combinations(c: ConfigDict) -> None:
         c.mesh.data == -1 or c.mesh.data > 0,
         f"config.mesh.data: expected a number of devices or -1 for all, found {c.mesh.data}.",
     )
+    check(bool(c.mesh.rules), "config.mesh.rules: expected the name of a table in configs/meshes/, or a FILE.py.")
+    check(
+        not c.init_from_skip or bool(c.init_from),
+        f"config.init_from_skip={c.init_from_skip} means nothing without config.init_from.",
+    )
+
+
+def _validate_sources(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
+    check(bool(d.path) or bool(d.sources), "config.data.path: expected a dataset's directory.")
+    if not d.sources:
+        return
+    check(
+        not d.path or any(not s.path for s in d.sources.values()),
+        f"config.data.path={d.path!r} is used by no source, since each names its own: set it to ''.",
+    )
+    check(
+        any(s.use_actions and s.weight > 0 for s in d.sources.values()),
+        "config.data.sources: expected at least one source with use_actions=True and a weight above 0.",
+    )
+    for name, s in d.sources.items():
+        where = f"config.data.sources.{name}"
+        check(name.isidentifier(), f"{where}: expected a name of letters, digits and underscores.")
+        check(bool(s.path or d.path), f"{where}.path is empty, and so is config.data.path.")
+        check(
+            len(s.cameras) <= len(d.cameras),
+            f"{where}.cameras has {len(s.cameras)} keys, but the model has {len(d.cameras)} cameras {d.cameras}.",
+        )
+        check(
+            not s.use_actions or len(s.cameras) in (0, len(d.cameras)),
+            f"{where}.cameras: a source with actions needs one key for each of {d.cameras}, found {s.cameras}.",
+        )
