@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.diffusion.loss import row_weights
 from uwm_jax.errors import UserError
 from uwm_jax.models.codecs import PixelsCodec, VAECodec
 from uwm_jax.models.vae import AutoencoderKL
@@ -20,7 +21,6 @@ FACTS = DataFacts(
     text_dim=0,
     normalizer=Normalizer({"action": (np.full(10, 2.0, np.float32), np.ones(10, np.float32))}),
 )
-WEIGHTS = {"action": 1.0, "next_obs": 1.0}
 
 
 class Recorder:
@@ -65,12 +65,13 @@ def batch(rows=64, seed=0):
 
 
 def loss(system, data, seed=0, frozen=None, **options):
-    """The loss and what reached the network."""
+    """{modality: loss} and what reached the network."""
 
     @jax.jit
     def run(frozen, data, key):
-        total, metrics = system.loss({}, frozen, data, key, WEIGHTS, **options)
-        return {"loss": total, **metrics}, system.network.seen
+        errors, _ = system.row_losses({}, frozen, data, key, **options)
+        weights = row_weights(data["action_mask"], system.config.loss.action_free)
+        return {m: (weights[m] * errors[m]).sum() for m in errors}, system.network.seen
 
     return run(frozen or {}, data, jax.random.key(seed))
 
@@ -82,8 +83,8 @@ def test_rows_without_actions_are_hidden_and_may_be_dropped(config):
     assert len(set(np.asarray(seen["timestep"]["action"][1::4]).tolist())) > 5
     config.loss.action_free = "dropped"
     dropped, _ = loss(make(config), data)
-    assert kept["loss/action"] != dropped["loss/action"]
-    assert kept["loss/next_obs"] == dropped["loss/next_obs"]
+    assert kept["action"] != dropped["action"]
+    assert kept["next_obs"] == dropped["next_obs"]
 
 
 def test_timesteps_follow_the_config(config):
@@ -131,7 +132,7 @@ def test_a_row_depends_on_its_index_alone(config):
 def test_steps_differ(config):
     data = batch(8)
     first, second = (loss(make(config), data, seed=seed)[0] for seed in (0, 1))
-    assert first["loss"] != second["loss"]
+    assert first != second
 
 
 def test_the_posterior_is_sampled_or_its_mode(config):
@@ -155,11 +156,24 @@ def test_the_loss_at_the_start_is_the_variance_of_the_noise(config):
     params = jax.jit(system.init)(jax.random.key(0))
     data = batch(16)
     key = jax.random.key(3)
-    total, metrics = jax.jit(system.loss)(params, {}, data, key, {"action": 2.0, "next_obs": 0.5})
+    errors, _ = jax.jit(system.row_losses)(params, {}, data, key)
     noise = system.draw_noise(jax.random.fold_in(key, 0), data["row"])
     for m in noise:
-        np.testing.assert_allclose(metrics[f"loss/{m}"], jnp.square(noise[m]).mean(), rtol=1e-5)
-    np.testing.assert_allclose(total, 2 * metrics["loss/action"] + 0.5 * metrics["loss/next_obs"], rtol=1e-6)
+        np.testing.assert_allclose(errors[m], jnp.square(noise[m]).reshape(16, -1).mean(axis=1), rtol=1e-5)
+
+
+def test_latents_take_the_place_of_frames(config):
+    """With the codec's own latents in the batch the loss is that of the frames they came from."""
+    config.data.augment.random_crop = False
+    data = batch(8)
+    system = make(config)
+    latents = system.encode_frames({}, system.preprocess(data)[1])
+    cached = {k: v for k, v in data.items() if not k.startswith("next_obs/")} | {"next_obs_latent": latents}
+    frames, seen = loss(system, data, augment=False)
+    from_latents, seen_latents = loss(system, cached, augment=False)
+    np.testing.assert_allclose(seen_latents["noisy"]["next_obs"], seen["noisy"]["next_obs"], atol=1e-6)
+    for m in frames:
+        np.testing.assert_allclose(from_latents[m], frames[m], rtol=1e-6)
 
 
 def test_facts_survive_storage():

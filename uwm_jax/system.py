@@ -208,21 +208,14 @@ class System:
     # --- training ------------------------------------------------------------------------------
 
     @_exact
-    def loss(
-        self,
-        params: Params,
-        frozen: Params,
-        batch: Batch,
-        key: jax.Array,
-        weights: Mapping[str, jax.Array],
-        *,
-        augment: bool = True,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The training loss of a batch, and {"loss/action", "loss/next_obs"} unweighted.
+    def row_losses(
+        self, params: Params, frozen: Params, batch: Batch, key: jax.Array, *, augment: bool = True
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """The training objective of each row: {modality: (B,) mean squared error} and {modality: (B,) timestep}.
 
         Args:
+          batch: with `next_obs/<camera>`, or the codec's `next_obs_latent` (B, V, T, h, w, C) in their place.
           key: one key a step; every row folds its global index into it.
-          weights: {modality: () array}.
           augment: False for the loss on held-out data (centre crop, no jitter, posterior mode).
         """
         noise = self.draw_noise(jax.random.fold_in(key, 0), batch["row"])
@@ -235,31 +228,24 @@ class System:
 
         current, following = self.preprocess(batch, image_keys if augment else None)
         sample_posterior = augment and self.config.model.codec.posterior == "sample"
-        latents = self.encode_frames(frozen, following, posterior_keys if sample_posterior else None)
+        latents = self._latents_of(frozen, batch, following, posterior_keys if sample_posterior else None)
         global_cond = self.encode_obs(params, batch, current)
 
         def network(noisy: Batch, timestep: Batch) -> Any:
             return self.network.apply({"params": params}, global_cond, noisy, timestep)[0]
 
-        total, parts, _ = losses.diffusion_loss(
-            network,
-            self.schedule,
-            {"action": batch["action"], "next_obs": latents},
-            noise,
-            timestep,
-            weights=weights,
-            prediction=self.prediction,
-            action_mask=batch["action_mask"],
-            action_free=self.config.loss.action_free,
-        )
-        return total, {f"loss/{m}": value for m, value in parts.items()}
+        clean = {"action": batch["action"], "next_obs": latents}
+        errors, _ = losses.row_losses(network, self.schedule, clean, noise, timestep, self.prediction)
+        return errors, timestep
 
     # --- inference -----------------------------------------------------------------------------
 
-    def _latents_of(self, frozen: Params, batch: Batch, following: jax.Array | None) -> jax.Array:
+    def _latents_of(
+        self, frozen: Params, batch: Batch, following: jax.Array | None, keys: jax.Array | None = None
+    ) -> jax.Array:
         if "next_obs_latent" in batch:
             return batch["next_obs_latent"]
-        return self.encode_frames(frozen, following)
+        return self.encode_frames(frozen, following, keys)
 
     @_exact
     def denoise(
@@ -273,19 +259,17 @@ class System:
         current, following = self.preprocess(batch)
         latents = self._latents_of(frozen, batch, following)
         global_cond = self.encode_obs(params, batch, current)
-        _, parts, output = losses.diffusion_loss(
+        errors, output = losses.row_losses(
             lambda noisy, t: self.network.apply({"params": params}, global_cond, noisy, t)[0],
             self.schedule,
             {"action": batch["action"], "next_obs": latents},
             noise,
             timestep,
-            weights=dict.fromkeys(MODALITIES, jnp.ones(())),
-            prediction=self.prediction,
-            action_mask=jnp.ones(batch["action"].shape[:1], bool),
+            self.prediction,
         )
         return {
             **{f"noise_pred/{m}": output[m] for m in MODALITIES},
-            **{f"loss/{m}": parts[m] for m in MODALITIES},
+            **{f"loss/{m}": errors[m].mean() for m in MODALITIES},
             "obs_feat": global_cond,
             "next_obs_latent": latents,
         }

@@ -106,7 +106,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
-    eval_step = jax.jit(make_eval_step(system))
+    eval_step = jax.jit(make_eval_step(config, system))
     held_out = held_out_batches(config, loader, batch_sharding)
 
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----

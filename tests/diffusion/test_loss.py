@@ -26,14 +26,20 @@ def network(noisy, timestep):
     return {m: jnp.sin(2 * x) + 0.01 * timestep[m].reshape(-1, *[1] * (x.ndim - 1)) for m, x in noisy.items()}
 
 
-def call(clean, noise, timestep, mask, **options):
-    defaults = {"weights": {"action": 2.0, "next_obs": 0.5}, "prediction": {"action": "v", "next_obs": "epsilon"}}
-    return losses.diffusion_loss(network, SCHEDULE, clean, noise, timestep, action_mask=mask, **(defaults | options))
+PREDICTION = {"action": "v", "next_obs": "epsilon"}
+
+
+def call(clean, noise, timestep, mask=None, action_free="kept"):
+    """{modality: loss of the batch} and the network's outputs."""
+    errors, output = losses.row_losses(network, SCHEDULE, clean, noise, timestep, PREDICTION)
+    mask = jnp.ones(len(errors["action"]), bool) if mask is None else mask
+    weights = losses.row_weights(mask, action_free)
+    return {m: (weights[m] * errors[m]).sum() for m in errors}, output
 
 
 def test_matches_numpy():
     clean, noise, timestep = make()
-    total, parts, output = call(clean, noise, timestep, jnp.ones(6, bool))
+    parts, output = call(clean, noise, timestep)
     abar = SCHEDULE.alphas_cumprod.astype(np.float64)
     expected = {}
     for m in clean:
@@ -45,7 +51,6 @@ def test_matches_numpy():
         expected[m] = np.mean((prediction - target) ** 2)
         np.testing.assert_allclose(output[m], prediction, atol=1e-5)
         np.testing.assert_allclose(parts[m], expected[m], rtol=1e-5)
-    np.testing.assert_allclose(total, 2 * expected["action"] + 0.5 * expected["next_obs"], rtol=1e-5)
 
 
 def test_rows_without_actions_sit_at_the_last_timestep():
@@ -60,17 +65,17 @@ def test_rows_without_actions_sit_at_the_last_timestep():
 def test_dropped_rows_add_nothing_to_the_action_loss():
     clean, noise, timestep = make()
     mask = jnp.array([True, False, True, False, True, True])
-    _, dropped, _ = call(clean, noise, timestep, mask, action_free="dropped")
+    dropped, _ = call(clean, noise, timestep, mask, action_free="dropped")
     keep = np.flatnonzero(mask)
     subset = [{m: x[keep] for m, x in tree.items()} for tree in (clean, noise, timestep)]
-    _, alone, _ = call(*subset, mask[keep])
+    alone, _ = call(*subset, mask[keep])
     np.testing.assert_allclose(dropped["action"], alone["action"], rtol=1e-6)
-    _, kept, _ = call(clean, noise, timestep, mask)
+    kept, _ = call(clean, noise, timestep, mask)
     assert abs(float(kept["action"] - dropped["action"])) > 1e-3
     assert kept["next_obs"] == dropped["next_obs"]
 
     def action_loss(action, action_free):
-        return call(clean | {"action": action}, noise, timestep, mask, action_free=action_free)[1]["action"]
+        return call(clean | {"action": action}, noise, timestep, mask, action_free=action_free)[0]["action"]
 
     gradient = jax.grad(action_loss)(clean["action"], "dropped")
     assert not gradient[~mask].any() and gradient[mask].any(axis=(1, 2)).all()
@@ -79,8 +84,36 @@ def test_dropped_rows_add_nothing_to_the_action_loss():
 
 def test_all_rows_dropped_is_zero_and_finite():
     clean, noise, timestep = make()
-    _, parts, _ = call(clean, noise, timestep, jnp.zeros(6, bool), action_free="dropped")
+    parts, _ = call(clean, noise, timestep, jnp.zeros(6, bool), action_free="dropped")
     assert parts["action"] == 0 and np.isfinite(parts["next_obs"])
+
+
+def test_row_losses_add_up_over_any_partition():
+    clean, noise, timestep = make()
+    mask = jnp.array([True, False, True, False, True, True])
+    errors, _ = losses.row_losses(network, SCHEDULE, clean, noise, timestep, PREDICTION)
+    for action_free in ("kept", "dropped"):
+        weights = losses.row_weights(mask, action_free)
+        whole, _ = call(clean, noise, timestep, mask, action_free)
+        for m in errors:
+            parts = [(weights[m][rows] * errors[m][rows]).sum() for rows in (np.array([0, 3]), np.array([1, 2, 4, 5]))]
+            np.testing.assert_allclose(sum(parts), whole[m], rtol=1e-6)
+
+
+def test_losses_by_timestep_are_sums_and_counts_of_rows():
+    clean, noise, timestep = make(64)
+    mask = jnp.arange(64) % 3 != 0
+    timestep = losses.hide_missing_actions(timestep, mask, SCHEDULE)
+    errors, _ = losses.row_losses(network, SCHEDULE, clean, noise, timestep, PREDICTION)
+    sums = losses.by_timestep(errors, timestep, mask, SCHEDULE)
+    assert list(sums)[:4] == ["action/t0-24", "action/t25-49", "action/t50-74", "action/t75-99"]
+    for name, (total, count) in sums.items():
+        m, span = name.split("/t")
+        low, high = map(int, span.split("-"))
+        t, drawn = np.asarray(timestep[m]), np.asarray(mask) | (m == "next_obs")
+        inside = (t >= low) & (t <= high) & drawn
+        assert count == inside.sum() > 0
+        np.testing.assert_allclose(total, np.asarray(errors[m])[inside].sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "share"), [("uniform", 0.25), ("high_noise", 0.625)])

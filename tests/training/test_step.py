@@ -8,27 +8,36 @@ import numpy as np
 import pytest
 
 from uwm_jax.config import base
+from uwm_jax.diffusion.schedule import Schedule
 from uwm_jax.training import state as state_lib
-from uwm_jax.training.step import make_eval_step, make_train_step
+from uwm_jax.training.step import gradient_norms, make_eval_step, make_train_step
 
 
 class Quadratic:
-    """A system whose loss is a weighted distance of the parameters to the batch's target."""
+    """A system whose loss is a distance of the parameters to the batch's target, row by row."""
 
-    def loss(self, params, frozen, batch, key, weights, *, augment=True):
-        parts = {
-            "loss/action": jnp.sum((params["w"] - batch["w"]) ** 2),
-            "loss/next_obs": jnp.sum(jnp.cos(params["b"])),
+    schedule = Schedule()
+
+    def row_losses(self, params, frozen, batch, key, *, augment=True):
+        errors = {  # twice, since a batch of two rows is averaged
+            "action": 2 * jnp.sum((params["w"][batch["row"]] - batch["w"]) ** 2, axis=1),
+            "next_obs": jnp.broadcast_to(jnp.sum(jnp.cos(params["b"])), batch["row"].shape),
         }
-        return weights["action"] * parts["loss/action"] + weights["next_obs"] * parts["loss/next_obs"], parts
+        return errors, {m: batch["t"] for m in errors}
 
 
 START = {"w": np.array([[1.0, -2.0], [0.5, 3.0]], np.float32), "b": np.array([0.3, -0.7], np.float32)}
-BATCH = {"w": jnp.asarray([[0.0, 1.0], [2.0, -1.0]])}
+BATCH = {
+    "w": jnp.asarray([[0.0, 1.0], [2.0, -1.0]]),
+    "t": jnp.asarray([3, 90], jnp.int32),
+    "action_mask": jnp.asarray([True, True]),
+    "row": jnp.arange(2),
+}
 
 
-def make(**optimizer):
+def make(accumulation_steps=1, **optimizer):
     config = base()
+    config.accumulation_steps = accumulation_steps
     config.total_steps = 20
     config.loss.weights.next_obs = 0.5
     for name, value in optimizer.items():
@@ -104,6 +113,39 @@ def test_hyper_parameters_are_arrays_of_one_compiled_step():
 def test_eval_step_uses_the_average():
     _, state = make(ema_decay=0.9)
     state = state.replace(ema_params=jax.tree.map(jnp.zeros_like, state.params))
-    metrics = make_eval_step(Quadratic())(state, None, BATCH)
+    metrics = make_eval_step(base(), Quadratic())(state, None, BATCH)
     np.testing.assert_allclose(metrics["eval/loss/action"], jnp.sum(BATCH["w"] ** 2))
     assert set(metrics) == {"eval/loss/action", "eval/loss/next_obs"}
+
+
+def test_losses_by_timestep_and_gradient_norms_by_group():
+    step, state = make()
+    _, metrics = step(state, None, BATCH)
+    distance = ((START["w"] - np.asarray(BATCH["w"])) ** 2).sum(axis=1) * 2
+    np.testing.assert_allclose(metrics["loss/action/t0-24"], [distance[0], 1], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/action/t75-99"], [distance[1], 1], rtol=1e-6)
+    np.testing.assert_array_equal(metrics["loss/action/t25-49"], [0, 0])
+    grads = {
+        "obs_encoder": {"conv": {"kernel": np.full(4, 1.0)}},
+        "noise_pred_net": {
+            "blocks": {
+                k: {"kernel": np.full(1, v)} for k, v in (("adaln", 2.0), ("qkv", 3.0), ("proj", 4.0), ("fc1", 5.0))
+            },
+            "head": {"adaln": {"bias": np.full(1, 6.0)}, "linear": {"kernel": np.full(1, 7.0)}},
+            "action_encoder": {"fc1": {"kernel": np.full(1, 8.0)}},
+        },
+    }
+    norms = {k.removeprefix("grad_norm/"): float(v) ** 2 for k, v in gradient_norms(grads).items()}
+    expected = {"obs_encoder": 4, "adaln": 4 + 36, "attention": 9 + 16, "mlp": 25, "tokens": 49 + 64, "grad_norm": 207}
+    assert norms == pytest.approx(expected, rel=1e-6)
+
+
+def test_accumulation_changes_nothing():
+    (whole, state), (parts, _) = make(learning_rate=0.1), make(accumulation_steps=2, learning_rate=0.1)
+    one, expected = whole(state, None, BATCH)
+    two, metrics = parts(state, None, BATCH)
+    assert set(metrics) == set(expected)
+    for name in expected:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6, err_msg=name)
+    for k in START:
+        np.testing.assert_allclose(two.params[k], one.params[k], rtol=1e-6)

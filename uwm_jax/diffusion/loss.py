@@ -42,44 +42,63 @@ def hide_missing_actions(timestep: Arrays, action_mask: jax.Array, schedule: Sch
     }
 
 
-def diffusion_loss(
+def row_losses(
     network: Callable[[dict[str, jax.Array], Arrays], dict[str, jax.Array]],
     schedule: Schedule,
     clean: Arrays,
     noise: Arrays,
     timestep: Arrays,
-    *,
-    weights: Arrays,
     prediction: Mapping[str, str],
-    action_mask: jax.Array,
-    action_free: str = "kept",
-) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Weighted sum of the modalities' mean squared errors (paper, equation 2).
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Mean squared error of each row and modality (paper, equation 2), from one evaluation of the network.
 
     Args:
       network: ({modality: noisy}, {modality: (B,) timesteps}) -> {modality: output, float32}.
       clean, noise: {modality: (B, ...)}.
       timestep: {modality: (B,)}, with `hide_missing_actions` applied.
-      weights: {modality: () array}.
       prediction: {modality: epsilon | sample | v}.
-      action_mask: (B,) bool.
-      action_free: `kept` (official: rows without actions still predict what they were given at T - 1) or
-        `dropped` (the action loss is the mean over rows that have actions; 0 if none has).
 
     Returns:
-      The weighted loss, {modality: unweighted loss} and the network's outputs.
+      {modality: (B,) float32} and the network's outputs.
     """
     noisy = {m: schedule.add_noise(clean[m], noise[m], timestep[m]) for m in MODALITIES}
     output = network(noisy, timestep)
-    losses = {}
+    errors = {}
     for m in MODALITIES:
-        if MODES[TRAINING_MODE][m] is not Role.GENERATE:
-            continue
-        error = jnp.square(output[m] - schedule.target(prediction[m], clean[m], noise[m], timestep[m]))
-        hidden = MODES[ACTION_FREE_MODE][m] is Role.HIDDEN
-        if hidden and action_free == "dropped":
-            rows = error.reshape(error.shape[0], -1).mean(axis=1)
-            losses[m] = jnp.where(action_mask, rows, 0.0).sum() / jnp.maximum(action_mask.sum(), 1)
-        else:
-            losses[m] = error.mean()
-    return sum((weights[m] * losses[m] for m in losses), jnp.zeros(())), losses, output
+        if MODES[TRAINING_MODE][m] is Role.GENERATE:
+            error = output[m] - schedule.target(prediction[m], clean[m], noise[m], timestep[m])
+            errors[m] = jnp.square(error).reshape(error.shape[0], -1).mean(axis=1)
+    return errors, output
+
+
+def row_weights(action_mask: jax.Array, action_free: str = "kept") -> dict[str, jax.Array]:
+    """{modality: (B,) float32}: what each row counts, so that sums over rows are the losses of the whole batch.
+
+    Any partition of the rows then adds up to the same loss, whatever the parts are computed on.
+
+    Args:
+      action_mask: (B,) bool.
+      action_free: `kept` (official: rows without actions still predict what they were given at T - 1) or
+        `dropped` (the action loss is the mean over rows that have actions; 0 if none has).
+    """
+    every = jnp.full(action_mask.shape, 1 / action_mask.shape[0])
+    with_action = action_mask / jnp.maximum(action_mask.sum(), 1)
+    hidden = {m: MODES[ACTION_FREE_MODE][m] is Role.HIDDEN for m in MODALITIES}
+    return {m: with_action if hidden[m] and action_free == "dropped" else every for m in MODALITIES}
+
+
+def by_timestep(
+    errors: Arrays, timestep: Arrays, action_mask: jax.Array, schedule: Schedule, buckets: int = 4
+) -> dict[str, jax.Array]:
+    """{"action/t0-24": (2,) [sum of row losses, number of rows], ...}: equal ranges of timesteps of each modality.
+
+    Rows without actions, whose action timestep is not drawn, are not counted for the action.
+    """
+    edges = [i * schedule.num_train_steps // buckets for i in range(buckets + 1)]
+    sums = {}
+    for m, error in errors.items():
+        drawn = action_mask if MODES[ACTION_FREE_MODE][m] is Role.HIDDEN else jnp.ones_like(action_mask)
+        for low, high in zip(edges[:-1], edges[1:], strict=True):
+            inside = (drawn & (timestep[m] >= low) & (timestep[m] < high)).astype(jnp.float32)
+            sums[f"{m}/t{low}-{high - 1}"] = jnp.stack([(inside * error).sum(), inside.sum()])
+    return sums

@@ -7,49 +7,80 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from uwm_jax.diffusion.loss import by_timestep, row_weights
+from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.system import System
 from uwm_jax.training.state import TrainState, schedule_factor
 
 Metrics = dict[str, jax.Array]
 
+# Gradient norms are logged by group: the first pattern that a parameter's path holds names its group.
+GRADIENT_GROUPS = (
+    ("obs_encoder/", "obs_encoder"),
+    ("/adaln/", "adaln"),
+    ("/qkv/", "attention"),
+    ("/proj/", "attention"),
+    ("/blocks/fc", "mlp"),
+    ("", "tokens"),  # embeddings of actions, patches, positions, timesteps and registers, and the way back
+)
+
 
 def make_train_step(
-    config: ConfigDict, system: System, optimizer: optax.GradientTransformation
+    config: ConfigDict, system: System, optimizer: Any, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """`(state, frozen, batch) -> (state, metrics)`; metrics are () float32 arrays."""
-    ema_decay = config.optimizer.ema_decay
+    """`(state, frozen, batch) -> (state, metrics)`.
+
+    Metrics are float32: `loss` (weighted sum), `loss/<modality>`, `grad_norm`, `grad_norm/<group>`, `learning_rate`
+    as () arrays, and `loss/<modality>/t<low>-<high>` as (2,) arrays [sum over rows, number of rows].
+
+    Args:
+      mesh: over which the batch is spread; None on one device.
+    """
+    ema_decay, action_free = config.optimizer.ema_decay, config.loss.action_free
 
     def train_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.hparams.seed), state.step)
+        shares = row_weights(batch["action_mask"], action_free)
 
-        def objective(params: Any) -> tuple[jax.Array, Metrics]:
-            return system.loss(params, frozen, batch, key, state.hparams.weights)
+        def objective(params: Any, rows: Any) -> tuple[jax.Array, Metrics]:
+            batch, shares = rows
+            errors, timestep = system.row_losses(params, frozen, batch, key)
+            parts = {m: (shares[m] * errors[m]).sum() for m in errors}
+            total = sum((state.hparams.weights[m] * parts[m] for m in parts), jnp.zeros(()))
+            named = parts | by_timestep(jax.lax.stop_gradient(errors), timestep, batch["action_mask"], system.schedule)
+            return total, {f"loss/{name}": value for name, value in named.items()}
 
-        (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (loss, parts), grads = value_and_grad(
+            objective, state.params, (dict(batch), shares), mesh=mesh, steps=config.accumulation_steps
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learning_rate = state.hparams.learning_rate * schedule_factor(config, state.step)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         ema_params = state.ema_params
         if ema_decay:
             ema_params = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema_params, params)
-        metrics = {
-            "loss": loss,
-            **parts,
-            "grad_norm": optax.global_norm(grads),
-            "learning_rate": learning_rate,
-        }
+        metrics = {"loss": loss, **parts, **gradient_norms(grads), "learning_rate": learning_rate}
         state = state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
         return state, metrics
 
     return train_step
 
 
-def make_eval_step(
-    system: System,
-) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], Metrics]:
+def gradient_norms(grads: Any) -> Metrics:
+    """`grad_norm` of all gradients and `grad_norm/<group>` of each group of parameters; () float32."""
+    squares: Metrics = {}
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        group = next(group for pattern, group in GRADIENT_GROUPS if pattern in name)
+        squares[group] = squares.get(group, jnp.zeros(())) + jnp.sum(jnp.square(grad))
+    groups = {f"grad_norm/{group}": jnp.sqrt(square) for group, square in sorted(squares.items())}
+    return {"grad_norm": jnp.sqrt(sum(squares.values(), jnp.zeros(()))), **groups}
+
+
+def make_eval_step(config: ConfigDict, system: System) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], Metrics]:
     """`(state, frozen, batch) -> {"eval/loss/...": ()}` with noise that depends on the row alone.
 
     The noise does not depend on the step or the seed of the run, so two checkpoints compare.
@@ -57,8 +88,8 @@ def make_eval_step(
 
     def eval_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> Metrics:
         params = state.params if state.ema_params is None else state.ema_params
-        weights = {m: jnp.ones(()) for m in state.hparams.weights}
-        _, parts = system.loss(params, frozen, batch, jax.random.key(0), weights, augment=False)
-        return {f"eval/{name}": value for name, value in parts.items()}
+        errors, _ = system.row_losses(params, frozen, batch, jax.random.key(0), augment=False)
+        shares = row_weights(batch["action_mask"], config.loss.action_free)
+        return {f"eval/loss/{m}": (shares[m] * errors[m]).sum() for m in errors}
 
     return eval_step
