@@ -8,9 +8,10 @@ import sys
 import pytest
 
 PROGRAM = """
+import errno
 from absl import flags
 from uwm_jax import cli
-from uwm_jax.errors import UserError
+from uwm_jax.errors import Preempted, UserError
 flags.DEFINE_string("official_config", None, "a file")
 flags.DEFINE_integer("count", 3, "a number")
 cli.accept_config_overrides()
@@ -19,6 +20,10 @@ def main(argv):
         raise UserError("FILE: expected that, found this.")
     if "path" in argv:
         open("/dev/null/x")
+    if "full" in argv:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+    if "preempted" in argv:
+        raise Preempted("stopped at step 3, which is saved.")
     if "bug" in argv:
         raise RuntimeError("a defect of ours")
     print(argv, flags.FLAGS.official_config, flags.FLAGS.count, cli.config_overrides())
@@ -44,9 +49,11 @@ def test_flags_with_hyphens_and_overrides():
         (["path"], 2, "/dev/null/x: Not a directory"),
         (["--official_confg=x"], 2, "official_config"),
         (["--count=many"], 2, "count"),
+        (["full"], 1, "error: metrics.jsonl cannot be written: No space left on device"),
+        (["preempted"], 143, "stopped at step 3, which is saved."),
     ],
 )
-def test_errors_of_users_have_no_traceback(arguments, status, message):
+def test_expected_ends_have_a_status_and_no_traceback(arguments, status, message):
     result = run(*arguments)
     assert result.returncode == status
     assert message in result.stderr and "Traceback" not in result.stderr

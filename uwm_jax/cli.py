@@ -1,7 +1,7 @@
 """Flags and errors, wrapped once for every command.
 
 Exit status: 0 success; 2 for an unusable flag, config, file or shape, with one message and no
-traceback (unless `--debug`); 1 for anything else.
+traceback (unless `--debug`); 143 for a run that was told to end and saved itself; 1 for anything else.
 
 Flags are absl's, which by itself exits with 1 on a bad flag. Config fields (`--config.model.depth=6`)
 are taken out of the command line first and applied by `config.apply_overrides`, so that they work
@@ -10,20 +10,23 @@ alike on a config file and on the stored config of a workdir, and a mistyped fie
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from uwm_jax.errors import RunError, UserError
+from uwm_jax.errors import Preempted, RunError, UserError
 
 FLAGS = flags.FLAGS
 
 USAGE_STATUS = 2
+PREEMPTED_STATUS = 143
 
 # What the paths that a user gives can lead to; other OSErrors (a full disk) are no fault of the command line.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 flags.DEFINE_bool("debug", False, "show the traceback behind an error message")
 
@@ -85,6 +88,9 @@ def _call(main: Main, argv: Sequence[str]) -> int:
             print(sys.modules[main.__module__].__doc__ or "", "Flags:", *flag_lines, sep="\n")
             return 0
         main(_parse(argv))
+    except Preempted as e:
+        print(e, file=sys.stderr)
+        return PREEMPTED_STATUS
     except (UserError, RunError) as e:
         if debug:
             traceback.print_exc()
@@ -95,6 +101,13 @@ def _call(main: Main, argv: Sequence[str]) -> int:
             traceback.print_exc()
         print(f"error: {e.filename}: {e.strerror}. Check the paths of the flags.", file=sys.stderr)
         return USAGE_STATUS
+    except OSError as e:
+        if debug or e.errno not in _DISK_ERRORS:
+            traceback.print_exc()
+        if e.errno in _DISK_ERRORS:
+            where = e.filename or "the output"
+            print(f"error: {where} cannot be written: {e.strerror}. Make room and start again.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1

@@ -12,3 +12,7 @@ class RunError(Exception):
 
     Says at which step, what was seen and what to do about it.
     """
+
+
+class Preempted(RunError):
+    """The process was told to end (SIGTERM) and did so in good order: exit status 143, nothing is lost."""
