@@ -1,18 +1,23 @@
-"""metrics.jsonl, the progress line and the guard against NaN."""
+"""metrics.jsonl, the window between two of its lines, the progress line and the guard against NaN."""
 
 from __future__ import annotations
 
 import json
-import math
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from uwm_jax.training.log import Clock, MetricsLog, NotFinite, Window, progress_line
+from uwm_jax.training.log import MetricsLog, NotFinite, Window, progress_line, read_metrics
 
 
-def metrics(loss, rate=0.1):
-    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1.0), "learning_rate": jnp.float32(rate)}
+def metrics(loss, rate=0.1, bucket=(0.0, 0.0)):
+    return {
+        "loss": jnp.float32(loss),
+        "learning_rate": jnp.float32(rate),
+        "loss/action/t0-24": jnp.asarray(bucket, jnp.float32),
+    }
 
 
 def test_window_averages_and_empties():
@@ -25,45 +30,106 @@ def test_window_averages_and_empties():
     assert window.means()["loss"] == 5.0
 
 
+def test_pairs_are_ratios_over_the_window_and_rows_that_never_came_are_left_out():
+    window = Window()
+    window.add(1, metrics(1.0, bucket=(2.0, 1.0)))
+    window.add(2, metrics(1.0, bucket=(0.0, 0.0)))
+    window.add(3, metrics(1.0, bucket=(3.0, 4.0)))
+    assert window.means()["loss/action/t0-24"] == 1.0  # 5 / 5, not the mean of 2 and 0.75
+    window.add(4, metrics(1.0, bucket=(0.0, 0.0)))
+    assert "loss/action/t0-24" not in window.means()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_window_names_the_first_bad_step_and_metric(bad):
+@pytest.mark.parametrize("reader", ["means", "check", "state"])
+def test_window_names_the_first_bad_step_and_metric(bad, reader):
     window = Window()
     for step, loss in enumerate([1.0, bad, bad], start=7):
         window.add(step, metrics(loss))
     with pytest.raises(NotFinite, match="step 8: loss is"):
-        window.means()
+        getattr(window, reader)()
+
+
+def test_a_bad_sum_of_rows_is_named_too():
+    window = Window()
+    window.add(3, metrics(1.0, bucket=(float("nan"), 2.0)))
+    with pytest.raises(NotFinite, match="step 3: loss/action/t0-24 is nan"):
+        window.check()
+
+
+def test_check_keeps_the_window():
+    window = Window()
+    window.add(1, metrics(1.0))
+    window.check()
+    window.add(2, metrics(2.0))
+    assert window.means()["loss"] == 1.5
+
+
+def test_a_window_restored_anywhere_ends_with_the_same_bits():
+    rng = np.random.default_rng(0)
+    steps = [metrics(rng.normal() * 10 ** rng.uniform(-3, 3), rng.uniform(), rng.uniform(size=2)) for _ in range(11)]
+    whole = Window()
+    for step, m in enumerate(steps, start=1):
+        whole.add(step, m)
+    expected = whole.means()
+    for cut in range(len(steps) + 1):
+        first, second = Window(), Window()
+        for step, m in enumerate(steps[:cut], start=1):
+            first.add(step, m)
+        second.restore(json.loads(json.dumps(first.state())))
+        for step, m in enumerate(steps[cut:], start=cut + 1):
+            second.add(step, m)
+        assert second.means() == expected, cut
+
+
+def test_window_keeps_two_steps_in_flight(monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda m: waited.append(float(m["loss"])))
+    window = Window()
+    for step in range(1, 6):
+        window.add(step, metrics(step))
+    assert waited == [1, 2, 3]
 
 
 def test_lines_after_the_restored_step_are_cut(tmp_path):
     log = MetricsLog(tmp_path, 0)
-    for step in (10, 20, 30):
+    assert log.cut is None
+    for step in (10, 20, 30, 40):
         log.write(step, {"loss": 1.0 / step})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 40, "lo')  # a crash in the middle of a line
+        file.write('{"step": 50, "lo')  # a crash in the middle of a line
     log = MetricsLog(tmp_path, 20)
+    assert log.cut == {"step": 40, "loss": 1 / 40}
     log.write(30, {"loss": 7.0})
     log.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [x["step"] for x in lines] == [10, 20, 30] and lines[-1]["loss"] == 7.0
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_clock_and_progress_line(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("uwm_jax.training.log.time.perf_counter", lambda: now[0])
-    clock = Clock(step=0, total_steps=101, batch_size=8)
-    now[0] += 30  # compilation
-    assert math.isnan(clock.tick(1, 2.0)["eta_seconds"])
-    now[0] += 5
-    now[0] += 10
-    clock.pause(10)  # an evaluation
-    rates = clock.tick(11, 3.0)
-    assert rates["samples_per_second"] == pytest.approx(16)
-    assert rates["data_wait_fraction"] == pytest.approx(0.2)
-    assert rates["eta_seconds"] == pytest.approx(90 * 0.5)
-    values = {"loss": 1.5, "loss/action": 1.0, "loss/next_obs": 0.5, **rates}
+def test_only_one_process_writes(tmp_path):
+    writer = MetricsLog(tmp_path, 0)
+    writer.write(10, {"loss": 1.0})
+    other = MetricsLog(tmp_path, 0, writes=False)
+    other.write(10, {"loss": 2.0})
+    other.close()
+    writer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 10, "loss": 1.0}]
+    assert other.cut is None
+
+
+def test_progress_line():
+    values = {
+        "loss": 1.5,
+        "loss/action": 1.0,
+        "loss/next_obs": 0.5,
+        "samples_per_second": 16.04,
+        "data_wait_fraction": 0.2,
+        "eta_seconds": 45.2,
+    }
     line = progress_line(11, 101, values)
-    for part in ("step 11/101", "loss 1.5000", "action 1.0000", "16.0 samples/s", "data wait 20 %", "ETA 0:45"):
-        assert part in line
-    assert "ETA 1:00:45" in progress_line(11, 101, values | {"eta_seconds": 3645.0})
+    assert line == (
+        "step 11/101  loss 1.5000 (action 1.0000, next_obs 0.5000)  16.0 samples/s  data wait 20 %  ETA 0:45"
+    )
+    assert "  MFU 41.2 %  data wait" in progress_line(11, 101, values | {"mfu": 0.4123})
