@@ -1,0 +1,292 @@
+"""What of an origin reaches a run that starts from it, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from uwm_jax import config as config_lib
+from uwm_jax.benchmark_step import make_up_system
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.errors import UserError
+from uwm_jax.system import DataFacts, System
+from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
+from uwm_jax.training.finetune import INTERFACE, open_origin
+from uwm_jax.training.state import create, make_optimizer
+
+# Of the dataset that the origin was trained on, and of another one.
+OLD = Normalizer(
+    {
+        "action": (np.full(10, 2.0, np.float32), np.full(10, 0.5, np.float32)),
+        "state": (np.full(7, 3.0, np.float32), np.zeros(7, np.float32)),
+    }
+)
+NEW = Normalizer(
+    {
+        "action": (np.full(10, 2.2, np.float32), np.full(10, 0.1, np.float32)),
+        "state": (np.full(7, 5.0, np.float32), np.ones(7, np.float32)),
+        "gripper": (np.full(1, 4.0, np.float32), np.ones(1, np.float32)),
+    }
+)
+ACTION_PATTERNS = ("*/action_encoder/*", "*/action_decoder/*")
+
+
+@pytest.fixture(scope="module")
+def origin_run(tmp_path_factory, make_tiny_config):
+    """A run with checkpoints of steps 2 (parameters alone) and 4 (with an average), and its state at 4."""
+    config = make_tiny_config()
+    config.checkpoint.keep = 5
+    workdir = tmp_path_factory.mktemp("finetune") / "origin"
+    system, frozen = make_up_system(config, 10)
+    facts = dataclasses.replace(system.facts, normalizer=OLD)
+    params = jax.jit(system.init)(jax.random.key(1))
+    write_config(workdir, config)
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save_params(2, jax.tree.map(lambda x: x + 2, params), frozen, make_assets(config, facts))
+    state = create(config, params, make_optimizer(config))
+    state = state.replace(step=jnp.asarray(4), ema_params=jax.tree.map(lambda x: x + 1, params))
+    checkpoints.save(state, {}, frozen, make_assets(config, facts))
+    checkpoints.wait()
+    checkpoints.close()
+    return workdir, state, frozen
+
+
+@pytest.fixture
+def origin(origin_run):
+    return open_origin(str(origin_run[0]))
+
+
+def shapes_of(config, action_dim=10):
+    """The new run's parameters, and the facts of its data."""
+    system, _ = make_up_system(config, action_dim)
+    return jax.eval_shape(system.init, jax.random.key(0)), dataclasses.replace(system.facts, normalizer=NEW)
+
+
+def with_facts(facts, **changed):
+    return dataclasses.replace(facts, **changed)
+
+
+def zeros(shapes, sharding=None):
+    return jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), sharding), shapes)
+
+
+def test_the_average_of_the_newest_checkpoint_is_what_a_run_starts_from(origin_run, origin, tiny_config):
+    _, state, frozen = origin_run
+    assert (origin.step, origin.item) == (4, "ema_params")
+    params, skipped = origin.params(zeros(shapes_of(tiny_config)[0]), ())
+    assert skipped == []
+    jax.tree.map(np.testing.assert_array_equal, params, state.ema_params)
+    jax.tree.map(np.testing.assert_array_equal, origin.codec_arrays, frozen)
+
+
+def test_a_step_may_be_named(origin_run, tiny_config):
+    workdir, state, _ = origin_run
+    origin = open_origin(f"{workdir}@2")
+    assert (origin.step, origin.item) == (2, "params")
+    params, _ = origin.params(zeros(shapes_of(tiny_config)[0]), ())
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y + 2), params, state.params)
+
+
+def test_arrays_get_the_new_runs_shardings(origin, tiny_config):
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    params, _ = origin.params(zeros(shapes_of(tiny_config)[0], sharding), ACTION_PATTERNS)
+    assert all(x.sharding == sharding for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nothing", "holds no config.json. Expected DIR or DIR@STEP"),
+        ("origin@3", r"has checkpoints of steps \[2, 4\]"),
+        ("origin@last", "expected DIR or DIR@STEP with a whole number, found 'last'"),
+        ("empty", "holds no checkpoint yet"),
+    ],
+)
+def test_an_origin_that_is_not_there(origin_run, make_tiny_config, spec, message):
+    parent = origin_run[0].parent
+    write_config(parent / "empty", make_tiny_config())
+    with pytest.raises(UserError, match="config.init_from=.*" + message):
+        open_origin(str(parent / spec))
+
+
+def test_every_misfit_is_listed_with_both_shapes_and_the_flag_that_helps(origin, tiny_config):
+    """A wider action and more registers; the flag of the message lets exactly these arrays start fresh."""
+    tiny_config.model.num_registers = 3
+    shapes, _ = shapes_of(tiny_config, action_dim=7)
+    with pytest.raises(UserError) as caught:
+        origin.params(zeros(shapes), ())
+    message = str(caught.value)
+    for line in (
+        "noise_pred_net/action_encoder/fc1/kernel: (10, 128) in the origin, (7, 128) here",
+        "noise_pred_net/action_decoder/fc2/kernel: (128, 10) in the origin, (128, 7) here",
+        "noise_pred_net/action_decoder/fc2/bias: (10,) in the origin, (7,) here",
+        "noise_pred_net/registers: (1, 2, 32) in the origin, (1, 3, 32) here",
+        "noise_pred_net/pos_embed: (1, 7, 32) in the origin, (1, 8, 32) here",
+        "5 arrays",
+    ):
+        assert line in message
+    assert "AdaLN" not in message
+    flag = re.search(r"--config.init_from_skip='(.*)'", message).group(1)
+    config_lib.apply_overrides(tiny_config, [("init_from_skip", flag)])
+    fresh = zeros(shapes)
+    params, skipped = origin.params(fresh, tiny_config.init_from_skip)
+    assert len(skipped) == 5
+    flat, new = (traverse_util.flatten_dict(t, sep="/") for t in (params, fresh))
+    untouched = [name for name in flat if flat[name] is new[name]]
+    assert sorted(untouched) == skipped
+    told = origin.describe_skipped(fresh, skipped)
+    assert all(name in told for name in skipped) and "parameters" in told
+
+
+def test_more_views_cost_the_adaln_kernels_and_the_message_says_so(origin, tiny_config):
+    tiny_config.data.cameras = ("exterior", "wrist")
+    with pytest.raises(UserError) as caught:
+        origin.skipped(shapes_of(tiny_config)[0], ())
+    message = str(caught.value)
+    for name in ("blocks/adaln/kernel", "head/adaln/kernel", "pos_embed"):
+        assert f"noise_pred_net/{name}: (" in message
+    assert "little of the origin is left" in message
+
+
+def test_arrays_that_only_one_side_has(origin, tiny_config):
+    """Without registers and biases, the origin's are not used; named, like the rest."""
+    tiny_config.model.num_registers = 0
+    tiny_config.model.qkv_bias = False
+    shapes, _ = shapes_of(tiny_config)
+    with pytest.raises(UserError, match=r"noise_pred_net/registers: \(1, 2, 32\) in the origin, absent here"):
+        origin.skipped(shapes, ("*/pos_embed", "*/qkv/bias"))
+    patterns = ("*/pos_embed", "*/qkv/bias", "*/registers")
+    params, skipped = origin.params(zeros(shapes), patterns)
+    assert jax.tree.structure(params) == jax.tree.structure(shapes)
+    assert "the origin's noise_pred_net/blocks/qkv/bias, noise_pred_net/registers not used" in origin.describe_skipped(
+        shapes, skipped
+    )
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(origin, tiny_config):
+    with pytest.raises(UserError, match=r"'\*/action_enc/\*' matches none of the \d+ arrays"):
+        origin.skipped(shapes_of(tiny_config)[0], ("*/action_enc/*",))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("diffusion.num_train_steps", "1000"),
+        ("diffusion.beta_schedule", "linear"),
+        ("diffusion.prediction.action", "sample"),
+        ("diffusion.prediction.next_obs", "v"),
+        ("model.codec.name", "pixels"),
+        ("model.patch", "2,1,4"),
+    ],
+)
+def test_fields_that_change_the_meaning_of_parameters_are_refused(origin, tiny_config, field, value):
+    _, facts = shapes_of(tiny_config)
+    config_lib.apply_overrides(tiny_config, [(field, value)])
+    with pytest.raises(UserError, match=rf"config.{re.escape(field)} is .*were trained with .*Use the origin's value"):
+        origin.check(tiny_config, facts)
+
+
+def test_fresh_layers_free_what_belongs_to_them(origin, tiny_config):
+    _, facts = shapes_of(tiny_config)
+    tiny_config.init_from_skip = INTERFACE["action"] + INTERFACE["next_obs"]
+    tiny_config.diffusion.prediction.action = "sample"
+    tiny_config.model.codec.name = "pixels"
+    origin.check(tiny_config, facts)
+    assert origin.codec(tiny_config, "unused") is None
+    tiny_config.diffusion.beta_schedule = "linear"
+    with pytest.raises(UserError, match="beta_schedule"):
+        origin.check(tiny_config, facts)
+
+
+def test_the_normaliser_is_the_origins(origin, tiny_config):
+    _, facts = shapes_of(tiny_config)
+    found = origin.normalizer_for(tiny_config, with_facts(facts, low_dim={"state": 7, "gripper": 1}))
+    assert found.to_json() == {**OLD.to_json(), "gripper": NEW.to_json()["gripper"]}
+    assert origin.normalizer_for(tiny_config, with_facts(facts, low_dim={})).to_json().keys() == {"action"}
+
+
+@pytest.mark.parametrize("patterns", [ACTION_PATTERNS, INTERFACE["action"], ("noise_pred_net/*",)])
+def test_fresh_action_layers_take_the_new_datas_normaliser(origin, tiny_config, patterns):
+    _, facts = shapes_of(tiny_config)
+    tiny_config.init_from_skip = patterns
+    found = origin.normalizer_for(tiny_config, facts).to_json()
+    assert found["action"] == NEW.to_json()["action"]
+    state = NEW if "noise_pred_net/*" in patterns else OLD  # the AdaLN kernels read the state
+    assert found["state"] == state.to_json()["state"]
+
+
+def test_another_width_takes_the_new_datas_normaliser(origin, tiny_config):
+    """Whether the layers are skipped is judged with the arrays; a normaliser of the wrong width would hide that."""
+    _, facts = shapes_of(tiny_config)
+    narrow = Normalizer({"action": (np.ones(7, np.float32), np.zeros(7, np.float32))})
+    found = origin.normalizer_for(tiny_config, with_facts(facts, action_dim=7, normalizer=narrow))
+    assert found.to_json() == {"action": narrow.to_json()["action"], "state": OLD.to_json()["state"]}
+
+
+def test_what_the_origin_leaves_raw_stays_raw(origin, tiny_config):
+    """Official LIBERO checkpoints have no normaliser."""
+    raw = dataclasses.replace(origin, facts=with_facts(origin.facts, normalizer=Normalizer()))
+    _, facts = shapes_of(tiny_config)
+    assert raw.normalizer_for(tiny_config, facts).to_json() == {}
+    said = "\n".join(raw.check(tiny_config, facts))
+    assert "(action, state: none, raw values)" in said
+    assert "warning: action of this run's data reaches 2.3 in" in said  # 0.1 + 2.2
+
+
+def test_a_person_is_told_of_quiet_differences(origin, tiny_config):
+    _, facts = shapes_of(tiny_config)
+    assert not [x for x in origin.check(tiny_config, facts) if x.startswith("note: ")]
+    tiny_config.data.cameras = ("exterior",)
+    tiny_config.data.window.action = (2, 4, 6, 8)
+    said = "\n".join(origin.check(tiny_config, facts))
+    assert "note: config.data.cameras is ['exterior']; the origin was trained with ['wrist']" in said
+    assert "note: config.data.window.action is (2, 4, 6, 8); the origin was trained with (1, 2, 3, 4)" in said
+    assert "the origin's PCA arrays" in said and "starting from ema_params of step 4" in said
+
+
+def test_units_that_differ_are_noticed(origin, tiny_config):
+    """Twice the origin's range is suspicious; a constant column, whose scale is 1 by convention, is not."""
+    _, facts = shapes_of(tiny_config)
+    wide = {"action": (np.float32([4.0, *[2.0] * 8, 1.0]), np.full(10, 0.5, np.float32))}
+    said = "\n".join(origin.check(tiny_config, with_facts(facts, normalizer=Normalizer(wide))))
+    assert "warning: action of this run's data reaches 2 in" in said
+    wide["action"][0][0] = 2.0
+    said = "\n".join(origin.check(tiny_config, with_facts(facts, normalizer=Normalizer(wide))))
+    assert "warning" not in said
+
+
+def test_the_origins_codec_comes_along(origin_run, origin, tiny_config, tmp_path):
+    codec, frozen = origin.codec(tiny_config, tmp_path)
+    assert (codec.patch, codec.channels) == (8, 12)
+    jax.tree.map(np.testing.assert_array_equal, frozen, origin_run[2])
+
+
+def test_a_pca_codec_for_other_views_is_refused(origin, tiny_config):
+    tiny_config.data.cameras = ("exterior", "wrist")
+    system = System(tiny_config, *_parts(tiny_config))
+    with pytest.raises(UserError, match=r"fitted on 1 views of 16x16, but this run has 2 of 16x16(.|\n)*patch_encoder"):
+        origin.check(tiny_config, with_facts(system.facts, normalizer=NEW))
+
+
+def _parts(config):
+    system, _ = make_up_system(config, 10)
+    return system.facts, system.codec
+
+
+def test_parameters_alone_serve_as_an_origin(tmp_path, tiny_config):
+    """A converted checkpoint has no training state."""
+    system, frozen = make_up_system(tiny_config, 10)
+    params = jax.jit(system.init)(jax.random.key(3))
+    facts = DataFacts.from_json(system.facts.to_json())
+    save_params_only(tmp_path / "run", tiny_config, facts, params, frozen)
+    origin = open_origin(str(tmp_path / "run"))
+    found, _ = origin.params(zeros(jax.eval_shape(lambda: params)), ())
+    jax.tree.map(np.testing.assert_array_equal, found, params)
