@@ -1,0 +1,239 @@
+"""Floating-point operations of a training step, counted from shapes, and the share of the hardware's peak in use.
+
+Only products count (a multiplication and an addition are two operations), as in every published MFU; norms,
+activations, softmax, the optimizer and image preprocessing are left out. For one sample:
+
+  linear layer, n positions       2 n in out
+  convolution k x k               2 k k in out rows columns   (of the output, padding included)
+  attention, L tokens of width D  4 L L D                     (logits and weighted sum)
+
+A trained part costs its forward pass three times: the backward pass makes the gradients of inputs and of weights.
+Recomputation (`config.model.remat`) is executed but is no part of the model's operations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from uwm_jax.models.codecs import PCACodec, VAECodec
+from uwm_jax.models.vae import AutoencoderKL
+from uwm_jax.system import System
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleFlops:
+    """Operations of one training sample's forward pass, by part.
+
+    Attributes:
+      network: the diffusion transformer, of which
+      blocks: its blocks, of which
+      attention: their products of queries, keys and values.
+      encoder: the observation encoder, all current frames.
+      codec: the frozen codec's encoder, all next frames; 0 where latents are given.
+    """
+
+    network: float
+    blocks: float
+    attention: float
+    encoder: float
+    codec: float
+
+    @property
+    def training(self) -> float:
+        """One sample's share of a training step, without recomputation."""
+        return 3 * (self.network + self.encoder) + self.codec
+
+    def executed(self, remat: str) -> float:
+        """`training` and what a rematerialisation policy (none, dots, full) computes again."""
+        return self.training + {"none": 0.0, "dots": self.attention, "full": self.blocks}[remat]
+
+
+def count(system: System, from_pixels: bool = True) -> SampleFlops:
+    """The operations of a system's training sample.
+
+    Args:
+      from_pixels: False where batches hold `next_obs_latent`.
+    """
+    blocks, attention, rest = _network(system)
+    return SampleFlops(
+        network=blocks + rest,
+        blocks=blocks,
+        attention=attention,
+        encoder=_encoder(system),
+        codec=_codec(system) if from_pixels else 0.0,
+    )
+
+
+def _condition_width(system: System) -> int:
+    """F of `ObsEncoder`."""
+    m, frames = system.config.model, len(system.cameras) * system.num_frames
+    low_dim = system.num_frames * sum(system.facts.low_dim.values()) if m.encoder.use_low_dim else 0
+    return frames * m.embed_dim + low_dim + (m.embed_dim if m.encoder.use_language else 0)
+
+
+def _network(system: System) -> tuple[float, float, float]:
+    """(blocks, their attention, the rest) of `DiT`."""
+    m = system.config.model
+    steps, action_dim = system.action_shape
+    views, *grid, channels = system.latent_shape
+    d, t = m.embed_dim, m.timestep_embed_dim
+    video = views * math.prod(n // p for n, p in zip(grid, m.patch, strict=True))
+    patch = math.prod(m.patch) * channels
+    length = steps + video + m.num_registers
+    cond = _condition_width(system) + t
+
+    attention = 4 * length * length * d
+    # qkv 3 D, projection D, and the MLP there and back; the modulation of six rows is one product per sample.
+    dense = 2 * length * d * (4 * d + 2 * int(m.mlp_ratio * d))
+    blocks = m.depth * (attention + dense + 2 * cond * 6 * d)
+
+    hidden = 4 * max(action_dim, d)
+    actions = 2 * steps * (action_dim * hidden + hidden * d)  # the encoder; the decoder is its mirror
+    patches = 2 * video * patch * d
+    timesteps = 2 * (2 * t * 4 * t + 4 * t * t)
+    head = 2 * cond * 2 * d + 2 * length * d * d
+    return blocks, m.depth * attention, 2 * actions + 2 * patches + timesteps + head
+
+
+def _encoder(system: System) -> float:
+    """`ObsEncoder`: a `ResNet` for every frame, and the text's projection."""
+    m, e = system.config.model, system.config.model.encoder
+    rows, columns = (-(-n // 2) for n in system.config.data.crop)
+    flops = _conv(7, 3, e.width, rows, columns)
+    rows, columns, inputs = -(-rows // 2), -(-columns // 2), e.width  # the maximum over 3 x 3
+    for stage, depth in enumerate(e.stage_sizes):
+        outputs = e.width * 2**stage
+        for block in range(depth):
+            if stage > 0 and block == 0:
+                rows, columns = -(-rows // 2), -(-columns // 2)
+            flops += _conv(3, inputs, outputs, rows, columns) + _conv(3, outputs, outputs, rows, columns)
+            if inputs != outputs:
+                flops += _conv(1, inputs, outputs, rows, columns)
+            inputs = outputs
+    flops += 2 * inputs * (rows * columns if e.pool == "flatten" else 1) * m.embed_dim
+    text = 2 * system.facts.text_dim * m.embed_dim if e.use_language else 0
+    return len(system.cameras) * system.num_frames * flops + text
+
+
+def _codec(system: System) -> float:
+    codec, (views, frames, h, w, _) = system.codec, system.latent_shape
+    if isinstance(codec, VAECodec):
+        return views * frames * vae_encode(codec.vae, *system.config.data.crop)
+    if isinstance(codec, PCACodec):
+        return views * frames * 2 * h * w * codec.patch**2 * 3 * codec.channels
+    return 0.0
+
+
+def vae_encode(vae: AutoencoderKL, rows: int, columns: int) -> float:
+    """One image through the encoder of an `AutoencoderKL`."""
+    inputs = vae.block_out_channels[0]
+    flops = _conv(3, vae.in_channels, inputs, rows, columns)
+    for level, outputs in enumerate(vae.block_out_channels):
+        for _ in range(vae.layers_per_block):
+            flops += _conv(3, inputs, outputs, rows, columns) + _conv(3, outputs, outputs, rows, columns)
+            if inputs != outputs:
+                flops += _conv(1, inputs, outputs, rows, columns)
+            inputs = outputs
+        if level + 1 < len(vae.block_out_channels):
+            rows, columns = rows // 2, columns // 2
+            flops += _conv(3, outputs, outputs, rows, columns)
+    flops += 4 * _conv(3, inputs, inputs, rows, columns)  # the two resnets in the middle
+    if vae.mid_block_add_attention:
+        flops += 4 * _conv(1, inputs, inputs, rows, columns) + 4 * (rows * columns) ** 2 * inputs
+    moments = 2 * vae.latent_channels
+    flops += _conv(3, inputs, moments, rows, columns)
+    return flops + (_conv(1, moments, moments, rows, columns) if vae.use_quant_conv else 0)
+
+
+def _conv(size: int, inputs: int, outputs: int, rows: int, columns: int) -> float:
+    return 2.0 * size * size * inputs * outputs * rows * columns
+
+
+# Peak TFLOP/s of dense bfloat16 products with float32 sums, of one device as jax counts them, by the beginning of
+# `device_kind`; the longest that fits counts. Sources: Google Cloud's "TPU architecture" pages for each version
+# (TPU v2, v3 and 7x chips are two devices each; v4 and v5p chips are one); NVIDIA's data sheets of A100, H100, H200,
+# HGX B200, L4, L40S, A10 and RTX 4090 (the Ada white paper), whose figures "with sparsity" are halved. The second
+# number is float32 outside of the tensor cores, which is what exact float32 products run on; on TPUs they are six
+# bfloat16 passes.
+_PEAKS: dict[str, tuple[float, float]] = {
+    "TPU v2": (22.5, 22.5 / 6),
+    "TPU v3": (61.5, 61.5 / 6),
+    "TPU v4": (275.0, 275.0 / 6),
+    "TPU v4 lite": (138.0, 138.0 / 6),
+    "TPU v5": (459.0, 459.0 / 6),  # v5p
+    "TPU v5p": (459.0, 459.0 / 6),
+    "TPU v5 lite": (197.0, 197.0 / 6),  # v5e
+    "TPU v5e": (197.0, 197.0 / 6),
+    "TPU v6 lite": (918.0, 918.0 / 6),  # v6e
+    "TPU v6e": (918.0, 918.0 / 6),
+    "TPU7x": (1153.5, 1153.5 / 6),
+    "NVIDIA A100": (312.0, 19.5),
+    "NVIDIA H100 80GB HBM3": (989.4, 66.9),
+    "NVIDIA H100 PCIe": (756.0, 51.0),
+    "NVIDIA H100 NVL": (835.0, 60.0),
+    "NVIDIA H200": (989.4, 66.9),
+    "NVIDIA H200 NVL": (835.0, 60.0),
+    "NVIDIA GH200": (989.4, 66.9),
+    "NVIDIA B200": (2250.0, 75.0),
+    "NVIDIA L4": (121.0, 30.3),
+    "NVIDIA L40S": (362.0, 91.6),
+    "NVIDIA A10": (125.0, 31.2),
+    "NVIDIA GeForce RTX 4090": (165.2, 82.6),
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Operations a second that one device can reach in `dtype` (bfloat16, float32); None for an unknown device.
+
+    A slice of a GPU (MIG) is unknown: its share of the chip is not in its name in a form that can be trusted.
+    """
+    kinds = [k for k in _PEAKS if device_kind == k or device_kind.startswith((k + " ", k + "-"))]
+    if not kinds or " MIG " in device_kind:
+        return None
+    bfloat16, float32 = _PEAKS[max(kinds, key=len)]
+    return 1e12 * {"bfloat16": bfloat16, "float32": float32}[dtype]
+
+
+class Mfu:
+    """Model FLOPs utilisation (Chowdhery et al., 2022, "PaLM", appendix B) of a training run.
+
+    The time in which the devices at their peak could do the operations of a step, over the time that it took. The
+    frozen codec's operations count: for `configs/droid.py` they are 89 % of them. Each part is held against the peak
+    of its own dtype (`config.model.dtype`, `config.model.codec.dtype`); recomputation does not count.
+
+    Args:
+      system: the model.
+      devices: all devices of the run.
+      from_pixels: as in `count`.
+
+    Attributes:
+      note: a line for people on a device that is not in the table; "" otherwise.
+    """
+
+    def __init__(self, system: System, devices: Sequence[jax.Device], from_pixels: bool = True):
+        self.note = ""
+        self._seconds: float | None = None  # at peak, per sample
+        kind = devices[0].device_kind
+        if devices[0].platform == "cpu":
+            return
+        ideal = _seconds_at_peak(system.config, count(system, from_pixels), kind)
+        if ideal is None:
+            self.note = f"mfu is not logged: the peak of {kind!r} is not in the table of uwm_jax/training/flops.py"
+        else:
+            self._seconds = ideal / len(devices)
+
+    def __call__(self, samples_per_second: float) -> dict[str, float]:
+        """`{"mfu": ...}`, a share; `{}` on CPUs and on devices whose peak is not known."""
+        return {} if self._seconds is None else {"mfu": samples_per_second * self._seconds}
+
+
+def _seconds_at_peak(config: ConfigDict, sample: SampleFlops, device_kind: str) -> float | None:
+    peak, codec_peak = (peak_flops(device_kind, dtype) for dtype in (config.model.dtype, config.model.codec.dtype))
+    if peak is None or codec_peak is None:
+        return None
+    return (sample.training - sample.codec) / peak + sample.codec / codec_peak
