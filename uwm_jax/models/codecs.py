@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.models.activations import axes
 from uwm_jax.models.vae import AutoencoderKL
 
 LatentShape = tuple[int, int, int, int, int]
@@ -35,9 +36,8 @@ class VAECodec:
 
     Attributes:
         vae: the module; `params` of the methods are its parameters.
-        microbatch: frames in one pass through the VAE, over all devices: bounds memory, changes no result. Frame n
-            goes to pass n mod passes, so a batch that is sharded over devices stays where it is (each
-            device works on its part in every pass), provided that the devices divide `microbatch`.
+        microbatch: frames in one pass through the VAE, on each device: bounds memory, changes no result. A batch
+            that is spread over devices stays where it is: each device works on its own frames in every pass.
         divisor: the official code's extra scale.
     """
 
@@ -191,16 +191,25 @@ def _grid(height: int, width: int, step: int, what: str) -> tuple[int, int]:
 
 
 def _in_passes(function: Callable, x: jax.Array, microbatch: int) -> Any:
-    """Applies `function` to the flattened leading (B, V, T) of x, at most `microbatch` items at a time."""
-    lead, items = x.shape[:3], x.shape[0] * x.shape[1] * x.shape[2]
+    """Applies `function` to the flattened leading (B, V, T) of x, at most `microbatch` items of a device at a time."""
+    lead, (_, devices) = x.shape[:3], axes("batch")
+    if lead[0] % devices:  # such rows are not spread over devices
+        devices = 1
+    items = lead[0] * lead[1] * lead[2] // devices  # of each device
     passes = -(-items // microbatch)
     # an exact division needs no padding, so a few passes more are a good price for it
     passes = next((p for p in range(passes, min(2 * passes, items) + 1) if items % p == 0), passes)
     size = -(-items // passes)
-    x = x.reshape(items, *x.shape[3:])
     if passes == 1:
-        return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), function(x))
-    x = jnp.pad(x, [(0, size * passes - items)] + [(0, 0)] * (x.ndim - 1))
-    # pass j takes items j, j + passes, ...: the leading, sharded axis stays the batch of every pass
-    y = jax.lax.map(function, x.reshape(size, passes, *x.shape[1:]).swapaxes(0, 1))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])[:items].reshape(*lead, *a.shape[2:]), y)
+        return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), function(x.reshape(-1, *x.shape[3:])))
+    x = x.reshape(devices, items, *x.shape[3:])
+    x = jnp.pad(x, [(0, 0), (0, size * passes - items)] + [(0, 0)] * (x.ndim - 2))
+    # pass j takes items j, j + passes, ... of every device, so that no item ever moves to another one
+    x = x.reshape(devices * size, passes, *x.shape[2:]).swapaxes(0, 1)
+    y = jax.lax.map(function, x)
+
+    def in_order(y: jax.Array) -> jax.Array:
+        y = y.swapaxes(0, 1).reshape(devices, size * passes, *y.shape[2:])[:, :items]
+        return y.reshape(*lead, *y.shape[2:])
+
+    return jax.tree.map(in_order, y)

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import normal
 
 Array = jax.Array
@@ -122,7 +123,8 @@ class Block(nn.Module):
 
     def __call__(self, x: Array, activated_cond: Array) -> Array:
         """`activated_cond` is SiLU of the condition (B, F + T)."""
-        return self.apply_modulated(x, self.modulation(activated_cond))
+        # Gathered over the devices that share these rows: it is small beside the tokens that it multiplies.
+        return self.apply_modulated(x, constrain(self.modulation(activated_cond), "batch"))
 
     def modulation(self, activated_cond: Array) -> Array:
         """(B, F + T) -> (B, 6, D) float32: shift, scale, gate of the attention and of the MLP."""
@@ -131,12 +133,12 @@ class Block(nn.Module):
     def apply_modulated(self, x: Array, modulation: Array) -> Array:
         """The block with given modulation (B, 6, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[:, i] for i in range(6))
-        qkv = self.qkv(modulate(x, shift1, scale1))
+        qkv = constrain(self.qkv(modulate(x, shift1, scale1)), "batch", "length", None, "heads")
         # (B, L, heads, D/heads) each; logits and softmax are float32 whatever the dtype.
         y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        x = x + gate1[:, None] * self.proj(y).astype(jnp.float32)
-        y = self.fc2(exact_gelu(self.fc1(modulate(x, shift2, scale2))))
-        return x + gate2[:, None] * y.astype(jnp.float32)
+        x = constrain(x + gate1[:, None] * self.proj(y).astype(jnp.float32), "batch", "length")
+        hidden = constrain(self.fc1(modulate(x, shift2, scale2)), "batch", "length", "hidden")
+        return constrain(x + gate2[:, None] * self.fc2(exact_gelu(hidden)).astype(jnp.float32), "batch", "length")
 
 
 def _apply(block: Block, params: Any, *args: Array, method: str = "__call__") -> Any:
@@ -252,7 +254,7 @@ class DiT(nn.Module):
         registers. What is not used costs nothing under jit.
         """
         cond = jnp.concatenate([global_cond.astype(jnp.float32), self._embed_timestep(timestep)], axis=-1)
-        cond = nn.silu(cond)
+        cond = constrain(nn.silu(cond), "batch")
         # The blocks' parameters depend on the width of the condition, so they are declared here, not in setup.
         blocks = self.param("blocks", self._init_blocks, cond.shape[-1])
         block = self._block()
@@ -333,7 +335,8 @@ class DiT(nn.Module):
         parts = [self.action_encoder(action), video]
         if self.num_registers:
             parts.append(jnp.broadcast_to(self.registers, (batch, *self.registers.shape[1:])))
-        return jnp.concatenate([p.astype(jnp.float32) for p in parts], axis=1) + self.pos_embed
+        tokens = jnp.concatenate([p.astype(jnp.float32) for p in parts], axis=1) + self.pos_embed
+        return constrain(tokens, "batch", "length")
 
     def _run(self, body: Callable[[Array, Any], Array], x: Array, layers: Any) -> tuple[Array, Array]:
         """Applies `body` with each slice of the stacked tree `layers`; also returns the stream after each."""
@@ -356,7 +359,7 @@ class DiT(nn.Module):
     def _outputs(
         self, x: Array, head_modulation: Array, intermediates: dict[str, Array]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        x = self.head(x, head_modulation)
+        x = constrain(self.head(x, head_modulation), "batch", "length")
         end = self.action_len + self.num_video_tokens
         video = self.patch_decoder(x[:, self.action_len : end])
         pred = {

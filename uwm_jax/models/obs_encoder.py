@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.models.activations import constrain
 from uwm_jax.models.resnet import ResNet, TorchDense
 
 Array = jax.Array
@@ -61,4 +62,4 @@ class ObsEncoder(nn.Module):
             if text is None:
                 raise ValueError("use_language needs a text embedding (B, E), found none")
             features.append(TorchDense(self.embed_dim, name="text_head")(text))
-        return jnp.concatenate(features, axis=-1)
+        return constrain(jnp.concatenate(features, axis=-1), "batch")

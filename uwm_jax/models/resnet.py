@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import kaiming_fan_out
 
 Array = jax.Array
@@ -106,7 +107,7 @@ class BasicBlock(nn.Module):
         if self.stride != 1 or x.shape[-1] != self.features:
             x = conv(self.features, 1, self.stride, name="downsample_0")(x)
             x = norm(self.features, name="downsample_1")(x)
-        return nn.relu(x + y)
+        return constrain(nn.relu(x + y), "batch")
 
 
 class ResNet(nn.Module):
@@ -137,7 +138,7 @@ class ResNet(nn.Module):
         x = ((images.astype(jnp.float32) - mean) / std).astype(self.dtype)
         x = _conv(self.width, 7, 2, self.dtype, "conv1")(x)
         x = nn.relu(_norm(self.width, self.dtype, "bn1")(x))
-        x = max_pool(x)
+        x = constrain(max_pool(x), "batch")
         for stage, blocks in enumerate(self.stage_sizes):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1

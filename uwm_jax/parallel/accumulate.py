@@ -1,33 +1,74 @@
-"""Gradients of a batch, computed in one piece or in parts."""
+"""Gradients of a batch that is spread over devices and computed in parts, reduced once.
+
+The function under differentiation is additive over rows, so a gradient is a sum over devices and parts and nothing
+needs averaging. Left to the partitioner, a scan over parts reduces the gradients of every part; here the axis `data`
+is manual instead (`jax.shard_map`): each device differentiates its own rows, adds its parts up where they are, and
+one sum over `data` follows. No activation can cross devices by construction. The axes `fsdp` and `tensor` stay with
+the partitioner inside, because a manual `fsdp` would gather the whole model at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
+
+from uwm_jax.parallel.mesh import DATA_AXIS
+
+Rows = Mapping[str, jax.Array]
+Loss = Callable[[Any, Rows], tuple[jax.Array, Any]]
 
 
 def value_and_grad(
-    loss: Callable[[Any, Any], tuple[jax.Array, Any]], params: Any, batch: Any, *, mesh: Mesh | None, steps: int
+    loss: Loss, params: Any, batch: Rows, *, mesh: Mesh | None, steps: int = 1
 ) -> tuple[tuple[jax.Array, Any], Any]:
-    """`((total, sums), gradients)` of a loss that is additive over the rows of `batch`.
+    """((total, sums), gradients of total by params), as if `loss` saw the whole batch at once.
 
     Args:
-      loss: (params, rows) -> (() total, tree of sums); the values of a batch are the sums over any partition of it.
-      batch: tree of arrays with the rows on their first axis.
-      steps: into how many parts the rows are cut, computed one after the other.
+      loss: (params, rows) -> (total (), sums: a tree of arrays). Both are additive: their values for a batch are the
+        sums of their values for the parts of any partition of its rows. What a row draws at random must depend on
+        the row's own number. It may close over arrays that are whole along `data`.
+      params: float32 arrays, whole along `data`.
+      batch: arrays with the rows in front, which lie over ("data", "fsdp").
+      mesh: None for a single device.
+      steps: parts that each device's rows are computed in, one after the other; activations of one part are alive at
+        a time. It divides the rows of a device.
     """
-    compute = jax.value_and_grad(loss, has_aux=True)
+    local = _accumulated(loss, steps)
+    if mesh is None or mesh.shape[DATA_AXIS] == 1:
+        return local(params, batch)
+
+    def device_part(params: Any, rows: Rows) -> Any:
+        return jax.lax.psum(local(params, rows), DATA_AXIS)
+
+    # Without the check, values that differ along `data` need no casts inside the models' loops; the sum is explicit.
+    return jax.shard_map(
+        device_part,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(DATA_AXIS)),
+        out_specs=PartitionSpec(),
+        axis_names={DATA_AXIS},
+        check_vma=False,
+    )(params, batch)
+
+
+def _accumulated(loss: Loss, steps: int) -> Callable[[Any, Rows], Any]:
+    gradient = jax.value_and_grad(loss, has_aux=True)
     if steps == 1:
-        return compute(params, batch)
-    parts = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(compute, params, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return gradient
 
-    def add(carry: Any, rows: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, compute(params, rows)), None
+    def in_parts(params: Any, rows: Rows) -> Any:
+        # Row n goes to part n mod steps: where `fsdp` cuts the rows, every part lies over all its devices.
+        parts = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), rows)
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, first))
 
-    return jax.lax.scan(add, zeros, parts)[0]
+        def add(sums: Any, part: Rows) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradient(params, part)), None
+
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    return in_parts

@@ -1,45 +1,97 @@
-"""The device mesh and where arrays live on it."""
+"""The device mesh, and where the rows of a batch lie on it.
+
+Three axes, from the slowest links to the fastest, each of any size from 1:
+
+- `data`: rows of the batch; parameters are whole along it, and gradients are summed over it once a step;
+- `fsdp`: rows of the batch too, and every large parameter with its moments and its average is cut along it;
+- `tensor`: heads, hidden units and channels; all devices along it work on the same rows.
+
+What is cut where is a table (`uwm_jax.parallel.sharding`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from uwm_jax.errors import UserError
 
-DATA_AXIS = "data"
+DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """A mesh with the axis `data` over the devices that `config.mesh.data` asks for (-1: all).
+def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that `config.mesh` asks for, over `devices` (default: all of this run, of every process).
 
-    Raises UserError when there are not as many devices, or the batch does not divide over them.
+    Raises UserError when the sizes do not use every device, or the batch does not divide over them.
     """
-    available = jax.device_count()
-    size = available if config.mesh.data == -1 else config.mesh.data
-    if size != available:
-        raise UserError(
-            f"config.mesh.data={config.mesh.data} does not fit the {available} {jax.default_backend()} device(s) "
-            "of this run: set it to that number, or to -1."
+    devices = jax.devices() if devices is None else devices
+    available, kind = len(devices), getattr(devices[0], "platform", "")
+    asked = {name: config.mesh[name] for name in AXES}
+    rest = asked[FSDP_AXIS] * asked[TENSOR_AXIS]
+    text = ", ".join(f"config.mesh.{name}={size}" for name, size in asked.items())
+    if asked[DATA_AXIS] == -1 and available % rest == 0:
+        asked[DATA_AXIS] = available // rest
+    if asked[DATA_AXIS] * rest != available:
+        hint = (
+            f"set config.mesh.data to {available // rest}, or to -1"
+            if available % rest == 0
+            else f"choose fsdp and tensor so that their product, {rest} now, divides {available}"
         )
-    if config.batch_size % size:
         raise UserError(
-            f"config.batch_size={config.batch_size} does not divide over {size} devices: choose a multiple of {size}."
+            f"{text} does not fit the {available} {kind} device(s) of this run: expected data x fsdp x tensor = "
+            f"{available}; {hint}."
         )
-    return jax.make_mesh((size,), (DATA_AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = asked[DATA_AXIS] * asked[FSDP_AXIS]
+    if config.batch_size % (rows * config.accumulation_steps):
+        parts = f" in config.accumulation_steps={config.accumulation_steps} parts" * (config.accumulation_steps > 1)
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide over data x fsdp = {rows} devices{parts}: choose "
+            f"a multiple of {rows * config.accumulation_steps}."
+        )
+    grid = mesh_utils.create_device_mesh(tuple(asked.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch spread over the data axis."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    """Rows of a batch over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def data_group(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process loads share `index` of `count` equal shares of a batch's rows.
+
+    Processes that hold the same rows, because only `tensor` runs between them, have the same index.
+
+    Raises UserError when two processes share only a part of their rows.
+    """
+    return _data_group(mesh.devices, jax.process_index())
+
+
+def _data_group(grid: np.ndarray, process: int) -> tuple[int, int]:
+    blocks: dict[int, set[int]] = {}
+    for block, line in enumerate(grid.reshape(-1, grid.shape[-1])):
+        for device in line:
+            blocks.setdefault(device.process_index, set()).add(block)
+    shares = sorted({tuple(sorted(held)) for held in blocks.values()})
+    if sum(map(len, shares)) != grid.shape[0] * grid.shape[1] or len({len(share) for share in shares}) != 1:
+        sizes = ", ".join(f"config.mesh.{name}={size}" for name, size in zip(AXES, grid.shape, strict=True))
+        raise UserError(
+            f"{sizes} gives {len(blocks)} processes rows that overlap only in part: choose config.mesh.tensor so that "
+            "it divides the devices of a process, or the devices of a process divide it."
+        )
+    return shares.index(tuple(sorted(blocks[process]))), len(shares)
 
 
 def state_sharding(mesh: Mesh, shapes: Any) -> Any:
