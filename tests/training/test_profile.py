@@ -1,0 +1,70 @@
+"""--profile=START:STEPS."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from uwm_jax.errors import UserError
+from uwm_jax.training.profile import Profile
+
+
+def test_a_trace_is_written(tmp_path, capsys):
+    profile = Profile.parse("2:1", tmp_path, start_step=0, total_steps=3)
+    x, step = jnp.ones((4, 4)), jax.jit(lambda x: x @ x / 4)
+    for i in range(1, 4):
+        profile.at(i, x)
+        x = step(x)
+    profile.close()
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert "steps 2 to 2" in capsys.readouterr().out
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: seen.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append("stop"))
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: seen.append(f"wait {x}"))
+    return seen
+
+
+def run(profile, calls, steps):
+    for step in steps:
+        profile.at(step, f"step {step - 1}")
+        calls.append(step)
+    profile.close()
+
+
+def test_the_trace_holds_whole_steps(tmp_path, calls):
+    run(Profile.parse("12:2", tmp_path, 10, 20), calls, range(11, 16))
+    assert calls == [11, "wait step 11", "start", 12, 13, "wait step 13", "stop", 14, 15]
+
+
+def test_a_trace_of_the_last_steps_ends_with_the_run(tmp_path, calls):
+    run(Profile.parse("19:2", tmp_path, 10, 20), calls, range(18, 21))
+    assert calls == [18, "wait step 18", "start", 19, 20, "stop"]
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_no_flag_no_trace(tmp_path, calls, text):
+    run(Profile.parse(text, tmp_path, 0, 3), calls, range(1, 4))
+    assert calls == [1, 2, 3] and not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize("text", ["5", "a:b", "5:", ":5", "5:0", "0:5", "-1:5", "1:2:3"])
+def test_another_form_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match="expected START:STEPS"):
+        Profile.parse(text, tmp_path, 0, 100)
+
+
+@pytest.mark.parametrize("text", ["18:4", "30:1"])
+def test_steps_after_the_end_are_refused(tmp_path, text):
+    with pytest.raises(UserError, match="ends with step 20"):
+        Profile.parse(text, tmp_path, 10, 20)
+
+
+def test_steps_behind_the_start_are_no_error(tmp_path, calls, capsys):
+    run(Profile.parse("10:5", tmp_path, 10, 20), calls, range(11, 14))
+    assert calls == [11, 12, 13] and "continues after step 10" in capsys.readouterr().out

@@ -1,0 +1,78 @@
+"""A trace of a few steps, for TensorBoard's profile plugin, XProf or Perfetto."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from uwm_jax.errors import UserError
+
+
+class Profile:
+    """Writes `<workdir>/profile` while some steps of a run are made.
+
+    Args:
+      first, steps: the trace holds steps `first` to `first + steps - 1`, counted from 1; 0 steps is no trace.
+      workdir: the run's directory.
+    """
+
+    def __init__(self, first: int, steps: int, workdir: str | os.PathLike[str]):
+        self._first, self._end = first, first + steps
+        self._directory = Path(workdir) / "profile"
+        self._running = False
+
+    @classmethod
+    def parse(cls, text: str | None, workdir: str | os.PathLike[str], start_step: int, total_steps: int) -> Profile:
+        """The flag `--profile=START:STEPS`; None or "" is no trace.
+
+        Args:
+          start_step, total_steps: the run makes the steps `start_step + 1` to `total_steps`. Where START is behind it,
+            there is a line instead of a trace: whatever starts a run again does so with the same flags.
+
+        Raises:
+          UserError: another form, or steps that the run does not have.
+        """
+        if not text:
+            return cls(0, 0, workdir)
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        first, steps = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not first or not steps:
+            raise UserError(
+                f"--profile={text}: expected START:STEPS, both at least 1, such as 100:5 for the steps 100 to 104."
+            )
+        if first + steps - 1 > total_steps:
+            raise UserError(
+                f"--profile={text}: asks for the steps {first} to {first + steps - 1}, but the run ends with step "
+                f"{total_steps}."
+            )
+        if first <= start_step:
+            print(f"--profile={text}: no trace, since the run continues after step {start_step}", flush=True)
+            return cls(0, 0, workdir)
+        return cls(first, steps, workdir)
+
+    def at(self, step: int, before: Any) -> None:
+        """Called before every step is dispatched.
+
+        Args:
+          step: the step that comes.
+          before: arrays of the step before. Where the trace begins and ends they are waited for, so that it holds whole
+            steps and no other.
+        """
+        if step == self._first < self._end:
+            jax.block_until_ready(before)
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+        elif self._running and step == self._end:
+            jax.block_until_ready(before)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is still running."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            print(f"profile: steps {self._first} to {self._end - 1} in {self._directory}", flush=True)
