@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from uwm_jax import cli, evaluate, report
-from uwm_jax.data.loader import Loader, open_dataset
+from uwm_jax.data.loader import Loader
 from uwm_jax.evaluate import collect, interval, measure
 from uwm_jax.train import train
 from uwm_jax.training.checkpoint import load_for_inference
@@ -66,7 +66,7 @@ def test_samples_do_not_depend_on_the_batch_size(tiny_config, tmp_path):
     tiny_config.total_steps = 2
     train(tiny_config, tmp_path / "run")
     system, params, frozen, _ = load_for_inference(tmp_path / "run")
-    loader = Loader(open_dataset(tiny_config.data), tiny_config.data, batch_size=1, seed=0)
+    loader = Loader(tiny_config.data, batch_size=1, seed=0)
     held_out = loader.held_out(6)
     whole, parts = (collect(system, params, frozen, held_out, batch_size=size) for size in (6, 4))
     assert set(whole) == set(parts) and len(whole["episode"]) == 6

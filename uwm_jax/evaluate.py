@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from uwm_jax import cli, report
-from uwm_jax.data.loader import Loader, open_dataset
+from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
@@ -44,9 +44,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(cli.required("workdir"))
     system, params, frozen, step = checkpoint_lib.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
     config = system.config
-    loader = Loader(
-        open_dataset(config.data), config.data, batch_size=1, seed=config.seed, normalizer=system.facts.normalizer
-    )
+    loader = Loader(config.data, batch_size=1, seed=config.seed, normalizer=system.facts.normalizer)
     refuse_other_data(system, loader)
     held_out = loader.held_out(config.eval.num_windows)
 
@@ -72,7 +70,7 @@ def refuse_other_data(system: System, loader: Loader) -> None:
     for name in ("cameras", "low_dim", "action_dim", "text_dim"):
         if trained[name] != found[name]:
             raise UserError(
-                f"{loader.dataset.directory}: {name} is {found[name]}, but the run was trained with {trained[name]}."
+                f"{loader.directory}: {name} is {found[name]}, but the run was trained with {trained[name]}."
             )
 
 

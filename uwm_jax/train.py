@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from uwm_jax import cli
 from uwm_jax import config as config_lib
 from uwm_jax.data.fitted import read_pca
-from uwm_jax.data.loader import Loader, open_dataset, prefetch_to_device
+from uwm_jax.data.loader import Loader, prefetch_to_device
 from uwm_jax.errors import UserError
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.system import DataFacts, System
@@ -65,9 +65,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     batch_sharding, replicated = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
-    dataset = open_dataset(config.data)
     start_step = last_step or 0
-    loader = Loader(dataset, config.data, batch_size=config.batch_size, seed=config.seed, start_step=start_step)
+    loader = Loader(config.data, batch_size=config.batch_size, seed=config.seed, start_step=start_step)
     facts = DataFacts(**loader.facts())
 
     # --- Workdir: nothing is written before config, mesh and data are known to be good. ------------
@@ -75,7 +74,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
-    codec, frozen = open_codec(config, checkpoints, last_step, dataset.directory, workdir, mesh.size)
+    codec, frozen = open_codec(config, checkpoints, last_step, loader, workdir, mesh.size)
     frozen = jax.device_put(frozen, replicated)
     system = System(config, facts, codec)
     optimizer = state_lib.make_optimizer(config)
@@ -111,7 +110,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.
-    assets = checkpoint_lib.make_assets(config, facts, dataset=dataset.manifest)
+    assets = checkpoint_lib.make_assets(config, facts, dataset=loader.manifest())
     log = MetricsLog(workdir, start_step)
     clock = Clock(start_step, config.total_steps, config.batch_size)
     window = Window()
@@ -165,14 +164,15 @@ def open_codec(
     config: ConfigDict,
     checkpoints: checkpoint_lib.Checkpoints,
     last_step: int | None,
-    dataset: Path,
+    loader: Loader,
     workdir: Path,
     devices: int,
 ) -> tuple[Any, Any]:
     """The codec of a run that starts, or the one that its checkpoints carry."""
     if last_step is None:
         is_pca = config.model.codec.name == "pca"
-        fitted = read_pca(dataset, config.data.cameras, config.data.crop, config.data.val_ratio) if is_pca else None
+        data = config.data
+        fitted = read_pca(loader.directory, loader.camera_keys, data.crop, data.val_ratio) if is_pca else None
         return frozen_lib.for_new_run(config, workdir, fitted, devices)
     carried = "codec" in checkpoints.items(last_step)
     arrays = checkpoints.restore_arrays(last_step, "codec") if carried else None

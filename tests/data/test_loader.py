@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from data_prep.reshard import reshard
 from uwm_jax.config import base
-from uwm_jax.data.loader import Loader, Trace, open_dataset, prefetch_to_device
+from uwm_jax.data.loader import Loader, Trace, prefetch_to_device
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import Dataset, column_file
+from uwm_jax.data.sources import Source
 from uwm_jax.data.transforms import xyz_euler_to_rot6d
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
@@ -61,7 +62,12 @@ def config(made) -> ConfigDict:
 
 
 def _loader(config: ConfigDict, batch_size: int = 8, seed: int = 5, **kwargs: Any) -> Loader:
-    return Loader(open_dataset(config), config, batch_size, seed, **kwargs)
+    return Loader(config, batch_size=batch_size, seed=seed, **kwargs)
+
+
+def _source(loader: Loader) -> Source:
+    (source,) = loader.sources.values()
+    return source
 
 
 def _take(loader: Loader, count: int) -> list[dict[str, np.ndarray]]:
@@ -93,12 +99,12 @@ def test_batches_equal_windows_cut_by_hand(made, config: ConfigDict, pad: str) -
     action_scale, action_offset = _minmax(np.concatenate([_raw_actions(episodes[e]) for e in train]))
     states = [s["observation"]["state"] for e in train for s in episodes[e]["steps"]]
     state_scale, state_offset = _minmax(np.stack(states))
-    decoded = {}
+    decoded, dataset = {}, _source(loader).dataset
     for camera in rlds_source.CAMERAS:
         key = f"observation/{camera}"
         for e, length in enumerate(LENGTHS):
-            decoded[camera, e] = np.zeros((length, *loader.dataset.cameras[key], 3), np.uint8)
-            loader.dataset.frames(e, {key: range(length)}, {key: decoded[camera, e]})
+            decoded[camera, e] = np.zeros((length, *dataset.cameras[key], 3), np.uint8)
+            dataset.frames(e, {key: range(length)}, {key: decoded[camera, e]})
 
     for step, batch in enumerate(_take(loader, 6)):
         np.testing.assert_array_equal(batch["row"], np.arange(8))
@@ -148,11 +154,12 @@ def test_every_epoch_visits_every_training_window_once(config: ConfigDict) -> No
     train, held_out = split_episodes(len(LENGTHS), config.val_ratio)
     assert len(held_out) == 1
     expected = {(e, o) for e in train for o in range(LENGTHS[e] - 9)}
-    streams = loader.order.num_streams
-    assert len(loader.windows) == len(expected)
+    source = _source(loader)
+    streams = source.order.num_streams
+    assert len(source.windows) == len(expected)
     seen: dict[tuple[int, int], int] = {}
     for stream in range(streams):
-        start, stop = loader.order.stream_range(stream)
+        start, stop = source.order.stream_range(stream)
         for draw in range(2 * (stop - start)):
             trace = loader.describe(draw * streams + stream)
             seen[trace.episode, trace.origin] = seen.get((trace.episode, trace.origin), 0) + 1
@@ -171,8 +178,8 @@ def test_processes_share_the_same_global_batches(config: ConfigDict, processes: 
 
 
 def test_processes_own_ranges_of_windows(config: ConfigDict) -> None:
-    loader = _loader(config)
-    ranges = [{loader.order.window(n) for n in range(1000) if n % 4 == p} for p in range(4)]
+    order = _source(_loader(config)).order
+    ranges = [{order.window(n) for n in range(1000) if n % 4 == p} for p in range(4)]
     assert not any(a & b for i, a in enumerate(ranges) for b in ranges[:i])
 
 
@@ -242,7 +249,7 @@ def test_held_out_windows_are_fixed_and_evenly_spread(made, config: ConfigDict) 
 
 def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:
     config.window.next_obs = (150, 151)
-    with pytest.raises(UserError, match=r"spans 152 steps, but the longest of \d training episodes has \d+"):
+    with pytest.raises(UserError, match=r"spans 152 steps, but the longest of \d training episodes of .*out has \d+"):
         _loader(config)
     config.window.next_obs = (7, 9)
     with pytest.raises(UserError, match="3 processes do not divide"):
@@ -287,7 +294,7 @@ def test_the_normaliser_knows_training_episodes_only(made, config: ConfigDict, t
     config.normalize, config.val_ratio = kind, 0.3
     copy = shutil.copytree(made[0], tmp_path / "copy", ignore=shutil.ignore_patterns("derived_stats"))
     config.path = str(copy)
-    dataset = open_dataset(config)
+    dataset = Dataset(config.path)
     train, held_out = split_episodes(len(LENGTHS), 0.3)
     assert len(held_out) == 2
 
@@ -310,7 +317,7 @@ def test_the_normaliser_knows_training_episodes_only(made, config: ConfigDict, t
 
 def test_values_that_are_not_finite_are_named(made, config: ConfigDict, tmp_path: Path) -> None:
     config.path = str(shutil.copytree(made[0], tmp_path / "copy", ignore=shutil.ignore_patterns("derived_stats")))
-    dataset = open_dataset(config)
+    dataset = Dataset(config.path)
     train, held_out = split_episodes(len(LENGTHS), config.val_ratio)
     for episode in (held_out[0], train[2]):
         column = np.array(Dataset(made[0]).column("action"))
@@ -359,7 +366,7 @@ def test_a_given_normaliser_is_used_instead(config: ConfigDict) -> None:
 
 
 def test_a_given_normaliser_needs_no_statistics(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uwm_jax.data.loader.key_stats", None)
+    monkeypatch.setattr("uwm_jax.data.sources.key_stats", None)
     _loader(config, normalizer=Normalizer())
 
 
@@ -417,10 +424,10 @@ import sys
 sys.modules["tensorflow"] = sys.modules["torch"] = None
 import jax
 from uwm_jax.config import base
-from uwm_jax.data.loader import Loader, open_dataset, prefetch_to_device
+from uwm_jax.data.loader import Loader, prefetch_to_device
 c = base().data
 c.path, c.cameras, c.num_threads = {str(made[0])!r}, ("wrist", "exterior"), 2
-loader = Loader(open_dataset(c), c, 4, 0)
+loader = Loader(c, batch_size=4, seed=0)
 batches = prefetch_to_device(iter(loader), jax.sharding.SingleDeviceSharding(jax.devices()[0]), 2)
 print(next(batches)["obs/wrist"].shape)
 batches.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,15 @@ from uwm_jax.errors import UserError
 
 
 def read_pca(
-    dataset: str | os.PathLike[str], cameras: Sequence[str], crop: tuple[int, int], val_ratio: float
+    dataset: str | os.PathLike[str],
+    cameras: Sequence[str] | Mapping[str, str],
+    crop: tuple[int, int],
+    val_ratio: float,
 ) -> dict[str, np.ndarray]:
     """The arrays of a `PCACodec` from `<dataset>/codec/pca.npz`.
 
     Args:
-      cameras: camera keys, with or without `observation/`.
+      cameras: camera keys, with or without `observation/`; or {camera's name in the model: key in the dataset}.
       crop: (height, width) of the frames that the model sees.
       val_ratio: share of episodes that the run holds out; the codec must not have seen them.
 
@@ -35,7 +38,7 @@ def read_pca(
             "reshard the dataset again, or use config.model.codec.name='pixels'."
         )
     with np.load(path, allow_pickle=False) as stored:
-        keys = [short_key(camera) for camera in sorted(cameras)]
+        keys = [short_key(cameras[c] if isinstance(cameras, Mapping) else c) for c in sorted(cameras)]
         missing = [key for key in keys if f"{key}/mean" not in stored]
         if missing:
             known = sorted(k.removesuffix("/mean") for k in stored if k.endswith("/mean"))

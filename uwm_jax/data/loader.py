@@ -1,7 +1,7 @@
 """Batches for training and held-out windows, read through grain.
 
-`Loader` turns a position into a sample (order -> window -> frames, columns -> normalised arrays), lets grain's
-threads work ahead, and joins samples to batches. It keeps no state but the step it is at.
+`Loader` turns a position into a sample (mixture -> source -> order -> window -> frames, columns -> normalised arrays),
+lets grain's threads work ahead, and joins samples to batches. It keeps no state but the step it is at.
 """
 
 from __future__ import annotations
@@ -9,145 +9,36 @@ from __future__ import annotations
 import collections
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 
+from uwm_jax.data.mixture import MixtureOrder, continued
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.data.order import MIN_RANGE, StreamOrder
-from uwm_jax.data.records import Dataset, dataset_dir
-from uwm_jax.data.stats import join_stats, key_stats
-from uwm_jax.data.transforms import get_transform
-from uwm_jax.data.windows import Windows, WindowSpec, split_episodes
+from uwm_jax.data.samples import Batch, Clip, RowSpec
+from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, row_spec
+from uwm_jax.data.windows import Windows
 from uwm_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
-
-
-def open_dataset(config: Any) -> Dataset:
-    """The dataset that `config.data` names."""
-    return Dataset(dataset_dir(config.path), config.split)
 
 
 class Trace(NamedTuple):
     """Where a sample comes from: `origin` is the step of the episode at which its window begins."""
 
+    source: str
     dataset: str
     shard: str
     episode: int
     origin: int
 
 
-class Samples:
-    """Windows of a dataset as rows of batches, as `config.data` asks for them.
-
-    Args:
-        dataset: an open split.
-        config: `config.data`.
-        normalizer: to be used as it is (a checkpoint's); None: made from the training episodes.
-    Raises:
-        UserError: a key that the dataset does not have, a transform that does not fit, training values that are not
-            finite, a normaliser for other keys or widths.
-    """
-
-    def __init__(self, dataset: Dataset, config: Any, normalizer: Normalizer | None = None):
-        self.dataset = dataset
-        self.spec = WindowSpec.from_config(config.window)
-        self.cameras = {name: dataset.camera_key(name) for name in sorted(config.cameras)}
-        self._low_dim = {name: dataset.column_key(name) for name in sorted(config.low_dim)}
-        self._text = dataset.float_key(config.text) if config.text else ""
-        self._action = [(dataset.column_key(key), get_transform(name)) for key, name in config.action]
-        self.action_dim = sum(t.width(key, self._width(key)) for key, t in self._action)
-        self.low_dim = {name: self._width(key) for name, key in self._low_dim.items()}
-        self.text_dim = self._width(self._text) if self._text else 0
-        if normalizer is None:
-            normalizer = self._fit_normalizer(config.normalize, config.val_ratio)
-        else:
-            self._check_normalizer(normalizer)
-        self.normalizer = normalizer
-
-    def empty(self, rows: int) -> Batch:
-        """Arrays for a batch of `rows` samples, to be filled by `load`."""
-        spec = self.spec
-        batch: Batch = {}
-        for name, key in self.cameras.items():
-            size = (*self.dataset.cameras[key], 3)
-            batch[f"obs/{name}"] = np.empty((rows, len(spec.obs), *size), np.uint8)
-            batch[f"next_obs/{name}"] = np.empty((rows, len(spec.next_obs), *size), np.uint8)
-        for name, width in self.low_dim.items():
-            batch[f"obs/{name}"] = np.empty((rows, len(spec.obs), width), np.float32)
-        if self._text:
-            batch["obs/text"] = np.empty((rows, self.text_dim), np.float32)
-        batch["action"] = np.empty((rows, len(spec.action), self.action_dim), np.float32)
-        batch["action_mask"] = np.empty(rows, np.bool_)
-        batch["row"] = np.empty(rows, np.int32)
-        return batch
-
-    def load(self, batch: Batch, at: int, episode: int, origin: int, row: int) -> None:
-        """Writes the sample of the window at `origin` of an episode into place `at` of a batch, as row `row`."""
-        dataset, spec = self.dataset, self.spec
-        length, start = int(dataset.episode_lengths[episode]), int(dataset.episode_starts[episode])
-        obs = spec.steps(spec.obs, origin, length)
-        steps = obs + spec.steps(spec.next_obs, origin, length)
-        frames = {
-            key: [*batch[f"obs/{name}"][at], *batch[f"next_obs/{name}"][at]] for name, key in self.cameras.items()
-        }
-        dataset.frames(episode, dict.fromkeys(frames, steps), frames)
-        for name, key in self._low_dim.items():
-            batch[f"obs/{name}"][at] = self.normalizer.normalize(name, self._rows(key, start, obs))
-        if self._text:
-            batch["obs/text"][at] = dataset.values(episode, obs[-1], self._text)
-        action = spec.steps(spec.action, origin, length)
-        parts = [transform.apply(self._rows(key, start, action)) for key, transform in self._action]
-        batch["action"][at] = self.normalizer.normalize("action", np.concatenate(parts, axis=-1))
-        batch["action_mask"][at] = True
-        batch["row"][at] = row
-        for name in ("action", *(f"obs/{name}" for name in self._low_dim)):
-            # Training episodes are known to be finite from their statistics; held-out ones are met here.
-            if not np.isfinite(batch[name][at]).all():
-                raise UserError(
-                    f"{dataset.directory}: {name} is NaN or infinite in episode {episode} of split {dataset.split!r}, "
-                    f"in the window at step {origin}. Remove the episode from the source and reshard it."
-                )
-
-    def _fit_normalizer(self, kind: str, val_ratio: float) -> Normalizer:
-        identity = get_transform("identity")
-        stats = {name: key_stats(self.dataset, key, identity, val_ratio) for name, key in self._low_dim.items()}
-        stats["action"] = join_stats(key_stats(self.dataset, key, t, val_ratio) for key, t in self._action)
-        return Normalizer.from_stats(stats, kind, stats)
-
-    def _check_normalizer(self, normalizer: Normalizer) -> None:
-        """A key of ours without an entry is the identity, and an entry for nothing of ours is not used; but both at
-        once mean that the normaliser belongs to other keys."""
-        ours = {"action": self.action_dim, **self.low_dim}
-        theirs = {key: len(scale) for key, (scale, _) in normalizer.entries.items()}
-        differing = any(ours[key] != theirs[key] for key in ours.keys() & theirs.keys())
-        if differing or (ours.keys() - theirs.keys() and theirs.keys() - ours.keys()):
-            raise UserError(
-                f"The normaliser of this run is for {_widths(theirs)}, but config.data.action and config.data.low_dim "
-                f"read {_widths(ours)} from {self.dataset.directory}. Use the data keys that the run was trained with."
-            )
-
-    def _rows(self, key: str, start: int, steps: list[int]) -> np.ndarray:
-        rows = self.dataset.column(key)[[start + s for s in steps]]
-        return np.asarray(rows, np.float32).reshape(len(steps), -1)
-
-    def _width(self, key: str) -> int:
-        return int(np.prod(self.dataset.step_shape(key), dtype=np.int64))
-
-
-def _widths(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{key} ({width} numbers)" for key, width in sorted(sizes.items())) or "no keys"
-
-
-class _Source:
+class _Rows:
     """What grain indexes: this process's rows of all batches from `start_step` on, in order.
 
     A row is decoded straight into the arrays of its batch, which saves a copy of every frame; the element that
-    grain carries to the end of the pipeline is only the batch's number. Each iterator has a source of its own.
+    grain carries to the end of the pipeline is only the batch's number. Each iterator has rows of its own.
     """
 
     def __init__(self, loader: Loader):
@@ -163,11 +54,10 @@ class _Source:
         step, place = divmod(int(i), loader.local_batch_size)
         with self._lock:
             if step not in self._batches:
-                self._batches[step] = loader.samples.empty(loader.local_batch_size)
+                self._batches[step] = loader.spec.empty(loader.local_batch_size)
             batch = self._batches[step]
         row = place * loader.process_count + loader.process_index
-        position = (loader.start_step + step) * loader.batch_size + row
-        loader.samples.load(batch, place, *loader.windows.locate(loader.order.window(position)), row)
+        loader.load(batch, place, row, (loader.start_step + step) * loader.batch_size + row)
         return step
 
     def take(self, steps: Sequence[int]) -> Batch:
@@ -177,159 +67,242 @@ class _Source:
 
 
 class Loader:
-    """Training batches of a dataset from `start_step` on, and its held-out windows.
+    """Training batches of a run's data from `start_step` on, and its held-out windows.
 
     Iterating yields flat dicts of numpy arrays, with b = batch_size / process_count rows of this process:
     `obs/<camera>`, `next_obs/<camera>` (b, T, H, W, 3) uint8 raw; `obs/<low-dim key>` (b, T, D) and `action`
     (b, Ta, Da) float32, normalised; `obs/text` (b, E) float32 if configured; `action_mask` (b,) bool; `row` (b,)
-    int32, the row's index in the global batch. Process p of P has the rows p, p + P, ...; the global batch of a
-    step depends on nothing but (dataset, config, batch_size, seed, step).
+    int32, the row's index in the global batch. Rows of a source without actions have zeros for `action` and the
+    low-dimensional keys, and `action_mask` False. Process p of P has the rows p, p + P, ...; the global batch of a
+    step depends on nothing but (datasets, config, history of weights, batch_size, seed, step).
 
     Args:
-        dataset: an open split; `config`: `config.data`; `batch_size`: global; `seed`: of the order.
+        config: `config.data`; `batch_size`: global; `seed`: of the order.
         start_step: batches drawn before the first one.
         process_index, process_count: this process among those that share every batch.
-        normalizer: as for `Samples`.
+        normalizer: to be used as it is (a checkpoint's); None: made from the training episodes of all sources with
+            actions.
+        state: what `state(start_step)` gave where the run stopped. Its history of weights is continued, with the
+            config's weights from here on where these differ.
+    Raises:
+        UserError: data that does not fit the config or, if given, `state`.
+
+    Attributes:
+        sources: {name: Source}, sorted.
+        directory: dataset of the first source with actions, in the order of names: its cameras' sizes are the model's,
+            and the PCA codec is the one that was fitted on it.
+        camera_keys: {camera: step key} in that dataset.
+        spec: what a row holds.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
         config: Any,
+        *,
         batch_size: int,
         seed: int,
         start_step: int = 0,
         process_index: int = 0,
         process_count: int = 1,
         normalizer: Normalizer | None = None,
+        state: Mapping[str, Any] | None = None,
     ):
-        self.dataset = dataset
         self.config = config
         self.batch_size = batch_size
+        self.seed = seed
         self.start_step = start_step
         self.process_index, self.process_count = process_index, process_count
-        self.samples = Samples(dataset, config, normalizer)
-        train, held_out = split_episodes(dataset.num_episodes, config.val_ratio)
-        self.windows = Windows(self.samples.spec, dataset.episode_lengths, train, "training episodes")
-        self._held_out_episodes = held_out
-        self.order = StreamOrder(len(self.windows), config.num_streams, seed)
-        for what, number in (("the batch size", batch_size), ("the number of streams", self.order.num_streams)):
-            if number % process_count:
-                raise UserError(
-                    f"{process_count} processes do not divide {what}, {number} ({len(self.windows)} windows, "
-                    f"config.batch_size={batch_size}, config.data.num_streams={config.num_streams}; a stream has at "
-                    f"least {MIN_RANGE} windows). Use a number of processes that divides both, or more data."
-                )
+        self._check_processes()
+        self.sources = open_sources(config, seed)
+        self._robots = [source for source in self.sources.values() if source.use_actions]
+        self.directory = self._robots[0].dataset.directory
+        self.camera_keys = dict(self._robots[0].samples.camera_keys)
+        self.spec: RowSpec = row_spec(list(self.sources.values()))
+        if normalizer is None:
+            normalizer = fit_normalizer(self._robots, config.normalize)
+        else:
+            check_normalizer(normalizer, self.spec, str(self.directory))
+        self.normalizer = normalizer
+        weights = {name: source.weight for name, source in self.sources.items()}
+        history: list[Any] = [(0, weights)]
+        if state is not None:
+            self._check_identity(state)
+            history = continued([(at, w) for at, w in state["weights"]], weights, start_step * batch_size)
+        self.order = MixtureOrder(history, config.num_streams, seed)
         self.local_batch_size = batch_size // process_count
-
-    @property
-    def normalizer(self) -> Normalizer:
-        return self.samples.normalizer
 
     def facts(self) -> dict[str, Any]:
         """What a model must know: cameras {name: (H, W)}, low_dim {name: D}, action_dim, text_dim, normalizer."""
         return {
-            "cameras": {name: self.dataset.cameras[key] for name, key in self.samples.cameras.items()},
-            "low_dim": dict(self.samples.low_dim),
-            "action_dim": self.samples.action_dim,
-            "text_dim": self.samples.text_dim,
+            "cameras": dict(self.spec.cameras),
+            "low_dim": dict(self.spec.low_dim),
+            "action_dim": self.spec.action_dim,
+            "text_dim": self.spec.text_dim,
             "normalizer": self.normalizer,
         }
 
+    def manifest(self) -> dict[str, Any]:
+        """What the data is, for a checkpoint's assets: the dataset's manifest, or {source: its manifest}."""
+        if not self.config.sources:
+            return self._robots[0].dataset.manifest
+        return {name: source.dataset.manifest for name, source in self.sources.items()}
+
     def summary(self) -> str:
-        """One line about the data, for people."""
-        lengths = self.dataset.episode_lengths
-        return (
-            f"data: {self.dataset.directory} ({self.dataset.split}): {self.dataset.num_episodes} episodes, "
-            f"{int(lengths.sum())} steps; {len(self.windows)} training windows in {len(self.windows.episodes)} "
-            f"episodes, {len(self._held_out_episodes)} episodes held out; cameras {', '.join(self.samples.cameras)}; "
-            f"action {self.samples.action_dim}-d"
-        )
+        """A line about each source, for people."""
+        action = f"action {self.spec.action_dim}-d"
+        if not self.config.sources:
+            return f"data: {self._robots[0].describe()}; {action}"
+        total = sum(source.weight for source in self.sources.values())
+        lines = [
+            f"  {name} ({source.weight / total:.1%} of the samples): {source.describe()}"
+            for name, source in self.sources.items()
+        ]
+        return "\n".join([f"data: {len(lines)} sources; cameras {', '.join(self.spec.cameras)}; {action}", *lines])
 
     def __iter__(self) -> Iterator[Batch]:
         threads = self.config.num_threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, 2 * threads) if threads else 0)
-        source = _Source(self)
-        rows = grain.MapDataset.source(source).to_iter_dataset(options)
-        return iter(rows.batch(self.local_batch_size, drop_remainder=True, batch_fn=source.take))
+        rows = _Rows(self)
+        elements = grain.MapDataset.source(rows).to_iter_dataset(options)
+        return iter(elements.batch(self.local_batch_size, drop_remainder=True, batch_fn=rows.take))
+
+    def load(self, batch: Batch, at: int, row: int, position: int) -> None:
+        """Writes the sample of a global position into place `at` of a batch, as row `row`."""
+        name, place = self.order.locate(position)
+        self.sources[name].load(batch, at, row, place, self.normalizer, self.spec)
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint after `step` steps must keep, JSON: no topology, only a position and what it counts."""
-        name = self.dataset.directory.name
         return {
             "position": step * self.batch_size,
-            "seed": self.order.seed,
-            "num_streams": self.order.num_streams,
-            "weights": [[0, {name: 1.0}]],  # (from which position, weight of each source)
-            "datasets": {name: self.dataset.fingerprint},
+            "seed": self.seed,
+            "num_streams": self.config.num_streams,
+            "weights": [[start, weights] for start, weights in self.order.history],
+            "datasets": {name: source.identity for name, source in self.sources.items()},
         }
 
-    def check_state(self, state: dict[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
         """Checks that this loader continues the order that `state` was saved from.
 
         Raises:
-            UserError: another dataset, seed or number of streams, or another place than `start_step`.
+            UserError: another dataset, seed or number of streams, other weights, or another place than `start_step`.
         """
-        expected = self.state(self.start_step)
+        self._check_identity(state)
+        past = [[start, weights] for start, weights in self.order.history if start < max(state["position"], 1)]
+        if state["weights"] != past:
+            raise self._mismatch("weights", state["weights"], past)
+
+    def _check_identity(self, state: Mapping[str, Any]) -> None:
+        datasets = {name: source.identity for name, source in self.sources.items()}
+        stored = state.get("datasets") or {}
+        for what, names in (
+            ("no source", sorted(datasets.keys() - stored.keys())),
+            ("the source", sorted(stored.keys() - datasets.keys())),
+        ):
+            if names and stored:
+                raise UserError(
+                    f"config.data.sources: this run was started with {', '.join(sorted(stored))}; it has {what} "
+                    f"{names[0]!r}. Sources cannot come or go while a run continues (a weight of 0 keeps a source from "
+                    "being drawn): use a new --workdir."
+                )
+        expected = {
+            "position": self.start_step * self.batch_size,
+            "seed": self.seed,
+            "num_streams": self.config.num_streams,
+            "datasets": datasets,
+        }
         for field, value in expected.items():
             if state.get(field) != value:
+                raise self._mismatch(field, state.get(field), value)
+
+    def _mismatch(self, field: str, stored: Any, ours: Any) -> UserError:
+        if field == "datasets" and stored:
+            field = next(name for name in ours if stored[name] != ours[name])
+            stored, ours, field = stored[field], ours[field], f"datasets/{field}"
+        return UserError(
+            f"{self.directory}: the checkpoint's data order has {field} = {stored!r}, this run has {ours!r}. "
+            "Continue with the same data and config, or use a new --workdir."
+        )
+
+    def _check_processes(self) -> None:
+        fields = {"config.batch_size": self.batch_size, "config.data.num_streams": self.config.num_streams}
+        for field, number in fields.items():
+            if number % self.process_count:
                 raise UserError(
-                    f"{self.dataset.directory}: the checkpoint's data order has {field} = {state.get(field)!r}, "
-                    f"this run has {value!r}. Continue with the same data and config, or use a new --workdir."
+                    f"{self.process_count} processes do not divide {field}={number}: every process reads the same "
+                    "number of rows, from streams of its own. Choose a multiple."
                 )
 
     def describe(self, position: int) -> Trace:
         """Where the sample at a global position (step * batch_size + row) comes from."""
-        episode, origin = self.windows.locate(self.order.window(position))
-        shard = self.dataset.locate(episode, max(origin, 0)).shard
-        return Trace(str(self.dataset.directory), shard, episode, origin)
+        name, place = self.order.locate(position)
+        source = self.sources[name]
+        episode, origin = source.clip(place)
+        shard = source.dataset.locate(episode, max(origin, 0)).shard
+        return Trace(name, str(source.dataset.directory), shard, episode, origin)
 
     def held_out(self, num_windows: int, seed: int = 0) -> HeldOut:
-        """At most `num_windows` windows of validation episodes, evenly spread over all of them, always the same.
+        """At most `num_windows` windows of validation episodes of the sources with actions, evenly spread over all of
+        them, always the same.
 
         Raises:
             UserError: there are no validation episodes, or none is long enough.
         """
-        if not len(self._held_out_episodes):
+        sources = [source for source in self._robots if len(source.held_out)]
+        if not sources:
             raise UserError(
-                f"{self.dataset.directory}: no episodes are held out "
-                f"(config.data.val_ratio={self.config.val_ratio}, {self.dataset.num_episodes} episodes)."
+                f"{self.directory}: no episodes are held out (config.data.val_ratio={self.config.val_ratio}, "
+                f"{self._robots[0].dataset.num_episodes} episodes)."
             )
-        windows = Windows(
-            self.samples.spec, self.dataset.episode_lengths, self._held_out_episodes, "validation episodes"
-        )
-        count = min(num_windows, len(windows))
+        every = [
+            Windows(self.spec.window, s.dataset.episode_lengths, s.held_out, f"validation episodes of {s.where}")
+            for s in sources
+        ]
+        ends = np.cumsum([len(windows) for windows in every])
+        count = min(num_windows, int(ends[-1]))
         # One window from each of `count` equal parts of the list, at the same place of each part.
         place = np.random.default_rng(seed).random()
-        chosen = ((np.arange(count) + place) * len(windows) / count).astype(np.int64)
-        return HeldOut(self.samples, [windows.locate(int(w)) for w in chosen])
+        chosen = ((np.arange(count) + place) * int(ends[-1]) / count).astype(np.int64)
+        found = []
+        for w in chosen:
+            i = int(np.searchsorted(ends, w, side="right"))
+            found.append((i, *every[i].locate(int(w - (ends[i - 1] if i else 0)))))
+        return HeldOut(self, sources, found)
 
     def close(self) -> None:
-        """Closes the dataset's files."""
-        self.dataset.close()
+        """Closes the datasets' files."""
+        for source in self.sources.values():
+            source.dataset.close()
 
 
 class HeldOut:
     """Fixed windows for evaluation.
 
     Attributes:
-        episodes: (n,) int64 episode of each window: intervals are to be clustered by it.
+        episodes: (n,) int64 a number of each window's episode, other in each source: intervals are to be clustered by
+            it. With one source it is the episode's number in the split.
         origins: (n,) int64 first step of each window.
     """
 
-    def __init__(self, samples: Samples, windows: list[tuple[int, int]]):
-        self._samples = samples
-        self.episodes, self.origins = np.asarray(windows, np.int64).T
+    def __init__(self, loader: Loader, sources: Sequence[Source], windows: list[tuple[int, int, int]]):
+        self._loader, self._sources = loader, sources
+        self._windows = windows
+        first = np.cumsum([0, *(source.dataset.num_episodes for source in sources)])
+        self.episodes = np.asarray([first[s] + episode for s, episode, _ in windows], np.int64)
+        self.origins = np.asarray([origin for *_, origin in windows], np.int64)
 
     def __len__(self) -> int:
-        return len(self.episodes)
+        return len(self._windows)
 
     def batch(self, start: int, stop: int) -> Batch:
         """Windows [start, stop) as a batch; `row` is the window's number. Windows beyond the last start over."""
         rows = np.arange(start, stop) % len(self)
-        batch = self._samples.empty(len(rows))
+        loader = self._loader
+        batch = loader.spec.empty(len(rows))
         for at, r in enumerate(rows):
-            self._samples.load(batch, at, int(self.episodes[r]), int(self.origins[r]), int(r))
+            number, episode, origin = self._windows[r]
+            samples = self._sources[number].samples
+            samples.load(batch, at, int(r), [Clip(episode, origin)], 0, loader.normalizer, loader.spec)
         return batch
 
     def batches(self, batch_size: int) -> Iterator[Batch]:

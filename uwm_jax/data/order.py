@@ -48,7 +48,7 @@ class StreamOrder:
         """The window that is draw number `draw` (0, 1, ...) of a stream."""
         start, stop = self.stream_range(stream)
         epoch, i = divmod(draw, stop - start)
-        return start + permute(i, stop - start, _mix(_mix(_mix(self.seed) ^ stream) ^ epoch))
+        return start + permute(i, stop - start, mix(mix(mix(self.seed) ^ stream) ^ epoch))
 
     def window(self, position: int) -> int:
         """The window at a global position (0, 1, ...)."""
@@ -67,13 +67,13 @@ def permute(i: int, n: int, key: int) -> int:
     while True:
         left, right = i >> half, i & low
         for r in range(_ROUNDS):
-            left, right = right, left ^ (_mix(key + r * 0xD1342543DE82EF95 ^ right) & low)
+            left, right = right, left ^ (mix(key + r * 0xD1342543DE82EF95 ^ right) & low)
         i = left << half | right
         if i < n:
             return i
 
 
-def _mix(x: int) -> int:
+def mix(x: int) -> int:
     """The splitmix64 finaliser: 64 bits to 64 well-mixed bits."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK

@@ -8,6 +8,8 @@ consecutive steps of one episode, encoded images untouched. Beside it lie
   the counts, what was skipped, and the shards with size and sha256;
 - `index/<split>.npz`: `episode_length` (E,), `episode_first_chunk` (E,), `chunk_shard` (K,),
   `chunk_record` (K,), all int64, chunks of an episode being consecutive;
+- `index/<split>.texts.npz`: for every episode-level text, such as the path of the recording, `<key>/utf8` (bytes of
+  all episodes one after another) and `<key>/ends` (E,) int64, so that episodes are chosen without reading a record;
 - `columns/<split>/<key>.npy`: every numeric step key of at most `COLUMN_MAX_SIZE` values, (steps, ...)
   in episode order, float32 or int64, so that actions and statistics need no record;
 - `codec/pca.npz` and `stats.json`, which `data_prep` derives from the above, and `derived_stats/`, a cache of
@@ -23,6 +25,7 @@ import collections
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import threading
@@ -68,6 +71,11 @@ def short_key(key: str) -> str:
 def column_file(split: str, key: str) -> str:
     """File of a column, relative to the dataset directory."""
     return f"columns/{split}/{key.replace('/', '.')}.npy"
+
+
+def text_file(split: str) -> str:
+    """File of the episodes' texts, relative to the dataset directory."""
+    return f"index/{split}.texts.npz"
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -157,6 +165,37 @@ class Dataset:
         """Step key of a vector of floats of any size (for example a text embedding)."""
         keys = [k for k, f in self.manifest["step_features"].items() if f["dtype"].startswith("float")]
         return self._resolve(name, keys, "step key with floats")
+
+    def has_float_key(self, name: str) -> bool:
+        """Whether there is such a step key."""
+        keys = [k for k, f in self.manifest["step_features"].items() if f["dtype"].startswith("float")]
+        return name in keys or f"observation/{name}" in keys
+
+    def episode_texts(self, key: str) -> list[str]:
+        """The text of every episode under an episode-level key (for example `episode_metadata/file_path`).
+
+        Raises:
+            UserError: the dataset has no such text, or was made before these were kept.
+        """
+        file = self.directory / text_file(self.split)
+        if not file.exists():
+            raise UserError(
+                f"{self.directory}: its episodes cannot be chosen by {key!r}, as {file.name} is missing: versions of "
+                "data_prep.reshard before this one did not write it. Reshard the dataset."
+            )
+        try:
+            with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
+                keys = sorted(k.removesuffix("/ends") for k in stored if k.endswith("/ends"))
+                if key not in keys:
+                    raise UserError(f"{self.directory}: no episode text {key!r}; it has: {', '.join(keys) or 'none'}.")
+                data, ends = stored[f"{key}/utf8"].tobytes(), stored[f"{key}/ends"].tolist()
+        except (OSError, KeyError, ValueError) as e:
+            raise UserError(f"{file}: the episodes' texts cannot be read ({e}). Make the dataset again.") from e
+        if len(ends) != self.num_episodes:
+            raise UserError(
+                f"{file}: expected texts of {self.num_episodes} episodes, found {len(ends)}. Make the dataset again."
+            )
+        return [data[a:b].decode(errors="replace") for a, b in itertools.pairwise([0, *ends])]
 
     def step_shape(self, key: str) -> tuple[int, ...]:
         """Shape of one step of a step key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -78,14 +79,27 @@ def dataset_stats(dataset: Dataset) -> dict[str, Stats]:
     return {key: column_stats(dataset.column(key)) for key in dataset.column_keys}
 
 
-def key_stats(dataset: Dataset, key: str, transform: Transform, val_ratio: float) -> Stats:
+def key_stats(
+    dataset: Dataset,
+    key: str,
+    transform: Transform,
+    val_ratio: float,
+    episodes: np.ndarray | None = None,
+    selection: str = "",
+) -> Stats:
     """Statistics of one column after a transform, over the training episodes that `val_ratio` leaves.
 
     Computed once, in a pass over the column, and kept in the dataset's `derived_stats/` where that is writable; a
-    file of other data or of another split is never believed.
+    file of other data, of another split or of another selection is never believed.
+
+    Args:
+        episodes: the training episodes that count, if not all; `selection` says in words which these are.
     """
-    name = f"derived_stats/{dataset.split}.{key.replace('/', '.')}.{transform.name}.val_{val_ratio:g}.json"
-    meaning = {"fingerprint": dataset.fingerprint, "val_ratio": float(val_ratio)}
+    chosen = f".{hashlib.sha256(selection.encode()).hexdigest()[:8]}" if selection else ""
+    name = f"derived_stats/{dataset.split}.{key.replace('/', '.')}.{transform.name}.val_{val_ratio:g}{chosen}.json"
+    meaning: dict[str, Any] = {"fingerprint": dataset.fingerprint, "val_ratio": float(val_ratio)}
+    if selection:
+        meaning["selection"] = selection
     file = dataset.directory / name
     try:
         stored = json.loads(file.read_text())
@@ -93,9 +107,10 @@ def key_stats(dataset: Dataset, key: str, transform: Transform, val_ratio: float
         stored = {}
     if meaning.items() <= stored.items():
         return stored["stats"]
-    train, _ = split_episodes(dataset.num_episodes, val_ratio)
+    if episodes is None:
+        episodes, _ = split_episodes(dataset.num_episodes, val_ratio)
     in_training = np.zeros(dataset.num_episodes, np.bool_)
-    in_training[train] = True
+    in_training[episodes] = True
     stats = column_stats(dataset.column(key), transform.apply, np.repeat(in_training, dataset.episode_lengths))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -117,3 +132,32 @@ def join_stats(parts: Iterable[Stats]) -> Stats:
     parts = list(parts)
     joined: Stats = {"count": parts[0]["count"], "nonfinite": sum(p["nonfinite"] for p in parts)}
     return joined | {name: sum((p[name] for p in parts), []) for name in _FIELDS if all(name in p for p in parts)}
+
+
+def pool_stats(parts: Iterable[Stats]) -> Stats:
+    """Statistics of the steps of several datasets together.
+
+    Exact but for the quantiles, which a pool's parts do not determine: they are the smallest 1 % and the largest 99 %
+    quantile of any part, so that the middle of every part lies between them however small that part is.
+    """
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
+    count = [p["count"] - p["nonfinite"] for p in parts]
+    pooled: Stats = {"count": sum(p["count"] for p in parts), "nonfinite": sum(p["nonfinite"] for p in parts)}
+    parts = [p for p, n in zip(parts, count, strict=True) if n]
+    if not parts:
+        return pooled
+    weight = np.asarray([n for n in count if n], np.float64)[:, None] / sum(count)
+    values = {name: np.asarray([p[name] for p in parts], np.float64) for name in _FIELDS}
+    mean = (weight * values["mean"]).sum(axis=0)
+    variance = (weight * (values["std"] ** 2 + (values["mean"] - mean) ** 2)).sum(axis=0)
+    joined = {
+        "min": values["min"].min(axis=0),
+        "max": values["max"].max(axis=0),
+        "mean": mean,
+        "std": np.sqrt(variance),
+        "q01": values["q01"].min(axis=0),
+        "q99": values["q99"].max(axis=0),
+    }
+    return pooled | {name: [float(v) for v in joined[name]] for name in _FIELDS}

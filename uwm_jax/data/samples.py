@@ -1,0 +1,242 @@
+"""Windows of one source as rows of batches.
+
+`RowSpec` is what every row of a run's batches holds; `Samples` fills rows with the windows of one source, whatever it
+lacks: a source without actions has zeros in their place, one with fewer cameras than the model fills the other views by
+one of three rules, and frames of another size are resized to cover the model's and cropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.order import mix
+from uwm_jax.data.records import Dataset
+from uwm_jax.data.transforms import get_transform
+from uwm_jax.data.windows import WindowSpec
+from uwm_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSpec:
+    """What a row of a batch holds, in all sources alike.
+
+    Attributes:
+        window: the steps of a sample.
+        cameras: name -> (height, width) of the raw frames, names sorted.
+        low_dim: name -> D, names sorted.
+        action_dim, text_dim: widths; text_dim is 0 for none.
+    """
+
+    window: WindowSpec
+    cameras: dict[str, tuple[int, int]]
+    low_dim: dict[str, int]
+    action_dim: int
+    text_dim: int
+
+    def empty(self, rows: int) -> Batch:
+        """Arrays for a batch of `rows` samples, to be filled by `Samples.load`."""
+        window = self.window
+        batch: Batch = {}
+        for name, size in self.cameras.items():
+            batch[f"obs/{name}"] = np.empty((rows, len(window.obs), *size, 3), np.uint8)
+            batch[f"next_obs/{name}"] = np.empty((rows, len(window.next_obs), *size, 3), np.uint8)
+        for name, width in self.low_dim.items():
+            batch[f"obs/{name}"] = np.empty((rows, len(window.obs), width), np.float32)
+        if self.text_dim:
+            batch["obs/text"] = np.empty((rows, self.text_dim), np.float32)
+        batch["action"] = np.empty((rows, len(window.action), self.action_dim), np.float32)
+        batch["action_mask"] = np.empty(rows, np.bool_)
+        batch["row"] = np.empty(rows, np.int32)
+        return batch
+
+
+class Clip(NamedTuple):
+    """A window: an episode's number in the split, and the step at which the window begins."""
+
+    episode: int
+    origin: int
+
+
+class Samples:
+    """Reads windows of a dataset into rows, as `config.data` and one of its sources ask for.
+
+    Args:
+        dataset: an open split.
+        config: `config.data`.
+        source: the fields of `uwm_jax.config.source`.
+        where: what to call the source in messages.
+    Raises:
+        UserError: a key that the dataset does not have, a transform that does not fit.
+
+    Attributes:
+        camera_keys: the model's camera -> step key, for the cameras that the source has of its own.
+        actions: (step key, transform) of the parts of the action; empty for a source that is used as video.
+        low_dim_keys: name -> step key; empty for a source that is used as video.
+    """
+
+    def __init__(self, dataset: Dataset, config: Any, source: Any, where: str):
+        self.dataset = dataset
+        self.where = where
+        self.window = WindowSpec.from_config(config.window)
+        keys = source.cameras or config.cameras
+        self._views = tuple(config.cameras)
+        self.camera_keys = {
+            view: dataset.camera_key(key) for view, key in zip(self._views, keys, strict=len(keys) == len(self._views))
+        }
+        self._fill = source.fill_views if len(keys) < len(self._views) else ""
+        self.use_actions = bool(source.use_actions)
+        self.actions, self.low_dim_keys = [], {}
+        self._text = ""
+        if self.use_actions:
+            self.actions = [(dataset.column_key(key), get_transform(t)) for key, t in source.action or config.action]
+            self.low_dim_keys = {name: dataset.column_key(name) for name in sorted(config.low_dim)}
+            self._text = dataset.float_key(config.text) if config.text else ""
+        elif config.text and dataset.has_float_key(config.text):
+            self._text = dataset.float_key(config.text)
+        self.action_dim = sum(t.width(key, self._width(key)) for key, t in self.actions)
+        self.text_dim = self._width(self._text) if self._text else 0
+
+    @property
+    def num_clips(self) -> int:
+        """Windows that a row shows: its own, and with `fill_views` "random" one more for each view without camera."""
+        return 1 + (len(self._views) - len(self.camera_keys) if self._fill == "random" else 0)
+
+    def row_spec(self) -> RowSpec:
+        """The rows of a run of which this is the first source with actions."""
+        return RowSpec(
+            window=self.window,
+            cameras={name: self.dataset.cameras[key] for name, key in sorted(self.camera_keys.items())},
+            low_dim={name: self._width(key) for name, key in self.low_dim_keys.items()},
+            action_dim=self.action_dim,
+            text_dim=self.text_dim,
+        )
+
+    def check_fits(self, spec: RowSpec, first: str) -> None:
+        """Raises UserError where this source's widths differ from those of the `first` source with actions."""
+        widths = {"obs/text": (self.text_dim, spec.text_dim)} if self._text else {}
+        if self.use_actions:
+            widths["action"] = (self.action_dim, spec.action_dim)
+            widths |= {name: (self._width(key), spec.low_dim[name]) for name, key in self.low_dim_keys.items()}
+        for name, (found, expected) in widths.items():
+            if found != expected:
+                raise UserError(
+                    f"{name} has {found} numbers in {self.where}, but {expected} in {first}: one model needs the same "
+                    "width in all. Choose other keys in the `action` of one of these sources, or leave one out."
+                )
+
+    def load(
+        self, batch: Batch, at: int, row: int, clips: Sequence[Clip], draw: int, normalizer: Normalizer, spec: RowSpec
+    ) -> None:
+        """Writes a sample into place `at` of a batch, as row `row`.
+
+        Args:
+            clips: `num_clips` windows; the first is the sample's own.
+            draw: a number of 64 random bits that belongs to the sample.
+        """
+        self._load_frames(batch, at, clips, draw)
+        dataset, window = self.dataset, self.window
+        episode, origin = clips[0]
+        length, start = int(dataset.episode_lengths[episode]), int(dataset.episode_starts[episode])
+        obs = window.steps(window.obs, origin, length)
+        if spec.text_dim:
+            batch["obs/text"][at] = dataset.values(episode, obs[-1], self._text) if self._text else 0
+        batch["action_mask"][at] = self.use_actions
+        batch["row"][at] = row
+        if not self.use_actions:
+            batch["action"][at] = 0
+            for name in spec.low_dim:
+                batch[f"obs/{name}"][at] = 0
+            return
+        for name, key in self.low_dim_keys.items():
+            batch[f"obs/{name}"][at] = normalizer.normalize(name, self._rows(key, start, obs))
+        action = window.steps(window.action, origin, length)
+        parts = [transform.apply(self._rows(key, start, action)) for key, transform in self.actions]
+        batch["action"][at] = normalizer.normalize("action", np.concatenate(parts, axis=-1))
+        for name in ("action", *(f"obs/{name}" for name in self.low_dim_keys)):
+            # Training episodes are known to be finite from their statistics; held-out ones are met here.
+            if not np.isfinite(batch[name][at]).all():
+                raise UserError(
+                    f"{dataset.directory}: {name} is NaN or infinite in episode {episode} of split {dataset.split!r}, "
+                    f"in the window at step {origin}. Remove the episode from the source and reshard it."
+                )
+
+    def _load_frames(self, batch: Batch, at: int, clips: Sequence[Clip], draw: int) -> None:
+        filled: dict[str, tuple[int, str]] = {}  # view -> (number of the clip, step key)
+        keys = list(self.camera_keys.values())
+        views = _shuffled(self._views, draw) if self._fill == "none" else self._views
+        for view, key in zip(views, keys, strict=False):
+            filled[view] = (0, key)
+        for i, view in enumerate(views[len(keys) :]):
+            if self._fill == "same":
+                filled[view] = (0, keys[0])
+            elif self._fill == "random":
+                filled[view] = (1 + i, keys[i % len(keys)])
+            else:
+                batch[f"obs/{view}"][at] = batch[f"next_obs/{view}"][at] = 0
+        for number, clip in enumerate(clips):
+            wanted: dict[str, list[str]] = {}  # step key -> views
+            for view, (n, key) in filled.items():
+                if n == number:
+                    wanted.setdefault(key, []).append(view)
+            self._decode(batch, at, clip, wanted)
+
+    def _decode(self, batch: Batch, at: int, clip: Clip, wanted: Mapping[str, list[str]]) -> None:
+        """Decodes a clip's frames of some step keys, each once, into the views that show them."""
+        dataset, window = self.dataset, self.window
+        length = int(dataset.episode_lengths[clip.episode])
+        steps = window.steps(window.obs, clip.origin, length) + window.steps(window.next_obs, clip.origin, length)
+        places = {
+            view: [*batch[f"obs/{view}"][at], *batch[f"next_obs/{view}"][at]]
+            for views in wanted.values()
+            for view in views
+        }
+        into: dict[str, Any] = {}
+        for key, views in wanted.items():
+            same_size = places[views[0]][0].shape[:2] == dataset.cameras[key]
+            # Straight into the batch where that can be: it saves a copy of every frame.
+            into[key] = places[views[0]] if same_size else np.empty((len(steps), *dataset.cameras[key], 3), np.uint8)
+        dataset.frames(clip.episode, dict.fromkeys(into, steps), into)
+        for key, views in wanted.items():
+            for view in views:
+                if into[key] is not places[view]:
+                    for frame, place in zip(into[key], places[view], strict=True):
+                        place[...] = cover(frame, place.shape[:2])
+
+    def _rows(self, key: str, start: int, steps: list[int]) -> np.ndarray:
+        rows = self.dataset.column(key)[[start + s for s in steps]]
+        return np.asarray(rows, np.float32).reshape(len(steps), -1)
+
+    def _width(self, key: str) -> int:
+        return int(np.prod(self.dataset.step_shape(key), dtype=np.int64))
+
+
+def cover(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A frame (h, w, 3) uint8 resized to cover `size` (height, width) with its shape kept, cropped in the centre.
+
+    The official rule for web video: scale by the larger of the two ratios, both sides rounded up. The resampling is
+    bilinear and antialiased.
+    """
+    height, width = frame.shape[:2]
+    if (height, width) == size:
+        return frame
+    # In whole numbers: a ratio in floating point may round a side that fits exactly up by one.
+    if size[0] * width >= size[1] * height:
+        new = size[0], -(-width * size[0] // height)
+    else:
+        new = -(-height * size[1] // width), size[1]
+    resized = np.asarray(Image.fromarray(frame).resize(new[::-1], Image.Resampling.BILINEAR))
+    top, left = (new[0] - size[0]) // 2, (new[1] - size[1]) // 2
+    return resized[top : top + size[0], left : left + size[1]]
+
+
+def _shuffled(items: Sequence[str], draw: int) -> list[str]:
+    """The items in an order that `draw` decides."""
+    return sorted(items, key=lambda item: mix(draw ^ items.index(item)))

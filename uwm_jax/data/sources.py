@@ -1,0 +1,221 @@
+"""The sources of a run: open datasets, which of their episodes count, and the order of their windows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.order import StreamOrder, mix
+from uwm_jax.data.records import Dataset, dataset_dir
+from uwm_jax.data.samples import Batch, Clip, RowSpec, Samples
+from uwm_jax.data.stats import Stats, join_stats, key_stats, pool_stats
+from uwm_jax.data.transforms import get_transform
+from uwm_jax.data.windows import Windows, split_episodes
+from uwm_jax.errors import UserError
+
+# The fields of `uwm_jax.config.source` for a run that names no sources.
+_PLAIN = types.SimpleNamespace(
+    weight=1.0, use_actions=True, include=(), exclude=(), path_key="", cameras=(), fill_views="same", action=()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """Which episodes of a source count, by the text that the dataset has of each under `key` (their path).
+
+    Attributes:
+        include: only episodes whose text holds one of these; () = all.
+        exclude: no episode whose text holds one of these.
+    """
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    key: str
+
+    def __bool__(self) -> bool:
+        return bool(self.include or self.exclude)
+
+    def __str__(self) -> str:
+        parts = [f"{self.key} contains {' or '.join(map(repr, self.include))}"] if self.include else []
+        parts += [f"{self.key} contains neither {' nor '.join(map(repr, self.exclude))}"] if self.exclude else []
+        return ", ".join(parts)
+
+    def keep(self, dataset: Dataset) -> np.ndarray:
+        """(E,) bool."""
+        if not self:
+            return np.ones(dataset.num_episodes, np.bool_)
+        kept = [
+            (not self.include or any(part in text for part in self.include))
+            and not any(part in text for part in self.exclude)
+            for text in dataset.episode_texts(self.key)
+        ]
+        return np.asarray(kept, np.bool_)
+
+
+class Source:
+    """One dataset of a run, with its filters, windows and order.
+
+    Args:
+        name: its name in the mixture.
+        where: what to call it in messages.
+        dataset: an open split; config: `config.data`; fields: those of `uwm_jax.config.source`.
+        seed: of its order.
+    Raises:
+        UserError: as `Samples`; a filter that no episode passes; no training episode that is long enough.
+
+    Attributes:
+        episodes, held_out: numbers of its training and validation episodes that pass the filter.
+    """
+
+    def __init__(self, name: str, where: str, dataset: Dataset, config: Any, fields: Any, seed: int):
+        self.name, self.where, self.dataset = name, where, dataset
+        self.use_actions = bool(fields.use_actions)
+        self.weight = float(fields.weight)
+        self.seed = seed
+        self.filter = Filter(tuple(fields.include), tuple(fields.exclude), fields.path_key)
+        self.samples = Samples(dataset, config, fields, where)
+        kept = self.filter.keep(dataset)
+        if not kept.any():
+            example = next(iter(dataset.episode_texts(self.filter.key)), "")
+            raise UserError(
+                f"{where}: none of {dataset.num_episodes} episodes passes the filter ({self.filter}). "
+                f"The first episode has {example!r}."
+            )
+        self._num_kept = int(kept.sum())
+        # Held out first and filtered then, so that sources of one dataset agree about what is held out.
+        train, held_out = split_episodes(dataset.num_episodes, config.val_ratio)
+        self.episodes, self.held_out = train[kept[train]], held_out[kept[held_out]]
+        what = f"training episodes of {where}"
+        if self.filter:
+            what += f" with {self.filter}"
+        self.windows = Windows(self.samples.window, dataset.episode_lengths, self.episodes, what)
+        self.order = StreamOrder(len(self.windows), config.num_streams, seed)
+        self._val_ratio = config.val_ratio
+
+    @property
+    def identity(self) -> str:
+        """What must not change while a run continues: the dataset's content and which of it is used."""
+        return f"{self.dataset.fingerprint} ({self.filter})" if self.filter else self.dataset.fingerprint
+
+    def clip(self, position: int) -> Clip:
+        """The window at a position of this source's order."""
+        return Clip(*self.windows.locate(self.order.window(position)))
+
+    def load(self, batch: Batch, at: int, row: int, position: int, normalizer: Normalizer, spec: RowSpec) -> None:
+        """Writes the sample at a position of this source's order into place `at` of a batch, as row `row`."""
+        draw = mix(mix(self.seed ^ 0x66696C6C) ^ position)  # apart from the seed of the order
+        clips = [self.clip(position)]
+        for i in range(1, self.samples.num_clips):
+            clips.append(Clip(*self.windows.locate(mix(draw ^ i) % len(self.windows))))
+        self.samples.load(batch, at, row, clips, draw, normalizer, spec)
+
+    def stats(self, key: str, transform: Any) -> Stats:
+        """Statistics of a transformed column over the training episodes that pass the filter."""
+        return key_stats(
+            self.dataset, key, transform, self._val_ratio, self.episodes, str(self.filter) if self.filter else ""
+        )
+
+    def describe(self) -> str:
+        """One line, for people."""
+        lengths, dataset = self.dataset.episode_lengths, self.dataset
+        filtered = f" ({self._num_kept} of them with {self.filter})" if self.filter else ""
+        use = "" if self.use_actions else "; used without actions"
+        return (
+            f"{dataset.directory} ({dataset.split}): {dataset.num_episodes} episodes{filtered}, "
+            f"{int(lengths.sum())} steps; {len(self.windows)} training windows in {len(self.windows.episodes)} "
+            f"episodes, {len(self.held_out)} episodes held out; cameras {', '.join(sorted(self.samples.camera_keys))}"
+            f"{use}"
+        )
+
+
+def open_sources(config: Any, seed: int) -> dict[str, Source]:
+    """The sources of `config.data` by name, sorted; all of them, in every process.
+
+    Without `config.data.sources`, the one source is the dataset of `config.data.path`, under its directory's name.
+
+    Raises:
+        UserError: as `Source`.
+    """
+    if not config.sources:
+        dataset = Dataset(dataset_dir(config.path), config.split)
+        name = dataset.directory.name
+        return {name: Source(name, str(dataset.directory), dataset, config, _PLAIN, seed)}
+    sources = {}
+    for name, fields in sorted(config.sources.items()):
+        dataset = Dataset(dataset_dir(fields.path or config.path), fields.split or config.split)
+        # A source that stands alone keeps the run's seed. Else one dataset in two roles must not show the same
+        # windows at the same time.
+        own = seed if len(config.sources) == 1 else mix(mix(seed) ^ _hash(name))
+        where = f"source {name!r} ({dataset.directory})"
+        sources[name] = Source(name, where, dataset, config, fields, own)
+    return sources
+
+
+def row_spec(sources: Sequence[Source]) -> RowSpec:
+    """What the rows of all sources hold: as the first one with actions has it.
+
+    Raises:
+        UserError: another source has another width of the action or of a low-dimensional key.
+    """
+    first = next(source for source in sources if source.use_actions)
+    spec = first.samples.row_spec()
+    for source in sources:
+        source.samples.check_fits(spec, first.where)
+    return spec
+
+
+def fit_normalizer(sources: Sequence[Source], kind: str) -> Normalizer:
+    """One normaliser from the training episodes of all sources with actions, whatever their weights.
+
+    Raises:
+        UserError: values that are not finite.
+    """
+    identity = get_transform("identity")
+    pooled: dict[str, list[Stats]] = {}
+    for source in sources:
+        if not source.use_actions:
+            continue
+        stats = {name: source.stats(key, identity) for name, key in source.samples.low_dim_keys.items()}
+        stats["action"] = join_stats(source.stats(key, t) for key, t in source.samples.actions)
+        for key, values in stats.items():
+            if values["nonfinite"]:
+                raise UserError(
+                    f"{source.where}: {key}: {values['nonfinite']} of {values['count']} steps are NaN or infinite "
+                    "in training episodes; remove these episodes from the source and reshard it."
+                )
+            pooled.setdefault(key, []).append(values)
+    joined = {key: pool_stats(parts) for key, parts in pooled.items()}
+    return Normalizer.from_stats(joined, kind, joined)
+
+
+def check_normalizer(normalizer: Normalizer, spec: RowSpec, where: str) -> None:
+    """Checks that a normaliser from elsewhere (a checkpoint) is for the data keys of this run.
+
+    A key of ours without an entry is the identity, and an entry for nothing of ours is not used; but both at once mean
+    that the normaliser belongs to other keys.
+
+    Raises:
+        UserError: it does not.
+    """
+    ours = {"action": spec.action_dim, **spec.low_dim}
+    theirs = {key: len(scale) for key, (scale, _) in normalizer.entries.items()}
+    differing = any(ours[key] != theirs[key] for key in ours.keys() & theirs.keys())
+    if differing or (ours.keys() - theirs.keys() and theirs.keys() - ours.keys()):
+        raise UserError(
+            f"The normaliser of this run is for {_widths(theirs)}, but config.data.action and config.data.low_dim "
+            f"read {_widths(ours)} from {where}. Use the data keys that the run was trained with."
+        )
+
+
+def _widths(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{key} ({width} numbers)" for key, width in sorted(sizes.items())) or "no keys"
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
