@@ -1,0 +1,491 @@
+"""Several processes as one run: who takes part, what they agree on, and how they end together.
+
+A run of one process needs nothing of this, and every function here is then a no-op or trivial. `session` finds the
+other processes, in this order:
+
+  1. the flags --coordinator-address, --num-processes, --process-id;
+  2. the environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID;
+  3. SLURM, in a job step of several tasks (`srun python -m uwm_jax.train ...`);
+  4. a TPU pod (the same command on every host).
+
+Processes talk through JAX's coordination service, which process 0 runs; no agreement here touches the devices. A
+process that fails tells the others why, and they end with its status. One that was killed can tell nobody: the
+others learn it from a collective that breaks, or from its silence, and end with status 1. If it was process 0, the
+service dies with it, and JAX ends the others itself, at once, with its own message (SIGABRT).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax._src import distributed as jax_distributed  # the coordination client has no public name (orbax does the same)
+from jax.experimental import multihost_utils
+
+from uwm_jax.errors import Preempted, RunError, UserError
+
+FLAGS = flags.FLAGS
+
+JOIN_SECONDS = 300  # for all processes to start
+SILENCE_SECONDS = 60.0  # after which a process that shows no life is taken for dead
+AGREE_SECONDS = 600.0  # for all processes to reach the same line
+
+_POLL_SECONDS = 1.0
+_POLLS_PER_BEAT = 5
+_OWN_ERROR_SECONDS = 3.0  # how long a process that hears of a failure may take to meet the same error itself
+_LEAVE_SECONDS = 8.0  # how long a failing process 0 keeps the service up for the others to read why
+_CLOSE_SECONDS = 20.0  # how long a failing process may take to close its files
+_LAUNCH_FLAGS = ("coordinator_address", "num_processes", "process_id")
+# What the collectives of CPUs and GPUs and the coordination client say when the other side is gone.
+_LOST_CONTACT = re.compile(r"gloo|nccl|unavailable|connection (reset|closed|refused)|socket closed|peer", re.I)
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, when several processes share the run")
+    flags.DEFINE_integer("num_processes", None, "how many processes share the run", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0)
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+    """Joins the run's processes and leaves in good order; an exception inside ends all of them.
+
+    Raises:
+        UserError: the flags or the environment name the processes only in part, or wrongly.
+        RunError: instead of a collective's error, when that only shows that another process has failed.
+    """
+    initialize()
+    try:
+        yield
+    except Preempted:  # all processes end here, at the same step
+        shutdown()
+        raise
+    except BaseException as error:
+        announce(error)
+        cause = _company.cause_of(error) if _company else None
+        _end_without_barrier(cause or error)
+        if cause is None:
+            raise
+        raise cause from error
+    else:
+        shutdown()
+
+
+def initialize(join_seconds: int = JOIN_SECONDS, silence_seconds: float = SILENCE_SECONDS) -> None:
+    """Joins the other processes; must run before anything else asks JAX for its devices.
+
+    Ends the process with status 1 and a message when they cannot be reached in `join_seconds`.
+
+    Args:
+        silence_seconds: after which a process that shows no life is taken for dead.
+    """
+    global _company
+    given = {name: FLAGS[name].value if name in FLAGS else None for name in _LAUNCH_FLAGS}
+    launch = find_launch(given, os.environ)
+    if launch is None:
+        return
+    # JAX aborts with a stack trace when its own time is up, so ours must be up first.
+    with _give_up_after(join_seconds, f"{launch.described} could not join the run within {join_seconds} s"):
+        try:
+            jax.distributed.initialize(**launch.arguments, initialization_timeout=join_seconds + 60)
+        except ValueError as e:
+            if not launch.arguments:
+                return  # a TPU without a pod around it
+            raise UserError(f"{launch.described} cannot join the run: {e}") from e
+        except jax.errors.JaxRuntimeError as e:
+            raise UserError(
+                f"{launch.described} cannot join the run: {_first_line(e)}. Is the port of the coordinator's address "
+                "free on the machine of process 0?"
+            ) from e
+    _company = _Company(silence_seconds)
+
+
+def shutdown() -> None:
+    """Leaves the other processes in good order, when all of them have come this far."""
+    global _company
+    if _company is None:
+        return
+    _company.stop()
+    _company = None
+    try:
+        jax.distributed.shutdown()
+    except jax.errors.JaxRuntimeError as e:
+        raise RunError(f"the run is complete, but not every process came to its end: {_first_line(e)}") from e
+
+
+def is_main() -> bool:
+    """Whether this is the one process that writes text (and that orbax takes for the primary one)."""
+    return _company is None or jax.process_index() == 0
+
+
+def place() -> str:
+    """`process 2 of 4`, for messages."""
+    state = jax_distributed.global_state
+    return f"process {state.process_id} of {state.num_processes}"
+
+
+def say(*args: Any) -> None:
+    """Prints on the main process only, at once."""
+    if is_main():
+        print(*args, flush=True)
+
+
+def agree(value: Any) -> Any:
+    """The main process's value, which JSON must hold, on all processes. All must call it, in the same order."""
+    if _company is None:
+        return value
+    return next(theirs for main, theirs in _company.exchange([is_main(), value]) if main)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true on any process. All must call it, in the same order; costs a round trip, so not in every
+    step."""
+    return bool(flag) if _company is None else any(_company.exchange(bool(flag)))
+
+
+def barrier(name: str, seconds: float = AGREE_SECONDS) -> None:
+    """Waits until all processes are here.
+
+    Raises:
+        RunError: they were not within `seconds`; names the barrier and JAX's account of who is missing.
+    """
+    if _company is not None:
+        _company.barrier(name, seconds)
+
+
+def announce(error: BaseException) -> None:
+    """Tells the other processes that this one is failing, so that none waits for it; the first one to tell is heard.
+
+    From here on this process ends within seconds, even if a file cannot be closed because others are gone.
+    """
+    if _company is not None and not isinstance(error, Preempted):
+        _company.announce(error)
+
+
+class Preemption:
+    """Takes SIGTERM, so that the loop can save and end between two steps.
+
+        with Preemption() as preemption:
+            for step in ...:
+                ...
+                if preemption.requested(step):
+
+    Inside the context SIGTERM, however often it comes, does nothing but to make `requested` true; with several
+    processes JAX takes it from `initialize` on, and agrees on a step when any of them got it. An exception that leaves
+    the context is announced to the other processes.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Preemption:
+        if _company is None and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._take)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+        if error is not None:
+            announce(error)
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and end after `step`; the same on all processes. To be asked once after every step.
+
+        Costs a lock; the agreement runs beside the steps, one or two of which may pass before this is true.
+        """
+        if _company is None:
+            return self._requested
+        return bool(multihost_utils.reached_preemption_sync_point(step))
+
+    def _take(self, *_: Any) -> None:
+        self._requested = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How this process joins: `arguments` of `jax.distributed.initialize`, and a name for messages."""
+
+    arguments: dict[str, Any]
+    described: str
+
+
+def find_launch(given: Mapping[str, Any], environ: Mapping[str, str]) -> Launch | None:
+    """Which processes belong to the run, from flags and environment; None if this one is alone.
+
+    Args:
+        given: values of the flags `coordinator_address`, `num_processes`, `process_id`, None where absent.
+
+    Raises:
+        UserError: some of the three are given and others not, or they contradict each other.
+    """
+    environment = {name: environ.get(f"JAX_{name.upper()}") for name in _LAUNCH_FLAGS}
+    if any(value is not None for value in given.values()):
+        return _explicit(given, {name: f"--{name.replace('_', '-')}" for name in _LAUNCH_FLAGS})
+    if environment["num_processes"] is not None or environment["process_id"] is not None:
+        return _explicit(environment, {name: f"JAX_{name.upper()}" for name in _LAUNCH_FLAGS})
+    # Without a step, SLURM_NTASKS counts the tasks that a script may start, not those that run it.
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
+    if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ and int(tasks) > 1:
+        return Launch(_slurm_devices(environ), f"SLURM task {environ['SLURM_PROCID']} of {tasks}")
+    if _on_tpu_host(environ):
+        return Launch({}, "this TPU host")
+    if environment["coordinator_address"] is not None:
+        return _explicit(environment, {name: f"JAX_{name.upper()}" for name in _LAUNCH_FLAGS})
+    return None
+
+
+def _explicit(given: Mapping[str, Any], names: Mapping[str, str]) -> Launch | None:
+    missing = [names[name] for name in _LAUNCH_FLAGS if given[name] is None]
+    if missing:
+        found = ", ".join(f"{names[name]}={given[name]}" for name in _LAUNCH_FLAGS if given[name] is not None)
+        raise UserError(f"{' and '.join(missing)} missing beside {found}: a run of several processes needs all three.")
+    address = str(given["coordinator_address"])
+    try:
+        count, index = int(given["num_processes"]), int(given["process_id"])
+    except ValueError as e:
+        raise UserError(f"{names['num_processes']} and {names['process_id']}: expected whole numbers ({e}).") from e
+    if not 0 <= index < count:
+        raise UserError(
+            f"{names['process_id']}={index}: expected 0 to {count - 1}, as {names['num_processes']}={count}."
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"{names['coordinator_address']}={address}: expected HOST:PORT of process 0.")
+    if count == 1:
+        return None
+    arguments = {
+        "coordinator_address": address,
+        "num_processes": count,
+        "process_id": index,
+        "cluster_detection_method": "deactivate",  # else jax lets a batch system around us decide the devices
+    }
+    if host in ("localhost", "127.0.0.1", "[::1]"):  # then only this machine can be meant
+        arguments["coordinator_bind_address"] = address
+    return Launch(arguments, f"process {index} of {count} (coordinator {address})")
+
+
+def _slurm_devices(environ: Mapping[str, str]) -> dict[str, Any]:
+    """JAX gives each SLURM task one GPU of its node; a task that has the node for itself takes all of them."""
+    alone = re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    gpus = environ.get("SLURM_GPUS_ON_NODE", "")
+    if alone and gpus.isdigit() and int(gpus) > 0 and "JAX_LOCAL_DEVICE_IDS" not in environ:
+        return {"local_device_ids": list(range(int(gpus))), "cluster_detection_method": "slurm"}
+    return {"cluster_detection_method": "slurm"}
+
+
+def _on_tpu_host(environ: Mapping[str, str]) -> bool:
+    platforms = environ.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms or importlib.util.find_spec("libtpu") is None:
+        return False  # libtpu alone is no sign: `uwm_jax.plan` uses it where there is no TPU
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+class _Company:
+    """This process among the others: messages through the coordination service, and a thread that listens for them."""
+
+    def __init__(self, silence_seconds: float):
+        state = jax_distributed.global_state
+        self._client: Any = state.client
+        self.index, self.count = state.process_id, state.num_processes
+        self._silence_seconds = silence_seconds
+        self._round = itertools.count()
+        self._barriers: dict[str, int] = {}
+        self._stopped = threading.Event()
+        self._failing = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._listen, name="other processes", daemon=True)
+        self._thread.start()
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Everybody's value, by process."""
+        turn = next(self._round)
+        self._client.key_value_set(f"uwm/exchange/{turn}/{self.index}", json.dumps(value))
+        self.barrier("exchange", AGREE_SECONDS)
+        found = {key.rsplit("/", 1)[1]: text for key, text in self._client.key_value_dir_get(f"uwm/exchange/{turn}/")}
+        if self.index == 0 and turn > 0:  # which everybody has read, being here
+            self._client.key_value_delete(f"uwm/exchange/{turn - 1}/")
+        return [json.loads(found[str(p)]) for p in range(self.count)]
+
+    def barrier(self, name: str, seconds: float) -> None:
+        self._barriers[name] = use = self._barriers.get(name, 0) + 1
+        here = f"uwm/barrier/{name}/{use}/"
+        self._client.key_value_set(f"{here}{self.index}", "")
+        try:
+            self._client.wait_at_barrier(f"uwm/{name}/{use}", timeout_in_ms=int(seconds * 1000))
+        except jax.errors.JaxRuntimeError as e:
+            if "DEADLINE_EXCEEDED" not in str(e):
+                raise
+            came = {key.rsplit("/", 1)[1] for key, _ in self._client.key_value_dir_get(here)}
+            missing = [p for p in range(self.count) if str(p) not in came]
+            raise RunError(
+                f"barrier {name!r}: {self.count - len(missing)} of {self.count} processes came within {seconds:g} s; "
+                f"process {', '.join(map(str, missing)) or 'none'} did not. The last output of those that did not come "
+                "tells where they are."
+            ) from e
+        if self.index == 0:
+            self._client.key_value_delete(here)
+
+    def announce(self, error: BaseException) -> None:
+        with self._lock:
+            if self._failing.is_set():
+                return
+            self._failing.set()
+        record = {
+            "process": self.index,
+            "status": _status(error),
+            "lost": _is_lost_contact(error),
+            "message": str(error) if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {error}",
+        }
+        self._publish(record)
+        timer = threading.Timer(_CLOSE_SECONDS, _end_now, (error,))
+        timer.daemon = True
+        timer.start()
+
+    def cause_of(self, error: BaseException) -> RunError | UserError | None:
+        """What to report instead of an error that only shows that another process is gone."""
+        if self.count == 1 or not _is_lost_contact(error):
+            return None
+        record = self._failure()
+        if record is not None and not record["lost"]:
+            return (UserError if record["status"] == 2 else RunError)(self._tell(record))
+        return RunError(
+            f"{place()} lost contact with another process, which has probably been killed: see the last output of all "
+            f"processes, and continue from the last checkpoint with the same command. ({_first_line(error)})"
+        )
+
+    def leave(self) -> None:
+        """The last thing before a failing process ends; process 0 ends after those that are still there."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set(f"uwm/left/{self.index}", "", allow_overwrite=True)
+            deadline = time.monotonic() + _LEAVE_SECONDS
+            while self.index == 0 and time.monotonic() < deadline:
+                if len(self._client.key_value_dir_get("uwm/left/")) == self.count:
+                    break
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _listen(self) -> None:
+        beats: dict[int, tuple[str, float]] = {}  # of each process, and since when it is the same
+        answered = time.monotonic()
+        for turn in itertools.count():
+            try:
+                record = self._failure()
+                if turn % _POLLS_PER_BEAT == 0:
+                    self._client.key_value_set(f"uwm/beat/{self.index}", str(turn), allow_overwrite=True)
+                    if self.index == 0:
+                        self._look_for_silence(beats)
+                answered = time.monotonic()
+            except jax.errors.JaxRuntimeError as e:
+                record = None
+                if time.monotonic() - answered > self._silence_seconds:
+                    record = {"process": 0, "status": 1, "message": f"cannot be reached ({_first_line(e)})"}
+            if record is not None and not self._stopped.is_set():
+                self._follow(record)
+                return
+            if self._stopped.wait(_POLL_SECONDS):
+                return
+
+    def _look_for_silence(self, beats: dict[int, tuple[str, float]]) -> None:
+        now = time.monotonic()
+        found = {key.rsplit("/", 1)[1]: beat for key, beat in self._client.key_value_dir_get("uwm/beat/")}
+        for process in range(self.count):
+            beat = found.get(str(process), "")
+            if process not in beats or beats[process][0] != beat:
+                beats[process] = beat, now
+            elif now - beats[process][1] > self._silence_seconds:
+                silent = f"showed no life for {self._silence_seconds:g} s; it was killed, or its machine is gone"
+                self._publish({"process": process, "status": 1, "lost": False, "message": silent})
+                return
+
+    def _follow(self, record: Mapping[str, Any]) -> None:
+        """Ends this process because of another one's failure, unless it is about to end because of its own."""
+        if self._failing.is_set():
+            return
+        if self._failing.wait(_OWN_ERROR_SECONDS):
+            return
+        message = f"error: {self._tell(record)}\n{place()} ends too, since none can go on without the others."
+        _end_process(message, record["status"])
+
+    def _tell(self, record: Mapping[str, Any]) -> str:
+        return f"process {record['process']} of {self.count} failed: {record['message']}"
+
+    def _failure(self) -> dict[str, Any] | None:
+        found = self._client.key_value_dir_get("uwm/failure/")
+        return json.loads(found[0][1]) if found else None
+
+    def _publish(self, record: Mapping[str, Any]) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or nobody is left
+            self._client.key_value_set("uwm/failure/first", json.dumps(record))
+
+
+_company: _Company | None = None
+
+
+def _is_lost_contact(error: BaseException) -> bool:
+    # Which of the three a broken collective raises depends on where it is noticed.
+    kinds = (jax.errors.JaxRuntimeError, ValueError, RuntimeError)
+    return isinstance(error, kinds) and bool(_LOST_CONTACT.search(str(error)))
+
+
+def _status(error: BaseException) -> int:
+    return 2 if isinstance(error, UserError) else 1
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _end_without_barrier(error: BaseException) -> None:
+    """At exit JAX waits for all processes to shut down, which would hang now: the last thing before that is to exit."""
+    if _company is not None:
+        atexit.register(_end_process, "", _status(error))
+
+
+def _end_now(error: BaseException) -> None:
+    """For a failing process that still waits for the others, e.g. to finish a checkpoint together."""
+    shown = isinstance(error, UserError | RunError)
+    text = f"error: {error}" if shown else "".join(traceback.format_exception(error)).rstrip()
+    _end_process(f"{text}\n{place()}: its open files could not be closed in {_CLOSE_SECONDS:g} s.", _status(error))
+
+
+def _end_process(message: str, status: int) -> None:
+    if message:
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _company is not None:
+        _company.leave()
+    os._exit(status)
+
+
+@contextlib.contextmanager
+def _give_up_after(seconds: float, what: str) -> Iterator[None]:
+    advice = "Start all processes with the same address and number, each with its own id, and let no firewall between."
+    timer = threading.Timer(seconds, _end_process, (f"error: {what}. {advice}", 1))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
