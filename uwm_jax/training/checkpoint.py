@@ -7,29 +7,45 @@
   train_state   optimizer state, hyper-parameters, step
   data_iter     where the data order stands (JSON, knows no topology)
   codec         arrays of a codec fitted on data (`pca`); a VAE lies in `<workdir>/frozen/vae` instead
-  assets        config, data facts with the normaliser, dataset manifest, code version (JSON)
+  assets        config, data facts with the normaliser, dataset manifest, code version, digests (JSON)
 
-A checkpoint with only `params` and `assets` (a converted one) serves inference.
+A checkpoint with only `params` and `assets` (a converted one) serves inference. A damaged one is found by its
+digests (`stored.py`), put into `<workdir>/corrupt/` and the one before it is used.
+
+Arrays are written by all processes, everything else by the main one; all processes call all methods in one order.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
+import sys
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import uwm_jax
 from uwm_jax import config as config_lib
-from uwm_jax.errors import UserError
+from uwm_jax.errors import RunError, UserError
 from uwm_jax.files import write_text
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.state import TrainState
+from uwm_jax.training.stored import CorruptCheckpoint, Stored, cause_of, with_digests
+
+SAVE_TIMEOUT_SECONDS = 20 * 60  # for all processes to have written one checkpoint
+
+_ARRAY_ITEMS = ("params", "ema_params", "train_state", "codec")
+_JSON_ITEMS = ("data_iter", "assets")
+_UNFINISHED = (".orbax-checkpoint-tmp", ".deleted")
 
 
 def write_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
@@ -65,132 +81,244 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / "checkpoints"
         if read_only and latest_step(workdir) is None:
             raise UserError(f"--workdir: {str(workdir)!r} holds no checkpoint yet.")
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-                enable_async_checkpointing=not read_only,
-            ),
-            # A manager that has saved nothing itself reads an item's metadata only if told what kind it is.
-            item_handlers={
-                **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema_params", "train_state", "codec")},
-                **{name: ocp.JsonCheckpointHandler() for name in ("data_iter", "assets")},
-            },
-        )
+        self._keep, self._read_only = keep, read_only
+        self._passed_over: set[int] = set()
+        self._saving: threading.Thread | None = None
+        self._failure: RunError | None = None
+        self._failure_was_raised = False
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                for path in self.directory.iterdir():
+                    if any(suffix in path.name for suffix in _UNFINISHED):
+                        shutil.rmtree(path)
+            self._writer = _make_writer()
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        """The steps of finished checkpoints, without those that were found damaged."""
+        return [step for step in _steps(self.directory) if step not in self._passed_over]
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def newest_readable(self) -> Stored | None:
+        """The newest checkpoint whose assets, data position and codec are whole; None where there are no checkpoints.
+
+        A damaged one is reported on stderr and moved to `<workdir>/corrupt/` (left in place with `read_only`).
+
+        Raises:
+          UserError: no checkpoint can be read, or the newest has no training state (a converted one).
+        """
+        while (step := _from_main(max(self.steps(), default=-1))) >= 0:
+            stored = Stored(self.directory, step)
+            try:
+                _together(stored.verify_small)
+                return stored
+            except CorruptCheckpoint as e:
+                self.pass_over(step, e)
+        return None
+
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, Stored]:
+        """The newest training state that is what was saved, and the checkpoint that it comes from.
+
+        Falls back as `newest_readable` does, so the step may be lower than the one that it returned before: the
+        caller takes step, data position and assets from here.
+
+        Args:
+          like: the state's shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves).
+
+        Raises:
+          UserError: no checkpoint can be read, or one that is whole does not fit `like`.
+        """
+        while (stored := self.newest_readable()) is not None:
+            try:
+                return _restore_state(stored, like), stored
+            except CorruptCheckpoint as e:
+                self.pass_over(stored.step, e)
+        raise UserError(f"{self.directory}: holds no checkpoint.")
+
+    def restore_state(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The training state and the data position of this very step; `like` as in `restore_latest`."""
+        stored = Stored(self.directory, step)
+        _together(stored.require_train_state)
+        return _restore_state(stored, like), _together(lambda: stored.data_iter)
+
+    def restore_params(self, step: int, like: Any, item: str = "params") -> Any:
+        """One parameter item alone; `like` as in `restore_latest`. Raises CorruptCheckpoint, a UserError."""
+        stored = Stored(self.directory, step)
+        params = _together(lambda: stored.read(item, like))
+        stored.verify(item, params)
+        return params
+
+    def restore_arrays(self, step: int, item: str) -> Any:
+        """An item of arrays whose structure is taken from the checkpoint, on the default device."""
+        return Stored(self.directory, step).arrays(item)
+
+    def assets(self, step: int) -> dict[str, Any]:
+        return Stored(self.directory, step).assets
+
+    def items(self, step: int) -> frozenset[str]:
+        """The names of the items that a step holds."""
+        return Stored(self.directory, step).items
+
+    def pass_over(self, step: int, damage: CorruptCheckpoint) -> None:
+        """Says on stderr what is wrong with a checkpoint, and takes it out of the way of the one before it.
+
+        It is moved to `<workdir>/corrupt/`, unless `read_only`. Raises UserError, and moves nothing, where no other
+        checkpoint is left: an empty directory would make the next start begin anew.
+        """
+        left = [s for s in self.steps() if s != step]
+        if not left:
+            raise UserError(
+                f"{damage}. No other checkpoint of {self.directory} can be read. Nothing was deleted: damaged ones "
+                f"lie there and in {self.directory.parent / 'corrupt'}. Restore one from a copy, or train in a new "
+                "--workdir."
+            ) from damage
+        self._passed_over.add(step)
+        place = self.directory / str(step)
+        if not self._read_only:
+            place = _free_name(self.directory.parent / "corrupt" / str(step))
+            if jax.process_index() == 0:
+                place.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(place)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
+        if jax.process_index() == 0:
+            _warn(f"checkpoint {step} is damaged: {damage}. It lies in {place}; step {left[-1]} is used instead.")
+
+    # --- writing -------------------------------------------------------------------------------
 
     def save(
         self, state: TrainState, data_iter: Mapping[str, Any], frozen_arrays: Any, assets: Mapping[str, Any]
     ) -> None:
-        """Starts an asynchronous save of a training state; a failed earlier one raises here."""
-        step = int(state.step)
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "train_state": ocp.args.StandardSave(_train_state_item(state)),
-            "data_iter": ocp.args.JsonSave(dict(data_iter)),
-            "assets": ocp.args.JsonSave(dict(assets)),
-        }
+        """Starts an asynchronous save of a training state, whose buffers may be reused on return.
+
+        Raises:
+          RunError: this save could not start, or an earlier one has failed.
+        """
+        arrays = {"params": state.params, "train_state": _train_state_item(state)}
         if state.ema_params is not None:
-            items["ema_params"] = ocp.args.StandardSave(state.ema_params)
-        if frozen_arrays:
-            items["codec"] = ocp.args.StandardSave(frozen_arrays)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+            arrays["ema_params"] = state.ema_params
+        self._start_save(int(jax.device_get(state.step)), arrays, frozen_arrays, assets, dict(data_iter))
 
     def save_params(self, step: int, params: Any, frozen_arrays: Any, assets: Mapping[str, Any]) -> None:
         """Saves parameters and assets alone, and waits until they are durable."""
-        items = {"params": ocp.args.StandardSave(params), "assets": ocp.args.JsonSave(dict(assets))}
-        if frozen_arrays:
-            items["codec"] = ocp.args.StandardSave(frozen_arrays)
-        self._manager.save(step, args=ocp.args.Composite(**items))
-        self._manager.wait_until_finished()
+        self._start_save(step, {"params": params}, frozen_arrays, assets, None)
+        self.wait()
 
-    def restore_state(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The training state and the data position of a step.
-
-        Args:
-          like: the state's shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves).
-        """
-        if "train_state" not in self.items(step):
-            raise UserError(
-                f"{self.directory / str(step)}: holds parameters without a training state (a converted "
-                "checkpoint); it can be sampled from, but not continued. Train in a new --workdir."
-            )
-        self._check_shapes(step, "params", like.params)
-        items = {
-            "params": ocp.args.StandardRestore(like.params),
-            "train_state": ocp.args.StandardRestore(_train_state_item(like)),
-            "data_iter": ocp.args.JsonRestore(),
-        }
-        if like.ema_params is not None:
-            items["ema_params"] = ocp.args.StandardRestore(like.ema_params)
-        restored = self._restore(step, items)
-        inner = restored["train_state"]
-        state = like.replace(
-            step=inner["step"],
-            opt_state=inner["opt_state"],
-            hparams=inner["hparams"],
-            params=restored["params"],
-            ema_params=restored["ema_params"] if like.ema_params is not None else None,
-        )
-        return state, restored["data_iter"]
-
-    def restore_params(self, step: int, like: Any, item: str = "params") -> Any:
-        """One parameter item alone; `like` as in `restore_state`."""
-        self._check_shapes(step, item, like)
-        return self._restore(step, {item: ocp.args.StandardRestore(like)})[item]
-
-    def restore_arrays(self, step: int, item: str) -> Any:
-        """An item of arrays whose structure is taken from the checkpoint, on the default device."""
-        metadata = self._manager.item_metadata(step)[item]
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata.tree)
-        return self._restore(step, {item: ocp.args.StandardRestore(like)})[item]
-
-    def assets(self, step: int) -> dict[str, Any]:
-        return self._restore(step, {"assets": ocp.args.JsonRestore()})["assets"]
-
-    def items(self, step: int) -> set[str]:
-        """The names of the items that a step holds."""
-        return {p.name for p in (self.directory / str(step)).iterdir() if p.is_dir()}
+    def check(self) -> None:
+        """Raises RunError when an asynchronous save has failed. Costs nothing: call it every step."""
+        if self._failure is not None:
+            self._failure_was_raised = True
+            raise self._failure
 
     def wait(self) -> None:
-        """Blocks until the last save is durable; raises if it failed."""
-        self._manager.wait_until_finished()
+        """Blocks until the last save is durable; raises RunError if it failed."""
+        if self._saving is not None:
+            self._saving.join()
+        self.check()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for the last save. Raises RunError if it failed and nobody knows yet.
 
-    def _check_shapes(self, step: int, item: str, like: Any) -> None:
-        """Raises UserError that names the first array whose presence or shape differs from `like`."""
-        stored, wanted = (
-            {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
-            for leaves in map(jax.tree_util.tree_leaves_with_path, (self._manager.item_metadata(step)[item].tree, like))
-        )
-        for name in sorted(stored.keys() | wanted.keys()):
-            if stored.get(name) != wanted.get(name):
-                raise UserError(
-                    f"{self.directory / str(step)}: {item}/{name} is {stored.get(name, 'absent')} in the checkpoint, "
-                    f"but {wanted.get(name, 'absent')} in the model of this config. Undo the override or choose "
-                    "another checkpoint."
-                )
+        While another exception is on its way, the failure is only printed, so that it does not hide the other.
+        """
+        if self._read_only:
+            return
+        another = sys.exc_info()[1] is not None
+        if self._saving is not None:
+            self._saving.join()
+        self._writer.close()
+        if self._failure is not None and not self._failure_was_raised:
+            if not another:
+                self.check()
+            _warn(str(self._failure))
 
-    def _restore(self, step: int, items: Mapping[str, Any]) -> Any:
+    def _start_save(
+        self,
+        step: int,
+        arrays: dict[str, Any],
+        frozen_arrays: Any,
+        assets: Mapping[str, Any],
+        data_iter: dict[str, Any] | None,
+    ) -> None:
+        self.wait()
+        if frozen_arrays:
+            arrays = {**arrays, "codec": frozen_arrays}
+        assets = with_digests(assets, arrays, data_iter)
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items["assets"] = ocp.args.JsonSave(assets)
+        if data_iter is not None:
+            items["data_iter"] = ocp.args.JsonSave(data_iter)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, FileNotFoundError, OSError) as e:
-            raise UserError(
-                f"{self.directory / str(step)}: cannot be read as {', '.join(items)} of this config "
-                f"({str(e).splitlines()[0] if str(e) else type(e).__name__})."
-            ) from e
+            self._writer.save(self.directory / str(step), args=ocp.args.Composite(**items))
+        except Exception as e:
+            self._failure = self._failed(step, e)
+            self.check()
+        self._saving = threading.Thread(target=self._finish, args=(step,), name=f"save of step {step}", daemon=True)
+        self._saving.start()
+
+    def _finish(self, step: int) -> None:
+        """Beside the training: waits until a checkpoint is whole, and only then deletes old ones."""
+        try:
+            self._writer.wait_until_finished()
+        except BaseException as e:
+            self._failure = self._failed(step, e)
+            return
+        if self._keep is not None and jax.process_index() == 0:
+            for old in self.steps()[: -self._keep]:
+                gone = self.directory / f"{old}.deleted"  # renamed first: half of a checkpoint never looks like one
+                try:
+                    (self.directory / str(old)).rename(gone)
+                    shutil.rmtree(gone)
+                except OSError as e:
+                    _warn(f"{self.directory / str(old)}: an old checkpoint could not be deleted: {cause_of(e)}")
+
+    def _failed(self, step: int, error: BaseException) -> RunError:
+        whole = [s for s in self.steps() if s != step]
+        continued = f"continues from step {whole[-1]}" if whole else "starts anew"
+        failure = RunError(
+            f"{self.directory / str(step)}: this checkpoint could not be saved: {cause_of(error)}. The run stops here. "
+            f"Check the space and the permissions there; the same command then {continued}."
+        )
+        failure.__cause__ = error
+        return failure
+
+
+def _make_writer() -> ocp.AsyncCheckpointer:
+    # Named processes make orbax wait at barriers with timeouts instead of at device collectives without.
+    processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
+    shared = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=processes)
+    background = ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_SECONDS)
+    handlers: dict[str, Any] = {
+        **{name: ocp.StandardCheckpointHandler(multiprocessing_options=shared) for name in _ARRAY_ITEMS},
+        **{name: ocp.JsonCheckpointHandler(multiprocessing_options=shared) for name in _JSON_ITEMS},
+    }
+    composite = ocp.CompositeOptions(multiprocessing_options=shared, async_options=background)
+    logging.getLogger("absl").addFilter(_without_orbax_tracebacks)
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(composite_options=composite, **handlers),
+        async_options=background,
+        multiprocessing_options=shared,
+    )
+
+
+def _without_orbax_tracebacks(record: logging.LogRecord) -> bool:
+    """Orbax logs with a traceback what it raises as well, and what we say in one message."""
+    return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 def _train_state_item(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "hparams": state.hparams}
+
+
+def _restore_state(stored: Stored, like: TrainState) -> TrainState:
+    wanted = {"params": like.params, "train_state": _train_state_item(like)}
+    if like.ema_params is not None:
+        wanted["ema_params"] = like.ema_params
+    restored = _together(lambda: {item: stored.read(item, tree) for item, tree in wanted.items()})
+    for item, tree in restored.items():
+        stored.verify(item, tree)
+    return like.replace(**restored.pop("train_state"), **restored)
 
 
 def save_params_only(
@@ -221,34 +349,38 @@ def load_for_inference(
     """A workdir as `(system, params, frozen, step)`; the averaged parameters where the run keeps them.
 
     Args:
-      step: which checkpoint; None takes the newest.
+      step: which checkpoint; None takes the newest that is not damaged.
       overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
 
     Raises:
-      UserError: no such workdir or step, or a checkpoint that does not fit its config.
+      UserError: no such workdir or step, or a checkpoint that is damaged or does not fit its config.
     """
     config = config_lib.read(workdir, overrides)
     checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        steps = checkpoints.steps()
-        if step is not None and step not in steps:
-            raise UserError(f"--step={step}: {str(workdir)!r} has checkpoints of steps {steps}.")
-        step = steps[-1] if step is None else step
-        facts = DataFacts.from_json(checkpoints.assets(step)["data_facts"])
-        _check_keys(config, facts)
-        items = checkpoints.items(step)
-        arrays = checkpoints.restore_arrays(step, "codec") if "codec" in items else None
-        codec, frozen = frozen_lib.from_workdir(config, workdir, arrays)
-        system = System(config, facts, codec)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-            jax.eval_shape(system.init, jax.random.key(0)),
-        )
-        params = checkpoints.restore_params(step, like, "ema_params" if "ema_params" in items else "params")
-        return system, params, frozen, step
-    finally:
-        checkpoints.close()
+    steps = checkpoints.steps()
+    if step is not None and step not in steps:
+        raise UserError(f"--step={step}: {str(workdir)!r} has checkpoints of steps {steps}.")
+    while True:
+        stored = Stored(checkpoints.directory, checkpoints.steps()[-1] if step is None else step)
+        try:
+            return *_load(config, workdir, stored), stored.step
+        except CorruptCheckpoint as e:
+            if step is not None:
+                raise UserError(f"--step={step}: {e}. There are checkpoints of steps {steps}.") from e
+            checkpoints.pass_over(stored.step, e)
+
+
+def _load(config: ConfigDict, workdir: str | os.PathLike[str], stored: Stored) -> tuple[System, Any, Any]:
+    facts = DataFacts.from_json(stored.assets["data_facts"])
+    _check_keys(config, facts)
+    codec, frozen = frozen_lib.from_workdir(config, workdir, stored.codec)
+    system = System(config, facts, codec)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        jax.eval_shape(system.init, jax.random.key(0)),
+    )
+    return system, stored.arrays("ema_params" if "ema_params" in stored.items else "params", like), frozen
 
 
 def _check_keys(config: ConfigDict, facts: DataFacts) -> None:
@@ -263,6 +395,43 @@ def _check_keys(config: ConfigDict, facts: DataFacts) -> None:
 
 def latest_step(workdir: str | os.PathLike[str]) -> int | None:
     """The newest finished checkpoint of a workdir, None without one; touches nothing."""
-    directory = Path(workdir) / "checkpoints"
-    steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()] if directory.is_dir() else []
-    return max(steps, default=None)
+    return max(_steps(Path(workdir) / "checkpoints"), default=None)
+
+
+def _steps(directory: Path) -> list[int]:
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or `path.2`, `path.3` and so on where it exists."""
+    names = (path.with_name(f"{path.name}.{n}") if n > 1 else path for n in range(1, 10_000))
+    return next(name for name in names if not name.exists())
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _from_main(value: int) -> int:
+    """The main process's number on all processes."""
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _together(read: Any) -> Any:
+    """`read()`, unless it raises on any process: then it raises on all, so that none waits for another."""
+    if jax.process_count() == 1:
+        return read()
+    result, error = None, None
+    try:
+        result = read()
+    except (UserError, RunError) as e:
+        error = e
+    kinds = (CorruptCheckpoint, RunError, UserError)
+    kind = 0 if error is None else 1 + next(i for i, k in enumerate(kinds) if isinstance(error, k))
+    found = multihost_utils.process_allgather(np.int32(kind))
+    if not found.any():
+        return result
+    if error is not None and not isinstance(error, CorruptCheckpoint):
+        raise error
+    worst = int(found.max())  # a checkpoint is set aside only where damage is all that was found
+    raise kinds[worst - 1](str(error or f"process {int(found.argmax())} could not read the checkpoint"))
