@@ -10,6 +10,7 @@ import pytest
 
 from uwm_jax import config as config_lib
 from uwm_jax.benchmark_step import benchmark
+from uwm_jax.errors import UserError
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
 
@@ -54,3 +55,38 @@ def test_the_papers_pretraining():
     assert (config.diffusion.num_train_steps, config.diffusion.num_inference_steps) == (100, 10)
     assert (o.learning_rate, o.b1, o.b2, o.weight_decay, o.schedule) == (1e-4, 0.9, 0.999, 1e-6, "constant")
     assert (config.total_steps, config.batch_size) == (100_000, 144)
+
+
+def test_the_papers_runs_on_libero():
+    """The official configurations for LIBERO-90 and for one of its tasks."""
+    folder = CONFIGS[0].parent
+    before = config_lib.load(str(folder / "libero90.py"))
+    after = config_lib.load(str(folder / "libero_finetune.py"))
+    for c in (before, after):
+        assert (c.model.num_registers, c.data.resize, c.data.crop, c.data.normalize) == (
+            24,
+            (240, 240),
+            (224, 224),
+            "none",
+        )
+        assert len(c.data.cameras) == 2 and c.model.codec.name == "vae"
+        assert c.optimizer.learning_rate == 1e-4
+    assert (before.total_steps, before.batch_size, before.optimizer.schedule) == (100_000, 144, "constant")
+    assert (before.optimizer.warmup_steps, before.optimizer.clip_norm, before.init_from) == (0, 0.0, "")
+    assert (after.total_steps, after.batch_size, after.optimizer.schedule) == (20_000, 72, "cosine")
+    assert (after.optimizer.warmup_steps, after.optimizer.clip_norm, after.init_from) == (1000, 1.0, "runs/libero90")
+    a, b = config_lib.flatten(before), config_lib.flatten(after)
+    differing = {name for name in a if a[name] != b[name]}
+    assert {n for n in differing if n.startswith(("model.", "diffusion."))} == {"model.encoder.imagenet_weights"}
+
+
+def test_each_task_of_libero_is_an_argument():
+    path = str(CONFIGS[0].with_name("libero_finetune.py"))
+    docstring = ast.get_docstring(ast.parse(Path(path).read_text()))
+    includes = set()
+    for task in ("book_caddy", "soup_cheese", "bowl_drawer", "moka_moka", "mug_mug"):
+        assert task in docstring
+        includes |= set(config_lib.load(f"{path}:{task}").data.sources.task.include)
+    assert len(includes) == 5
+    with pytest.raises(UserError, match="unknown task 'cups', expected one of book_caddy"):
+        config_lib.load(f"{path}:cups")
