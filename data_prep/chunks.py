@@ -31,21 +31,24 @@ class Layout:
         sizes: values per step of the step features whose shape is known (1 for an image).
         columns: numeric step keys to keep as columns -> (shape, numpy dtype of the column).
         cameras: image keys that can be used as cameras -> (height, width).
+        texts: full names of the features that are one text per episode.
     """
 
     chunk_steps: int
     sizes: dict[str, int]
     columns: dict[str, tuple[tuple[int, ...], str]]
     cameras: dict[str, tuple[int, int]]
+    texts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """A cut episode: its length, serialized chunks of consecutive steps, and columns (length, ...)."""
+    """A cut episode: its length, serialized chunks of consecutive steps, columns (length, ...), and texts as UTF-8."""
 
     length: int
     chunks: list[bytes]
     columns: dict[str, np.ndarray]
+    texts: dict[str, bytes]
 
 
 def plan_layout(features: dict[str, Feature], chunk_steps: int, sizes: dict[str, tuple[int, int]]) -> Layout:
@@ -63,7 +66,8 @@ def plan_layout(features: dict[str, Feature], chunk_steps: int, sizes: dict[str,
             known[key] = math.prod(feature.shape)
             if known[key] <= COLUMN_MAX_SIZE:
                 columns[key] = (feature.shape, "<f4" if feature.dtype.startswith(("float", "bfloat")) else "<i8")
-    return Layout(chunk_steps, known, columns, dict(sizes))
+    texts = [k for k, f in features.items() if not k.startswith(STEPS) and f.dtype == "string" and f.shape == ()]
+    return Layout(chunk_steps, known, columns, dict(sizes), tuple(sorted(texts)))
 
 
 def camera_features(features: dict[str, Feature]) -> dict[str, Feature]:
@@ -108,6 +112,7 @@ def cut_episode(record: bytes, layout: Layout) -> Episode:
             key: _column(view, steps[key], dtype).reshape(length, *shape)
             for key, (shape, dtype) in layout.columns.items()
         }
+        texts = {name: _text(view, fields.get(name.encode())) for name in layout.texts}
     except ValueError as e:
         raise EpisodeError("not a tf.Example of this dataset", str(e)) from e
     chunks = []
@@ -117,7 +122,7 @@ def cut_episode(record: bytes, layout: Layout) -> Episode:
             (b"chunk/episode_steps", example.int_feature([length])),
         ]
         chunks.append(example.serialize([*((name, pieces[i]) for name, pieces in parts), *place]))
-    return Episode(length, chunks, columns)
+    return Episode(length, chunks, columns, texts)
 
 
 def _length(view: memoryview, steps: dict[str, example.Field], layout: Layout) -> int:
@@ -167,6 +172,11 @@ def _split_steps(
         width = example.count(view, field) // inner
         rows = [r * width for r in rows]
     return example.split_feature(view, field, rows)
+
+
+def _text(view: memoryview, field: example.Field | None) -> bytes:
+    spans = example.bytes_spans(view, field, 1) if field is not None else []
+    return bytes(view[slice(*spans[0])]) if spans else b""
 
 
 def _column(view: memoryview, field: example.Field, dtype: str) -> np.ndarray:

@@ -40,7 +40,8 @@ def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, c
     """Fits the codec of each camera, and one scale for all, at `size` (height, width), and writes it to `file`.
 
     The file is an npz with `<camera>/mean` (H, W, 3) float32 in [0, 1], `<camera>/components` (patch*patch*3, channels)
-    float32, `scale` (), `patch`, `channels`, `image_size` (2,), `val_ratio`, `num_frames`.
+    float32, `scale` (), `patch`, `channels`, `image_size` (2,), `val_ratio`, `num_frames`, and the dataset's
+    `fingerprint`.
 
     Returns:
         The number of steps whose frames were used: evenly spaced over the training episodes of `val_ratio`.
@@ -77,6 +78,7 @@ def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, c
         image_size=np.asarray(size),
         val_ratio=val_ratio,
         num_frames=count,
+        fingerprint=dataset.fingerprint,
     )
     return count
 

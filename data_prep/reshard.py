@@ -125,11 +125,12 @@ class _Job:
 
 @dataclasses.dataclass
 class _Result:
-    """What one input file became: shards in order (temporary name, records, bytes, sha256), episode lengths,
-    and what was skipped."""
+    """What one input file became: shards in order (temporary name, records, bytes, sha256), lengths and texts of its
+    episodes, and what was skipped."""
 
     shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
+    texts: dict[str, list[bytes]] = dataclasses.field(default_factory=dict)
     skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -165,6 +166,8 @@ def _run_job(job: _Job) -> _Result:
             for key, values in episode.columns.items():
                 columns[key].write(values.astype(job.layout.columns[key][1]).tobytes())
             result.lengths.append(episode.length)
+            for name, text in episode.texts.items():
+                result.texts.setdefault(name, []).append(text)
         bytes_left -= size
         with _done_bytes.get_lock():
             _done_bytes.value += size
@@ -339,6 +342,12 @@ def _assemble_split(
         chunk_shard=np.repeat(np.arange(len(shards)), sizes),
         chunk_record=np.arange(sizes.sum()) - np.repeat(first_of_shard, sizes),
     )
+    texts: dict[str, np.ndarray] = {}
+    for name in layout.texts:
+        values = [text for part in parts for text in part.texts.get(name, [])]
+        texts[f"{name}/utf8"] = np.frombuffer(b"".join(values), np.uint8)
+        texts[f"{name}/ends"] = np.cumsum([len(text) for text in values], dtype=np.int64)
+    np.savez(building / records.text_file(split), allow_pickle=False, **texts)
     (building / "columns" / split).mkdir(parents=True)
     for i, (key, (shape, dtype)) in enumerate(layout.columns.items()):
         header = {"descr": dtype, "fortran_order": False, "shape": (int(lengths.sum()), *shape)}
@@ -347,6 +356,11 @@ def _assemble_split(
             for number in range(len(parts)):
                 with (building / "parts" / f"{split}.{number:05d}" / f"{i}.column").open("rb") as part:
                     shutil.copyfileobj(part, out, 1 << 22)
+    files = [
+        f"index/{split}.npz",
+        records.text_file(split),
+        *(records.column_file(split, key) for key in layout.columns),
+    ]
     skipped: collections.Counter[str] = sum((part.skipped for part in parts), collections.Counter())
     return {
         "episodes": len(lengths),
@@ -355,6 +369,7 @@ def _assemble_split(
         "skipped": dict(skipped),
         "skipped_notes": [note for part in parts for note in part.notes][:_MAX_NOTES],
         "shards": shards,
+        "files": {file: {"crc32c": records.checksum(building / file)} for file in files},
     }
 
 

@@ -129,6 +129,16 @@ def write(path: Path, splits: dict[str, list[list[bytes]]], tree: Any, file_form
     tree.save_config(str(path))
 
 
+def write_column(dataset: Path, key: str, values: np.ndarray, split: str = "train") -> None:
+    """Puts other values into a column of a training dataset, as if it had been made with them."""
+    from uwm_jax.data.records import checksum, column_file
+
+    np.save(dataset / column_file(split, key), values)
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    manifest["splits"][split]["files"][column_file(split, key)]["crc32c"] = checksum(dataset / column_file(split, key))
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
+
+
 def _write_shard(file: Path, shard: list[bytes], file_format: str) -> None:
     if file_format == "tfrecord":
         writer = importlib.import_module("tensorflow").io.TFRecordWriter(str(file))

@@ -20,7 +20,7 @@ from data_prep.reshard import reshard
 from uwm_jax.config import base
 from uwm_jax.data.loader import Loader, Trace, prefetch_to_device
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.data.records import Dataset, column_file
+from uwm_jax.data.records import Dataset
 from uwm_jax.data.sources import Source
 from uwm_jax.data.transforms import xyz_euler_to_rot6d
 from uwm_jax.data.windows import split_episodes
@@ -304,7 +304,7 @@ def test_the_normaliser_knows_training_episodes_only(made, config: ConfigDict, t
             for e in episodes:
                 rows = slice(dataset.episode_starts[e], dataset.episode_starts[e] + LENGTHS[e])
                 column[rows] = change if column.dtype.kind == "f" else 1 << 40
-            np.save(copy / column_file("train", key), column)
+            rlds_source.write_column(copy, key, column)
         shutil.rmtree(copy / "derived_stats", ignore_errors=True)
         return _entries(_loader(config))
 
@@ -322,7 +322,7 @@ def test_values_that_are_not_finite_are_named(made, config: ConfigDict, tmp_path
     for episode in (held_out[0], train[2]):
         column = np.array(Dataset(made[0]).column("action"))
         column[dataset.episode_starts[episode] + 5] = np.nan
-        np.save(Path(config.path) / column_file("train", "action"), column)
+        rlds_source.write_column(Path(config.path), "action", column)
         shutil.rmtree(Path(config.path) / "derived_stats", ignore_errors=True)
         if episode in train:
             with pytest.raises(UserError, match="action: 1 of .* steps are NaN or infinite"):

@@ -37,6 +37,7 @@ class _Frames:
     """Stands for a Dataset: every frame is its episode and step, and reading one is recorded."""
 
     cameras = {"observation/a": (8, 8)}
+    fingerprint = "none"
 
     def __init__(self, lengths: list[int]):
         self.episode_lengths, self.num_episodes = np.asarray(lengths), len(lengths)

@@ -66,7 +66,7 @@ def test_a_dimension_without_a_finite_value_is_remarked(out: Path, tmp_path: Pat
     copy = shutil.copytree(out, tmp_path / "copy")
     column = np.load(copy / "columns" / "train" / "action.npy")
     column[:, 2] = np.nan
-    np.save(copy / "columns" / "train" / "action.npy", column)
+    rlds_source.write_column(copy, "action", column)
     remarks = inspect(Dataset(copy), tmp_path / "pictures")
     assert remarks == ["action[2]: never finite", "action[6]: always 0.5"]
 

@@ -54,12 +54,12 @@ def test_constant_and_broken_values_are_warned_of_once_per_key(tmp_path: Path) -
     file = tmp_path / "out" / "columns" / "train" / "action.npy"
     column = np.load(file)
     column[[3, 8], 0] = np.nan, np.inf
-    np.save(file, column)
+    rlds_source.write_column(tmp_path / "out", "action", column)
     lines = warnings(write_stats(tmp_path / "out")["train"])
     expected = "warning: action: 1 of 7 dimensions are constant ([6] = 0.5); 2 of 53 steps are NaN or infinite"
     assert [line for line in lines if "action:" in line] == [expected]
     column[:] = np.nan
-    np.save(file, column)
+    rlds_source.write_column(tmp_path / "out", "action", column)
     lines = warnings(write_stats(tmp_path / "out")["train"])
     assert "warning: action: 53 of 53 steps are NaN or infinite" in lines
 

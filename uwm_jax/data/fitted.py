@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uwm_jax.data.records import short_key
+from uwm_jax.data.records import fingerprint, read_manifest, short_key
 from uwm_jax.errors import UserError
 
 
@@ -29,7 +29,7 @@ def read_pca(
       float32 {"mean": (V, H, W, 3), "components": (V, patch*patch*3, C), "scale": ()}, cameras sorted.
 
     Raises:
-      UserError: there is none, or it was fitted for other cameras, another size or another split.
+      UserError: there is none, or it was fitted for other cameras, another size, another split or another dataset.
     """
     path = Path(dataset) / "codec" / "pca.npz"
     if not path.is_file():
@@ -49,6 +49,13 @@ def read_pca(
             "scale": stored["scale"].astype(np.float32),
         }
         fitted_ratio = float(stored["val_ratio"])
+        fitted_on = str(stored["fingerprint"]) if "fingerprint" in stored else None
+    # Codecs of older versions do not say which dataset they are of.
+    if fitted_on is not None and fitted_on != (found := fingerprint(read_manifest(dataset))):
+        raise UserError(
+            f"{path} was fitted on another dataset (fingerprint {fitted_on[:12]}, this one is {found[:12]}). "
+            "Reshard the dataset again, or copy codec/pca.npz together with it."
+        )
     size = arrays["mean"].shape[1:3]
     if size != tuple(crop):
         raise UserError(

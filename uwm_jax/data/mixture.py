@@ -78,7 +78,7 @@ class MixtureOrder:
                 stop = min(draws, self._first_draw(self._segments[i + 1][0], stream))
             rest = stop - self._first_draw(start, stream)
             if rest <= 0:
-                break
+                continue  # not begun yet, or a segment so short that it skips this stream
             for j, (share, phase, turn) in enumerate(levels):
                 count = share * rest + (phase + turn * stream) % _ONE >> _BITS
                 total[j] += count

@@ -5,7 +5,7 @@ A dataset directory is a TFDS-readable RLDS dataset in ArrayRecord (`dataset_inf
 consecutive steps of one episode, encoded images untouched. Beside it lie
 
 - `manifest.json`: format version, source, keys with shapes and dtypes, camera sizes, and per split
-  the counts, what was skipped, and the shards with size and sha256;
+  the counts, what was skipped, the shards with size and sha256, and the crc32c of every file below;
 - `index/<split>.npz`: `episode_length` (E,), `episode_first_chunk` (E,), `chunk_shard` (K,),
   `chunk_record` (K,), all int64, chunks of an episode being consecutive;
 - `index/<split>.texts.npz`: for every episode-level text, such as the path of the recording, `<key>/utf8` (bytes of
@@ -29,9 +29,11 @@ import itertools
 import json
 import os
 import threading
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import simplejpeg
 from array_record.python import array_record_module
@@ -49,6 +51,7 @@ COLUMN_MAX_SIZE = 256
 _MAX_OPEN_SHARDS = 256
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 1 << 15
+_BLOCK = 1 << 22
 
 
 def dataset_dir(path: str | os.PathLike[str]) -> epath.Path:
@@ -78,6 +81,15 @@ def text_file(split: str) -> str:
     return f"index/{split}.texts.npz"
 
 
+def checksum(file: str | os.PathLike[str]) -> int:
+    """CRC-32C of a file, read a piece at a time (about 1 GB/s from memory)."""
+    crc = 0
+    with epath.Path(file).open("rb") as f:
+        while block := f.read(_BLOCK):
+            crc = google_crc32c.extend(crc, block)
+    return crc
+
+
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The checked manifest of a dataset directory.
 
@@ -86,10 +98,15 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = epath.Path(path) / "manifest.json"
     if not file.exists():
-        hint = ""
         if (epath.Path(path) / "dataset_info.json").exists():
-            hint = f" This is a plain TFDS dataset: run `python -m data_prep.reshard --input={path} --output=DIR`."
-        raise UserError(f"{path}: no training dataset here (no manifest.json).{hint}")
+            hint = f"This is a plain TFDS dataset: run `python -m data_prep.reshard --input={path} --output=DIR`."
+        else:
+            hint = (
+                f"Make it with `python -m data_prep.reshard --input=RLDS_DIR --output={path}`, or the demonstration "
+                "data `pusht` with `python -m data_prep.demo`. A config's relative path is looked up under "
+                f"$UWM_DATA_DIR, which is {os.environ.get('UWM_DATA_DIR', 'not set (default data/)')}."
+            )
+        raise UserError(f"{path}: no training dataset here (no manifest.json). {hint}")
     try:
         manifest = json.loads(file.read_text())
     except json.JSONDecodeError as e:
@@ -135,6 +152,7 @@ class Dataset:
                 f"{self.directory}: no split {split!r}; it has {', '.join(sorted(self.manifest['splits']))}."
             )
         info = self.manifest["splits"][split]
+        self._checksums = {name: entry["crc32c"] for name, entry in info.get("files", {}).items()}
         self.chunk_steps = int(self.manifest["chunk_steps"])
         self.cameras = {k: (c["height"], c["width"]) for k, c in self.manifest["cameras"].items()}
         self._shards = [s["file"] for s in info["shards"]]
@@ -178,11 +196,12 @@ class Dataset:
             UserError: the dataset has no such text, or was made before these were kept.
         """
         file = self.directory / text_file(self.split)
-        if not file.exists():
+        if text_file(self.split) not in self._checksums:
             raise UserError(
-                f"{self.directory}: its episodes cannot be chosen by {key!r}, as {file.name} is missing: versions of "
-                "data_prep.reshard before this one did not write it. Reshard the dataset."
+                f"{self.directory}: its episodes cannot be chosen by {key!r}: it was made by an older version, which "
+                f"did not write {text_file(self.split)}. Make it again with data_prep.reshard."
             )
+        self._check_file(text_file(self.split))
         try:
             with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
                 keys = sorted(k.removesuffix("/ends") for k in stored if k.endswith("/ends"))
@@ -298,13 +317,14 @@ class Dataset:
 
     def _read_index(self, info: dict[str, Any]) -> None:
         file = self.directory / "index" / f"{self.split}.npz"
+        self._check_file(f"index/{self.split}.npz")
         try:
             with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as index:
                 self.episode_lengths = index["episode_length"]
                 self._first_chunk = index["episode_first_chunk"]
                 self._chunk_shard = index["chunk_shard"]
                 self._chunk_record = index["chunk_record"]
-        except (OSError, KeyError, ValueError) as e:
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
             raise UserError(f"{file}: the episode index cannot be read ({e}). Make the dataset again.") from e
         found = (len(self.episode_lengths), int(self.episode_lengths.sum()), len(self._chunk_shard))
         expected = (info["episodes"], info["steps"], info["chunks"])
@@ -322,12 +342,27 @@ class Dataset:
                 column = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
             else:
                 column = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, EOFError) as e:
             raise UserError(f"{file}: the column cannot be read ({e}). Make the dataset again.") from e
         expected = (int(self.episode_lengths.sum()), *self.step_shape(key))
         if column.shape != expected:
             raise UserError(f"{file}: expected shape {expected}, found {column.shape}. Make the dataset again.")
+        self._check_file(column_file(self.split, key))
         return column
+
+    def _check_file(self, name: str) -> None:
+        """A column, index or text file of another dataset of the same size would be read without complaint."""
+        if name not in self._checksums:
+            return  # made by an older version
+        try:
+            found = checksum(self.directory / name)
+        except OSError as e:
+            raise UserError(f"{self.directory / name} cannot be read ({e}). Copy it again.") from e
+        if found != self._checksums[name]:
+            raise UserError(
+                f"{self.directory / name}: its checksum is not that of manifest.json, so it is damaged or belongs to "
+                "another dataset. Copy it again, or make the dataset again."
+            )
 
     def _reader(self, shard: int) -> Any:
         with self._lock:
