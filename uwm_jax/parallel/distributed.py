@@ -376,8 +376,9 @@ class _Company:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"uwm/left/{self.index}", "", allow_overwrite=True)
             deadline = time.monotonic() + _LEAVE_SECONDS
+            expected = self.count - bool((self._failure() or {}).get("silent"))
             while self.index == 0 and time.monotonic() < deadline:
-                if len(self._client.key_value_dir_get("uwm/left/")) == self.count:
+                if len(self._client.key_value_dir_get("uwm/left/")) >= expected:
                     break
                 time.sleep(0.1)
 
@@ -414,8 +415,8 @@ class _Company:
             if process not in beats or beats[process][0] != beat:
                 beats[process] = beat, now
             elif now - beats[process][1] > self._silence_seconds:
-                silent = f"showed no life for {self._silence_seconds:g} s; it was killed, or its machine is gone"
-                self._publish({"process": process, "status": 1, "lost": False, "message": silent})
+                silent = f"it showed no life for {self._silence_seconds:g} s; it was killed, or its machine is gone"
+                self._publish({"process": process, "status": 1, "lost": False, "silent": True, "message": silent})
                 return
 
     def _follow(self, record: Mapping[str, Any]) -> None:
