@@ -2,12 +2,15 @@
 
     python -m uwm_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-This file is one run from top to bottom: config, mesh, data, model, shapes, state, step, loop.
+This file is one run from top to bottom: config, mesh, data, model, shapes, state, step, loop. Every process of a
+run executes all of it; docs/training.md says how to start several.
 """
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import fnmatch
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +22,47 @@ from uwm_jax import cli
 from uwm_jax import config as config_lib
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader, prefetch_to_device
-from uwm_jax.errors import UserError
+from uwm_jax.errors import Preempted, UserError
+from uwm_jax.parallel import distributed, sharding
 from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.parallel.distributed import Preemption, say
+from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
+from uwm_jax.training import finetune
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training import state as state_lib
-from uwm_jax.training.log import Clock, MetricsLog, Window, progress_line
+from uwm_jax.training.flops import Mfu
+from uwm_jax.training.goodput import Goodput
+from uwm_jax.training.log import MetricsLog, Window, progress_line
+from uwm_jax.training.profile import Profile
 from uwm_jax.training.step import make_eval_step, make_train_step
 
 FLAGS = flags.FLAGS
 
 # What a continued run may change; every other field decides what the numbers mean.
 MAY_CHANGE = (
-    *("total_steps", "log_every", "eval.", "checkpoint.", "mesh.", "data.num_threads", "data.prefetch"),
-    *("model.scan_blocks", "model.remat", "model.codec.microbatch"),  # compilation: the results are the same
+    *(
+        "total_steps",
+        "log_every",
+        "hang_seconds",
+        "eval.*",
+        "checkpoint.*",
+        "mesh.*",
+        "data.num_threads",
+        "data.prefetch",
+    ),
+    # Compilation: the results are the same up to rounding.
+    *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
+    "data.sources.*.weight",
 )
 
 
 def define_flags() -> None:
     flags.DEFINE_string("config", None, "FILE.py[:argument]; fields change with --config.any.field=value")
     flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, config")
+    flags.DEFINE_string("profile", None, "START:STEPS writes a trace of these steps to <workdir>/profile")
+    distributed.define_flags()
     cli.accept_config_overrides()
 
 
@@ -47,35 +70,56 @@ def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     config = config_lib.load(cli.required("config"), cli.config_overrides())
-    train(config, Path(cli.required("workdir")))
+    workdir = Path(cli.required("workdir"))
+    with distributed.session():
+        train(config, workdir, FLAGS.profile)
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """Runs `config` in `workdir` up to `config.total_steps`."""
-    # --- Config: what an earlier start of this run fixed must still hold. ------------------------
-    last_step = checkpoint_lib.latest_step(workdir)
+def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None:
+    """Runs `config` in `workdir` up to `config.total_steps`; `profile` is the flag."""
+    goodput = Goodput(config.total_steps, config.batch_size)
+    if config.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+
+    # --- Config: what an earlier start of this run fixed must still hold. --------------------------
+    last_step = distributed.agree(checkpoint_lib.latest_step(workdir))
     if last_step is not None:
         refuse_changed_config(config, config_lib.read(workdir))
         if last_step >= config.total_steps:
-            print(f"nothing to do: {workdir} is at step {last_step} of {config.total_steps} already")
+            say(f"nothing to do: {workdir} is at step {last_step} of {config.total_steps} already")
             return
 
-    # --- Mesh: rows of a batch over devices. -------------------------------------------------------
-    mesh = mesh_lib.make_mesh(config)
+    # --- Mesh: rows of a batch and parameters over devices. ----------------------------------------
+    mesh, rules = mesh_lib.make_mesh(config), sharding.load_rules(config.mesh.rules)
     batch_sharding, replicated = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
 
+    # --- Where from: the newest checkpoint that is whole; else another run's parameters, or nothing. -
+    checkpoints, stored, origin = None, None, None
+    if last_step is not None:
+        checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
+        stored = checkpoints.newest_readable()
+    elif config.init_from:
+        origin = finetune.open_origin(config.init_from)
+
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
-    start_step = last_step or 0
-    loader = Loader(config.data, batch_size=config.batch_size, seed=config.seed, start_step=start_step)
+    loader = open_loader(config, mesh, stored)
     facts = DataFacts(**loader.facts())
+    if origin:
+        say("\n".join(origin.check(config, facts)))
+        facts = dataclasses.replace(facts, normalizer=origin.normalizer_for(config, facts))
+        loader.close()
+        loader = open_loader(config, mesh, None, facts.normalizer)
+    trace = Profile.parse(profile, workdir, stored.step if stored else 0, config.total_steps)
 
     # --- Workdir: nothing is written before config, mesh and data are known to be good. ------------
-    checkpoint_lib.write_config(workdir, config)
-    checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
+    if distributed.is_main():
+        checkpoint_lib.write_config(workdir, config)
+    distributed.barrier("config.json is written")
+    checkpoints = checkpoints or checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
-    codec, frozen = open_codec(config, checkpoints, last_step, loader, workdir, mesh.size)
-    frozen = jax.device_put(frozen, replicated)
+    codec, frozen = open_codec(config, workdir, loader, stored, origin)
+    frozen = mesh_lib.place(frozen, replicated)
     system = System(config, facts, codec)
     optimizer = state_lib.make_optimizer(config)
 
@@ -85,123 +129,160 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no step has this number
     shapes = jax.eval_shape(init_state, rng)
-    shardings = mesh_lib.state_sharding(mesh, shapes)
-    print_summary(config, loader, shapes.params, frozen, mesh)
+    shardings = sharding.state_sharding(mesh, rules, shapes)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    print_summary(config, loader, frozen, mesh, sharding.table(mesh, rules, shapes, shardings))
 
-    # --- State: fresh, or the last checkpoint's. ---------------------------------------------------
-    if last_step is None:
-        state = jax.jit(init_state, out_shardings=shardings)(rng)
-        state = load_pretrained_encoder(config, state, shardings)
+    # --- State: the checkpoint's, or fresh. --------------------------------------------------------
+    if stored:
+        state, stored = checkpoints.restore_latest(like)
+        loader.close()  # an older checkpoint may have been the newest one that is whole
+        loader = open_loader(config, mesh, stored)
+        say(f"continuing from step {stored.step}")
     else:
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        state, data_iter = checkpoints.restore_state(last_step, like)
-        loader.check_state(data_iter)
-        print(f"continuing from step {last_step}", flush=True)
+        state = jax.jit(init_state, out_shardings=shardings)(rng)
+        if origin:
+            params, skipped = origin.params(state.params, config.init_from_skip)
+            state = state_lib.with_params(state, params)
+            say(origin.describe_skipped(like.params, skipped))
+        elif config.model.encoder.imagenet_weights:
+            state = state_lib.with_params(state, load_pretrained_encoder(config, state.params, shardings.params))
 
-    # --- Steps, compiled; the state's buffers are reused in place. ---------------------------------
-    train_step = jax.jit(
-        make_train_step(config, system, optimizer),
-        in_shardings=(shardings, replicated, batch_sharding),
-        out_shardings=(shardings, replicated),
-        donate_argnums=0,
-    )
-    eval_step = jax.jit(make_eval_step(config, system))
+    # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------
+    def compiled(function: Callable[..., Any], outputs: Any, **options: Any) -> Any:
+        def laid_out(*args: Any) -> Any:
+            with sharding.activations(mesh, rules):
+                return function(*args)
+
+        inputs = (shardings, replicated, batch_sharding)
+        program = jax.jit(laid_out, in_shardings=inputs, out_shardings=outputs, **options)
+        batch = jax.eval_shape(lambda: system.example_batch(config.batch_size))
+        return program.lower(shapes, jax.eval_shape(lambda: frozen), batch).compile()
+
+    say("compiling the step...")
+    with goodput.spend("compile"):
+        step_function = make_train_step(config, system, optimizer, mesh)
+        train_step = compiled(step_function, (shardings, replicated), donate_argnums=0)
+        eval_step = compiled(make_eval_step(config, system), replicated) if config.eval.every else None
     held_out = held_out_batches(config, loader, batch_sharding)
 
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.
+    start_step = stored.step if stored else 0
     assets = checkpoint_lib.make_assets(config, facts, dataset=loader.manifest())
-    log = MetricsLog(workdir, start_step)
-    clock = Clock(start_step, config.total_steps, config.batch_size)
-    window = Window()
+    window, mfu = Window(), Mfu(system, list(mesh.devices.flat))
+    log = MetricsLog(workdir, start_step, writes=distributed.is_main())
     batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch)
+    progress = stored.assets.get("progress", {}) if stored else {}
+    if progress:
+        window.restore(progress["window"])
+    goodput.begin(start_step, progress.get("goodput"), log.cut)
+    if mfu.note:
+        say(mfu.note)
     try:
-        for step in range(start_step + 1, config.total_steps + 1):
-            batch = next(batches)
-            state, metrics = train_step(state, frozen, batch)
-            window.add(step, metrics)
+        with Preemption() as preemption, Watchdog(config.hang_seconds) as watchdog:
+            for step in range(start_step + 1, config.total_steps + 1):
+                with goodput.spend("data_wait"):
+                    batch = next(batches)
+                trace.at(step, state.step)
+                state, metrics = train_step(state, frozen, batch)
+                window.add(step, metrics)
+                watchdog.beat(step)
+                checkpoints.check()
 
-            last = step == config.total_steps
-            save = step % config.checkpoint.every == 0 or last
-            evaluate = config.eval.every > 0 and (step % config.eval.every == 0 or last)
-            if not (step % config.log_every == 0 or step == 1 or save or evaluate):
-                continue
-            means = window.means()  # raises on NaN, so that none is ever saved
-            rates = clock.tick(step, batches.wait_seconds)
-            print(progress_line(step, config.total_steps, {**means, **rates}), flush=True)
-            del rates["eta_seconds"]
-
-            paused = time.perf_counter()
-            losses = mean_over_batches(eval_step, state, frozen, held_out) if evaluate else {}
-            if evaluate:
-                print("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()), flush=True)
-            log.write(step, {**means, **rates, **losses})
-            if save:
-                arrays = frozen_lib.checkpointed_arrays(config, frozen)
-                checkpoints.save(state, loader.state(step), arrays, assets)
-            clock.pause(time.perf_counter() - paused)
-        checkpoints.wait()
+                last, stop = step == config.total_steps, preemption.requested(step)
+                save = step % config.checkpoint.every == 0 or last
+                evaluate = eval_step is not None and (step % config.eval.every == 0 or last)
+                if step % config.log_every == 0 or step == 1 or save or evaluate:
+                    means = window.means()  # raises on NaN, so that none is ever saved
+                    with goodput.spend("evaluation"):
+                        losses = mean_over_batches(eval_step, state, frozen, held_out) if evaluate else {}
+                    rates = goodput.rates(step)
+                    rates |= mfu(rates["samples_per_second"])
+                    say(progress_line(step, config.total_steps, {**means, **rates}))
+                    if losses:
+                        say("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+                    del rates["eta_seconds"]
+                    with goodput.spend("other"):
+                        log.write(step, {**means, **rates, **losses})
+                if save or stop:
+                    with goodput.spend("checkpoint"):
+                        progress = {"window": window.state(), "goodput": goodput.state(step)}
+                        arrays = frozen_lib.checkpointed_arrays(config, frozen)
+                        checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
+                if stop:
+                    checkpoints.wait()
+                    raise Preempted(f"told to end (SIGTERM): step {step} is saved; the same command continues from it.")
+            checkpoints.wait()
     finally:
+        trace.close()
         log.close()
         batches.close()
         loader.close()
         checkpoints.close()
-    print(f"done: {config.total_steps} steps in {workdir}", flush=True)
+    say(goodput.summary())
+    say(f"done: {config.total_steps} steps in {workdir}")
 
 
 def refuse_changed_config(config: ConfigDict, stored: ConfigDict) -> None:
     """Raises UserError for a field that differs from the run's stored config and must not."""
     now, before = config_lib.flatten(config), config_lib.flatten(stored)
-    for name in now:
-        if now[name] != before[name] and not name.startswith(MAY_CHANGE):
+    for name in sorted(now.keys() | before.keys()):
+        if now.get(name) != before.get(name) and not any(fnmatch.fnmatchcase(name, p) for p in MAY_CHANGE):
+            is_now, was = (repr(fields[name]) if name in fields else "absent" for fields in (now, before))
             raise UserError(
-                f"config.{name} is {now[name]!r}, but this workdir was started with {before[name]!r}. Only "
-                f"{', '.join(f.rstrip('.') for f in MAY_CHANGE)} may change when a run continues: use a new --workdir."
+                f"config.{name} is {is_now}, but this workdir was started with {was}. Only {', '.join(MAY_CHANGE)} "
+                "may change when a run continues: use a new --workdir."
             )
 
 
-def open_codec(
-    config: ConfigDict,
-    checkpoints: checkpoint_lib.Checkpoints,
-    last_step: int | None,
-    loader: Loader,
-    workdir: Path,
-    devices: int,
-) -> tuple[Any, Any]:
-    """The codec of a run that starts, or the one that its checkpoints carry."""
-    if last_step is None:
-        is_pca = config.model.codec.name == "pca"
-        data = config.data
-        fitted = read_pca(loader.directory, loader.camera_keys, data.crop, data.val_ratio) if is_pca else None
-        return frozen_lib.for_new_run(config, workdir, fitted, devices)
-    carried = "codec" in checkpoints.items(last_step)
-    arrays = checkpoints.restore_arrays(last_step, "codec") if carried else None
-    return frozen_lib.from_workdir(config, workdir, arrays, devices)
+def open_loader(config: ConfigDict, mesh: Any, stored: Any, normalizer: Any = None) -> Loader:
+    """The loader of this process's rows, where a checkpoint left off; with the checkpoint's normaliser."""
+    index, count = mesh_lib.data_group(mesh)
+    if stored:
+        normalizer = DataFacts.from_json(stored.assets["data_facts"]).normalizer
+    loader = Loader(
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=stored.step if stored else 0,
+        process_index=index,
+        process_count=count,
+        normalizer=normalizer,
+        state=stored.data_iter if stored else None,
+    )
+    if stored:
+        loader.check_state(stored.data_iter)
+    return loader
 
 
-def load_pretrained_encoder(
-    config: ConfigDict, state: state_lib.TrainState, shardings: state_lib.TrainState
-) -> state_lib.TrainState:
-    """Puts ImageNet weights into the image encoder of a fresh state, where the config asks for them."""
-    source = config.model.encoder.imagenet_weights
-    if not source:
-        return state
+def open_codec(config: ConfigDict, workdir: Path, loader: Loader, stored: Any, origin: Any) -> tuple[Any, Any]:
+    """The codec and its arrays: the checkpoint's, else the origin's, else a new one for this data."""
+    if stored:
+        return frozen_lib.from_workdir(config, workdir, stored.codec)
+    found = origin.codec(config, workdir) if origin else None
+    if found is not None:
+        return found
+    is_pca, data = config.model.codec.name == "pca", config.data
+    fitted = read_pca(loader.directory, loader.camera_keys, data.crop, data.val_ratio) if is_pca else None
+    return frozen_lib.for_new_run(config, workdir, fitted)
+
+
+def load_pretrained_encoder(config: ConfigDict, params: Any, shardings: Any) -> Any:
+    """`params` with ImageNet weights in the image encoder."""
     from uwm_jax.torch_bridge.torchvision_resnet import load_imagenet_resnet
 
-    params = dict(state.params)
-    params["obs_encoder"] = dict(params["obs_encoder"])
-    params["obs_encoder"]["img_encoder"] = load_imagenet_resnet(source, params["obs_encoder"]["img_encoder"])
-    params = jax.device_put(params, shardings.params)
-    ema = jax.tree.map(lambda x: x.copy(), params) if state.ema_params is not None else None
-    return state.replace(params=params, ema_params=ema)
+    encoder = load_imagenet_resnet(config.model.encoder.imagenet_weights, params["obs_encoder"]["img_encoder"])
+    encoder = mesh_lib.place(encoder, shardings["obs_encoder"]["img_encoder"])
+    return {**params, "obs_encoder": {**params["obs_encoder"], "img_encoder": encoder}}
 
 
-def held_out_batches(config: ConfigDict, loader: Loader, sharding: Any) -> list[Any]:
-    """Fixed batches of validation windows on the device; empty when nothing is evaluated."""
+def held_out_batches(config: ConfigDict, loader: Loader, batch_sharding: Any) -> list[Any]:
+    """Fixed batches of validation windows on the devices; empty when nothing is evaluated."""
     if not config.eval.every:
         return []
     batches = loader.held_out(config.eval.num_windows).batches(config.batch_size)
-    return [jax.device_put(batch, sharding) for batch in batches]
+    return [mesh_lib.place(batch, batch_sharding) for batch in batches]
 
 
 def mean_over_batches(eval_step: Any, state: Any, frozen: Any, batches: list[Any]) -> dict[str, float]:
@@ -210,15 +291,12 @@ def mean_over_batches(eval_step: Any, state: Any, frozen: Any, batches: list[Any
     return {name: float(sum(r[name] for r in results) / len(results)) for name in results[0]}
 
 
-def print_summary(config: ConfigDict, loader: Loader, params: Any, frozen: Any, mesh: Any) -> None:
-    count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
-    sizes = ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in count.items())
+def print_summary(config: ConfigDict, loader: Loader, frozen: Any, mesh: Any, table: str) -> None:
     codec = sum(x.size for x in jax.tree.leaves(frozen)) / 1e6
-    print(
-        f"{loader.summary()}\nparameters: {sizes}; frozen codec {config.model.codec.name} {codec:.2f} M\n"
-        f"devices: {mesh.size} {jax.default_backend()}; batch {config.batch_size}, {config.total_steps} steps\n"
-        "compiling the first step...",
-        flush=True,
+    say(
+        f"{loader.summary()}\n{table}\nfrozen codec {config.model.codec.name}: {codec:.2f} M parameters\n"
+        f"devices: {mesh.size} {jax.default_backend()}, processes: {jax.process_count()}; "
+        f"batch {config.batch_size}, {config.total_steps} steps"
     )
 
 

@@ -46,8 +46,8 @@ def config(tiny_config):
 def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
     params = write_vae(tmp_path / "vae", seed=0)
     config.model.codec.vae = str(tmp_path / "vae")
-    codec, found = frozen.for_new_run(config, tmp_path / "run", None, devices=2)
-    assert isinstance(codec, VAECodec) and isinstance(codec.vae, AutoencoderKL) and codec.microbatch == 6
+    codec, found = frozen.for_new_run(config, tmp_path / "run", None)
+    assert isinstance(codec, VAECodec) and isinstance(codec.vae, AutoencoderKL) and codec.microbatch == 3
     jax.tree.map(np.testing.assert_array_equal, found, params)
     config.model.codec.vae = "nowhere/at-all"  # a run that continues reads its own copy
     _, again = frozen.from_workdir(config, tmp_path / "run", None)

@@ -94,6 +94,14 @@ def _data_group(grid: np.ndarray, process: int) -> tuple[int, int]:
     return shares.index(tuple(sorted(blocks[process]))), len(shares)
 
 
-def state_sharding(mesh: Mesh, shapes: Any) -> Any:
-    """A sharding for every leaf of a tree of shapes: parameters and optimizer state are whole on each device."""
-    return jax.tree.map(lambda _: replicated(mesh), shapes)
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, put where `shardings` (a tree, or one for all) say; others stay."""
+
+    def one(x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: one(x, shardings), tree)
+    return jax.tree.map(one, tree, shardings)

@@ -36,6 +36,7 @@ from uwm_jax.models.codecs import Codec
 from uwm_jax.system import DataFacts
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.stored import CorruptCheckpoint
 
 # The arrays that meet the raw values of an input or output: when all of them start fresh, its units are free.
 INTERFACE = {
@@ -79,8 +80,8 @@ def open_origin(spec: str) -> Origin:
     if latest_step(directory) is None:
         raise UserError(f"config.init_from={spec!r}: {str(directory)!r} holds no checkpoint yet.")
     checkpoints = Checkpoints(directory, read_only=True)
+    steps = checkpoints.steps()
     try:
-        steps = checkpoints.steps()
         if step is not None and step not in steps:
             raise UserError(f"config.init_from={spec!r}: {str(directory)!r} has checkpoints of steps {steps}.")
         step = steps[-1] if step is None else step
@@ -94,6 +95,8 @@ def open_origin(spec: str) -> Origin:
             facts=DataFacts.from_json(checkpoints.assets(step)["data_facts"]),
             codec_arrays=checkpoints.restore_arrays(step, "codec") if "codec" in items else None,
         )
+    except CorruptCheckpoint as e:
+        raise UserError(f"config.init_from={spec!r}: {e}. Name another step of {steps}, as DIR@STEP.") from e
     finally:
         checkpoints.close()
 
@@ -179,7 +182,7 @@ class Origin:
                 entries[key] = source.entries[key]
         return Normalizer(entries)
 
-    def codec(self, config: ConfigDict, workdir: str | os.PathLike[str], devices: int = 1) -> tuple[Codec, Any] | None:
+    def codec(self, config: ConfigDict, workdir: str | os.PathLike[str]) -> tuple[Codec, Any] | None:
         """The origin's codec as `frozen.for_new_run` returns it, a VAE copied into `workdir`.
 
         None if the layers of `next_obs` start fresh: the codec is then a matter of the new run.
@@ -188,7 +191,7 @@ class Origin:
             return None
         config = copy.deepcopy(config)
         config.model.codec.vae = str(self._vae_folder)
-        return frozen_lib.for_new_run(config, workdir, self.codec_arrays, devices)
+        return frozen_lib.for_new_run(config, workdir, self.codec_arrays)
 
     def params(self, fresh: Any, skip: Sequence[str]) -> tuple[Any, list[str]]:
         """The origin's parameters, in the places of fresh ones.
@@ -220,6 +223,10 @@ class Origin:
         checkpoints = Checkpoints(self.directory, read_only=True)
         try:
             found = checkpoints.restore_params(self.step, traverse_util.unflatten_dict(like, sep="/"), self.item)
+        except CorruptCheckpoint as e:
+            raise UserError(
+                f"config.init_from={self.spec!r}: {e}. Name another step of {checkpoints.steps()}, as DIR@STEP."
+            ) from e
         finally:
             checkpoints.close()
         found = traverse_util.flatten_dict(found, sep="/")

@@ -11,34 +11,31 @@ from ml_collections import ConfigDict
 
 from uwm_jax.errors import UserError
 from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
+from uwm_jax.parallel import distributed
 from uwm_jax.torch_bridge import diffusers_vae
 
 
-def for_new_run(
-    config: ConfigDict, workdir: str | os.PathLike[str], fitted: Any, devices: int = 1
-) -> tuple[Codec, Any]:
-    """The codec and its arrays for a run that starts; a VAE is copied into the workdir.
+def for_new_run(config: ConfigDict, workdir: str | os.PathLike[str], fitted: Any) -> tuple[Codec, Any]:
+    """The codec and its arrays for a run that starts; the main process copies a VAE into the workdir.
 
     Args:
       fitted: arrays of a codec that was fitted on the data; None for the others.
-      devices: as in `from_workdir`.
 
     Raises:
       UserError: the VAE cannot be read, or the workdir holds another one.
     """
     if config.model.codec.name == "vae":
-        diffusers_vae.copy_folder(config.model.codec.vae, Path(workdir) / "frozen" / "vae")
-    return from_workdir(config, workdir, fitted, devices)
+        if distributed.is_main():
+            diffusers_vae.copy_folder(config.model.codec.vae, Path(workdir) / "frozen" / "vae")
+        distributed.barrier("the VAE is in the workdir")
+    return from_workdir(config, workdir, fitted)
 
 
-def from_workdir(
-    config: ConfigDict, workdir: str | os.PathLike[str], arrays: Any, devices: int = 1
-) -> tuple[Codec, Any]:
+def from_workdir(config: ConfigDict, workdir: str | os.PathLike[str], arrays: Any) -> tuple[Codec, Any]:
     """The codec of a workdir.
 
     Args:
       arrays: those of a fitted codec, from its checkpoint; None for the others.
-      devices: over how many the batch is spread; each takes `config.model.codec.microbatch` frames at a time.
     """
     c = config.model.codec
     if c.name == "pixels":
@@ -48,7 +45,7 @@ def from_workdir(
             raise UserError(f"{workdir}: config.model.codec.name is 'pca', but the checkpoint carries no codec.")
         return PCACodec.from_params(arrays), {k: jnp.asarray(v) for k, v in arrays.items()}
     module, params, _ = diffusers_vae.load_vae(Path(workdir) / "frozen" / "vae", dtype=c.dtype)
-    return VAECodec(module, microbatch=c.microbatch * devices), params
+    return VAECodec(module, microbatch=c.microbatch), params
 
 
 def checkpointed_arrays(config: ConfigDict, frozen: Any) -> Any:

@@ -86,3 +86,9 @@ def create(config: ConfigDict, params: Params, optimizer: optax.GradientTransfor
         opt_state=optimizer.init(params),
         hparams=Hparams.from_config(config),
     )
+
+
+def with_params(state: TrainState, params: Params) -> TrainState:
+    """A fresh state around other parameters, from which the average starts as well."""
+    ema_params = jax.tree.map(jnp.copy, params) if state.ema_params is not None else None
+    return state.replace(params=params, ema_params=ema_params)
