@@ -379,6 +379,7 @@ class _Company:
             expected = self.count - bool((self._failure() or {}).get("silent"))
             while self.index == 0 and time.monotonic() < deadline:
                 if len(self._client.key_value_dir_get("uwm/left/")) >= expected:
+                    time.sleep(1.0)  # they say so just before they end
                     break
                 time.sleep(0.1)
 
