@@ -22,26 +22,28 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import uwm_jax
 from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.files import write_text
+from uwm_jax.parallel import distributed
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.stored import CorruptCheckpoint, Stored, cause_of, with_digests
 
 SAVE_TIMEOUT_SECONDS = 20 * 60  # for all processes to have written one checkpoint
+READ_TIMEOUT_SECONDS = 20 * 60  # for all to have read one
+
+_Value = TypeVar("_Value")
 
 _ARRAY_ITEMS = ("params", "ema_params", "train_state", "codec")
 _JSON_ITEMS = ("data_iter", "assets")
@@ -88,7 +90,7 @@ class Checkpoints:
         self._failure_was_raised = False
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
+            if distributed.is_main():
                 for path in self.directory.iterdir():
                     if any(suffix in path.name for suffix in _UNFINISHED):
                         shutil.rmtree(path)
@@ -108,7 +110,7 @@ class Checkpoints:
         Raises:
           UserError: no checkpoint can be read, or the newest has no training state (a converted one).
         """
-        while (step := _from_main(max(self.steps(), default=-1))) >= 0:
+        while (step := distributed.agree(max(self.steps(), default=None))) is not None:
             stored = Stored(self.directory, step)
             try:
                 _together(stored.verify_small)
@@ -177,12 +179,11 @@ class Checkpoints:
         place = self.directory / str(step)
         if not self._read_only:
             place = _free_name(self.directory.parent / "corrupt" / str(step))
-            if jax.process_index() == 0:
+            if distributed.is_main():
                 place.parent.mkdir(exist_ok=True)
                 (self.directory / str(step)).rename(place)
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
-        if jax.process_index() == 0:
+            distributed.barrier("the checkpoint is set aside")
+        if distributed.is_main():
             _warn(f"checkpoint {step} is damaged: {damage}. It lies in {place}; step {left[-1]} is used instead.")
 
     # --- writing -------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ class Checkpoints:
         except BaseException as e:
             self._failure = self._failed(step, e)
             return
-        if self._keep is not None and jax.process_index() == 0:
+        if self._keep is not None and distributed.is_main():
             for old in self.steps()[: -self._keep]:
                 gone = self.directory / f"{old}.deleted"  # renamed first: half of a checkpoint never looks like one
                 try:
@@ -380,7 +381,7 @@ def _load(config: ConfigDict, workdir: str | os.PathLike[str], stored: Stored) -
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         jax.eval_shape(system.init, jax.random.key(0)),
     )
-    return system, stored.arrays("ema_params" if "ema_params" in stored.items else "params", like), frozen
+    return system, stored.arrays("ema_params" if stored.holds("ema_params") else "params", like), frozen
 
 
 def _check_keys(config: ConfigDict, facts: DataFacts) -> None:
@@ -412,26 +413,20 @@ def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def _from_main(value: int) -> int:
-    """The main process's number on all processes."""
-    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+def _together(read: Callable[[], _Value]) -> _Value:
+    """`read()`, unless it raises on any process: then it raises on all, so that none waits for another.
 
-
-def _together(read: Any) -> Any:
-    """`read()`, unless it raises on any process: then it raises on all, so that none waits for another."""
-    if jax.process_count() == 1:
-        return read()
+    A checkpoint counts as damaged only where damage is all that any process found.
+    """
     result, error = None, None
     try:
         result = read()
     except (UserError, RunError) as e:
         error = e
-    kinds = (CorruptCheckpoint, RunError, UserError)
-    kind = 0 if error is None else 1 + next(i for i, k in enumerate(kinds) if isinstance(error, k))
-    found = multihost_utils.process_allgather(np.int32(kind))
-    if not found.any():
-        return result
-    if error is not None and not isinstance(error, CorruptCheckpoint):
-        raise error
-    worst = int(found.max())  # a checkpoint is set aside only where damage is all that was found
-    raise kinds[worst - 1](str(error or f"process {int(found.argmax())} could not read the checkpoint"))
+    distributed.barrier("the checkpoint is read", READ_TIMEOUT_SECONDS)
+    damaged = distributed.any_process(isinstance(error, CorruptCheckpoint))
+    if distributed.any_process(error is not None and not isinstance(error, CorruptCheckpoint)):
+        raise error if error is not None else RunError("another process could not read the checkpoint.")
+    if damaged:
+        raise error if error is not None else CorruptCheckpoint("another process found damage in its part of it")
+    return cast(_Value, result)

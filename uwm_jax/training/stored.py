@@ -67,8 +67,6 @@ class Stored:
         if digests is not None:
             if not isinstance(digests, dict) or digests.get("assets") != _seal(assets):
                 raise CorruptCheckpoint(f"{self.path / 'assets'} is not what was saved (its digest differs)")
-            for item in sorted({*digests["arrays"], *digests["json"]} - self.items):
-                raise CorruptCheckpoint(f"{self.path / item} is missing")
         return assets
 
     @functools.cached_property
@@ -83,12 +81,15 @@ class Stored:
     @functools.cached_property
     def codec(self) -> Any:
         """Arrays of a codec fitted on data, on this process's first device; None where it is kept elsewhere."""
-        return self.arrays("codec") if "codec" in self.items else None
+        return self.arrays("codec") if self.holds("codec") else None
+
+    def holds(self, item: str) -> bool:
+        """Whether an item of arrays was saved; it may be missing nevertheless."""
+        return item in (self._digests()["arrays"] or self.items)
 
     def require_train_state(self) -> None:
         """Raises UserError for a checkpoint that was made of parameters alone."""
-        recorded = self._digests()["arrays"]
-        if "train_state" not in (recorded or self.items):
+        if not self.holds("train_state"):
             raise UserError(
                 f"{self.path}: holds parameters without a training state (a converted checkpoint); it can be "
                 "sampled from, but not continued. Train in a new --workdir, with config.init_from."
