@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from uwm_jax import config as config_lib
-from uwm_jax.benchmark_step import benchmark
+from uwm_jax.benchmark_step import make_up_batch, make_up_system
 from uwm_jax.errors import UserError
+from uwm_jax.training.state import create, make_optimizer
+from uwm_jax.training.step import make_train_step
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
 
@@ -33,8 +36,12 @@ def test_a_step_in_tiny_form(path):
     config = config_lib.load(str(path), TINY)
     if config.model.codec.name == "vae":  # no pretrained weights here
         config.model.codec.name = "pixels"
-    result = benchmark(config, steps=1, action_dim=3)
-    assert np.isfinite(result["loss_after_steps"])
+    system, frozen = make_up_system(config, action_dim=3)
+    optimizer = make_optimizer(config)
+    step = jax.jit(make_train_step(config, system, optimizer))
+    state = jax.jit(lambda key: create(config, system.init(key), optimizer))(jax.random.key(0))
+    state, metrics = step(state, frozen, make_up_batch(system, config.batch_size))
+    assert state.step == 1 and np.isfinite(metrics["loss"])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
