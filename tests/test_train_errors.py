@@ -1,0 +1,95 @@
+"""What a person sees who asks the training command for something impossible: one message, status 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from uwm_jax import cli, train
+from uwm_jax import config as config_lib
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path, capsys):
+    """Calls the command on the tiny config with more arguments: (status, what it wrote to stderr)."""
+    file = tmp_path / "tiny.py"
+    file.write_text(
+        "from uwm_jax import config\n"
+        f"def get_config():\n    return config.from_json({config_lib.to_json(tiny_config)!r}, 'test')\n"
+    )
+
+    def call(*arguments: str) -> tuple[int, str]:
+        argv = ["train", f"--config={file}", f"--workdir={tmp_path / 'run'}", *arguments]
+        status = cli.call(train.main, argv, train.define_flags)
+        return status, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def copied(tiny_dataset, tmp_path) -> Path:
+    """A dataset of one's own to damage."""
+    return Path(shutil.copytree(tiny_dataset, tmp_path / "copied"))
+
+
+def refused(result: tuple[int, str], *expected: str) -> None:
+    status, message = result
+    assert status == 2, message
+    assert "Traceback" not in message and message.count("error:") == 1, message
+    for part in expected:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config.data.path=nowhere"], ["nowhere"]),
+        (["--config.data.cameras=wrst"], ["wrst", "wrist"]),
+        (["--config.data.low_dim=stat"], ["stat", "state"]),
+        (['--config.data.action=(("action_dict/gripper_position","xyz_euler_to_rot6d"),)'], ["gripper_position", "6"]),
+        (["--config.data.window.next_obs=90,91"], ["config.data.window", "longest", "92"]),
+        (["--config.model.dpth=3"], ["config.model.dpth", "Did you mean model.depth"]),
+        (["--config.model.depth=many"], ["config.model.depth", "whole number", "many"]),
+        (["--config.model.codec.name=vqgan"], ["config.model.codec.name", "vae, pixels, pca", "vqgan"]),
+        (["--config.batch_size=6", "--config.accumulation_steps=4"], ["accumulation_steps=4", "batch_size=6"]),
+        (["--config.mesh.data=3"], ["config.mesh.data=3", "device"]),
+        (["--config.mesh.tensor=5"], ["config.mesh.tensor=5", "device"]),
+        (["--config.mesh.rules=umw"], ["config.mesh.rules", "uwm"]),
+        (["--config.init_from=nowhere"], ["config.init_from='nowhere'"]),
+        (["--profile=soon"], ["--profile=soon", "START:STEPS"]),
+        (["--num-processes=2"], ["--coordinator-address", "--process-id"]),
+        (["--wrkdir=x"], ["wrkdir"]),
+        (["word"], ["word"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_impossible_wishes(run, tmp_path, arguments, expected):
+    refused(run(*arguments), *expected)
+    assert not (tmp_path / "run").exists(), "nothing may be written before a run is known to be possible"
+
+
+def test_a_shard_that_was_cut_short(run, copied):
+    shard = max(copied.rglob("*.array_record*"), key=lambda p: p.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(run(f"--config.data.path={copied}"), shard.name, "bytes")
+
+
+@pytest.mark.slow
+def test_a_shard_with_a_flipped_bit(run, copied, tmp_path):
+    """Found when it is read, in the middle of the run: what was saved before stays."""
+    shard = max(copied.rglob("*.array_record*"), key=lambda p: p.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    for i in range(1000, len(data), 2000):
+        data[i] ^= 1
+    shard.write_bytes(data)
+    refused(run(f"--config.data.path={copied}"), shard.name)
+
+
+def test_a_manifest_that_is_not_ours(run, copied):
+    (copied / "manifest.json").write_text("{")
+    refused(run(f"--config.data.path={copied}"), "manifest.json", "JSON")
+    (copied / "manifest.json").write_text(json.dumps({"format": "zarr"}))
+    refused(run(f"--config.data.path={copied}"), "manifest.json", "zarr")
