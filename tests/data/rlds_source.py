@@ -150,9 +150,13 @@ def _write_shard(file: Path, shard: list[bytes], file_format: str) -> None:
     writer.close()
 
 
-def make(path: Path, lengths: list[int], seed: int = 0, file_format: str = "tfrecord") -> list[dict[str, Any]]:
-    """Writes one `train` split in two shards; returns its episodes in stored order."""
+def make(
+    path: Path, lengths: list[int], seed: int = 0, file_format: str = "tfrecord", paths: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Writes one `train` split in two shards; returns its episodes in stored order. `paths` are their `file_path`s."""
     tree, episodes = features(), make_episodes(lengths, seed)
+    for episode, file_path in zip(episodes, paths or [], strict=False):
+        episode["episode_metadata"]["file_path"] = file_path
     serialized = [serialize(tree, e) for e in episodes]
     half = (len(serialized) + 1) // 2
     write(path, {"train": [serialized[:half], serialized[half:]]}, tree, file_format)

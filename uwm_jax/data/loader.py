@@ -127,8 +127,13 @@ class Loader:
         history: list[Any] = [(0, weights)]
         if state is not None:
             self._check_identity(state)
-            history = continued([(at, w) for at, w in state["weights"]], weights, start_step * batch_size)
-        self.order = MixtureOrder(history, config.num_streams, seed)
+            history = [(at, w) for at, w in state["weights"]]
+        try:
+            if state is not None:
+                history = continued(history, weights, start_step * batch_size)
+            self.order = MixtureOrder(history, config.num_streams, seed)
+        except ValueError as e:
+            raise UserError(f"config.data.sources: {e}.") from e
         self.local_batch_size = batch_size // process_count
 
     def facts(self) -> dict[str, Any]:

@@ -1,0 +1,313 @@
+"""Mixtures as the loader reads them: filters, action-free rows, one normaliser, continuing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from data_prep.reshard import reshard
+from uwm_jax import config as config_lib
+from uwm_jax.config import base, source
+from uwm_jax.data.loader import Loader
+from uwm_jax.data.records import Dataset
+from uwm_jax.data.samples import Clip
+from uwm_jax.data.stats import column_stats, pool_stats
+from uwm_jax.data.windows import split_episodes
+from uwm_jax.errors import UserError
+
+_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
+rlds_source = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(rlds_source)
+
+LENGTHS = [21, 30, 25, 32, 12, 33, 18, 27]
+PATHS = [f"/r2d2/{'WEIRD' if i % 2 else 'AUTOLab'}/success/ép-{i}/trajectory.h5" for i in range(8)]
+
+
+def _make(root: Path, lengths: list[int], paths: list[str] | None = None, seed: int = 0) -> Path:
+    rlds_source.make(root / "source", lengths, seed=seed, paths=paths)
+    reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, chunk_steps=8, val_ratio=0.3, workers=1)
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def droid(tmp_path_factory) -> Path:
+    """Every other episode has WEIRD in its path."""
+    return _make(tmp_path_factory.mktemp("droid"), LENGTHS, PATHS)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    return _make(tmp_path_factory.mktemp("other"), [40, 35, 20], seed=1)
+
+
+@pytest.fixture
+def config(droid: Path) -> ConfigDict:
+    """The co-training config on the small dataset: half robot, half robot data as video."""
+    c = config_lib.load(str(Path(__file__).parents[2] / "configs" / "droid_cotrain.py")).data
+    c.path = str(droid)
+    c.cameras, c.low_dim, c.text = ("wrist", "exterior"), ("state",), "embedding"
+    c.window.action, c.window.next_obs = (1, 2, 3, 4), (5, 6)
+    c.val_ratio, c.num_streams, c.num_threads = 0.3, 8, 2
+    for fields in c.sources.values():
+        fields.path_key = "episode_metadata/file_path"
+    return c
+
+
+def _loader(config: ConfigDict, batch_size: int = 8, seed: int = 5, **kwargs: Any) -> Loader:
+    return Loader(config, batch_size=batch_size, seed=seed, **kwargs)
+
+
+def _take(loader: Loader, count: int) -> list[dict[str, np.ndarray]]:
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]
+
+
+def _assert_equal(a: list[dict[str, np.ndarray]], b: list[dict[str, np.ndarray]]) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            np.testing.assert_array_equal(x[key], y[key], err_msg=key)
+
+
+def test_cotraining_shows_the_others_without_their_actions(config: ConfigDict) -> None:
+    loader = _loader(config)
+    train = split_episodes(8, 0.3)[0]
+    weird = {e for e in train if "WEIRD" in PATHS[e]}
+    assert set(loader.sources["robot"].episodes) == weird
+    assert set(loader.sources["video"].episodes) == set(train) - weird
+    plain = config.copy_and_resolve_references()
+    plain.sources = ConfigDict()
+    whole = _loader(plain, batch_size=1, normalizer=loader.normalizer)
+    seen = {True: 0, False: 0}
+    for step, batch in enumerate(_take(loader, 6)):
+        for row in range(8):
+            trace = loader.describe(step * 8 + row)
+            robot = trace.source == "robot"
+            seen[robot] += 1
+            assert batch["action_mask"][row] == robot == ("WEIRD" in PATHS[trace.episode])
+            assert robot or not (batch["action"][row].any() or batch["obs/state"][row].any())
+            expected = whole.spec.empty(1)
+            samples = whole.sources[loader.directory.name].samples
+            samples.load(expected, 0, 0, [Clip(trace.episode, trace.origin)], 0, loader.normalizer, whole.spec)
+            same = [k for k in expected if k.startswith(("obs/", "next_obs/")) and k != "obs/state"]
+            assert len(same) == 5
+            for key in same + (["action", "obs/state"] if robot else []):
+                np.testing.assert_array_equal(batch[key][row], expected[key][0])
+    assert abs(seen[True] - seen[False]) <= 8
+
+
+def test_the_summary_tells_what_the_filters_keep(config: ConfigDict) -> None:
+    text = _loader(config).summary()
+    assert "robot (50.0% of the samples)" in text and "8 episodes (4 of them with " in text
+    assert "contains neither 'WEIRD'" in text and "used without actions" in text
+
+
+def test_held_out_windows_are_of_robots_and_filtered(config: ConfigDict) -> None:
+    held_out = _loader(config).held_out(1000)
+    expected = {e for e in split_episodes(8, 0.3)[1] if "WEIRD" in PATHS[e]}
+    assert expected and set(held_out.episodes) == expected
+    assert all(batch["action_mask"].all() for batch in held_out.batches(16))
+
+
+def test_held_out_windows_of_two_robots_have_episodes_of_their_own(config: ConfigDict, other: Path) -> None:
+    config.sources = ConfigDict({"a": source(path=str(other)), "b": source()})
+    loader = _loader(config)
+    every = loader.held_out(1000)
+    a, b = split_episodes(3, 0.3)[1], split_episodes(8, 0.3)[1]
+    assert set(every.episodes) == set(a) | {3 + e for e in b}
+    batch = every.batch(0, len(every))
+    for i, (episode, origin) in enumerate(zip(every.episodes, every.origins, strict=True)):
+        dataset, number = (Dataset(other), episode) if episode < 3 else (Dataset(config.path), episode - 3)
+        frame = np.empty((1, 16, 16, 3), np.uint8)
+        dataset.frames(int(number), {"observation/wrist": [int(origin)]}, {"observation/wrist": frame})
+        np.testing.assert_array_equal(batch["obs/wrist"][i, 0], frame[0])
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "kept"),
+    [
+        (("AUTOLab", "ép-1/"), (), {0, 1, 2, 4, 6}),
+        (("WEIRD",), ("ép-3", "ép-7"), {1, 5}),
+        ((), ("AUTOLab",), {1, 3, 5, 7}),
+    ],
+)
+def test_filters(config: ConfigDict, include, exclude, kept) -> None:
+    config.sources = ConfigDict({"robot": source(include=include, exclude=exclude)})
+    robot = _loader(config).sources["robot"]
+    assert set(robot.episodes) | set(robot.held_out) == kept
+
+
+def test_filters_that_fit_nothing_are_explained(config: ConfigDict) -> None:
+    def refused(message: str, **fields: Any) -> None:
+        config.sources = ConfigDict({"robot": source(**fields)})
+        with pytest.raises(UserError, match=message):
+            _loader(config)
+
+    refused(r"source 'robot' .*: none of 8 episodes passes .*'KIT'.*first episode has '/r2d2/AUTO", include=("KIT",))
+    refused(r"no episode text 'x'; it has: episode_metadata/file_path", include=("WEIRD",), path_key="x")
+    held_out = split_episodes(8, 0.3)[1][0]
+    refused(r"longest of 0 training episodes of source 'robot'", include=(f"ép-{held_out}/",))
+
+
+def test_datasets_of_older_versions_cannot_be_filtered(config: ConfigDict, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(config.path, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["splits"]["train"]["files"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "index" / "train.texts.npz").unlink()
+    config.path = str(copy)
+    with pytest.raises(UserError, match="made by an older version.*Make it again with data_prep.reshard"):
+        _loader(config)
+    config.sources = ConfigDict()
+    assert _take(_loader(config), 1)
+
+
+def test_one_normaliser_over_the_training_episodes_of_all_robots(config: ConfigDict, other: Path) -> None:
+    config.sources = ConfigDict(
+        {
+            "a": source(include=("WEIRD",), weight=3),
+            "b": source(path=str(other), weight=0),  # not drawn yet, but it may be later
+            "video": source(use_actions=False),
+        }
+    )
+    loader = _loader(config)
+    values = {"action_dict/cartesian_velocity": [], "observation/state": []}
+    for path, keep in ((config.path, lambda e: "WEIRD" in PATHS[e]), (other, lambda e: True)):
+        dataset = Dataset(path)
+        for key, rows in values.items():
+            for e in split_episodes(dataset.num_episodes, 0.3)[0]:
+                if keep(e):
+                    start = dataset.episode_starts[e]
+                    rows.append(np.array(dataset.column(key)[start : start + dataset.episode_lengths[e]]))
+    for name, key, columns in (
+        ("action", "action_dict/cartesian_velocity", slice(0, 3)),
+        ("state", "observation/state", slice(0, 3)),
+    ):
+        rows = np.concatenate(values[key])[:, columns]
+        scale, offset = loader.normalizer.entries[name]
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        np.testing.assert_allclose(scale[columns], (high - low) / 2, rtol=1e-6)
+        np.testing.assert_allclose(offset[columns], (high + low) / 2, atol=1e-6)
+    assert {trace.source for trace in map(loader.describe, range(100))} == {"a", "video"}
+
+
+def test_pooled_statistics_are_those_of_all_rows() -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(loc, 1 + loc, (n, 3)).astype(np.float32) for loc, n in ((0, 500), (2, 40), (-1, 7))]
+    stats = [column_stats(part) for part in parts]
+    pooled, expected = pool_stats(stats), column_stats(np.concatenate(parts))
+    for name in ("count", "nonfinite", "min", "max"):
+        assert pooled[name] == expected[name]
+    for name in ("mean", "std"):
+        np.testing.assert_allclose(pooled[name], expected[name], rtol=1e-9)
+    assert pooled["q01"] == np.min([s["q01"] for s in stats], axis=0).tolist()
+    assert pooled["q99"] == np.max([s["q99"] for s in stats], axis=0).tolist()
+    assert pool_stats(stats[:1]) == stats[0]
+
+
+def test_robots_of_different_widths_are_refused(config: ConfigDict, other: Path) -> None:
+    config.sources = ConfigDict({"a": source(), "b": source(path=str(other), action=(("action", "identity"),))})
+    with pytest.raises(UserError, match=r"action has 7 numbers in source 'b' \(.*other.*\), but 10 in source 'a' \("):
+        _loader(config)
+    config.sources.b.action = ()
+    config.sources.b.cameras = ("exterior", "wrist")
+    loader = _loader(config)
+    assert loader.camera_keys == {"wrist": "observation/wrist", "exterior": "observation/exterior"}
+    assert loader.sources["b"].samples.camera_keys == {
+        "wrist": "observation/exterior",
+        "exterior": "observation/wrist",
+    }
+    assert loader.spec.cameras == {"exterior": (24, 32), "wrist": (16, 16)}
+    assert _take(loader, 2)[0]["obs/wrist"].shape == (8, 2, 16, 16, 3)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_and_threads_change_nothing(config: ConfigDict, processes: int) -> None:
+    whole = _take(_loader(config), 4)
+    config.num_threads = 0 if processes == 2 else 3
+    parts = [_take(_loader(config, process_index=p, process_count=processes), 4) for p in range(processes)]
+    for step, expected in enumerate(whole):
+        joined = {k: np.concatenate([part[step][k] for part in parts]) for k in expected}
+        order = np.argsort(joined["row"])
+        _assert_equal([{k: v[order] for k, v in joined.items()}], [expected])
+
+
+def test_continuing_with_other_weights(config: ConfigDict) -> None:
+    """What was drawn stays drawn, and the continuation is the same for any threads, processes and further stops."""
+    first = _loader(config)
+    state = json.loads(json.dumps(first.state(3)))
+    assert state["weights"] == [[0, {"robot": 0.5, "video": 0.5}]]
+    assert "'WEIRD'" in state["datasets"]["robot"]
+    tail = _take(_loader(config, start_step=3, state=state), 4)
+    _assert_equal(tail, _take(first, 7)[3:])
+
+    config.sources.video.weight = 1.5
+    changed = _loader(config, start_step=3, state=state)
+    changed.check_state(state)
+    batches = _take(changed, 4)
+    later = json.loads(json.dumps(changed.state(5)))
+    assert later["weights"] == [[0, {"robot": 0.5, "video": 0.5}], [24, {"robot": 0.5, "video": 1.5}]]
+    config.num_threads = 0
+    for process in range(2):
+        again = _loader(config, start_step=5, state=later, process_index=process, process_count=2)
+        mine = [{k: v[process::2] for k, v in batch.items()} for batch in batches[2:]]
+        _assert_equal(_take(again, 2), mine)
+    assert [changed.describe(n) for n in range(24)] == [first.describe(n) for n in range(24)]
+    drawn = [changed.order.locate(n) for n in range(24 + 400)]
+    assert len(set(drawn)) == len(drawn)
+    assert abs(sum(d.source == "video" for d in drawn[24:]) - 300) <= 8
+
+
+def test_other_sources_are_refused_by_name(config: ConfigDict, other: Path) -> None:
+    state = json.loads(json.dumps(_loader(config).state(2)))
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            _loader(config, start_step=2, state=state)
+
+    config.sources.web = source(use_actions=False)
+    refused("started with robot, video; it has no source 'web'")
+    del config.sources["web"]
+    config.sources.robot.exclude = ("ép-3",)
+    refused("datasets/robot = .*'WEIRD'.*this run has .*neither 'ép-3'")
+    config.sources.robot.exclude = ()
+    config.sources.video.path = str(other)
+    config.sources.video.exclude = ()
+    refused("datasets/video")
+    del config.sources["video"]
+    refused("it has the source 'video'")
+
+
+def test_bad_weights_are_explained(config: ConfigDict) -> None:
+    config.sources.video.weight = -1
+    with pytest.raises(UserError, match=r"config.data.sources: the weight of video is -1"):
+        _loader(config)
+
+
+def test_sources_of_one_dataset_are_out_of_step(config: ConfigDict) -> None:
+    config.sources = ConfigDict({"robot": source(), "video": source(use_actions=False)})
+    loader = _loader(config)
+    robot, video = (loader.sources[name] for name in ("robot", "video"))
+    assert [robot.clip(n) for n in range(50)] != [video.clip(n) for n in range(50)]
+    config.sources = ConfigDict({"robot": source()})
+    alone = _loader(config)
+    config.sources = ConfigDict()
+    plain = _loader(config)
+    assert [alone.describe(n)[1:] for n in range(50)] == [plain.describe(n)[1:] for n in range(50)]
+    assert plain.state(0)["weights"] == [[0, {"out": 1.0}]]
+
+
+def test_the_shipped_config_names_what_droid_has() -> None:
+    c = config_lib.load(str(Path(__file__).parents[2] / "configs" / "droid_cotrain.py"))
+    assert (c.data.sources.robot.include, c.data.sources.robot.use_actions) == (("WEIRD",), True)
+    assert (c.data.sources.video.exclude, c.data.sources.video.use_actions) == (("WEIRD",), False)
+    assert {s.path_key for s in c.data.sources.values()} == {"episode_metadata/recording_folderpath"}
+    assert c.data.path == base().data.path and c.loss.action_free == "kept"
