@@ -1,17 +1,24 @@
-"""The benchmark on tiny models: finite numbers, the parameters of the model, and its file."""
+"""The benchmark on tiny models: its numbers belong together, what torch does beside it, its flags and its file."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
 from uwm_jax import benchmark_step, cli
 from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+from uwm_jax.made_up import make_up_codec, make_up_system
+from uwm_jax.training import flops
 
 D, DEPTH, REGISTERS, TIME, WIDTH, ACTION_DIM, SIZE = 16, 2, 3, 8, 16, 5, 16
 ACTIONS, FRAMES, PATCH = 4, 2, (2, 2, 2)
@@ -45,23 +52,128 @@ def network_parameters(latent: int, channels: int) -> int:
     return DEPTH * block + action + head + time + video + (tokens + REGISTERS) * D
 
 
-@pytest.mark.parametrize(("codec", "latent", "channels", "arrays"), [
-    ("pixels", SIZE, 3, 0),
-    ("pca", SIZE // 8, 12, SIZE * SIZE * 3 + 8 * 8 * 3 * 12 + 1),
-])  # fmt: skip
-def test_numbers_are_finite_and_parameters_those_of_the_model(
-    codec: str, latent: int, channels: int, arrays: int
-) -> None:
-    results = benchmark_step.benchmark(tiny(codec), steps=1, action_dim=ACTION_DIM)
+ROWS = ["latents/forward_backward", "pixels/step", "policy"]
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark_step, "BLOCK_SECONDS", 0.0)  # one call each
+        return benchmark_step.benchmark(tiny("pca"), 3, ACTION_DIM, ROWS, beside_torch=HAS_TORCH)
+
+
+def test_numbers_of_a_row_belong_together(results: dict) -> None:
     numbers = {name: value for name, value in results.items() if isinstance(value, float)}
-    assert all(math.isfinite(value) for value in numbers.values())
-    assert all(numbers[name] > 0 for name in ("train_step_s", "policy_sample_s", "compile_and_first_step_s"))
-    assert results["samples_per_second"] == pytest.approx(2 / results["train_step_s"])
-    assert results["network_parameters_m"] * 1e6 == pytest.approx(network_parameters(latent, channels), abs=0.5)
+    assert all(math.isfinite(value) and value > 0 for value in numbers.values())
+    assert {name.rsplit("/", 1)[0] for name in results if "/" in name} == set(ROWS)
+    system, _ = make_up_system(tiny("pca"), ACTION_DIM)
+    latents, pixels = flops.count(system, from_pixels=False), flops.count(system)
+    assert latents.codec == 0 < pixels.codec
+    for row, samples, operations in (
+        ("latents/forward_backward", 2, latents.training),
+        ("pixels/step", 2, pixels.training),
+        ("policy", 1, 2 * latents.network + latents.encoder),
+    ):
+        rate = samples / results[f"{row}/seconds"]
+        assert results[f"{row}/samples_per_second"] == pytest.approx(rate)
+        assert results[f"{row}/gflop_per_sample"] == pytest.approx(operations / 1e9)
+        assert results[f"{row}/tflop_per_second"] == pytest.approx(operations * rate / 1e12)
+        assert f"{row}/mfu" not in results  # a CPU's peak is not known
+    assert results["train_step_s"] == results["pixels/step/seconds"]
+    assert results["samples_per_second"] == results["pixels/step/samples_per_second"]
+    assert results["policy_sample_s"] == results["policy/seconds"]
+
+
+def test_the_step_holds_more_memory_than_its_state(results: dict) -> None:
+    trained = (results["network_parameters_m"] + results["encoder_parameters_m"]) * 1e6
+    state = 4 * 3 * trained / 2**30  # float32 parameters and both of Adam's moments
+    assert state < results["pixels/step/memory_gib"] < 50 * state
+
+
+def test_parameters_are_those_of_the_model(results: dict) -> None:
+    assert results["network_parameters_m"] * 1e6 == pytest.approx(network_parameters(SIZE // 8, 12), abs=0.5)
     # conv1 7x7 and its norm; one block of two 3x3 convolutions with norms; fc
     encoder = 7 * 7 * 3 * WIDTH + 2 * WIDTH + 2 * (9 * WIDTH * WIDTH + 2 * WIDTH) + dense(WIDTH, D)
     assert results["encoder_parameters_m"] * 1e6 == pytest.approx(encoder, abs=0.5)
-    assert results["codec_parameters_m"] * 1e6 == pytest.approx(arrays, abs=0.5)
+    assert results["codec_parameters_m"] * 1e6 == pytest.approx(SIZE * SIZE * 3 + 8 * 8 * 3 * 12 + 1, abs=0.5)
+
+
+@pytest.mark.parametrize(("codec", "count"), [("pixels", 0), ("vae", 83_653_863)])
+def test_made_up_codecs_have_the_arrays_of_real_ones(codec: str, count: int) -> None:
+    shapes = jax.eval_shape(lambda: make_up_codec(tiny(codec))[1])
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
+
+
+def test_gradients_are_results_of_their_row() -> None:
+    # What a compiled function does not return is not computed.
+    model = benchmark_step._Model(tiny("pixels"), ACTION_DIM, needs_codec=False)
+    (_, _), grads = jax.eval_shape(model._forward_backward, model.state.params, {}, model.batches["latents"])
+    assert jax.tree.map(lambda x: x.shape, grads) == jax.tree.map(lambda x: x.shape, model.state.params)
+
+
+def test_mfu_is_the_time_at_peak_over_the_time_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny("pca")
+    config.model.dtype = "bfloat16"
+    model = benchmark_step._Model(config, ACTION_DIM, needs_codec=False)
+    monkeypatch.setattr(flops, "peak_flops", lambda kind, dtype: {"bfloat16": 2e12, "float32": 1e12}[dtype])
+    sample = flops.count(model.system)
+    trained = sample.network + sample.encoder
+    for row, trained_passes in (("pixels/forward", 1), ("pixels/forward_backward", 3), ("pixels/step", 3)):
+        operations, seconds = model.operations(row)
+        assert operations == pytest.approx(trained_passes * trained + sample.codec)
+        assert seconds == pytest.approx(trained_passes * trained / 2e12 + sample.codec / 1e12)
+
+
+def test_a_row_that_does_not_fit_says_what_to_change() -> None:
+    with pytest.raises(UserError, match=r"latents/step does not fit.*config.batch_size.*config.model.remat"):
+        with benchmark_step._fitting("latents/step"):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        with benchmark_step._fitting("latents/step"):
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+@pytest.mark.torch
+def test_torch_runs_beside_ours_in_the_same_table(results: dict) -> None:
+    pytest.importorskip("torch")
+    lines = benchmark_step.table(results).splitlines()
+    for row in ("latents/forward_backward", "pixels/step"):
+        low, high = results[f"{row}/torch_ratio_range"]
+        assert 0 < low <= results[f"{row}/torch_ratio"] <= high
+        line = next(line for line in lines if line.startswith(row + " "))
+        assert line.endswith(f"({low:.3f} to {high:.3f})")
+        assert f"{results[f'{row}/torch_seconds']:.4f}" in line
+    assert "policy/torch_seconds" not in results
+
+
+def test_the_table_has_the_columns_that_there_are_numbers_for() -> None:
+    results = {
+        "device": "chip", "batch_size": 4, "dtype": "bfloat16",
+        "network_parameters_m": 384.92, "encoder_parameters_m": 11.57, "codec_parameters_m": 83.65,
+        "latents/step/seconds": 0.025, "latents/step/samples_per_second": 160.0, "latents/step/mfu": 0.4,
+        "policy/seconds": 0.5, "policy/samples_per_second": 2.0, "peak_memory_gib": 12.5,
+    }  # fmt: skip
+    lines = benchmark_step.table(results).splitlines()
+    assert lines[0] == "chip, batch 4, bfloat16"
+    assert lines[3].split() == ["seconds", "samples/s", "MFU"]
+    assert lines[4].split() == ["latents/step", "0.0250", "160.000", "0.400"]
+    assert lines[5].split() == ["policy", "0.5000", "2.000", "-"]
+    assert lines[-1].endswith("12.50 GiB")
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+def test_parts_select_rows() -> None:
+    assert benchmark_step.select(["latents", "policy"]) == [
+        "latents/forward", "latents/forward_backward", "latents/step", "policy",
+    ]  # fmt: skip
+    assert benchmark_step.select(["pixels/step"]) == ["pixels/step"]
+    assert benchmark_step.select(["policy", "pixels", "latents"]) == list(benchmark_step.ROWS)
+    for bad in (["latent"], []):
+        with pytest.raises(UserError, match="--part: expected .*latents, pixels, "):
+            benchmark_step.select(bad)
 
 
 def command(*arguments: str) -> int:
@@ -74,23 +186,66 @@ def command(*arguments: str) -> int:
             delattr(flags.FLAGS, name)
 
 
-def test_the_file_is_whole_or_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls = []
+FAKE = {
+    "device": "cpu", "batch_size": 1, "dtype": "float32",
+    "network_parameters_m": 1.0, "encoder_parameters_m": 1.0, "codec_parameters_m": 1.0,
+    "train_step_s": 0.5,
+}  # fmt: skip
 
-    def benchmark(config: ConfigDict, steps: int, action_dim: int) -> dict[str, float]:
-        calls.append((steps, action_dim))
-        return {"train_step_s": 0.5}
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What the command asked the benchmark for, which does nothing."""
+    calls: list[tuple] = []
+
+    def benchmark(config: ConfigDict, *arguments: object) -> dict:
+        calls.append(arguments)
+        return FAKE
 
     monkeypatch.setattr(benchmark_step, "benchmark", benchmark)
+    return calls
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> list[str]:
     (tmp_path / "config.py").write_text("from uwm_jax.config import base as get_config\n")
-    line = [f"--config={tmp_path / 'config.py'}", "--steps=2"]
+    return [f"--config={tmp_path / 'config.py'}", "--steps=2"]
+
+
+def test_the_file_is_whole_or_refused_before_the_work(
+    tmp_path: Path, calls: list, line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     for bad in (tmp_path, tmp_path / "config.py" / "out.json"):
         assert command(*line, f"--json={bad}") == 2
         assert "--json" in capsys.readouterr().err
+    assert command(*line, "--part=nothing") == 2
+    assert "--part" in capsys.readouterr().err
     assert calls == []
-    assert command(*line, f"--json={tmp_path / 'new' / 'out.json'}") == 0
-    assert calls == [(2, 10)]
-    assert json.loads((tmp_path / "new" / "out.json").read_text()) == {"train_step_s": 0.5}
+    assert command(*line, "--notorch", "--part=latents/step", f"--json={tmp_path / 'new' / 'out.json'}") == 0
+    assert calls == [(2, 10, ["latents/step"], False)]
+    assert json.loads((tmp_path / "new" / "out.json").read_text()) == FAKE
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.json"]
+
+
+def test_torch_is_there_by_default_only_where_it_can_be(
+    calls: list, line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for spec, backend, wanted in ((object(), "cpu", True), (None, "cpu", False), (object(), "gpu", False)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert command(*line) == 0
+        assert calls[-1][-1] is wanted
+        assert ("uwm-jax[torch]" in capsys.readouterr().out) == (spec is None)
+        assert command(*line, "--torch") == (0 if wanted else 2)
+        assert wanted or "--torch: " in capsys.readouterr().err
+        assert command(*line, "--notorch") == 0
+        assert calls[-1][-1] is False
+
+
+def test_data_readers_and_torch_are_not_imported() -> None:
+    # So that it runs where only jax and what the model needs are installed.
+    heavy = "grain tensorflow tensorflow_datasets array_record simplejpeg safetensors huggingface_hub torch orbax"
+    code = (
+        f"import sys, uwm_jax.benchmark_step; found = set({heavy.split()}) & set(sys.modules); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

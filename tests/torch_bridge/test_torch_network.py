@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from uwm_jax import config as config_lib
 from uwm_jax import convert
-from uwm_jax.benchmark_step import make_up_batch, make_up_system
 from uwm_jax.errors import UserError
+from uwm_jax.made_up import make_up_batch, make_up_system
 from uwm_jax.models.network import network_from_config
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training import checkpoint
@@ -33,6 +33,15 @@ DROID = "uwm_droid_small"
 
 # Half the compile time: what is compared with torch is what the network computes, not how it is compiled.
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -246,15 +255,15 @@ def test_an_export_of_ours_loads_and_agrees(codec, tmp_path):
     assert network.state_dict().keys() == load_file(tmp_path / "out.safetensors").keys()
 
     batch = make_up_batch(system, 2)
-    current, following = system.preprocess(batch)
-    noise = system.draw_noise(jax.random.key(1), batch["row"])
+    current, following = fast_jit(system.preprocess)(batch)
+    noise = fast_jit(system.draw_noise)(jax.random.key(1), batch["row"])
     timestep = {"action": jnp.array([5, 60]), "next_obs": jnp.array([99, 20])}
     wanted = fast_jit(system.denoise)(params, frozen, batch, noise, timestep)
     with torch.no_grad():
         latents = network.encode_frames(tensors(following))
         features = network.encode_obs(tensors(current), {"state": tensors(batch["obs/state"])})
         clean = {"action": batch["action"], "next_obs": jnp.asarray(latents.numpy())}
-        noisy = {m: system.schedule.add_noise(clean[m], noise[m], timestep[m]) for m in clean}
+        noisy = {m: fast_jit(system.schedule.add_noise)(clean[m], noise[m], timestep[m]) for m in clean}
         pred = network(features, tensors(noisy), tensors(timestep))
     assert relative(latents, wanted["next_obs_latent"]) < 2e-5
     assert relative(features, wanted["obs_feat"]) < 2e-5

@@ -21,7 +21,7 @@ def codec_from_description(description: Mapping[str, Any]) -> nn.Module:
     """The codec that the `.json` beside a `to-torch` export describes, without its weights."""
     codec = description["codec"]
     if codec["name"] == "vae":
-        return VAECodec(codec["diffusers_config"])
+        return VAECodec(codec["diffusers_config"], description["config"]["model"]["codec"]["microbatch"])
     if codec["name"] == "pca":
         return PCACodec(codec["patch"], codec["channels"], len(description["cameras"]), description["images"]["crop"])
     return PixelsCodec()
@@ -71,7 +71,7 @@ class VAECodec(nn.Module):
 
     name = "vae"
 
-    def __init__(self, diffusers_config: Mapping[str, Any], microbatch: int = 72):
+    def __init__(self, diffusers_config: Mapping[str, Any], microbatch: int):
         super().__init__()
         try:
             from diffusers import AutoencoderKL
