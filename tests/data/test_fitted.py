@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -28,6 +31,21 @@ def test_cameras_are_sorted_and_short_names_serve(tiny_dataset):
 def test_what_does_not_fit_is_named(tiny_dataset, arguments, message):
     with pytest.raises(UserError, match=message):
         read_pca(tiny_dataset, *arguments)
+
+
+def test_a_codec_of_another_dataset(tiny_dataset, tmp_path):
+    copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["version"] = "2.0.0"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"pca.npz was fitted on another dataset \(fingerprint .*, this one is"):
+        read_pca(copy, ("wrist",), (16, 16), 0.3)
+
+
+def test_cameras_may_have_names_of_their_own(tiny_dataset):
+    swapped = read_pca(tiny_dataset, {"a": "observation/wrist", "b": "observation/exterior"}, (16, 16), 0.3)
+    both = read_pca(tiny_dataset, ("wrist", "exterior"), (16, 16), 0.3)
+    np.testing.assert_array_equal(swapped["mean"], both["mean"][::-1])
 
 
 def test_a_dataset_without_a_codec(tmp_path):

@@ -279,10 +279,16 @@ def test_transformed_statistics_are_kept_and_never_stale(made, config: ConfigDic
     expected = np.concatenate([_raw_actions(made[1][e])[:, :9] for e in train])
     assert stored["stats"]["count"] == len(expected)
     np.testing.assert_allclose(stored["stats"]["max"], expected.max(axis=0), rtol=1e-6)
-    for foreign in ({"fingerprint": "other"}, {"val_ratio": 0.5}):
-        file.write_text(json.dumps(stored | foreign | {"stats": {}}))
+    for text in (json.dumps(stored | {"val_ratio": 0.5, "stats": {}}), json.dumps(stored)[:100]):
+        file.write_text(text)
         _loader(config)
         assert json.loads(file.read_text()) == stored
+    file.write_text(json.dumps(stored | {"fingerprint": "other"}))
+    with pytest.raises(
+        UserError, match=rf"{file.name} holds statistics of another dataset .*other.*delete .*/derived_"
+    ):
+        _loader(config)
+    file.unlink()
 
 
 def _entries(loader: Loader) -> dict[str, list[list[float]]]:

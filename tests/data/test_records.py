@@ -110,6 +110,32 @@ def test_a_flipped_bit_is_found_when_reading(copy: Path) -> None:
     assert "sha256" in str(caught.value)
 
 
+def test_a_flipped_bit_anywhere_is_found_or_harmless(copy: Path) -> None:
+    """The hashes of the format cover every record: what is read is what was written, or nothing is."""
+    shard = _shard(copy)
+    data = shard.read_bytes()
+    dataset = Dataset(copy)
+    places = [(e, c) for e, n in enumerate(LENGTHS) for c in range(-(-n // 8)) if dataset.locate(e, 8 * c).shard]
+    places = [(e, c) for e, c in places if dataset.locate(e, 8 * c).shard == shard.name]
+    written = [dataset.record(*place) for place in places]
+    used = data.rstrip(b"\0")  # the file is padded to whole blocks
+    found = 0
+    for at in {*range(0, len(used), len(used) // 120), *range(0, 200, 9), *range(len(data) - 200, len(data), 40)}:
+        with shard.open("r+b") as f:
+            f.seek(at)
+            f.write(bytes([data[at] ^ 1 << at % 8]))
+        dataset.close()
+        for place, expected in zip(places, written, strict=True):
+            try:
+                assert dataset.record(*place) == expected
+            except UserError as e:
+                found += shard.name in str(e)
+        with shard.open("r+b") as f:
+            f.seek(at)
+            f.write(data[at : at + 1])
+    assert found > 100
+
+
 def test_a_record_of_something_else_is_named(copy: Path) -> None:
     from array_record.python import array_record_module
 
@@ -154,6 +180,40 @@ def test_manifest_index_and_columns_are_checked(copy: Path) -> None:
     (copy / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"python -m data_prep.reshard --input="):
         Dataset(copy)
+
+
+def test_files_of_another_dataset_are_refused(copy: Path, made, tmp_path: Path) -> None:
+    """They have the right shapes: only their checksums tell."""
+    for name in ("columns/train/action.npy", "index/train.npz", "index/train.texts.npz"):
+        data = bytearray((copy / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (copy / name).write_bytes(data)
+        with pytest.raises(UserError, match=rf"{name}: its checksum is not that of manifest.json.*another dataset"):
+            dataset = Dataset(copy)
+            dataset.episode_texts("episode_metadata/file_path")
+            dataset.column("action")
+        (copy / name).unlink()
+        with pytest.raises(UserError, match=rf"{name}"):
+            dataset = Dataset(copy)
+            dataset.episode_texts("episode_metadata/file_path")
+            dataset.column("action")
+        shutil.copyfile(made[0] / name, copy / name)
+    Dataset(copy).column("action")
+
+
+def test_texts_of_the_episodes(made) -> None:
+    dataset = Dataset(made[0])
+    assert dataset.episode_texts("episode_metadata/file_path") == ["/robot/0", "/robot/1", "/robot/2"]
+    with pytest.raises(UserError, match="no episode text 'path'; it has: episode_metadata/file_path"):
+        dataset.episode_texts("path")
+
+
+def test_a_missing_dataset_says_how_to_make_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("UWM_DATA_DIR", str(tmp_path / "sets"))
+    with pytest.raises(UserError) as caught:
+        Dataset(dataset_dir("pusht"))
+    for part in (str(tmp_path / "sets" / "pusht"), "data_prep.reshard", "data_prep.demo", "$UWM_DATA_DIR, which is"):
+        assert part in str(caught.value)
 
 
 def test_where_datasets_lie(monkeypatch: pytest.MonkeyPatch) -> None:

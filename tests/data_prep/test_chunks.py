@@ -40,12 +40,15 @@ def test_layout_of_features() -> None:
         "steps/ragged": Feature(None, "int64"),
         "steps/unknown": Feature((-1,), "float32"),
         "episode_metadata/seed": Feature((), "int64"),
+        "episode_metadata/path": Feature((), "string"),
+        "episode_metadata/tags": Feature(None, "string"),
     }
     layout = plan_layout(features, 16, {"observation/image": (8, 8)})
     assert layout.columns == {"action": ((7,), "<f4"), "half": ((2,), "<f4"), "flag": ((), "<i8")}
     images = {"observation/image": 1, "observation/depth": 1}
     assert layout.sizes == images | {"action": 7, "half": 2, "flag": 1, "text": 1, "wide": 300}
     assert list(camera_features(features)) == ["observation/image"]
+    assert layout.texts == ("episode_metadata/path",)
 
 
 @pytest.mark.parametrize(("length", "expected"), [(1, [1]), (4, [4]), (5, [4, 1]), (11, [4, 4, 3])])
@@ -101,3 +104,9 @@ def test_images_that_are_none() -> None:
         assert caught.value.reason == "unreadable image"
     with pytest.raises(EpisodeError):
         frame_size(record, "another")
+
+
+def test_texts_of_an_episode_may_be_missing() -> None:
+    layout = dataclasses.replace(LAYOUT, texts=("meta/path", "meta/none"))
+    record = _record(steps__x=[0.0, 1.0, 2.0, 3.0], steps__n=[5, 6], meta__path=["/a/ü".encode()])
+    assert cut_episode(record, layout).texts == {"meta/path": "/a/ü".encode(), "meta/none": b""}

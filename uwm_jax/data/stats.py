@@ -15,6 +15,7 @@ from etils import epath
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.transforms import Transform
 from uwm_jax.data.windows import split_episodes
+from uwm_jax.errors import UserError
 
 Stats = dict[str, Any]
 
@@ -90,10 +91,12 @@ def key_stats(
     """Statistics of one column after a transform, over the training episodes that `val_ratio` leaves.
 
     Computed once, in a pass over the column, and kept in the dataset's `derived_stats/` where that is writable; a
-    file of other data, of another split or of another selection is never believed.
+    file of another split or selection, or one that is no JSON, is replaced.
 
     Args:
         episodes: the training episodes that count, if not all; `selection` says in words which these are.
+    Raises:
+        UserError: the file there is of another dataset.
     """
     chosen = f".{hashlib.sha256(selection.encode()).hexdigest()[:8]}" if selection else ""
     name = f"derived_stats/{dataset.split}.{key.replace('/', '.')}.{transform.name}.val_{val_ratio:g}{chosen}.json"
@@ -105,6 +108,12 @@ def key_stats(
         stored = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError):
         stored = {}
+    if stored.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
+        raise UserError(
+            f"{file} holds statistics of another dataset (fingerprint {str(stored['fingerprint'])[:12]}, this one is "
+            f"{dataset.fingerprint[:12]}). If the dataset itself is the right one, delete {file.parent}: it is "
+            "computed again."
+        )
     if meaning.items() <= stored.items():
         return stored["stats"]
     if episodes is None:
