@@ -9,7 +9,7 @@ the partitioner inside, because a manual `fsdp` would gather the whole model at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from uwm_jax.parallel.mesh import DATA_AXIS
 
-Rows = Mapping[str, jax.Array]
+Rows = Any  # a tree of arrays with the rows in front
 Loss = Callable[[Any, Rows], tuple[jax.Array, Any]]
 
 
@@ -32,7 +32,7 @@ def value_and_grad(
         sums of their values for the parts of any partition of its rows. What a row draws at random must depend on
         the row's own number. It may close over arrays that are whole along `data`.
       params: float32 arrays, whole along `data`.
-      batch: arrays with the rows in front, which lie over ("data", "fsdp").
+      batch: a tree of arrays with the rows in front, which lie over ("data", "fsdp").
       mesh: None for a single device.
       steps: parts that each device's rows are computed in, one after the other; activations of one part are alive at
         a time. It divides the rows of a device.

@@ -181,8 +181,8 @@ def activations(mesh: Mesh, rules: Rules) -> Iterator[None]:
 def table(mesh: Mesh, rules: Rules, shapes: Any, shardings: Any) -> str:
     """The parameters by rule: how many, how they are cut, and what each device holds of them and of the whole state.
 
-    A line stands for all parameters that one rule cuts in the same way and shows the shape of the largest; `!` marks
-    an axis from which mesh axes were left out because they do not divide it. MB are 10^6 bytes.
+    A line stands for all parameters that one rule cuts in the same way and shows the shape of the largest. MB are
+    10^6 bytes.
 
     Args:
       shapes, shardings: a train state of shapes, and what `state_sharding` made of it.
@@ -215,6 +215,8 @@ def table(mesh: Mesh, rules: Rules, shapes: Any, shardings: Any) -> str:
     for row in rows:
         cells = [t.ljust(w) if is_left else t.rjust(w) for t, w, is_left in zip(row, widths, left, strict=True)]
         lines.append("  ".join(cells).rstrip())
+    if any("!" in row[3] for row in rows):
+        lines.append("! not cut as the rule says: the mesh axis does not divide that axis of the array")
     return "\n".join(lines)
 
 

@@ -1,0 +1,92 @@
+"""The reader of compiled text against small programs in the notations that XLA prints."""
+
+# ruff: noqa: E501 (lines of a compiler)
+
+from __future__ import annotations
+
+import pytest
+
+from uwm_jax.parallel import collectives
+
+HLO = """
+HloModule jit_step, entry_computation_layout={(f32[8,16]{1,0})->f32[8,16]{1,0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inner_body (p: (s32[], f32[4,16])) -> (s32[], f32[4,16]) {
+  %p = (s32[], f32[4,16]{1,0}) parameter(0)
+  %x.1 = f32[4,16]{1,0} get-tuple-element(%p), index=1
+  %all-reduce.1 = f32[4,16]{1,0} all-reduce(%x.1), channel_id=1, replica_groups=[4,2]<=[8], to_apply=%add, metadata={op_name="jit(step)/dot"}
+  ROOT %t = (s32[], f32[4,16]{1,0}) tuple(%i, %all-reduce.1)
+}
+
+%condition (p: (s32[], f32[4,16])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%outer_body (p: (s32[], f32[4,16])) -> (s32[], f32[4,16]) {
+  ROOT %w.1 = (s32[], f32[4,16]{1,0}) while(%p), condition=%condition, body=%inner_body, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+%async_computation (q: f32[8,16]) -> f32[2,16] {
+  %q = f32[8,16]{1,0} parameter(0)
+  ROOT %reduce-scatter.1 = f32[2,16]{1,0} reduce-scatter(%q), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+}
+
+%all-reduce-scatter.3 (r: bf16[64]) -> bf16[8] {
+  %r = bf16[64]{0:T(256)(128)} parameter(0)
+  %all-reduce.2 = bf16[64]{0:T(256)(128)} all-reduce(%r), replica_groups={}, to_apply=%add
+  ROOT %slice = bf16[8]{0} dynamic-slice(%all-reduce.2, %o), dynamic_slice_sizes={8}
+}
+
+%unused (u: f32[100]) -> f32[100] {
+  %u = f32[100]{0} parameter(0)
+  ROOT %all-reduce.9 = f32[100]{0} all-reduce(%u), replica_groups={}, to_apply=%add
+}
+
+ENTRY %main (x: f32[8,16], y: bf16[64]) -> f32[8,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %y = bf16[64]{0:T(256)(128)} parameter(1)
+  %w = (s32[], f32[4,16]{1,0}) while(%init), condition=%condition, body=%outer_body, backend_config={"known_trip_count":{"n":"3"}}
+  %all-gather-start.1 = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(f32[8,16]{1,0:T(8,128)} %x), channel_id=2, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  %all-gather-done.1 = f32[32,16]{1,0} all-gather-done(%all-gather-start.1)
+  %rs = ((f32[8,16]{1,0}), f32[2,16]{1,0}) async-start(%x), calls=%async_computation
+  %rsd = f32[2,16]{1,0} async-done(%rs), calls=%async_computation
+  %permute = f32[8,16]{1,0} collective-permute(%x), channel_id=4, source_target_pairs={{0,1},{1,0}}
+  %fused = bf16[8]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.3
+  ROOT %both = (f32[8,16]{1,0}, /*index=1*/pred[3]{0}) all-reduce(%x, %mask), replica_groups=mesh['data'=2,'fsdp'=4], to_apply=%add
+  %mask = pred[3]{0} constant({1,0,1})
+}
+"""
+
+
+def test_every_notation_is_read_once():
+    found = {c.name: c for c in collectives.read(HLO)}
+    as_rows = {name: (c.kind, c.bytes, c.group, c.times) for name, c in found.items()}
+    assert as_rows == {
+        "all-reduce.1": ("all-reduce", 4 * 16 * 4, 2, 15),  # a loop of 5 in a loop of 3
+        "reduce-scatter.1": ("reduce-scatter", 8 * 16 * 4, 4, 1),
+        "all-reduce.2": ("reduce-scatter", 64 * 2, None, 1),
+        "all-gather-done.1": ("all-gather", 32 * 16 * 4, 4, 1),
+        "permute": ("collective-permute", 8 * 16 * 4, None, 1),
+        "both": ("all-reduce", 8 * 16 * 4 + 3, 8, 1),
+    }
+    assert found["all-reduce.1"].source == "jit(step)/dot"
+    totals = collectives.bytes_by_kind(found.values())
+    assert totals == {
+        "all-reduce": 15 * 256 + 515,
+        "reduce-scatter": 512 + 128,
+        "all-gather": 2048,
+        "collective-permute": 512,
+    }
+
+
+def test_a_loop_of_unknown_length_is_not_guessed():
+    (loop,) = [c for c in collectives.read(HLO.replace('{"n":"5"}', "{}")) if c.name == "all-reduce.1"]
+    assert loop.times is None
+    with pytest.raises(ValueError, match="all-reduce.1 .* trip count"):
+        collectives.bytes_by_kind([loop])

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from uwm_jax.config import base
+from uwm_jax.errors import UserError
+from uwm_jax.parallel import mesh as mesh_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def config(batch_size=64, accumulation_steps=1, **sizes):
+    c = base()
+    c.batch_size, c.accumulation_steps = batch_size, accumulation_steps
+    c.mesh.update(sizes)
+    return c
+
+
+def devices(count):
+    return [Device(i) for i in range(count)]
+
+
+def test_rest_of_the_devices_goes_to_data():
+    for sizes, shape in (
+        ({}, (8, 1, 1)),
+        ({"fsdp": 8}, (1, 8, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": 2, "tensor": 4}, (2, 1, 4)),
+    ):
+        mesh = mesh_lib.make_mesh(config(**sizes), devices(8))
+        assert (tuple(mesh.shape), mesh.devices.shape) == (("data", "fsdp", "tensor"), shape)
+
+
+def test_default_is_every_device_of_the_run():
+    mesh = mesh_lib.make_mesh(config())
+    assert list(mesh.devices.flat) == jax.devices()
+    assert mesh_lib.batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    assert mesh_lib.replicated(mesh).spec == PartitionSpec()
+    assert mesh_lib.data_group(mesh) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"data": 4}, r"config.mesh.data=4, .* does not fit the 8 cpu device.*set config.mesh.data to 8"),
+        ({"data": 16}, r"does not fit the 8"),
+        ({"fsdp": 3}, r"config.mesh.fsdp=3.* does not fit the 8 .*product, 3 now, divides 8"),
+        ({"fsdp": 4, "tensor": 4}, r"product, 16 now, divides 8"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, message):
+    with pytest.raises(UserError, match=message):
+        mesh_lib.make_mesh(config(**sizes), devices(8))
+
+
+def test_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match=r"config.batch_size=36 .* 8 devices: choose a multiple of 8"):
+        mesh_lib.make_mesh(config(36, fsdp=2), devices(8))
+    with pytest.raises(
+        UserError, match=r"config.batch_size=24 .* config.accumulation_steps=2 parts: .* multiple of 16"
+    ):
+        mesh_lib.make_mesh(config(24, accumulation_steps=2), devices(8))
+    mesh_lib.make_mesh(config(36, tensor=2), devices(8))  # the rows run over 4 only
+
+
+def groups(shape, per_process):
+    """(index, count) of every process of a mesh in the order of the device numbers."""
+    count = int(np.prod(shape))
+    grid = np.array([Device(i, i // per_process) for i in range(count)], dtype=object).reshape(shape)
+    return [mesh_lib._data_group(grid, process) for process in range(count // per_process)]
+
+
+def test_processes_that_hold_the_same_rows_load_the_same_share():
+    assert groups((8, 1, 1), 2) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert groups((2, 2, 2), 2) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert groups((2, 1, 4), 2) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert groups((1, 1, 4), 1) == [(0, 1)] * 4
+    # rows of a process need not be neighbours, as long as nobody has a part of them
+    interleaved = np.array([Device(0, 0), Device(1, 1), Device(2, 0), Device(3, 1)], dtype=object).reshape(4, 1, 1)
+    assert [mesh_lib._data_group(interleaved, p) for p in (0, 1)] == [(0, 2), (1, 2)]
+
+
+def test_rows_that_overlap_in_part_are_refused():
+    with pytest.raises(UserError, match="config.mesh.tensor=2.* overlap only in part"):
+        groups((3, 1, 2), 3)
