@@ -42,9 +42,9 @@ class Filter:
         return bool(self.include or self.exclude)
 
     def __str__(self) -> str:
-        parts = [f"{self.key} contains {' or '.join(map(repr, self.include))}"] if self.include else []
-        parts += [f"{self.key} contains neither {' nor '.join(map(repr, self.exclude))}"] if self.exclude else []
-        return ", ".join(parts)
+        wanted = [" or ".join(map(repr, self.include))] if self.include else []
+        unwanted = ["no " + " and no ".join(map(repr, self.exclude))] if self.exclude else []
+        return f"{' but '.join(wanted + unwanted)} in {self.key}"
 
     def keep(self, dataset: Dataset) -> np.ndarray:
         """(E,) bool."""
@@ -84,7 +84,7 @@ class Source:
         if not kept.any():
             example = next(iter(dataset.episode_texts(self.filter.key)), "")
             raise UserError(
-                f"{where}: none of {dataset.num_episodes} episodes passes the filter ({self.filter}). "
+                f"{where}: none of {dataset.num_episodes} episodes has {self.filter}. "
                 f"The first episode has {example!r}."
             )
         self._num_kept = int(kept.sum())
@@ -146,9 +146,13 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
         dataset = Dataset(dataset_dir(config.path), config.split)
         name = dataset.directory.name
         return {name: Source(name, str(dataset.directory), dataset, config, _PLAIN, seed)}
-    sources = {}
+    sources: dict[str, Source] = {}
+    opened: dict[tuple[str, str], Dataset] = {}
     for name, fields in sorted(config.sources.items()):
-        dataset = Dataset(dataset_dir(fields.path or config.path), fields.split or config.split)
+        place = (str(dataset_dir(fields.path or config.path)), fields.split or config.split)
+        if place not in opened:
+            opened[place] = Dataset(*place)
+        dataset = opened[place]
         # A source that stands alone keeps the run's seed. Else one dataset in two roles must not show the same
         # windows at the same time.
         own = seed if len(config.sources) == 1 else mix(mix(seed) ^ _hash(name))

@@ -108,6 +108,8 @@ def key_stats(
         stored = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError):
         stored = {}
+    if not isinstance(stored, dict):
+        stored = {}
     if stored.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
         raise UserError(
             f"{file} holds statistics of another dataset (fingerprint {str(stored['fingerprint'])[:12]}, this one is "
