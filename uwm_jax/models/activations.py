@@ -22,21 +22,24 @@ def axes(name: str | None) -> tuple[tuple[str, ...], int]:
 
     Axes that a surrounding `shard_map` has made manual are left out: there, an array is a device's own part already.
     """
+    found = dict(nn.get_logical_axis_rules()).get(name) or ()
+    sizes = _divided_axes()
+    names = tuple(a for a in ((found,) if isinstance(found, str) else found) if a in sizes)
+    return names, math.prod(sizes[a] for a in names)
+
+
+def _divided_axes() -> dict[str, int]:
+    """The mesh axes around the trace that are left to the partitioner and have more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    rules = dict(nn.get_logical_axis_rules())
-    found = rules.get(name) if name is not None and not mesh.empty else None
-    if not found:
-        return (), 1
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    names = (found,) if isinstance(found, str) else tuple(found)
-    names = tuple(a for a in names if types[a] == AxisType.Auto and mesh.shape[a] > 1)
-    return names, math.prod(mesh.shape[a] for a in names)
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True) if not mesh.empty else ()
+    return {name: mesh.shape[name] for name, kind in types if kind == AxisType.Auto and mesh.shape[name] > 1}
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` with its leading axes laid out as their names say; an axis that the devices do not divide stays whole."""
-    found = [axes(name) for name in names]
-    if all(count == 1 for _, count in found):
+    if not nn.get_logical_axis_rules() or not _divided_axes():
         return x
+    found = [axes(name) for name in names]
+    # also without any axis to cut: that says that all is whole, which keeps layouts of weights from spreading
     spec = [a if size % count == 0 else () for size, (a, count) in zip(x.shape, found, strict=False)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(a or None for a in spec)))

@@ -268,7 +268,7 @@ class DiT(nn.Module):
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_blocks)
         tokens = self._tokens(noisy)
         x, hidden = self._run(body, tokens, blocks)
-        return self._outputs(x, self.head.modulation(cond), {"tokens": tokens, "hidden": hidden})
+        return self._outputs(x, constrain(self.head.modulation(cond), "batch"), {"tokens": tokens, "hidden": hidden})
 
     def modulation(self, global_cond: Array, timestep: Mapping[str, Array]) -> dict[str, Array]:
         """All AdaLN modulations of a sampler at once, for `predict`.
