@@ -255,6 +255,7 @@ class Checkpoints:
         except Exception as e:
             self._failure = self._failed(step, e)
             self.check()
+        self._passed_over.discard(step)  # a sound one takes the place of a damaged one
         self._saving = threading.Thread(target=self._finish, args=(step,), name=f"save of step {step}", daemon=True)
         self._saving.start()
 
