@@ -63,6 +63,7 @@ def results() -> dict:
         return benchmark_step.benchmark(tiny("pca"), 3, ACTION_DIM, ROWS, beside_torch=HAS_TORCH)
 
 
+@pytest.mark.slow
 def test_numbers_of_a_row_belong_together(results: dict) -> None:
     numbers = {name: value for name, value in results.items() if isinstance(value, float)}
     assert all(math.isfinite(value) and value > 0 for value in numbers.values())
@@ -85,12 +86,14 @@ def test_numbers_of_a_row_belong_together(results: dict) -> None:
     assert results["policy_sample_s"] == results["policy/seconds"]
 
 
+@pytest.mark.slow
 def test_the_step_holds_more_memory_than_its_state(results: dict) -> None:
     trained = (results["network_parameters_m"] + results["encoder_parameters_m"]) * 1e6
     state = 4 * 3 * trained / 2**30  # float32 parameters and both of Adam's moments
     assert state < results["pixels/step/memory_gib"] < 50 * state
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_model(results: dict) -> None:
     assert results["network_parameters_m"] * 1e6 == pytest.approx(network_parameters(SIZE // 8, 12), abs=0.5)
     # conv1 7x7 and its norm; one block of two 3x3 convolutions with norms; fc
@@ -134,6 +137,7 @@ def test_a_row_that_does_not_fit_says_what_to_change() -> None:
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_torch_runs_beside_ours_in_the_same_table(results: dict) -> None:
     pytest.importorskip("torch")

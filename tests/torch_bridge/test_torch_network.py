@@ -193,6 +193,7 @@ def official(reference, tmp_path_factory):
     return torch_network.load(folder / "out.safetensors")
 
 
+@pytest.mark.slow
 def test_official_names_load_strictly(official, reference):
     network, _ = official
     assert not network.training
@@ -201,6 +202,7 @@ def test_official_names_load_strictly(official, reference):
     assert all(np.array_equal(tensor.numpy(), stored[name]) for name, tensor in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_official_predictions_latents_and_gradients(official, reference):
     network, _ = official
     g = {name: torch.from_numpy(value) for name, value in reference.numbers(DROID).items()}
@@ -241,6 +243,7 @@ def tiny_config(codec: str):
     return c
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["pca", "pixels"])
 def test_an_export_of_ours_loads_and_agrees(codec, tmp_path):
     config = tiny_config(codec)
