@@ -31,7 +31,11 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [p if p.stem == "quickstart" else pytest.param(p, marks=pytest.mark.slow) for p in CONFIGS],
+    ids=lambda p: p.stem,
+)
 def test_a_step_in_tiny_form(path):
     config = config_lib.load(str(path), TINY)
     if config.model.codec.name == "vae":  # no pretrained weights here
