@@ -5,8 +5,8 @@ stream runs over its own contiguous range of windows, of nearly equal size, and 
 of the range once per epoch in an order reshuffled every epoch. Whatever reads the data (any number of
 processes or threads, from any step) computes the same samples, and the only state is a position.
 
-A process count P that divides S owns the positions n with n mod P = p, which are whole streams and
-hence ranges of windows (shards) of its own.
+Of P processes, where P divides S, process p owns the positions n with n mod P = p, which are whole streams and
+hence ranges of windows (shards) of its own. (A source of so few streams that P does not divide them is read by all.)
 
 A small source has fewer streams. Ranges differ by one window, and a window of a shorter range is drawn more often: a
 range of two windows beside ranges of one would be visited half as often per window.
