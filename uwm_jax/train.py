@@ -165,6 +165,8 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
         train_step = compiled(step_function, (shardings, replicated), donate_argnums=0)
         eval_step = compiled(make_eval_step(config, system), replicated) if config.eval.every else None
     held_out = held_out_batches(config, loader, batch_sharding)
+    # On CPUs the first collective fails when another process comes to it half a minute later.
+    distributed.barrier("all programs are compiled", seconds=3600)
 
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.
