@@ -166,6 +166,18 @@ def test_the_table_has_the_columns_that_there_are_numbers_for() -> None:
     assert lines[-1].endswith("12.50 GiB")
 
 
+def test_the_table_says_what_torch_lacks() -> None:
+    row = {"seconds": 1.0, "samples_per_second": 1.0}
+    results = FAKE | {"torch_threads": 2} | {f"pixels/forward/{name}": value for name, value in row.items()}
+    assert "pip install diffusers" in benchmark_step.table(results)
+    beside = {"torch_seconds": 2.0, "torch_ratio": 0.5, "torch_ratio_range": [0.4, 0.6]}
+    results |= {f"pixels/forward/{name}": value for name, value in beside.items()}
+    lines = benchmark_step.table(results).splitlines()
+    assert lines[0] == "cpu, batch 1, float32, torch on 2 threads"
+    assert lines[4].split() == ["pixels/forward", "1.0000", "1.000", "2.0000", "0.500", "(0.400", "to", "0.600)"]
+    assert len(lines) == 5
+
+
 # --- the command -------------------------------------------------------------------------------------
 
 

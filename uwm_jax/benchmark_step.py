@@ -6,7 +6,7 @@
 Rows are `latents/...` (batches that hold the codec's latents of the next frames) and `pixels/...` (the frozen codec
 encodes them), each with `forward`, `forward_backward` (the gradients of all trained parameters) and `step` (AdamW
 too), and `policy`, a sample of actions for one observation; `--part` picks some. On a CPU with torch installed, the
-same network runs beside ours as a plain eager torch loop, block by block in turns.
+same network runs beside ours as a plain eager torch loop, block by block in turns. One device is used.
 
 Nothing is read from disk or a hub, so any config runs anywhere: it answers whether a model fits the machine and
 what a step costs there. Compilation is reported apart from the steps.
@@ -179,7 +179,7 @@ def _summary(results: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclasses.dataclass
 class _Runner:
-    """What a row repeats: `call` starts one repetition, `wait` ends when all that were started are done."""
+    """What a row repeats: `call` starts one repetition and returns its results, which need not be there yet."""
 
     call: Callable[[], Any]
     compile_seconds: float
@@ -440,7 +440,7 @@ _TORCH_COLUMNS = {"torch s": ("torch_seconds", 10, 4), "ours/torch": ("torch_rat
 def table(results: Mapping[str, Any]) -> str:
     """The results of `benchmark` for people."""
     rows = [row for row in ROWS if f"{row}/seconds" in results]
-    beside_torch = any(f"{row}/torch_ratio" in results for row in rows)
+    beside_torch = "torch_threads" in results
     columns = _COLUMNS | (_TORCH_COLUMNS if beside_torch else {})
     columns = {title: c for title, c in columns.items() if any(f"{row}/{c[0]}" in results for row in rows)}
     threads = f", torch on {results['torch_threads']} threads" if beside_torch else ""
@@ -459,6 +459,8 @@ def table(results: Mapping[str, Any]) -> str:
         spread = results.get(f"{row}/torch_ratio_range")
         note = f"  ({spread[0]:.3f} to {spread[1]:.3f})" if spread else ""
         lines.append(f"{row:<24}{''.join(cells)}{note}")
+    if beside_torch and any(row.startswith("pixels/") and f"{row}/torch_ratio" not in results for row in rows):
+        lines.append("torch encodes pixels with diffusers, which is not installed: pip install diffusers")
     if "loss_after_steps" in results:
         lines += ["", f"loss after the timed steps: {results['loss_after_steps']:.4f}"]
     if "peak_memory_gib" in results:
