@@ -30,7 +30,7 @@ TINY = (
     *("model.embed_dim=32", "model.depth=2", "model.num_heads=2", "model.timestep_embed_dim=32"),
     *("model.encoder.stage_sizes=1,", "model.num_registers=2"),
 )
-FEW_DEMONSTRATIONS = ("--episodes=4", "--workers=1")
+MAKE_DATA = (sys.executable, "-m", "data_prep.demo", "--episodes=4", "--workers=1")
 
 _OTHERS_SECONDS = 120.0  # for the other processes to end after the first that failed
 _SAVE_SECONDS = 60.0  # for all of them to save and end after this command was told to end
@@ -156,25 +156,27 @@ def main(argv: Sequence[str]) -> int:
         if "config" not in given and "config.data.path" not in given and not _demo_is_there():
             print(f"no dataset in {_data_dir() / 'pusht'}: making a few demonstrations", flush=True)
             made = temporary / "pusht"
-            command = [sys.executable, "-m", "data_prep.demo", f"--output={made}", *FEW_DEMONSTRATIONS]
-            status = subprocess.run(command, env=one_device(os.environ)).returncode
+            status = subprocess.run([*MAKE_DATA, f"--output={made}"], env=one_device(os.environ)).returncode
             if status:
                 print("error: data_prep.demo failed; it needs pip install -e '.[demo]'.", file=sys.stderr)
                 return status
             flags.append(f"--config.data.path={made}")
         if "workdir" not in given:
             flags.append(f"--workdir={temporary / 'workdir'}")
-        return _rehearse(count, [sys.executable, "-m", "uwm_jax.train", *flags, *rest])
+        env = dict(os.environ)
+        if "JAX_COMPILATION_CACHE_DIR" not in env:  # one process compiles, and the others take it from there
+            env |= {"JAX_COMPILATION_CACHE_DIR": str(temporary / "compiled"), "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}
+        return _rehearse(count, [sys.executable, "-m", "uwm_jax.train", *flags, *rest], env)
 
 
-def _rehearse(count: int, command: Sequence[str]) -> int:
+def _rehearse(count: int, command: Sequence[str], env: Mapping[str, str]) -> int:
     lock = threading.Lock()
 
     def show(process: int, line: str) -> None:
         with lock:
             print(f"[{process}] {line}", flush=True)
 
-    with Processes(count, command, os.environ, show) as processes, _passing_on(processes):
+    with Processes(count, command, env, show) as processes, _passing_on(processes):
         statuses = processes.wait()
     if processes.first_failed is None:
         print(f"rehearsed: {count} processes, all with status 0")
