@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,43 +82,6 @@ class Window:
         """Continues a window from what `state` returned."""
         self._sums = {name: (float(total), float(count)) for name, (total, count) in state["sums"].items()}
         self._last = {name: float(value) for name, value in state["last"].items()}
-
-
-class Clock:
-    """Wall time of the loop since the last log line, the share spent waiting for data, and an ETA."""
-
-    def __init__(self, step: int, total_steps: int, batch_size: int):
-        self._total, self._batch_size = total_steps, batch_size
-        self._mark = (time.perf_counter(), step)
-        self._start: tuple[float, int] | None = None
-        self._waited = 0.0
-
-    def tick(self, step: int, data_wait_seconds: float) -> dict[str, float]:
-        """`samples_per_second`, `data_wait_fraction` and `eta_seconds`; the time since the last call counts.
-
-        The first interval, which holds the compilation, is left out of the ETA, which is NaN until the second.
-
-        Args:
-          data_wait_seconds: how long the run has waited for data so far.
-        """
-        now, (then, last) = time.perf_counter(), self._mark
-        elapsed = max(now - then, 1e-9)
-        rates = {
-            "samples_per_second": (step - last) * self._batch_size / elapsed,
-            "data_wait_fraction": min((data_wait_seconds - self._waited) / elapsed, 1.0),
-        }
-        rates["eta_seconds"] = math.nan
-        if self._start:
-            rates["eta_seconds"] = (self._total - step) * (now - self._start[0]) / max(step - self._start[1], 1)
-        self._start = self._start or (now, step)
-        self._mark, self._waited = (now, step), data_wait_seconds
-        return rates
-
-    def pause(self, seconds: float) -> None:
-        """Takes time that was not training (evaluation, a blocking save) out of the rates."""
-        self._mark = (self._mark[0] + seconds, self._mark[1])
-        if self._start:
-            self._start = (self._start[0] + seconds, self._start[1])
 
 
 class MetricsLog:
