@@ -272,7 +272,9 @@ def remove(path: Path) -> None:
 
 
 def cut(path: Path) -> None:
-    os.truncate(largest_file(path), largest_file(path).stat().st_size // 2)
+    """Every file of it lost its second half."""
+    for file in (p for p in path.rglob("*") if p.is_file()):
+        os.truncate(file, file.stat().st_size // 2)
 
 
 def edit(path: Path) -> None:

@@ -296,7 +296,7 @@ def _make_writer() -> ocp.AsyncCheckpointer:
         **{name: ocp.JsonCheckpointHandler(multiprocessing_options=shared) for name in _JSON_ITEMS},
     }
     composite = ocp.CompositeOptions(multiprocessing_options=shared, async_options=background)
-    logging.getLogger("absl").addFilter(_without_orbax_tracebacks)
+    _silence_abandoned_writes()
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(composite_options=composite, **handlers),
         async_options=background,
@@ -304,9 +304,33 @@ def _make_writer() -> ocp.AsyncCheckpointer:
     )
 
 
-def _without_orbax_tracebacks(record: logging.LogRecord) -> bool:
-    """Orbax logs with a traceback what it raises as well, and what we say in one message."""
+def _silence_abandoned_writes() -> None:
+    """Keeps what follows a failed save from stderr, where its one message would drown.
+
+    Orbax logs with a traceback what it raises as well; asyncio names the other writes that failed; and writes that
+    end after orbax has given up find their event loop closed, which goes to `sys.excepthook`.
+    """
+    logging.getLogger("absl").addFilter(_no_orbax_error)
+    logging.getLogger("asyncio").addFilter(_no_abandoned_write)
+    if not _excepthooks:
+        _excepthooks.append(sys.excepthook)
+        sys.excepthook = _excepthook
+
+
+def _no_orbax_error(record: logging.LogRecord) -> bool:
     return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+def _no_abandoned_write(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+
+_excepthooks: list[Any] = []
+
+
+def _excepthook(kind: Any, error: BaseException, trace: Any) -> None:
+    if str(error) != "Event loop is closed":
+        _excepthooks[-1](kind, error, trace)
 
 
 def _train_state_item(state: TrainState) -> dict[str, Any]:
