@@ -70,6 +70,7 @@ def read(workdir, step, item):
         checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_averaged_parameters_with_the_rest_fresh(config, origin, tmp_path, capsys):
     train(config, tmp_path / "run")
     average, last = (read(origin, 2, item) for item in ("ema_params", "params"))
@@ -107,13 +108,14 @@ def test_a_run_starts_from_the_averaged_parameters_with_the_rest_fresh(config, o
     assert read(tmp_path / "run", 2, "assets")["data_facts"]["normalizer"] == old["normalizer"]
 
 
-def test_an_origin_that_is_gone_is_a_clear_error_before_anything_is_written(config, tmp_path):
-    config.init_from = str(tmp_path / "nothing")
+def test_an_origin_that_is_gone_is_a_clear_error_before_anything_is_written(tiny_config, tmp_path):
+    tiny_config.init_from = str(tmp_path / "nothing")
     with pytest.raises(UserError, match="config.init_from=.*nothing.*Expected DIR or DIR@STEP"):
-        train(config, tmp_path / "run")
+        train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_action_width_starts_with_fresh_layers_and_its_own_normaliser(config, origin, tmp_path, capsys):
     config.data.action = (("action", "identity"),)  # 7 numbers instead of 10
     with pytest.raises(UserError, match=r"action_encoder/fc1/kernel: \(10, 128\) in the origin, \(7, 128\) here") as e:
