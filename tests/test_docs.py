@@ -1,0 +1,157 @@
+"""The commands of docs/training.md run, in the order of the page, in tiny form.
+
+The page is taken as a person would: its Python blocks become the files that it names, its bash blocks are run one
+after the other. What makes them tiny is put before their own flags, by a `python` that stands first on the PATH; the
+values and paths that only a person's machine has are replaced, and each replacement has to happen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from uwm_jax.train import MAY_CHANGE
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "training.md").read_text()
+
+TINY = (
+    *("total_steps=2", "batch_size=4", "log_every=1", "checkpoint.every=2", "eval.num_windows=4"),
+    *("model.embed_dim=32", "model.depth=2", "model.num_heads=2", "model.num_registers=2"),
+    *("model.timestep_embed_dim=16", "model.encoder.stage_sizes=1,", "model.encoder.width=16"),
+    *("model.dtype=float32", "model.codec.dtype=float32", "model.codec.name=pixels", "data.resize=16,16"),
+    *("data.crop=16,16", "data.num_streams=8", "data.num_threads=1", "data.window.action=1,2,3,4"),
+    "data.window.next_obs=5,6",
+)
+
+# What a person's machine has and a test does not; every pattern must be found on the page.
+REPLACED = {
+    r"export UWM_DATA_DIR=\S+\n": "",
+    r"\bRLDS_DIR\b": "$SOURCE",
+    r"\bVIDEO_RLDS_DIR\b": "$SOURCE",
+    r"batch_size=64\b": "batch_size=4",
+    r"total_steps=20_000\b": "total_steps=2",
+    r"total_steps=200_000\b": "total_steps=3",
+    r"total_steps=300_000\b": "total_steps=4",
+    r"warmup_steps=1_000\b": "warmup_steps=1",
+    r"profile=100:5\b": "profile=2:1",
+    r"eval\.every=1_000\b": "eval.every=2",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder as the page assumes it: configs, launch scripts, datasets to convert, and a `python` for tiny runs."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("configs", "launch"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, code in zip(re.findall(r"`(configs/mine\w*\.py)`[;:]", PAGE), blocks("python"), strict=True):
+        (folder / name).write_text(code)
+
+    spec = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parent / "data" / "rlds_source.py")
+    source = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(source)
+    source.make(folder / "source", [21, 9, 30, 19, 12, 25])
+
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    flags = " ".join(f"--config.{field}" for field in TINY)
+    python.write_text(
+        f'#!/usr/bin/env bash\nmodule=$2\ncase "$1 $2" in\n"-m uwm_jax.train" | "-m launch.rehearse")\n  shift 2\n'
+        f'  exec {sys.executable} -m "$module" {flags} "$@" ;;\n*) exec {sys.executable} "$@" ;;\nesac\n'
+    )
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(place):
+    """Every bash block with its result; those after the first that failed are not run."""
+    env = os.environ | {
+        "PATH": f"{place / '.venv' / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{place}:{ROOT}",
+        "SOURCE": str(place / "source"),
+        "UWM_DATA_DIR": str(place / "datasets"),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    results = []
+    for block in blocks("bash"):
+        text = block
+        for pattern, replacement in REPLACED.items():
+            text = re.sub(pattern, replacement, text)
+        command = ["bash", "-euo", "pipefail", "-c", text]
+        result = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600)
+        results.append((block, result))
+        if result.returncode:
+            break
+    return results
+
+
+@pytest.mark.slow
+def test_every_command_runs(ran):
+    for block, result in ran:
+        assert result.returncode == 0, f"{block}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    assert len(ran) == len(blocks("bash"))
+
+
+@pytest.mark.slow
+def test_the_commands_do_what_the_page_says(ran, place):
+    said = "\n".join(result.stdout for _, result in ran)
+    for part in (
+        "continuing from step 2",
+        "continuing from step 3",
+        "rehearsed: 2 processes",
+        "profile: steps 2 to 2",
+        "starting from params of step 4",
+        "skipped: noise_pred_net/action_decoder/fc1/bias",
+        "normaliser: state as in the origin; action from this run's data",
+    ):
+        assert part in said, part
+    assert [x["step"] for x in metrics(place / "runs" / "mine")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_every_metric_is_explained(ran, place):
+    keys = {
+        key for run in ("profiled", "cotrain", "finetuned") for line in metrics(place / "runs" / run) for key in line
+    }
+    unexplained = {key for key in keys if f"`{key}`" not in PAGE and not re.fullmatch(r"loss/\w+/t\d+-\d+", key)}
+    assert not unexplained
+    assert "eval/loss/action" in keys and any(key.startswith("loss/action/t") for key in keys)
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_may_change_is_listed():
+    for pattern in MAY_CHANGE:
+        assert f"`{pattern}`" in PAGE, pattern
+
+
+def test_every_replacement_has_something_to_replace():
+    page = "".join(blocks("bash"))
+    for pattern in REPLACED:
+        assert re.search(pattern, page), pattern
+
+
+def test_the_page_names_only_fields_that_exist():
+    from uwm_jax.config import base, flatten
+
+    known = flatten(base())
+    for field in re.findall(r"--config\.([\w.]+)=", PAGE):
+        if not field.startswith("data.sources."):
+            assert field in known or field == "any.field", field
