@@ -1,0 +1,158 @@
+"""Measures what a training run's telemetry costs: the step and the loop with it against the same without.
+
+    python -m uwm_jax.benchmark_overhead --config=configs/quickstart.py
+
+Telemetry is everything that the training does not need: loss by timestep, gradient norms by group, the window of
+metrics with its guard against NaN, named wall time, a line of `metrics.jsonl`, TensorBoard's events and a line of
+progress at the end of every block (a run writes one every `config.log_every` steps). The bare step returns its loss
+alone, and the compiler removes whatever only the other metrics needed. Blocks of both alternate in one process, so that
+a machine whose speed drifts treats them alike; data and weights are made up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from uwm_jax import cli
+from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+from uwm_jax.made_up import make_up_batch, make_up_system
+from uwm_jax.training import state as state_lib
+from uwm_jax.training.flops import Mfu
+from uwm_jax.training.goodput import Goodput
+from uwm_jax.training.log import MetricsLog, Window, progress_line
+from uwm_jax.training.step import make_train_step
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("config", None, "FILE.py[:argument]; fields change with --config.any.field=value")
+    flags.DEFINE_integer("pairs", 20, "blocks with telemetry, and as many without", lower_bound=2)
+    flags.DEFINE_integer("steps", 10, "training steps in a block", lower_bound=1)
+    cli.accept_config_overrides()
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
+    config = config_lib.load(cli.required("config"), cli.config_overrides())
+    print(json.dumps(benchmark(config, FLAGS.pairs, FLAGS.steps), indent=2))
+
+
+def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
+    """Seconds of a step both ways, and the overhead in percent of the bare step.
+
+    Returns:
+      `bare_step_ms`, `step_ms`: medians over blocks. `wall_overhead_percent` and `cpu_overhead_percent`: mean over
+      pairs of blocks with its standard error; CPU time counts all threads of the process, and other processes on the
+      machine touch it less. Two parts of it do not depend on the machine's mood: `host_ms_per_step`, the CPU time of
+      the telemetry's own Python, and `compiled_flops_percent`, `compiled_bytes_percent`, what XLA counts more of in
+      the step's program.
+    """
+    system, frozen = make_up_system(config, action_dim=10)
+    optimizer = state_lib.make_optimizer(config)
+    make_state = jax.jit(lambda key: state_lib.create(config, system.init(key), optimizer))
+    batch = make_up_batch(system, config.batch_size)
+    full = make_train_step(config, system, optimizer)
+
+    def bare(state: Any, frozen: Any, batch: Any) -> tuple[Any, jax.Array]:
+        state, metrics = full(state, frozen, batch)
+        return state, metrics["loss"]
+
+    states = [make_state(jax.random.key(0)) for _ in range(2)]
+    full_step, bare_step = (
+        jax.jit(step, donate_argnums=0).lower(states[0], frozen, batch).compile() for step in (full, bare)
+    )
+    goodput = Goodput(total_steps=10**6, batch_size=config.batch_size)
+    window, mfu, step_number = Window(), Mfu(system, jax.devices()[:1]), itertools.count(1)
+
+    host_seconds = 0.0
+
+    @contextlib.contextmanager
+    def on_host() -> Iterator[None]:
+        nonlocal host_seconds
+        began = time.thread_time()
+        yield
+        host_seconds += time.thread_time() - began
+
+    def with_telemetry(state: Any, log: MetricsLog) -> Any:
+        step = 0
+        for _ in range(steps):
+            step = next(step_number)
+            with on_host(), goodput.spend("data_wait"):
+                rows = batch
+            state, metrics = full_step(state, frozen, rows)
+            with on_host():
+                window.add(step, metrics)
+        with on_host():
+            means = window.means()
+            rates = goodput.rates(step)
+            rates |= mfu(rates["samples_per_second"])
+            progress_line(step, 10**6, means | rates)
+            with goodput.spend("other"):
+                log.write(step, means | rates)
+        return jax.block_until_ready(state)
+
+    def without(state: Any, log: MetricsLog) -> Any:
+        before: list[jax.Array] = []  # as many steps in flight as `Window` allows
+        for _ in range(steps):
+            state, loss = bare_step(state, frozen, batch)
+            before.append(loss)
+            if len(before) > 2:
+                before[-3].block_until_ready()
+        return jax.block_until_ready(state)
+
+    loops: list[Callable[[Any, MetricsLog], Any]] = [without, with_telemetry]
+    seconds: dict[str, list[list[float]]] = {"wall": [[], []], "cpu": [[], []]}
+    with tempfile.TemporaryDirectory() as directory:
+        log = MetricsLog(directory, 0)
+        goodput.begin(0)
+        for pair in range(-1, pairs):  # the first one warms up
+            for which in (0, 1) if pair % 2 else (1, 0):
+                wall, cpu = time.perf_counter(), time.process_time()
+                states[which] = loops[which](states[which], log)
+                if pair >= 0:
+                    seconds["wall"][which].append(time.perf_counter() - wall)
+                    seconds["cpu"][which].append(time.process_time() - cpu)
+        log.close()
+
+    def cost(program: Any) -> Any:
+        return program.cost_analysis()
+
+    wall_bare, wall_full = np.array(seconds["wall"])
+    return {
+        "device": jax.devices()[0].device_kind,
+        "batch_size": config.batch_size,
+        "pairs": pairs,
+        "steps_per_block": steps,
+        "bare_step_ms": round(1e3 * float(np.median(wall_bare)) / steps, 3),
+        "step_ms": round(1e3 * float(np.median(wall_full)) / steps, 3),
+        "host_ms_per_step": round(1e3 * host_seconds / (steps * (pairs + 1)), 4),
+        **{
+            f"compiled_{name}_percent": round(100 * (cost(full_step)[key] / cost(bare_step)[key] - 1), 5)
+            for name, key in (("flops", "flops"), ("bytes", "bytes accessed"))
+        },
+        **{f"{kind}_overhead_percent": _overhead(*np.array(both)) for kind, both in seconds.items()},
+    }
+
+
+def _overhead(bare: np.ndarray, full: np.ndarray) -> dict[str, float]:
+    percent = 100 * (full - bare) / bare.mean()
+    error = percent.std(ddof=1) / np.sqrt(len(percent))
+    return {"mean": round(float(percent.mean()), 3), "standard_error": round(float(error), 3)}
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)
