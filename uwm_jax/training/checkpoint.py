@@ -308,13 +308,13 @@ def _silence_abandoned_writes() -> None:
     """Keeps what follows a failed save from stderr, where its one message would drown.
 
     Orbax logs with a traceback what it raises as well; asyncio names the other writes that failed; and writes that
-    end after orbax has given up find their event loop closed, which goes to `sys.excepthook`.
+    end after orbax has given up find their event loop closed, which goes to `sys.unraisablehook`.
     """
     logging.getLogger("absl").addFilter(_no_orbax_error)
     logging.getLogger("asyncio").addFilter(_no_abandoned_write)
-    if not _excepthooks:
-        _excepthooks.append(sys.excepthook)
-        sys.excepthook = _excepthook
+    if not _unraisablehooks:
+        _unraisablehooks.append(sys.unraisablehook)
+        sys.unraisablehook = _unless_abandoned
 
 
 def _no_orbax_error(record: logging.LogRecord) -> bool:
@@ -325,12 +325,12 @@ def _no_abandoned_write(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 
-_excepthooks: list[Any] = []
+_unraisablehooks: list[Any] = []
 
 
-def _excepthook(kind: Any, error: BaseException, trace: Any) -> None:
-    if str(error) != "Event loop is closed":
-        _excepthooks[-1](kind, error, trace)
+def _unless_abandoned(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _unraisablehooks[0](unraisable)
 
 
 def _train_state_item(state: TrainState) -> dict[str, Any]:
