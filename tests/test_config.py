@@ -66,6 +66,8 @@ def test_stored_config_comes_back_equal(path, tmp_path):
         (("seed", "4294967296"), "less than 2"),
         (("model.encoder.width", "24"), "multiple of 16"),
         (("optimizer.b2", "1.0"), "less than 1"),
+        (("accumulation_steps", "5"), "does not divide"),
+        (("mesh.data", "0"), "-1 for all"),
     ],
 )
 def test_bad_values_are_named(path, override, message):
@@ -100,3 +102,30 @@ def test_bad_files_are_named(tmp_path):
     )
     with pytest.raises(UserError, match="model.dropout: there is no such field"):
         config_lib.load(str(extra))
+
+
+def test_sources_are_checked_and_survive_storage():
+    def config_with(**sources):
+        c = config_lib.base()
+        for name, fields in sources.items():
+            c.data.sources[name] = config_lib.source(**fields)
+        return c
+
+    c = config_with(robot={"include": ("WEIRD",)}, video={"use_actions": False, "weight": 3})
+    config_lib.validate(c)
+    again = config_lib.from_json(config_lib.to_json(c), "config.json")
+    assert again == c
+    config_lib.apply_overrides(again, [("data.sources.video.weight", "0.5")])
+    assert again.data.sources.video.weight == 0.5
+    with pytest.raises(UserError, match="data.sources.vidio.weight.*Did you mean data.sources.video.weight"):
+        config_lib.apply_overrides(again, [("data.sources.vidio.weight", "0.5")])
+    for sources, message in (
+        ({"video": {"use_actions": False}}, "at least one source with use_actions"),
+        ({"robot": {"weight": -1}}, "data.sources.robot.weight: expected a number of at least 0"),
+        ({"robot": {"fill_views": "black"}}, "data.sources.robot.fill_views: expected one of same, none, random"),
+        ({"robot": {"path": "mine"}}, "config.data.path='droid' is used by no source"),
+        ({"robot": {"cameras": ("one",)}}, "one key for each of"),
+        ({"robot": {"wieght": 1.0}}, "robot.wieght: there is no such field. Did you mean data.sources.robot.weight"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config_lib.validate(config_with(**sources))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from uwm_jax import cli, evaluate, report
+from uwm_jax.config import source
 from uwm_jax.data.loader import Loader
 from uwm_jax.evaluate import collect, interval, measure
 from uwm_jax.train import train
@@ -48,26 +49,32 @@ def test_measures_against_known_errors():
     assert "policy/latent_mse" not in metrics and "video/action_mse" not in metrics
 
 
-def test_the_command_writes_metrics_pictures_and_report(tiny_config, tmp_path):
-    tiny_config.total_steps = 2
-    workdir = tmp_path / "run"
-    train(tiny_config, workdir)
-    arguments = ["evaluate", f"--workdir={workdir}"]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_tiny_config):
+    """Two steps on a mixture, of which only the source with actions is evaluated."""
+    config = make_tiny_config()
+    config.total_steps = 2
+    config.data.sources.robot, config.data.sources.video = source(), source(use_actions=False)
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    train(config, workdir)
+    return workdir
+
+
+def test_the_command_writes_metrics_pictures_and_report(trained):
+    arguments = ["evaluate", f"--workdir={trained}"]
     assert cli.call(evaluate.main, arguments, evaluate.define_flags) == 0
-    metrics = json.loads((workdir / "eval" / "2" / "metrics.json").read_text())
+    metrics = json.loads((trained / "eval" / "2" / "metrics.json").read_text())
     assert set(metrics["joint/psnr"]) == {"mean", "lo", "hi", "n"} and metrics["joint/psnr"]["n"] == 6
-    page = (workdir / "report.html").read_text()
+    page = (trained / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and 'src="http' not in page
+    assert "data.sources.video.use_actions" in page
     for mode in ("policy", "video", "forward", "inverse", "joint"):
         assert f"<th>{mode}</th>" in page and html.escape(report.formula(mode)) in page
 
 
-def test_samples_do_not_depend_on_the_batch_size(tiny_config, tmp_path):
-    tiny_config.total_steps = 2
-    train(tiny_config, tmp_path / "run")
-    system, params, frozen, _ = load_for_inference(tmp_path / "run")
-    loader = Loader(tiny_config.data, batch_size=1, seed=0)
-    held_out = loader.held_out(6)
+def test_samples_do_not_depend_on_the_batch_size(trained):
+    system, params, frozen, _ = load_for_inference(trained)
+    held_out = Loader(system.config.data, batch_size=1, seed=0).held_out(6)
     whole, parts = (collect(system, params, frozen, held_out, batch_size=size) for size in (6, 4))
     assert set(whole) == set(parts) and len(whole["episode"]) == 6
     for name in whole:

@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
-from uwm_jax.benchmark_step import make_up_system
 from uwm_jax.errors import UserError
+from uwm_jax.made_up import make_up_system
 from uwm_jax.train import load_pretrained_encoder, train
 from uwm_jax.training.checkpoint import Checkpoints, load_for_inference
 from uwm_jax.training.goodput import CATEGORIES

@@ -329,9 +329,8 @@ def validate(config: ConfigDict) -> None:
         if name not in flat:
             raise UserError(f"config.{name} is missing: start the config from uwm_jax.config.base().")
         value = flat[name]
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            continue
-        if type(value) is not type(default):
+        whole = isinstance(default, float) and type(value) is int  # 1 for 1.0
+        if type(value) is not type(default) and not whole:
             raise UserError(f"config.{name}: expected {_type_name(default)}, found {value!r}.")
         if isinstance(value, int | float) and name != "mesh.data":
             lowest = 1 if name in _AT_LEAST_ONE else 0

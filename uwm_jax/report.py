@@ -141,7 +141,7 @@ def write(
     changed = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
         for name, value in sorted(flatten(config).items())
-        if value != defaults[name]
+        if name not in defaults or value != defaults[name]  # the sources of a mixture have no defaults
     )
     count = next(iter(metrics.values()))["n"]
     page = f"""<!doctype html>

@@ -140,13 +140,13 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
         loader = open_loader(config, mesh, stored)
         say(f"continuing from step {stored.step}")
     else:
+        skipped = origin.skipped(like.params, config.init_from_skip) if origin else []
         state = jax.jit(init_state, out_shardings=shardings)(rng)
-        if origin:
-            params, skipped = origin.params(state.params, config.init_from_skip)
-            state = state_lib.with_params(state, params)
-            say(origin.describe_skipped(like.params, skipped))
-        elif config.model.encoder.imagenet_weights:
+        if config.model.encoder.imagenet_weights and (not origin or finetune.IMAGE_WEIGHTS in skipped):
             state = state_lib.with_params(state, load_pretrained_encoder(config, state.params, shardings.params))
+        if origin:
+            state = state_lib.with_params(state, origin.params(state.params, config.init_from_skip)[0])
+            say(origin.describe_skipped(like.params, skipped))
 
     # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------
     def compiled(function: Callable[..., Any], outputs: Any, **options: Any) -> Any:
@@ -243,7 +243,7 @@ def open_loader(config: ConfigDict, mesh: Any, stored: Any, normalizer: Any = No
     index, count = mesh_lib.data_group(mesh)
     if stored:
         normalizer = DataFacts.from_json(stored.assets["data_facts"]).normalizer
-    loader = Loader(
+    return Loader(
         config.data,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -253,9 +253,6 @@ def open_loader(config: ConfigDict, mesh: Any, stored: Any, normalizer: Any = No
         normalizer=normalizer,
         state=stored.data_iter if stored else None,
     )
-    if stored:
-        loader.check_state(stored.data_iter)
-    return loader
 
 
 def open_codec(config: ConfigDict, workdir: Path, loader: Loader, stored: Any, origin: Any) -> tuple[Any, Any]:

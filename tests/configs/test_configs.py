@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from uwm_jax import config as config_lib
-from uwm_jax.benchmark_step import make_up_batch, make_up_system
 from uwm_jax.errors import UserError
+from uwm_jax.made_up import make_up_batch, make_up_system
 from uwm_jax.training.state import create, make_optimizer
 from uwm_jax.training.step import make_train_step
 

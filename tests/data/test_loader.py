@@ -206,15 +206,15 @@ def test_state_is_small_json_and_checked(config: ConfigDict) -> None:
     state = json.loads(json.dumps(_loader(config).state(12)))
     assert state["position"] == 96
     assert len(json.dumps(state)) < 500
-    _loader(config, start_step=12).check_state(state)
-    _loader(config, start_step=12, process_index=1, process_count=4).check_state(state)
+    _loader(config, start_step=12, state=state)
+    _loader(config, start_step=12, process_index=1, process_count=4, state=state)
     with pytest.raises(UserError, match="has position = 96, this run has 0"):
-        _loader(config).check_state(state)
+        _loader(config, state=state)
     with pytest.raises(UserError, match="has seed = 5, this run has 6"):
-        _loader(config, seed=6, start_step=12).check_state(state)
+        _loader(config, seed=6, start_step=12, state=state)
     state["datasets"] = dict.fromkeys(state["datasets"], "0" * 64)
     with pytest.raises(UserError, match="has datasets"):
-        _loader(config, start_step=12).check_state(state)
+        _loader(config, start_step=12, state=state)
 
 
 def test_describe_names_the_place(made, config: ConfigDict) -> None:

@@ -253,7 +253,6 @@ def test_continuing_with_other_weights(config: ConfigDict) -> None:
 
     config.sources.video.weight = 1.5
     changed = _loader(config, start_step=3, state=state)
-    changed.check_state(state)
     batches = _take(changed, 4)
     later = json.loads(json.dumps(changed.state(5)))
     assert later["weights"] == [[0, {"robot": 0.5, "video": 0.5}], [24, {"robot": 0.5, "video": 1.5}]]

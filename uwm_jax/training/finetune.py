@@ -45,6 +45,8 @@ INTERFACE = {
     "low_dim": ("noise_pred_net/blocks/adaln/kernel", "noise_pred_net/head/adaln/kernel"),
 }
 
+IMAGE_WEIGHTS = "obs_encoder/img_encoder/conv1/kernel"  # fresh when the image encoder starts fresh
+
 # Fields that change what the parameters mean without changing a shape, and the interface that frees them, if any.
 _FIXED = {
     "diffusion.num_train_steps": None,
