@@ -253,7 +253,8 @@ class DiT(nn.Module):
         `hidden` (depth, B, L, D) after every block, `final` (B, L, D) after the head; L runs over actions, video,
         registers. What is not used costs nothing under jit.
         """
-        cond = jnp.concatenate([global_cond.astype(jnp.float32), self._embed_timestep(timestep)], axis=-1)
+        time = constrain(self._embed_timestep(timestep), "batch")
+        cond = jnp.concatenate([global_cond.astype(jnp.float32), time], axis=-1)
         cond = constrain(nn.silu(cond), "batch")
         # The blocks' parameters depend on the width of the condition, so they are declared here, not in setup.
         blocks = self.param("blocks", self._init_blocks, cond.shape[-1])
@@ -332,7 +333,7 @@ class DiT(nn.Module):
                 f"found {action.shape} and {latent.shape}"
             )
         video = self.patch_encoder(patchify(latent.astype(self.dtype), self.patch))
-        parts = [self.action_encoder(action), video]
+        parts = [constrain(p, "batch", "length") for p in (self.action_encoder(action), video)]
         if self.num_registers:
             parts.append(jnp.broadcast_to(self.registers, (batch, *self.registers.shape[1:])))
         tokens = jnp.concatenate([p.astype(jnp.float32) for p in parts], axis=1) + self.pos_embed

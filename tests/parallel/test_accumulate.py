@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uwm_jax.parallel import collectives
+from uwm_jax.parallel.accumulate import value_and_grad
+
+MESHES = ("data 8", "data 8, accumulated", "fsdp 8", "2x2x2, accumulated", "data 2, tensor 4")
+
+
+def loss(params, rows):
+    """A sum over rows, each with its own random numbers, and sums beside it."""
+    noise = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(jax.random.key(0), row), (3,)))(rows["row"])
+    hidden = jnp.tanh((rows["x"] + noise) @ params["w"]) + params["b"]
+    return (hidden**2).sum(), {"count": jnp.ones_like(rows["row"]).sum(), "columns": hidden.sum(axis=0)}
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
+    batch = {"x": rng.normal(size=(12, 3)).astype(np.float32), "row": np.arange(100, 112)}
+    return jax.tree.map(jnp.asarray, (params, batch))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 12])
+def test_parts_add_up_to_the_whole(problem, steps):
+    params, batch = problem
+    expected = jax.value_and_grad(loss, has_aux=True)(params, batch)
+    found = jax.jit(lambda p, b: value_and_grad(loss, p, b, mesh=None, steps=steps))(params, batch)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_one_part_is_the_plain_gradient(problem):
+    plain = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(*problem)
+    ours = jax.make_jaxpr(lambda p, b: value_and_grad(loss, p, b, mesh=None, steps=1))(*problem)
+    assert str(ours) == str(plain)
+
+
+def test_activations_of_one_part_live_at_a_time(problem):
+    params, batch = problem
+    seen = []
+
+    def spy(params, rows):
+        seen.append(rows["x"].shape)
+        return loss(params, rows)
+
+    jax.jit(lambda p, b: value_and_grad(spy, p, b, mesh=None, steps=4))(params, batch)
+    assert set(seen) == {(3, 3)}
+
+
+# --- the real step on eight simulated devices ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Results of `eight_devices.py`, by variant."""
+    script, output = Path(__file__).with_name("eight_devices.py"), tmp_path_factory.mktemp("meshes") / "runs.json"
+    done = subprocess.run([sys.executable, str(script), str(output)], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_meshes_agree_with_one_device(runs, name):
+    one, many = runs["one"], runs[name]
+    for what in ("losses", "norms"):
+        np.testing.assert_allclose(many[what][0], one[what][0], rtol=1e-6, err_msg=what)
+        np.testing.assert_allclose(many[what], one[what], rtol=1e-5, err_msg=what)
+    assert len(set(one["losses"])) == len(one["losses"]) == 10, "the parameters must move for this to mean something"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, parts", [("fsdp 8", 8), ("2x2x2, accumulated", 4), ("data 2, tensor 4", 4)])
+def test_state_is_cut_as_the_parameters_are(runs, name, parts):
+    one, many = runs["one"], runs[name]
+    assert many["same_layout"], "moments and average must lie as their parameters do"
+    for tree in ("params", "ema", "mu", "nu"):
+        assert many["adaln_bytes"][tree] * parts == one["adaln_bytes"][tree]
+    assert runs["data 8"]["bytes"] == one["bytes"]
+    # biases, positions and norms stay whole; they weigh something in a model this narrow
+    cut = {tree: many["bytes"][tree] / one["bytes"][tree] for tree in one["bytes"]}
+    assert len(set(cut.values())) == 1 and cut["mu"] < 1 / parts + (0.15 if "tensor" in name else 0.05), cut
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["data 8", "data 8, accumulated"])
+def test_only_gradients_cross_devices(runs, name):
+    """Images, latents and tokens stay where they are, in passes of the VAE and in accumulated parts too."""
+    found = runs[name]["collectives"]
+    assert {kind for kind, *_ in found} == {"all-reduce"}, found
+    assert all(times == 1 for _, _, _, times, _ in found), "nothing is reduced inside a loop"
+    total = sum(size for _, size, *_ in found)
+    assert runs[name]["gradient_bytes"] <= total <= 1.1 * runs[name]["gradient_bytes"], found
+    assert not runs["one"]["collectives"]
+
+
+@pytest.mark.slow
+def test_fsdp_moves_parameters_and_gradients_only(runs):
+    run = runs["fsdp 8"]
+    totals = collectives.bytes_by_kind(collectives.Collective(*c[:4], "", c[4]) for c in run["collectives"])
+    assert set(totals) <= {"all-gather", "all-reduce", "reduce-scatter"}, "rows must not change devices"
+    assert totals["all-gather"] <= 2 * run["gradient_bytes"], "once for the forward and once for the backward pass"
+    assert totals["all-reduce"] + totals.get("reduce-scatter", 0) <= 1.1 * run["gradient_bytes"]
+
+
+@pytest.mark.slow
+def test_tensor_sums_tokens_twice_a_block_in_each_direction(runs):
+    run = runs["data 2, tensor 4"]
+    tokens = [c for c in run["collectives"] if c[1] >= run["token_bytes"] and c[2] == 4]
+    assert [(kind, times) for kind, _, _, times, _ in tokens] == [("all-reduce", 2)] * 4, "in a loop over two blocks"
+    rest = sum(size * times for kind, size, _, times, _ in run["collectives"] if kind != "all-reduce")
+    assert rest < run["token_bytes"], "beside them, only modulations are gathered"
