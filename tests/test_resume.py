@@ -201,21 +201,23 @@ def config_with_a_source():
     return config
 
 
-@pytest.mark.parametrize("name", sorted(config_lib.flatten(config_with_a_source())))
-def test_only_what_leaves_the_numbers_alone_may_change(name):
+def test_only_what_leaves_the_numbers_alone_may_change():
     stored, now = config_with_a_source(), config_with_a_source()
-    node, field = now, name
-    while "." in field:
-        first, field = field.split(".", 1)
-        node = node[first]
-    value = node[field]
-    with node.ignore_type():
-        node[field] = not value if isinstance(value, bool) else f"{value}x" if isinstance(value, str) else (value, 1)
-    if name in MAY_CHANGE:
-        refuse_changed_config(now, stored)
-    else:
-        with pytest.raises(UserError, match=rf"config\.{name} is .*this workdir was started with"):
+    for name, value in config_lib.flatten(stored).items():
+        node, field = now, name
+        while "." in field:
+            first, field = field.split(".", 1)
+            node = node[first]
+        changed = not value if isinstance(value, bool) else f"{value}x" if isinstance(value, str) else (value, 1)
+        with node.ignore_type():
+            node[field] = changed
+        if name in MAY_CHANGE:
             refuse_changed_config(now, stored)
+        else:
+            with pytest.raises(UserError, match=rf"config\.{name} is .*this workdir was started with"):
+                refuse_changed_config(now, stored)
+        with node.ignore_type():
+            node[field] = value
 
 
 def digests(workdir: Path) -> dict:

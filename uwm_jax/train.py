@@ -8,6 +8,7 @@ run executes all of it; docs/training.md says how to start several.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 from collections.abc import Callable
@@ -135,9 +136,11 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
 
     # --- State: the checkpoint's, or fresh. --------------------------------------------------------
     if stored:
+        newest = stored.step
         state, stored = checkpoints.restore_latest(like)
-        loader.close()  # an older checkpoint may have been the newest one that is whole
-        loader = open_loader(config, mesh, stored)
+        if stored.step != newest:  # whose arrays are damaged
+            loader.close()
+            loader = open_loader(config, mesh, stored)
         say(f"continuing from step {stored.step}")
     else:
         skipped = origin.skipped(like.params, config.init_from_skip) if origin else []
@@ -181,47 +184,44 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
     goodput.begin(start_step, progress.get("goodput"), log.cut)
     if mfu.note:
         say(mfu.note)
-    try:
-        with Preemption() as preemption, Watchdog(config.hang_seconds) as watchdog:
-            for step in range(start_step + 1, config.total_steps + 1):
-                with goodput.spend("data_wait"):
-                    batch = next(batches)
-                trace.at(step, state.step)
-                state, metrics = train_step(state, frozen, batch)
-                window.add(step, metrics)
-                watchdog.beat(step)
-                checkpoints.check()
+    with contextlib.ExitStack() as closing:
+        for close in (loader.close, batches.close, log.close, trace.close, checkpoints.close):
+            closing.callback(close)  # in reverse, and all of them whatever happens
+        preemption = closing.enter_context(Preemption())
+        watchdog = closing.enter_context(Watchdog(config.hang_seconds))
+        for step in range(start_step + 1, config.total_steps + 1):
+            with goodput.spend("data_wait"):
+                batch = next(batches)
+            trace.at(step, state.step)
+            state, metrics = train_step(state, frozen, batch)
+            window.add(step, metrics)
+            watchdog.beat(step)
+            checkpoints.check()
 
-                last, stop = step == config.total_steps, preemption.requested(step)
-                save = step % config.checkpoint.every == 0 or last
-                evaluate = eval_step is not None and (step % config.eval.every == 0 or last)
-                if step % config.log_every == 0 or step == 1 or save or evaluate:
-                    means = window.means()  # raises on NaN, so that none is ever saved
-                    with goodput.spend("evaluation"):
-                        losses = mean_over_batches(eval_step, state, frozen, held_out) if evaluate else {}
-                    rates = goodput.rates(step)
-                    rates |= mfu(rates["samples_per_second"])
-                    say(progress_line(step, config.total_steps, {**means, **rates}))
-                    if losses:
-                        say("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
-                    del rates["eta_seconds"]
-                    with goodput.spend("other"):
-                        log.write(step, {**means, **rates, **losses})
-                if save or stop:
-                    with goodput.spend("checkpoint"):
-                        progress = {"window": window.state(), "goodput": goodput.state(step)}
-                        arrays = frozen_lib.checkpointed_arrays(config, frozen)
-                        checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
-                if stop:
-                    checkpoints.wait()
-                    raise Preempted(f"told to end (SIGTERM): step {step} is saved; the same command continues from it.")
-            checkpoints.wait()
-    finally:
-        trace.close()
-        log.close()
-        batches.close()
-        loader.close()
-        checkpoints.close()
+            last, stop = step == config.total_steps, preemption.requested(step)
+            save = step % config.checkpoint.every == 0 or last
+            evaluate = eval_step is not None and (step % config.eval.every == 0 or last)
+            if step % config.log_every == 0 or step == 1 or save or evaluate:
+                means = window.means()  # raises on NaN, so that none is ever saved
+                with goodput.spend("evaluation"):
+                    losses = mean_over_batches(eval_step, state, frozen, held_out) if evaluate else {}
+                rates = goodput.rates(step)
+                rates |= mfu(rates["samples_per_second"])
+                say(progress_line(step, config.total_steps, {**means, **rates}))
+                if losses:
+                    say("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+                del rates["eta_seconds"]
+                with goodput.spend("other"):
+                    log.write(step, {**means, **rates, **losses})
+            if save or stop:
+                with goodput.spend("checkpoint"):
+                    progress = {"window": window.state(), "goodput": goodput.state(step)}
+                    arrays = frozen_lib.checkpointed_arrays(config, frozen)
+                    checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
+            if stop:
+                checkpoints.wait()
+                raise Preempted(f"told to end (SIGTERM): step {step} is saved; the same command continues from it.")
+        checkpoints.wait()
     say(goodput.summary())
     say(f"done: {config.total_steps} steps in {workdir}")
 
