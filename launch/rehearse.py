@@ -163,9 +163,9 @@ def main(argv: Sequence[str]) -> int:
             flags.append(f"--config.data.path={made}")
         if "workdir" not in given:
             flags.append(f"--workdir={temporary / 'workdir'}")
+        # Compiling takes most of the time, and more so with each process: a few steps need no fast program.
         env = dict(os.environ)
-        if "JAX_COMPILATION_CACHE_DIR" not in env:  # one process compiles, and the others take it from there
-            env |= {"JAX_COMPILATION_CACHE_DIR": str(temporary / "compiled"), "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}
+        env["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {env.get('XLA_FLAGS', '')}"
         return _rehearse(count, [sys.executable, "-m", "uwm_jax.train", *flags, *rest], env)
 
 
