@@ -50,8 +50,9 @@ class Window:
     def check(self) -> None:
         """Waits for the steps and raises NotFinite for the first one with a metric that is not finite."""
         pending, self._pending = self._pending, []
-        for step, metrics in pending:
-            for name, value in jax.device_get(metrics).items():
+        fetched = jax.device_get([metrics for _, metrics in pending])  # all at once: the copies overlap
+        for (step, _), metrics in zip(pending, fetched, strict=True):
+            for name, value in metrics.items():
                 total, count = (float(x) for x in (value if np.ndim(value) else (value, 1.0)))
                 if not math.isfinite(total) or not math.isfinite(count):
                     raise NotFinite(
