@@ -17,6 +17,8 @@ import pytest
 from launch.rehearse import Processes, one_device
 from uwm_jax import config as config_lib
 
+QUICK_COMPILE = "--xla_backend_optimization_level=0"  # which is most of the time here
+
 pytestmark = [pytest.mark.slow, pytest.mark.multihost]
 
 # The training command, several times over, that notes what went in: <workdir>.<process>.jsonl gets a line for every
@@ -97,12 +99,12 @@ def runs(tmp_path_factory, train_command):
 
     def start(jobs, count):
         command = [sys.executable, "-c", RECORDER, json.dumps(jobs)]
-        with Processes(count, command, os.environ) as processes:
+        with Processes(count, command, os.environ | {"XLA_FLAGS": QUICK_COMPILE}) as processes:
             assert processes.wait(400) == [0] * count, processes.lines
         return processes.lines
 
     def start_with_8_devices(jobs):
-        environ = one_device(os.environ) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+        environ = one_device(os.environ) | {"XLA_FLAGS": f"{QUICK_COMPILE} --xla_force_host_platform_device_count=8"}
         command = [sys.executable, "-c", RECORDER, json.dumps(jobs)]
         result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=400)
         assert result.returncode == 0, result.stderr
@@ -203,7 +205,8 @@ def test_sigterm_saves_and_sigkill_ends_all(train_command, tmp_path):
             assert time.monotonic() < deadline and not any(p.poll() for p in processes.popen), processes.lines
             time.sleep(0.05)
 
-    with Processes(2, command, os.environ) as processes:
+    environ = os.environ | {"XLA_FLAGS": QUICK_COMPILE}
+    with Processes(2, command, environ) as processes:
         wait_for_a_step(processes)
         processes.popen[1].send_signal(signal.SIGTERM)
         statuses = processes.wait(120)
@@ -213,7 +216,7 @@ def test_sigterm_saves_and_sigkill_ends_all(train_command, tmp_path):
     assert metrics(tmp_path, "run")[-1]["step"] <= steps[0]
     assert any(f"step {steps[0]} is saved" in line for line in processes.lines[0])
 
-    with Processes(2, command, os.environ) as processes:
+    with Processes(2, command, environ) as processes:
         wait_for_a_step(processes)
         assert f"continuing from step {steps[0]}" in processes.lines[0]
         processes.popen[1].send_signal(signal.SIGKILL)
