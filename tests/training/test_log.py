@@ -83,12 +83,21 @@ def test_a_window_restored_anywhere_ends_with_the_same_bits():
 
 
 def test_window_keeps_two_steps_in_flight(monkeypatch):
-    waited = []
-    monkeypatch.setattr(jax, "block_until_ready", lambda m: waited.append(float(m["loss"])))
+    fetched, get = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda m: fetched.append(float(m["loss"])) or get(m))
     window = Window()
     for step in range(1, 6):
         window.add(step, metrics(step))
-    assert waited == [1, 2, 3]
+        assert fetched == list(range(1, step - 1))
+    assert window.means()["loss"] == 3.0 and fetched == [1, 2, 3, 4, 5]
+
+
+def test_a_bad_step_ends_the_run_before_the_next_line():
+    window = Window()
+    window.add(1, metrics(float("nan")))
+    window.add(2, metrics(1.0))
+    with pytest.raises(NotFinite, match="step 1: loss is nan"):
+        window.add(3, metrics(1.0))
 
 
 def test_lines_after_the_restored_step_are_cut(tmp_path):

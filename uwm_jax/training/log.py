@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
@@ -23,18 +24,18 @@ class NotFinite(RunError):
 
 
 class Window:
-    """Device metrics of the steps since the last log line, fetched together so that steps do not wait.
+    """Device metrics of the steps since the last log line.
 
     A metric of shape () is averaged over the steps; one of shape (2,) is [sum, count] and becomes the ratio of the
     two sums over the steps. Everything is added in float64 in the order of the steps, so a window that was
     interrupted and restored ends with the same bits as one that was not.
 
-    At most `ahead` steps are in flight: `add` waits for the one before.
+    At most `ahead` steps are in flight: `add` fetches the one before, while the device works on the later ones.
     """
 
     def __init__(self, ahead: int = 2):
         self._ahead = ahead
-        self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+        self._pending: collections.deque[tuple[int, Mapping[str, jax.Array]]] = collections.deque()
         self._empty()
 
     def _empty(self) -> None:
@@ -42,17 +43,21 @@ class Window:
         self._last: dict[str, float] = {}
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of a step, replicated arrays of shape () or (2,), of which `learning_rate` is one."""
+        """Takes the metrics of a step, replicated arrays of shape () or (2,), of which `learning_rate` is one.
+
+        Raises NotFinite for the step that it fetches.
+        """
         self._pending.append((step, metrics))
-        if len(self._pending) > self._ahead:
-            jax.block_until_ready(self._pending[-1 - self._ahead][1])
+        self._fetch(self._ahead)
 
     def check(self) -> None:
-        """Waits for the steps and raises NotFinite for the first one with a metric that is not finite."""
-        pending, self._pending = self._pending, []
-        fetched = jax.device_get([metrics for _, metrics in pending])  # all at once: the copies overlap
-        for (step, _), metrics in zip(pending, fetched, strict=True):
-            for name, value in metrics.items():
+        """Waits for all steps and raises NotFinite for the first one with a metric that is not finite."""
+        self._fetch(0)
+
+    def _fetch(self, leave: int) -> None:
+        while len(self._pending) > leave:
+            step, metrics = self._pending.popleft()
+            for name, value in jax.device_get(dict(metrics)).items():
                 total, count = (float(x) for x in (value if np.ndim(value) else (value, 1.0)))
                 if not math.isfinite(total) or not math.isfinite(count):
                     raise NotFinite(
