@@ -129,6 +129,15 @@ def test_a_row_depends_on_its_index_alone(config):
     np.testing.assert_allclose(shuffled["images"], whole["images"][order], atol=1e-5)
 
 
+@pytest.mark.slow
+def test_one_draw_for_the_batch_is_that_of_the_step_whichever_rows_are_at_hand(config):
+    config.data.augment.draw = "batch"
+    data = batch(8)
+    _, whole = loss(make(config), data)
+    _, part = loss(make(config), {k: v[5:] for k, v in data.items()})
+    np.testing.assert_allclose(part["images"], whole["images"][5:], atol=1e-5)
+
+
 def test_steps_differ(config):
     data = batch(8)
     first, second = (loss(make(config), data, seed=seed)[0] for seed in (0, 1))

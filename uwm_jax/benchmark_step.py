@@ -35,8 +35,6 @@ from uwm_jax import cli, files
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_codec, make_up_arrays, make_up_batch, make_up_facts
-from uwm_jax.made_up import make_up_codec as make_up_codec
-from uwm_jax.made_up import make_up_system as make_up_system
 from uwm_jax.models.codecs import PCACodec, VAECodec
 from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.system import System

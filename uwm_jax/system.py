@@ -225,6 +225,8 @@ class System:
             losses.draw_timesteps, schedule=self.schedule, next_obs=self.config.diffusion.next_obs_timesteps
         )
         timestep = losses.hide_missing_actions(jax.vmap(draw)(time_keys), batch["action_mask"], self.schedule)
+        if self.augment["draw"] == "batch":  # one draw for the step, whichever of its rows are at hand
+            image_keys = jnp.broadcast_to(jax.random.fold_in(key, 2), image_keys.shape)
 
         current, following = self.preprocess(batch, image_keys if augment else None)
         sample_posterior = augment and self.config.model.codec.posterior == "sample"

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from uwm_jax.benchmark_step import make_up_batch
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.made_up import make_up_batch
 from uwm_jax.models.codecs import VAECodec
 from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.parallel import collectives, sharding

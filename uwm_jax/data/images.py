@@ -56,7 +56,7 @@ def preprocess(
         resize: (height, width) that every frame is resized to: bilinear, half-pixel centres, antialiased.
         crop: (height, width) cut out of it, without keys in the centre.
         augment: {random_crop: bool; brightness, contrast, saturation, hue: half-widths of their ranges, 0 = off;
-            draw: "sample" = one draw per row and view, "batch" = one per view, made with the first row's key}.
+            draw: "sample" = one draw per row and view, "batch" = one per view, from a key that all rows share}.
         keys: (B,) keys of the rows, or None for no augmentation. A row's draw depends on its own key only
             (draw "sample"), and all frames of a row and view, current and following, share it.
     Returns:
