@@ -49,7 +49,9 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", reference.NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "libero" in n else ()) for n in reference.NAMES]
+)
 def test_round_trip_is_bit_equal(official: Path, tmp_path: Path, name: str) -> None:
     g = reference.numbers(name)
     normalizer = {"action/scale": g["action_scale"], "action/offset": g["action_offset"]}

@@ -72,6 +72,7 @@ def test_the_command_writes_metrics_pictures_and_report(trained):
         assert f"<th>{mode}</th>" in page and html.escape(report.formula(mode)) in page
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch_size(trained):
     system, params, frozen, _ = load_for_inference(trained)
     held_out = Loader(system.config.data, batch_size=1, seed=0).held_out(6)

@@ -99,6 +99,7 @@ def test_one_evaluation_matches_the_official_code(golden: Golden) -> None:
         np.testing.assert_allclose(out[key], golden.expected(key), rtol=0, atol=2e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_five_modes_match_the_official_code(golden: Golden) -> None:
     out = golden.sample(",".join(MODES), "init_noise", {})
     cameras = sorted(k.removeprefix("obs/") for k, v in golden.numbers.items() if k.startswith("obs/") and v.ndim == 5)
@@ -219,6 +220,7 @@ def test_output_keys_units_and_seed(tiny: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(alone["action"], out["action"][:1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_given_noise_units_of_inputs_and_overrides(tiny: Path, tmp_path: Path) -> None:
     arrays = tiny_inputs()
     drawn = run_tiny(tiny, tmp_path, arrays, "--mode=policy,forward")
@@ -237,6 +239,7 @@ def test_given_noise_units_of_inputs_and_overrides(tiny: Path, tmp_path: Path) -
     assert not np.allclose(more_steps["action"], same["policy/action"], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_latents_stand_in_for_frames(tiny: Path, tmp_path: Path) -> None:
     arrays = tiny_inputs()
     system = checkpoint.load_for_inference(tiny)[0]

@@ -144,6 +144,7 @@ def test_steps_differ(config):
     assert first != second
 
 
+@pytest.mark.slow
 def test_the_posterior_is_sampled_or_its_mode(config):
     vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
     frozen = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
@@ -158,6 +159,7 @@ def test_the_posterior_is_sampled_or_its_mode(config):
     np.testing.assert_array_equal(results["sample, held out"], results["mode, held out"])
 
 
+@pytest.mark.slow
 def test_the_loss_at_the_start_is_the_variance_of_the_noise(config):
     """The real network's outputs are zero at initialisation, so both losses are the mean square of the noise."""
     config.data.augment.hue = 0.0

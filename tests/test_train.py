@@ -118,6 +118,7 @@ def test_a_changed_config_is_refused_by_field(finished, finished_config):
     assert config_lib.read(finished).optimizer.learning_rate == 1e-3
 
 
+@pytest.mark.slow
 def test_pretrained_image_weights_reach_a_fresh_state(tiny_config, tmp_path):
     from uwm_jax.torch_bridge.torchvision_resnet import load_imagenet_resnet
     from uwm_jax.training.state import create, make_optimizer, with_params

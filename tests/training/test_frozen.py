@@ -43,6 +43,7 @@ def config(tiny_config):
     return tiny_config
 
 
+@pytest.mark.slow
 def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
     params = write_vae(tmp_path / "vae", seed=0)
     config.model.codec.vae = str(tmp_path / "vae")
