@@ -4,9 +4,9 @@
 
 Telemetry is everything that the training does not need: loss by timestep, gradient norms by group, the window of
 metrics with its guard against NaN, named wall time, and every `config.log_every` steps a line of progress, of
-`metrics.jsonl` and of TensorBoard's events. The bare step returns its loss alone, and the compiler removes whatever only
-the other metrics needed. Short blocks of both alternate in one process, so that a machine whose speed drifts treats them
-alike; data and weights are made up.
+`metrics.jsonl` and of TensorBoard's events. The bare step returns its loss alone, and the compiler removes whatever
+only the other metrics needed. Short blocks of both alternate in one process, so that a machine whose speed drifts treats
+them alike; data and weights are made up.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
     Returns:
       `bare_step_ms`, `step_ms`: medians over blocks. `wall_overhead_percent` and `cpu_overhead_percent`: median over
       pairs of blocks, with a 95 % interval (bootstrap); CPU time counts all threads of the process, and other processes
-      on the machine touch it less. Two parts of it do not depend on the machine's mood: `host_ms_per_step`, the CPU time of
-      the telemetry's own Python, and `compiled_flops_percent`, `compiled_bytes_percent`, what XLA counts more of in
-      the step's program.
+      on the machine touch it less. Its parts, alone: `host_ms_per_step`, the CPU time of the telemetry's own Python,
+      and `compiled_flops_percent`, `compiled_bytes_percent`, what XLA counts more of in the step's program.
     """
     system, frozen = make_up_system(config, action_dim=10)
     optimizer = state_lib.make_optimizer(config)
