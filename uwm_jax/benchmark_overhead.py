@@ -5,8 +5,8 @@
 Telemetry is everything that the training does not need: loss by timestep, gradient norms by group, the window of
 metrics with its guard against NaN, named wall time, and every `config.log_every` steps a line of progress, of
 `metrics.jsonl` and of TensorBoard's events. The bare step returns its loss alone, and the compiler removes whatever
-only the other metrics needed. Short blocks of both alternate in one process, so that a machine whose speed drifts treats
-them alike; data and weights are made up.
+only the other metrics needed. Short blocks of both alternate in one process, so that a machine whose speed drifts
+treats them alike; data and weights are made up.
 """
 
 from __future__ import annotations
