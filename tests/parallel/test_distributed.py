@@ -12,7 +12,8 @@ import pytest
 from launch.rehearse import Processes, one_device
 from uwm_jax.errors import UserError
 from uwm_jax.parallel import distributed
-from uwm_jax.parallel.distributed import Preemption, find_launch
+from uwm_jax.parallel.distributed import Preemption
+from uwm_jax.parallel.launch import find_launch
 
 NO_FLAGS = {"coordinator_address": None, "num_processes": None, "process_id": None}
 SLURM = {
@@ -97,6 +98,7 @@ def test_alone_everything_is_trivial(capsys):
         assert distributed.is_main() and distributed.place() == "process 0 of 1"
         assert distributed.agree({"step": 3}) == {"step": 3}
         assert distributed.any_process(True) is True and distributed.any_process(False) is False
+        distributed.require_same("the config", {"step": 3})
         distributed.barrier("nobody else", seconds=1)
         distributed.say("hello", 3)
     assert capsys.readouterr().out == "hello 3\n"
@@ -135,6 +137,9 @@ def main(argv):
     with d.session():
         assert d.agree([flags.FLAGS.process_id, "x" * 1000]) == [0, "x" * 1000]
         assert d.any_process(not first) and not d.any_process(False) and d.any_process(first)
+        d.require_same("the config", {"seed": 0, "cameras": ("wrist",)})
+        if scenario == "differs":
+            d.require_same("the data order", {"seed": 0, "datasets": {"robot": "abc" if first else "xyz"}})
         for _ in range(3):
             d.barrier("again")
         assert d.is_main() == first
@@ -187,6 +192,18 @@ def test_an_error_of_one_process_is_the_end_and_the_message_of_all():
     assert statuses == [2, 2], output
     assert "error: this file is no good" in output[0] and "process 0 of 2 failed: this file is no good" in output[1]
     assert not any("Traceback" in text or "Check failure" in text for text in output), output
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_processes_that_were_started_differently_end_with_what_differs():
+    statuses, output = run("differs", 3)
+    assert statuses == [2] * 3, output
+    message = (
+        'error: the data order: process 1, 2 of 3 differs from process 0: datasets.robot is "xyz" on process 1, but '
+        'datasets.robot is "abc" on process 0. Start all processes with the same command'
+    )
+    assert all(text.count("error:") == 1 and message in text for text in output), output
 
 
 @pytest.mark.slow

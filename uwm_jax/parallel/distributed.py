@@ -1,12 +1,7 @@
 """Several processes as one run: who takes part, what they agree on, and how they end together.
 
-A run of one process needs nothing of this, and every function here is then a no-op or trivial. `session` finds the
-other processes, in this order:
-
-  1. the flags --coordinator-address, --num-processes, --process-id;
-  2. the environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID;
-  3. SLURM, in a job step of several tasks (`srun python -m uwm_jax.train ...`);
-  4. a TPU pod (the same command on every host).
+A run of one process needs nothing of this, and every function here is then a no-op or trivial; `launch.py` says how
+`session` finds the other processes.
 
 Processes talk through JAX's coordination service, which process 0 runs; no agreement here touches the devices. A
 process that fails tells the others why, and they end with its status. One that was killed can tell nobody: the
@@ -18,8 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
-import importlib.util
+import hashlib
 import itertools
 import json
 import os
@@ -30,7 +24,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +32,7 @@ from jax._src import distributed as jax_distributed  # the coordination client h
 from jax.experimental import multihost_utils
 
 from uwm_jax.errors import Preempted, RunError, UserError
+from uwm_jax.parallel.launch import LAUNCH_FLAGS, find_launch
 
 FLAGS = flags.FLAGS
 
@@ -51,7 +45,6 @@ _POLLS_PER_BEAT = 5
 _OWN_ERROR_SECONDS = 3.0  # how long a process that hears of a failure may take to meet the same error itself
 _LEAVE_SECONDS = 8.0  # how long a failing process 0 keeps the service up for the others to read why
 _CLOSE_SECONDS = 20.0  # how long a failing process may take to close its files
-_LAUNCH_FLAGS = ("coordinator_address", "num_processes", "process_id")
 # What the collectives of CPUs and GPUs and the coordination client say when the other side is gone.
 _LOST_CONTACT = re.compile(r"gloo|nccl|unavailable|connection (reset|closed|refused)|socket closed|peer", re.I)
 
@@ -96,7 +89,7 @@ def initialize(join_seconds: int = JOIN_SECONDS, silence_seconds: float = SILENC
         silence_seconds: after which a process that shows no life is taken for dead.
     """
     global _company
-    given = {name: FLAGS[name].value if name in FLAGS else None for name in _LAUNCH_FLAGS}
+    given = {name: FLAGS[name].value if name in FLAGS else None for name in LAUNCH_FLAGS}
     launch = find_launch(given, os.environ)
     if launch is None:
         return
@@ -159,6 +152,29 @@ def any_process(flag: bool) -> bool:
     return bool(flag) if _company is None else any(_company.exchange(bool(flag)))
 
 
+def require_same(what: str, value: Any) -> None:
+    """Checks that `value`, which JSON must hold, is the same on all processes. All must call it, in the same order.
+
+    Raises:
+        UserError: on all processes; names `what`, who differs from process 0, and the first entry that does.
+    """
+    if _company is None:
+        return
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    digests = _company.exchange(digest)
+    others = [str(p) for p, theirs in enumerate(digests) if theirs != digests[0]]
+    if not others:
+        return
+    values = _company.exchange(value)
+    main, other = _entries(values[0]), _entries(values[int(others[0])])
+    key = min(key for key in main.keys() | other.keys() if main.get(key) != other.get(key))
+    is_there, is_here = (f"{key}{' ' * bool(key)}is {entries.get(key, 'absent')[:200]}" for entries in (other, main))
+    raise UserError(
+        f"{what}: process {', '.join(others)} of {_company.count} differs from process 0: {is_there} on process "
+        f"{others[0]}, but {is_here} on process 0. Start all processes with the same command, files and data."
+    )
+
+
 def barrier(name: str, seconds: float = AGREE_SECONDS) -> None:
     """Waits until all processes are here.
 
@@ -217,85 +233,6 @@ class Preemption:
 
     def _take(self, *_: Any) -> None:
         self._requested = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """How this process joins: `arguments` of `jax.distributed.initialize`, and a name for messages."""
-
-    arguments: dict[str, Any]
-    described: str
-
-
-def find_launch(given: Mapping[str, Any], environ: Mapping[str, str]) -> Launch | None:
-    """Which processes belong to the run, from flags and environment; None if this one is alone.
-
-    Args:
-        given: values of the flags `coordinator_address`, `num_processes`, `process_id`, None where absent.
-
-    Raises:
-        UserError: some of the three are given and others not, or they contradict each other.
-    """
-    environment = {name: environ.get(f"JAX_{name.upper()}") for name in _LAUNCH_FLAGS}
-    if any(value is not None for value in given.values()):
-        return _explicit(given, {name: f"--{name.replace('_', '-')}" for name in _LAUNCH_FLAGS})
-    if environment["num_processes"] is not None or environment["process_id"] is not None:
-        return _explicit(environment, {name: f"JAX_{name.upper()}" for name in _LAUNCH_FLAGS})
-    # Without a step, SLURM_NTASKS counts the tasks that a script may start, not those that run it.
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
-    if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ and int(tasks) > 1:
-        return Launch(_slurm_devices(environ), f"SLURM task {environ['SLURM_PROCID']} of {tasks}")
-    if _on_tpu_host(environ):
-        return Launch({}, "this TPU host")
-    if environment["coordinator_address"] is not None:
-        return _explicit(environment, {name: f"JAX_{name.upper()}" for name in _LAUNCH_FLAGS})
-    return None
-
-
-def _explicit(given: Mapping[str, Any], names: Mapping[str, str]) -> Launch | None:
-    missing = [names[name] for name in _LAUNCH_FLAGS if given[name] is None]
-    if missing:
-        found = ", ".join(f"{names[name]}={given[name]}" for name in _LAUNCH_FLAGS if given[name] is not None)
-        raise UserError(f"{' and '.join(missing)} missing beside {found}: a run of several processes needs all three.")
-    address = str(given["coordinator_address"])
-    try:
-        count, index = int(given["num_processes"]), int(given["process_id"])
-    except ValueError as e:
-        raise UserError(f"{names['num_processes']} and {names['process_id']}: expected whole numbers ({e}).") from e
-    if not 0 <= index < count:
-        raise UserError(
-            f"{names['process_id']}={index}: expected 0 to {count - 1}, as {names['num_processes']}={count}."
-        )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"{names['coordinator_address']}={address}: expected HOST:PORT of process 0.")
-    if count == 1:
-        return None
-    arguments = {
-        "coordinator_address": address,
-        "num_processes": count,
-        "process_id": index,
-        "cluster_detection_method": "deactivate",  # else jax lets a batch system around us decide the devices
-    }
-    if host in ("localhost", "127.0.0.1", "[::1]"):  # then only this machine can be meant
-        arguments["coordinator_bind_address"] = address
-    return Launch(arguments, f"process {index} of {count} (coordinator {address})")
-
-
-def _slurm_devices(environ: Mapping[str, str]) -> dict[str, Any]:
-    """JAX gives each SLURM task one GPU of its node; a task that has the node for itself takes all of them."""
-    alone = re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    gpus = environ.get("SLURM_GPUS_ON_NODE", "")
-    if alone and gpus.isdigit() and int(gpus) > 0 and "JAX_LOCAL_DEVICE_IDS" not in environ:
-        return {"local_device_ids": list(range(int(gpus))), "cluster_detection_method": "slurm"}
-    return {"cluster_detection_method": "slurm"}
-
-
-def _on_tpu_host(environ: Mapping[str, str]) -> bool:
-    platforms = environ.get("JAX_PLATFORMS", "")
-    if platforms and "tpu" not in platforms or importlib.util.find_spec("libtpu") is None:
-        return False  # libtpu alone is no sign: `uwm_jax.plan` uses it where there is no TPU
-    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 class _Company:
@@ -448,6 +385,14 @@ def _is_lost_contact(error: BaseException) -> bool:
     # Which of the three a broken collective raises depends on where it is noticed.
     kinds = (jax.errors.JaxRuntimeError, ValueError, RuntimeError)
     return isinstance(error, kinds) and bool(_LOST_CONTACT.search(str(error)))
+
+
+def _entries(value: Any, name: str = "") -> dict[str, str]:
+    """`{"a.b": "1"}` of `{"a": {"b": 1}}`; what is no dict is one entry, without a name."""
+    if isinstance(value, dict) and value:
+        inside = (_entries(v, f"{name}.{key}" if name else str(key)) for key, v in value.items())
+        return {key: text for entries in inside for key, text in entries.items()}
+    return {name: json.dumps(value)}
 
 
 def _status(error: BaseException) -> int:
