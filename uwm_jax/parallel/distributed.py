@@ -146,10 +146,15 @@ def agree(value: Any) -> Any:
     return next(theirs for main, theirs in _company.exchange([is_main(), value]) if main)
 
 
+def gather(value: Any) -> list[Any]:
+    """Everybody's value, which JSON must hold, by process. All must call it, in the same order."""
+    return [value] if _company is None else _company.exchange(value)
+
+
 def any_process(flag: bool) -> bool:
     """Whether `flag` is true on any process. All must call it, in the same order; costs a round trip, so not in every
     step."""
-    return bool(flag) if _company is None else any(_company.exchange(bool(flag)))
+    return any(gather(bool(flag)))
 
 
 def require_same(what: str, value: Any) -> None:

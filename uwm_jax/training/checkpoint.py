@@ -22,6 +22,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -42,6 +43,7 @@ from uwm_jax.training.stored import CorruptCheckpoint, Stored, cause_of, with_di
 
 SAVE_TIMEOUT_SECONDS = 20 * 60  # for all processes to have written one checkpoint
 READ_TIMEOUT_SECONDS = 20 * 60  # for all to have read one
+SHARED_SECONDS = 40.0  # for a file that one host wrote to be seen on another: NFS clients look every 30 s
 
 _Value = TypeVar("_Value")
 
@@ -55,6 +57,26 @@ def write_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
     path = Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, config_lib.to_json(config) + "\n")
+
+
+def require_shared(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+    """Checks that all processes see the same workdir; all call it after the main one's `write_config`.
+
+    A file system that is shared may show a new file late, so a process that does not see it looks again for a while.
+
+    Raises:
+      UserError: on all processes; names those whose `config.json` is not what the main one wrote.
+    """
+    expected = distributed.agree(config_lib.to_json(config) + "\n")
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (seen := _text(Path(workdir) / "config.json") == expected) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [str(process) for process, sees in enumerate(distributed.gather(seen)) if not sees]
+    if blind:
+        raise UserError(
+            f"--workdir: process {', '.join(blind)} does not see in {str(workdir)!r} what process 0 wrote there "
+            "(config.json). It must be a directory that all hosts share, under the same path on each."
+        )
 
 
 def make_assets(config: ConfigDict, facts: DataFacts, **extra: Any) -> dict[str, Any]:
@@ -426,6 +448,13 @@ def latest_step(workdir: str | os.PathLike[str]) -> int | None:
 
 def _steps(directory: Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _free_name(path: Path) -> Path:
