@@ -17,10 +17,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
+from uwm_jax.data.loader import Loader
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_system
 from uwm_jax.train import load_pretrained_encoder, train
-from uwm_jax.training.checkpoint import Checkpoints, load_for_inference
+from uwm_jax.training.checkpoint import Checkpoints, latest_step, load_for_inference
 from uwm_jax.training.goodput import CATEGORIES
 from uwm_jax.training.log import NotFinite
 
@@ -67,6 +68,8 @@ def test_what_a_run_leaves_behind(finished, finished_config):
     assert items == {"params", "ema_params", "train_state", "data_iter", "assets", "codec"}
     output = finished.with_suffix(".out").read_text()
     assert "step 6/6" in output and "ETA" in output and "6 episodes" in output
+    assert "noise_pred_net/blocks/adaln/kernel" in output and "MB/device" in output
+    assert "wall time" in output and "checkpoint" in output
 
 
 def test_the_checkpoint_describes_itself(finished):
@@ -84,6 +87,17 @@ def test_the_checkpoint_describes_itself(finished):
         load_for_inference(finished, 3)
 
 
+def assert_same_run(workdir, other):
+    """Equal lines but for times, and equal parameters, to the last bit."""
+    before, after = metrics_of(workdir), metrics_of(other)
+    assert [x["step"] for x in after] == [x["step"] for x in before]
+    for x, y in zip(before, after, strict=True):
+        for name in set(x) - {"samples_per_second", "data_wait_fraction", "goodput"}:
+            assert x[name] == y[name] or name.startswith("time/"), (x["step"], name)
+    params = [load_for_inference(d)[1] for d in (workdir, other)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+
+
 def test_continuing_equals_never_having_stopped(finished, finished_config, tmp_path, capsys):
     """From the checkpoint of step 4 on, with more loader threads: the same losses to the last bit."""
     again = tmp_path / "again"
@@ -92,15 +106,28 @@ def test_continuing_equals_never_having_stopped(finished, finished_config, tmp_p
     finished_config.data.num_threads = 3
     train(finished_config, again)
     assert "continuing from step 4" in capsys.readouterr().out
-    before, after = metrics_of(finished), metrics_of(again)
-    assert [x["step"] for x in after] == [x["step"] for x in before]
-    for x, y in zip(before, after, strict=True):
-        for name in set(x) - {"samples_per_second", "data_wait_fraction", "goodput"}:
-            if name.startswith("time/"):
-                continue
-            assert x[name] == y[name], (x["step"], name)
-    params = [load_for_inference(d)[1] for d in (finished, again)]
-    jax.tree.map(np.testing.assert_array_equal, *params)
+    assert_same_run(finished, again)
+
+
+@pytest.mark.slow
+def test_a_damaged_record_costs_no_finished_step(finished, finished_config, tmp_path, monkeypatch, capsys):
+    """Met in step 6, in the middle of a line's window and between two checkpoints."""
+    load = Loader.load
+
+    def damaged(self, batch, at, row, position):
+        if position >= 5 * finished_config.batch_size:
+            raise UserError("shard-00000: record 3 cannot be read")
+        load(self, batch, at, row, position)
+
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "load", damaged)
+        with pytest.raises(UserError, match="record 3"):
+            train(finished_config, workdir)
+    assert latest_step(workdir) == 5
+    train(finished_config, workdir)
+    assert "continuing from step 5" in capsys.readouterr().out
+    assert_same_run(finished, workdir)
 
 
 def test_a_finished_run_is_left_alone(finished, finished_config, capsys):

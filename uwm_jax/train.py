@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.log import MetricsLog, Window, progress_line
 from uwm_jax.training.profile import Profile
-from uwm_jax.training.step import make_eval_step, make_train_step
+from uwm_jax.training.step import compile_for, make_eval_step, make_train_step
 
 FLAGS = flags.FLAGS
 
@@ -95,7 +94,8 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
     batch_sharding, replicated = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
 
     # --- Where from: the newest checkpoint that is whole; else another run's parameters, or nothing. -
-    checkpoints, stored, origin = None, None, None
+    checkpoints: Any = None
+    stored, origin = None, None
     if last_step is not None:
         checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
         stored = checkpoints.newest_readable()
@@ -110,16 +110,12 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
         facts = dataclasses.replace(facts, normalizer=origin.normalizer_for(config, facts))
         loader.close()
         loader = open_loader(config, mesh, None, facts.normalizer)
+    held_out = loader.held_out(config.eval.num_windows) if config.eval.every else None
     trace = Profile.parse(profile, workdir, stored.step if stored else 0, config.total_steps)
 
-    # --- Workdir: nothing is written before config, mesh and data are known to be good. ------------
-    if distributed.is_main():
-        checkpoint_lib.write_config(workdir, config)
-    distributed.barrier("config.json is written")
-    checkpoints = checkpoints or checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
-
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
-    codec, frozen = open_codec(config, workdir, loader, stored, origin)
+    vae, arrays = where_codec(config, workdir, loader, stored, origin)
+    codec, frozen = frozen_lib.open_codec(config, vae, arrays)
     frozen = mesh_lib.place(frozen, replicated)
     system = System(config, facts, codec)
     optimizer = state_lib.make_optimizer(config)
@@ -131,7 +127,7 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
     rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no step has this number
     shapes = jax.eval_shape(init_state, rng)
     shardings = sharding.state_sharding(mesh, rules, shapes)
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    like = mesh_lib.with_sharding(shapes, shardings)
     print_summary(config, loader, frozen, mesh, sharding.table(mesh, rules, shapes, shardings))
 
     # --- State: the checkpoint's, or fresh. --------------------------------------------------------
@@ -151,23 +147,25 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
             state = state_lib.with_params(state, origin.params(state.params, config.init_from_skip)[0])
             say(origin.describe_skipped(like.params, skipped))
 
+    # --- Workdir: nothing is written before all of the above is known to be good. ------------------
+    if distributed.is_main():
+        checkpoint_lib.write_config(workdir, config)
+    if not stored:
+        frozen_lib.keep_vae(config, vae, workdir)
+    distributed.barrier("the workdir is made")
+    checkpoints = checkpoints or checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
+
     # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------
-    def compiled(function: Callable[..., Any], outputs: Any, **options: Any) -> Any:
-        def laid_out(*args: Any) -> Any:
-            with sharding.activations(mesh, rules):
-                return function(*args)
-
-        inputs = (shardings, replicated, batch_sharding)
-        program = jax.jit(laid_out, in_shardings=inputs, out_shardings=outputs, **options)
-        batch = jax.eval_shape(lambda: system.example_batch(config.batch_size))
-        return program.lower(shapes, jax.eval_shape(lambda: frozen), batch).compile()
-
     say("compiling the step...")
     with goodput.spend("compile"):
+        batch_like = jax.eval_shape(lambda: system.example_batch(config.batch_size))
+        inputs = like, frozen, mesh_lib.with_sharding(batch_like, batch_sharding)
         step_function = make_train_step(config, system, optimizer, mesh)
-        train_step = compiled(step_function, (shardings, replicated), donate_argnums=0)
-        eval_step = compiled(make_eval_step(config, system), replicated) if config.eval.every else None
-    held_out = held_out_batches(config, loader, batch_sharding)
+        train_step = compile_for(mesh, rules, step_function, *inputs, updates_state=True)
+        if held_out:
+            eval_step = compile_for(mesh, rules, make_eval_step(config, system), *inputs, updates_state=False)
+    windows = held_out.batches(config.batch_size) if held_out else []
+    held_out_batches = [mesh_lib.place(batch, batch_sharding) for batch in windows]
     # On CPUs the first collective fails when another process comes to it half a minute later.
     distributed.barrier("all programs are compiled", seconds=3600)
 
@@ -184,14 +182,28 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
     goodput.begin(start_step, progress.get("goodput"), log.cut)
     if mfu.note:
         say(mfu.note)
+
+    def save(step: int) -> None:
+        with goodput.spend("checkpoint"):
+            arrays = frozen_lib.checkpointed_arrays(config, frozen)
+            progress = {"window": window.state(), "goodput": goodput.state(step)}
+            checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
+
+    saved_step = start_step
     with contextlib.ExitStack() as closing:
         for close in (loader.close, batches.close, log.close, trace.close, checkpoints.close):
             closing.callback(close)  # in reverse, and all of them whatever happens
         preemption = closing.enter_context(Preemption())
         watchdog = closing.enter_context(Watchdog(config.hang_seconds))
         for step in range(start_step + 1, config.total_steps + 1):
-            with goodput.spend("data_wait"):
-                batch = next(batches)
+            try:
+                with goodput.spend("data_wait"):
+                    batch = next(batches)
+            except UserError:  # a damaged record; other processes wait in the step by now and cannot save
+                if step - 1 > saved_step and jax.process_count() == 1:
+                    save(step - 1)
+                    checkpoints.wait()
+                raise
             trace.at(step, state.step)
             state, metrics = train_step(state, frozen, batch)
             window.add(step, metrics)
@@ -199,12 +211,12 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
             checkpoints.check()
 
             last, stop = step == config.total_steps, preemption.requested(step)
-            save = step % config.checkpoint.every == 0 or last
-            evaluate = eval_step is not None and (step % config.eval.every == 0 or last)
-            if step % config.log_every == 0 or step == 1 or save or evaluate:
+            due = step % config.checkpoint.every == 0 or last
+            evaluate = held_out is not None and (step % config.eval.every == 0 or last)
+            if step % config.log_every == 0 or step == 1 or due or evaluate:
                 means = window.means()  # raises on NaN, so that none is ever saved
                 with goodput.spend("evaluation"):
-                    losses = mean_over_batches(eval_step, state, frozen, held_out) if evaluate else {}
+                    losses = mean_over_batches(eval_step, state, frozen, held_out_batches) if evaluate else {}
                 rates = goodput.rates(step)
                 rates |= mfu(rates["samples_per_second"])
                 say(progress_line(step, config.total_steps, {**means, **rates}))
@@ -213,15 +225,14 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
                 del rates["eta_seconds"]
                 with goodput.spend("other"):
                     log.write(step, {**means, **rates, **losses})
-            if save or stop:
-                with goodput.spend("checkpoint"):
-                    progress = {"window": window.state(), "goodput": goodput.state(step)}
-                    arrays = frozen_lib.checkpointed_arrays(config, frozen)
-                    checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
+            if due or stop:
+                saved_step = step
+                save(step)
             if stop:
                 checkpoints.wait()
                 raise Preempted(f"told to end (SIGTERM): step {step} is saved; the same command continues from it.")
-        checkpoints.wait()
+        with goodput.spend("checkpoint"):
+            checkpoints.wait()
     say(goodput.summary())
     say(f"done: {config.total_steps} steps in {workdir}")
 
@@ -255,16 +266,15 @@ def open_loader(config: ConfigDict, mesh: Any, stored: Any, normalizer: Any = No
     )
 
 
-def open_codec(config: ConfigDict, workdir: Path, loader: Loader, stored: Any, origin: Any) -> tuple[Any, Any]:
-    """The codec and its arrays: the checkpoint's, else the origin's, else a new one for this data."""
+def where_codec(config: ConfigDict, workdir: Path, loader: Loader, stored: Any, origin: Any) -> tuple[Any, Any]:
+    """(VAE's place, arrays of a fitted codec): the checkpoint's, else the origin's, else new ones for this data."""
     if stored:
-        return frozen_lib.from_workdir(config, workdir, stored.codec)
-    found = origin.codec(config, workdir) if origin else None
-    if found is not None:
-        return found
+        return frozen_lib.vae_folder(workdir), stored.codec
+    if origin and origin.gives_codec(config):
+        return origin.vae, origin.codec_arrays
     is_pca, data = config.model.codec.name == "pca", config.data
     fitted = read_pca(loader.directory, loader.camera_keys, data.crop, data.val_ratio) if is_pca else None
-    return frozen_lib.for_new_run(config, workdir, fitted)
+    return config.model.codec.vae, fitted
 
 
 def load_pretrained_encoder(config: ConfigDict, params: Any, shardings: Any) -> Any:
@@ -274,14 +284,6 @@ def load_pretrained_encoder(config: ConfigDict, params: Any, shardings: Any) -> 
     encoder = load_imagenet_resnet(config.model.encoder.imagenet_weights, params["obs_encoder"]["img_encoder"])
     encoder = mesh_lib.place(encoder, shardings["obs_encoder"]["img_encoder"])
     return {**params, "obs_encoder": {**params["obs_encoder"], "img_encoder": encoder}}
-
-
-def held_out_batches(config: ConfigDict, loader: Loader, batch_sharding: Any) -> list[Any]:
-    """Fixed batches of validation windows on the devices; empty when nothing is evaluated."""
-    if not config.eval.every:
-        return []
-    batches = loader.held_out(config.eval.num_windows).batches(config.batch_size)
-    return [mesh_lib.place(batch, batch_sharding) for batch in batches]
 
 
 def mean_over_batches(eval_step: Any, state: Any, frozen: Any, batches: list[Any]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from uwm_jax.made_up import make_up_system
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
 from uwm_jax.training.finetune import INTERFACE, open_origin
+from uwm_jax.training.frozen import open_codec
 from uwm_jax.training.state import create, make_optimizer
 
 # Of the dataset that the origin was trained on, and of another one.
@@ -200,7 +201,7 @@ def test_fresh_layers_free_what_belongs_to_them(origin, tiny_config):
     tiny_config.diffusion.prediction.action = "sample"
     tiny_config.model.codec.name = "pixels"
     origin.check(tiny_config, facts)
-    assert origin.codec(tiny_config, "unused") is None
+    assert not origin.gives_codec(tiny_config)
     tiny_config.diffusion.beta_schedule = "linear"
     with pytest.raises(UserError, match="beta_schedule"):
         origin.check(tiny_config, facts)
@@ -263,8 +264,9 @@ def test_units_that_differ_are_noticed(origin, tiny_config):
     assert "warning" not in said
 
 
-def test_the_origins_codec_comes_along(origin_run, origin, tiny_config, tmp_path):
-    codec, frozen = origin.codec(tiny_config, tmp_path)
+def test_the_origins_codec_comes_along(origin_run, origin, tiny_config):
+    assert origin.gives_codec(tiny_config)
+    codec, frozen = open_codec(tiny_config, origin.vae, origin.codec_arrays)
     assert (codec.patch, codec.channels) == (8, 12)
     jax.tree.map(np.testing.assert_array_equal, frozen, origin_run[2])
 

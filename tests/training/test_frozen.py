@@ -46,8 +46,8 @@ def config(tiny_config):
 @pytest.mark.slow
 def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
     params = write_vae(tmp_path / "vae", seed=0)
-    config.model.codec.vae = str(tmp_path / "vae")
-    codec, found = frozen.for_new_run(config, tmp_path / "run", None)
+    codec, found = frozen.open_codec(config, tmp_path / "vae", None)
+    frozen.keep_vae(config, tmp_path / "vae", tmp_path / "run")
     assert isinstance(codec, VAECodec) and isinstance(codec.vae, AutoencoderKL) and codec.microbatch == 3
     jax.tree.map(np.testing.assert_array_equal, found, params)
     config.model.codec.vae = "nowhere/at-all"  # a run that continues reads its own copy
@@ -58,19 +58,17 @@ def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
 def test_another_vae_in_the_workdir_is_refused(config, tmp_path):
     for seed in (0, 1):
         write_vae(tmp_path / str(seed), seed)
-    config.model.codec.vae = str(tmp_path / "0")
-    frozen.for_new_run(config, tmp_path / "run", None)
-    config.model.codec.vae = str(tmp_path / "1")
+    frozen.keep_vae(config, tmp_path / "0", tmp_path / "run")
     with pytest.raises(UserError, match="frozen/vae"):
-        frozen.for_new_run(config, tmp_path / "run", None)
+        frozen.keep_vae(config, tmp_path / "1", tmp_path / "run")
 
 
 def test_codecs_without_a_vae(tiny_config, tmp_path):
     arrays = {"mean": np.zeros((1, 16, 16, 3)), "components": np.zeros((1, 192, 4)), "scale": np.ones(())}
-    codec, found = frozen.for_new_run(tiny_config, tmp_path, arrays)
+    codec, found = frozen.open_codec(tiny_config, "", arrays)
     assert codec == PCACodec(8, 4) and frozen.checkpointed_arrays(tiny_config, found) is found
     with pytest.raises(UserError, match="carries no codec"):
         frozen.from_workdir(tiny_config, tmp_path, None)
     tiny_config.model.codec.name = "pixels"
-    assert frozen.for_new_run(tiny_config, tmp_path, None) == (PixelsCodec(), {})
+    assert frozen.open_codec(tiny_config, "", None) == (PixelsCodec(), {})
     assert frozen.checkpointed_arrays(tiny_config, {}) is None

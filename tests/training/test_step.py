@@ -118,6 +118,16 @@ def test_eval_step_uses_the_average():
     assert set(metrics) == {"eval/loss/action", "eval/loss/next_obs"}
 
 
+def test_evaluation_is_computed_in_parts_too():
+    _, state = make()
+    config = base()
+    whole = make_eval_step(config, Quadratic())(state, None, BATCH)
+    config.accumulation_steps = 2
+    parts = make_eval_step(config, Quadratic())(state, None, BATCH)
+    for name in whole:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-6)
+
+
 def test_losses_by_timestep_and_gradient_norms_by_group():
     step, state = make()
     _, metrics = step(state, None, BATCH)

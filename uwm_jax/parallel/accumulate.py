@@ -4,7 +4,8 @@ The function under differentiation is additive over rows, so a gradient is a sum
 needs averaging. Left to the partitioner, a scan over parts reduces the gradients of every part; here the axis `data`
 is manual instead (`jax.shard_map`): each device differentiates its own rows, adds its parts up where they are, and
 one sum over `data` follows. No activation can cross devices by construction. The axes `fsdp` and `tensor` stay with
-the partitioner inside, because a manual `fsdp` would gather the whole model at once.
+the partitioner inside, because a manual `fsdp` would gather the whole model at once; so along `fsdp` every part gathers
+parameters and reduces gradients anew, as ZeRO-3 does.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ def value_and_grad(
       steps: parts that each device's rows are computed in, one after the other; activations of one part are alive at
         a time. It divides the rows of a device.
     """
-    local = _accumulated(loss, steps)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def local(params: Any, rows: Rows) -> Any:
+        return sum_in_parts(lambda part: gradient(params, part), rows, steps)
+
     if mesh is None or mesh.shape[DATA_AXIS] == 1:
         return local(params, batch)
 
@@ -55,20 +60,16 @@ def value_and_grad(
     )(params, batch)
 
 
-def _accumulated(loss: Loss, steps: int) -> Callable[[Any, Rows], Any]:
-    gradient = jax.value_and_grad(loss, has_aux=True)
+def sum_in_parts(function: Callable[[Rows], Any], rows: Rows, steps: int) -> Any:
+    """`function(rows)`, a tree of sums over rows, computed in `steps` parts of the rows one after the other."""
     if steps == 1:
-        return gradient
+        return function(rows)
+    # Row n goes to part n mod steps: wherever the rows are cut, every part lies over all devices.
+    parts = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), rows)
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, first))
 
-    def in_parts(params: Any, rows: Rows) -> Any:
-        # Row n goes to part n mod steps: where `fsdp` cuts the rows, every part lies over all its devices.
-        parts = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), rows)
-        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, first))
+    def add(sums: Any, part: Rows) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, function(part)), None
 
-        def add(sums: Any, part: Rows) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(params, part)), None
-
-        return jax.lax.scan(add, zeros, parts)[0]
-
-    return in_parts
+    return jax.lax.scan(add, zeros, parts)[0]

@@ -29,7 +29,8 @@ BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that `config.mesh` asks for, over `devices` (default: all of this run, of every process).
 
-    Raises UserError when the sizes do not use every device, or the batch does not divide over them.
+    Raises UserError when the sizes do not use every device, the batch does not divide over them, or they cannot be laid
+    onto the links between the devices.
     """
     devices = jax.devices() if devices is None else devices
     available, kind = len(devices), getattr(devices[0], "platform", "")
@@ -55,7 +56,15 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
             f"config.batch_size={config.batch_size} does not divide over data x fsdp = {rows} devices{parts}: choose "
             f"a multiple of {rows * config.accumulation_steps}."
         )
-    grid = mesh_utils.create_device_mesh(tuple(asked.values()), devices, allow_split_physical_axes=True)
+    try:
+        grid = mesh_utils.create_device_mesh(tuple(asked.values()), devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError) as e:
+        raise UserError(
+            f"{text} cannot be laid onto the links between the {available} {kind} devices of this run "
+            f"({str(e).splitlines()[0] if str(e) else type(e).__name__}): choose sizes of config.mesh.data, "
+            "config.mesh.fsdp and config.mesh.tensor that are products of the sides of the devices' grid (on a 4x4 "
+            "slice 4 and 4, or 16), or give all devices to one of them."
+        ) from e
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -105,3 +114,14 @@ def place(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda x: one(x, shardings), tree)
     return jax.tree.map(one, tree, shardings)
+
+
+def with_sharding(shapes: Any, shardings: Any) -> Any:
+    """Shapes (`jax.ShapeDtypeStruct` leaves) that carry `shardings`, a tree of them or one for all."""
+
+    def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: one(x, shardings), shapes)
+    return jax.tree.map(one, shapes, shardings)

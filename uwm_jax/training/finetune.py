@@ -14,9 +14,7 @@ its own normaliser for `action`, its own codec for `next_obs`.
 
 from __future__ import annotations
 
-import copy
 import fnmatch
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,6 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
-from uwm_jax.models.codecs import Codec
 from uwm_jax.system import DataFacts
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
@@ -184,16 +181,14 @@ class Origin:
                 entries[key] = source.entries[key]
         return Normalizer(entries)
 
-    def codec(self, config: ConfigDict, workdir: str | os.PathLike[str]) -> tuple[Codec, Any] | None:
-        """The origin's codec as `frozen.for_new_run` returns it, a VAE copied into `workdir`.
+    def gives_codec(self, config: ConfigDict) -> bool:
+        """Whether the new run takes its codec (`vae`, `codec_arrays`): not if the layers of `next_obs` are fresh."""
+        return not _is_fresh("next_obs", config.init_from_skip)
 
-        None if the layers of `next_obs` start fresh: the codec is then a matter of the new run.
-        """
-        if _is_fresh("next_obs", config.init_from_skip):
-            return None
-        config = copy.deepcopy(config)
-        config.model.codec.vae = str(self._vae_folder)
-        return frozen_lib.for_new_run(config, workdir, self.codec_arrays)
+    @property
+    def vae(self) -> Path:
+        """The folder of its VAE."""
+        return frozen_lib.vae_folder(self.directory)
 
     def params(self, fresh: Any, skip: Sequence[str]) -> tuple[Any, list[str]]:
         """The origin's parameters, in the places of fresh ones.
@@ -262,10 +257,6 @@ class Origin:
         text += f" start fresh ({_share(mine, sizes)})" if mine else ""
         return text + (f"; the origin's {', '.join(unused)} not used" if unused else "")
 
-    @property
-    def _vae_folder(self) -> Path:
-        return self.directory / "frozen" / "vae"
-
     def _kept_keys(self, config: ConfigDict, facts: DataFacts) -> list[str]:
         here = {"action": facts.action_dim, **facts.low_dim}
         there = {"action": self.facts.action_dim, **self.facts.low_dim}
@@ -281,14 +272,10 @@ class Origin:
 
     def _about_codec(self, config: ConfigDict) -> list[str]:
         name = config.model.codec.name
-        if (
-            _is_fresh("next_obs", config.init_from_skip)
-            or name == "pixels"
-            or (name == "pca" and not self.codec_arrays)
-        ):
+        if not self.gives_codec(config) or name == "pixels" or (name == "pca" and not self.codec_arrays):
             return []
         if name == "vae":
-            return [f"codec: the origin's VAE, {self._vae_folder} (config.model.codec.vae is not read)"]
+            return [f"codec: the origin's VAE, {self.vae} (config.model.codec.vae is not read)"]
         fitted, wanted = tuple(self.codec_arrays["mean"].shape), (len(config.data.cameras), *config.data.crop, 3)
         if fitted != wanted:
             raise UserError(

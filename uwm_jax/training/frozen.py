@@ -15,37 +15,48 @@ from uwm_jax.parallel import distributed
 from uwm_jax.torch_bridge import diffusers_vae
 
 
-def for_new_run(config: ConfigDict, workdir: str | os.PathLike[str], fitted: Any) -> tuple[Codec, Any]:
-    """The codec and its arrays for a run that starts; the main process copies a VAE into the workdir.
+def open_codec(config: ConfigDict, vae: str | os.PathLike[str], arrays: Any) -> tuple[Codec, Any]:
+    """The codec of a run and its parameters.
 
     Args:
-      fitted: arrays of a codec that was fitted on the data; None for the others.
+      vae: a diffusers folder or hub name; not read for other codecs.
+      arrays: those of a fitted codec, None for the others.
 
     Raises:
-      UserError: the VAE cannot be read, or the workdir holds another one.
-    """
-    if config.model.codec.name == "vae":
-        if distributed.is_main():
-            diffusers_vae.copy_folder(config.model.codec.vae, Path(workdir) / "frozen" / "vae")
-        distributed.barrier("the VAE is in the workdir")
-    return from_workdir(config, workdir, fitted)
-
-
-def from_workdir(config: ConfigDict, workdir: str | os.PathLike[str], arrays: Any) -> tuple[Codec, Any]:
-    """The codec of a workdir.
-
-    Args:
-      arrays: those of a fitted codec, from its checkpoint; None for the others.
+      UserError: the VAE cannot be read, or there are no arrays of a fitted codec.
     """
     c = config.model.codec
     if c.name == "pixels":
         return PixelsCodec(), {}
     if c.name == "pca":
         if arrays is None:
-            raise UserError(f"{workdir}: config.model.codec.name is 'pca', but the checkpoint carries no codec.")
+            raise UserError("config.model.codec.name is 'pca', but the checkpoint carries no codec.")
         return PCACodec.from_params(arrays), {k: jnp.asarray(v) for k, v in arrays.items()}
-    module, params, _ = diffusers_vae.load_vae(Path(workdir) / "frozen" / "vae", dtype=c.dtype)
+    module, params, _ = diffusers_vae.load_vae(vae, dtype=c.dtype)
     return VAECodec(module, microbatch=c.microbatch), params
+
+
+def from_workdir(config: ConfigDict, workdir: str | os.PathLike[str], arrays: Any) -> tuple[Codec, Any]:
+    """The codec of a workdir, which has a VAE of its own; `arrays` are its checkpoint's."""
+    return open_codec(config, vae_folder(workdir), arrays)
+
+
+def keep_vae(config: ConfigDict, vae: str | os.PathLike[str], workdir: str | os.PathLike[str]) -> None:
+    """Copies the VAE of a run that starts into its workdir (the main process does); nothing for other codecs.
+
+    Raises:
+      UserError: the workdir holds another one.
+    """
+    if config.model.codec.name != "vae":
+        return
+    if distributed.is_main():
+        diffusers_vae.copy_folder(vae, vae_folder(workdir))
+    distributed.barrier("the VAE is in the workdir")
+
+
+def vae_folder(workdir: str | os.PathLike[str]) -> Path:
+    """Where a workdir keeps its VAE."""
+    return Path(workdir) / "frozen" / "vae"
 
 
 def checkpointed_arrays(config: ConfigDict, frozen: Any) -> Any:

@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from uwm_jax.diffusion.loss import by_timestep, row_weights
-from uwm_jax.parallel.accumulate import value_and_grad
+from uwm_jax.parallel.accumulate import sum_in_parts, value_and_grad
+from uwm_jax.parallel.mesh import replicated
+from uwm_jax.parallel.sharding import Rules, activations
 from uwm_jax.system import System
 from uwm_jax.training.state import TrainState, schedule_factor
 
@@ -88,8 +90,34 @@ def make_eval_step(config: ConfigDict, system: System) -> Callable[[TrainState, 
 
     def eval_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> Metrics:
         params = state.params if state.ema_params is None else state.ema_params
-        errors, _ = system.row_losses(params, frozen, batch, jax.random.key(0), augment=False)
         shares = row_weights(batch["action_mask"], config.loss.action_free)
-        return {f"eval/loss/{m}": (shares[m] * errors[m]).sum() for m in errors}
+
+        def sums(rows: Any) -> Metrics:
+            batch, shares = rows
+            errors, _ = system.row_losses(params, frozen, batch, jax.random.key(0), augment=False)
+            return {f"eval/loss/{m}": (shares[m] * errors[m]).sum() for m in errors}
+
+        return sum_in_parts(sums, (dict(batch), shares), config.accumulation_steps)
 
     return eval_step
+
+
+def compile_for(
+    mesh: Mesh, rules: Rules, function: Callable[..., Any], state: Any, frozen: Any, batch: Any, *, updates_state: bool
+) -> Any:
+    """A step compiled for a mesh, its activations laid out by the rules.
+
+    Args:
+      function: `(state, frozen, batch) -> (state, metrics)` if `updates_state`, which then reuses the buffers of the
+        state it is given; else `-> metrics`.
+      state, frozen, batch: arrays, or shapes with shardings.
+    """
+
+    def laid_out(*args: Any) -> Any:
+        with activations(mesh, rules):
+            return function(*args)
+
+    whole = replicated(mesh)
+    outputs = (jax.tree.map(lambda x: x.sharding, state), whole) if updates_state else whole
+    program = jax.jit(laid_out, out_shardings=outputs, donate_argnums=0 if updates_state else ())
+    return program.lower(state, frozen, batch).compile()
