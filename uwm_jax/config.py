@@ -1,8 +1,8 @@
 """The configuration schema: every field, its default and its meaning, checked once at the edge.
 
 A file under `configs/` starts from `base()` and changes fields; the command line changes more
-(`--config.batch_size=64`). `validate` is called once by each command and is the only place where a
-combination of fields is judged, so that no module below re-checks its inputs.
+(`--config.batch_size=64`). `validate` is called once by each command and is the only place where values and
+their combinations are judged (by `uwm_jax.config_checks`), so that no module below re-checks its inputs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import difflib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from uwm_jax import config_checks
 from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.errors import UserError
 
@@ -150,36 +151,6 @@ def source(**fields: Any) -> ConfigDict:
     return s
 
 
-# Values that a field may take, where its type says too little.
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "model.remat": ("none", "dots", "full"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.encoder.pool": ("average", "flatten"),
-    "model.codec.name": ("vae", "pixels", "pca"),
-    "model.codec.posterior": ("sample", "mode"),
-    "model.codec.dtype": ("float32", "bfloat16"),
-    "diffusion.beta_schedule": ("squaredcos_cap_v2", "linear", "scaled_linear"),
-    "diffusion.spacing": ("leading", "trailing"),
-    "diffusion.prediction.action": ("epsilon", "sample", "v"),
-    "diffusion.prediction.next_obs": ("epsilon", "sample", "v"),
-    "diffusion.next_obs_timesteps": ("uniform", "high_noise"),
-    "loss.action_free": ("kept", "dropped"),
-    "data.window.pad": ("none", "edge"),
-    "data.normalize": ("minmax", "quantile", "none"),
-    "data.augment.draw": ("sample", "batch"),
-    "optimizer.schedule": ("constant", "cosine"),
-}
-
-# Smallest value of a number; everything named here is otherwise at least 0.
-_AT_LEAST_ONE = (
-    "total_steps batch_size accumulation_steps log_every mesh.fsdp mesh.tensor "
-    "model.embed_dim model.depth model.num_heads model.mlp_ratio "
-    "model.timestep_embed_dim model.encoder.width model.codec.microbatch diffusion.num_train_steps "
-    "diffusion.num_inference_steps data.num_streams data.prefetch checkpoint.every "
-    "checkpoint.keep eval.num_windows"
-).split()
-
-
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """`{"model.depth": 12, ...}` of every leaf."""
     flat: dict[str, Any] = {}
@@ -215,6 +186,7 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
         ) from e
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config of {path} returned {config!r}, expected a ConfigDict.")
+    _lists_to_tuples(config)  # as they come back from a stored config
     apply_overrides(config, overrides)
     validate(config)
     return config
@@ -242,10 +214,13 @@ def _parse(name: str, text: str, like: Any) -> Any:
         if isinstance(like, float):
             return float(text)
         if isinstance(like, tuple):
+            parts = tuple(part.strip() for part in text.split(",") if part.strip())
+            if config_checks.is_list_of_texts(name) and not text.lstrip().startswith(("(", "[", "'", '"')):
+                return parts
             try:
                 value = ast.literal_eval(text)
             except (ValueError, SyntaxError):
-                value = tuple(part.strip() for part in text.split(",") if part.strip())
+                return parts
             return _tuples(value) if isinstance(value, list | tuple) else (value,)
         return text
     except (KeyError, ValueError) as e:
@@ -274,6 +249,14 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
+def _lists_to_tuples(config: ConfigDict) -> None:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            _lists_to_tuples(value)
+        elif isinstance(value, tuple):
+            config[key] = _tuples(value)
+
+
 def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2)
 
@@ -286,8 +269,11 @@ def from_json(text: str, where: str) -> ConfigDict:
         raise UserError(f"{where}: not JSON ({e}).") from e
     config = base()
     if isinstance(stored, Mapping) and isinstance(stored.get("data"), Mapping):
-        sources = stored["data"].get("sources", {})
-        config.data.sources = ConfigDict({name: source() for name in sources if isinstance(sources, Mapping)})
+        sources = stored["data"].get("sources")
+        config.data.sources = ConfigDict()
+        for name in sources if isinstance(sources, Mapping) else ():
+            if name.isidentifier():
+                config.data.sources[name] = source()
     known = flatten(config)
 
     def fill(node: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
@@ -298,11 +284,18 @@ def from_json(text: str, where: str) -> ConfigDict:
                 raise UserError(f"{where}: unknown field {prefix + key!r}.{_suggest(prefix + key, known)}")
             if isinstance(node[key], ConfigDict):
                 fill(node[key], value, f"{prefix}{key}.")
-            else:
+                continue
+            try:
                 node[key] = _tuples(value)
+            except (TypeError, ValueError) as e:
+                expected = _type_name(node[key])
+                raise UserError(f"{where}: {prefix + key}: expected {expected}, found {value!r}.") from e
 
     fill(config, stored, "")
-    validate(config)
+    try:
+        validate(config)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
     return config
 
 
@@ -321,148 +314,22 @@ def validate(config: ConfigDict) -> None:
     """Raises UserError that names the first field that is missing, unknown, mistyped or inconsistent."""
     defaults = base()
     if isinstance(config.get("data"), ConfigDict) and isinstance(config.data.get("sources"), ConfigDict):
+        for name, value in config.data.sources.items():
+            if not isinstance(value, ConfigDict):
+                raise UserError(
+                    f"config.data.sources.{name}: expected what uwm_jax.config.source(...) gives, found {value!r}."
+                )
         defaults.data.sources = ConfigDict({name: source() for name in config.data.sources})
     reference, flat = flatten(defaults), flatten(config)
     for name in flat.keys() - reference.keys():
         raise UserError(f"config.{name}: there is no such field.{_suggest(name, reference)}")
     for name, default in reference.items():
         if name not in flat:
+            if name.startswith("data.sources."):
+                raise UserError(f"config.{name} is missing: make every source with uwm_jax.config.source(...).")
             raise UserError(f"config.{name} is missing: start the config from uwm_jax.config.base().")
         value = flat[name]
         whole = isinstance(default, float) and type(value) is int  # 1 for 1.0
         if type(value) is not type(default) and not whole:
             raise UserError(f"config.{name}: expected {_type_name(default)}, found {value!r}.")
-        if isinstance(value, int | float) and name != "mesh.data":
-            lowest = 1 if name in _AT_LEAST_ONE else 0
-            if not value >= lowest or value == float("inf"):
-                raise UserError(f"config.{name}: expected a number of at least {lowest}, found {value}.")
-    choices_of = dict(_CHOICES) | {
-        f"data.sources.{s}.fill_views": ("same", "none", "random") for s in config.data.sources
-    }
-    for name, choices in choices_of.items():
-        if flat[name] not in choices:
-            raise UserError(f"config.{name}: expected one of {', '.join(choices)}; found {flat[name]!r}.")
-    _validate_combinations(config)
-
-
-def _validate_combinations(c: ConfigDict) -> None:
-    def check(holds: bool, message: str) -> None:
-        if not holds:
-            raise UserError(message)
-
-    m, d, w = c.model, c.data, c.data.window
-    check(
-        c.batch_size % c.accumulation_steps == 0,
-        f"config.accumulation_steps={c.accumulation_steps} does not divide config.batch_size={c.batch_size}.",
-    )
-    _validate_sources(d, check)
-    check(
-        m.embed_dim % m.num_heads == 0,
-        f"config.model.num_heads={m.num_heads} does not divide config.model.embed_dim={m.embed_dim}.",
-    )
-    check(
-        m.timestep_embed_dim % 2 == 0 and m.timestep_embed_dim >= 4,
-        f"config.model.timestep_embed_dim: expected an even number of at least 4, found {m.timestep_embed_dim}.",
-    )
-    check(
-        m.encoder.width > 0 and m.encoder.width % 16 == 0,
-        f"config.model.encoder.width: expected a multiple of 16 (GroupNorm's channels per group), found "
-        f"{m.encoder.width}.",
-    )
-    check(c.seed < 2**32, f"config.seed: expected less than 2**32, found {c.seed}.")
-    sizes = {"model.patch": (m.patch, 3), "data.resize": (d.resize, 2), "data.crop": (d.crop, 2)}
-    for name, (value, length) in sizes.items():
-        check(
-            len(value) == length and all(type(v) is int and v > 0 for v in value),
-            f"config.{name}: expected {length} positive whole numbers, found {value}.",
-        )
-    check(
-        len(m.encoder.stage_sizes) > 0 and all(type(v) is int and v > 0 for v in m.encoder.stage_sizes),
-        f"config.model.encoder.stage_sizes: expected positive whole numbers, found {m.encoder.stage_sizes}.",
-    )
-    check(
-        d.crop[0] <= d.resize[0] and d.crop[1] <= d.resize[1],
-        f"config.data.crop={d.crop} is larger than config.data.resize={d.resize}.",
-    )
-    for name in ("obs", "action", "next_obs"):
-        check(
-            len(w[name]) > 0 and all(type(i) is int for i in w[name]),
-            f"config.data.window.{name}: expected frame indices, found {w[name]}.",
-        )
-        check(
-            w.pad == "edge" or min(w[name]) >= 0,
-            f"config.data.window.{name}: negative indices need config.data.window.pad='edge'; found {w[name]}.",
-        )
-    check(
-        len(w.obs) == len(w.next_obs),
-        f"config.data.window.next_obs has {len(w.next_obs)} frames and config.data.window.obs {len(w.obs)}; both "
-        "need the same number, since one augmentation and one latent shape serve both.",
-    )
-    check(
-        len(w.next_obs) % m.patch[0] == 0,
-        f"config.model.patch[0]={m.patch[0]} does not divide the {len(w.next_obs)} frames of next_obs.",
-    )
-    check(len(d.cameras) > 0, "config.data.cameras: expected at least one camera key.")
-    for name in ("cameras", "low_dim"):
-        check(len(set(d[name])) == len(d[name]), f"config.data.{name}: a key is named twice in {d[name]}.")
-    check(
-        all(len(a) == 2 and all(isinstance(part, str) for part in a) for a in d.action) and len(d.action) > 0,
-        f"config.data.action: expected pairs (step key, transform), found {d.action}.",
-    )
-    check(0.0 <= d.val_ratio < 1.0, f"config.data.val_ratio: expected 0 <= ratio < 1, found {d.val_ratio}.")
-    check(
-        not m.encoder.use_low_dim or len(d.low_dim) > 0,
-        "config.model.encoder.use_low_dim=True needs keys in config.data.low_dim.",
-    )
-    check(
-        not m.encoder.use_language or bool(d.text),
-        "config.model.encoder.use_language=True needs config.data.text, the key of a text embedding.",
-    )
-    check(
-        c.diffusion.num_inference_steps <= c.diffusion.num_train_steps,
-        f"config.diffusion.num_inference_steps={c.diffusion.num_inference_steps} exceeds "
-        f"num_train_steps={c.diffusion.num_train_steps}.",
-    )
-    for name in ("b1", "b2", "ema_decay"):
-        check(c.optimizer[name] < 1.0, f"config.optimizer.{name}: expected less than 1, found {c.optimizer[name]}.")
-    check(d.augment.hue <= 0.5, f"config.data.augment.hue: expected at most 0.5, found {d.augment.hue}.")
-    for name in ("brightness", "contrast", "saturation"):
-        check(
-            d.augment[name] <= 1.0,
-            f"config.data.augment.{name}: expected at most 1, found {d.augment[name]}.",
-        )
-    check(
-        c.mesh.data == -1 or c.mesh.data > 0,
-        f"config.mesh.data: expected a number of devices or -1 for all, found {c.mesh.data}.",
-    )
-    check(bool(c.mesh.rules), "config.mesh.rules: expected the name of a table in configs/meshes/, or a FILE.py.")
-    check(
-        not c.init_from_skip or bool(c.init_from),
-        f"config.init_from_skip={c.init_from_skip} means nothing without config.init_from.",
-    )
-
-
-def _validate_sources(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
-    check(bool(d.path) or bool(d.sources), "config.data.path: expected a dataset's directory.")
-    if not d.sources:
-        return
-    check(
-        not d.path or any(not s.path for s in d.sources.values()),
-        f"config.data.path={d.path!r} is used by no source, since each names its own: set it to ''.",
-    )
-    check(
-        any(s.use_actions and s.weight > 0 for s in d.sources.values()),
-        "config.data.sources: expected at least one source with use_actions=True and a weight above 0.",
-    )
-    for name, s in d.sources.items():
-        where = f"config.data.sources.{name}"
-        check(name.isidentifier(), f"{where}: expected a name of letters, digits and underscores.")
-        check(bool(s.path or d.path), f"{where}.path is empty, and so is config.data.path.")
-        check(
-            len(s.cameras) <= len(d.cameras),
-            f"{where}.cameras has {len(s.cameras)} keys, but the model has {len(d.cameras)} cameras {d.cameras}.",
-        )
-        check(
-            not s.use_actions or len(s.cameras) in (0, len(d.cameras)),
-            f"{where}.cameras: a source with actions needs one key for each of {d.cameras}, found {s.cameras}.",
-        )
+    config_checks.check(config, flat)

@@ -1,0 +1,215 @@
+"""Which values the fields of a config may have, alone and together.
+
+`uwm_jax.config` knows the fields and their types; it calls `check` on a config in which all of them are there.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from uwm_jax.errors import UserError
+
+# Values that a field may take, where its type says too little.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.remat": ("none", "dots", "full"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.encoder.pool": ("average", "flatten"),
+    "model.codec.name": ("vae", "pixels", "pca"),
+    "model.codec.posterior": ("sample", "mode"),
+    "model.codec.dtype": ("float32", "bfloat16"),
+    "diffusion.beta_schedule": ("squaredcos_cap_v2", "linear", "scaled_linear"),
+    "diffusion.spacing": ("leading", "trailing"),
+    "diffusion.prediction.action": ("epsilon", "sample", "v"),
+    "diffusion.prediction.next_obs": ("epsilon", "sample", "v"),
+    "diffusion.next_obs_timesteps": ("uniform", "high_noise"),
+    "loss.action_free": ("kept", "dropped"),
+    "data.window.pad": ("none", "edge"),
+    "data.normalize": ("minmax", "quantile", "none"),
+    "data.augment.draw": ("sample", "batch"),
+    "optimizer.schedule": ("constant", "cosine"),
+}
+
+# Smallest value of a number; everything named here is otherwise at least 0.
+_AT_LEAST_ONE = (
+    "total_steps batch_size accumulation_steps log_every mesh.fsdp mesh.tensor "
+    "model.embed_dim model.depth model.num_heads model.mlp_ratio "
+    "model.timestep_embed_dim model.encoder.width model.codec.microbatch diffusion.num_train_steps "
+    "diffusion.num_inference_steps data.num_streams data.prefetch checkpoint.every "
+    "checkpoint.keep eval.num_windows"
+).split()
+
+
+# Lists of texts; the other lists are of whole numbers, except for those of pairs below.
+_TEXTS = (
+    *("init_from_skip", "data.cameras", "data.low_dim"),
+    *("data.sources.*.include", "data.sources.*.exclude", "data.sources.*.cameras"),
+)
+_PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
+
+
+def is_list_of_texts(name: str) -> bool:
+    """Whether the elements of a list field are texts, so that `2` on the command line means "2"."""
+    return _matches(name, _TEXTS)
+
+
+def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
+    """Raises UserError that names the first value that is out of range or at odds with another.
+
+    Args:
+      config: with all fields, each of its type.
+      flat: the same as `{"model.depth": 12, ...}`.
+    """
+    for name, value in flat.items():
+        if isinstance(value, int | float) and name != "mesh.data":
+            lowest = 1 if name in _AT_LEAST_ONE else 0
+            if not value >= lowest or value == float("inf"):
+                raise UserError(f"config.{name}: expected a number of at least {lowest}, found {value}.")
+        elif isinstance(value, tuple):
+            _check_elements(name, value)
+    choices_of = dict(_CHOICES) | {
+        f"data.sources.{s}.fill_views": ("same", "none", "random") for s in config.data.sources
+    }
+    for name, choices in choices_of.items():
+        if flat[name] not in choices:
+            raise UserError(f"config.{name}: expected one of {', '.join(choices)}; found {flat[name]!r}.")
+    _check_combinations(config)
+
+
+def _check_elements(name: str, value: tuple[Any, ...]) -> None:
+    if _matches(name, _TEXTS):
+        if not all(isinstance(v, str) for v in value):
+            raise UserError(f"config.{name}: expected a list of texts such as ('one', 'two'), found {value!r}.")
+    elif _matches(name, _PAIRS):
+        pairs = all(isinstance(v, tuple) and len(v) == 2 and all(isinstance(part, str) for part in v) for v in value)
+        if not pairs:
+            raise UserError(
+                f"config.{name}: expected pairs (step key, transform) such as (('action', 'identity'),), "
+                f"found {value!r}."
+            )
+    elif not all(type(v) is int for v in value):
+        raise UserError(f"config.{name}: expected a list of whole numbers such as (1, 2), found {value!r}.")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_combinations(c: ConfigDict) -> None:
+    def check(holds: bool, message: str) -> None:
+        if not holds:
+            raise UserError(message)
+
+    m, d, w = c.model, c.data, c.data.window
+    check(
+        c.batch_size % c.accumulation_steps == 0,
+        f"config.accumulation_steps={c.accumulation_steps} does not divide config.batch_size={c.batch_size}.",
+    )
+    _check_sources(d, check)
+    check(
+        m.embed_dim % m.num_heads == 0,
+        f"config.model.num_heads={m.num_heads} does not divide config.model.embed_dim={m.embed_dim}.",
+    )
+    check(
+        m.timestep_embed_dim % 2 == 0 and m.timestep_embed_dim >= 4,
+        f"config.model.timestep_embed_dim: expected an even number of at least 4, found {m.timestep_embed_dim}.",
+    )
+    check(
+        m.encoder.width > 0 and m.encoder.width % 16 == 0,
+        f"config.model.encoder.width: expected a multiple of 16 (GroupNorm's channels per group), found "
+        f"{m.encoder.width}.",
+    )
+    check(c.seed < 2**32, f"config.seed: expected less than 2**32, found {c.seed}.")
+    sizes = {"model.patch": (m.patch, 3), "data.resize": (d.resize, 2), "data.crop": (d.crop, 2)}
+    for name, (value, length) in sizes.items():
+        check(
+            len(value) == length and min(value) > 0,
+            f"config.{name}: expected {length} positive whole numbers, found {value}.",
+        )
+    check(
+        len(m.encoder.stage_sizes) > 0 and min(m.encoder.stage_sizes) > 0,
+        f"config.model.encoder.stage_sizes: expected positive whole numbers, found {m.encoder.stage_sizes}.",
+    )
+    check(
+        d.crop[0] <= d.resize[0] and d.crop[1] <= d.resize[1],
+        f"config.data.crop={d.crop} is larger than config.data.resize={d.resize}.",
+    )
+    for name in ("obs", "action", "next_obs"):
+        check(len(w[name]) > 0, f"config.data.window.{name}: expected at least one frame index.")
+        check(
+            w.pad == "edge" or min(w[name]) >= 0,
+            f"config.data.window.{name}: negative indices need config.data.window.pad='edge'; found {w[name]}.",
+        )
+    check(
+        len(w.obs) == len(w.next_obs),
+        f"config.data.window.next_obs has {len(w.next_obs)} frames and config.data.window.obs {len(w.obs)}; both "
+        "need the same number, since one augmentation and one latent shape serve both.",
+    )
+    check(
+        len(w.next_obs) % m.patch[0] == 0,
+        f"config.model.patch[0]={m.patch[0]} does not divide the {len(w.next_obs)} frames of next_obs.",
+    )
+    check(len(d.cameras) > 0, "config.data.cameras: expected at least one camera key.")
+    for name in ("cameras", "low_dim"):
+        check(len(set(d[name])) == len(d[name]), f"config.data.{name}: a key is named twice in {d[name]}.")
+    check(len(d.action) > 0, "config.data.action: expected at least one pair (step key, transform).")
+    check(0.0 <= d.val_ratio < 1.0, f"config.data.val_ratio: expected 0 <= ratio < 1, found {d.val_ratio}.")
+    check(
+        not m.encoder.use_low_dim or len(d.low_dim) > 0,
+        "config.model.encoder.use_low_dim=True needs keys in config.data.low_dim.",
+    )
+    check(
+        not m.encoder.use_language or bool(d.text),
+        "config.model.encoder.use_language=True needs config.data.text, the key of a text embedding.",
+    )
+    check(
+        c.diffusion.num_inference_steps <= c.diffusion.num_train_steps,
+        f"config.diffusion.num_inference_steps={c.diffusion.num_inference_steps} exceeds "
+        f"num_train_steps={c.diffusion.num_train_steps}.",
+    )
+    for name in ("b1", "b2", "ema_decay"):
+        check(c.optimizer[name] < 1.0, f"config.optimizer.{name}: expected less than 1, found {c.optimizer[name]}.")
+    check(d.augment.hue <= 0.5, f"config.data.augment.hue: expected at most 0.5, found {d.augment.hue}.")
+    for name in ("brightness", "contrast", "saturation"):
+        check(
+            d.augment[name] <= 1.0,
+            f"config.data.augment.{name}: expected at most 1, found {d.augment[name]}.",
+        )
+    check(
+        c.mesh.data == -1 or c.mesh.data > 0,
+        f"config.mesh.data: expected a number of devices or -1 for all, found {c.mesh.data}.",
+    )
+    check(bool(c.mesh.rules), "config.mesh.rules: expected the name of a table in configs/meshes/, or a FILE.py.")
+    check(
+        not c.init_from_skip or bool(c.init_from),
+        f"config.init_from_skip={c.init_from_skip} means nothing without config.init_from.",
+    )
+
+
+def _check_sources(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
+    check(bool(d.path) or bool(d.sources), "config.data.path: expected a dataset's directory.")
+    if not d.sources:
+        return
+    check(
+        not d.path or any(not s.path for s in d.sources.values()),
+        f"config.data.path={d.path!r} is used by no source, since each names its own: set it to ''.",
+    )
+    check(
+        any(s.use_actions and s.weight > 0 for s in d.sources.values()),
+        "config.data.sources: expected at least one source with use_actions=True and a weight above 0.",
+    )
+    for name, s in d.sources.items():
+        where = f"config.data.sources.{name}"
+        check(name.isidentifier(), f"{where}: expected a name of letters, digits and underscores.")
+        check(bool(s.path or d.path), f"{where}.path is empty, and so is config.data.path.")
+        check(
+            len(s.cameras) <= len(d.cameras),
+            f"{where}.cameras has {len(s.cameras)} keys, but the model has {len(d.cameras)} cameras {d.cameras}.",
+        )
+        check(
+            not s.use_actions or len(s.cameras) in (0, len(d.cameras)),
+            f"{where}.cameras: a source with actions needs one key for each of {d.cameras}, found {s.cameras}.",
+        )
