@@ -137,6 +137,15 @@ def test_a_row_that_does_not_fit_says_what_to_change() -> None:
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
+def test_a_state_that_does_not_fit_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes")
+
+    monkeypatch.setattr(benchmark_step, "_Model", full)
+    with pytest.raises(UserError, match=r"^the training state .* does not fit.*config.batch_size"):
+        benchmark_step.benchmark(tiny("pixels"), 1, ACTION_DIM)
+
+
 @pytest.mark.slow
 @pytest.mark.torch
 def test_torch_runs_beside_ours_in_the_same_table(results: dict) -> None:

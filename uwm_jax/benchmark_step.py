@@ -140,9 +140,10 @@ def benchmark(
       `train_step_s`, `samples_per_second`, `compile_and_first_step_s`, `policy_sample_s`, `compile_and_first_sample_s`.
 
     Raises:
-      UserError: a row does not fit into the device's memory.
+      UserError: the model or a row does not fit into the device's memory.
     """
-    model = _Model(config, action_dim, needs_codec=any(row.startswith("pixels") for row in rows))
+    with _fitting("the training state with its made-up batches"):
+        model = _Model(config, action_dim, needs_codec=any(row.startswith("pixels") for row in rows))
     torch_rows = _torch_rows(model, rows) if beside_torch else {}
     results: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
@@ -253,14 +254,14 @@ def _numbers(model: _Model, row: str, timing: _Timing) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _fitting(row: str) -> Iterator[None]:
+def _fitting(what: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         raise UserError(
-            f"{row} does not fit into the memory of {jax.devices()[0].device_kind}: lower config.batch_size or "
+            f"{what} does not fit into the memory of {jax.devices()[0].device_kind}: lower config.batch_size or "
             "config.model.codec.microbatch, raise config.accumulation_steps, or set config.model.remat "
             f"({str(e).splitlines()[0]})."
         ) from e
@@ -343,10 +344,8 @@ class _Model:
         trained, codec = passes * (sample.network + sample.encoder), sample.codec
         if row == POLICY:
             trained, codec = self.config.diffusion.num_inference_steps * sample.network + sample.encoder, 0.0
-        kind, model = jax.devices()[0].device_kind, self.config.model
-        peak, codec_peak = flops.peak_flops(kind, model.dtype), flops.peak_flops(kind, model.codec.dtype)
-        known = peak is not None and codec_peak is not None
-        return trained + codec, trained / peak + codec / codec_peak if known else None  # type: ignore[operator]
+        kind = jax.devices()[0].device_kind
+        return trained + codec, flops.seconds_at_peak(self.config, trained, codec, kind)
 
 
 def _compile(function: Any, *args: Any) -> tuple[Any, float]:

@@ -12,6 +12,10 @@ Three quarters of all parameters are the AdaLN kernels (depth, features + timest
 Both axes cut their width: it is a round number, while the features depend on cameras, frames and robot state.
 Of the other products, `tensor` cuts heads and hidden units, on the way in by columns and on the way out by rows, so
 that a block needs one sum over `tensor` after its attention and one after its MLP; `fsdp` cuts the other axis.
+
+Along `tensor` the frozen codec and the image encoder are repeated (their rows are cut by `data` and `fsdp` only), so
+`tensor` pays where the transformer is what costs: batches of latents, very wide models. Along `fsdp` every part of
+`config.accumulation_steps` gathers the parameters and reduces the gradients again.
 """
 
 PARAMS = (

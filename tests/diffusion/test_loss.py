@@ -116,6 +116,16 @@ def test_losses_by_timestep_are_sums_and_counts_of_rows():
         np.testing.assert_allclose(total, np.asarray(errors[m])[inside].sum(), rtol=1e-6)
 
 
+def test_there_are_no_more_ranges_than_timesteps():
+    clean, noise, _ = make(6)
+    schedule = Schedule(num_train_steps=3, num_inference_steps=2)
+    timestep = {m: jnp.arange(6) % 3 for m in clean}
+    errors, _ = losses.row_losses(network, schedule, clean, noise, timestep, PREDICTION)
+    sums = losses.by_timestep(errors, timestep, jnp.ones(6, bool), schedule)
+    assert list(sums) == [f"{m}/t{t}-{t}" for m in errors for t in range(3)]
+    assert all(count == 2 for _, count in sums.values())
+
+
 @pytest.mark.parametrize(("kind", "share"), [("uniform", 0.25), ("high_noise", 0.625)])
 def test_timesteps_cover_the_range_independently(kind, share):
     keys = jax.random.split(jax.random.key(0), 20_000)

@@ -66,6 +66,17 @@ def test_sizes_that_do_not_fit_are_refused(sizes, message):
         mesh_lib.make_mesh(config(**sizes), devices(8))
 
 
+@pytest.mark.parametrize("error", [NotImplementedError("Failed to find assignment for axis 0"), ValueError()])
+def test_sizes_that_the_links_do_not_allow_are_refused(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(mesh_lib.mesh_utils, "create_device_mesh", fail)
+    message = rf"config.mesh.data=-1, config.mesh.fsdp=2, .* links .*\({str(error) or 'ValueError'}\): choose sizes of"
+    with pytest.raises(UserError, match=message):
+        mesh_lib.make_mesh(config(fsdp=2), devices(8))
+
+
 def test_batch_that_does_not_divide_is_refused():
     with pytest.raises(UserError, match=r"config.batch_size=36 .* 8 devices: choose a multiple of 8"):
         mesh_lib.make_mesh(config(36, fsdp=2), devices(8))

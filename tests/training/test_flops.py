@@ -180,6 +180,7 @@ def test_xla_agrees_on_a_training_step():
         ("NVIDIA H200 NVL", 835, 60),
         ("NVIDIA L4", 121, 30.3),
         ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
     ],
 )
 def test_peaks_by_the_names_that_jax_reports(kind, bfloat16, float32):
@@ -188,7 +189,11 @@ def test_peaks_by_the_names_that_jax_reports(kind, bfloat16, float32):
 
 
 @pytest.mark.parametrize(
-    "kind", ["cpu", "NVIDIA A10G", "NVIDIA H20", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "TPU v9", "Tesla V100-SXM2-16GB"]
+    "kind",
+    [
+        *("cpu", "TPU v9", "Tesla V100-SXM2-16GB", "NVIDIA A10G", "NVIDIA H20", "NVIDIA A100-SXM4-80GB MIG 1g.10gb"),
+        *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"),
+    ],
 )
 def test_unknown_peaks_are_unknown(kind):
     assert flops.peak_flops(kind, "bfloat16") is None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from uwm_jax.errors import UserError
+from uwm_jax.parallel import distributed
 from uwm_jax.training.profile import Profile
 
 
@@ -45,6 +46,19 @@ def test_the_trace_holds_whole_steps(tmp_path, calls):
 def test_a_trace_of_the_last_steps_ends_with_the_run(tmp_path, calls):
     run(Profile.parse("19:2", tmp_path, 10, 20), calls, range(18, 21))
     assert calls == [18, "wait step 18", "start", 19, 20, "stop"]
+
+
+def test_a_trace_that_is_cut_short_names_the_steps_it_holds(tmp_path, calls, capsys):
+    run(Profile.parse("12:3", tmp_path, 10, 20), calls, range(11, 13))
+    assert calls == [11, "wait step 11", "start", 12, "stop"]
+    assert "profile: steps 12 to 12 in " in capsys.readouterr().out
+
+
+def test_only_the_main_process_tells(tmp_path, calls, capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    run(Profile.parse("12:1", tmp_path, 10, 20), calls, range(11, 14))
+    Profile.parse("10:5", tmp_path, 10, 20)
+    assert "start" in calls and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("text", [None, ""])

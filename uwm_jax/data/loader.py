@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -322,13 +321,9 @@ class DevicePrefetch(Iterator[dict[str, jax.Array]]):
 
     Every process gives its own rows of the global batch; `sharding` says how the batch axis lies on the devices.
     An exception of the loader is raised where the batch would have come.
-
-    Attributes:
-        wait_seconds: how long `next` has waited for data so far.
     """
 
     def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int):
-        self.wait_seconds = 0.0
         self._sharding = sharding
         self._depth = max(depth, 1)
         self._ready: collections.deque[Any] = collections.deque()
@@ -338,7 +333,6 @@ class DevicePrefetch(Iterator[dict[str, jax.Array]]):
         self._thread.start()
 
     def __next__(self) -> dict[str, jax.Array]:
-        began = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._closed)
             if not self._ready:
@@ -348,7 +342,6 @@ class DevicePrefetch(Iterator[dict[str, jax.Array]]):
                 raise item  # stays first: it is the end of the iterator
             self._ready.popleft()
             self._changed.notify_all()
-        self.wait_seconds += time.perf_counter() - began
         return item
 
     def close(self) -> None:

@@ -92,8 +92,10 @@ def by_timestep(
 ) -> dict[str, jax.Array]:
     """{"action/t0-24": (2,) [sum of row losses, number of rows], ...}: equal ranges of timesteps of each modality.
 
-    Rows without actions, whose action timestep is not drawn, are not counted for the action.
+    Rows without actions, whose action timestep is not drawn, are not counted for the action. There are no more ranges
+    than timesteps.
     """
+    buckets = min(buckets, schedule.num_train_steps)
     edges = [i * schedule.num_train_steps // buckets for i in range(buckets + 1)]
     sums = {}
     for m, error in errors.items():

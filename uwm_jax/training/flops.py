@@ -190,10 +190,11 @@ _PEAKS: dict[str, tuple[float, float]] = {
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Operations a second that one device can reach in `dtype` (bfloat16, float32); None for an unknown device.
 
-    A slice of a GPU (MIG) is unknown: its share of the chip is not in its name in a form that can be trusted.
+    A slice of a GPU (MIG) is unknown: its share of the chip is not in its name in a form that can be trusted. So are
+    the smaller chips that are sold under the name of a larger one ("... Laptop GPU", "RTX 4090 D").
     """
     kinds = [k for k in _PEAKS if device_kind == k or device_kind.startswith((k + " ", k + "-"))]
-    if not kinds or " MIG " in device_kind:
+    if not kinds or " MIG " in device_kind or " Laptop" in device_kind or device_kind.endswith(" D"):
         return None
     bfloat16, float32 = _PEAKS[max(kinds, key=len)]
     return 1e12 * {"bfloat16": bfloat16, "float32": float32}[dtype]
@@ -221,7 +222,8 @@ class Mfu:
         kind = devices[0].device_kind
         if devices[0].platform == "cpu":
             return
-        ideal = _seconds_at_peak(system.config, count(system, from_pixels), kind)
+        sample = count(system, from_pixels)
+        ideal = seconds_at_peak(system.config, sample.training - sample.codec, sample.codec, kind)
         if ideal is None:
             self.note = f"mfu is not logged: the peak of {kind!r} is not in the table of uwm_jax/training/flops.py"
         else:
@@ -232,8 +234,10 @@ class Mfu:
         return {} if self._seconds is None else {"mfu": samples_per_second * self._seconds}
 
 
-def _seconds_at_peak(config: ConfigDict, sample: SampleFlops, device_kind: str) -> float | None:
+def seconds_at_peak(config: ConfigDict, trained: float, codec: float, device_kind: str) -> float | None:
+    """How long a device at its peak takes for operations of the trained parts and of the frozen codec, each in its own
+    dtype; None for an unknown device."""
     peak, codec_peak = (peak_flops(device_kind, dtype) for dtype in (config.model.dtype, config.model.codec.dtype))
     if peak is None or codec_peak is None:
         return None
-    return (sample.training - sample.codec) / peak + sample.codec / codec_peak
+    return trained / peak + codec / codec_peak

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from uwm_jax.errors import UserError
+from uwm_jax.parallel.distributed import say
 
 
 class Profile:
@@ -24,6 +25,7 @@ class Profile:
         self._first, self._end = first, first + steps
         self._directory = Path(workdir) / "profile"
         self._running = False
+        self._last = 0  # step that the trace holds so far
 
     @classmethod
     def parse(cls, text: str | None, workdir: str | os.PathLike[str], start_step: int, total_steps: int) -> Profile:
@@ -50,7 +52,7 @@ class Profile:
                 f"{total_steps}."
             )
         if first <= start_step:
-            print(f"--profile={text}: no trace, since the run continues after step {start_step}", flush=True)
+            say(f"--profile={text}: no trace, since the run continues after step {start_step}")
             return cls(0, 0, workdir)
         return cls(first, steps, workdir)
 
@@ -69,10 +71,11 @@ class Profile:
         elif self._running and step == self._end:
             jax.block_until_ready(before)
             self.close()
+        self._last = step
 
     def close(self) -> None:
         """Ends a trace that is still running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-            print(f"profile: steps {self._first} to {self._end - 1} in {self._directory}", flush=True)
+            say(f"profile: steps {self._first} to {self._last} in {self._directory}")
