@@ -19,19 +19,12 @@ loss of 2.0 (1 for each modality, since both outputs start at zero). The paper t
 
 from ml_collections import ConfigDict
 
-from uwm_jax.config import base, source
+from configs import droid
+from uwm_jax.config import source
 
 
 def get_config() -> ConfigDict:
-    c = base()
-    c.batch_size = 144
-    c.model.dtype = c.model.codec.dtype = "bfloat16"
-    c.model.encoder.imagenet_weights = "timm/resnet18.tv_in1k"
-    # Cartesian velocity of the end effector with its Euler angles as a 6-d rotation, and the gripper: 3 + 6 + 1.
-    c.data.action = (
-        ("action_dict/cartesian_velocity", "xyz_euler_to_rot6d"),
-        ("action_dict/gripper_position", "identity"),
-    )
+    c = droid.get_config()
     path = "episode_metadata/recording_folderpath"
     c.data.sources.robot = source(include=("WEIRD",), path_key=path, weight=0.5)
     c.data.sources.video = source(exclude=("WEIRD",), path_key=path, weight=0.5, use_actions=False)

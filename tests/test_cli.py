@@ -14,10 +14,13 @@ from uwm_jax import cli
 from uwm_jax.errors import Preempted, UserError
 flags.DEFINE_string("official_config", None, "a file")
 flags.DEFINE_integer("count", 3, "a number")
+flags.DEFINE_string("workdir", None, "a directory")
 cli.accept_config_overrides()
 def main(argv):
     if "usage" in argv:
         raise UserError("FILE: expected that, found this.")
+    if "workdir" in argv:
+        print(cli.required("workdir"))
     if "path" in argv:
         open("/dev/null/x")
     if "full" in argv:
@@ -57,6 +60,18 @@ def test_expected_ends_have_a_status_and_no_traceback(arguments, status, message
     result = run(*arguments)
     assert result.returncode == status
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_workdir_is_a_directory_or_none_yet(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("")
+    for workdir in (file, file / "run"):
+        result = run("workdir", f"--workdir={workdir}")
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert f"--workdir={workdir}: {file} is a file. Expected a directory" in result.stderr
+    assert "--workdir is required" in run("workdir").stderr
+    assert run("workdir", f"--workdir={tmp_path / 'new' / 'run'}").returncode == 0
+    assert run("workdir", f"--workdir={tmp_path}").returncode == 0
 
 
 def test_debug_shows_the_traceback_and_defects_exit_with_1():

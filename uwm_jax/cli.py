@@ -14,6 +14,7 @@ import errno
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -46,10 +47,14 @@ def config_overrides() -> list[tuple[str, str]]:
 
 
 def required(name: str) -> str:
-    """The value of a text flag that must be given."""
+    """The value of a text flag that must be given; `workdir` may not lead to or through a file."""
     value = FLAGS[name].value
     if not value:
         raise UserError(f"--{name.replace('_', '-')} is required. Run with --help to see the flags.")
+    if name == "workdir":
+        there = next(p for p in (Path(value), *Path(value).absolute().parents) if p.exists())
+        if not there.is_dir():
+            raise UserError(f"--workdir={value}: {there} is a file. Expected a directory, or one that can be made.")
     return value
 
 

@@ -181,13 +181,15 @@ class Dataset:
 
     def float_key(self, name: str) -> str:
         """Step key of a vector of floats of any size (for example a text embedding)."""
-        keys = [k for k, f in self.manifest["step_features"].items() if f["dtype"].startswith("float")]
-        return self._resolve(name, keys, "step key with floats")
+        return self._resolve(name, self._float_keys, "step key with floats")
 
     def has_float_key(self, name: str) -> bool:
         """Whether there is such a step key."""
-        keys = [k for k, f in self.manifest["step_features"].items() if f["dtype"].startswith("float")]
-        return name in keys or f"observation/{name}" in keys
+        return not {name, f"observation/{name}"}.isdisjoint(self._float_keys)
+
+    @property
+    def _float_keys(self) -> list[str]:
+        return [k for k, f in self.manifest["step_features"].items() if f["dtype"].startswith("float")]
 
     def episode_texts(self, key: str) -> list[str]:
         """The text of every episode under an episode-level key (for example `episode_metadata/file_path`).
