@@ -14,6 +14,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
@@ -186,6 +187,25 @@ def test_not_finite_names_step_and_metric(tiny_config, tmp_path):
     for x in metrics_of(tmp_path / "run"):
         assert np.isfinite(x["loss"])
     assert all(s <= metrics_of(tmp_path / "run")[-1]["step"] for s in steps)
+
+
+@pytest.mark.slow
+def test_compiled_programs_are_kept_for_the_next_start(tiny_config, tmp_path):
+    before, events = jax.config.jax_compilation_cache_dir, []
+    listen = lambda name, **_: events.append(name.rsplit("/", 1)[-1])  # noqa: E731
+    tiny_config.total_steps = tiny_config.log_every = 1
+    tiny_config.compilation_cache_dir = str(tmp_path / "cache")
+    jax.monitoring.register_event_listener(listen)
+    try:
+        for name in ("first", "second"):
+            events.clear()
+            train(tiny_config, tmp_path / name)
+            assert ("cache_hits" in events) == (name == "second"), events
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert list((tmp_path / "cache").iterdir())
 
 
 def test_batches_that_do_not_divide_and_missing_data(tiny_config, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from uwm_jax import cli
@@ -79,9 +80,11 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
     """Runs `config` in `workdir` up to `config.total_steps`; `profile` is the flag."""
     goodput = Goodput(config.total_steps, config.batch_size)
     if config.compilation_cache_dir:
+        compilation_cache.reset_cache()  # else whatever compiled before this run decides where it lies
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
 
-    # --- Config: what an earlier start of this run fixed must still hold. --------------------------
+    # --- Config: the same in all processes, and as an earlier start of this run fixed it. ----------
+    distributed.require_same("config", config_lib.flatten(config))
     last_step = distributed.agree(checkpoint_lib.latest_step(workdir))
     if last_step is not None:
         refuse_changed_config(config, config_lib.read(workdir))
@@ -104,6 +107,7 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
     loader = open_loader(config, mesh, stored)
+    distributed.require_same("the data", loader.state(loader.start_step))
     facts = DataFacts(**loader.facts())
     if origin:
         say("\n".join(origin.check(config, facts)))
@@ -150,9 +154,9 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
     # --- Workdir: nothing is written before all of the above is known to be good. ------------------
     if distributed.is_main():
         checkpoint_lib.write_config(workdir, config)
+    checkpoint_lib.require_shared(workdir, config)
     if not stored:
         frozen_lib.keep_vae(config, vae, workdir)
-    distributed.barrier("the workdir is made")
     checkpoints = checkpoints or checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
 
     # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------
