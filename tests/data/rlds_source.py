@@ -45,7 +45,9 @@ def features() -> Any:
     return f.FeaturesDict(
         {
             "steps": f.Dataset(step),
-            "episode_metadata": f.FeaturesDict({"file_path": f.Text(), "seed": f.Scalar(dtype=np.int64)}),
+            "episode_metadata": f.FeaturesDict(
+                {"file_path": f.Text(), "recording_folderpath": f.Text(), "seed": f.Scalar(dtype=np.int64)}
+            ),
         }
     )
 
@@ -82,7 +84,12 @@ def _episode(rng: np.random.Generator, number: int, length: int) -> dict[str, An
                 "is_terminal": False,
             }
         )
-    return {"steps": steps, "episode_metadata": {"file_path": f"/robot/{number}", "seed": number}}
+    return {"steps": steps, "episode_metadata": {**paths_of(f"/robot/{number}"), "seed": number}}
+
+
+def paths_of(folder: str) -> dict[str, str]:
+    """An episode's paths under the names that DROID has for them."""
+    return {"file_path": f"{folder}/trajectory.h5", "recording_folderpath": f"{folder}/recordings/MP4"}
 
 
 def encode(rng: np.random.Generator, height: int, width: int, encoding: str, number: int, t: int) -> bytes:
@@ -151,12 +158,12 @@ def _write_shard(file: Path, shard: list[bytes], file_format: str) -> None:
 
 
 def make(
-    path: Path, lengths: list[int], seed: int = 0, file_format: str = "tfrecord", paths: list[str] | None = None
+    path: Path, lengths: list[int], seed: int = 0, file_format: str = "tfrecord", folders: list[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Writes one `train` split in two shards; returns its episodes in stored order. `paths` are their `file_path`s."""
+    """Writes one `train` split in two shards; returns its episodes in stored order. `folders` are where they lay."""
     tree, episodes = features(), make_episodes(lengths, seed)
-    for episode, file_path in zip(episodes, paths or [], strict=False):
-        episode["episode_metadata"]["file_path"] = file_path
+    for episode, folder in zip(episodes, folders or [], strict=False):
+        episode["episode_metadata"] |= paths_of(folder)
     serialized = [serialize(tree, e) for e in episodes]
     half = (len(serialized) + 1) // 2
     write(path, {"train": [serialized[:half], serialized[half:]]}, tree, file_format)

@@ -266,7 +266,9 @@ def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:
         _loader(config)
     config.action = (("action", "identity"),)
     config.val_ratio = 0.0
-    with pytest.raises(UserError, match="no episodes are held out"):
+    with pytest.raises(
+        UserError, match=r"no held-out window to evaluate on .*val_ratio=0.0(.|\n)*: 0 of 6 episodes are held"
+    ):
         _loader(config).held_out(4)
 
 

@@ -203,7 +203,7 @@ def test_files_of_another_dataset_are_refused(copy: Path, made, tmp_path: Path) 
 
 def test_texts_of_the_episodes(made) -> None:
     dataset = Dataset(made[0])
-    assert dataset.episode_texts("episode_metadata/file_path") == ["/robot/0", "/robot/1", "/robot/2"]
+    assert dataset.episode_texts("episode_metadata/file_path") == [f"/robot/{i}/trajectory.h5" for i in range(3)]
     with pytest.raises(UserError, match="no episode text 'path'; it has: episode_metadata/file_path"):
         dataset.episode_texts("path")
 

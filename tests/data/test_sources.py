@@ -27,11 +27,11 @@ rlds_source = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(rlds_source)
 
 LENGTHS = [21, 30, 25, 32, 12, 33, 18, 27]
-PATHS = [f"/r2d2/{'WEIRD' if i % 2 else 'AUTOLab'}/success/ép-{i}/trajectory.h5" for i in range(8)]
+FOLDERS = [f"/r2d2/{'WEIRD' if i % 2 else 'AUTOLab'}/success/ép-{i}" for i in range(8)]
 
 
-def _make(root: Path, lengths: list[int], paths: list[str] | None = None, seed: int = 0) -> Path:
-    rlds_source.make(root / "source", lengths, seed=seed, paths=paths)
+def _make(root: Path, lengths: list[int], folders: list[str] | None = None, seed: int = 0) -> Path:
+    rlds_source.make(root / "source", lengths, seed=seed, folders=folders)
     reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, chunk_steps=8, val_ratio=0.3, workers=1)
     return root / "out"
 
@@ -39,7 +39,7 @@ def _make(root: Path, lengths: list[int], paths: list[str] | None = None, seed: 
 @pytest.fixture(scope="module")
 def droid(tmp_path_factory) -> Path:
     """Every other episode has WEIRD in its path."""
-    return _make(tmp_path_factory.mktemp("droid"), LENGTHS, PATHS)
+    return _make(tmp_path_factory.mktemp("droid"), LENGTHS, FOLDERS)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,6 @@ def config(droid: Path) -> ConfigDict:
     c.cameras, c.low_dim, c.text = ("wrist", "exterior"), ("state",), "embedding"
     c.window.action, c.window.next_obs = (1, 2, 3, 4), (5, 6)
     c.val_ratio, c.num_streams, c.num_threads = 0.3, 8, 2
-    for fields in c.sources.values():
-        fields.path_key = "episode_metadata/file_path"
     return c
 
 
@@ -79,7 +77,7 @@ def _assert_equal(a: list[dict[str, np.ndarray]], b: list[dict[str, np.ndarray]]
 def test_cotraining_shows_the_others_without_their_actions(config: ConfigDict) -> None:
     loader = _loader(config)
     train = split_episodes(8, 0.3)[0]
-    weird = {e for e in train if "WEIRD" in PATHS[e]}
+    weird = {e for e in train if "WEIRD" in FOLDERS[e]}
     assert set(loader.sources["robot"].episodes) == weird
     assert set(loader.sources["video"].episodes) == set(train) - weird
     plain = config.copy_and_resolve_references()
@@ -91,7 +89,7 @@ def test_cotraining_shows_the_others_without_their_actions(config: ConfigDict) -
             trace = loader.describe(step * 8 + row)
             robot = trace.source == "robot"
             seen[robot] += 1
-            assert batch["action_mask"][row] == robot == ("WEIRD" in PATHS[trace.episode])
+            assert batch["action_mask"][row] == robot == ("WEIRD" in FOLDERS[trace.episode])
             assert robot or not (batch["action"][row].any() or batch["obs/state"][row].any())
             expected = whole.spec.empty(1)
             samples = whole.sources[loader.directory.name].samples
@@ -106,14 +104,38 @@ def test_cotraining_shows_the_others_without_their_actions(config: ConfigDict) -
 def test_the_summary_tells_what_the_filters_keep(config: ConfigDict) -> None:
     text = _loader(config).summary()
     assert "robot (50.0% of the samples)" in text and "8 episodes (4 of them with " in text
-    assert "(4 of them with no 'WEIRD' in episode_metadata/file_path)" in text and "used without actions" in text
+    assert (
+        "(4 of them with no 'WEIRD' in episode_metadata/recording_folderpath)" in text
+        and "used without actions" in text
+    )
 
 
 def test_held_out_windows_are_of_robots_and_filtered(config: ConfigDict) -> None:
     held_out = _loader(config).held_out(1000)
-    expected = {e for e in split_episodes(8, 0.3)[1] if "WEIRD" in PATHS[e]}
+    expected = {e for e in split_episodes(8, 0.3)[1] if "WEIRD" in FOLDERS[e]}
     assert expected and set(held_out.episodes) == expected
     assert all(batch["action_mask"].all() for batch in held_out.batches(16))
+
+
+def test_sources_without_held_out_windows_matter_only_if_none_has_any(config: ConfigDict) -> None:
+    assert split_episodes(8, 0.3)[1].tolist() == [5, 7]  # of 33 and 27 steps
+    config.window.next_obs = (28, 29)
+    config.sources = ConfigDict(
+        {
+            "filtered": source(include=("ép-1", "ép-3")),
+            "short": source(include=("ép-3", "ép-7")),
+            "whole": source(),
+        }
+    )
+    assert set(_loader(config).held_out(1000).episodes) == {5}
+    del config.sources["whole"]
+    with pytest.raises(UserError) as caught:
+        _loader(config).held_out(4)
+    message = str(caught.value)
+    assert "no held-out window to evaluate on (config.data.val_ratio=0.3)" in message
+    assert "'filtered'" in message and "2 of 8 episodes are held out, 0 of them with 'ép-1' or 'ép-3' in " in message
+    assert "1 of them with 'ép-3' or 'ép-7' in " in message
+    assert "; the longest has 27 steps, and config.data.window spans 30\n" in message
 
 
 def test_held_out_windows_of_two_robots_have_episodes_of_their_own(config: ConfigDict, other: Path) -> None:
@@ -182,7 +204,7 @@ def test_one_normaliser_over_the_training_episodes_of_all_robots(config: ConfigD
     )
     loader = _loader(config)
     values = {"action_dict/cartesian_velocity": [], "observation/state": []}
-    for path, keep in ((config.path, lambda e: "WEIRD" in PATHS[e]), (other, lambda e: True)):
+    for path, keep in ((config.path, lambda e: "WEIRD" in FOLDERS[e]), (other, lambda e: True)):
         dataset = Dataset(path)
         for key, rows in values.items():
             for e in split_episodes(dataset.num_episodes, 0.3)[0]:
@@ -199,6 +221,15 @@ def test_one_normaliser_over_the_training_episodes_of_all_robots(config: ConfigD
         np.testing.assert_allclose(scale[columns], (high - low) / 2, rtol=1e-6)
         np.testing.assert_allclose(offset[columns], (high + low) / 2, atol=1e-6)
     assert {trace.source for trace in map(loader.describe, range(100))} == {"a", "video"}
+
+
+def test_ranges_are_known_whether_or_not_the_data_is_normalised(config: ConfigDict) -> None:
+    config.sources.video.weight = 3
+    fitted = _loader(config)
+    assert fitted.ranges().to_json() == fitted.normalizer.to_json()
+    config.normalize = "none"
+    raw = _loader(config)
+    assert raw.normalizer.to_json() == {} and raw.ranges().to_json() == fitted.normalizer.to_json()
 
 
 def test_pooled_statistics_are_those_of_all_rows() -> None:

@@ -253,6 +253,53 @@ def test_a_person_is_told_of_quiet_differences(origin, tiny_config):
     assert "the origin's PCA arrays" in said and "starting from ema_params of step 4" in said
 
 
+def test_keys_of_sources_are_compared_as_they_are_read(origin, tiny_config):
+    """What a source says of its own counts, and what another run's fields come to; video does not act."""
+    _, facts = shapes_of(tiny_config)
+
+    def notes() -> list[str]:
+        return [x for x in origin.check(tiny_config, facts) if x.startswith("note: ")]
+
+    action = tiny_config.data.action
+    tiny_config.data.sources.video = config_lib.source(use_actions=False, cameras=("front",))
+    tiny_config.data.sources.robot = config_lib.source(action=action, cameras=("wrist",))
+    tiny_config.data.cameras = ("hand",)  # the model's own name for the same view
+    assert notes() == []
+    tiny_config.data.sources.robot.action = action[::-1]
+    tiny_config.data.sources.robot.cameras = ("exterior",)
+    tiny_config.data.sources.other = config_lib.source(cameras=("wrist",))
+    assert notes() == [
+        "note: config.data.sources.robot.cameras is ['exterior']; the origin was trained with ['wrist']",
+        f"note: config.data.sources.robot.action is {action[::-1]}; the origin was trained with {action}",
+    ]
+
+
+def test_views_that_change_places_are_noticed(origin, tiny_config):
+    _, facts = shapes_of(tiny_config)
+    before = origin.config.copy_and_resolve_references()
+    before.data.cameras = ("wrist", "exterior")
+    origin = dataclasses.replace(origin, config=before, codec_arrays=None)
+    tiny_config.data.cameras = ("exterior", "wrist")
+    tiny_config.data.sources.robot = config_lib.source()
+    assert not [x for x in origin.check(tiny_config, facts) if x.startswith("note: ")]
+    tiny_config.data.sources.robot.cameras = ("wrist", "exterior")
+    assert (
+        "note: config.data.sources.robot.cameras is ['wrist', 'exterior']; "
+        "the origin was trained with ['exterior', 'wrist']" in origin.check(tiny_config, facts)
+    )
+
+
+def test_data_that_stays_raw_is_compared_by_its_range(origin, tiny_config):
+    """With `normalize` "none" the facts have no normaliser, and the origin's is applied all the same."""
+    _, facts = shapes_of(tiny_config)
+    tiny_config.data.normalize = "none"
+    raw = with_facts(facts, normalizer=Normalizer())
+    wide = Normalizer({"action": (np.full(10, 4.0, np.float32), np.full(10, 0.5, np.float32))})
+    said = origin.check(tiny_config, raw, wide)
+    assert any(line.startswith("warning: action of this run's data reaches 2 in") for line in said)
+    assert not any(line.startswith("warning") for line in origin.check(tiny_config, raw, OLD))
+
+
 def test_units_that_differ_are_noticed(origin, tiny_config):
     """Twice the origin's range is suspicious; a constant column, whose scale is 1 by convention, is not."""
     _, facts = shapes_of(tiny_config)

@@ -19,7 +19,6 @@ from uwm_jax.data.mixture import MixtureOrder, continued
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.samples import Batch, Clip, RowSpec
 from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, row_spec
-from uwm_jax.data.windows import Windows
 from uwm_jax.errors import UserError
 
 
@@ -145,6 +144,10 @@ class Loader:
             "normalizer": self.normalizer,
         }
 
+    def ranges(self) -> Normalizer:
+        """What maps the range of each key's training data onto [-1, 1], also where `config.normalize` is "none"."""
+        return fit_normalizer(self._robots, "minmax" if self.config.normalize == "none" else self.config.normalize)
+
     def manifest(self) -> dict[str, Any]:
         """What the data is, for a checkpoint's assets: the dataset's manifest, or {source: its manifest}."""
         if not self.config.sources:
@@ -244,18 +247,17 @@ class Loader:
         them, always the same.
 
         Raises:
-            UserError: there are no validation episodes, or none is long enough.
+            UserError: no source has a validation episode that passes its filter and is long enough.
         """
-        sources = [source for source in self._robots if len(source.held_out)]
-        if not sources:
+        found_in = [(source, source.held_out_windows()) for source in self._robots]
+        sources = [source for source, windows in found_in if windows]
+        every = [windows for _, windows in found_in if windows]
+        if not every:
+            each = "\n".join(f"  {source.about_held_out()}" for source in self._robots)
             raise UserError(
-                f"{self.directory}: no episodes are held out (config.data.val_ratio={self.config.val_ratio}, "
-                f"{self._robots[0].dataset.num_episodes} episodes)."
+                f"there is no held-out window to evaluate on (config.data.val_ratio={self.config.val_ratio}):\n{each}\n"
+                "Only a new run can hold out other episodes; training works without (config.eval.every=0)."
             )
-        every = [
-            Windows(self.spec.window, s.dataset.episode_lengths, s.held_out, f"validation episodes of {s.where}")
-            for s in sources
-        ]
         ends = np.cumsum([len(windows) for windows in every])
         count = min(num_windows, int(ends[-1]))
         # One window from each of `count` equal parts of the list, at the same place of each part.

@@ -90,6 +90,7 @@ class Source:
         self._num_kept = int(kept.sum())
         # Held out first and filtered then, so that sources of one dataset agree about what is held out.
         train, held_out = split_episodes(dataset.num_episodes, config.val_ratio)
+        self._num_held_out = len(held_out)
         self.episodes, self.held_out = train[kept[train]], held_out[kept[held_out]]
         what = f"training episodes of {where}"
         if self.filter:
@@ -97,6 +98,23 @@ class Source:
         self.windows = Windows(self.samples.window, dataset.episode_lengths, self.episodes, what)
         self.order = StreamOrder(len(self.windows), config.num_streams, seed)
         self._val_ratio = config.val_ratio
+
+    def held_out_windows(self) -> Windows | None:
+        """All windows of the validation episodes that pass the filter; None if there are none."""
+        lengths = self.dataset.episode_lengths
+        if not self.samples.window.count(lengths[self.held_out]).any():
+            return None
+        return Windows(self.samples.window, lengths, self.held_out)
+
+    def about_held_out(self) -> str:
+        """What becomes of its validation episodes, for a person who misses them."""
+        text = f"{self.where}: {self._num_held_out} of {self.dataset.num_episodes} episodes are held out"
+        if self._num_held_out and self.filter:
+            text += f", {len(self.held_out)} of them with {self.filter}"
+        if len(self.held_out):
+            longest = int(self.dataset.episode_lengths[self.held_out].max())
+            text += f"; the longest has {longest} steps, and config.data.window spans {self.samples.window.span}"
+        return text
 
     @property
     def identity(self) -> str:

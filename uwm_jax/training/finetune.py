@@ -56,7 +56,7 @@ _FIXED = {
 
 # Fields that finetuning often changes; a person is told, since no shape may show it.
 _TOLD = (
-    *("data.cameras", "data.low_dim", "data.text", "data.action", "data.resize", "data.crop"),
+    *("data.low_dim", "data.text", "data.resize", "data.crop"),
     *("data.window.obs", "data.window.action", "data.window.next_obs"),
 )
 
@@ -133,12 +133,14 @@ class Origin:
     def normalizer(self) -> Normalizer:
         return self.facts.normalizer
 
-    def check(self, config: ConfigDict, facts: DataFacts) -> list[str]:
+    def check(self, config: ConfigDict, facts: DataFacts, ranges: Normalizer | None = None) -> list[str]:
         """What a person should be told before the run starts, line by line.
 
         Args:
           config: of the new run.
           facts: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
+          ranges: what maps this data onto [-1, 1] (`Loader.ranges()`), also where the run leaves it raw; None: the
+            normaliser does.
 
         Raises:
           UserError: a field, or a PCA codec, that gives the origin's parameters another meaning.
@@ -154,10 +156,18 @@ class Origin:
         lines = [
             f"starting from {self.item} of step {self.step} in {self.directory}; optimizer and step are fresh",
             *self._about_codec(config),
-            *self._about_normalizer(config, facts),
+            *self._about_normalizer(config, facts, ranges or facts.normalizer),
         ]
+        keys_now, keys_before = _keys_read(config), _keys_read(self.config)
+        for kind, fields in keys_now.items():
+            known = list(keys_before[kind].values())
+            lines += [
+                f"note: config.{field} is {keys}; the origin was trained with {' or '.join(map(str, known))}"
+                for field, keys in fields.items()
+                if keys not in known
+            ]
         for name in _TOLD:
-            in_order = sorted if name in ("data.cameras", "data.low_dim") else lambda x: x
+            in_order = sorted if name == "data.low_dim" else lambda x: x
             there, here = in_order(before[name]), in_order(now[name])
             if there != here:
                 lines.append(f"note: config.{name} is {here}; the origin was trained with {there}")
@@ -286,7 +296,7 @@ class Origin:
             )
         return ["codec: the origin's PCA arrays"]
 
-    def _about_normalizer(self, config: ConfigDict, facts: DataFacts) -> list[str]:
+    def _about_normalizer(self, config: ConfigDict, facts: DataFacts, ranges: Normalizer) -> list[str]:
         kept = self._kept_keys(config, facts)
         own = [key for key in ("action", *facts.low_dim) if key not in kept]
         plain = [key for key in kept if key not in self.normalizer.entries]
@@ -295,8 +305,8 @@ class Origin:
         lines = [f"normaliser: {'; '.join(parts)}"]
         lines[0] += f" ({', '.join(plain)}: none, raw values)" if plain else ""
         for key in kept:
-            if key in facts.normalizer.entries:
-                reach = self._reach(key, *facts.normalizer.entries[key])
+            if key in ranges.entries:
+                reach = self._reach(key, *ranges.entries[key])
                 if reach > _REACH:
                     lines.append(
                         f"warning: {key} of this run's data reaches {reach:.3g} in the origin's units, which was "
@@ -334,6 +344,20 @@ class Origin:
                 "they start at zero and are most of the network, so little of the origin is left without them."
             )
         return "\n".join(lines)
+
+
+def _keys_read(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """{"cameras" and "action": {config field: keys}} of all data with actions; cameras in the order of the views."""
+    data = config.data
+    sources = {f"data.sources.{name}": s for name, s in data.sources.items() if s.use_actions} or {"data": data}
+    found: dict[str, dict[str, Any]] = {"cameras": {}, "action": {}}
+    for where, source in sources.items():
+        for kind, fields in found.items():
+            keys = source[kind] or data[kind]
+            if kind == "cameras":
+                keys = [key for _, key in sorted(zip(data.cameras, keys, strict=True))]
+            fields[f"{where if source[kind] else 'data'}.{kind}"] = keys
+    return found
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
