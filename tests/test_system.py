@@ -173,6 +173,62 @@ def test_the_loss_at_the_start_is_the_variance_of_the_noise(config):
         np.testing.assert_allclose(errors[m], jnp.square(noise[m]).reshape(16, -1).mean(axis=1), rtol=1e-5)
 
 
+class Nudged:
+    """A network that adds something to the noisy action that it is given."""
+
+    def __init__(self, network, nudge):
+        self.network, self.nudge = network, nudge
+
+    def apply(self, variables, *args, method=None):
+        if method is not None:
+            return self.network.apply(variables, *args, method=method)
+        cond, noisy, timestep = args
+        return self.network.apply(variables, cond, {**noisy, "action": noisy["action"] + self.nudge}, timestep)
+
+
+@pytest.mark.slow
+def test_what_of_a_row_without_actions_reaches_the_action_loss(config):
+    """Its derivatives with respect to all that a row holds, with the real network.
+
+    At initialisation the gates and the head are zero and nothing would reach the loss, so the parameters are moved.
+    Dropped: nothing of such rows. Kept: what they observe, and of their (zero) actions what the noisiest timestep lets
+    through.
+    """
+    rows = 8
+    data = batch(rows) | {"action_mask": jnp.arange(rows) % 2 == 1}
+    system = System(config, FACTS, PixelsCodec())
+    params = jax.jit(system.init)(jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
+    network, (images, following) = system.network, system.preprocess(data)
+
+    def action_losses(inputs):
+        system.preprocess = lambda *_: (inputs["images"], None)
+        system.network = Nudged(network, inputs["noisy action"])
+        given = {k: v for k, v in data.items() if not k.startswith("next_obs/")}
+        given |= {"obs/state": inputs["state"], "action": inputs["action"], "next_obs_latent": inputs["latents"]}
+        errors, timestep = system.row_losses(params, {}, given, jax.random.key(3), augment=False)
+        weights = [row_weights(given["action_mask"], kind)["action"] for kind in ("kept", "dropped")]
+        return jnp.stack(weights) @ errors["action"], timestep["action"]
+
+    inputs = {
+        "images": images,
+        "state": data["obs/state"],
+        "latents": system.encode_frames({}, following),
+        "action": data["action"],
+        "noisy action": jnp.zeros_like(data["action"]),
+    }
+    gradients, timestep = jax.device_get(jax.jit(jax.jacrev(action_losses, has_aux=True))(inputs))
+    for name, gradient in gradients.items():
+        kept, dropped = np.abs(gradient).reshape(2, rows, -1).max(axis=2)
+        assert (kept[1::2] > 1e-7).all() and (dropped[1::2] > 1e-7).all(), name
+        assert (dropped[::2] == 0).all(), name
+        assert name == "action" or (kept[::2] > 1e-7).all(), name
+    passes = np.sqrt(system.schedule.alphas_cumprod.astype(np.float64)[timestep])[:, None, None]
+    assert (timestep[::2] == 99).all() and (passes[::2] < 1e-3).all()
+    np.testing.assert_allclose(gradients["action"], passes * gradients["noisy action"], rtol=1e-4, atol=1e-12)
+
+
 def test_latents_take_the_place_of_frames(config):
     """With the codec's own latents in the batch the loss is that of the frames they came from."""
     config.data.augment.random_crop = False
