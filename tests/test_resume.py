@@ -1,7 +1,7 @@
 """Runs that are killed, told to end, that cannot save, or whose newest checkpoint is damaged: nothing changes but time.
 
-What is killed is the real command in a process of its own. What continues is compared, line by line and bit by bit,
-with one run that was never stopped.
+What is killed is the real command in a process of its own, on a mixture of robot data and video without actions. What
+continues is compared, line by line and bit by bit, with one run that was never stopped.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def make_config(make_tiny_config):
     config = make_tiny_config()
     config.total_steps, config.log_every = STEPS, 3
     config.checkpoint.every, config.checkpoint.keep = EVERY, 2
+    config.data.sources.robot = config_lib.source(weight=0.75)
+    config.data.sources.video = config_lib.source(weight=0.25, use_actions=False)
     return config
 
 
@@ -44,6 +46,7 @@ def uninterrupted(tmp_path_factory, make_tiny_config):
     """The workdir of a run that was left alone."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     train(make_config(make_tiny_config), workdir)
+    assert data_iter(workdir)["weights"] == [[0, {"robot": 0.75, "video": 0.25}]]
     return workdir
 
 
@@ -220,6 +223,11 @@ def test_only_what_leaves_the_numbers_alone_may_change():
             node[field] = value
 
 
+def data_iter(workdir: Path) -> dict:
+    """The data's state in the newest checkpoint."""
+    return Checkpoints(workdir, read_only=True).newest_readable().data_iter
+
+
 def digests(workdir: Path) -> dict:
     """Of every array of the last step that all runs here come to: equal digests, equal bits."""
     return Checkpoints(workdir, read_only=True).assets(STEPS)["digests"]["arrays"]
@@ -234,3 +242,4 @@ def assert_same_lines(found: list[dict], expected: list[dict]) -> None:
 def assert_same_run(workdir: Path, other: Path) -> None:
     assert_same_lines(lines_of(workdir), lines_of(other))
     assert latest_step(workdir) == STEPS and digests(workdir) == digests(other)
+    assert data_iter(workdir) == data_iter(other)
