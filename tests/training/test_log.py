@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from uwm_jax.training.log import MetricsLog, NotFinite, Window, progress_line, read_metrics
 
@@ -115,6 +118,35 @@ def test_lines_after_the_restored_step_are_cut(tmp_path):
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [x["step"] for x in lines] == [10, 20, 30] and lines[-1]["loss"] == 7.0
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_curves_of_a_run_that_came_to_no_checkpoint_are_purged(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write(10, {"loss": 1.0})
+    log.close()
+    starts = []
+    for file in (tmp_path / "tensorboard").iterdir():
+        data = file.read_bytes()
+        while data:  # length, its checksum, an event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            starts += [event.step] if event.session_log.status == SessionLog.START else []
+            data = data[size + 16 :]
+    assert starts == [1], "from where on TensorBoard drops what came before"
+
+
+def test_a_full_disk_does_not_hide_the_error_that_came_before_it(tmp_path):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for error in (None, KeyError("the first")):
+        log = MetricsLog(tmp_path, 0)
+        log._board.close()
+        log._board.close = fail
+        with pytest.raises(OSError if error is None else KeyError), contextlib.ExitStack() as closing:
+            closing.callback(log.close)
+            if error is not None:
+                raise error
 
 
 def test_only_one_process_writes(tmp_path):

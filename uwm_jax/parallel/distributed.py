@@ -6,7 +6,8 @@ A run of one process needs nothing of this, and every function here is then a no
 Processes talk through JAX's coordination service, which process 0 runs; no agreement here touches the devices. A
 process that fails tells the others why, and they end with its status. One that was killed can tell nobody: the
 others learn it from a collective that breaks, or from its silence, and end with status 1. If it was process 0, the
-service dies with it, and JAX ends the others itself, at once, with its own message (SIGABRT).
+service dies with it, and JAX ends the others itself, at once, with its own message (SIGABRT, status 134): neither
+recoverable tasks nor anything else that `jax.distributed.initialize` of JAX 0.10 and 0.11 takes changes that.
 """
 
 from __future__ import annotations
@@ -40,11 +41,15 @@ JOIN_SECONDS = 300  # for all processes to start
 SILENCE_SECONDS = 60.0  # after which a process that shows no life is taken for dead
 AGREE_SECONDS = 600.0  # for all processes to reach the same line
 
+_PREEMPTED_STATUS = 143  # as `cli` has it
+
 _POLL_SECONDS = 1.0
 _POLLS_PER_BEAT = 5
 _OWN_ERROR_SECONDS = 3.0  # how long a process that hears of a failure may take to meet the same error itself
-_LEAVE_SECONDS = 8.0  # how long a failing process 0 keeps the service up for the others to read why
 _CLOSE_SECONDS = 20.0  # how long a failing process may take to close its files
+_CLOSE_SECONDS_LOST = 4.0  # the same when it fails because of another, which it can only wait for in vain
+_LEAVE_SECONDS = 8.0  # how long a failing process 0 keeps the service up for the others to read why
+_LEAVE_SECONDS_AFTER = _CLOSE_SECONDS + 2  # the same when another one failed first, and closes its files
 # What the collectives of CPUs and GPUs and the coordination client say when the other side is gone.
 _LOST_CONTACT = re.compile(r"gloo|nccl|unavailable|connection (reset|closed|refused)|socket closed|peer", re.I)
 
@@ -67,12 +72,13 @@ def session() -> Iterator[None]:
     try:
         yield
     except Preempted:  # all processes end here, at the same step
-        shutdown()
+        with contextlib.suppress(RunError):  # all is saved; one that was killed while leaving takes nothing away
+            shutdown(_PREEMPTED_STATUS)
         raise
     except BaseException as error:
         announce(error)
         cause = _company.cause_of(error) if _company else None
-        _end_without_barrier(cause or error)
+        _end_without_barrier(_status(cause or error))
         if cause is None:
             raise
         raise cause from error
@@ -109,8 +115,12 @@ def initialize(join_seconds: int = JOIN_SECONDS, silence_seconds: float = SILENC
     _company = _Company(silence_seconds)
 
 
-def shutdown() -> None:
-    """Leaves the other processes in good order, when all of them have come this far."""
+def shutdown(status: int = 1) -> None:
+    """Leaves the other processes in good order, when all of them have come this far.
+
+    Raises:
+        RunError: not all did; this process will then end with `status`, without waiting for them once more.
+    """
     global _company
     if _company is None:
         return
@@ -119,6 +129,7 @@ def shutdown() -> None:
     try:
         jax.distributed.shutdown()
     except jax.errors.JaxRuntimeError as e:
+        _end_without_barrier(status)
         raise RunError(f"the run is complete, but not every process came to its end: {_first_line(e)}") from e
 
 
@@ -207,13 +218,14 @@ class Preemption:
                 ...
                 if preemption.requested(step):
 
-    Inside the context SIGTERM, however often it comes, does nothing but to make `requested` true; with several
-    processes JAX takes it from `initialize` on, and agrees on a step when any of them got it. An exception that leaves
-    the context is announced to the other processes.
+    Inside the context SIGTERM does nothing but to make `requested` true, twice; a third one ends the process at once,
+    for the case that no step comes to its end any more. With several processes JAX takes SIGTERM from `initialize` on,
+    however often it comes, and agrees on a step when any of them got it. An exception that leaves the context is
+    announced to the other processes.
     """
 
     def __init__(self) -> None:
-        self._requested = False
+        self._times = 0
         self._previous: Any = None
 
     def __enter__(self) -> Preemption:
@@ -233,11 +245,13 @@ class Preemption:
         Costs a lock; the agreement runs beside the steps, one or two of which may pass before this is true.
         """
         if _company is None:
-            return self._requested
+            return self._times > 0
         return bool(multihost_utils.reached_preemption_sync_point(step))
 
     def _take(self, *_: Any) -> None:
-        self._requested = True
+        self._times += 1
+        if self._times == 2:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Company:
@@ -297,7 +311,8 @@ class _Company:
             "message": str(error) if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {error}",
         }
         self._publish(record)
-        timer = threading.Timer(_CLOSE_SECONDS, _end_now, (error,))
+        seconds = _CLOSE_SECONDS_LOST if record["lost"] else _CLOSE_SECONDS
+        timer = threading.Timer(seconds, _end_now, (error, seconds))
         timer.daemon = True
         timer.start()
 
@@ -305,7 +320,9 @@ class _Company:
         """What to report instead of an error that only shows that another process is gone."""
         if self.count == 1 or not _is_lost_contact(error):
             return None
-        record = self._failure()
+        record = None
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone too
+            record = self._failure()
         if record is not None and not record["lost"]:
             return (UserError if record["status"] == 2 else RunError)(self._tell(record))
         return RunError(
@@ -317,8 +334,10 @@ class _Company:
         """The last thing before a failing process ends; process 0 ends after those that are still there."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"uwm/left/{self.index}", "", allow_overwrite=True)
-            deadline = time.monotonic() + _LEAVE_SECONDS
-            expected = self.count - bool((self._failure() or {}).get("silent"))
+            first = self._failure() or {"process": self.index, "lost": True}
+            alive = first["process"] != self.index and not first["lost"] and not first.get("silent")
+            deadline = time.monotonic() + (_LEAVE_SECONDS_AFTER if alive else _LEAVE_SECONDS)
+            expected = self.count - bool(first.get("silent"))
             while self.index == 0 and time.monotonic() < deadline:
                 if len(self._client.key_value_dir_get("uwm/left/")) >= expected:
                     time.sleep(1.0)  # they say so just before they end
@@ -343,7 +362,12 @@ class _Company:
             except jax.errors.JaxRuntimeError as e:
                 record = None
                 if time.monotonic() - answered > self._silence_seconds:
-                    record = {"process": 0, "status": 1, "message": f"cannot be reached ({_first_line(e)})"}
+                    record = {
+                        "process": 0,
+                        "status": 1,
+                        "lost": True,
+                        "message": f"cannot be reached ({_first_line(e)})",
+                    }
             if record is not None and not self._stopped.is_set():
                 self._follow(record)
                 return
@@ -375,12 +399,15 @@ class _Company:
         return f"process {record['process']} of {self.count} failed: {record['message']}"
 
     def _failure(self) -> dict[str, Any] | None:
-        found = self._client.key_value_dir_get("uwm/failure/")
-        return json.loads(found[0][1]) if found else None
+        """The first failure, or, while none is known, the first loss of contact, which is the trace of one."""
+        found = dict(self._client.key_value_dir_get("uwm/failure/"))
+        text = found.get("uwm/failure/first") or found.get("uwm/failure/lost")
+        return json.loads(text) if text else None
 
     def _publish(self, record: Mapping[str, Any]) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or nobody is left
-            self._client.key_value_set("uwm/failure/first", json.dumps(record))
+            kind = "lost" if record["lost"] else "first"
+            self._client.key_value_set(f"uwm/failure/{kind}", json.dumps(record))
 
 
 _company: _Company | None = None
@@ -408,17 +435,18 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _end_without_barrier(error: BaseException) -> None:
+def _end_without_barrier(status: int) -> None:
     """At exit JAX waits for all processes to shut down, which would hang now: the last thing before that is to exit."""
-    if _company is not None:
-        atexit.register(_end_process, "", _status(error))
+    if jax_distributed.global_state.client is not None:
+        atexit.register(_end_process, "", status)
 
 
-def _end_now(error: BaseException) -> None:
+def _end_now(error: BaseException, seconds: float) -> None:
     """For a failing process that still waits for the others, e.g. to finish a checkpoint together."""
+    error = (_company and _company.cause_of(error)) or error
     shown = isinstance(error, UserError | RunError)
     text = f"error: {error}" if shown else "".join(traceback.format_exception(error)).rstrip()
-    _end_process(f"{text}\n{place()}: its open files could not be closed in {_CLOSE_SECONDS:g} s.", _status(error))
+    _end_process(f"{text}\n{place()}: its open files could not be closed in {seconds:g} s.", _status(error))
 
 
 def _end_process(message: str, status: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,7 @@ class MetricsLog:
             self.cut = next((x for x in reversed(lines) if x["step"] > step), None)
             write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is None or self._board is None:
@@ -125,9 +127,12 @@ class MetricsLog:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        for target in (self._file, self._board):
-            if target is not None:
-                target.close()
+        """Closes the files. Where the disk is full, an exception that is on its way already is not hidden by that."""
+        another = sys.exc_info()[1] is not None
+        with contextlib.suppress(OSError) if another else contextlib.nullcontext():
+            for target in (self._file, self._board):
+                if target is not None:
+                    target.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
