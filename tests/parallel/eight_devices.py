@@ -28,9 +28,10 @@ from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import state as state_lib
-from uwm_jax.training.step import make_train_step
+from uwm_jax.training.step import compile_for, make_eval_step, make_train_step
 
 STEPS = 10
+RAW = (24, 30)
 # name: (data, fsdp, tensor), accumulation steps; the sizes say how many of the devices are used
 VARIANTS = {
     "one": ((1, 1, 1), 1),
@@ -51,7 +52,8 @@ def tiny(sizes: tuple[int, int, int], accumulation_steps: int) -> ConfigDict:
     c.model.codec.microbatch = 2  # of the 4 or more frames that each device has
     c.data.cameras, c.data.low_dim = ("left", "right"), ("state",)
     c.data.window.action = tuple(range(1, 5))
-    c.data.resize = c.data.crop = (16, 16)
+    c.data.resize, c.data.crop = (20, 18), (16, 16)  # of RAW frames
+    c.loss.action_free = "dropped"
     c.optimizer.learning_rate, c.optimizer.ema_decay, c.optimizer.clip_norm = 1e-3, 0.9, 1.0
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = sizes
     return c
@@ -66,7 +68,7 @@ def drawn(shapes):
 def make_system(config: ConfigDict) -> tuple[System, dict]:
     vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
     frozen = drawn(jax.eval_shape(vae.init, jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"])
-    facts = DataFacts(dict.fromkeys(config.data.cameras, (16, 16)), {"state": 7}, 10, 0, Normalizer())
+    facts = DataFacts(dict.fromkeys(config.data.cameras, RAW), {"state": 7}, 10, 0, Normalizer())
     return System(config, facts, VAECodec(vae, microbatch=config.model.codec.microbatch)), frozen
 
 
@@ -81,37 +83,35 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
 
     params = drawn(jax.eval_shape(system.init, jax.random.key(0)))
     state = state_lib.create(config, params, optimizer)
-    shapes = jax.eval_shape(lambda: state)
-    shardings = sharding.state_sharding(mesh, rules, shapes)
-    whole, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
-    step = make_train_step(config, system, optimizer, mesh)
-
-    def laid_out(state, frozen, batch):
-        with sharding.activations(mesh, rules):
-            return step(state, frozen, batch)
-
-    state = jax.device_put(state, shardings)
-    frozen, batch = jax.device_put(frozen, whole), jax.device_put(batch, rows)
-    jitted = jax.jit(
-        laid_out, in_shardings=(shardings, whole, rows), out_shardings=(shardings, whole), donate_argnums=0
-    )
-    compiled = jitted.lower(state, frozen, batch).compile()
+    state = jax.device_put(state, sharding.state_sharding(mesh, rules, jax.eval_shape(lambda: state)))
+    frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
+    batch = jax.device_put(batch, mesh_lib.batch_sharding(mesh))
+    train_step = make_train_step(config, system, optimizer, mesh)
+    compiled = compile_for(mesh, rules, train_step, state, frozen, batch, updates_state=True)
     found = collectives.read(compiled.as_text())
-    losses, norms = [], []
-    for _ in range(STEPS):
-        state, metrics = compiled(state, frozen, batch)
-        losses.append(float(metrics["loss"]))
-        norms.append(float(metrics["grad_norm"]))
+
+    evaluated = None
+    if sizes == (8, 1, 1):
+        eval_step = make_eval_step(config, system)
+        evaluate = compile_for(mesh, rules, eval_step, state, frozen, batch, updates_state=False)
+        evaluated = {name: value.tolist() for name, value in evaluate(state, frozen, batch).items()}
 
     def on_first_device(tree) -> int:
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    state_bytes, metrics = on_first_device(state), []
+    for _ in range(STEPS):
+        state, values = compiled(state, frozen, batch)
+        metrics.append({name: value.tolist() for name, value in values.items()})
 
     adam = next(s for s in state.opt_state if hasattr(s, "mu"))
     trees = {"params": state.params, "ema": state.ema_params, "mu": adam.mu, "nu": adam.nu}
     adaln = {name: tree["noise_pred_net"]["blocks"]["adaln"]["kernel"] for name, tree in trees.items()}
     return {
-        "losses": losses,
-        "norms": norms,
+        "metrics": metrics,  # of each step
+        "evaluated": evaluated,  # before the first step
+        "state_bytes": state_bytes,
+        "reused_bytes": compiled.memory_analysis().alias_size_in_bytes,
         "bytes": {name: on_first_device(tree) for name, tree in trees.items()},
         "adaln_bytes": {name: on_first_device(x) for name, x in adaln.items()},
         "same_layout": all(

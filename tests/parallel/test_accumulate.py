@@ -14,6 +14,7 @@ import pytest
 from uwm_jax.parallel import collectives
 from uwm_jax.parallel.accumulate import value_and_grad
 
+SPANS = ("t0-24", "t25-49", "t50-74", "t75-99")
 MESHES = ("data 8", "data 8, accumulated", "fsdp 8", "2x2x2, accumulated", "data 2, tensor 4")
 
 
@@ -74,11 +75,34 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_meshes_agree_with_one_device(runs, name):
-    one, many = runs["one"], runs[name]
-    for what in ("losses", "norms"):
+    one, many = (by_name(runs[n]["metrics"]) for n in ("one", name))
+    assert many.keys() == one.keys() >= {"grad_norm", "grad_norm/adaln", "loss/action", "loss/action/t0-24"}
+    for what in one:
         np.testing.assert_allclose(many[what][0], one[what][0], rtol=1e-6, err_msg=what)
         np.testing.assert_allclose(many[what], one[what], rtol=1e-5, err_msg=what)
-    assert len(set(one["losses"])) == len(one["losses"]) == 10, "the parameters must move for this to mean something"
+    assert len(set(one["loss"])) == len(one["loss"]) == 10, "the parameters must move for this to mean something"
+    counts = [sum(one[f"loss/{m}/{span}"][:, 1].sum() for span in SPANS) for m in ("action", "next_obs")]
+    assert counts == [10 * 13, 10 * 16], "three rows have no actions"
+
+
+def by_name(steps):
+    """{metric: values of all steps}."""
+    return {name: np.asarray([metrics[name] for metrics in steps]) for name in steps[0]}
+
+
+@pytest.mark.slow
+def test_held_out_losses_do_not_depend_on_the_parts(runs):
+    whole, parts = runs["data 8"]["evaluated"], runs["data 8, accumulated"]["evaluated"]
+    assert whole.keys() == parts.keys() == {"eval/loss/action", "eval/loss/next_obs"}
+    for name, value in whole.items():
+        assert value > 0
+        np.testing.assert_allclose(parts[name], value, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["data 8", "fsdp 8"])
+def test_the_new_state_takes_the_place_of_the_old_one(runs, name):
+    assert runs[name]["reused_bytes"] >= runs[name]["state_bytes"] >= runs[name]["bytes"]["params"] * 4
 
 
 @pytest.mark.slow
