@@ -17,7 +17,6 @@ Arrays are written by all processes, everything else by the main one; all proces
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
@@ -38,17 +37,16 @@ from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import frozen as frozen_lib
+from uwm_jax.training import lock
 from uwm_jax.training.state import TrainState
-from uwm_jax.training.stored import CorruptCheckpoint, Stored, cause_of, with_digests
+from uwm_jax.training.stored import CorruptCheckpoint, Stored, array_digests, cause_of, with_digests
+from uwm_jax.training.writer import make_writer
 
-SAVE_TIMEOUT_SECONDS = 20 * 60  # for all processes to have written one checkpoint
 READ_TIMEOUT_SECONDS = 20 * 60  # for all to have read one
 SHARED_SECONDS = 40.0  # for a file that one host wrote to be seen on another: NFS clients look every 30 s
 
 _Value = TypeVar("_Value")
 
-_ARRAY_ITEMS = ("params", "ema_params", "train_state", "codec")
-_JSON_ITEMS = ("data_iter", "assets")
 _UNFINISHED = (".orbax-checkpoint-tmp", ".deleted")
 
 
@@ -99,6 +97,7 @@ class Checkpoints:
 
     Raises:
       UserError: `read_only`, and there are no checkpoints.
+      RunError: not `read_only`, and another run is at work in this workdir. It stays locked until `close`.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int | None = None, read_only: bool = False):
@@ -112,11 +111,21 @@ class Checkpoints:
         self._failure_was_raised = False
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
             if distributed.is_main():
                 for path in self.directory.iterdir():
                     if any(suffix in path.name for suffix in _UNFINISHED):
                         shutil.rmtree(path)
-            self._writer = _make_writer()
+            self._writer = make_writer()
+
+    def _take_lock(self) -> None:
+        holder = distributed.agree(lock.hold(self.directory.parent) if distributed.is_main() else None)
+        self._locked = holder is None and distributed.is_main()
+        if holder is not None:
+            raise RunError(
+                f"--workdir: another run is at work in {str(self.directory.parent)!r} ({holder}). Wait for its end, "
+                "end it with SIGTERM, or use another --workdir."
+            )
 
     def steps(self) -> list[int]:
         """The steps of finished checkpoints, without those that were found damaged."""
@@ -218,10 +227,15 @@ class Checkpoints:
         Raises:
           RunError: this save could not start, or an earlier one has failed.
         """
-        arrays = {"params": state.params, "train_state": _train_state_item(state)}
-        if state.ema_params is not None:
-            arrays["ema_params"] = state.ema_params
-        self._start_save(int(jax.device_get(state.step)), arrays, frozen_arrays, assets, dict(data_iter))
+        self._start_save(int(jax.device_get(state.step)), _state_items(state), frozen_arrays, assets, dict(data_iter))
+
+    @staticmethod
+    def warm_up(state: TrainState, frozen_arrays: Any) -> None:
+        """Compiles what the first `save` of such a state runs on the devices; costs one pass over it.
+
+        A run that is told to end has no time for that. All processes call it.
+        """
+        array_digests({**_state_items(state), "codec": frozen_arrays})
 
     def save_params(self, step: int, params: Any, frozen_arrays: Any, assets: Mapping[str, Any]) -> None:
         """Saves parameters and assets alone, and waits until they are durable."""
@@ -250,7 +264,15 @@ class Checkpoints:
         another = sys.exc_info()[1] is not None
         if self._saving is not None:
             self._saving.join()
-        self._writer.close()
+        try:
+            self._writer.close()
+        except Exception:  # the failed save once more
+            if self._failure is None:
+                raise
+        finally:
+            if self._locked:
+                self._locked = False
+                lock.release(self.directory.parent)
         if self._failure is not None and not self._failure_was_raised:
             if not another:
                 self.check()
@@ -308,61 +330,14 @@ class Checkpoints:
         return failure
 
 
-def _make_writer() -> ocp.AsyncCheckpointer:
-    # Named processes make orbax wait at barriers with timeouts instead of at device collectives without.
-    processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
-    shared = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=processes)
-    background = ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_SECONDS)
-    handlers: dict[str, Any] = {
-        **{name: ocp.StandardCheckpointHandler(multiprocessing_options=shared) for name in _ARRAY_ITEMS},
-        **{name: ocp.JsonCheckpointHandler(multiprocessing_options=shared) for name in _JSON_ITEMS},
-    }
-    composite = ocp.CompositeOptions(multiprocessing_options=shared, async_options=background)
-    _silence_abandoned_writes()
-    return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(composite_options=composite, **handlers),
-        async_options=background,
-        multiprocessing_options=shared,
-    )
-
-
-def _silence_abandoned_writes() -> None:
-    """Keeps what follows a failed save from stderr, where its one message would drown.
-
-    Orbax logs with a traceback what it raises as well; asyncio names the other writes that failed; and writes that
-    end after orbax has given up find their event loop closed, which goes to `sys.unraisablehook`.
-    """
-    logging.getLogger("absl").addFilter(_no_orbax_error)
-    logging.getLogger("asyncio").addFilter(_no_abandoned_write)
-    if not _unraisablehooks:
-        _unraisablehooks.append(sys.unraisablehook)
-        sys.unraisablehook = _unless_abandoned
-
-
-def _no_orbax_error(record: logging.LogRecord) -> bool:
-    return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)
-
-
-def _no_abandoned_write(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in record.getMessage()
-
-
-_unraisablehooks: list[Any] = []
-
-
-def _unless_abandoned(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        _unraisablehooks[0](unraisable)
-
-
-def _train_state_item(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "hparams": state.hparams}
+def _state_items(state: TrainState) -> dict[str, Any]:
+    train_state = {"step": state.step, "opt_state": state.opt_state, "hparams": state.hparams}
+    items = {"params": state.params, "train_state": train_state}
+    return items if state.ema_params is None else {**items, "ema_params": state.ema_params}
 
 
 def _restore_state(stored: Stored, like: TrainState) -> TrainState:
-    wanted = {"params": like.params, "train_state": _train_state_item(like)}
-    if like.ema_params is not None:
-        wanted["ema_params"] = like.ema_params
+    wanted = _state_items(like)
     restored = _together(lambda: {item: stored.read(item, tree) for item, tree in wanted.items()})
     for item, tree in restored.items():
         stored.verify(item, tree)
@@ -413,6 +388,13 @@ def load_for_inference(
         try:
             return *_load(config, workdir, stored), stored.step
         except CorruptCheckpoint as e:
+            if not stored.path.is_dir():  # a run that is training has replaced it meanwhile
+                steps = checkpoints.steps()
+                if step is not None or not steps:
+                    there = f"There are those of steps {steps}."
+                    raise UserError(f"{stored.path}: this checkpoint was deleted while it was read. {there}") from e
+                _warn(f"checkpoint {stored.step} was replaced while it was read; step {steps[-1]} is used instead.")
+                continue
             if step is not None:
                 raise UserError(f"--step={step}: {e}. There are checkpoints of steps {steps}.") from e
             checkpoints.pass_over(stored.step, e)

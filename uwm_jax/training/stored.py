@@ -8,14 +8,15 @@ when saving and again after restoring, on whatever mesh.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,13 @@ from uwm_jax.errors import RunError, UserError
 
 # Signs that reading failed for another reason than what the files hold: such a checkpoint is left where it is.
 _PASSING = ("permission", "resource_exhausted", "out of memory", "too many open files", "unavailable", "timed out")
+# The same, of network file systems and disks, which may do better the second time.
+_FLEETING = ("stale file handle", "transport endpoint is not connected", "connection reset", "input/output error")
+_AGAIN_SECONDS = 1.0
+
+_SMALL_BYTES = 2**16  # arrays up to this size are fetched faster than a program for their shape is compiled
+
+_Value = TypeVar("_Value")
 
 _UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32"}  # by bytes; the state of a run holds no wider numbers
 
@@ -51,8 +59,7 @@ class Stored:
     @functools.cached_property
     def items(self) -> frozenset[str]:
         """The names of the items that it holds."""
-        with _reading(str(self.path)):
-            found = frozenset(p.name for p in self.path.iterdir() if p.is_dir())
+        found = _reading(self.path, lambda: frozenset(p.name for p in self.path.iterdir() if p.is_dir()))
         if "assets" not in found:
             raise CorruptCheckpoint(f"{self.path / 'assets'} is missing")
         return found
@@ -119,9 +126,8 @@ class Stored:
             like = self._structure(item)
         else:
             self._check_fit(item, stored, like)
-        with _reading(f"{self.path / item}"):
-            handler = ocp.StandardCheckpointHandler()
-            return handler.restore(epath.Path(self.path / item), args=ocp.args.StandardRestore(like))
+        handler, place = ocp.StandardCheckpointHandler(), epath.Path(self.path / item)
+        return _reading(self.path / item, lambda: handler.restore(place, args=ocp.args.StandardRestore(like)))
 
     def verify(self, item: str, restored: Any) -> None:
         """Raises CorruptCheckpoint that names the first array which is not what was saved.
@@ -138,17 +144,20 @@ class Stored:
     def _json(self, item: str) -> Any:
         if item not in self.items:
             raise CorruptCheckpoint(f"{self.path / item} is missing")
-        with _reading(f"{self.path / item}"):
-            return ocp.JsonCheckpointHandler().restore(epath.Path(self.path / item))
+        place = epath.Path(self.path / item)
+        return _reading(self.path / item, lambda: ocp.JsonCheckpointHandler().restore(place))
 
     def _digests(self) -> Mapping[str, Any]:
         return self.assets.get("digests", {"arrays": {}, "json": {}})
 
     def _structure(self, item: str) -> Any:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        with _reading(f"{self.path / item}"):
+
+        def shapes() -> Any:
             tree = ocp.StandardCheckpointHandler().metadata(epath.Path(self.path / item)).tree
             return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree)
+
+        return _reading(self.path / item, shapes)
 
     def _shapes(self, item: str) -> dict[str, tuple[int, ...]]:
         """{array: shape} of an item, from the digests where there are any: orbax's own files may be damaged."""
@@ -201,8 +210,20 @@ def array_digests(tree: Any) -> dict[str, list[Any]]:
     arrays = list(named.values())
     # Compiling a small program for each shape takes a CPU longer than the pass itself.
     on_cpu = all(device.platform == "cpu" for x in arrays for device in x.sharding.device_set)
-    numbers = digests_on_host(arrays) if on_cpu else digests_on_devices(arrays)
+    numbers = digests_on_host(arrays) if on_cpu else _digests_by_size(arrays)
     return {name: [str(x.dtype), list(x.shape), int(n)] for (name, x), n in zip(named.items(), numbers, strict=True)}
+
+
+def _digests_by_size(arrays: list[jax.Array]) -> list[int]:
+    """The digests, each taken where that is quicker; by programs for a small array that lies on several processes."""
+    small = [
+        i for i, x in enumerate(arrays) if x.nbytes < _SMALL_BYTES and (x.is_fully_addressable or x.is_fully_replicated)
+    ]
+    large = [i for i in range(len(arrays)) if i not in set(small)]
+    whole = jax.device_get([x.addressable_data(0) if x.is_fully_replicated else x for x in (arrays[i] for i in small)])
+    numbers = dict(zip(large, digests_on_devices([arrays[i] for i in large]), strict=True))
+    numbers |= {i: _digest_of_part(x, [0] * x.ndim, x.shape) for i, x in zip(small, whole, strict=True)}
+    return [numbers[i] for i in range(len(arrays))]
 
 
 def digests_on_devices(arrays: list[jax.Array]) -> list[int]:
@@ -295,15 +316,20 @@ def cause_of(error: BaseException) -> str:
     return lines[0][:600] if lines else type(error).__name__
 
 
-@contextlib.contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Turns whatever reading a damaged file raises into CorruptCheckpoint."""
+def _reading(path: Path, read: Callable[[], _Value], again: bool = True) -> _Value:
+    """`read()`, of what lies at `path`; whatever a damaged file makes it raise becomes CorruptCheckpoint."""
     try:
-        yield
+        return read()
     except UserError:
         raise
     except Exception as e:
-        cause = cause_of(e)
-        if isinstance(e, MemoryError) or any(sign in cause.lower() for sign in _PASSING):
-            raise RunError(f"{what}: cannot be read: {cause}. Nothing was changed; mend this and start again.") from e
-        raise CorruptCheckpoint(f"{what}: {cause}") from e
+        # What the paths in the message are made of says nothing about the reason.
+        reason = re.sub(r"\S*/\S*/\S*", "", cause_of(e).replace(str(path.parent), "")).lower()
+        fleeting = any(sign in reason for sign in _FLEETING)
+        if not fleeting or not again:
+            if fleeting or isinstance(e, MemoryError) or any(sign in reason for sign in _PASSING):
+                hint = "Nothing was changed; mend this and start again."
+                raise RunError(f"{path}: cannot be read: {cause_of(e)}. {hint}") from e
+            raise CorruptCheckpoint(f"{path}: {cause_of(e)}") from e
+    time.sleep(_AGAIN_SECONDS)
+    return _reading(path, read, again=False)

@@ -1,0 +1,50 @@
+"""One writer for one workdir: a second start beside a run that is alive would delete what it is saving."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+_held: dict[Path, tuple[int, int]] = {}  # by this process: {file: (descriptor, how many times)}
+
+
+def hold(workdir: Path) -> str | None:
+    """Takes the lock `<workdir>/.lock` for this process, which may take it more than once.
+
+    It ends with `release` or with the process, whatever ends that. Where the file system has no locks it always
+    succeeds.
+
+    Returns:
+        who holds it, where that is another process; None when it was taken.
+    """
+    file = workdir.absolute() / ".lock"
+    if file in _held:
+        descriptor, times = _held[file]
+        _held[file] = descriptor, times + 1
+        return None
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 500).decode(errors="replace").strip()
+        os.close(descriptor)
+        return holder or "another process"
+    except OSError:
+        pass  # no locks here
+    else:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _held[file] = descriptor, 1
+    return None
+
+
+def release(workdir: Path) -> None:
+    """Gives back what `hold` took; the file stays."""
+    file = workdir.absolute() / ".lock"
+    descriptor, times = _held.pop(file)
+    if times > 1:
+        _held[file] = descriptor, times - 1
+    else:
+        os.close(descriptor)
