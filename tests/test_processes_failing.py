@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from launch.rehearse import Processes
+from uwm_jax import config
 
 pytestmark = [pytest.mark.slow, pytest.mark.multihost]
 
@@ -47,3 +48,36 @@ def test_a_workdir_that_not_all_hosts_share_is_refused(tmp_path):
     for process, text in enumerate(output):
         assert text.count("error:") == 1 and "Traceback" not in text
         assert f"process 1 does not see in '{tmp_path}/own{process}' what process 0 wrote there" in text
+
+
+# The training command, of which one process can write no file from its first save on: its disk is full.
+FULL_DISK = """
+import resource, sys
+import jax
+from uwm_jax import cli, train
+from uwm_jax.training.checkpoint import Checkpoints
+
+def save(self, *args, original=Checkpoints.save):
+    if jax.process_index() == int(sys.argv[1]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    return original(self, *args)
+
+Checkpoints.save = save
+sys.exit(cli.call(train.main, ["train", *sys.argv[2:]], train.define_flags))
+"""
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_is_full_for_one_process_ends_all_with_its_message(full, tmp_path, tiny_config):
+    tiny_config.total_steps, tiny_config.batch_size, tiny_config.checkpoint.every = 1000, 4, 2
+    tiny_config.mesh.data, tiny_config.mesh.fsdp = 1, 2
+    file = tmp_path / "config.py"
+    text = config.to_json(tiny_config)
+    file.write_text(f"from uwm_jax import config\ndef get_config():\n    return config.from_json({text!r}, 'test')\n")
+    arguments = [str(full), f"--config={file}", f"--workdir={tmp_path / 'run'}"]
+    environ = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    statuses, output = run(FULL_DISK, *arguments, environ=environ)
+    assert statuses == [1, 1], output
+    for text in output:
+        assert text.count("error:") == 1 and "could not be saved" in text and "Traceback" not in text, output
+    assert f"process {full} of 2 failed" in output[1 - full]
