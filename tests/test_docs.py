@@ -7,6 +7,7 @@ values and paths that only a person's machine has are replaced, and each replace
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from uwm_jax.train import MAY_CHANGE
+from uwm_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "training.md").read_text()
@@ -58,7 +60,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     for name in ("configs", "launch"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, code in zip(re.findall(r"`(configs/mine\w*\.py)`[;:]", PAGE), blocks("python"), strict=True):
+    for name, code in zip(re.findall(r"`(configs/mine\w*\.py)`[,:]", PAGE), blocks("python"), strict=True):
         (folder / name).write_text(code)
 
     spec = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parent / "data" / "rlds_source.py")
@@ -113,6 +115,7 @@ def test_the_commands_do_what_the_page_says(ran, place):
     for part in (
         "continuing from step 2",
         "continuing from step 3",
+        "report.html",
         "rehearsed: 2 processes",
         "profile: steps 2 to 2",
         "starting from params of step 4",
@@ -121,6 +124,9 @@ def test_the_commands_do_what_the_page_says(ran, place):
     ):
         assert part in said, part
     assert [x["step"] for x in metrics(place / "runs" / "mine")] == [1, 2, 3, 4]
+    cotrain = Checkpoints(place / "runs" / "cotrain", read_only=True).newest_readable()
+    history = [[0, {"robot": 0.75, "video": 0.25}], [2 * 4, {"robot": 0.75, "video": 0.5}]]  # two batches of four rows
+    assert (cotrain.step, cotrain.data_iter["weights"]) == (3, history)
 
 
 @pytest.mark.slow
@@ -140,6 +146,22 @@ def metrics(workdir: Path) -> list[dict]:
 def test_what_may_change_is_listed():
     for pattern in MAY_CHANGE:
         assert f"`{pattern}`" in PAGE, pattern
+
+
+def test_the_messages_are_those_of_the_code():
+    """What the table of errors quotes is in the source, but for what `...` leaves out."""
+    known = [
+        node.value
+        for file in (ROOT / "uwm_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    table = PAGE[PAGE.index("| message |") :].splitlines()[2:]
+    assert len(table) > 10
+    for line in table:
+        for quoted in re.findall(r"`([^`]+)`", line.split("|")[1]):
+            for words in quoted.split("..."):
+                assert any(words.strip() in text for text in known), quoted
 
 
 def test_every_replacement_has_something_to_replace():

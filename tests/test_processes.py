@@ -73,10 +73,12 @@ for arguments in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def train_command(tmp_path_factory, make_tiny_config):
-    """The flags of a run of four steps of eight rows, with a checkpoint every second step."""
+    """The flags of a run of four steps of eight rows, robot data and video, with a checkpoint every second step."""
     config = make_tiny_config()
     config.total_steps, config.batch_size, config.log_every = 4, 8, 1
     config.checkpoint.every, config.checkpoint.keep = 2, 5
+    config.data.sources.robot = config_lib.source(weight=0.75)
+    config.data.sources.video = config_lib.source(weight=0.25, use_actions=False)
     file = tmp_path_factory.mktemp("config") / "config.py"
     file.write_text(
         "from uwm_jax import config\n"
