@@ -78,6 +78,11 @@ def main(argv: list[str]) -> None:
 
 def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None:
     """Runs `config` in `workdir` up to `config.total_steps`; `profile` is the flag."""
+    with contextlib.ExitStack() as closing:  # what is open is closed in reverse, all of it, whatever happens
+        run(config, workdir, profile, closing)
+
+
+def run(config: ConfigDict, workdir: Path, profile: str | None, closing: contextlib.ExitStack) -> None:
     goodput = Goodput(config.total_steps, config.batch_size)
     if config.compilation_cache_dir:
         compilation_cache.reset_cache()  # else whatever compiled before this run decides where it lies
@@ -101,16 +106,18 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
     stored, origin = None, None
     if last_step is not None:
         checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
+        closing.callback(checkpoints.close)
         stored = checkpoints.newest_readable()
     elif config.init_from:
         origin = finetune.open_origin(config.init_from)
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
     loader = open_loader(config, mesh, stored)
+    closing.callback(lambda: loader.close())  # whichever it is by then
     distributed.require_same("the data", loader.state(loader.start_step))
     facts = DataFacts(**loader.facts())
     if origin:
-        say("\n".join(origin.check(config, facts)))
+        say("\n".join(origin.check(config, facts, loader.ranges())))
         facts = dataclasses.replace(facts, normalizer=origin.normalizer_for(config, facts))
         loader.close()
         loader = open_loader(config, mesh, None, facts.normalizer)
@@ -156,8 +163,9 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
         checkpoint_lib.write_config(workdir, config)
     checkpoint_lib.require_shared(workdir, config)
     if not stored:
+        checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
+        closing.callback(checkpoints.close)
         frozen_lib.keep_vae(config, vae, workdir)
-    checkpoints = checkpoints or checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
 
     # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------
     say("compiling the step...")
@@ -166,6 +174,8 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
         inputs = like, frozen, mesh_lib.with_sharding(batch_like, batch_sharding)
         step_function = make_train_step(config, system, optimizer, mesh)
         train_step = compile_for(mesh, rules, step_function, *inputs, updates_state=True)
+        if not stored:
+            checkpoints.warm_up(state, frozen_lib.checkpointed_arrays(config, frozen))  # SIGTERM leaves little time
         if held_out:
             eval_step = compile_for(mesh, rules, make_eval_step(config, system), *inputs, updates_state=False)
     windows = held_out.batches(config.batch_size) if held_out else []
@@ -193,50 +203,48 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None
             progress = {"window": window.state(), "goodput": goodput.state(step)}
             checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
 
+    for resource in (batches, log, trace):
+        closing.callback(resource.close)
+    preemption, watchdog = closing.enter_context(Preemption()), closing.enter_context(Watchdog(config.hang_seconds))
     saved_step = start_step
-    with contextlib.ExitStack() as closing:
-        for close in (loader.close, batches.close, log.close, trace.close, checkpoints.close):
-            closing.callback(close)  # in reverse, and all of them whatever happens
-        preemption = closing.enter_context(Preemption())
-        watchdog = closing.enter_context(Watchdog(config.hang_seconds))
-        for step in range(start_step + 1, config.total_steps + 1):
-            try:
-                with goodput.spend("data_wait"):
-                    batch = next(batches)
-            except UserError:  # a damaged record; other processes wait in the step by now and cannot save
-                if step - 1 > saved_step and jax.process_count() == 1:
-                    save(step - 1)
-                    checkpoints.wait()
-                raise
-            trace.at(step, state.step)
-            state, metrics = train_step(state, frozen, batch)
-            window.add(step, metrics)
-            watchdog.beat(step)
-            checkpoints.check()
-
-            last, stop = step == config.total_steps, preemption.requested(step)
-            due = step % config.checkpoint.every == 0 or last
-            evaluate = held_out is not None and (step % config.eval.every == 0 or last)
-            if step % config.log_every == 0 or step == 1 or due or evaluate:
-                means = window.means()  # raises on NaN, so that none is ever saved
-                with goodput.spend("evaluation"):
-                    losses = mean_over_batches(eval_step, state, frozen, held_out_batches) if evaluate else {}
-                rates = goodput.rates(step)
-                rates |= mfu(rates["samples_per_second"])
-                say(progress_line(step, config.total_steps, {**means, **rates}))
-                if losses:
-                    say("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
-                del rates["eta_seconds"]
-                with goodput.spend("other"):
-                    log.write(step, {**means, **rates, **losses})
-            if due or stop:
-                saved_step = step
-                save(step)
-            if stop:
+    for step in range(start_step + 1, config.total_steps + 1):
+        try:
+            with goodput.spend("data_wait"):
+                batch = next(batches)
+        except UserError:  # a damaged record; other processes wait in the step by now and cannot save
+            if step - 1 > saved_step and jax.process_count() == 1:
+                save(step - 1)
                 checkpoints.wait()
-                raise Preempted(f"told to end (SIGTERM): step {step} is saved; the same command continues from it.")
-        with goodput.spend("checkpoint"):
+            raise
+        trace.at(step, state.step)
+        state, metrics = train_step(state, frozen, batch)
+        window.add(step, metrics)
+        watchdog.beat(step)
+        checkpoints.check()
+
+        last, stop = step == config.total_steps, preemption.requested(step)
+        due = step % config.checkpoint.every == 0 or last
+        evaluate = held_out is not None and (step % config.eval.every == 0 or last)
+        if step % config.log_every == 0 or step == 1 or due or evaluate:
+            means = window.means()  # raises on NaN, so that none is ever saved
+            with goodput.spend("evaluation"):
+                losses = mean_over_batches(eval_step, state, frozen, held_out_batches) if evaluate else {}
+            rates = goodput.rates(step)
+            rates |= mfu(rates["samples_per_second"])
+            say(progress_line(step, config.total_steps, {**means, **rates}))
+            if losses:
+                say("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+            del rates["eta_seconds"]
+            with goodput.spend("other"):
+                log.write(step, {**means, **rates, **losses})
+        if due or stop:
+            saved_step = step
+            save(step)
+        if stop:
             checkpoints.wait()
+            raise Preempted(f"told to end (SIGTERM): step {step} is saved; the same command continues from it.")
+    with goodput.spend("checkpoint"):
+        checkpoints.wait()
     say(goodput.summary())
     say(f"done: {config.total_steps} steps in {workdir}")
 
