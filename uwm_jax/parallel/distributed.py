@@ -77,7 +77,10 @@ def session() -> Iterator[None]:
         raise
     except BaseException as error:
         announce(error)
-        cause = _company.cause_of(error) if _company else None
+        cause = None
+        if _company is not None:
+            cause = _company.cause_of(error)
+            _company.closed = True
         _end_without_barrier(_status(cause or error))
         if cause is None:
             raise
@@ -261,6 +264,7 @@ class _Company:
         state = jax_distributed.global_state
         self._client: Any = state.client
         self.index, self.count = state.process_id, state.num_processes
+        self.closed = False  # whether the session was left because of an error, with all files closed
         self._silence_seconds = silence_seconds
         self._round = itertools.count()
         self._barriers: dict[str, int] = {}
@@ -444,6 +448,8 @@ def _end_without_barrier(status: int) -> None:
 def _end_now(error: BaseException, seconds: float) -> None:
     """For a failing process that still waits for the others, e.g. to finish a checkpoint together."""
     error = (_company and _company.cause_of(error)) or error
+    if _company and _company.closed:  # only the interpreter's own end takes so long: the caller tells of the error
+        _end_process("", _status(error))
     shown = isinstance(error, UserError | RunError)
     text = f"error: {error}" if shown else "".join(traceback.format_exception(error)).rstrip()
     _end_process(f"{text}\n{place()}: its open files could not be closed in {seconds:g} s.", _status(error))
