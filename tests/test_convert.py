@@ -233,7 +233,7 @@ def test_unused_normalizer_keys_are_named(official: Path, tmp_path: Path, capsys
         ({"normalizer": "{tmp}/empty.npz"}, "empty.npz is empty"),
         ({"normalizer": "{tmp}/object.npz"}, "action/scale is not a readable plain array"),
         ({"workdir": "{tmp}"}, "not empty"),
-        ({"workdir": "{tmp}/weights.ckpt/run"}, "weights.ckpt' is not a folder"),
+        ({"workdir": "{tmp}/weights.ckpt/run"}, "weights.ckpt is a file"),
     ],
 )
 def test_unusable_inputs_end_with_status_2(
