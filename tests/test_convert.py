@@ -317,6 +317,7 @@ def official_classes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_pt_checkpoints_bring_their_normalizers(tmp_path: Path, official_classes: ModuleType) -> None:
     import torch
 

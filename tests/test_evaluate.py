@@ -60,6 +60,7 @@ def trained(tmp_path_factory, make_tiny_config):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_command_writes_metrics_pictures_and_report(trained):
     arguments = ["evaluate", f"--workdir={trained}"]
     assert cli.call(evaluate.main, arguments, evaluate.define_flags) == 0

@@ -62,6 +62,7 @@ def test_an_output_that_cannot_be_made_is_one_message(out: Path, tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_a_dimension_without_a_finite_value_is_remarked(out: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(out, tmp_path / "copy")
     column = np.load(copy / "columns" / "train" / "action.npy")

@@ -43,6 +43,7 @@ def test_pixels_round_trip_is_exact():
 # --- VAE ---
 
 
+@pytest.mark.slow
 def test_vae_latents_follow_the_formula(vae):
     model, params = vae
     codec = VAECodec(model)
@@ -74,6 +75,7 @@ def test_vae_results_do_not_depend_on_the_microbatch(vae, microbatch):
     np.testing.assert_allclose(decode(parts, params, latents), decode(whole, params, latents), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_ragged_last_microbatch(vae):
     model, params = vae
     x = frames(7, 1, 1, 8, 8)  # a prime number of frames cannot be split evenly
@@ -82,6 +84,7 @@ def test_a_ragged_last_microbatch(vae):
     )
 
 
+@pytest.mark.slow
 def test_a_rows_sample_is_a_function_of_its_key(vae):
     model, params = vae
     codec = VAECodec(model, microbatch=4)

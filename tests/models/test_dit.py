@@ -194,6 +194,7 @@ def plain(params, inputs):
 @pytest.mark.parametrize(
     "scan, remat", [(False, "none"), (True, "dots"), (False, "dots"), (True, "full"), (False, "full")]
 )
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing(params, inputs, plain, scan, remat):
     actual = loss_and_grads(tiny(scan_blocks=scan, remat=remat), params, inputs)
     assert relative(actual, plain) < 1e-6

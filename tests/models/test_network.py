@@ -103,6 +103,7 @@ def test_parts_make_the_whole(params, batch):
         np.testing.assert_allclose(at_once[key], wanted, atol=3e-6 * scale)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter(params, batch):
     def loss(params):
         pred, _ = small().apply({"params": params}, **batch, method="init_all")

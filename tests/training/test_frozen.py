@@ -55,6 +55,7 @@ def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.slow
 def test_another_vae_in_the_workdir_is_refused(config, tmp_path):
     for seed in (0, 1):
         write_vae(tmp_path / str(seed), seed)
