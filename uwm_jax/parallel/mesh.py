@@ -111,17 +111,18 @@ def place(tree: Any, shardings: Any) -> Any:
             return x
         return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
 
-    if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda x: one(x, shardings), tree)
-    return jax.tree.map(one, tree, shardings)
+    return jax.tree.map(one, tree, _for_each(tree, shardings))
 
 
 def with_sharding(shapes: Any, shardings: Any) -> Any:
     """Shapes (`jax.ShapeDtypeStruct` leaves) that carry `shardings`, a tree of them or one for all."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        _for_each(shapes, shardings),
+    )
 
-    def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda x: one(x, shardings), shapes)
-    return jax.tree.map(one, shapes, shardings)
+def _for_each(tree: Any, shardings: Any) -> Any:
+    """One sharding as a tree of it."""
+    return jax.tree.map(lambda _: shardings, tree) if isinstance(shardings, NamedSharding) else shardings
