@@ -10,7 +10,7 @@ import pytest
 from uwm_jax import config as config_lib
 from uwm_jax.diffusion.schedule import Schedule
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
 torch = pytest.importorskip("torch")
 
 from uwm_jax.torch_bridge.torch_codecs import PixelsCodec  # noqa: E402
@@ -18,15 +18,6 @@ from uwm_jax.torch_bridge.torch_loop import TorchLoop  # noqa: E402
 from uwm_jax.torch_bridge.torch_network import UWM  # noqa: E402
 
 ROWS, LATENT = 3, (2, 2, 8, 8, 3)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(**fields):

@@ -24,7 +24,7 @@ from uwm_jax.models.network import network_from_config
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training import checkpoint
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
 torch = pytest.importorskip("torch")
 
 from uwm_jax.torch_bridge import torch_network  # noqa: E402
@@ -33,15 +33,6 @@ DROID = "uwm_droid_small"
 
 # Half the compile time: what is compared with torch is what the network computes, not how it is compiled.
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
