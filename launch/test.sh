@@ -22,4 +22,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-"$python" -m pytest "$@"
+# A file's tests share what they have made, so a file stays with one worker; `-n 0` runs all in one process (for --pdb).
+"$python" -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@"

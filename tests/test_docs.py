@@ -87,7 +87,8 @@ def ran(place):
         "PYTHONPATH": f"{place}:{ROOT}",
         "SOURCE": str(place / "source"),
         "UWM_DATA_DIR": str(place / "datasets"),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        # most of the time here is compilation
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
     }
     results = []
     for block in blocks("bash"):
