@@ -32,6 +32,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 flags.DEFINE_bool("debug", False, "show the traceback behind an error message")
 
 _overrides: list[tuple[str, str]] = []
+_command: list[str] = []
 _takes_config = False
 
 
@@ -44,6 +45,11 @@ def accept_config_overrides() -> None:
 def config_overrides() -> list[tuple[str, str]]:
     """The `--config.any.field=value` pairs of the command line, in order."""
     return list(_overrides)
+
+
+def command_line() -> list[str]:
+    """The command that runs, as it can be typed again: `["python", "-m", "uwm_jax.train", "--workdir=..."]`."""
+    return list(_command)
 
 
 def required(name: str) -> str:
@@ -92,6 +98,7 @@ def _call(main: Main, argv: Sequence[str]) -> int:
             flag_lines = FLAGS.main_module_help().strip().split("\n")[1:]  # the first one is the file's path
             print(sys.modules[main.__module__].__doc__ or "", "Flags:", *flag_lines, sep="\n")
             return 0
+        _command[:] = ["python", "-m", _module_name(main), *argv[1:]]
         main(_parse(argv))
     except Preempted as e:
         print(e, file=sys.stderr)
@@ -120,6 +127,12 @@ def _call(main: Main, argv: Sequence[str]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _module_name(main: Main) -> str:
+    """`uwm_jax.train`, also where it runs as `__main__`."""
+    spec = getattr(sys.modules[main.__module__], "__spec__", None)
+    return spec.name if spec else main.__module__
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ from uwm_jax.parallel.distributed import Preemption, say
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
-from uwm_jax.training import finetune
+from uwm_jax.training import finetune, record
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
@@ -72,17 +72,25 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     config = config_lib.load(cli.required("config"), cli.config_overrides())
     workdir = Path(cli.required("workdir"))
+    changed = [name for name, _ in cli.config_overrides()]
+    start = record.describe(cli.command_line(), cli.required("config"), config, changed)
     with distributed.session():
-        train(config, workdir, FLAGS.profile)
+        train(config, workdir, FLAGS.profile, start)
 
 
-def train(config: ConfigDict, workdir: Path, profile: str | None = None) -> None:
-    """Runs `config` in `workdir` up to `config.total_steps`; `profile` is the flag."""
+def train(config: ConfigDict, workdir: Path, profile: str | None = None, start: dict[str, Any] | None = None) -> None:
+    """Runs `config` in `workdir` up to `config.total_steps`; `profile` is the flag, `start` what `run.json` gets."""
     with contextlib.ExitStack() as closing:  # what is open is closed in reverse, all of it, whatever happens
-        run(config, workdir, profile, closing)
+        run(config, workdir, profile, start, closing)
 
 
-def run(config: ConfigDict, workdir: Path, profile: str | None, closing: contextlib.ExitStack) -> None:
+def run(
+    config: ConfigDict,
+    workdir: Path,
+    profile: str | None,
+    start: dict[str, Any] | None,
+    closing: contextlib.ExitStack,
+) -> None:
     goodput = Goodput(config.total_steps, config.batch_size)
     if config.compilation_cache_dir:
         compilation_cache.reset_cache()  # else whatever compiled before this run decides where it lies
@@ -161,6 +169,8 @@ def run(config: ConfigDict, workdir: Path, profile: str | None, closing: context
     # --- Workdir: nothing is written before all of the above is known to be good. ------------------
     if distributed.is_main():
         checkpoint_lib.write_config(workdir, config)
+        if start:
+            record.add_start(workdir, start)
     checkpoint_lib.require_shared(workdir, config)
     if not stored:
         checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)

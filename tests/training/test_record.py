@@ -1,0 +1,42 @@
+"""`run.json`: what was started, in a form that can be typed again."""
+
+from __future__ import annotations
+
+from uwm_jax import cli, train
+from uwm_jax.config import base
+from uwm_jax.training import record
+
+FILE = """
+from uwm_jax.config import base
+def get_config():
+    c = base()
+    c.total_steps = 7
+    return c
+"""
+
+
+def test_starts_are_appended_and_unreadable_files_are_none(tmp_path):
+    assert record.read_starts(tmp_path) == []
+    for steps in (5, 6):
+        config = base()
+        config.total_steps = steps
+        record.add_start(tmp_path, record.describe(["python", "x"], "a.py:b", config, ["total_steps", "total_steps"]))
+    first, second = record.read_starts(tmp_path)
+    assert (first["changed"], second["changed"]) == ({"total_steps": 5}, {"total_steps": 6})
+    assert first["config_file"] == "a.py:b" and first["command"] == ["python", "x"]
+    assert first["time"].endswith("+00:00") and first["code_version"]
+    for text in ("{", "[]", '{"starts": 3}'):
+        (tmp_path / "run.json").write_text(text)
+        assert record.read_starts(tmp_path) == []
+
+
+def test_the_train_command_describes_itself(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(train, "train", lambda *arguments: given.append(arguments))
+    file = tmp_path / "mine.py"
+    file.write_text(FILE)
+    flags = [f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.model.depth=3", "--config.seed", "4"]
+    assert cli.call(train.main, ["/somewhere/train.py", *flags], train.define_flags) == 0
+    start = given[0][-1]
+    assert start["command"] == ["python", "-m", "uwm_jax.train", *flags]
+    assert start["changed"] == {"model.depth": 3, "seed": 4} and start["config_file"] == str(file)
