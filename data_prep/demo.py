@@ -31,8 +31,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.output import building, check_output, is_vacant
-from data_prep.pusht_expert import PushTExpert, Renderer, make_env, read_state
+from data_prep.pusht_expert import PushTExpert
 from uwm_jax import cli
+from uwm_jax.envs.pusht import Renderer, make_env, read_state
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
 

@@ -1,4 +1,4 @@
-"""PushT demonstrations: the simulator, the pictures, the expert, and what is written."""
+"""PushT demonstrations: the expert and the simulator it plans on, and what is written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import dataclasses
 import io
 import itertools
 import json
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -20,18 +17,13 @@ pytest.importorskip("gym_pusht")
 
 from data_prep import demo  # noqa: E402
 from data_prep.pusht_expert import (  # noqa: E402
-    GOAL_POSE,
-    SUBSTEPS,
     PushTExpert,
     PushTSimulator,
-    Renderer,
     agent_path,
     corners,
     goal_distance,
-    make_env,
-    read_state,
-    resize,
 )
+from uwm_jax.envs.pusht import GOAL_POSE, SUBSTEPS, make_env, read_state  # noqa: E402
 
 TINY = demo.Demo(episodes=2, image_size=32, seed=3, candidates=6, max_steps=12)
 
@@ -86,17 +78,6 @@ def test_simulator_is_the_environment(seed):
     assert np.abs(read_state(env) - start)[4:7].max() > 5  # it was pushed
 
 
-def test_coverage_is_the_environments():
-    env = make_env()
-    for seed in range(5):
-        env.reset(seed=seed)
-        env.block.angle = GOAL_POSE[2] + 0.02 * seed
-        env.block.position = GOAL_POSE[0] + seed, GOAL_POSE[1]
-        ours = env._get_coverage()
-        assert ours == pytest.approx(type(env)._get_coverage(env), rel=1e-12)
-        assert ours > 0.7
-
-
 def test_agent_path_is_the_environments_controller():
     env = make_env()
     env.reset(seed=1)
@@ -118,51 +99,6 @@ def test_corners_are_the_environments_keypoints():
     np.testing.assert_allclose(ours[order[0]], expected[order[1]], atol=1e-9)
     assert goal_distance(np.array(GOAL_POSE)) == 0
     assert goal_distance(np.array(GOAL_POSE) + [3, 4, 0]) == pytest.approx(5)
-
-
-@pytest.mark.parametrize("size,tolerance", [(64, 0), (128, 0), (96, 1)])
-def test_pictures_are_the_environments(size, tolerance):
-    pytest.importorskip("cv2", exc_type=ImportError)
-    env = make_env()
-    env.observation_width = env.observation_height = size
-    env.reset(seed=0)
-    render = Renderer(env, size)
-    for seed in range(8):
-        env.reset(seed=seed)
-        for _ in range(3):
-            env.step(read_state(env)[4:6])  # into the block: contacts are drawn as well
-        difference = np.abs(render().astype(int) - env._render().astype(int))
-        assert difference.max() <= tolerance
-
-
-def test_resize_of_a_ramp_is_exact():
-    """Bilinear interpolation reproduces what is linear, and half-pixel centres fix where it is read."""
-    x = np.arange(64) * 2.0
-    image = np.repeat(np.repeat(x[None, :, None], 64, 0), 3, 2).astype(np.uint8)
-    np.testing.assert_array_equal(resize(image, (16, 8))[:, :, 1], np.tile(x[1::4] + 1, (8, 1)))
-
-
-def test_runs_where_opencv_cannot_be_loaded():
-    code = """
-        import sys
-
-        class NoGL:
-            def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] == "cv2":
-                    raise ImportError("libGL.so.1: cannot open shared object file")
-
-        sys.meta_path.insert(0, NoGL())
-        from data_prep.pusht_expert import Renderer, make_env
-        env = make_env()
-        env.reset(seed=0)
-        print(int(Renderer(env, 64)().sum()), "cv2" in sys.modules)
-    """
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True
-    ).stdout.split()[-2:]
-    env = make_env()
-    env.reset(seed=0)
-    assert out == [str(int(Renderer(env, 64)().sum())), "False"]
 
 
 def test_expert_solves():

@@ -85,7 +85,11 @@ class EnvSpec:
 
 
 def get(name: str) -> EnvSpec:
-    """The environment called `name`. Raises UserError for an unknown one, or where a package that it needs is missing."""
+    """The environment called `name`.
+
+    Raises:
+        UserError: an unknown name, or a package that the environment needs is missing.
+    """
     if name not in _MODULES:
         raise UserError(f"--env={name}: there is no such environment. Known: {', '.join(sorted(_MODULES))}.")
     spec: EnvSpec = importlib.import_module(_MODULES[name]).SPEC
