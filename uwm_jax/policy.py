@@ -1,0 +1,214 @@
+"""A trained model as a policy: raw observations in, the next action out.
+
+Receding horizon: from the last observations the policy mode samples a chunk of actions, of which the first `execute`
+are taken before the next chunk is sampled. What the history's frames and the chunk's actions are relative to the
+present follows from the window that the model was trained on (`config.data.window`): the newest observed frame is the
+present, and the action of the same step is the next one to take. For the paper's window, obs (0, 1) and action 1 to 16,
+the history is the last two frames, and the chunk's first action is taken now.
+
+It knows no environment, and drives any number of them at once: rollouts use many rows, a server one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uwm_jax.errors import UserError
+from uwm_jax.system import DataFacts, System
+
+MODE = "policy"
+
+Rows = Sequence[int] | np.ndarray | None
+
+
+class Policy:
+    """Acts in as many episodes (rows) at once as `reset` is told of.
+
+    A row's actions are a function of its own observations, its episode's seed and `seed` alone: the network always sees
+    `batch_size` rows, of which spare ones are filled up.
+
+    Args:
+        system, params, frozen: as `checkpoint.load_for_inference` gives them.
+        execute: actions of each chunk that are taken, 1 to as many as the chunk has from the present on.
+        seed: of the noise that sampling starts from, with the episode's seed and the number of the decision.
+        batch_size: rows of one call of the network.
+    Raises:
+        UserError: `execute` does not fit the window that the model was trained on.
+    """
+
+    def __init__(
+        self, system: System, params: Any, frozen: Any, *, execute: int = 8, seed: int = 0, batch_size: int = 1
+    ):
+        self.system, self._params, self._frozen = system, params, frozen
+        self.execute, self._batch_size = execute, batch_size
+        self._key = jax.random.key(seed)
+        window = system.config.data.window
+        present = max(window.obs)
+        self._history = [present - i for i in window.obs]  # steps back from the present
+        self._chunk = _chunk_from_the_present(tuple(window.action), present, execute)
+        self.reset((0,))
+
+    def reset(self, seeds: Sequence[int]) -> None:
+        """Starts len(seeds) episodes; what was seen before is forgotten.
+
+        Args:
+            seeds: of each row's noise, 0 to 2**32 - 1.
+        """
+        self._seeds = np.array(seeds, np.uint32)
+        rows = len(self._seeds)
+        self._decisions = np.zeros(rows, np.uint32)
+        self._left = np.zeros(rows, np.int64)  # actions of the row's chunk that are still to be taken
+        self._chunks = np.zeros((rows, self.execute, self.system.facts.action_dim), np.float32)
+        self._seen = np.zeros(rows, bool)
+        length = max(self._history) + 1
+        self._frames = {
+            key: np.zeros((rows, length, *shape), dtype) for key, (shape, dtype) in _observed(self.system.facts).items()
+        }
+
+    def act(self, observation: Mapping[str, np.ndarray], rows: Rows = None) -> np.ndarray:
+        """The next action of each row; called once for every step of the episode.
+
+        Args:
+            observation: {camera: (n, H, W, 3) uint8 as the dataset has them; low-dimensional key: (n, D), raw units;
+                "text": (n, E) where the model reads text}. Other keys are ignored.
+            rows: (n,) which rows these are of; None: all.
+
+        Returns:
+            (n, Da) float32, raw units.
+
+        Raises:
+            UserError: naming every key that is missing or has an unfit shape, dtype or value.
+        """
+        at = self._rows(rows)
+        self.observe(observation, at)
+        due = at[self._left[at] == 0]
+        if len(due):
+            self._chunks[due] = self.plan(due)
+            self._left[due] = self.execute
+        action = self._chunks[at, self.execute - self._left[at]]
+        self._left[at] -= 1
+        return action
+
+    def observe(self, observation: Mapping[str, np.ndarray], rows: Rows = None) -> None:
+        """Takes in one step's observation, as `act` does; an episode's first one fills its whole history."""
+        at = self._rows(rows)
+        checked = _check(self.system.facts, observation, len(at))
+        first = at[~self._seen[at]]
+        self._seen[at] = True
+        for key, value in checked.items():
+            frames = self._frames[key]
+            frames[at, :-1] = frames[at, 1:]
+            frames[at, -1] = value
+            frames[first] = frames[first, -1:]
+
+    def inputs(self, rows: Rows = None) -> dict[str, np.ndarray]:
+        """What the network is given of these rows, a batch as `System` takes it: `obs/<camera>` (n, To, H, W, 3) uint8,
+        `obs/<low-dim key>` (n, To, D) float32 normalised, `obs/text` (n, E)."""
+        at = self._rows(rows)
+        batch = {}
+        for key, frames in self._frames.items():
+            if key == "text":
+                batch["obs/text"] = frames[at, -1]
+                continue
+            batch[f"obs/{key}"] = frames[at][:, [-1 - back for back in self._history]]
+            if key in self.system.facts.low_dim:
+                batch[f"obs/{key}"] = self.system.facts.normalizer.normalize(key, batch[f"obs/{key}"])
+        return batch
+
+    def plan(self, rows: Rows = None) -> np.ndarray:
+        """Samples a chunk from what was observed: (n, execute, Da) float32, raw units, the first action for now.
+
+        Raises:
+            UserError: the actions are not finite.
+        """
+        at = self._rows(rows)
+        sample, size = _sampler(self.system), self._batch_size
+        pieces = []
+        for start in range(0, len(at), size):
+            part = np.resize(at[start : start + size], size)  # filled up by repetition
+            pieces.append(
+                sample(
+                    self._params, self._frozen, self.inputs(part), self._key, self._seeds[part], self._decisions[part]
+                )
+            )
+        self._decisions[at] += 1
+        chunk = np.concatenate(jax.device_get(pieces))[: len(at)]
+        if not np.isfinite(chunk).all():
+            raise UserError(
+                "the policy's actions are not finite. Check the observations for extreme values, and the checkpoint's "
+                "parameters."
+            )
+        return np.asarray(self.system.facts.normalizer.unnormalize("action", chunk[:, self._chunk]), np.float32)
+
+    def _rows(self, rows: Rows) -> np.ndarray:
+        return np.arange(len(self._seeds)) if rows is None else np.asarray(rows, np.int64)
+
+
+# Cached, so that policies of one system compile once.
+@functools.lru_cache(maxsize=4)
+def _sampler(system: System) -> Callable[..., jax.Array]:
+    """(params, frozen, batch, key, seeds (B,), decisions (B,)) -> normalised actions (B, Ta, Da)."""
+
+    def sample(params: Any, frozen: Any, batch: Any, key: jax.Array, seeds: jax.Array, decisions: jax.Array) -> Any:
+        def noise(seed: jax.Array, decision: jax.Array) -> dict[str, jax.Array]:
+            own = jax.random.fold_in(jax.random.fold_in(key, seed), decision)
+            return jax.tree.map(lambda x: x[0], system.draw_noise(own, jnp.zeros(1, jnp.int32)))
+
+        return system.sample(params, frozen, batch, MODE, jax.vmap(noise)(seeds, decisions))["action"]
+
+    return jax.jit(sample)
+
+
+def _chunk_from_the_present(action: tuple[int, ...], present: int, execute: int) -> slice:
+    """Where in the window's actions those lie that are taken; UserError where there are fewer than `execute`."""
+    first = action.index(present) if present in action else 0
+    ready = 0
+    while first + ready < len(action) and action[first + ready] == present + ready:
+        ready += 1
+    if not 1 <= execute <= ready:
+        raise UserError(
+            f"execute={execute}: expected 1 to {ready} actions of a chunk. The model was trained on "
+            f"config.data.window.action={action}, in which {ready} follow each other step by step from the newest "
+            f"observed frame, {present}, on."
+        )
+    return slice(first, first + execute)
+
+
+def _observed(facts: DataFacts) -> dict[str, tuple[tuple[int, ...], type]]:
+    """{key: (shape, dtype)} of one row of an observation."""
+    observed: dict[str, tuple[tuple[int, ...], type]] = {c: ((*size, 3), np.uint8) for c, size in facts.cameras.items()}
+    observed |= {key: ((dim,), np.float32) for key, dim in facts.low_dim.items()}
+    if facts.text_dim:
+        observed["text"] = ((facts.text_dim,), np.float32)
+    return observed
+
+
+def _check(facts: DataFacts, observation: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    problems: list[str] = []
+    checked: dict[str, np.ndarray] = {}
+    for key, (shape, dtype) in _observed(facts).items():
+        expected = f"expected {np.dtype(dtype).name} {(rows, *shape)}"
+        if key not in observation:
+            problems.append(f"missing {key}: {expected}")
+            continue
+        value = np.asarray(observation[key])
+        fits = value.dtype == np.uint8 if dtype is np.uint8 else value.dtype.kind in "fiu"
+        if not fits or value.shape != (rows, *shape):
+            problems.append(f"{key}: {expected}, found {value.dtype} {value.shape}")
+            continue
+        checked[key] = value.astype(dtype)
+        if not np.isfinite(checked[key]).all():
+            problems.append(f"{key}: holds values that are not finite")
+    if problems:
+        raise UserError(
+            "the observation does not fit what the model was trained on:\n  "
+            + "\n  ".join(problems)
+            + f"\nIt has {', '.join(sorted(observation)) or 'no keys'}."
+        )
+    return checked
