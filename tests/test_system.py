@@ -267,3 +267,33 @@ def test_shapes_that_do_not_fit_are_named(config, field, value, message):
         codec = VAECodec(AutoencoderKL())  # divides by 8
     with pytest.raises(UserError, match=message):
         System(config, FACTS, codec)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
+def test_first_estimate_is_the_clean_data_that_the_output_means(config, prediction):
+    """Against the formulas; forward mode: the action is given at timestep 0, the next frames are at the first one."""
+    config.diffusion.prediction.next_obs = prediction
+    system, data = make(config), batch(4)
+    noise = system.draw_noise(jax.random.key(1), data["row"])
+    found = system.first_estimate({}, {}, data, "forward", noise)
+    assert set(found) == {"next_obs_latent"}
+    seen = system.network.seen
+    assert (seen["timestep"]["action"] == 0).all() and (seen["timestep"]["next_obs"] == 90).all()
+    np.testing.assert_array_equal(seen["noisy"]["action"], data["action"])
+    latent = np.asarray(data["next_obs/wrist"], np.float32)[:, None] / 255 * 2 - 1
+    signal, sigma = (np.sqrt(x, dtype=np.float32) for x in (0.0195443742, 1 - 0.0195443742))
+    noisy = signal * latent + sigma * np.asarray(noise["next_obs"])
+    np.testing.assert_allclose(seen["noisy"]["next_obs"], noisy, atol=1e-5)
+    level = np.asarray(seen["images"]).reshape(4, -1)[:, :4].mean(axis=1).reshape(-1, 1, 1, 1, 1, 1)
+    output = noisy * 0.1 + level
+    clean = {"epsilon": (noisy - sigma * output) / signal, "sample": output, "v": signal * noisy - sigma * output}
+    np.testing.assert_allclose(found["next_obs_latent"], clean[prediction], atol=1e-4)
+
+
+def test_first_estimate_hides_what_the_mode_hides(config):
+    system, data = make(config), batch(4)
+    noise = system.draw_noise(jax.random.key(1), data["row"])
+    assert set(system.first_estimate({}, {}, data, "policy", noise)) == {"action"}
+    seen = system.network.seen
+    np.testing.assert_array_equal(seen["noisy"]["next_obs"], noise["next_obs"])
+    assert all((t == 90).all() for t in seen["timestep"].values())

@@ -22,7 +22,7 @@ from uwm_jax.data.images import preprocess
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion import loss as losses
 from uwm_jax.diffusion import sampler
-from uwm_jax.diffusion.modes import MODALITIES, MODES, generated, given
+from uwm_jax.diffusion.modes import MODALITIES, MODES, Role, generated, given
 from uwm_jax.diffusion.schedule import Schedule
 from uwm_jax.errors import UserError
 from uwm_jax.models.codecs import Codec
@@ -30,6 +30,8 @@ from uwm_jax.models.network import network_from_config
 
 Batch = Mapping[str, jax.Array]
 Params = Any
+
+_SAMPLE_KEYS = {"action": "action", "next_obs": "next_obs_latent"}  # how samples of a modality are called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,15 +279,49 @@ class System:
         }
 
     @_exact
-    def sample(self, params: Params, frozen: Params, batch: Batch, mode: str, noise: Batch) -> dict[str, jax.Array]:
+    def first_estimate(
+        self, params: Params, frozen: Params, batch: Batch, mode: str, noise: Batch
+    ) -> dict[str, jax.Array]:
+        """The clean data that one evaluation of the network sees in true data noised to the sampler's first timestep.
+
+        Args:
+          batch: `obs/*`, `action` (normalised) and `next_obs/*` (or `next_obs_latent`).
+          mode: what it is given is clean, what it hides is the noise alone.
+          noise: {modality: array}.
+
+        Returns:
+          as `sample`; not clipped.
+        """
+        current, following = self.preprocess(batch)
+        clean = {"action": batch["action"], "next_obs": self._latents_of(frozen, batch, following)}
+        first = jnp.full(batch["action"].shape[:1], self.schedule.sample_hidden_timestep)
+        inputs = {
+            Role.GENERATE: lambda m: (self.schedule.add_noise(clean[m], noise[m], first), first),
+            Role.GIVEN: lambda m: (clean[m], jnp.zeros_like(first)),
+            Role.HIDDEN: lambda m: (noise[m], first),
+        }
+        noisy, timestep = ({m: inputs[MODES[mode][m]](m)[i] for m in MODALITIES} for i in range(2))
+        cond = self.encode_obs(params, batch, current)
+        output = self.network.apply({"params": params}, cond, noisy, timestep)[0]
+        return {
+            _SAMPLE_KEYS[m]: self.schedule.clean_and_noise(self.prediction[m], output[m], noisy[m], first)[0]
+            for m in generated(mode)
+        }
+
+    @_exact
+    def sample(
+        self, params: Params, frozen: Params, batch: Batch, mode: str, noise: Batch, *, path: bool = False
+    ) -> dict[str, jax.Array]:
         """Samples a mode of the table for a batch.
 
         Args:
           batch: `obs/*`, and of `action` (normalised) and `next_obs/*` (or `next_obs_latent`) what the mode is given.
           noise: {modality: array}, where generation starts or what stands in for what is hidden.
+          path: whether to return all that the samples were on their way.
 
         Returns:
-          `action` (B, Ta, Da), normalised, and `next_obs_latent`, of these what the mode generates.
+          `action` (B, Ta, Da), normalised, and `next_obs_latent`, of these what the mode generates; with `path`
+          (S + 1, B, ...), from the noise to the sample.
         """
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
@@ -307,6 +343,6 @@ class System:
             given=clean,
             prediction=self.prediction,
             clip=self.clip,
+            path=path,
         )
-        names = {"action": "action", "next_obs": "next_obs_latent"}
-        return {names[m]: result[m] for m in generated(mode)}
+        return {_SAMPLE_KEYS[m]: result[m] for m in generated(mode)}

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from data_prep.reshard import reshard
 from uwm_jax.config import base
-from uwm_jax.data.loader import Loader, Trace, prefetch_to_device
+from uwm_jax.data.loader import Loader, Trace, prefetch_to_device, strangers
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.sources import Source
@@ -245,6 +245,45 @@ def test_held_out_windows_are_fixed_and_evenly_spread(made, config: ConfigDict) 
     one = chosen.batch(3, 4)
     for key in one:
         np.testing.assert_array_equal(one[key][0], batches[0][key][3])
+
+
+def test_held_out_windows_know_the_action_before_and_a_strangers_actions(made, config: ConfigDict) -> None:
+    config.val_ratio = 0.5
+    _, held_out = split_episodes(len(LENGTHS), 0.5)
+    lengths = [LENGTHS[e] for e in held_out if LENGTHS[e] > 9]
+    assert len(lengths) >= 2
+    loader = _loader(config)
+    windows = loader.held_out(40)
+    batch, normalize = windows.batch(0, len(windows)), lambda x: loader.normalizer.normalize("action", x)
+    for i, (episode, origin) in enumerate(zip(windows.episodes, windows.origins, strict=True)):
+        actions = _raw_actions(made[1][episode])
+        np.testing.assert_allclose(batch["last_action"][i], normalize(actions[origin]), atol=1e-5)
+        np.testing.assert_array_equal(batch["shuffled_action"][i], batch["action"][windows.shuffled[i]])
+        assert windows.episodes[windows.shuffled[i]] != episode
+    assert batch["has_last_action"].all()
+    np.testing.assert_array_equal(windows.batch(3, 5)["shuffled_action"], batch["shuffled_action"][3:5])
+
+    config.window.action = (0, 1, 2, 3, 4, 5)
+    windows = _loader(config).held_out(10_000)
+    np.testing.assert_array_equal(windows.batch(0, len(windows))["has_last_action"], windows.origins > 0)
+
+
+def test_actions_are_shuffled_by_half_of_the_set_where_episodes_allow() -> None:
+    np.testing.assert_array_equal(strangers(np.repeat(np.arange(6), 4)), (np.arange(24) + 12) % 24)
+    np.testing.assert_array_equal(strangers(np.zeros(5, int)), (np.arange(5) + 2) % 5)
+    for episodes in (np.array([0, 0, 0, 0, 0, 1]), np.array([0, 1, 1, 1, 2]), np.array([0, 1])):
+        assert (episodes[strangers(episodes)] != episodes).all()
+    assert strangers(np.array([3])).tolist() == [0]
+
+
+def test_training_windows_and_the_mean_action_are_of_training_episodes(made, config: ConfigDict) -> None:
+    config.val_ratio = 0.3
+    train, _ = split_episodes(len(LENGTHS), 0.3)
+    loader = _loader(config)
+    assert set(loader.training_windows(10_000).episodes) == {e for e in train if LENGTHS[e] > 9}
+    assert len(loader.training_windows(7)) == 7
+    raw = np.concatenate([_raw_actions(made[1][e]) for e in train])
+    np.testing.assert_allclose(loader.mean_action(), loader.normalizer.normalize("action", raw).mean(axis=0), atol=1e-5)
 
 
 def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:

@@ -47,6 +47,7 @@ def test_every_mode_against_a_loop(mode, spacing):
 
     x = {m: known[m] if m in WHAT_IS_KNOWN[mode] else noise[m] for m in shapes}
     hidden = 90 if spacing == "leading" else 99
+    states = [dict(x)]
     for i in range(10):
         t = (90 if spacing == "leading" else 99) - 10 * i
         level = {m: t if m in WHAT_IS_MADE[mode] else 0 if m in WHAT_IS_KNOWN[mode] else hidden for m in shapes}
@@ -54,11 +55,17 @@ def test_every_mode_against_a_loop(mode, spacing):
         for m in WHAT_IS_MADE[mode]:
             args = (prediction[m], output[m], x[m], jnp.asarray(t), jnp.asarray(t - 10 if t >= 10 else -1))
             x[m] = schedule.ddim_step(*args, clip[m])
+        states.append(dict(x))
     assert set(result) == set(WHAT_IS_MADE[mode])
     for m in result:
         np.testing.assert_allclose(result[m], x[m], atol=1e-5)
         assert jnp.abs(result[m]).max() <= clip[m]
     assert len(calls) == 1, "what depends on timesteps alone is computed once, before the scan"
+    path = sample(
+        modulation, toy, schedule, mode, noise=noise, given=known, prediction=prediction, clip=clip, path=True
+    )
+    for m in result:
+        np.testing.assert_allclose(path[m], jnp.stack([state[m] for state in states]), atol=1e-5)
 
 
 def test_table_has_a_role_for_every_modality():

@@ -18,7 +18,8 @@ import numpy as np
 from uwm_jax.data.mixture import MixtureOrder, continued
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.samples import Batch, Clip, RowSpec
-from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, row_spec
+from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, pooled_stats, row_spec
+from uwm_jax.data.windows import Windows
 from uwm_jax.errors import UserError
 
 
@@ -242,7 +243,16 @@ class Loader:
         shard = source.dataset.locate(episode, max(origin, 0)).shard
         return Trace(name, str(source.dataset.directory), shard, episode, origin)
 
-    def held_out(self, num_windows: int, seed: int = 0) -> HeldOut:
+    def mean_action(self) -> np.ndarray:
+        """(Da,) float32 mean of all actions of the training episodes, normalised."""
+        mean = np.asarray(pooled_stats(self._robots)["action"]["mean"], np.float32)
+        return np.asarray(self.normalizer.normalize("action", mean), np.float32)
+
+    def training_windows(self, num_windows: int, seed: int = 0) -> FixedWindows:
+        """At most `num_windows` windows of training episodes, chosen as those of `held_out` are."""
+        return self._spread([(source, source.windows) for source in self._robots], num_windows, seed)
+
+    def held_out(self, num_windows: int, seed: int = 0) -> FixedWindows:
         """At most `num_windows` windows of validation episodes of the sources with actions, evenly spread over all of
         them, always the same.
 
@@ -250,14 +260,16 @@ class Loader:
             UserError: no source has a validation episode that passes its filter and is long enough.
         """
         found_in = [(source, source.held_out_windows()) for source in self._robots]
-        sources = [source for source, windows in found_in if windows]
-        every = [windows for _, windows in found_in if windows]
-        if not every:
+        if not any(windows for _, windows in found_in):
             each = "\n".join(f"  {source.about_held_out()}" for source in self._robots)
             raise UserError(
                 f"there is no held-out window to evaluate on (config.data.val_ratio={self.config.val_ratio}):\n{each}\n"
                 "Only a new run can hold out other episodes; training works without (config.eval.every=0)."
             )
+        return self._spread([(source, windows) for source, windows in found_in if windows], num_windows, seed)
+
+    def _spread(self, found_in: Sequence[tuple[Source, Windows]], num_windows: int, seed: int) -> FixedWindows:
+        sources, every = zip(*found_in, strict=True)
         ends = np.cumsum([len(windows) for windows in every])
         count = min(num_windows, int(ends[-1]))
         # One window from each of `count` equal parts of the list, at the same place of each part.
@@ -267,7 +279,7 @@ class Loader:
         for w in chosen:
             i = int(np.searchsorted(ends, w, side="right"))
             found.append((i, *every[i].locate(int(w - (ends[i - 1] if i else 0)))))
-        return HeldOut(self, sources, found)
+        return FixedWindows(self, sources, found)
 
     def close(self) -> None:
         """Closes the datasets' files."""
@@ -275,13 +287,15 @@ class Loader:
             source.dataset.close()
 
 
-class HeldOut:
-    """Fixed windows for evaluation.
+class FixedWindows:
+    """Windows for evaluation, in the order of their sources, episodes and steps.
 
     Attributes:
         episodes: (n,) int64 a number of each window's episode, other in each source: intervals are to be clustered by
             it. With one source it is the episode's number in the split.
         origins: (n,) int64 first step of each window.
+        shuffled: (n,) int64 for each window one of another episode, or if there is but one episode another one: the
+            window half of the set away, or the next after it that is of another episode.
     """
 
     def __init__(self, loader: Loader, sources: Sequence[Source], windows: list[tuple[int, int, int]]):
@@ -290,19 +304,34 @@ class HeldOut:
         first = np.cumsum([0, *(source.dataset.num_episodes for source in sources)])
         self.episodes = np.asarray([first[s] + episode for s, episode, _ in windows], np.int64)
         self.origins = np.asarray([origin for *_, origin in windows], np.int64)
+        self.shuffled = strangers(self.episodes)
 
     def __len__(self) -> int:
         return len(self._windows)
 
     def batch(self, start: int, stop: int) -> Batch:
-        """Windows [start, stop) as a batch; `row` is the window's number. Windows beyond the last start over."""
+        """Windows [start, stop) as a batch; `row` is the window's number. Windows beyond the last start over.
+
+        Beside what a training batch has: `last_action` (b, Da) float32, the normalised one just before the chunk,
+        `has_last_action` (b,) bool, False where the episode has none, and `shuffled_action` (b, Ta, Da) float32, the
+        chunk of the window `shuffled` names.
+        """
         rows = np.arange(start, stop) % len(self)
         loader = self._loader
         batch = loader.spec.empty(len(rows))
+        batch["shuffled_action"] = np.empty_like(batch["action"])
+        batch["last_action"] = np.empty_like(batch["action"][:, 0])
+        batch["has_last_action"] = np.empty_like(batch["action_mask"])
         for at, r in enumerate(rows):
-            number, episode, origin = self._windows[r]
-            samples = self._sources[number].samples
-            samples.load(batch, at, int(r), [Clip(episode, origin)], 0, loader.normalizer, loader.spec)
+            number, *clip = self._windows[r]
+            samples, window = self._sources[number].samples, Clip(*clip)
+            samples.load(batch, at, int(r), [window], 0, loader.normalizer, loader.spec)
+            before = loader.spec.window.action[0] - 1
+            batch["last_action"][at] = samples.action(window, (before,), loader.normalizer)[0]
+            batch["has_last_action"][at] = window.origin + before >= 0
+            number, *clip = self._windows[self.shuffled[r]]
+            other = self._sources[number].samples
+            batch["shuffled_action"][at] = other.action(Clip(*clip), loader.spec.window.action, loader.normalizer)
         return batch
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -311,6 +340,18 @@ class HeldOut:
         and a mean over windows leaves these rows out."""
         for start in range(0, len(self), batch_size):
             yield self.batch(start, start + batch_size)
+
+
+def strangers(episodes: np.ndarray) -> np.ndarray:
+    """`FixedWindows.shuffled` of windows of these episodes (n,)."""
+    count = len(episodes)
+    shifts = (np.arange(count) + count // 2) % count
+    found = np.empty(count, np.int64)
+    for i in range(count):
+        candidates = (i + shifts) % count
+        others = candidates[episodes[candidates] != episodes[i]]
+        found[i] = others[0] if len(others) else candidates[0]
+    return found
 
 
 def prefetch_to_device(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int) -> DevicePrefetch:

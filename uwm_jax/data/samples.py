@@ -157,9 +157,7 @@ class Samples:
             return
         for name, key in self.low_dim_keys.items():
             batch[f"obs/{name}"][at] = normalizer.normalize(name, self._rows(key, start, obs))
-        action = window.steps(window.action, origin, length)
-        parts = [transform.apply(self._rows(key, start, action)) for key, transform in self.actions]
-        batch["action"][at] = normalizer.normalize("action", np.concatenate(parts, axis=-1))
+        batch["action"][at] = self.action(clips[0], window.action, normalizer)
         for name in ("action", *(f"obs/{name}" for name in self.low_dim_keys)):
             # Training episodes are known to be finite from their statistics; held-out ones are met here.
             if not np.isfinite(batch[name][at]).all():
@@ -167,6 +165,14 @@ class Samples:
                     f"{dataset.directory}: {name} is NaN or infinite in episode {episode} of split {dataset.split!r}, "
                     f"in the window at step {origin}. Remove the episode from the source and reshard it."
                 )
+
+    def action(self, clip: Clip, indices: tuple[int, ...], normalizer: Normalizer) -> np.ndarray:
+        """(len(indices), Da) float32 normalised actions at steps relative to a window of a source with actions."""
+        episode, origin = clip
+        length, start = int(self.dataset.episode_lengths[episode]), int(self.dataset.episode_starts[episode])
+        steps = self.window.steps(indices, origin, length)
+        parts = [transform.apply(self._rows(key, start, steps)) for key, transform in self.actions]
+        return normalizer.normalize("action", np.concatenate(parts, axis=-1))
 
     def _load_frames(self, batch: Batch, at: int, clips: Sequence[Clip], draw: int) -> None:
         filled: dict[str, tuple[int, str]] = {}  # view -> (number of the clip, step key)

@@ -192,8 +192,9 @@ def row_spec(sources: Sequence[Source]) -> RowSpec:
     return spec
 
 
-def fit_normalizer(sources: Sequence[Source], kind: str) -> Normalizer:
-    """One normaliser from the training episodes of all sources with actions, whatever their weights.
+def pooled_stats(sources: Sequence[Source]) -> dict[str, Stats]:
+    """Statistics of `action` and of each low-dim key over the training episodes of all sources with actions, whatever
+    their weights.
 
     Raises:
         UserError: values that are not finite.
@@ -212,8 +213,13 @@ def fit_normalizer(sources: Sequence[Source], kind: str) -> Normalizer:
                     "in training episodes; remove these episodes from the source and reshard it."
                 )
             pooled.setdefault(key, []).append(values)
-    joined = {key: pool_stats(parts) for key, parts in pooled.items()}
-    return Normalizer.from_stats(joined, kind, joined)
+    return {key: pool_stats(parts) for key, parts in pooled.items()}
+
+
+def fit_normalizer(sources: Sequence[Source], kind: str) -> Normalizer:
+    """One normaliser from the statistics of `pooled_stats`; raises UserError as it does."""
+    stats = pooled_stats(sources)
+    return Normalizer.from_stats(stats, kind, stats)
 
 
 def check_normalizer(normalizer: Normalizer, spec: RowSpec, where: str) -> None:

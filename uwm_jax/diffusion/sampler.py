@@ -24,6 +24,7 @@ def sample(
     given: Arrays,
     prediction: Mapping[str, str],
     clip: Mapping[str, float],
+    path: bool = False,
 ) -> dict[str, jax.Array]:
     """Samples what `mode` generates, by deterministic DDIM.
 
@@ -36,9 +37,10 @@ def sample(
       noise: {modality: array}, N(0, 1): where generation starts, or what stands in for a hidden modality.
       given: {modality: clean array} for the modalities that the mode is given.
       prediction, clip: per modality, as in `Schedule.ddim_step`.
+      path: whether to return how the samples came about.
 
     Returns:
-      {modality: array} of the generated modalities.
+      {modality: array} of the generated modalities; with `path` (S + 1, ...): the noise, and what each step made of it.
     """
     roles = MODES[mode]
     steps, previous = jnp.asarray(schedule.timesteps), jnp.asarray(schedule.previous_timesteps)
@@ -50,12 +52,12 @@ def sample(
     modulations = modulation({m: levels[roles[m]] for m in MODALITIES})
     fixed = {m: (given if roles[m] is Role.GIVEN else noise)[m] for m in MODALITIES if roles[m] is not Role.GENERATE}
 
-    def body(x: dict[str, jax.Array], step: tuple[jax.Array, jax.Array, Any]) -> tuple[dict[str, jax.Array], None]:
+    def body(x: dict[str, jax.Array], step: tuple[jax.Array, jax.Array, Any]) -> tuple[dict[str, jax.Array], Any]:
         timestep, landing, slice_ = step
         output = predict({**fixed, **x}, slice_)
         x = {m: schedule.ddim_step(prediction[m], output[m], x[m], timestep, landing, clip[m]) for m in x}
-        return x, None
+        return x, x if path else None
 
     start = {m: noise[m] for m in generated(mode)}
-    end, _ = jax.lax.scan(body, start, (steps, previous, modulations))
-    return end
+    end, after = jax.lax.scan(body, start, (steps, previous, modulations))
+    return {m: jnp.concatenate([start[m][None], after[m]]) for m in end} if path else end

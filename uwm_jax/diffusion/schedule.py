@@ -103,6 +103,19 @@ class Schedule:
             return signal * noise - sigma * x
         raise ValueError(f"unknown prediction {prediction!r}")
 
+    def clean_and_noise(
+        self, prediction: str, output: jax.Array, x: jax.Array, timestep: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The (x_0, eps) that x (B, ...) at `timestep`, () or (B,), consists of, if the network's `output` is right."""
+        signal, sigma = self.signal_and_noise(timestep, x.ndim)
+        if prediction == "epsilon":
+            return (x - sigma * output) / signal, output
+        if prediction == "sample":
+            return output, (x - signal * output) / sigma
+        if prediction == "v":
+            return signal * x - sigma * output, signal * output + sigma * x
+        raise ValueError(f"unknown prediction {prediction!r}")
+
     def ddim_step(
         self,
         prediction: str,
@@ -122,15 +135,7 @@ class Schedule:
           clip: bound of the predicted clean data, 0 for none. The noise estimate is the one before
             clipping, as diffusers does by default.
         """
-        signal, sigma = self.signal_and_noise(timestep, x.ndim)
-        if prediction == "epsilon":
-            clean, eps = (x - sigma * output) / signal, output
-        elif prediction == "sample":
-            clean, eps = output, (x - signal * output) / sigma
-        elif prediction == "v":
-            clean, eps = signal * x - sigma * output, signal * output + sigma * x
-        else:
-            raise ValueError(f"unknown prediction {prediction!r}")
+        clean, eps = self.clean_and_noise(prediction, output, x, timestep)
         if clip:
             clean = jnp.clip(clean, -clip, clip)
         next_signal, next_sigma = self.signal_and_noise(previous, x.ndim)
