@@ -172,10 +172,10 @@ def _chunk_from_the_present(action: tuple[int, ...], present: int, execute: int)
     while first + ready < len(action) and action[first + ready] == present + ready:
         ready += 1
     if not 1 <= execute <= ready:
+        expected = f"expected 1 to {ready}" if ready else "no number will do"
         raise UserError(
-            f"execute={execute}: expected 1 to {ready} actions of a chunk. The model was trained on "
-            f"config.data.window.action={action}, in which {ready} follow each other step by step from the newest "
-            f"observed frame, {present}, on."
+            f"execute={execute}: {expected}. The model was trained on config.data.window.action={action}, of which "
+            f"{ready} follow each other step by step from the newest observed frame, {present}, on."
         )
     return slice(first, first + execute)
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
-import os
 import signal
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,14 +28,12 @@ class EpisodeResult:
         scores: (T + 1,) float64, the environment's score at the start and after each step (PushT: coverage, 0 to 1).
         actions: (T, Da) float64, raw units, as the policy or controller gave them.
         success: whether the environment called it solved, which ends it.
-        observations: {key: (T + 1, ...)} where they were asked for, else empty.
     """
 
     seed: int
     scores: np.ndarray
     actions: np.ndarray
     success: bool
-    observations: Observation = dataclasses.field(default_factory=dict)
 
     @property
     def max_score(self) -> float:
@@ -97,6 +94,12 @@ def play_episode(env: Env, controller: Controller, seed: int) -> EpisodeResult:
     return EpisodeResult(seed, np.array(scores), np.array(actions), bool(info["success"]))
 
 
+def replay(env: Env, episode: EpisodeResult) -> Observation:
+    """What was seen in an episode, {key: (T + 1, ...)}: its actions are taken again, from the same start."""
+    seen = [env.reset(seed=episode.seed)[0], *(env.step(action)[0] for action in episode.actions)]
+    return {key: np.stack([observation[key] for observation in seen]) for key in seen[0]}
+
+
 class ParallelEnvs:
     """Environments of one kind in worker processes; use it as a context manager.
 
@@ -105,17 +108,17 @@ class ParallelEnvs:
     Args:
         name: of the environment.
         cameras: {camera: (height, width)} of the frames to draw.
-        workers: processes; 0 = all cores.
+        workers: processes, at least 1.
     Raises:
         UserError: an unknown environment, a missing package, or frames that it cannot draw.
     """
 
-    def __init__(self, name: str, cameras: Mapping[str, tuple[int, int]], workers: int = 0):
+    def __init__(self, name: str, cameras: Mapping[str, tuple[int, int]], workers: int):
         self.spec = get(name)
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
-        for _ in range(workers or len(os.sched_getaffinity(0))):
+        for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, name, dict(cameras)), daemon=True)
             process.start()

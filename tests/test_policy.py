@@ -1,0 +1,170 @@
+"""The receding-horizon policy, driven by a stub model whose actions say what it was given."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uwm_jax.config import base
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.errors import UserError
+from uwm_jax.policy import Policy
+from uwm_jax.system import DataFacts
+
+CHUNK = 6
+SCALE = {"state": (np.array([2.0], np.float32), np.array([10.0], np.float32))}
+
+
+class Stub:
+    """Its normalised actions (B, Ta, 3) are (newest state, place in the chunk, noise), of `policy` mode only."""
+
+    def __init__(self, obs=(0, 1), action=tuple(range(1, 1 + CHUNK)), text_dim=0, bad=False):
+        self.config = base()
+        self.config.data.window.obs, self.config.data.window.action = obs, action
+        action_scale = (np.array([1.0, 1.0, 4.0], np.float32), np.array([0.0, 0.0, 100.0], np.float32))
+        self.facts = DataFacts(
+            {"front": (4, 5)}, {"state": 1}, 3, text_dim, Normalizer({**SCALE, "action": action_scale})
+        )
+        self.length, self.bad, self.calls = len(action), bad, []
+
+    def draw_noise(self, key, rows):
+        return {"action": jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), (self.length, 1)))(rows)}
+
+    def sample(self, params, frozen, batch, mode, noise):
+        assert mode == "policy" and set(batch) == {"obs/front", "obs/state"} | (
+            {"obs/text"} if self.facts.text_dim else set()
+        )
+        self.calls.append(batch["obs/front"].shape)
+        newest = jnp.broadcast_to(batch["obs/state"][:, -1:], (len(batch["obs/state"]), self.length, 1))
+        place = jnp.broadcast_to(jnp.arange(self.length, dtype=jnp.float32)[:, None], newest.shape)
+        action = jnp.concatenate([newest, place, noise["action"]], axis=-1)
+        return {"action": action / 0 if self.bad else action}
+
+
+def seen(*states: float) -> dict[str, np.ndarray]:
+    """An observation of rows whose state is known; the frame's values are the state's."""
+    values = np.array(states)
+    return {
+        "front": np.broadcast_to(values[:, None, None, None], (len(values), 4, 5, 3)).astype(np.uint8),
+        "state": values[:, None],
+    }
+
+
+def make(stub: Stub, seeds=(0,), **options) -> Policy:
+    policy = Policy(stub, {}, {}, **options)
+    policy.reset(seeds)
+    return policy
+
+
+@pytest.mark.parametrize(
+    "obs,expected",
+    [
+        ((0, 1), [[5, 5], [5, 6], [6, 7], [7, 8]]),
+        ((-2, 0), [[5, 5], [5, 6], [5, 7], [6, 8]]),  # spaced
+        ((3,), [[5], [6], [7], [8]]),
+    ],
+)
+def test_history_is_the_windows_and_starts_with_the_first_frame(obs, expected):
+    stub = Stub(obs=obs, action=tuple(range(max(obs), max(obs) + CHUNK)))
+    policy = make(stub, execute=1)
+    for time, frames in enumerate(expected):
+        policy.observe(seen(5 + time))
+        batch = policy.inputs()
+        assert batch["obs/front"].dtype == np.uint8 and batch["obs/state"].dtype == np.float32
+        np.testing.assert_array_equal(batch["obs/front"][0, :, 0, 0, 0], frames)
+        np.testing.assert_array_equal(batch["obs/state"][0, :, 0], (np.array(frames) - 10) / 2)
+    policy.reset((0,))
+    policy.observe(seen(3))
+    assert (policy.inputs()["obs/front"] == 3).all()  # nothing is left of the episode before
+
+
+def test_a_chunk_is_executed_in_part_and_then_planned_again():
+    policy = make(Stub(), execute=4)
+    actions = np.array([policy.act(seen(step))[0] for step in range(10)])
+    assert actions.dtype == np.float32
+    np.testing.assert_array_equal(actions[:, 1], [0, 1, 2, 3, 0, 1, 2, 3, 0, 1])
+    # Each chunk saw the observation of the step at which it begins; actions are in raw units.
+    np.testing.assert_array_equal(actions[:, 0] * 2 + 10, [0, 0, 0, 0, 4, 4, 4, 4, 8, 8])
+    assert 90 < actions[:, 2].mean() < 110 and actions[:, 2].std() > 1
+
+
+@pytest.mark.parametrize(
+    "obs,action,first",
+    [((0, 1), (1, 2, 3, 4), 0), ((0, 1), (0, 1, 2, 3, 4), 1), ((0,), (0, 1, 2, 3), 0), ((1, 4), (2, 3, 4, 5, 6, 7), 2)],
+)
+def test_the_first_action_is_the_newest_frames(obs, action, first):
+    policy = make(Stub(obs=obs, action=action), execute=3)
+    assert [policy.act(seen(1.0))[0, 1] for _ in range(4)] == [first, first + 1, first + 2, first]
+
+
+@pytest.mark.parametrize(
+    "obs,action,execute,message",
+    [
+        ((0, 1), (1, 2, 3, 4), 5, "expected 1 to 4"),
+        ((0, 1), (1, 2, 3, 4), 0, "expected 1 to 4"),
+        ((0, 1), (0, 1, 2, 3), 4, "expected 1 to 3"),
+        ((0, 1), (1, 3, 5, 7), 2, "expected 1 to 1"),  # steps are left out
+        ((0, 1), (2, 3, 4, 5), 1, "no number will do"),  # none for the present
+    ],
+)
+def test_chunks_that_cannot_be_executed(obs, action, execute, message):
+    with pytest.raises(UserError, match=message):
+        Policy(Stub(obs=obs, action=action), {}, {}, execute=execute)
+
+
+def test_noise_follows_from_seeds_and_decision():
+    def noise(seeds, steps=4, **options):
+        policy = make(Stub(), seeds, execute=2, **options)
+        return np.array([policy.act(seen(*range(len(seeds))))[:, 2] for _ in range(steps)])
+
+    first = noise([7, 8])
+    assert len(np.unique(first)) == 8  # of rows, decisions and places in the chunk
+    np.testing.assert_array_equal(noise([7, 8]), first)
+    np.testing.assert_array_equal(noise([8, 9, 7])[:, [2, 0]], first)
+    assert not np.isin(noise([7, 8], seed=1), first).any()
+    policy = make(Stub(), [3], execute=2)
+    again = [policy.act(seen(0))[0, 2] for _ in range(3)]
+    policy.reset([7])
+    np.testing.assert_array_equal([policy.act(seen(0))[0, 2] for _ in range(4)], first[:, 0])
+    assert again[0] != first[0, 0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_rows_do_not_depend_on_each_other(batch_size):
+    """Any rows at any step, in calls of one fixed shape."""
+    stub = Stub()
+    together = make(stub, [10, 11, 12], execute=2, batch_size=batch_size)
+    alone = [make(Stub(), [seed], execute=2) for seed in (10, 11, 12)]
+    for step, rows in enumerate([[0, 1, 2], [0, 1, 2], [2, 0], [1], [1, 2, 0], [2], [0, 2]]):
+        states = [10 * step + row for row in rows]
+        expected = np.concatenate([alone[row].act(seen(state)) for row, state in zip(rows, states, strict=True)])
+        np.testing.assert_array_equal(together.act(seen(*states), rows), expected)
+    assert stub.calls == [(batch_size, 2, 4, 5, 3)]  # traced once
+
+
+def test_observations_that_do_not_fit():
+    policy = make(Stub(), [0, 1], execute=1)
+    good = seen(1, 2)
+    for change, message in (
+        ({"front": None}, r"missing front: expected uint8 \(2, 4, 5, 3\)\n(.|\n)*It has state"),
+        ({"front": good["front"][:1]}, r"front: expected uint8 \(2, 4, 5, 3\), found uint8 \(1, 4, 5, 3\)"),
+        ({"front": good["front"].astype(np.float32)}, "front: expected uint8 .* found float32"),
+        ({"state": np.zeros((2, 3))}, r"state: expected float32 \(2, 1\), found float64 \(2, 3\)"),
+        ({"state": np.array([["a"], ["b"]])}, "state: expected float32"),
+        ({"state": np.array([[0.0], [np.nan]])}, "state: holds values that are not finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            policy.act({k: v for k, v in {**good, **change}.items() if v is not None})
+    assert policy.act({**good, "other": 3}).shape == (2, 3)  # a key that it does not read
+    with pytest.raises(UserError, match="actions are not finite"):
+        make(Stub(bad=True), execute=1).act(seen(1))
+
+
+def test_text_is_read_where_the_model_reads_it():
+    policy = make(Stub(text_dim=2), execute=1)
+    with pytest.raises(UserError, match="missing text"):
+        policy.act(seen(1))
+    policy.act({**seen(1), "text": np.array([[1.0, 2.0]])})
+    np.testing.assert_array_equal(policy.inputs()["obs/text"], [[1.0, 2.0]])
