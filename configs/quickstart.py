@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     c.log_every = 50
     c.checkpoint.every = 450
     c.checkpoint.keep = 2
+    c.eval.action_plane = ("image", 0.0, 512.0, 0.0, 512.0)  # actions are positions on the table
 
     # 16 actions + 16 video tokens + 4 registers of width 128, a quarter-width ResNet-10 with its 2x2 map.
     c.model.embed_dim = 128

@@ -83,6 +83,10 @@ def test_stored_config_comes_back_equal(path, tmp_path):
         (("data.resize", "large"), "a list of whole numbers"),
         (("data.crop", "224"), "2 positive whole numbers"),
         (("model.encoder.stage_sizes", "(True,)"), "a list of whole numbers"),
+        (("eval.action_plane", "wrist,0,1,0,1"), "(camera, x_low, x_high, y_low, y_high) such as ('image', 0.0"),
+        (("eval.action_plane", "('wrist',0,1,0)"), "(camera, x_low, x_high, y_low, y_high)"),
+        (("eval.action_plane", "('wrist',0,1,2,2)"), "(camera, x_low, x_high, y_low, y_high)"),
+        (("eval.action_plane", "('nowhere',0,1,0,1)"), "names the camera 'nowhere', which is not one of"),
     ],
 )
 def test_bad_values_are_named(path, override, message):

@@ -49,6 +49,15 @@ def finished_config(tiny_config):
     return tiny_config
 
 
+def evaluation_of(workdir, step):
+    """What a line must say of held-out windows: losses, and the means of the evaluation's own file."""
+    folder = workdir / "eval" / str(step)
+    assert {"metrics.json", "modes.png", "actions.png", "denoise.gif"} <= {p.name for p in folder.iterdir()}
+    means = {f"eval/{k}": v["mean"] for k, v in json.loads((folder / "metrics.json").read_text()).items()}
+    assert {"eval/policy/action_mse", "eval/joint/psnr", "eval/control/shuffle_gap"} <= set(means)
+    return {"eval/loss/action": None, "eval/loss/next_obs": None} | means
+
+
 def test_what_a_run_leaves_behind(finished, finished_config):
     lines = metrics_of(finished)
     assert [x["step"] for x in lines] == [1, 2, 3, 4, 6]  # the first; each second; evaluation each third
@@ -56,9 +65,10 @@ def test_what_a_run_leaves_behind(finished, finished_config):
     expected |= {"data_wait_fraction", "goodput"} | {f"time/{name}" for name in CATEGORIES}
     expected |= {f"grad_norm/{group}" for group in ("adaln", "attention", "mlp", "obs_encoder", "tokens")}
     for x in lines:
-        evaluated = {"eval/loss/action", "eval/loss/next_obs"} if x["step"] in (3, 6) else set()
+        evaluated = evaluation_of(finished, x["step"]) if x["step"] in (3, 6) else {}
         by_timestep = {k for k in x if re.fullmatch(r"loss/(action|next_obs)/t\d+-\d+", k)}
-        assert set(x) - by_timestep == expected | evaluated and by_timestep
+        assert set(x) - by_timestep == expected | set(evaluated) and by_timestep
+        assert all(x[name] == value for name, value in evaluated.items() if value is not None)
         np.testing.assert_allclose(x["loss"], x["loss/action"] + x["loss/next_obs"], rtol=1e-6)
     # The outputs start at zero, so epsilon prediction starts at the variance of the noise.
     assert 1.5 < lines[0]["loss"] < 2.5

@@ -127,8 +127,10 @@ def base() -> ConfigDict:
     c.checkpoint.keep = 3
 
     c.eval = ConfigDict()
-    c.eval.every = 0  # steps between losses on held-out windows; 0 = never
+    c.eval.every = 0  # steps between evaluations of loss and all modes on held-out windows; 0 = never
     c.eval.num_windows = 256
+    c.eval.action_plane = ()  # or (camera, x_low, x_high, y_low, y_high): the first two numbers of a raw action are a
+    # position in the rectangle that this camera shows, and pictures draw them there
     return c
 
 

@@ -43,12 +43,13 @@ _AT_LEAST_ONE = (
 ).split()
 
 
-# Lists of texts; the other lists are of whole numbers, except for those of pairs below.
+# Lists of texts; the other lists are of whole numbers, except for those below.
 _TEXTS = (
     *("init_from_skip", "data.cameras", "data.low_dim"),
     *("data.sources.*.include", "data.sources.*.exclude", "data.sources.*.cameras"),
 )
 _PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
+_PLANE = "eval.action_plane"  # a camera and four numbers
 
 
 def is_list_of_texts(name: str) -> bool:
@@ -89,6 +90,14 @@ def _check_elements(name: str, value: tuple[Any, ...]) -> None:
             raise UserError(
                 f"config.{name}: expected pairs (step key, transform) such as (('action', 'identity'),), "
                 f"found {value!r}."
+            )
+    elif name == _PLANE:
+        numbers = value[1:]
+        fits = len(numbers) == 4 and all(type(v) in (int, float) and abs(v) < float("inf") for v in numbers)
+        if value and not (isinstance(value[0], str) and fits and numbers[0] != numbers[1] and numbers[2] != numbers[3]):
+            raise UserError(
+                f"config.{name}: expected () or (camera, x_low, x_high, y_low, y_high) such as "
+                f"('image', 0.0, 512.0, 0.0, 512.0), found {value!r}."
             )
     elif not all(type(v) is int for v in value):
         raise UserError(f"config.{name}: expected a list of whole numbers such as (1, 2), found {value!r}.")
@@ -183,6 +192,12 @@ def _check_combinations(c: ConfigDict) -> None:
         f"config.mesh.data: expected a number of devices or -1 for all, found {c.mesh.data}.",
     )
     check(bool(c.mesh.rules), "config.mesh.rules: expected the name of a table in configs/meshes/, or a FILE.py.")
+    plane = c.eval.action_plane
+    if plane and plane[0] not in d.cameras:
+        raise UserError(
+            f"config.eval.action_plane names the camera {plane[0]!r}, which is not one of "
+            f"config.data.cameras={d.cameras}."
+        )
     check(
         not c.init_from_skip or bool(c.init_from),
         f"config.init_from_skip={c.init_from_skip} means nothing without config.init_from.",

@@ -23,7 +23,9 @@ from uwm_jax import cli
 from uwm_jax import config as config_lib
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader, prefetch_to_device
+from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import Preempted, UserError
+from uwm_jax.evaluation.program import Evaluation, write_results
 from uwm_jax.parallel import distributed, sharding
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import Preemption, say
@@ -129,7 +131,8 @@ def run(
         facts = dataclasses.replace(facts, normalizer=origin.normalizer_for(config, facts))
         loader.close()
         loader = open_loader(config, mesh, None, facts.normalizer)
-    held_out = loader.held_out(config.eval.num_windows) if config.eval.every else None
+    if config.eval.every:
+        loader.held_out(config.eval.num_windows)  # raises here where there is none
     trace = Profile.parse(profile, workdir, stored.step if stored else 0, config.total_steps)
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
@@ -186,10 +189,12 @@ def run(
         train_step = compile_for(mesh, rules, step_function, *inputs, updates_state=True)
         if not stored:
             checkpoints.warm_up(state, frozen_lib.checkpointed_arrays(config, frozen))  # SIGTERM leaves little time
-        if held_out:
-            eval_step = compile_for(mesh, rules, make_eval_step(config, system), *inputs, updates_state=False)
-    windows = held_out.batches(config.batch_size) if held_out else []
-    held_out_batches = [mesh_lib.place(batch, batch_sharding) for batch in windows]
+        if config.eval.every:
+            held_out = loader.held_out(config.eval.num_windows)
+            evaluation = Evaluation(system, loader, held_out, mesh, rules, config.batch_size)
+            evaluation.compile(like.eval_params, frozen)
+            loss_inputs = like, frozen, evaluation.batches[0]
+            eval_step = compile_for(mesh, rules, make_eval_step(config, system), *loss_inputs, updates_state=False)
     # On CPUs the first collective fails when another process comes to it half a minute later.
     distributed.barrier("all programs are compiled", seconds=3600)
 
@@ -213,6 +218,15 @@ def run(
             progress = {"window": window.state(), "goodput": goodput.state(step)}
             checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
 
+    def evaluate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
+        """What a log line says of held-out windows, and pictures of some of them."""
+        with goodput.spend("evaluation"):
+            losses = mean_over_batches(eval_step, state, frozen, evaluation.batches)
+            found, shown = evaluation.run(state.eval_params, frozen)
+            means = losses | {f"eval/{name}": value["mean"] for name, value in found.items()}
+            files = write_results(workdir, step, system, found, shown) if distributed.is_main() else {}
+            return means, {f"eval/{name}": file for name, file in files.items() if file.suffix == ".png"}
+
     for resource in (batches, log, trace):
         closing.callback(resource.close)
     preemption, watchdog = closing.enter_context(Preemption()), closing.enter_context(Watchdog(config.hang_seconds))
@@ -234,19 +248,18 @@ def run(
 
         last, stop = step == config.total_steps, preemption.requested(step)
         due = step % config.checkpoint.every == 0 or last
-        evaluate = held_out is not None and (step % config.eval.every == 0 or last)
-        if step % config.log_every == 0 or step == 1 or due or evaluate:
+        evaluates = config.eval.every > 0 and (step % config.eval.every == 0 or last)
+        if step % config.log_every == 0 or step == 1 or due or evaluates:
             means = window.means()  # raises on NaN, so that none is ever saved
-            with goodput.spend("evaluation"):
-                losses = mean_over_batches(eval_step, state, frozen, held_out_batches) if evaluate else {}
+            evaluated, pictures = evaluate(step) if evaluates else ({}, {})
             rates = goodput.rates(step)
             rates |= mfu(rates["samples_per_second"])
             say(progress_line(step, config.total_steps, {**means, **rates}))
-            if losses:
-                say("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+            if evaluated:
+                say("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in evaluated.items() if headline(k)))
             del rates["eta_seconds"]
             with goodput.spend("other"):
-                log.write(step, {**means, **rates, **losses})
+                log.write(step, {**means, **rates, **evaluated}, pictures)
         if due or stop:
             saved_step = step
             save(step)
@@ -312,6 +325,12 @@ def mean_over_batches(eval_step: Any, state: Any, frozen: Any, batches: list[Any
     """Mean of held-out losses over batches (of one size: the last is filled up with the first windows)."""
     results = [jax.device_get(eval_step(state, frozen, batch)) for batch in batches]
     return {name: float(sum(r[name] for r in results) / len(results)) for name in results[0]}
+
+
+def headline(name: str) -> bool:
+    """Whether a held-out metric is among the few that are printed: losses, and one of each modality of each mode."""
+    _, kind, *rest = name.split("/")
+    return kind == "loss" or (kind in MODES and rest[-1] in ("action_mse", "psnr"))
 
 
 def print_summary(config: ConfigDict, loader: Loader, frozen: Any, mesh: Any, table: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from uwm_jax.training.log import MetricsLog, NotFinite, Window, progress_line, read_metrics
@@ -120,18 +122,33 @@ def test_lines_after_the_restored_step_are_cut(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def events(workdir):
+    """All events of a workdir's TensorBoard files."""
+    for file in (workdir / "tensorboard").iterdir():
+        data = file.read_bytes()
+        while data:  # length, its checksum, an event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            yield Event.FromString(data[12 : 12 + size])
+            data = data[size + 16 :]
+
+
+def test_pictures_reach_tensorboard_as_they_are(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "modes.png")
+    log = MetricsLog(tmp_path, 0)
+    log.write(10, {"loss": 1.0}, {"eval/modes": tmp_path / "modes.png"})
+    log.close()
+    values = [(e.step, v) for e in events(tmp_path) for v in e.summary.value if v.HasField("image")]
+    assert [(step, value.tag) for step, value in values] == [(10, "eval/modes")]
+    shown = np.asarray(Image.open(io.BytesIO(values[0][1].image.encoded_image_string)))
+    np.testing.assert_array_equal(shown, pixels)
+
+
 def test_curves_of_a_run_that_came_to_no_checkpoint_are_purged(tmp_path):
     log = MetricsLog(tmp_path, 0)
     log.write(10, {"loss": 1.0})
     log.close()
-    starts = []
-    for file in (tmp_path / "tensorboard").iterdir():
-        data = file.read_bytes()
-        while data:  # length, its checksum, an event, its checksum
-            size = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + size])
-            starts += [event.step] if event.session_log.status == SessionLog.START else []
-            data = data[size + 16 :]
+    starts = [event.step for event in events(tmp_path) if event.session_log.status == SessionLog.START]
     assert starts == [1], "from where on TensorBoard drops what came before"
 
 

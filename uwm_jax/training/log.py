@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 
 from uwm_jax.errors import RunError
@@ -118,13 +119,16 @@ class MetricsLog:
         self._file = path.open("a")
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
+        """A line of the metrics of a step, and scalars and pictures {name: file} to TensorBoard."""
         if self._file is None or self._board is None:
             return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+        for name, picture in (pictures or {}).items():
+            self._board.add_image(name, np.asarray(Image.open(picture).convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         """Closes the files. Where the disk is full, an exception that is on its way already is not hidden by that."""

@@ -49,6 +49,11 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     hparams: Hparams
 
+    @property
+    def eval_params(self) -> Params:
+        """What is evaluated and sampled from: the average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
+
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW without its learning rate, which the step applies (decay included, as torch does).

@@ -89,12 +89,11 @@ def make_eval_step(config: ConfigDict, system: System) -> Callable[[TrainState, 
     """
 
     def eval_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-        params = state.params if state.ema_params is None else state.ema_params
         shares = row_weights(batch["action_mask"], config.loss.action_free)
 
         def sums(rows: Any) -> Metrics:
             batch, shares = rows
-            errors, _ = system.row_losses(params, frozen, batch, jax.random.key(0), augment=False)
+            errors, _ = system.row_losses(state.eval_params, frozen, batch, jax.random.key(0), augment=False)
             return {f"eval/loss/{m}": (shares[m] * errors[m]).sum() for m in errors}
 
         return sum_in_parts(sums, (dict(batch), shares), config.accumulation_steps)
@@ -102,15 +101,13 @@ def make_eval_step(config: ConfigDict, system: System) -> Callable[[TrainState, 
     return eval_step
 
 
-def compile_for(
-    mesh: Mesh, rules: Rules, function: Callable[..., Any], state: Any, frozen: Any, batch: Any, *, updates_state: bool
-) -> Any:
-    """A step compiled for a mesh, its activations laid out by the rules.
+def compile_for(mesh: Mesh, rules: Rules, function: Callable[..., Any], *inputs: Any, updates_state: bool) -> Any:
+    """A function compiled for a mesh, its activations laid out by the rules.
 
     Args:
-      function: `(state, frozen, batch) -> (state, metrics)` if `updates_state`, which then reuses the buffers of the
-        state it is given; else `-> metrics`.
-      state, frozen, batch: arrays, or shapes with shardings.
+      function: `(state, ...) -> (state, metrics)` if `updates_state`, which then reuses the buffers of the state it is
+        given; else any, whose results are whole on every device.
+      inputs: its arguments: arrays, or shapes with shardings.
     """
 
     def laid_out(*args: Any) -> Any:
@@ -118,6 +115,6 @@ def compile_for(
             return function(*args)
 
     whole = replicated(mesh)
-    outputs = (jax.tree.map(lambda x: x.sharding, state), whole) if updates_state else whole
+    outputs = (jax.tree.map(lambda x: x.sharding, inputs[0]), whole) if updates_state else whole
     program = jax.jit(laid_out, out_shardings=outputs, donate_argnums=0 if updates_state else ())
-    return program.lower(state, frozen, batch).compile()
+    return program.lower(*inputs).compile()

@@ -1,0 +1,93 @@
+"""Errors of windows and their intervals, against numpy and closed forms."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uwm_jax.errors import RunError
+from uwm_jax.evaluation.metrics import CHANGED, errors, interval, summarize
+
+
+def test_interval_is_clustered():
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=200)
+    values = np.repeat(means, 5)  # windows of an episode are copies of each other
+    clusters = np.repeat(np.arange(200), 5)
+    found = interval(values, clusters)
+    half = 1.96 * means.std() / np.sqrt(200)
+    assert found["n"] == 1000
+    np.testing.assert_allclose(found["mean"], means.mean())
+    np.testing.assert_allclose([found["lo"], found["hi"]], [means.mean() - half, means.mean() + half], atol=0.02)
+    one = interval(np.array([1.0, 3.0]), np.array([7, 7]))
+    assert one == {"mean": 2.0, "lo": 2.0, "hi": 2.0, "n": 2}
+
+
+def test_errors_against_a_loop_over_windows():
+    rng = np.random.default_rng(0)
+    current = rng.uniform(size=(3, 2, 1, 4, 5, 3))
+    truth = {
+        "action": rng.normal(size=(3, 6, 2)),
+        "next_obs_latent": rng.normal(size=(3, 2, 2, 2, 2, 4)),
+        "next_obs": current + rng.choice([0.0, 0.04, 0.06, -0.3], size=(3, 2, 2, 4, 5, 3)),
+    }
+    truth["next_obs"][1] = current[1]
+    made = {name: x + rng.normal(size=x.shape) for name, x in truth.items()}
+    changed = np.abs(truth["next_obs"] - current) > CHANGED
+    found = errors(
+        {name: jnp.asarray(x, jnp.float32) for name, x in made.items()},
+        {name: jnp.asarray(x) for name, x in (truth | {"changed": changed}).items()},
+    )
+    for i in range(3):
+        square = (made["next_obs"][i] - truth["next_obs"][i]) ** 2
+        expected = {
+            "action_mse": ((made["action"][i] - truth["action"][i]) ** 2).mean(),
+            "latent_mse": ((made["next_obs_latent"][i] - truth["next_obs_latent"][i]) ** 2).mean(),
+            "pixel_mse": square.mean(),
+            "psnr": 10 * np.log10(1 / square.mean()),
+            "changed_mse": square[changed[i]].mean() if i != 1 else 0.0,
+        }
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name][i], value, rtol=1e-5, err_msg=name)
+    # A prediction that is the same for all windows or frames counts as if it were repeated.
+    one = errors({"action": jnp.zeros(2)}, {"action": jnp.asarray(truth["action"])})
+    np.testing.assert_allclose(one["action_mse"], (truth["action"] ** 2).mean(axis=(1, 2)), rtol=1e-6)
+
+
+def values(**changes):
+    """Metrics of four windows of two episodes."""
+    found = {
+        "policy/action_mse": [0.3, 0.3, 0.1, 0.1],
+        "inverse/action_mse": [0.1, 0.2, 0.1, 0.0],
+        "baseline/linear_interpolation/action_mse": [0.5, 9.0, 0.3, 0.2],
+        "forward/changed_mse": [1.0, 2.0, 0.0, 4.0],
+        "video/changed_mse": [2.0, 4.0, 0.0, 5.0],
+        "has_changed": [True, True, False, True],
+        "has_last_action": [True, False, True, True],
+    }
+    return {name: np.asarray(x) for name, x in (found | changes).items()}
+
+
+def test_summaries_pair_windows_and_leave_out_what_a_window_lacks():
+    metrics = summarize(values(), np.array([4, 4, 9, 9]))
+    assert not [name for name in metrics if "has_" in name]
+    assert metrics["forward/changed_mse"]["n"] == 3 and metrics["policy/action_mse"]["n"] == 4
+    assert metrics["forward/changed_mse"]["mean"] == pytest.approx(7 / 3)
+    line = metrics["baseline/linear_interpolation/action_mse"]
+    assert line["n"] == 3 and line["mean"] == pytest.approx(1 / 3)
+    pair = metrics["paired/inverse_vs_linear_interpolation/action_mse"]
+    assert pair["n"] == 3 and pair["mean"] == pytest.approx((0.4 + 0.2 + 0.2) / 3)
+    pair = metrics["paired/inverse_vs_policy/action_mse"]
+    assert pair["mean"] == pytest.approx(0.1) and (pair["lo"], pair["hi"]) == pytest.approx((0.05, 0.15))
+    assert metrics["paired/forward_vs_video/changed_mse"]["mean"] == pytest.approx(4 / 3)
+    assert "paired/policy_vs_mean_action/action_mse" not in metrics, "there is nothing to compare with"
+    nothing = summarize(values(has_changed=[False] * 4), np.arange(4))
+    assert "forward/changed_mse" not in nothing and "policy/action_mse" in nothing
+
+
+def test_samples_that_are_not_finite_are_named_unless_they_do_not_count():
+    with pytest.raises(RunError, match=r"policy/action_mse is nan in held-out window 2 and 1 more"):
+        summarize(values(**{"policy/action_mse": [0.3, 0.3, np.nan, np.inf]}), np.arange(4))
+    summarize(values(**{"baseline/linear_interpolation/action_mse": [0.5, np.nan, 0.3, 0.2]}), np.arange(4))

@@ -1,0 +1,310 @@
+"""All modes of a model on fixed held-out windows: one program over the devices of a mesh, a number per window out.
+
+The trainer and `python -m uwm_jax.evaluate` both use `Evaluation`. A window's noise depends on its number alone, so
+that two checkpoints, or two ways of sampling, are compared on the same inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from uwm_jax.data.loader import FixedWindows, Loader
+from uwm_jax.diffusion.modes import MODALITIES, MODES, generated
+from uwm_jax.errors import UserError
+from uwm_jax.evaluation import pictures
+from uwm_jax.evaluation.metrics import CHANGED, Interval, errors, summarize
+from uwm_jax.files import write_text
+from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.parallel.sharding import Rules
+from uwm_jax.system import System
+from uwm_jax.training.step import compile_for
+
+Arrays = dict[str, jax.Array]
+Metrics = dict[str, Interval]
+Windows = dict[str, np.ndarray]
+
+SHOWN = 8  # windows that come to the host, evenly spread
+MEAN_IMAGE_WINDOWS = 256  # of training episodes, whose next frames are averaged
+
+_JOINT = next(mode for mode in MODES if generated(mode) == MODALITIES)  # the mode whose denoising is shown
+
+
+class Evaluation:
+    """Evaluates parameters of a model on the held-out windows of its data.
+
+    All processes of a run make one and call it together; each has all results. `compile` comes first.
+
+    Args:
+      system: the model.
+      loader: of its data, for the baselines.
+      held_out: the windows.
+      mesh, rules: where the batch lies, and the parameters that will be given.
+      batch_size: windows in one run of the program, over all devices; a multiple of those that cut the batch.
+
+    Raises:
+      UserError: `config.eval.action_plane` for actions of one number.
+
+    Attributes:
+      batches: the windows on the devices, as `FixedWindows.batches` gives them.
+    """
+
+    def __init__(
+        self, system: System, loader: Loader, held_out: FixedWindows, mesh: Mesh, rules: Rules, batch_size: int
+    ):
+        if system.config.eval.action_plane and system.facts.action_dim < 2:
+            raise UserError(
+                f"config.eval.action_plane={system.config.eval.action_plane} needs actions of at least two numbers, a "
+                "position; they have one here. Leave it empty: ()."
+            )
+        self.held_out = held_out
+        self._system, self._loader, self._mesh, self._rules = system, loader, mesh, rules
+        self._batch_size = batch_size
+        self._by_rows, self._whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+        self.batches = [mesh_lib.place(batch, self._by_rows) for batch in held_out.batches(batch_size)]
+        self._num_shown = min(SHOWN, len(held_out))
+        self._shown = np.round(np.linspace(0, len(held_out) - 1, self._num_shown)).astype(np.int32)
+
+    def compile(self, params: Any, frozen: Any) -> None:
+        """Compiles the programs; runs none of them.
+
+        Args:
+          params, frozen: arrays, or shapes with shardings, of what will be evaluated.
+        """
+        system, batch = self._system, self.batches[0]
+        views, frames, *_ = system.latent_shape
+
+        def whole(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._whole)
+
+        image = whole(views, 1, *system.config.data.crop, 3)
+        references = {"mean_action": whole(system.facts.action_dim), "mean_image": image}
+        inputs = params, frozen, batch, references, self._shown_of(0)
+        self._evaluate = self._compile(make_evaluation(system), *inputs)
+        states = (system.schedule.num_inference_steps + 1) * self._num_shown
+        self._decode = self._compile(make_decoder(system), frozen, whole(states, *system.latent_shape))
+        weight = jax.ShapeDtypeStruct((self._batch_size,), jnp.float32, sharding=self._by_rows)
+        self._frame_sum = self._compile(make_frame_sum(system), batch, weight)
+
+    def run(self, params: Any, frozen: Any, progress: bool = False) -> tuple[Metrics, Windows]:
+        """The metrics over all windows, and a few windows to be shown.
+
+        Args:
+          progress: whether to show a progress bar.
+
+        Returns:
+          {metric: {mean, lo, hi, n}}, and numpy arrays of N windows for pictures: `episode` (N,), `action`,
+          `shuffled_action` (N, Ta, Da) and `last_action` (N, Da) normalised, `current`, `next_obs` (N, V, T, h, w, 3)
+          float32 in [0, 1], `mean_image` (V, 1, h, w, 3), `<mode>/action` and `<mode>/next_obs` of what each mode
+          generates, `forward_shuffled/next_obs`, and `denoise/<modality>` (S + 1, N, ...), the joint mode's samples
+          from noise to end.
+
+        Raises:
+          RunError: a metric is NaN or infinite.
+        """
+        total = len(self.held_out)
+        references = self._references
+        scores, shown = [], []
+        with tqdm(total=total, desc="sampling all modes", unit="window", disable=not progress) as bar:
+            for number, batch in enumerate(self.batches):
+                found = self._evaluate(params, frozen, batch, references, self._shown_of(number))
+                scores.append(jax.device_get(found[0]))
+                if count := int(np.count_nonzero(self._shown // self._batch_size == number)):
+                    shown.append(jax.tree.map(lambda x: np.asarray(x)[:count], found[1]))  # noqa: B023
+                bar.update(min(self._batch_size, total - bar.n))
+        return summarize(join(scores, total), self.held_out.episodes), self._windows(shown, frozen)
+
+    def run_modes(self, system: System, params: Any, frozen: Any, progress: str = "") -> Metrics:
+        """The metrics of the modes alone for another system of the same parameters, such as one with fewer steps.
+
+        Args:
+          progress: the progress bar's description; "" shows none.
+
+        Raises:
+          RunError: a metric is NaN or infinite.
+        """
+        program = self._compile(make_scores(system), params, frozen, self.batches[0])
+        found = tqdm(self.batches, desc=progress, unit="batch", disable=not progress)
+        scores = [jax.device_get(program(params, frozen, batch)) for batch in found]
+        return summarize(join(scores, len(self.held_out)), self.held_out.episodes)
+
+    def _shown_of(self, number: int) -> jax.Array:
+        """The places in a batch of the windows to be shown, filled up with 0."""
+        places = self._shown[self._shown // self._batch_size == number] % self._batch_size
+        return mesh_lib.place(np.resize(np.append(places, 0), self._num_shown).astype(np.int32), self._whole)
+
+    def _windows(self, shown: list[Any], frozen: Any) -> Windows:
+        windows: Windows = jax.tree.map(lambda *parts: np.concatenate(parts), *shown)
+        windows["episode"] = self.held_out.episodes[self._shown]
+        windows["mean_image"] = np.asarray(self._references["mean_image"])
+        for name in ("action", "next_obs_latent"):
+            windows[f"denoise/{name}"] = windows[f"denoise/{name}"].swapaxes(0, 1)
+        latents = windows.pop("denoise/next_obs_latent")
+        flat = mesh_lib.place(latents.reshape(-1, *self._system.latent_shape), self._whole)
+        frames = np.asarray(self._decode(frozen, flat))
+        windows["denoise/next_obs"] = frames.reshape(*latents.shape[:2], *frames.shape[1:])
+        return windows
+
+    @functools.cached_property
+    def _references(self) -> Arrays:
+        """What the baselines take from the training episodes: `mean_action` (Da,), `mean_image` (V, 1, h, w, 3)."""
+        windows = self._loader.training_windows(MEAN_IMAGE_WINDOWS)
+        total: Any = 0.0
+        for number, batch in enumerate(windows.batches(self._batch_size)):
+            own = number * self._batch_size + np.arange(self._batch_size) < len(windows)  # the last batch starts over
+            inputs = mesh_lib.place((batch, own.astype(np.float32)), self._by_rows)
+            total = total + np.asarray(self._frame_sum(*inputs), np.float64)
+        mean = (total / (len(windows) * self._system.num_frames)).astype(np.float32)[:, None]
+        return mesh_lib.place({"mean_action": self._loader.mean_action(), "mean_image": mean}, self._whole)
+
+    def _compile(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        return compile_for(self._mesh, self._rules, function, *inputs, updates_state=False)
+
+
+def join(parts: list[dict[str, np.ndarray]], total: int) -> dict[str, np.ndarray]:
+    """(N,) of each metric from its values in batches, the last of which was filled up from the beginning."""
+    return {name: np.concatenate([part[name] for part in parts])[:total] for name in parts[0]}
+
+
+def write_results(workdir: Path, step: int, system: System, metrics: Metrics, windows: Windows) -> dict[str, Path]:
+    """Writes what `Evaluation.run` returned to `<workdir>/eval/<step>/`; returns {name of a picture: file}."""
+    folder = workdir / "eval" / str(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return pictures.draw(windows, system.facts, system.config, folder)
+
+
+# --- what is compiled ----------------------------------------------------------------------------------
+
+
+def make_evaluation(system: System) -> Callable[..., tuple[Arrays, Arrays]]:
+    """`(params, frozen, batch, references, shown) -> (scores, windows)`.
+
+    Args of the function:
+      batch: of `FixedWindows`.
+      references: `mean_action` (Da,) normalised, `mean_image` (V, 1, h, w, 3).
+      shown: (K,) int32, rows of the batch.
+
+    It returns what `uwm_jax.evaluation.metrics.summarize` takes, (B,), and of the rows `shown` what `Evaluation.run`
+    returns, windows first, with latents in place of the frames of `denoise/next_obs`.
+    """
+
+    def evaluate(params: Any, frozen: Any, batch: Arrays, references: Arrays, shown: Any) -> tuple[Arrays, Arrays]:
+        batch, truth, noise = _inputs(system, frozen, batch)
+        shuffled = {**batch, "action": batch["shuffled_action"]}
+        made = {mode: system.sample(params, frozen, batch, mode, noise) for mode in MODES if mode != _JOINT}
+        path = system.sample(params, frozen, batch, _JOINT, noise, path=True)
+        made[_JOINT] = {name: x[-1] for name, x in path.items()}
+        made["control/forward_shuffled"] = system.sample(params, frozen, shuffled, "forward", noise)
+        made = _decoded(system, frozen, made)
+
+        scores = _scores(made | _baselines(system, frozen, batch, truth, references), truth)
+        gap = (
+            errors(system.first_estimate(params, frozen, rows, "forward", noise), truth)["latent_mse"]
+            for rows in (shuffled, batch)
+        )
+        scores["control/shuffle_gap"] = next(gap) - next(gap)
+        scores["has_changed"] = _has_changed(truth)
+        scores["has_last_action"] = batch["has_last_action"]
+
+        windows = {name: truth[name] for name in ("action", "current", "next_obs")}
+        windows |= {name: batch[name] for name in ("last_action", "shuffled_action")}
+        for name, parts in made.items():
+            short = name.removeprefix("control/")
+            windows |= {f"{short}/{part}": x for part, x in parts.items() if part != "next_obs_latent"}
+        windows |= {f"denoise/{name}": jnp.moveaxis(x, 0, 1) for name, x in path.items()}
+        return scores, {name: x[shown] for name, x in windows.items()}
+
+    return evaluate
+
+
+def make_scores(system: System) -> Callable[..., Arrays]:
+    """`(params, frozen, batch) -> scores` of the modes alone, with the noise of `make_evaluation`."""
+
+    def scores(params: Any, frozen: Any, batch: Arrays) -> Arrays:
+        batch, truth, noise = _inputs(system, frozen, batch)
+        made = {mode: system.sample(params, frozen, batch, mode, noise) for mode in MODES}
+        return {**_scores(_decoded(system, frozen, made), truth), "has_changed": _has_changed(truth)}
+
+    return scores
+
+
+def make_frame_sum(system: System) -> Callable[..., jax.Array]:
+    """`(batch, weight (B,)) -> (V, h, w, 3)`, the sum of the batch's next frames."""
+
+    def frame_sum(batch: Arrays, weight: jax.Array) -> jax.Array:
+        _, following = system.preprocess(batch)
+        assert following is not None
+        return (following * weight.reshape(-1, 1, 1, 1, 1, 1)).sum(axis=(0, 2))
+
+    return frame_sum
+
+
+def make_decoder(system: System) -> Callable[..., jax.Array]:
+    """`(frozen, latents (B, V, T, h, w, C)) -> (B, V, T, H, W, 3)`, frames in [0, 1]."""
+    return lambda frozen, latents: jnp.clip(system.decode(frozen, latents), 0.0, 1.0)
+
+
+def _inputs(system: System, frozen: Any, batch: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+    """The batch with latents in place of next frames, the truth, and the noise of each window."""
+    current, following = system.preprocess(batch)
+    assert following is not None
+    latent = system.encode_frames(frozen, following)
+    truth = {
+        "action": batch["action"],
+        "current": current,
+        "next_obs": following,
+        "next_obs_latent": latent,
+        "changed": jnp.abs(following - current[:, :, -1:]) > CHANGED,
+    }
+    rest = {name: x for name, x in batch.items() if not name.startswith("next_obs/")}
+    return {**rest, "next_obs_latent": latent}, truth, system.draw_noise(jax.random.key(0), batch["row"])
+
+
+def _decoded(system: System, frozen: Any, made: Mapping[str, Arrays]) -> dict[str, Arrays]:
+    """Samples, with frames in [0, 1] beside latents."""
+    decode = make_decoder(system)
+    return {
+        name: parts | ({"next_obs": decode(frozen, parts["next_obs_latent"])} if "next_obs_latent" in parts else {})
+        for name, parts in made.items()
+    }
+
+
+def _baselines(
+    system: System, frozen: Any, batch: Arrays, truth: Arrays, references: Mapping[str, jax.Array]
+) -> dict[str, Arrays]:
+    """What needs no model, in the form of samples."""
+    last = batch["last_action"][:, None]
+    steps = np.asarray(system.config.data.window.action, np.float32)
+    way = ((steps - steps[0] + 1) / (steps[-1] - steps[0] + 1))[:, None]  # from the step before the chunk to its end
+    frames = {
+        "copied_frame": truth["current"][:, :, -1:],
+        "mean_image": references["mean_image"][None],
+    }
+    return {
+        "baseline/mean_action": {"action": references["mean_action"]},
+        "baseline/last_action": {"action": last},
+        "baseline/linear_interpolation": {"action": last + way * (truth["action"][:, -1:] - last)},
+        **{
+            f"baseline/{name}": {"next_obs": x, "next_obs_latent": system.encode_frames(frozen, x)}
+            for name, x in frames.items()
+        },
+        "baseline/codec": {"next_obs": make_decoder(system)(frozen, truth["next_obs_latent"])},
+    }
+
+
+def _scores(made: Mapping[str, Arrays], truth: Arrays) -> Arrays:
+    return {f"{name}/{metric}": x for name, parts in made.items() for metric, x in errors(parts, truth).items()}
+
+
+def _has_changed(truth: Arrays) -> jax.Array:
+    return truth["changed"].reshape(truth["changed"].shape[0], -1).any(axis=1)
