@@ -1,180 +1,377 @@
-"""Pictures of what a run does, and one offline HTML page that shows them."""
+"""`report.html`: what a run did, in one offline file for someone who has never heard of it.
+
+    python -m uwm_jax.report DIR                         writes DIR/report.html again
+    python -m uwm_jax.report DIR DIR... [--output=FILE]  writes a comparison of the runs, comparison.html by default
+
+Everything comes from the files of the workdirs, so that `evaluate` and `rollout` write the report again too, and a
+section whose files are not there yet is a line that says which command makes them.
+"""
 
 from __future__ import annotations
 
-import base64
 import html
-import json
-import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-import numpy as np
-from ml_collections import ConfigDict
+from absl import flags
 
 import uwm_jax
+from uwm_jax import cli
 from uwm_jax.config import base, flatten
-from uwm_jax.data.normalize import Normalizer
-from uwm_jax.diffusion.modes import MODES, QUESTIONS, generated, given
+from uwm_jax.diffusion.modes import MODES, QUESTIONS
+from uwm_jax.errors import UserError
+from uwm_jax.evaluation import comparison
+from uwm_jax.evaluation.page import cell, curves, fields, image, page
+from uwm_jax.evaluation.pictures import COLORS, Panel, formula
+from uwm_jax.evaluation.results import Interval, Run, verdict, words
 from uwm_jax.files import write_text
-from uwm_jax.training.log import read_metrics
+from uwm_jax.training.goodput import CATEGORIES, duration
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-SYMBOLS = {"action": "a", "next_obs": "o'"}
+FLAGS = flags.FLAGS
 
 
-def formula(mode: str) -> str:
-    """`p(o' | o, a)` of a mode."""
-    known = ["o", *(SYMBOLS[m] for m in given(mode))]
-    return f"p({', '.join(SYMBOLS[m] for m in generated(mode))} | {', '.join(known)})"
+def define_flags() -> None:
+    flags.DEFINE_string("output", None, "the page to write; DIR/report.html, or comparison.html for several runs")
 
 
-def draw_modes(windows: Mapping[str, np.ndarray], normalizer: Normalizer, path: Path, rows: int = 4) -> None:
-    """Held-out windows, one a row: frames of the first view beside the truth, and action traces over time.
+def main(argv: list[str]) -> None:
+    if not argv:
+        raise UserError("expected the directory of a run, or of several to compare; found none.")
+    if len(argv) == 1:
+        print(f"wrote {write(Path(argv[0]), Path(FLAGS.output) if FLAGS.output else None)}")
+    else:
+        print(f"wrote {compare([Path(a) for a in argv], Path(FLAGS.output or 'comparison.html'))}")
 
-    Args:
-      windows: as `evaluate.collect` returns.
-      normalizer: turns actions back to raw units for the axes.
+
+def write(workdir: Path, output: Path | None = None) -> Path:
+    """Writes a run's page from what lies in its workdir; returns where, `report.html` in the workdir by default.
+
+    Raises:
+      UserError: `workdir` is no run's directory.
     """
-    picked = np.linspace(0, len(windows["episode"]) - 1, min(rows, len(windows["episode"]))).astype(int)
-    frames = [("current frame", "current"), ("true next frame", "next_obs")]
-    frames += [(f"{mode}: {formula(mode)}", f"{mode}/next_obs") for mode in MODES if f"{mode}/next_obs" in windows]
-    dims = min(windows["action"].shape[-1], 3)
-    widths = [1.0] * len(frames) + [1.5] * dims
-    figure, axes = plt.subplots(
-        len(picked),
-        len(widths),
-        figsize=(2.3 * sum(widths), 2.5 * len(picked) + 0.6),
-        gridspec_kw={"width_ratios": widths},
-        squeeze=False,
-        layout="constrained",
+    run = Run.read(workdir)
+    output = output or workdir / "report.html"
+    parts = [_idea(run), _answers(run), _metrics(run), _pictures(run), _closed_loop(run), _few_steps(run)]
+    parts += [curves(_own_panels(run)), _timing(run), _what_was_run(run)]
+    write_text(output, page(f"UWM: {run.name}", "\n".join(parts)))
+    return output
+
+
+def compare(workdirs: Sequence[Path], output: Path) -> Path:
+    """Writes a page that sets runs side by side; returns `output`.
+
+    Raises:
+      UserError: one of `workdirs` is no run's directory, or is named twice.
+    """
+    if len({w.resolve() for w in workdirs}) < len(workdirs):
+        raise UserError(f"expected different runs, found {', '.join(map(str, workdirs))}.")
+    runs = [Run.read(workdir) for workdir in workdirs]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.workdir)
+    write_text(output, page("UWM: " + ", ".join(run.name for run in runs), comparison.body(runs)))
+    return output
+
+
+# --- sections of one run -----------------------------------------------------------------------------------------
+
+INTRODUCTION = """<p class="lead">A robot that learns from recordings usually learns one thing: which action to take
+next. A <b>Unified World Model</b> is one network that sees actions and later camera frames together, each under noise
+of a strength of its own, and learns to take the noise away. What it is given clean it takes as known, what is pure
+noise it does without, so the same weights <b>act</b> (policy), <b>predict</b> (video, forward), <b>explain</b>
+(inverse) and <b>imagine</b> (joint).</p>"""
+
+# (question, metric whose interval answers it); positive is yes.
+CLAIMS = (
+    ("Does it act? The policy mode against the mean action", "paired/policy_vs_mean_action/action_mse"),
+    ("Does it explain? The inverse mode against the mean action", "paired/inverse_vs_mean_action/action_mse"),
+    (
+        "&hellip; against a straight line to the true last action",
+        "paired/inverse_vs_linear_interpolation/action_mse",
+    ),
+    ("&hellip; against the policy mode, which does not see the later frame", "paired/inverse_vs_policy/action_mse"),
+    (
+        "Does it predict what actions do? One evaluation with the true actions against another window's",
+        "control/shuffle_gap",
+    ),
+    ("&hellip; whole samples, all pixels", "paired/forward_vs_shuffled/pixel_mse"),
+    ("&hellip; whole samples, pixels that changed", "paired/forward_vs_shuffled/changed_mse"),
+    (
+        "Do known actions help to predict? Forward against video, pixels that changed",
+        "paired/forward_vs_video/changed_mse",
+    ),
+)
+# (question, metric, metric of a baseline), both errors on the same windows.
+AGAINST_BASELINES = (
+    ("Are the forward mode's frames better than the current frame, copied?", "forward", "copied_frame", "pixel_mse"),
+    ("&hellip; on pixels that changed", "forward", "copied_frame", "changed_mse"),
+    ("Are they better than the mean image?", "forward", "mean_image", "pixel_mse"),
+    ("&hellip; on pixels that changed", "forward", "mean_image", "changed_mse"),
+)
+CLOSED_LOOP_CLAIMS = (
+    ("In the simulator: does it do better than random targets?", "random_uniform"),
+    ("&hellip; than random targets that are held for some steps?", "random_held"),
+)
+METRICS = {  # what a metric says
+    "action_mse": "error of actions<br><small>MSE, range -1 to 1</small>",
+    "pixel_mse": "error of frames<br><small>MSE, pixels 0 to 1</small>",
+    "changed_mse": "&hellip; where the picture changed<br><small>MSE</small>",
+    "psnr": "quality of frames<br><small>PSNR, dB; more is better</small>",
+    "latent_mse": "error of latents<br><small>MSE</small>",
+}
+BASELINES = {
+    "mean_action": "the mean action of the training episodes",
+    "last_action": "the last action, repeated",
+    "linear_interpolation": "a straight line from the last action to the chunk's true last one",
+    "copied_frame": "the current frame, copied",
+    "mean_image": "the mean later frame of training episodes",
+    "codec": "not a baseline but the ceiling: the true frame through the image codec",
+}
+ACTORS = {
+    "policy": "the policy mode",
+    "expert": "the expert that made the demonstrations",
+    "random_held": "random targets, each held for some steps",
+    "random_uniform": "random targets, a new one each step",
+    "no_action": "doing nothing: how the episodes start",
+}
+
+
+def _idea(run: Run) -> str:
+    picture = image(run.picture("idea.png"), "one held-out moment: what each mode is given and what it samples")
+    if picture:
+        picture = f"""<figure>{picture}<figcaption>One moment of a held-out episode (of the windows below, the one in
+which most moves). A mode, a column here, is nothing but the choice of what is given, what is hidden and what is
+sampled. Step {run.eval_step}.</figcaption></figure>"""
+    else:
+        picture = _missing("The pictures of all modes", f"python -m uwm_jax.evaluate --workdir={_path(run)}")
+    return f"<h1>One network that acts, predicts, explains and imagines</h1>{INTRODUCTION}{picture}"
+
+
+def _answers(run: Run) -> str:
+    """Questions that the intervals answer, in words."""
+    rows = []
+    for question, name in CLAIMS:
+        if (m := run.metrics.get(name)) is not None:
+            rows.append((question, verdict(m), f"{words(m)}, paired"))
+    for question, mode, baseline, metric in AGAINST_BASELINES:
+        ours, theirs = run.metrics.get(f"{mode}/{metric}"), run.metrics.get(f"baseline/{baseline}/{metric}")
+        if ours is not None and theirs is not None:
+            rows.append((question, verdict(theirs.apart_from(ours)), f"{words(ours)} against {words(theirs)}"))
+    for question, other in CLOSED_LOOP_CLAIMS:
+        if (m := run.rollout.get(f"paired/policy_vs_{other}/{run.score}")) is not None:
+            rows.append((question, verdict(m), f"{words(m)}, paired"))
+    if not rows:
+        return ""
+    body = "".join(
+        f'<tr><td>{question}</td><td class="{answer.split(",")[0]}">{answer}</td><td>{numbers}</td></tr>'
+        for question, answer, numbers in rows
     )
-    for row, window in enumerate(picked):
-        for axis, (title, key) in zip(axes[row], frames, strict=False):
-            axis.imshow(windows[key][window, 0, -1], vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if row == 0:
-                axis.set_title(title, fontsize=10)
-        axes[row, 0].set_ylabel(f"episode {windows['episode'][window]}", fontsize=9)
-        for dim in range(dims):
-            axis = axes[row, len(frames) + dim]
-
-            def trace(key: str, dim: int = dim, window: int = window) -> np.ndarray:
-                return normalizer.unnormalize("action", windows[key][window])[:, dim]
-
-            axis.plot(trace("action"), color="black", linewidth=2.5, label="truth")
-            for mode in MODES:
-                if f"{mode}/action" in windows:
-                    axis.plot(trace(f"{mode}/action"), linewidth=1.4, label=f"{mode}: {formula(mode)}")
-            axis.tick_params(labelsize=7)
-            if row == 0:
-                axis.set_title(f"action, dimension {dim}", fontsize=10)
-            if row == len(picked) - 1:
-                axis.set_xlabel("step of the chunk", fontsize=8)
-    handles, labels = axes[0, len(frames)].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=4, fontsize=9)
-    _save(figure, path)
+    return f"""<h2>What the numbers say</h2>
+<p>An answer is <i>yes</i> only where the whole 95 % interval says so. Differences are so counted that positive is
+better for the one that is named first; <i>paired</i> means that both did the same windows with the same noise.</p>
+<table><tr><th>question</th><th>answer</th><th>difference [95 % interval]</th></tr>{body}</table>"""
 
 
-def draw_curves(metrics_file: Path, path: Path) -> None:
-    """Training and held-out losses of both modalities over steps, on a logarithmic axis."""
-    lines = read_metrics(metrics_file)
-    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for modality, color in (("action", "tab:blue"), ("next_obs", "tab:orange")):
-        for prefix, style, name in (("loss/", "-", "training"), ("eval/loss/", "o--", "held out")):
-            points = [(x["step"], x[prefix + modality]) for x in lines if prefix + modality in x]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, color=color, label=f"{modality}, {name}", markersize=4)
-    axis.set_yscale("log")
-    axis.set_xlabel("step")
-    axis.set_ylabel("mean squared error")
-    axis.grid(alpha=0.3, which="both")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend()
-    _save(figure, path)
+def _metrics(run: Run) -> str:
+    """All modes, the control and the baselines in one table."""
+    if not run.metrics:
+        return _section("Every mode beside baselines", run, "evaluate", "")
+    columns = [name for name in METRICS if any(key.endswith("/" + name) for key in run.metrics)]
 
+    def row(label: str, prefix: str, about: str) -> str:
+        cells = "".join(cell(run.metrics.get(f"{prefix}/{name}")) for name in columns)
+        return f"<tr><th>{label}</th><td>{about}</td>{cells}</tr>" if cells.replace("<td></td>", "") else ""
 
-def text_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """The metrics as aligned lines `name  mean [lo, hi]`."""
-    width = max(len(name) for name in metrics)
-    return "\n".join(
-        f"  {name:<{width}}  {m['mean']:.4f}  [{m['lo']:.4f}, {m['hi']:.4f}]" for name, m in metrics.items()
+    rows = [
+        row(mode, mode, f"<code>{html.escape(formula(mode))}</code> {html.escape(QUESTIONS[mode])}") for mode in MODES
+    ]
+    rows.append(
+        row("control", "control/forward_shuffled", "forward, but with the actions of a window of another episode")
     )
+    rows += [row(name.replace("_", " "), f"baseline/{name}", about) for name, about in BASELINES.items()]
+    heads = "".join(f"<th>{METRICS[name]}</th>" for name in columns)
+    count = max(m.n for m in run.metrics.values())
+    return f"""<h2>Every mode beside baselines</h2>
+<table><tr><th></th><th></th>{heads}</tr>{"".join(rows)}</table>
+<p><small>Step {run.eval_step}; means over {count} windows of held-out episodes, and below them the 95 % interval, which
+resamples whole episodes. o: what is seen now, a: the next actions, o': what is seen after them. A pixel has changed
+where it differs by more than 0.05 from the current frame; windows in which none has are left out there.</small></p>"""
 
 
-def write(
-    workdir: Path,
-    config: ConfigDict,
-    step: int,
-    metrics: Mapping[str, Mapping[str, float]],
-    modes_picture: Path,
-    curves_picture: Path,
-) -> None:
-    """Writes `report.html`: one file with its pictures inside, readable without a network."""
+def _pictures(run: Run) -> str:
+    captions = {
+        "modes.png": "Predicted frames beside what really came, and where they are wrong.",
+        "actions.png": "Sampled actions beside those that were really done.",
+        "denoise.gif": "The joint mode at work: from pure noise to actions and the frame that they lead to.",
+    }
+    figures = "".join(
+        f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+        for name, caption in captions.items()
+        if (drawn := image(run.picture(name), caption))
+    )
+    return _section("Pictures", run, "evaluate", figures)
 
-    def picture(path: Path, alt: str) -> str:
-        data = base64.b64encode(path.read_bytes()).decode()
-        return f'<a href="{path.relative_to(workdir)}"><img alt="{alt}" src="data:image/png;base64,{data}"></a>'
 
-    def cell(name: str, digits: int) -> str:
-        m = metrics.get(name)
-        if m is None:
-            return "<td></td>"
-        return f"<td>{m['mean']:.{digits}f}<br><small>{m['lo']:.{digits}f} to {m['hi']:.{digits}f}</small></td>"
-
+def _closed_loop(run: Run) -> str:
+    command = "rollout --env=pusht"
+    if not run.rollout:
+        return _section("In the simulator", run, command, "")
+    columns = (run.score, "success")
     rows = "".join(
-        f"<tr><th>{mode}</th><td>{html.escape(formula(mode))}</td><td>{QUESTIONS[mode]}</td>"
-        + cell(f"{mode}/action_mse", 4)
-        + cell(f"{mode}/latent_mse", 4)
-        + cell(f"{mode}/psnr", 2)
+        f"<tr><th>{actor.replace('_', ' ')}</th><td>{about}</td>"
+        + "".join(cell(run.rollout.get(f"{actor}/{name}")) for name in columns)
         + "</tr>"
-        for mode in MODES
+        for actor, about in ACTORS.items()
+        if f"{actor}/{run.score}" in run.rollout
     )
-    rows += "<tr><th>copied frame</th><td></td><td>baseline: the current frame as the prediction</td><td></td><td></td>"
-    rows += cell("baseline/copied_frame/psnr", 2) + "</tr>"
+    count = max(m.n for m in run.rollout.values())
+    gif = image(run.workdir / "rollout" / str(run.rollout_step) / "episodes.gif", "episodes in the simulator")
+    caption = """The policy mode acts; beside it what the forward mode, told the actions that were then taken, imagined
+would be seen, and what was seen."""
+    figure = f"<figure>{gif}<figcaption>{caption}</figcaption></figure>" if gif else ""
+    best = run.score.removeprefix("max_").replace("_", " ")
+    body = f"""<table><tr><th></th><th></th><th>best {best} of an episode<br><small>mean over episodes</small></th>
+<th>success<br><small>share of episodes</small></th></tr>{rows}</table>
+<p><small>Step {run.rollout_step}; {count} episodes that start from the same seeds for all; 95 % intervals over
+episodes.</small></p>{figure}"""
+    return _section("In the simulator", run, command, body)
+
+
+def _few_steps(run: Run) -> str:
+    body = ""
+    if run.few_steps:
+        names = [n for n in ("policy/action_mse", "inverse/action_mse", "forward/changed_mse", "video/psnr")]
+        names += sorted({key for row in run.few_steps for key in row["metrics"] if key.startswith("closed_loop/")})
+        names = [n for n in names if any(n in row["metrics"] for row in run.few_steps)]
+        heads = "".join(f"<th>{_title(n)}</th>" for n in names)
+        rows = "".join(
+            f"<tr><th>{html.escape(str(row['sampler']))}</th><td>{row['steps']}</td>"
+            f"<td>{1000 * row['seconds_per_sample']:.3g} ms</td>"
+            + "".join(cell(Interval.of(row["metrics"].get(n))) for n in names)
+            + "</tr>"
+            for row in run.few_steps
+        )
+        body = f"""<p>Fewer evaluations of the network make a sample quicker. What does it cost?</p>
+<table><tr><th>sampler</th><th>evaluations</th><th>time of a sample</th>{heads}</tr>{rows}</table>"""
+    return _section("Fewer steps", run, "evaluate --sampler=leading,trailing --steps=10,4,2", body)
+
+
+def _title(name: str) -> str:
+    """Words for `policy/action_mse` or `closed_loop/success`."""
+    who, _, metric = name.rpartition("/")
+    return f"{who.replace('_', ' ')}<br>{METRICS.get(metric, metric.replace('_', ' '))}"
+
+
+def _timing(run: Run) -> str:
+    last = run.lines[-1] if run.lines else {}
+    seconds = {name: last[f"time/{name}"] for name in CATEGORIES if last.get(f"time/{name}")}
+    if not seconds:
+        return ""
+    rates = sorted(line["samples_per_second"] for line in run.lines[1:] or run.lines if "samples_per_second" in line)
+    total = sum(seconds.values())
+    rate = rates[len(rates) // 2] if rates else 0.0
+    parts = [f"{last['step']} steps of {run.config.batch_size} windows in {duration(total)} (h:mm:ss or m:ss)"]
+    if rate:
+        parts.append(f"{1000 * run.config.batch_size / rate:.3g} ms a step, {rate:.4g} windows a second (medians)")
+    parts.append(f"{100 * last.get('goodput', 0):.1f} % of the wall time in steps")
+    if "mfu" in last:
+        parts.append(f"{100 * last['mfu']:.1f} % of the accelerator's peak FLOP/s")
+    bars = "".join(
+        f"<tr><th>{name.replace('_', ' ')}</th><td>{duration(s)}</td><td>{100 * s / total:.1f} %</td>"
+        f'<td class="bar"><i style="width:{100 * s / total:.2f}%"></i></td></tr>'
+        for name, s in sorted(seconds.items(), key=lambda item: -item[1])
+    )
+    return f"<h2>Time</h2><p>{'; '.join(parts)}.</p><table>{bars}</table>"
+
+
+def _what_was_run(run: Run) -> str:
+    starts = "".join(
+        f"<p>{html.escape(start['time'])}, uwm_jax {html.escape(start['code_version'])}:</p>"
+        f"<pre>{html.escape(shlex.join(start['command']))}</pre>"
+        + (
+            f"<p>Changed on top of {html.escape(start['config_file'])}:</p>{fields(start['changed'])}"
+            * bool(start["changed"])
+        )
+        for start in run.starts
+    )
     defaults = flatten(base())
-    changed = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
-        for name, value in sorted(flatten(config).items())
-        if name not in defaults or value != defaults[name]  # the sources of a mixture have no defaults
+    changed = {
+        name: value  # the sources of a mixture have no defaults
+        for name, value in sorted(flatten(run.config).items())
+        if name not in defaults or value != defaults[name]
+    }
+    version = f"trained by uwm_jax {html.escape(run.code_version)}, " if run.code_version else ""
+    return f"""<h2>What was run</h2>
+{starts}
+<p>{version}report by uwm_jax {uwm_jax.__version__}.</p>
+{_data(run)}
+<details><summary>Config: {len(changed)} fields that differ from <code>uwm_jax.config.base()</code></summary>
+{fields(changed)}</details>"""
+
+
+def _data(run: Run) -> str:
+    """The datasets of the run's checkpoints, by their manifests."""
+    rows = ""
+    for source, manifest in run.manifests.items():
+        splits = "; ".join(
+            f"{name}: {split['episodes']} episodes, {split['steps']} steps"
+            for name, split in manifest["splits"].items()
+        )
+        cameras = ", ".join(f"{name} {c['height']}x{c['width']}" for name, c in manifest["cameras"].items())
+        digests = ", ".join(s["sha256"][:12] for split in manifest["splits"].values() for s in split["shards"][:4])
+        cells = (source or run.config.data.path, f"{manifest['name']} {manifest['version']}", splits, cameras, digests)
+        rows += "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"
+    heads = (
+        "<tr><th>source</th><th>dataset</th><th>splits</th><th>cameras</th><th>SHA-256 of the first shards</th></tr>"
     )
-    count = next(iter(metrics.values()))["n"]
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>UWM: {html.escape(workdir.name)}, step {step}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-img {{ max-width: 100%; }} table {{ border-collapse: collapse; margin: 1rem 0; }}
-td, th {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }}
-small {{ color: #666; }}
-</style></head><body>
-<h1>One set of weights, five questions</h1>
-<p>A Unified World Model diffuses actions and future frames together, each at its own noise level. Giving a
-modality clean makes it a condition, giving it as pure noise hides it, so one network answers all of the questions
-below. o is the current observation, a the next actions, o' the observation after them.</p>
-<h2>What it samples, beside the truth</h2>
-<p>{count} windows of held-out episodes; the picture shows {html.escape(modes_picture.name)} of step {step}.</p>
-{picture(modes_picture, "samples of all modes beside the truth")}
-<table><tr><th>mode</th><th>samples</th><th>the question</th><th>action error<br><small>MSE, normalised</small></th>
-<th>latent error<br><small>MSE</small></th><th>frame quality<br><small>PSNR, dB</small></th></tr>{rows}</table>
-<p><small>Mean over windows, and a 95 % interval that resamples whole episodes.</small></p>
-<h2>Loss</h2>
-{picture(curves_picture, "loss over steps")}
-<h2>The run</h2>
-<p>uwm_jax {uwm_jax.__version__}, step {step} of {config.total_steps}. Fields that differ from
-<code>uwm_jax.config.base()</code>:</p>
-<table>{changed}</table>
-</body></html>
-"""
-    write_text(workdir / "report.html", page)
+    return f"<p>Data:</p><table>{heads}{rows}</table>" if rows else ""
 
 
-def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    os.replace(temporary, path)
+# --- curves --------------------------------------------------------------------------------------------------------
+
+
+def _own_panels(run: Run) -> list[Panel]:
+    loss = [
+        run.logged(f"{prefix}loss/{modality}", f"{what}, {name}", color, style)
+        for modality, what, color in (("action", "actions", "#d55e00"), ("next_obs", "later frames", "#0072b2"))
+        for prefix, style, name in (("", "-", "training"), ("eval/", "--", "held out"))
+    ]
+    baselines = {"mean_action": ("-.", "mean action"), "linear_interpolation": (":", "straight line")}
+    actions = [run.evaluated(f"{mode}/action_mse", mode, COLORS[mode]) for mode in MODES]
+    actions += [run.evaluated(f"baseline/{b}/action_mse", label, "#777777", s) for b, (s, label) in baselines.items()]
+    frames = [run.evaluated(f"{mode}/changed_mse", mode, COLORS[mode]) for mode in MODES]
+    frames += [
+        run.evaluated("control/forward_shuffled/changed_mse", "forward, shuffled actions", "#d81b60"),
+        run.evaluated("baseline/copied_frame/changed_mse", "copied frame", "#777777", "-."),
+        run.evaluated("baseline/mean_image/changed_mse", "mean image", "#777777", ":"),
+    ]
+    gap = [run.evaluated("control/shuffle_gap", "shuffled minus true actions", "#009e73")]
+    return [
+        Panel("loss (mean squared error)", loss, logarithmic=True),
+        Panel("error of sampled actions", actions),
+        Panel("error of frames where the picture changed", frames),
+        Panel("what wrong actions cost, one evaluation", gap, zero=True),
+    ]
+
+
+# --- for all sections ---------------------------------------------------------------------------------------------
+
+
+def _section(title: str, run: Run, command: str, body: str) -> str:
+    """A section, or one line that says which command makes it."""
+    name, _, more = command.partition(" ")
+    line = f"python -m uwm_jax.{name} --workdir={_path(run)} {more}".strip()
+    return f"<h2>{title}</h2>{body}" if body else _missing(title, line)
+
+
+def _missing(what: str, command: str) -> str:
+    return f'<p class="missing">{what}: not made yet. <code>{html.escape(command)}</code> makes it.</p>'
+
+
+def _path(run: Run) -> str:
+    return shlex.quote(str(run.workdir))
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

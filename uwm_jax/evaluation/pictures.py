@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from uwm_jax.diffusion.modes import MODES, QUESTIONS, Role
+from uwm_jax.evaluation.metrics import CHANGED
 from uwm_jax.system import DataFacts
 
 matplotlib.use("Agg")
@@ -48,8 +49,12 @@ _IDEA = (
     "One network.\nFor each mode,\nactions and frame\nare each either\n"
     "given (clean),\nhidden (noise), or\nsampled (denoised)."
 )
-CHANGED = 0.05  # as the metrics on changed pixels
 ERROR_SCALE = 0.5  # a difference from here on is drawn in the brightest colour
+_PAGE = "#010203"  # stands for the page's colour while matplotlib draws
+_PAGE_COLORS: dict[Any, Any] = {f"{part}.color": _PAGE for part in ("text", "xtick", "ytick", "grid")} | {
+    "axes.edgecolor": _PAGE,
+    "axes.labelcolor": _PAGE,
+}
 DPI = 110
 GIF_STEP_MS, GIF_HOLD_MS = 350, 2500
 
@@ -69,7 +74,7 @@ def draw(windows: Windows, facts: DataFacts, config: ConfigDict, folder: Path) -
       windows: N windows on the host. `episode` (N,); `action` (N, Ta, Da) normalised; `current`, `next_obs`
         (N, V, T, h, w, 3) float32 in [0, 1]; `<mode>/action`, `<mode>/next_obs` of what each mode samples. Where
         they are there, also `forward_shuffled/next_obs` (N, V, T, h, w, 3) and `shuffled_action` (N, Ta, Da);
-        `mean_image` (V, T, h, w, 3); and the joint mode's states `denoise/action` (S+1, N, Ta, Da) and
+        `mean_image` (V, 1, h, w, 3); and the joint mode's states `denoise/action` (S+1, N, Ta, Da) and
         `denoise/next_obs` (S+1, N, V, T, h, w, 3), without which there is no denoise.gif.
       facts: of the model: names of the cameras (views are sorted by name) and the normaliser of actions.
       config: the run's; `eval.action_plane` and `data` say where on a frame an action lies.
@@ -93,11 +98,9 @@ def draw(windows: Windows, facts: DataFacts, config: ConfigDict, folder: Path) -
         ),
     }
     if "denoise/next_obs" in windows:
-        count = len(windows["denoise/next_obs"])
-        frames = [_denoise(windows, raw, plane, at) for at in range(count)]
-        files["denoise"] = save_gif(
-            [image_of(f) for f in frames], folder / "denoise.gif", [GIF_STEP_MS] * (count - 1) + [GIF_HOLD_MS]
-        )
+        frames = _denoise(windows, raw, plane)
+        times = [GIF_STEP_MS] * (len(frames) - 1) + [GIF_HOLD_MS]
+        files["denoise"] = save_gif(frames, folder / "denoise.gif", times)
     return files
 
 
@@ -184,7 +187,7 @@ def _modes(windows: Windows, cameras: Sequence[str]) -> Figure:
     predictions["baseline:\nthe current frame, copied"] = _last(windows["current"])
     if "mean_image" in windows:
         predictions["baseline:\nthe mean image"] = np.broadcast_to(windows["mean_image"], windows["next_obs"].shape)
-    picked = _spread(len(windows["episode"]), max(1, 4 // len(cameras)))
+    picked = _spread(len(windows["episode"]), max(1, 3 // len(cameras)))
     rows, change = [(w, v) for w in picked for v in range(len(cameras))], _change(windows)
     figure = Figure(figsize=(2.15 * (2 + len(predictions)), 4.55 * len(rows) + 0.7), layout="constrained")
     axes = figure.subplots(2 * len(rows), 2 + len(predictions), squeeze=False)
@@ -251,37 +254,102 @@ def _actions_over_time(windows: Windows, raw: Windows, most: int = 5) -> Figure:
     return figure
 
 
-def _denoise(windows: Windows, raw: Windows, plane: Plane | None, at: int) -> Figure:
-    """One frame of the GIF: what the joint mode has after `at` of its steps, beside what really came."""
-    view, steps = plane.view if plane else 0, len(windows["denoise/next_obs"]) - 1
+def _denoise(windows: Windows, raw: Windows, plane: Plane | None) -> list[Image.Image]:
+    """What the joint mode has at the start and after each of its steps, beside what really came; one picture each."""
+    view, count = plane.view if plane else 0, len(windows["denoise/next_obs"])
     picked = _spread(len(windows["episode"]), 3)
     figure = Figure(figsize=(3.0 * 3, 3.05 * len(picked) + 1.3), layout="constrained")
     axes = figure.subplots(len(picked), 3, squeeze=False)
+    for axis, title in zip(axes[0], ("actions", "the frame after them", "what really came"), strict=True):
+        axis.set_title(title, fontsize=14)
+    figure.legend(handles=_handles(plane), loc="outside lower center", ncols=1, fontsize=12)
+    heading = figure.suptitle(" ", fontsize=15)
     for row, window in zip(axes, picked, strict=True):
-        sample = raw["denoise/action"][at, window]
+        _frame(row[2], windows["next_obs"][window, view, -1])
         if plane:
             _frame(row[0], windows["current"][window, view, -1])
             _path(row[0], plane.to_pixels(raw["action"][window]), TRUTH, 2.0)
-            _path(row[0], plane.to_pixels(sample), SAMPLE, 2.5)
-        else:
-            _traces(row[0], raw["action"][window], sample, SAMPLE)
-        _frame(row[1], windows["denoise/next_obs"][at, window, view, -1])
-        _frame(row[2], windows["next_obs"][window, view, -1])
-    for axis, title in zip(axes[0], ("actions", "the frame after them", "what really came"), strict=True):
-        axis.set_title(title, fontsize=14)
-    done = "pure noise" if at == 0 else f"after step {at} of {steps}"
-    figure.suptitle(f"imagining actions and their outcome together: {done}", fontsize=15)
-    figure.legend(handles=_handles(plane), loc="outside lower center", ncols=1, fontsize=12)
-    return figure
+    pictures = []
+    for at in range(count):
+        fresh: list[Any] = []  # what only this picture shows
+        for row, window in zip(axes, picked, strict=True):
+            sample = raw["denoise/action"][at, window]
+            if plane:
+                fresh += _path(row[0], plane.to_pixels(sample), SAMPLE, 2.5)
+            else:
+                fresh += _traces(row[0], raw["action"][window], sample, SAMPLE)
+            fresh.append(_frame(row[1], windows["denoise/next_obs"][at, window, view, -1]))
+        done = "pure noise" if at == 0 else f"after step {at} of {count - 1}"
+        heading.set_text(f"imagining actions and their outcome together: {done}")
+        pictures.append(image_of(figure, dpi=80))
+        figure.set_layout_engine("none")  # which stays as the first picture has it, and saves most of the time
+        for artist in fresh:
+            artist.remove()
+    return pictures
+
+
+# --- curves ------------------------------------------------------------------------------------------------------
+
+
+class Curve(NamedTuple):
+    """A line over steps; with `low` and `high` an interval around every point."""
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    color: str | None = None
+    style: str = "-"
+
+
+class Panel(NamedTuple):
+    title: str
+    curves: Sequence[Curve]
+    logarithmic: bool = False
+    zero: bool = False  # draw a line at zero
+
+
+def curves_svg(panels: Sequence[Panel], columns: int = 2) -> str:
+    """An `<svg>` of panels for a page: no background, and the page's own text colour and font."""
+    with matplotlib.rc_context({"svg.hashsalt": "uwm_jax", "svg.fonttype": "none", **_PAGE_COLORS}):
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(5.6 * columns, 3.6 * rows), layout="constrained", facecolor="none")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis, panel in zip(axes, panels, strict=False):
+            axis.set(title=panel.title, xlabel="step", facecolor="none")
+            for curve in panel.curves:
+                marker = "" if len(curve.steps) > 20 else "o"
+                axis.plot(
+                    curve.steps, curve.values, curve.style + marker, color=curve.color, label=curve.label, markersize=4
+                )
+                if curve.low is not None and curve.high is not None:
+                    color = axis.lines[-1].get_color()
+                    axis.vlines(curve.steps, curve.low, curve.high, color=color, linewidth=2, alpha=0.6)
+            if panel.logarithmic:
+                axis.set_yscale("log")
+            if panel.zero:
+                axis.axhline(0, color=_PAGE, linewidth=0.8)
+            axis.grid(alpha=0.2, which="both")
+            axis.legend(fontsize=8, framealpha=0)
+        for axis in axes[len(panels) :]:  # what is left of the last row
+            axis.axis("off")
+        buffer = io.StringIO()
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    svg = buffer.getvalue().replace(_PAGE, "currentColor")
+    return svg[svg.index("<svg") :]
 
 
 # --- parts of pictures -------------------------------------------------------------------------------------------
 
 
-def _frame(axis: Any, frame: np.ndarray) -> None:
-    """(h, w, 3) in [0, 1], every pixel a square."""
-    axis.imshow(np.clip(frame, 0, 1), interpolation="nearest")
+def _frame(axis: Any, frame: np.ndarray) -> Any:
+    """(h, w, 3) in [0, 1], every pixel a square; returns what was drawn."""
+    drawn = axis.imshow(np.clip(frame, 0, 1), interpolation="nearest")
     axis.set(xticks=[], yticks=[], xlim=(-0.5, frame.shape[1] - 0.5), ylim=(frame.shape[0] - 0.5, -0.5))
+    return drawn
 
 
 def _error(axis: Any, error: np.ndarray) -> None:
@@ -297,21 +365,25 @@ def _outline(axis: Any, mask: np.ndarray) -> None:
         axis.contour(x, y, fine, levels=[0.5], colors="#ff8c00", linewidths=0.9)
 
 
-def _path(axis: Any, points: np.ndarray, color: str, width: float) -> None:
-    """A path (T, 2) in pixels with a dot at its end; points outside of the frame are cut off at its edge."""
+def _path(axis: Any, points: np.ndarray, color: str, width: float) -> list[Any]:
+    """A path (T, 2) in pixels with a dot at its end, cut off at the frame's edge; returns what was drawn."""
     halo = [patheffects.withStroke(linewidth=width + 2, foreground="white")]
-    axis.plot(*points.T, color=color, linewidth=width, path_effects=halo, solid_capstyle="round")
-    axis.plot(*points[-1], "o", color=color, markersize=3.2 * width, markeredgecolor="white", markeredgewidth=1.2)
+    return [
+        *axis.plot(*points.T, color=color, linewidth=width, path_effects=halo, solid_capstyle="round"),
+        *axis.plot(*points[-1], "o", color=color, markersize=3.2 * width, markeredgecolor="white", markeredgewidth=1.2),
+    ]
 
 
-def _traces(axis: Any, truth: np.ndarray, sample: np.ndarray, color: str, most: int = 3) -> None:
-    """Actions (T, Da) over time, where they are no positions on a frame; a line per dimension."""
+def _traces(axis: Any, truth: np.ndarray, sample: np.ndarray, color: str, most: int = 3) -> list[Any]:
+    """Actions (T, Da) over time, where they are no positions on a frame; returns what was drawn."""
+    drawn = []
     for dim in _spread(truth.shape[-1], most):
-        axis.plot(truth[:, dim], color=TRUTH, linewidth=2.0)
-        axis.plot(sample[:, dim], color=color, linewidth=1.6)
+        drawn += axis.plot(truth[:, dim], color=TRUTH, linewidth=2.0)
+        drawn += axis.plot(sample[:, dim], color=color, linewidth=1.6)
     low, high = truth.min(), truth.max()
     room = 0.5 * max(high - low, 1e-6)
     axis.set(xticks=[], yticks=[], ylim=(low - room, high + room), box_aspect=1)
+    return drawn
 
 
 def _label(axis: Any, text: str, color: str, bold: bool) -> None:

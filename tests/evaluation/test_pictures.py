@@ -1,0 +1,129 @@
+"""Pictures: where actions lie on frames, against the simulator's own drawing; files; curves for pages."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uwm_jax.config import base
+from uwm_jax.data.images import preprocess
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.diffusion.modes import MODES, generated
+from uwm_jax.evaluation import pictures
+from uwm_jax.evaluation.pictures import Curve, Panel, Plane, curves_svg, draw, formula, save_gif
+from uwm_jax.system import DataFacts
+
+
+def facts_of(cameras: tuple[str, ...], action_dim: int = 2) -> DataFacts:
+    normalizer = Normalizer({"action": (np.full(action_dim, 256, np.float32), np.full(action_dim, 256, np.float32))})
+    return DataFacts({camera: (64, 64) for camera in cameras}, {}, action_dim, 0, normalizer)
+
+
+def config_of(plane: tuple = (), resize: tuple = (64, 64), crop: tuple = (64, 64)):
+    c = base()
+    c.eval.action_plane, c.data.resize, c.data.crop = plane, resize, crop
+    return c
+
+
+def test_formulas():
+    assert formula("policy") == "p(a | o)" and formula("forward") == "p(o' | o, a)"
+    assert formula("inverse") == "p(a | o, o')" and formula("joint") == "p(a, o' | o)"
+
+
+def test_corners_of_the_plane_are_corners_of_the_frame():
+    config = config_of(("wrist", -1.0, 1.0, 10.0, 30.0), resize=(40, 80), crop=(20, 60))
+    plane = Plane.of(facts_of(("zenith", "wrist")), config)
+    assert plane.view == 0  # views are sorted by name
+    corners = plane.to_pixels(np.array([[-1, 10, 7], [1, 30, 7], [0, 20, 7]]))
+    # 10 pixels are cut off at each side; the first pixel's centre is 0, its left edge -0.5.
+    np.testing.assert_allclose(corners, [[-10.5, -10.5], [69.5, 29.5], [29.5, 9.5]])
+    assert Plane.of(facts_of(("wrist",)), config_of()) is None
+
+
+@pytest.mark.parametrize(("resize", "crop"), [((64, 64), (64, 64)), ((96, 96), (80, 88))])
+def test_an_action_is_drawn_where_the_simulator_shows_that_position(resize, crop):
+    pytest.importorskip("gym_pusht")
+    from uwm_jax.envs.pusht import Renderer, make_env
+
+    env = make_env()
+    env.reset(seed=3)
+    render = Renderer(env, 128)
+    plane = Plane.of(facts_of(("image",)), config_of(("image", 0.0, 512.0, 0.0, 512.0), resize, crop))
+    for position in ((150.0, 230.0), (260.0, 120.0), (90.0, 400.0)):
+        env.agent.position = position
+        env.space.reindex_shapes_for_body(env.agent)
+        frames, _ = preprocess({"image": render()[None, None]}, None, resize=resize, crop=crop)
+        frame = np.asarray(frames)[0, 0, 0]
+        blue = np.clip(frame[..., 2] - frame[..., 0], 0.2, 1) - 0.2  # the agent alone is that blue
+        y, x = np.indices(blue.shape)
+        centre = [(x * blue).sum() / blue.sum(), (y * blue).sum() / blue.sum()]
+        np.testing.assert_allclose(plane.to_pixels(np.array(position)), centre, atol=0.35)
+
+
+def windows_of(views: int, action_dim: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    n, frames, actions = 3, (views, 2, 16, 16, 3), (4, action_dim)
+    windows = {
+        "episode": np.array([4, 4, 9]),
+        "action": rng.uniform(-1, 1, (n, *actions)),
+        "shuffled_action": rng.uniform(-1, 1, (n, *actions)),
+        "last_action": rng.uniform(-1, 1, (n, action_dim)),
+        "current": rng.uniform(0, 1, (n, *frames)),
+        "next_obs": rng.uniform(0, 1, (n, *frames)),
+        "mean_image": rng.uniform(0, 1, (views, 1, 16, 16, 3)),
+        "forward_shuffled/next_obs": rng.uniform(0, 1, (n, *frames)),
+        "denoise/action": rng.normal(size=(4, n, *actions)),
+        "denoise/next_obs": rng.uniform(0, 1, (4, n, *frames)),
+    }
+    for mode in MODES:
+        for modality in generated(mode):
+            windows[f"{mode}/{modality}"] = rng.uniform(0, 1, windows[modality].shape)
+    return {name: x if name == "episode" else x.astype(np.float32) for name, x in windows.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cameras", "plane"), [(("image",), ("image", 0.0, 512.0, 0.0, 512.0)), (("a", "b"), ())])
+def test_all_pictures_of_one_view_and_of_several(tmp_path, cameras, plane):
+    windows = windows_of(len(cameras), 2 if plane else 10)
+    files = draw(windows, facts_of(cameras, 2 if plane else 10), config_of(plane), tmp_path)
+    assert {path.name for path in files.values()} == {"idea.png", "modes.png", "actions.png", "denoise.gif"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files.values())
+    for path in files.values():
+        with Image.open(path) as image:
+            assert min(image.size) > 400 and len(set(image.convert("L").get_flattened_data())) > 20
+            assert getattr(image, "n_frames", 1) == (4 if path.suffix == ".gif" else 1)
+    del windows["denoise/next_obs"], windows["mean_image"], windows["forward_shuffled/next_obs"]
+    (tmp_path / "fewer").mkdir()
+    fewer = draw(windows, facts_of(cameras, 2 if plane else 10), config_of(plane), tmp_path / "fewer")
+    assert set(fewer) == {"idea", "modes", "actions"}
+
+
+def test_a_gif_keeps_times_and_colours(tmp_path):
+    colors = [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+    save_gif([Image.new("RGB", (40, 30), color) for color in colors], tmp_path / "x.gif", [100, 200, 3000])
+    with Image.open(tmp_path / "x.gif") as gif:
+        found = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            found.append((gif.convert("RGB").getpixel((5, 5)), gif.info["duration"]))
+        assert gif.info["loop"] == 0
+    for (color, time), expected, expected_time in zip(found, colors, [100, 200, 3000], strict=True):
+        np.testing.assert_allclose(color, expected, atol=8)
+        assert time == expected_time
+
+
+def test_curves_take_the_page_colour_and_reach_nothing_outside():
+    panels = [
+        Panel("losses", [Curve("training & more", [1, 2, 3], [1.0, 0.5, 0.1])], logarithmic=True),
+        Panel("gap", [Curve("b", [1, 2], [1, 2], [0.5, 1.5], [1.5, 2.5], color="#123456")], zero=True),
+        Panel("third", [Curve("c", [1], [1])]),
+    ]
+    svg = curves_svg(panels)
+    assert svg == curves_svg(panels)  # the same bytes each time
+    ElementTree.fromstring(svg)
+    assert "currentColor" in svg and pictures._PAGE not in svg and "#123456" in svg
+    assert svg.count(">step<") == 3  # the place that is left over stays empty
+    assert "training &amp; more" in svg and "<image" not in svg and "<metadata" not in svg

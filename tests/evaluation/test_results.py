@@ -1,0 +1,87 @@
+"""What is read from a workdir, and the words for intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from uwm_jax.config import base, to_json
+from uwm_jax.errors import UserError
+from uwm_jax.evaluation.results import Interval, Run, differing_fields, number, verdict, words
+
+
+def stored(mean: float, half: float = 0.1, n: int = 8) -> dict[str, float]:
+    return {"mean": mean, "lo": mean - half, "hi": mean + half, "n": n}
+
+
+def make(workdir: Path, **fields) -> Path:
+    config = base()
+    for name, value in fields.items():
+        config[name] = value
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(to_json(config))
+    return workdir
+
+
+def put(workdir: Path, kind: str, step: int, metrics) -> None:
+    folder = workdir / kind / str(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi", "answer"),
+    [(0.1, 0.3, "yes"), (-0.3, -0.1, "no, it is worse"), (-0.1, 0.3, "not shown"), (0.0, 0.2, "not shown")],
+)
+def test_verdicts_come_from_whole_intervals(lo, hi, answer):
+    assert verdict(Interval((lo + hi) / 2, lo, hi, 9)) == answer
+
+
+def test_unpaired_means_are_apart_only_where_their_intervals_are():
+    low, middle, high = Interval(1, 0.5, 1.5, 9), Interval(1.8, 1.4, 2.2, 9), Interval(3, 2.5, 3.5, 8)
+    assert verdict(high.apart_from(low)) == "yes" and verdict(low.apart_from(high)) == "no, it is worse"
+    assert verdict(middle.apart_from(low)) == "not shown"
+    assert high.apart_from(low) == Interval(2, 1.0, 3.0, 8)
+
+
+def test_numbers_have_three_digits():
+    found = [number(x) for x in (0.0541239, 25.3521, 0.0000702, 0, -0.00149, 1234.5, 3e-9)]
+    assert found == ["0.0541", "25.4", "0.0000702", "0", "-0.00149", "1234", "3.00e-09"]
+    assert words(Interval(0.5, 0.25, 0.75, 3)) == "0.500 [0.250, 0.750]"
+
+
+def test_an_empty_run_and_its_newest_results(tmp_path):
+    run = Run.read(make(tmp_path / "run"))
+    assert (run.metrics, run.rollout, run.eval_step, run.score, run.manifests) == ({}, {}, None, "", {})
+    for step, mean in ((900, 1.0), (1000, 2.0)):  # not in the order of their names
+        put(run.workdir, "eval", step, {"policy/action_mse": stored(mean), "x": {**stored(1), "mean": math.nan}})
+        put(run.workdir, "rollout", step, {"policy/max_reward": stored(mean), "policy/success": stored(0)})
+    (run.workdir / "eval" / "900" / "few_steps.json").write_text(json.dumps([{"steps": 2}]))
+    (run.workdir / "eval" / "notes").mkdir()
+    (run.workdir / "eval" / "notes" / "metrics.json").write_text("not a step's")
+    (run.workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 5, "loss": 1.0, "other": 2}\n')
+    run = Run.read(run.workdir)
+    assert run.eval_step == run.rollout_step == 1000 and run.score == "max_reward"
+    assert run.metrics == {"policy/action_mse": Interval(2.0, 1.9, 2.1, 8)}  # without what is not a number
+    assert run.few_steps == [{"steps": 2}]
+    curve = run.evaluated("policy/action_mse", "label", "red")
+    assert (curve.steps, curve.values, curve.low, curve.high) == ([900, 1000], [1.0, 2.0], [0.9, 1.9], [1.1, 2.1])
+    assert run.logged("loss", "label", "red").values == [3.0, 1.0] and run.logged("other", "l", "red").steps == [5]
+
+
+def test_what_is_no_run_or_is_damaged_is_named(tmp_path):
+    with pytest.raises(UserError, match="not a run's directory"):
+        Run.read(tmp_path)
+    run = make(tmp_path / "run")
+    put(run, "eval", 3, {})
+    (run / "eval" / "3" / "metrics.json").write_text('{"a":')
+    with pytest.raises(UserError, match=r"eval/3/metrics\.json: not JSON"):
+        Run.read(run)
+
+
+def test_fields_that_differ(tmp_path):
+    runs = [Run.read(make(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    assert differing_fields(runs) == ["seed"] and differing_fields(runs[:2]) == []

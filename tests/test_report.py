@@ -1,0 +1,154 @@
+"""The report: its words follow the intervals, its sections the files, and it needs nothing outside of itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+from uwm_jax import cli, report
+from uwm_jax.config import base, to_json
+from uwm_jax.training import record
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGD4DwABBAEAX+XDSwAAAABJRU5ErkJggg=="
+)
+
+
+def stored(mean: float, half: float = 0.01, n: int = 64) -> dict[str, float]:
+    return {"mean": mean, "lo": mean - half, "hi": mean + half, "n": n}
+
+
+def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: int = 0) -> Path:
+    """A run's directory; `gain`: what the paired differences are."""
+    config = base()
+    config.seed, config.data.path = seed, "a<b"
+    folder, closed = workdir / "eval" / "20", workdir / "rollout" / "20"
+    folder.mkdir(parents=True)
+    closed.mkdir(parents=True)
+    (workdir / "config.json").write_text(to_json(config))
+    metrics = {
+        "policy/action_mse": stored(policy),
+        "forward/pixel_mse": stored(0.2),
+        "forward/changed_mse": stored(0.2),
+        "control/forward_shuffled/pixel_mse": stored(0.3),
+        "control/shuffle_gap": stored(gain),
+        "baseline/mean_action/action_mse": stored(0.14),
+        "baseline/copied_frame/pixel_mse": stored(0.3),
+        "baseline/mean_image/pixel_mse": stored(0.205),
+        "paired/policy_vs_mean_action/action_mse": stored(gain),
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    few = {"sampler": "trailing", "steps": 2, "seconds_per_sample": 0.0125}
+    few["metrics"] = {"policy/action_mse": stored(policy), "closed_loop/max_coverage": stored(0.4)}
+    (folder / "few_steps.json").write_text(json.dumps([few]))
+    for name in ("idea.png", "modes.png", "actions.png"):
+        (folder / name).write_bytes(PIXEL)
+    episodes = {f"{who}/max_coverage": stored(0.5) for who in ("policy", "random_uniform", "random_held", "expert")}
+    episodes |= {f"paired/policy_vs_{who}/max_coverage": stored(gain) for who in ("random_uniform", "random_held")}
+    (closed / "metrics.json").write_text(json.dumps(episodes))
+    lines = [
+        {"step": s, "loss/action": 1 / s, "loss/next_obs": 2 / s, "samples_per_second": 100.0, "goodput": 0.75}
+        | {"time/step": 30.0 * s, "time/compile": 10.0 * s}
+        for s in (1, 20)
+    ]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    start = record.describe(["python", "-m", "uwm_jax.train", "--config=my file.py"], "my file.py", config, ["seed"])
+    record.add_start(workdir, start)
+    return workdir
+
+
+def answers(page: str) -> dict[str, str]:
+    """{question: answer} of the table of claims."""
+    return dict(re.findall(r'<tr><td>([^<]*)</td><td class="\w[^"]*">([^<]*)</td>', page))
+
+
+def assert_alone(page: str) -> None:
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "<script" not in page and "url(http" not in page
+
+
+def test_the_words_follow_the_intervals(tmp_path):
+    for gain, answer in ((0.05, "yes"), (-0.05, "no, it is worse"), (0.005, "not shown")):
+        page = report.write(make_run(tmp_path / str(gain), gain=gain)).read_text()
+        found = answers(page)
+        for start in ("Does it act?", "Does it predict what actions do?", "In the simulator: does it"):
+            assert [a for question, a in found.items() if question.startswith(start)] == [answer], start
+        unpaired = [a for question, a in found.items() if question.startswith("Are ")]
+        assert unpaired == ["yes", "not shown"]  # against the copied frame, and against the mean image
+
+
+def test_a_full_run_has_all_sections_and_stands_alone(tmp_path):
+    workdir = make_run(tmp_path / "run")
+    page = report.write(workdir).read_text()
+    assert_alone(page)
+    assert page.count("data:image/png;base64,") == 3 and "not made yet" not in page
+    assert "python -m uwm_jax.train &#x27;--config=my file.py&#x27;" in page and "<td>seed</td><td>0</td>" in page
+    assert "a&lt;b" in page and "a<b" not in page
+    assert "12.5 ms" in page and "closed loop<br>max coverage" in page  # few steps
+    assert "75.0 %" in page and "360 ms a step" in page and "13:20" in page  # 36 windows at 100 a second; 800 s
+    assert "forward, but with the actions of a window of another episode" in page
+    assert not list(workdir.glob("*.tmp"))
+
+
+def test_sections_without_files_say_which_command_makes_them(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(to_json(base()))
+    page = report.write(tmp_path / "run").read_text()
+    assert_alone(page)
+    where = f"--workdir={tmp_path / 'run'}"
+    for command in (
+        f"python -m uwm_jax.evaluate {where}</code>",
+        f"python -m uwm_jax.rollout {where} --env=pusht</code>",
+        f"python -m uwm_jax.evaluate {where} --sampler=leading,trailing --steps=10,4,2</code>",
+    ):
+        assert command in page
+    assert "<img" not in page and "What the numbers say" not in page
+
+
+def test_a_comparison_marks_what_is_apart_and_names_what_differs(tmp_path):
+    runs = [make_run(tmp_path / "a", policy=0.03), make_run(tmp_path / "b", policy=0.07, seed=1)]
+    page = report.compare(runs, tmp_path / "both.html").read_text()
+    assert_alone(page)
+    row = re.search(r"<tr><th>policy/action_mse</th>(.*?)</tr>", page).group(1)
+    assert [("best" in cell) for cell in row.split("</td>")[:2]] == [True, False]
+    row = re.search(r"<tr><th>rollout/policy/max_coverage</th>(.*?)</tr>", page).group(1)
+    assert "best" not in row
+    assert "<tr><th>seed</th><td>0</td><td>1</td></tr>" in page
+    assert "same held-out windows" in page and "<svg" in page
+
+
+def test_runs_on_other_data_are_compared_with_a_warning(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    config = base()
+    config.data.val_ratio = 0.3
+    (runs[1] / "config.json").write_text(to_json(config))
+    page = report.compare(runs, tmp_path / "both.html").read_text()
+    assert "differ in data.path, data.val_ratio</b>" in page
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [make_run(tmp_path / name / "run") for name in ("x", "y")]
+    page = report.compare(runs, tmp_path / "both.html").read_text()
+    assert str(runs[0]) in page and str(runs[1]) in page
+
+
+def test_the_command(tmp_path, capsys):
+    run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+
+    def call(*arguments: object) -> tuple[int, str]:
+        status = cli.call(report.main, ["report", *map(str, arguments)], report.define_flags)
+        return status, capsys.readouterr().err
+
+    assert call(run) == (0, "") and (run / "report.html").is_file()
+    assert call(run, f"--output={tmp_path / 'one.html'}") == (0, "") and (tmp_path / "one.html").is_file()
+    assert call(run, other, f"--output={tmp_path / 'two.html'}") == (0, "") and (tmp_path / "two.html").is_file()
+    for arguments, message in (
+        ((), "expected the directory of a run"),
+        ((tmp_path,), "not a run's directory"),
+        ((run, tmp_path / "nowhere"), "not a run's directory"),
+        ((run, run), "expected different runs"),
+        ((run, f"--output={tmp_path / 'no' / 'x.html'}"), "No such file"),
+    ):
+        status, error = call(*arguments)
+        assert status == 2 and message in error, (status, error)

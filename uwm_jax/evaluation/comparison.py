@@ -1,0 +1,116 @@
+"""Several runs side by side, as a page's HTML: metrics, curves and the config fields that differ."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+
+from uwm_jax.config import flatten
+from uwm_jax.evaluation.page import cell, curves
+from uwm_jax.evaluation.pictures import Curve, Panel
+from uwm_jax.evaluation.results import Interval, Run, differing_fields
+
+RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#a0418f", "#e69f00", "#56b4e9", "#777777")
+
+
+def body(runs: Sequence[Run]) -> str:
+    """All of it; runs are told apart by their names."""
+    heading = f"<h1>{len(runs)} runs side by side</h1>"
+    return "\n".join([heading, _same_windows(runs), _metrics(runs), curves(_panels(runs)), _configs(runs)])
+
+
+def _same_windows(runs: Sequence[Run]) -> str:
+    """A warning where the numbers are not of the same windows or not in the same units."""
+    decisive = (
+        "data.path",
+        "data.split",
+        "data.sources",
+        "data.val_ratio",
+        "data.window",
+        "data.action",
+        "data.normalize",
+    )
+    names = [
+        n for n in differing_fields(runs) if n.startswith((*decisive, "data.resize", "data.crop", "eval.num_windows"))
+    ]
+    if not names:
+        return "<p>All are evaluated on the same held-out windows.</p>"
+    return f"""<p><b>These runs differ in {html.escape(", ".join(names))}</b>: their metrics are of other windows or
+in other units, and a difference between them need not be one of the models.</p>"""
+
+
+def _metrics(runs: Sequence[Run]) -> str:
+    """A row per metric, a column per run; what is better than every other with intervals apart is marked."""
+    by_run = [{**run.metrics, **{f"rollout/{name}": m for name, m in run.rollout.items()}} for run in runs]
+    names = [name for name in dict.fromkeys(name for found in by_run for name in found)]
+    heads = "".join(
+        f"<th>{html.escape(run.name)}<br><small>evaluated at step {run.eval_step}"
+        f"{f', in the simulator at {run.rollout_step}' if run.rollout else ''}</small></th>"
+        for run in runs
+    )
+    rows = ""
+    for name in names:
+        found = [metrics.get(name) for metrics in by_run]
+        best = _best(found, _more_is_better(name))
+        cells = "".join(cell(m, "best" if m is not None and m is best else "") for m in found)
+        rows += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
+    if not rows:
+        return "<p>None of the runs was evaluated: <code>python -m uwm_jax.evaluate --workdir=DIR</code>.</p>"
+    return f"""<h2>Metrics</h2><p>Mean and 95 % interval. Marked: better than all others, with intervals apart.</p>
+<table><tr><th></th>{heads}</tr>{rows}</table>"""
+
+
+def _more_is_better(name: str) -> bool:
+    kind = name.rsplit("/", 1)[-1]
+    return not kind.endswith("_mse") or "paired/" in name
+
+
+def _best(found: Sequence[Interval | None], more: bool) -> Interval | None:
+    """The one that is better than every other with intervals apart, if there is one."""
+    there = [m for m in found if m is not None]
+    for m in there:
+        others = [other for other in there if other is not m]
+        if others and all((m.lo > other.hi) if more else (m.hi < other.lo) for other in others):
+            return m
+    return None
+
+
+def _configs(runs: Sequence[Run]) -> str:
+    flat = [flatten(run.config) for run in runs]
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th>"
+        + "".join(f"<td>{html.escape(json.dumps(f[name]) if name in f else '-')}</td>" for f in flat)
+        + "</tr>"
+        for name in differing_fields(runs)
+    )
+    heads = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+    body = f"<table><tr><th></th>{heads}</tr>{rows}</table>" if rows else "<p>None.</p>"
+    return f"<h2>Config fields that differ</h2>{body}"
+
+
+def _panels(runs: Sequence[Run]) -> list[Panel]:
+    named = [(run, RUN_COLORS[i % len(RUN_COLORS)]) for i, run in enumerate(runs)]
+
+    def losses(modality: str) -> list[Curve]:
+        return [
+            run.logged(f"{prefix}loss/{modality}", f"{run.name}{suffix}", color, style)
+            for run, color in named
+            for prefix, style, suffix in (("", "-", ""), ("eval/", "--", ", held out"))
+        ]
+
+    def values(name: str) -> list[Curve]:
+        return [run.evaluated(name, run.name, color) for run, color in named]
+
+    return [
+        Panel("loss of actions", losses("action"), logarithmic=True),
+        Panel("loss of later frames", losses("next_obs"), logarithmic=True),
+        Panel("error of the policy mode's actions", values("policy/action_mse")),
+        Panel("error of the inverse mode's actions", values("inverse/action_mse")),
+        Panel("error of forward frames where the picture changed", values("forward/changed_mse")),
+        Panel("what wrong actions cost, one evaluation", values("control/shuffle_gap"), zero=True),
+        Panel(
+            "the best of an episode in the simulator",
+            [run.rolled_out(f"policy/{run.score}", run.name, c) for run, c in named],
+        ),
+    ]

@@ -1,0 +1,177 @@
+"""What lies in a run's workdir, read for reports: metrics with their intervals, curves, and where it all comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+from uwm_jax.evaluation.pictures import Curve
+from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.log import read_metrics
+from uwm_jax.training.record import read_starts
+
+
+class Interval(NamedTuple):
+    """A mean over `n` windows or episodes, with its 95 % interval."""
+
+    mean: float
+    lo: float
+    hi: float
+    n: int
+
+    @classmethod
+    def of(cls, stored: Mapping[str, float] | None) -> Interval | None:
+        """From `{"mean", "lo", "hi", "n"}`; None for None and for what has no finite mean."""
+        if stored is None or stored["mean"] is None or not math.isfinite(stored["mean"]):
+            return None
+        return cls(stored["mean"], stored["lo"], stored["hi"], int(stored["n"]))
+
+    def apart_from(self, other: Interval) -> Interval:
+        """What to judge `self - other` by where they are not paired: from the worst case to the best one."""
+        return Interval(self.mean - other.mean, self.lo - other.hi, self.hi - other.lo, min(self.n, other.n))
+
+
+def verdict(difference: Interval) -> str:
+    """What the interval of a difference, positive = better, says: "yes", "no, it is worse" or "not shown"."""
+    if difference.lo > 0:
+        return "yes"
+    return "no, it is worse" if difference.hi < 0 else "not shown"
+
+
+def number(x: float) -> str:
+    """Three significant digits, without an exponent where a reader can do without."""
+    if x == 0 or 1e-6 <= abs(x) < 1e5:
+        return f"{x:.{max(0, 2 - math.floor(math.log10(abs(x))))}f}" if x else "0"
+    return f"{x:.2e}"
+
+
+def words(m: Interval) -> str:
+    """`0.0541 [0.0492, 0.0591]`."""
+    return f"{number(m.mean)} [{number(m.lo)}, {number(m.hi)}]"
+
+
+@dataclasses.dataclass
+class Run:
+    """A run's directory.
+
+    Attributes:
+      name: for headings.
+      lines: of `metrics.jsonl`.
+      starts: of `run.json`.
+      evaluations, rollouts: {step: {metric: Interval}}, by step.
+      few_steps: rows of the newest `few_steps.json`.
+      code_version, manifests: of the newest checkpoint, {source or "": manifest}; "" and {} where there is none.
+    """
+
+    workdir: Path
+    name: str
+    config: ConfigDict
+    lines: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+    evaluations: dict[int, dict[str, Interval]]
+    rollouts: dict[int, dict[str, Interval]]
+    few_steps: list[dict[str, Any]]
+    code_version: str
+    manifests: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, workdir: Path) -> Run:
+        """Raises UserError where `workdir` is no run's directory, or a file of it is damaged."""
+        config = config_lib.read(workdir)
+        assets = {}
+        if (step := latest_step(workdir)) is not None:
+            assets = Checkpoints(workdir, read_only=True).assets(step)
+        manifest = assets.get("dataset") or {}
+        few_steps = _by_step(workdir / "eval", "few_steps.json")
+        return cls(
+            workdir=workdir,
+            name=workdir.absolute().name,
+            config=config,
+            lines=read_metrics(workdir / "metrics.jsonl"),
+            starts=read_starts(workdir),
+            evaluations=_intervals(_by_step(workdir / "eval", "metrics.json")),
+            rollouts=_intervals(_by_step(workdir / "rollout", "metrics.json")),
+            few_steps=few_steps[max(few_steps)] if few_steps else [],
+            code_version=assets.get("code_version", ""),
+            manifests={"": manifest} if "splits" in manifest else manifest,
+        )
+
+    @property
+    def eval_step(self) -> int | None:
+        return max(self.evaluations, default=None)
+
+    @property
+    def rollout_step(self) -> int | None:
+        return max(self.rollouts, default=None)
+
+    @property
+    def metrics(self) -> dict[str, Interval]:
+        """Of the newest evaluation."""
+        return self.evaluations[max(self.evaluations)] if self.evaluations else {}
+
+    @property
+    def rollout(self) -> dict[str, Interval]:
+        """Of the newest closed loop."""
+        return self.rollouts[max(self.rollouts)] if self.rollouts else {}
+
+    @property
+    def score(self) -> str:
+        """The closed loop's metric, such as "max_coverage"; "" where there was none."""
+        return next((name.removeprefix("policy/") for name in self.rollout if name.startswith("policy/max_")), "")
+
+    def picture(self, name: str) -> Path:
+        """A picture of the newest evaluation, which need not be there."""
+        return self.workdir / "eval" / str(self.eval_step) / name
+
+    def logged(self, name: str, label: str, color: str, style: str = "-") -> Curve:
+        """A metric of `metrics.jsonl` over steps."""
+        points = [(line["step"], line[name]) for line in self.lines if name in line]
+        return Curve(label, [s for s, _ in points], [v for _, v in points], color=color, style=style)
+
+    def evaluated(self, name: str, label: str, color: str, style: str = "-") -> Curve:
+        """A metric of all evaluations over their steps, with intervals."""
+        return _curve(self.evaluations, name, label, color, style)
+
+    def rolled_out(self, name: str, label: str, color: str, style: str = "-") -> Curve:
+        """A metric of all closed loops over their steps, with intervals."""
+        return _curve(self.rollouts, name, label, color, style)
+
+
+def differing_fields(runs: Sequence[Run]) -> list[str]:
+    """Names of the config fields that are not the same in all runs."""
+    flat = [config_lib.flatten(run.config) for run in runs]
+    return [name for name in sorted(set().union(*flat)) if any(f.get(name) != flat[0].get(name) for f in flat[1:])]
+
+
+def _curve(found: Mapping[int, Mapping[str, Interval]], name: str, label: str, color: str, style: str) -> Curve:
+    points = [(step, metrics[name]) for step, metrics in found.items() if name in metrics]
+    values = [m for _, m in points]
+    low, high = [m.lo for m in values], [m.hi for m in values]
+    return Curve(label, [s for s, _ in points], [m.mean for m in values], low, high, color, style)
+
+
+def _by_step(folder: Path, name: str) -> dict[int, Any]:
+    """{step: JSON} of `<folder>/<step>/<name>`, by step."""
+    files = {int(p.parent.name): p for p in folder.glob(f"*/{name}") if p.parent.name.isdecimal()}
+    found = {}
+    for step, file in sorted(files.items()):
+        try:
+            found[step] = json.loads(file.read_text())
+        except json.JSONDecodeError as e:
+            raise UserError(f"{file}: not JSON ({e}). Delete it, and make it again.") from e
+    return found
+
+
+def _intervals(found: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Interval]]:
+    return {
+        step: {name: m for name, stored in metrics.items() if (m := Interval.of(stored)) is not None}
+        for step, metrics in found.items()
+    }
