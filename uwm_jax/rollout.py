@@ -1,76 +1,267 @@
-"""Closed loop: the policy of a run acts in a simulator.
+"""Closed loop: the policy of a run acts in a simulator, beside random policies and an expert on the same starts.
 
-    python -m uwm_jax.rollout --workdir=DIR --env=pusht --episodes=50
+    python -m uwm_jax.rollout --workdir=runs/quickstart --env=pusht --episodes=50 [--first_seed=100000 --execute=8]
+
+Writes to `rollout/<step>` of the workdir: `metrics.json`, each `{mean, lo, hi, n}` with a 95 % interval over
+episodes; `episodes.json`, every episode by its seed; `episodes.gif`, three episodes beside what the model imagined.
+And `report.html` again.
+
+An episode is a function of the parameters, its seed and the flags alone, whatever runs beside it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import flags
+from tqdm import tqdm
 
-from uwm_jax.envs import Observation
+from uwm_jax import cli, report
+from uwm_jax.envs import EnvSpec, get
+from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, controllers, replay
+from uwm_jax.errors import UserError
+from uwm_jax.evaluation import film
+from uwm_jax.evaluation.metrics import interval
+from uwm_jax.files import write_text
+from uwm_jax.policy import Policy
 from uwm_jax.system import System
+from uwm_jax.training import checkpoint
+
+FLAGS = flags.FLAGS
+
+POLICY = "policy"
+BATCH = 32  # rows of one call of the network; constant, so that the number of episodes changes none of them
 
 
-@dataclasses.dataclass(frozen=True)
-class EpisodeResult:
-    """One episode of T steps.
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run whose policy acts")
+    flags.DEFINE_string("env", None, "the environment: pusht")
+    flags.DEFINE_integer("episodes", 50, "how many, each from a seed of its own", lower_bound=1)
+    flags.DEFINE_integer("first_seed", 100_000, "of the first episode's start", lower_bound=0, upper_bound=2**31)
+    flags.DEFINE_integer("execute", 8, "steps of each chunk of actions that are taken", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of the sampler's noise", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
+    flags.DEFINE_integer("workers", 0, "processes that simulate; 0 = all cores, at most one per episode", lower_bound=0)
+    cli.accept_config_overrides()
 
-    Attributes:
-        seed: of the start.
-        scores: (T + 1,) float64, the environment's score at the start and after each step (PushT: coverage, 0 to 1).
-        actions: (T, Da) float64, as the environment took them.
-        success: whether the environment called it solved, which ends it.
-        observations: {key: (T + 1, ...)} where `closed_loop(record=True)` asked for them, else empty.
-    """
 
-    seed: int
-    scores: np.ndarray
-    actions: np.ndarray
-    success: bool
-    observations: Observation
+def main(argv: list[str]) -> None:
+    if argv:
+        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
+    workdir, env = Path(cli.required("workdir")), cli.required("env")
+    spec = get(env)
+    system, params, frozen, step = checkpoint.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
+    check_fits(spec, system)
+    seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.episodes)
 
-    @property
-    def max_score(self) -> float:
-        return float(self.scores.max())
+    start = time.perf_counter()
+    with ParallelEnvs(env, system.facts.cameras, FLAGS.workers or _workers(seeds)) as envs:
+        results = {
+            POLICY: closed_loop(
+                system, params, frozen, envs, seeds, execute=FLAGS.execute, seed=FLAGS.seed, progress=POLICY
+            )
+        }
+        for name in controllers(spec):
+            results[name] = play(envs, name, seeds)
+    seconds = time.perf_counter() - start
+
+    metrics = measure(results, spec.score)
+    folder = workdir / "rollout" / str(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(
+        folder / "episodes.json", json.dumps(record(spec, system, results, FLAGS.execute, FLAGS.seed), indent=1) + "\n"
+    )
+    clips = []
+    for label, i in telling(results[POLICY]):
+        episode = results[POLICY][i]
+        seen = replay(spec.make(system.facts.cameras), episode)
+        clips.append(film.imagine(system, params, frozen, episode, seen, execute=FLAGS.execute, label=label))
+    film.draw(clips, spec, system, folder / "episodes.gif")
+    report.write(workdir)
+    print(f"{env}, {len(seeds)} episodes from seed {seeds[0]} on, {FLAGS.execute} steps of a chunk: {seconds:.0f} s")
+    print(text_table(metrics, spec.score))
+    print(f"wrote {folder}/metrics.json, episodes.json, episodes.gif and {workdir / 'report.html'}")
 
 
 def closed_loop(
     system: System,
     params: Any,
     frozen: Any,
-    env: str,
+    env: str | ParallelEnvs,
     seeds: Sequence[int],
     *,
     execute: int = 8,
     seed: int = 0,
     workers: int = 0,
     progress: str = "",
-    record: bool = False,
 ) -> list[EpisodeResult]:
     """Lets the policy mode of a model act in an environment, one episode from each of `seeds`.
 
     An episode is a function of (parameters, system, env, its seed, execute, seed) alone: neither the other episodes
-    nor the number of workers changes it. `system` decides the sampler (`System.schedule`), so a number of steps or
-    a rule is tried by giving another system.
+    nor the number of workers changes it. `system` decides the sampler, so a number of steps or a rule is tried by
+    giving another system.
 
     Args:
-        env: name of the environment (`uwm_jax.envs`), e.g. "pusht".
+        env: name of the environment (`uwm_jax.envs`), e.g. "pusht"; or environments that are open already, which
+            saves the start of processes.
         seeds: of the episodes' starts; PushT's evaluation starts at 100000.
         execute: steps of each sampled chunk that are taken before the next chunk is sampled.
         seed: of the sampler's noise, together with the episode's seed and the number of the decision.
         workers: processes that simulate; 0 = all cores, at most one per episode.
         progress: the progress bar's description; "" shows none.
-        record: keep the observations.
 
     Returns:
         The episodes in the order of `seeds`.
 
     Raises:
-        UserError: an unknown environment, a missing package, or a model that was trained on other inputs or actions
-            than the environment has.
+        UserError: an unknown environment, a missing package, a model that was trained on other inputs or actions
+            than the environment has, or an `execute` that its chunks do not have.
     """
-    raise NotImplementedError
+    policy = Policy(system, params, frozen, execute=execute, seed=seed, batch_size=BATCH)
+    with contextlib.ExitStack() as stack:
+        if isinstance(env, str):
+            check_fits(get(env), system)
+            env = stack.enter_context(ParallelEnvs(env, system.facts.cameras, workers or _workers(seeds)))
+        check_fits(env.spec, system)
+        bar = stack.enter_context(_bar(progress, env.spec.max_steps, "step"))
+        policy.reset(seeds)
+        seen = env.reset(seeds)
+        scores, actions = [[score] for score in seen.score], [[] for _ in seeds]  # type: ignore[var-annotated]
+        success = np.zeros(len(seeds), bool)
+        rows, observation = np.arange(len(seeds)), seen.observation
+        while len(rows):
+            action = policy.act(observation, rows).astype(np.float64)
+            seen = env.step(rows, action)
+            for i, row in enumerate(rows):
+                scores[row].append(seen.score[i])
+                actions[row].append(action[i])
+            success[rows] = seen.success
+            rows, observation = rows[~seen.done], {key: x[~seen.done] for key, x in seen.observation.items()}
+            bar.update()
+            bar.set_postfix(solved=f"{success.sum()}/{len(seeds)}", refresh=False)
+    return [
+        EpisodeResult(int(s), np.array(scores[i]), np.array(actions[i]), bool(success[i])) for i, s in enumerate(seeds)
+    ]
+
+
+def play(envs: ParallelEnvs, controller: str, seeds: Sequence[int]) -> list[EpisodeResult]:
+    """Episodes of one of `controllers`, in the order of `seeds`, with a progress bar."""
+    found: dict[int, EpisodeResult] = {}
+    with _bar(controller, len(seeds), "episode") as bar:
+        for place, episode in envs.play(controller, seeds):
+            found[place] = episode
+            bar.update()
+    return [found[place] for place in range(len(seeds))]
+
+
+def check_fits(spec: EnvSpec, system: System) -> None:
+    """Raises UserError where the model reads what the environment does not show, or acts in another space."""
+    facts = system.facts
+    problems = [
+        *(f"camera {c!r}: it has {', '.join(spec.cameras)}" for c in facts.cameras if c not in spec.cameras),
+        *(
+            f"{key} ({dim} numbers): it has {dict(spec.low_dim)}"
+            for key, dim in facts.low_dim.items()
+            if spec.low_dim.get(key) != dim
+        ),
+        *(["a text"] if facts.text_dim else []),
+    ]
+    if facts.action_dim != spec.action_dim:
+        problems.append(f"{facts.action_dim} numbers of action: it takes {spec.action_dim}")
+    if problems:
+        raise UserError(
+            f"--env={spec.name} is not what the model was trained on. The model has\n  " + "\n  ".join(problems)
+        )
+
+
+def measure(results: Mapping[str, Sequence[EpisodeResult]], score: str) -> dict[str, dict[str, float]]:
+    """`<who>/max_<score>` and `<who>/success`, each `{mean, lo, hi, n}` with a 95 % interval over episodes.
+
+    `no_action` is the start's score, what doing nothing gives. `paired/policy_vs_<who>/...` is the difference on the
+    same starts, positive where the policy is better.
+    """
+    values: dict[str, np.ndarray] = {}
+    for who, episodes in results.items():
+        values[f"{who}/max_{score}"] = np.array([e.max_score for e in episodes])
+        values[f"{who}/success"] = np.array([e.success for e in episodes], np.float64)
+    values[f"no_action/max_{score}"] = np.array([e.scores[0] for e in results[POLICY]])
+    for who in results.keys() - {POLICY}:
+        for name in (f"max_{score}", "success"):
+            values[f"paired/{POLICY}_vs_{who}/{name}"] = values[f"{POLICY}/{name}"] - values[f"{who}/{name}"]
+    return {name: interval(values[name], np.arange(len(values[name]))) for name in sorted(values)}
+
+
+def record(
+    spec: EnvSpec, system: System, results: Mapping[str, Sequence[EpisodeResult]], execute: int, seed: int
+) -> dict[str, Any]:
+    """What `episodes.json` holds: how it was run, and each episode's seed, best and last score, steps and success."""
+    return {
+        "env": spec.name,
+        "execute": execute,
+        "sampler_seed": seed,
+        "sampler_steps": system.schedule.num_inference_steps,
+        "sampler_spacing": system.schedule.spacing,
+        "max_steps": spec.max_steps,
+        "episodes": {
+            who: [
+                {
+                    "seed": e.seed,
+                    f"max_{spec.score}": e.max_score,
+                    f"last_{spec.score}": float(e.scores[-1]),
+                    "steps": len(e.actions),
+                    "success": e.success,
+                }
+                for e in episodes
+            ]
+            for who, episodes in results.items()
+        },
+    }
+
+
+def telling(episodes: Sequence[EpisodeResult]) -> list[tuple[str, int]]:
+    """(words, place) of the best, the median and the worst episode by their best score, as far as there are."""
+    order = np.argsort([e.max_score for e in episodes], kind="stable")
+    places = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
+    chosen: dict[int, str] = {}
+    for word, place in places.items():
+        chosen.setdefault(int(place), f"{word} of {len(episodes)}")
+    return [(words, place) for place, words in chosen.items()]
+
+
+def text_table(metrics: Mapping[str, Mapping[str, float]], score: str) -> str:
+    """The metrics as a table for the terminal."""
+
+    def cell(name: str) -> str:
+        if name not in metrics:
+            return ""
+        m = metrics[name]
+        return f"{m['mean']:+.3f} [{m['lo']:+.3f}, {m['hi']:+.3f}]".replace("+", "" if "paired" not in name else "+")
+
+    who = [POLICY, "no_action", *sorted({n.split("/")[0] for n in metrics} - {POLICY, "no_action", "paired"})]
+    rows = [["", f"max {score}", "success", f"policy better by (max {score})"]]
+    for w in who:
+        rows.append([w, cell(f"{w}/max_{score}"), cell(f"{w}/success"), cell(f"paired/{POLICY}_vs_{w}/max_{score}")])
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _workers(seeds: Sequence[int]) -> int:
+    return min(len(os.sched_getaffinity(0)), len(seeds))
+
+
+def _bar(description: str, total: int, unit: str) -> tqdm:
+    pause = 0.5 if sys.stderr.isatty() else 10.0  # seconds between lines of a log file
+    return tqdm(total=total, desc=description, unit=unit, mininterval=pause, disable=not description)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

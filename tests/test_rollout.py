@@ -1,0 +1,268 @@
+"""Closed loop: the path of observations, what is measured, the film, and the command on a tiny run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gym_pusht")
+
+from data_prep import demo  # noqa: E402
+from uwm_jax import cli, envs, rollout  # noqa: E402
+from uwm_jax.config import base  # noqa: E402
+from uwm_jax.data.loader import Loader  # noqa: E402
+from uwm_jax.data.normalize import Normalizer  # noqa: E402
+from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, replay  # noqa: E402
+from uwm_jax.errors import UserError  # noqa: E402
+from uwm_jax.evaluation import film  # noqa: E402
+from uwm_jax.policy import Policy  # noqa: E402
+from uwm_jax.system import DataFacts  # noqa: E402
+from uwm_jax.train import train  # noqa: E402
+from uwm_jax.training.checkpoint import load_for_inference  # noqa: E402
+
+SIZE = 16
+SEEDS = [100_000, 100_003]
+EXPERT = demo.Demo(episodes=4, image_size=SIZE, candidates=24, max_steps=40)
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    """The beginnings of four demonstrations in the training layout, which count as solved."""
+    run = demo.run_episode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "run_episode", lambda number, params: dataclasses.replace(run(number, params), solved=True))
+        output = tmp_path_factory.mktemp("demonstrations") / "pusht"
+        demo.make(EXPERT, output, workers=1)
+    return output
+
+
+@pytest.fixture(scope="module")
+def config(demonstrations):
+    c = base()
+    c.total_steps, c.batch_size, c.log_every = 2, 4, 1
+    c.checkpoint.every = 2
+    c.eval.num_windows = 4
+    c.model.embed_dim, c.model.depth, c.model.num_heads, c.model.num_registers = 32, 1, 2, 2
+    c.model.timestep_embed_dim, c.model.patch = 16, (2, 2, 2)
+    c.model.encoder.stage_sizes, c.model.encoder.width, c.model.encoder.pool = (1,), 16, "flatten"
+    c.model.encoder.use_low_dim = True
+    c.model.codec.name = "pca"
+    c.diffusion.num_inference_steps = 2
+    c.data.path, c.data.cameras, c.data.low_dim = str(demonstrations), ("image",), ("agent_pos",)
+    c.data.val_ratio, c.data.num_streams, c.data.num_threads = demo.VAL_RATIO, 8, 1
+    c.data.resize = c.data.crop = (SIZE, SIZE)
+    return c
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    train(config, workdir)
+    return workdir
+
+
+class Stub:
+    """The policy goes from the agent's place towards the middle and adds noise; what the forward mode imagines is one
+    colour, the last action's x."""
+
+    def __init__(self, size: int = SIZE):
+        self.config = base()
+        self.config.data.resize = self.config.data.crop = (size, size)
+        half = (np.full(2, 256, np.float32), np.full(2, 256, np.float32))
+        self.facts = DataFacts({"image": (size, size)}, {"agent_pos": 2}, 2, 0, Normalizer({"action": half}))
+        self.cameras = ("image",)
+
+    def draw_noise(self, key, rows):
+        return {"action": jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), (16, 2)))(rows)}
+
+    def preprocess(self, batch):
+        return tuple(batch[f"{group}/image"][:, None] / 255 for group in ("obs", "next_obs"))
+
+    def sample(self, params, frozen, batch, mode, noise):
+        if mode == "forward":
+            return {"next_obs_latent": batch["action"][:, -1, 0]}
+        here = batch["obs/agent_pos"][:, -1:] / 256 - 1
+        brightness = batch["obs/image"].mean(axis=(1, 2, 3, 4))[:, None, None] / 255
+        return {"action": here * jnp.linspace(1, 0, 16)[:, None] + 0.1 * brightness * noise["action"]}
+
+    def decode(self, frozen, latents):
+        return jnp.broadcast_to(latents[:, None, None, None, None, None], (len(latents), 1, 2, SIZE, SIZE, 3))
+
+
+def same(a: EpisodeResult, b: EpisodeResult) -> bool:
+    return (
+        a.seed == b.seed
+        and a.success == b.success
+        and np.array_equal(a.scores, b.scores)
+        and np.array_equal(a.actions, b.actions)
+    )
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    return rollout.closed_loop(Stub(), {}, {}, "pusht", SEEDS, workers=2)
+
+
+@pytest.mark.slow
+def test_an_episode_does_not_depend_on_the_others(episodes):
+    assert [e.seed for e in episodes] == SEEDS and [len(e.actions) for e in episodes] == [300, 300]
+    assert all(len(e.scores) == len(e.actions) + 1 for e in episodes)
+    with ParallelEnvs("pusht", {"image": (SIZE, SIZE)}, workers=1) as open_envs:
+        alone = rollout.closed_loop(Stub(), {}, {}, open_envs, SEEDS[1:])
+        again = rollout.closed_loop(Stub(), {}, {}, open_envs, SEEDS[::-1], seed=1)
+    assert same(alone[0], episodes[1])
+    assert not same(again[1], episodes[0])
+
+
+@pytest.mark.slow
+def test_the_loop_is_that_of_one_policy_in_one_environment(episodes):
+    env = envs.get("pusht").make({"image": (SIZE, SIZE)})
+    policy = Policy(Stub(), {}, {}, execute=8, batch_size=rollout.BATCH)
+    policy.reset(SEEDS[:1])
+    observation, info = env.reset(seed=SEEDS[0])
+    for step in range(40):
+        assert episodes[0].scores[step] == info["score"]
+        action = policy.act({key: x[None] for key, x in observation.items()})[0]
+        np.testing.assert_array_equal(episodes[0].actions[step], action)
+        observation, *_, info = env.step(action)
+
+
+def walk(steps: int = 45) -> EpisodeResult:
+    """An episode of some random targets."""
+    env = envs.get("pusht").make({})
+    scores, actions = [env.reset(seed=SEEDS[0])[1]["score"]], np.random.default_rng(0).uniform(0, 512, (steps, 2))
+    scores += [env.step(action)[4]["score"] for action in actions]
+    return EpisodeResult(SEEDS[0], np.array(scores), actions, False)
+
+
+def test_a_replay_shows_what_was_seen():
+    env, episode = envs.get("pusht").make({"image": (SIZE, SIZE)}), walk()
+    seen = replay(env, episode)
+    assert seen["image"].shape == (46, SIZE, SIZE, 3) and seen["agent_pos"].shape == (46, 2)
+    assert env.simulator._get_coverage() == episode.scores[-1]
+    np.testing.assert_array_equal(seen["agent_pos"][0], env.reset(seed=SEEDS[0])[0]["agent_pos"])
+
+
+def test_the_film_shows_actions_and_outcome_of_each_decision(tmp_path):
+    spec, stub, episode = envs.get("pusht"), Stub(), walk()
+    seen = replay(spec.make({"image": (SIZE, SIZE)}), episode)
+    clip = film.imagine(stub, {}, {}, episode, seen, execute=8, label="first")
+    # Window obs (0, 1), action 1..16, next_obs (17, 18): the last frame is 17 steps after the newest observed one.
+    np.testing.assert_array_equal(clip.steps, [0, 8, 16, 24])
+    for i, t in enumerate(clip.steps):
+        np.testing.assert_array_equal(clip.actions[i], episode.actions[t : t + 16])
+        np.testing.assert_allclose(clip.current[i, 0], seen["image"][t] / 255, atol=1e-6)
+        np.testing.assert_allclose(clip.truth[i, 0], seen["image"][t + 17] / 255, atol=1e-6)
+        expected = np.clip(episode.actions[t + 15, 0] / 256 - 1, 0, 1)
+        np.testing.assert_allclose(clip.imagined[i], expected, atol=1e-5)
+    assert clip.imagined.std() > 0.01
+
+    short = dataclasses.replace(episode, actions=episode.actions[:16], scores=episode.scores[:17])
+    none = film.imagine(stub, {}, {}, short, seen, execute=8)
+    assert len(none.steps) == 0 and not film.draw([none], spec, stub, tmp_path / "none.gif")
+    assert film.draw([clip._replace(steps=clip.steps[:3]), none], spec, stub, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as gif:
+        assert gif.n_frames == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["film.gif"]
+
+
+def test_metrics_are_paired_by_episode():
+    def made(best):
+        return [EpisodeResult(i, np.array([0.1 * i, b, 0.0]), np.zeros((2, 2)), b > 0.95) for i, b in enumerate(best)]
+
+    results = {"policy": made([0.5, 1.0, 0.7, 0.6]), "random_held": made([0.3, 0.8, 0.5, 0.4])}
+    metrics = rollout.measure(results, "coverage")
+    assert metrics["policy/max_coverage"]["mean"] == pytest.approx(0.7) and metrics["policy/success"]["mean"] == 0.25
+    assert metrics["policy/max_coverage"]["lo"] < 0.65 < 0.75 < metrics["policy/max_coverage"]["hi"]
+    paired = metrics["paired/policy_vs_random_held/max_coverage"]
+    np.testing.assert_allclose([paired["mean"], paired["lo"], paired["hi"]], 0.2)  # the same in every episode
+    assert paired["n"] == 4
+    assert metrics["no_action/max_coverage"]["mean"] == pytest.approx(0.15)
+    assert rollout.telling(results["policy"]) == [("best of 4", 1), ("median of 4", 2), ("worst of 4", 0)]
+    assert rollout.telling(results["policy"][:1]) == [("best of 1", 0)]
+    table = rollout.text_table(metrics, "coverage")
+    assert "0.700" in table and "+0.200 [+0.200, +0.200]" in table
+
+
+def test_a_model_of_other_data_is_refused():
+    stub = Stub()
+    stub.facts = DataFacts({"wrist": (8, 8)}, {"agent_pos": 3}, 7, 4, Normalizer())
+    with pytest.raises(UserError) as e:
+        rollout.closed_loop(stub, {}, {}, "pusht", SEEDS)
+    for part in ("camera 'wrist': it has image", "agent_pos (3 numbers)", "a text", "7 numbers of action: it takes 2"):
+        assert part in str(e.value)
+
+
+@pytest.mark.slow
+def test_observations_take_the_path_of_training_bit_for_bit(trained):
+    """A demonstration's window through the loader, and the simulator in the same states through the policy."""
+    system, params, frozen, _ = load_for_inference(trained)
+    loader = Loader(system.config.data, batch_size=1, seed=0, normalizer=system.facts.normalizer)
+    held_out = loader.held_out(4)
+    window = held_out.batch(2, 3)
+    origin = int(held_out.origins[2])
+
+    seed = int(held_out.episodes[2])  # episode i of the dataset starts from seed i
+    spec = envs.get("pusht")
+    env, expert = spec.make(system.facts.cameras), spec.expert()
+    observation, _ = env.reset(seed=seed)
+    expert.reset(seed)
+    policy = Policy(system, params, frozen, execute=16)
+    policy.reset([seed])
+    for _ in range(origin + 1):  # the newest frame of the window is the one at origin + 1
+        policy.observe({key: x[None] for key, x in observation.items()})
+        observation, *_ = env.step(expert.act(env))
+    policy.observe({key: x[None] for key, x in observation.items()})
+
+    inputs = policy.inputs()
+    assert inputs.keys() == {key for key in window if key.startswith("obs/")}
+    for key, value in inputs.items():
+        assert value.dtype == window[key].dtype
+        np.testing.assert_array_equal(value, window[key])
+    own = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), 0)
+    noise = system.draw_noise(own, jnp.zeros(1, jnp.int32))
+    chunk = jax.jit(lambda batch, noise: system.sample(params, frozen, batch, "policy", noise))(window, noise)["action"]
+    np.testing.assert_array_equal(policy.plan(), system.facts.normalizer.unnormalize("action", np.asarray(chunk)))
+
+
+@pytest.mark.slow
+def test_the_command_writes_metrics_episodes_and_film(trained, capsys):
+    arguments = ["rollout", f"--workdir={trained}", "--env=pusht", "--episodes=2", "--workers=1"]
+    assert cli.call(rollout.main, arguments, rollout.define_flags) == 0
+    folder = trained / "rollout" / "2"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for who in ("policy", "random_uniform", "random_held", "expert"):
+        assert set(metrics[f"{who}/max_coverage"]) == {"mean", "lo", "hi", "n"}
+        assert metrics[f"{who}/success"]["n"] == 2
+        assert who == "policy" or f"paired/policy_vs_{who}/max_coverage" in metrics
+    assert metrics["expert/max_coverage"]["mean"] > 0.9
+    stored = json.loads((folder / "episodes.json").read_text())
+    assert stored["env"] == "pusht" and stored["execute"] == 8
+    assert [e["seed"] for e in stored["episodes"]["policy"]] == [100_000, 100_001]
+    with Image.open(folder / "episodes.gif") as gif:
+        assert gif.n_frames == 36
+    assert (trained / "report.html").exists() and "random_held" in capsys.readouterr().out
+
+    system, params, frozen, _ = load_for_inference(trained)
+    again = rollout.closed_loop(system, params, frozen, "pusht", [100_001])
+    assert again[0].max_score == stored["episodes"]["policy"][1]["max_coverage"]
+
+
+@pytest.mark.slow
+def test_unusable_flags_end_with_status_2(trained, capsys):
+    for flag, message in (
+        ("--env=other", "--env=other: there is no such environment. Known: pusht"),
+        ("--execute=17", "execute=17: expected 1 to 16"),
+        ("--episodes=0", "episodes"),
+    ):
+        arguments = ["rollout", f"--workdir={trained}", "--env=pusht", "--episodes=1", flag]
+        assert cli.call(rollout.main, arguments, rollout.define_flags) == 2
+        assert message in capsys.readouterr().err
+    assert cli.call(rollout.main, ["rollout", f"--workdir={trained}"], rollout.define_flags) == 2
+    assert "--env is required" in capsys.readouterr().err
