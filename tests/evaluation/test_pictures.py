@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from uwm_jax.config import base
@@ -127,3 +128,13 @@ def test_curves_take_the_page_colour_and_reach_nothing_outside():
     assert "currentColor" in svg and pictures._PAGE not in svg and "#123456" in svg
     assert svg.count(">step<") == 3  # the place that is left over stays empty
     assert "training &amp; more" in svg and "<image" not in svg and "<metadata" not in svg
+
+
+def test_an_outline_follows_the_pixels_edges():
+    axis = Figure().subplots()
+    mask = np.zeros((5, 6), bool)
+    mask[2, 3] = mask[2, 4] = True
+    pictures._outline(axis, mask)
+    found = {tuple(map(tuple, np.sort(segment, axis=0))) for segment in axis.collections[0].get_segments()}
+    sides = {((x - 0.5, y), (x + 0.5, y)) for x in (3, 4) for y in (1.5, 2.5)}
+    assert found == sides | {((x, 1.5), (x, 2.5)) for x in (2.5, 4.5)}
