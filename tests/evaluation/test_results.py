@@ -51,6 +51,8 @@ def test_numbers_have_three_digits():
     found = [number(x) for x in (0.0541239, 25.3521, 0.0000702, 0, -0.00149, 1234.5, 3e-9)]
     assert found == ["0.0541", "25.4", "0.0000702", "0", "-0.00149", "1234", "3.00e-09"]
     assert words(Interval(0.5, 0.25, 0.75, 3)) == "0.500 [0.250, 0.750]"
+    assert words(Interval(2.7e-6, -1.15e-5, 1.67e-5, 3)) == "2.70 [-11.5, 16.7] ×10⁻⁶"
+    assert words(Interval(0, 0, 0, 3)) == "0 [0, 0]"
 
 
 def test_an_empty_run_and_its_newest_results(tmp_path):

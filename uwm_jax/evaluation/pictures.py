@@ -178,19 +178,19 @@ def _modes(windows: Windows, cameras: Sequence[str]) -> Figure:
     """Later frames of every predictor for some windows and all views; below each, where it is wrong."""
     columns = {"forward": "forward/next_obs", "joint": "joint/next_obs", "video": "video/next_obs"}
     titles = {
-        "forward": "forward\nknows the actions",
-        "joint": "joint\nwith its own actions",
-        "video": "video\nwhatever is done",
+        "forward": "forward\nknows the\ntrue actions",
+        "joint": "joint\nwith actions\nof its own",
+        "video": "video\nwhatever\nis done",
     }
     predictions = {titles[name]: windows[key] for name, key in columns.items() if key in windows}
     if "forward_shuffled/next_obs" in windows:
-        predictions["control: forward\nwith another window's actions"] = windows["forward_shuffled/next_obs"]
-    predictions["baseline:\nthe current frame, copied"] = _last(windows["current"])
+        predictions["control: forward\nwith another\nwindow's actions"] = windows["forward_shuffled/next_obs"]
+    predictions["baseline:\nthe current\nframe, copied"] = _last(windows["current"])
     if "mean_image" in windows:
-        predictions["baseline:\nthe mean image"] = np.broadcast_to(windows["mean_image"], windows["next_obs"].shape)
+        predictions["baseline:\nthe mean\nimage"] = np.broadcast_to(windows["mean_image"], windows["next_obs"].shape)
     picked = _spread(len(windows["episode"]), max(1, 3 // len(cameras)))
     rows, change = [(w, v) for w in picked for v in range(len(cameras))], _change(windows)
-    figure = Figure(figsize=(2.15 * (2 + len(predictions)), 4.55 * len(rows) + 0.7), layout="constrained")
+    figure = Figure(figsize=(2.15 * (2 + len(predictions)), 4.55 * len(rows) + 0.9), layout="constrained")
     axes = figure.subplots(2 * len(rows), 2 + len(predictions), squeeze=False)
     for i, (window, view) in enumerate(rows):
         upper, lower, changed = axes[2 * i], axes[2 * i + 1], change[window, view]

@@ -54,8 +54,12 @@ def number(x: float) -> str:
 
 
 def words(m: Interval) -> str:
-    """`0.0541 [0.0492, 0.0591]`."""
-    return f"{number(m.mean)} [{number(m.lo)}, {number(m.hi)}]"
+    """`0.0541 [0.0492, 0.0591]`, or `5.41 [4.92, 5.91] ×10⁻⁶` where all of it is small."""
+    largest = max(abs(m.lo), abs(m.hi))
+    power = 3 * math.ceil(-math.log10(largest) / 3) if 0 < largest < 1e-3 else 0
+    mean, lo, hi = (number(x * 10**power) for x in m[:3])
+    unit = " ×10⁻" + str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")) if power else ""
+    return f"{mean} [{lo}, {hi}]{unit}"
 
 
 @dataclasses.dataclass
