@@ -10,5 +10,5 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a file by rename, so that a reader, or a crash, never sees half of it."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
