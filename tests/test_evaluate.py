@@ -1,59 +1,24 @@
-"""Evaluation in tiny form, and its intervals against closed forms."""
+"""The command in tiny form: its files, that it agrees with the trainer, and its ways of sampling."""
 
 from __future__ import annotations
 
-import html
 import json
 
 import numpy as np
 import pytest
 
-from uwm_jax import cli, evaluate, report
+from uwm_jax import cli, evaluate
 from uwm_jax.config import source
-from uwm_jax.data.loader import Loader
-from uwm_jax.evaluate import collect, interval, measure
+from uwm_jax.errors import UserError
+from uwm_jax.made_up import make_up_system
 from uwm_jax.train import train
-from uwm_jax.training.checkpoint import load_for_inference
-
-
-def test_interval_is_clustered():
-    rng = np.random.default_rng(0)
-    means = rng.normal(size=200)
-    values = np.repeat(means, 5)  # windows of an episode are copies of each other
-    clusters = np.repeat(np.arange(200), 5)
-    found = interval(values, clusters)
-    half = 1.96 * means.std() / np.sqrt(200)
-    assert found["n"] == 1000
-    np.testing.assert_allclose(found["mean"], means.mean())
-    np.testing.assert_allclose([found["lo"], found["hi"]], [means.mean() - half, means.mean() + half], atol=0.02)
-    one = interval(np.array([1.0, 3.0]), np.array([7, 7]))
-    assert one == {"mean": 2.0, "lo": 2.0, "hi": 2.0, "n": 2}
-
-
-def test_measures_against_known_errors():
-    shape = (4, 1, 2, 3, 3, 3)
-    truth = {"action": np.zeros((4, 5, 2)), "next_obs_latent": np.zeros(shape), "next_obs": np.full(shape, 0.5)}
-    windows = {"episode": np.arange(4), "current": np.full(shape, 0.6), **truth}
-    for mode in ("policy", "inverse", "joint"):
-        windows[f"{mode}/action"] = np.full((4, 5, 2), 0.3)
-    for mode in ("video", "forward", "joint"):
-        windows[f"{mode}/next_obs_latent"] = np.full(shape, 2.0)
-        windows[f"{mode}/next_obs"] = np.full(shape, 0.4)
-    metrics = measure(windows)
-    for mode in ("policy", "inverse", "joint"):
-        assert metrics[f"{mode}/action_mse"]["mean"] == pytest.approx(0.09)
-    for mode in ("video", "forward", "joint"):
-        assert metrics[f"{mode}/latent_mse"]["mean"] == pytest.approx(4.0)
-        assert metrics[f"{mode}/psnr"]["mean"] == pytest.approx(20.0)
-    assert metrics["baseline/copied_frame/psnr"]["mean"] == pytest.approx(20.0)
-    assert "policy/latent_mse" not in metrics and "video/action_mse" not in metrics
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, make_tiny_config):
-    """Two steps on a mixture, of which only the source with actions is evaluated."""
+    """Two steps on a mixture, of which only the source with actions is evaluated, in training too."""
     config = make_tiny_config()
-    config.total_steps = 2
+    config.total_steps, config.eval.every = 2, 2
     config.data.sources.robot, config.data.sources.video = source(), source(use_actions=False)
     workdir = tmp_path_factory.mktemp("trained") / "run"
     train(config, workdir)
@@ -61,23 +26,54 @@ def trained(tmp_path_factory, make_tiny_config):
 
 
 @pytest.mark.slow
-def test_the_command_writes_metrics_pictures_and_report(trained):
-    arguments = ["evaluate", f"--workdir={trained}"]
-    assert cli.call(evaluate.main, arguments, evaluate.define_flags) == 0
-    metrics = json.loads((trained / "eval" / "2" / "metrics.json").read_text())
-    assert set(metrics["joint/psnr"]) == {"mean", "lo", "hi", "n"} and metrics["joint/psnr"]["n"] == 6
+def test_the_command_finds_what_the_trainer_found(trained, capsys):
+    folder = trained / "eval" / "2"
+    in_training = json.loads((folder / "metrics.json").read_text())
+    for file in folder.iterdir():
+        file.unlink()
+    assert cli.call(evaluate.main, ["evaluate", f"--workdir={trained}"], evaluate.define_flags) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics) == list(in_training)
+    for name, value in metrics.items():
+        assert value["n"] == in_training[name]["n"]
+        np.testing.assert_allclose(list(value.values()), list(in_training[name].values()), rtol=1e-3, atol=1e-5)
+    assert metrics["joint/psnr"]["n"] == 6
+    assert {"metrics.json", "modes.png", "actions.png", "denoise.gif"} <= {p.name for p in folder.iterdir()}
     page = (trained / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and 'src="http' not in page
-    assert "data.sources.video.use_actions" in page
-    for mode in ("policy", "video", "forward", "inverse", "joint"):
-        assert f"<th>{mode}</th>" in page and html.escape(report.formula(mode)) in page
+    assert "data:image/png;base64," in page and 'src="http' not in page
+    output = capsys.readouterr().out
+    assert "6 held-out windows of" in output and "paired/inverse_vs_policy/action_mse" in output
 
 
 @pytest.mark.slow
-def test_samples_do_not_depend_on_the_batch_size(trained):
-    system, params, frozen, _ = load_for_inference(trained)
-    held_out = Loader(system.config.data, batch_size=1, seed=0).held_out(6)
-    whole, parts = (collect(system, params, frozen, held_out, batch_size=size) for size in (6, 4))
-    assert set(whole) == set(parts) and len(whole["episode"]) == 6
-    for name in whole:
-        np.testing.assert_allclose(whole[name], parts[name], atol=2e-4, err_msg=name)
+def test_ways_of_sampling_are_compared(trained, capsys):
+    arguments = ["evaluate", f"--workdir={trained}", "--sampler=leading,trailing", "--steps=2,1"]
+    assert cli.call(evaluate.main, arguments, evaluate.define_flags) == 0
+    rows = json.loads((trained / "eval" / "2" / "few_steps.json").read_text())
+    ways = [(row["sampler"], row["steps"]) for row in rows]
+    assert ways == [("leading", 2), ("leading", 1), ("trailing", 2), ("trailing", 1)]
+    assert len({row["metrics"]["policy/action_mse"]["mean"] for row in rows}) == 4
+    assert all(row["seconds_per_sample"] > 0 and row["metrics"]["joint/psnr"]["n"] == 6 for row in rows)
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = [line for line in lines if line.split()[:2] == ["sampler", "steps"]]
+    assert "policy/action_mse" in head and "video/psnr" in head
+    assert [line.split()[:2] for line in lines if "[" in line and "trailing" in line] == [
+        ["trailing", "2"],
+        ["trailing", "1"],
+    ]
+
+
+def test_ways_of_sampling_that_do_not_exist_are_refused(tiny_config):
+    system, _ = make_up_system(tiny_config, 10)
+    ways = evaluate.parse_ways(system, "trailing", "4, 2,4")
+    assert [w.schedule.timesteps.tolist() for w in ways] == [[99, 74, 49, 24], [99, 49]]
+    assert len(evaluate.parse_ways(system, None, "3")) == len(evaluate.parse_ways(system, "leading", None)) == 1
+    for spacings, steps, message in (
+        ("uniform", None, "--sampler: expected leading or trailing, or both with a comma; found 'uniform'"),
+        (None, "0", "--steps: expected numbers from 1 to 100, such as 10,4,2; found '0'"),
+        (None, "101", "found '101'"),
+        (None, "4,two", "found 'two'"),
+        (None, "4,", "found ''"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.parse_ways(system, spacings, steps)

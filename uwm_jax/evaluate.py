@@ -1,40 +1,57 @@
 """Samples every mode on held-out windows: `eval/<step>/metrics.json`, pictures, and `report.html`.
 
     python -m uwm_jax.evaluate --workdir=runs/quickstart [--step=N]
+    python -m uwm_jax.evaluate --workdir=runs/quickstart --sampler=leading,trailing --steps=10,4,2 \\
+        [--env=pusht --episodes=50]
 
 The windows are a fixed, evenly spread set of validation windows, and a window's noise depends on its place in
 that set alone, so two checkpoints see the same inputs.
+
+With --sampler or --steps, each of these ways of sampling is measured in place of the config's: how good all modes
+are against the number of network evaluations, in `eval/<step>/few_steps.json`; with --env the policy acts too.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from uwm_jax import cli, report
 from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError
+from uwm_jax.evaluation.metrics import Interval, interval
+from uwm_jax.evaluation.program import Evaluation, write_results
 from uwm_jax.files import write_text
+from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.parallel import sharding
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
 
 FLAGS = flags.FLAGS
 
-Arrays = dict[str, np.ndarray]
+BATCH_SIZE = 64  # windows at a time, over all devices
+FIRST_SEED = 100_000  # of the episodes in the simulator
+SPACINGS = ("leading", "trailing")
+
+Metrics = dict[str, Interval]
 
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run to evaluate")
-    flags.DEFINE_integer("step", None, "which checkpoint; the newest by default")
+    flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
+    flags.DEFINE_string("sampler", None, f"compare these spacings of timesteps: {', '.join(SPACINGS)} or both")
+    flags.DEFINE_string("steps", None, "compare these numbers of network evaluations, e.g. 10,4,2")
+    flags.DEFINE_string("env", None, "with --sampler or --steps: the policy also acts in this environment, e.g. pusht")
+    flags.DEFINE_integer("episodes", 50, "with --env: episodes", lower_bound=1)
     cli.accept_config_overrides()
 
 
@@ -42,26 +59,38 @@ def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     workdir = Path(cli.required("workdir"))
+    compares = FLAGS.sampler is not None or FLAGS.steps is not None
+    if FLAGS.env and not compares:
+        raise UserError("--env belongs to --sampler or --steps; python -m uwm_jax.rollout is for one policy alone.")
     system, params, frozen, step = checkpoint_lib.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
-    config = system.config
-    loader = Loader(config.data, batch_size=1, seed=config.seed, normalizer=system.facts.normalizer)
+    ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
+    loader = Loader(system.config.data, batch_size=1, seed=system.config.seed, normalizer=system.facts.normalizer)
     refuse_other_data(system, loader)
-    held_out = loader.held_out(config.eval.num_windows)
+    mesh = local_mesh(system.config)
+    params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
+    held_out = loader.held_out(system.config.eval.num_windows)
+    rules = sharding.load_rules(system.config.mesh.rules)
+    rows = mesh.size * -(-min(BATCH_SIZE, len(held_out)) // mesh.size)
+    evaluation = Evaluation(system, loader, held_out, mesh, rules, rows)
+    folder = workdir / "eval" / str(step)
 
     start = time.perf_counter()
-    windows = collect(system, params, frozen, held_out)
-    metrics = measure(windows)
+    if compares:
+        found = [compare(evaluation, way, params, frozen, FLAGS.env, FLAGS.episodes) for way in ways]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "few_steps.json", json.dumps(found, indent=2) + "\n")
+        table, file = few_steps_table(found), folder / "few_steps.json"
+    else:
+        print("compiling the samplers of all modes...", flush=True)
+        evaluation.compile(params, frozen)
+        metrics, windows = evaluation.run(params, frozen, progress=True)
+        write_results(workdir, step, system, metrics, windows)
+        table, file = text_table(metrics), folder / "metrics.json"
+    report.write(workdir)
     seconds = time.perf_counter() - start
-
-    folder = workdir / "eval" / str(step)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    report.draw_modes(windows, system.facts.normalizer, folder / "modes.png")
-    report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
-    report.write(workdir, config, step, metrics, folder / "modes.png", workdir / "curves.png")
-    print(f"{len(windows['episode'])} held-out windows, {len(MODES)} modes, {seconds:.1f} s")
-    print(report.text_table(metrics))
-    print(f"wrote {folder / 'metrics.json'} and {workdir / 'report.html'}")
+    episodes = len(set(held_out.episodes.tolist()))
+    print(f"{len(held_out)} held-out windows of {episodes} episodes, {len(MODES)} modes, {seconds:.1f} s")
+    print(f"{table}\nwrote {file} and {workdir / 'report.html'}")
 
 
 def refuse_other_data(system: System, loader: Loader) -> None:
@@ -74,83 +103,114 @@ def refuse_other_data(system: System, loader: Loader) -> None:
             )
 
 
-def collect(system: System, params: Any, frozen: Any, held_out: Any, batch_size: int = 64) -> Arrays:
-    """Truth and samples of all modes for every held-out window, on the host.
+def local_mesh(config: Any) -> Any:
+    """All devices of this process, each with all parameters and rows of its own, whatever mesh the run had."""
+    config = config.copy_and_resolve_references()
+    devices = jax.local_devices()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
+    config.batch_size, config.accumulation_steps = len(devices), 1
+    return mesh_lib.make_mesh(config, devices)
+
+
+# --- ways of sampling ----------------------------------------------------------------------------------
+
+
+def parse_ways(system: System, spacings: str | None, steps: str | None) -> list[System]:
+    """A system for every pair of `leading,trailing` and `10,4,2`; None is the config's own.
+
+    Raises:
+      UserError: something else, or more steps than the network was trained with.
+    """
+    diffusion, most = system.config.diffusion, system.config.diffusion.num_train_steps
+    names = [part.strip() for part in (spacings or diffusion.spacing).split(",")]
+    for name in names:
+        if name not in SPACINGS:
+            raise UserError(f"--sampler: expected {' or '.join(SPACINGS)}, or both with a comma; found {name!r}.")
+    numbers = [part.strip() for part in (steps or str(diffusion.num_inference_steps)).split(",")]
+    for number in numbers:
+        if not number.isdecimal() or not 1 <= int(number) <= most:
+            raise UserError(f"--steps: expected numbers from 1 to {most}, such as 10,4,2; found {number!r}.")
+    ways = []
+    for name in dict.fromkeys(names):
+        for number in dict.fromkeys(numbers):
+            config = system.config.copy_and_resolve_references()
+            config.diffusion.spacing, config.diffusion.num_inference_steps = name, int(number)
+            ways.append(System(config, system.facts, system.codec))
+    return ways
+
+
+def compare(
+    evaluation: Evaluation, way: System, params: Any, frozen: Any, env: str | None, episodes: int
+) -> dict[str, Any]:
+    """One row of `few_steps.json`.
 
     Returns:
-      `episode` (N,); `action` (N, Ta, Da) normalised; `next_obs_latent` (N, V, T, h, w, C); `current`, `next_obs`
-      (N, V, T, h, w, 3) float32 in [0, 1]; and `<mode>/action`, `<mode>/next_obs_latent`, `<mode>/next_obs` of
-      what each mode generates.
+      {"sampler": the spacing, "steps": network evaluations, "metrics": {metric of a mode: interval},
+      "seconds_per_sample": until the policy mode has sampled one chunk for one observation}; with `env` the metrics
+      have `closed_loop/max_<score>` and `closed_loop/success`, with intervals over episodes.
     """
-    key = jax.random.key(0)
+    diffusion = way.config.diffusion
+    name = f"{diffusion.spacing}, {diffusion.num_inference_steps} steps"
+    metrics = evaluation.run_modes(way, params, frozen, name)
+    if env:
+        from uwm_jax import envs, rollout  # the simulator is not needed otherwise
 
-    @jax.jit
-    def run(params: Any, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        noise = system.draw_noise(key, batch["row"])
-        current, following = system.preprocess(batch)
-        latent = system.encode_frames(frozen, following)
-        batch = {**batch, "next_obs_latent": latent}
-        out = {"action": batch["action"], "next_obs_latent": latent, "current": current, "next_obs": following}
-        for mode in MODES:
-            made = system.sample(params, frozen, batch, mode, noise)
-            if "next_obs_latent" in made:
-                made["next_obs"] = jnp.clip(system.decode(frozen, made["next_obs_latent"]), 0, 1)
-            out |= {f"{mode}/{name}": value for name, value in made.items()}
-        return out
-
-    total = len(held_out)
-    size = min(batch_size, total)
-    pieces = []
-    with tqdm(total=total, desc="sampling all modes", unit="window") as bar:
-        for batch in held_out.batches(size):
-            pieces.append(jax.device_get(run(params, frozen, batch)))
-            bar.update(min(size, total - bar.n))
-    # The last batch is filled up from the beginning; what it repeats is cut off.
+        seeds = range(FIRST_SEED, FIRST_SEED + episodes)
+        results = rollout.closed_loop(way, params, frozen, env, seeds, progress=f"{name}, {env}")
+        found = {f"max_{envs.get(env).score}": [r.max_score for r in results], "success": [r.success for r in results]}
+        for metric, values in found.items():
+            metrics[f"closed_loop/{metric}"] = interval(np.asarray(values, np.float64), np.arange(episodes))
     return {
-        "episode": held_out.episodes,
-        **{name: np.concatenate([p[name] for p in pieces])[:total] for name in pieces[0]},
+        "sampler": diffusion.spacing,
+        "steps": diffusion.num_inference_steps,
+        "seconds_per_sample": policy_seconds(way, params, frozen),
+        "metrics": metrics,
     }
 
 
-def measure(windows: Arrays) -> dict[str, dict[str, float]]:
-    """`{mode}/action_mse` (normalised units), `{mode}/latent_mse`, `{mode}/psnr` (dB), and the frame-copying
-    baseline, each `{mean, lo, hi, n}` with a 95 % interval clustered by episode."""
-    values: Arrays = {}
-    for mode in MODES:
-        if f"{mode}/action" in windows:
-            values[f"{mode}/action_mse"] = _per_window(windows[f"{mode}/action"] - windows["action"])
-        if f"{mode}/next_obs" in windows:
-            values[f"{mode}/latent_mse"] = _per_window(windows[f"{mode}/next_obs_latent"] - windows["next_obs_latent"])
-            values[f"{mode}/psnr"] = _psnr(windows[f"{mode}/next_obs"], windows["next_obs"])
-    values["baseline/copied_frame/psnr"] = _psnr(windows["current"], windows["next_obs"])
-    return {name: interval(value, windows["episode"]) for name, value in values.items()}
+def policy_seconds(system: System, params: Any, frozen: Any, repeats: int = 5) -> float:
+    """Seconds until a chunk of actions is sampled for one observation, without compilation; the median of some."""
+
+    @jax.jit
+    def sample(params: Any, frozen: Any, batch: Any) -> Any:
+        noise = system.draw_noise(jax.random.key(0), batch["row"])
+        return system.sample(params, frozen, batch, "policy", noise)
+
+    device = jax.local_devices()[0]
+    inputs = jax.device_put((params, frozen, system.example_batch(1)), device)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(sample(*inputs))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
-def _per_window(error: np.ndarray) -> np.ndarray:
-    return np.square(error, dtype=np.float64).reshape(len(error), -1).mean(axis=1)
+# --- tables --------------------------------------------------------------------------------------------
 
 
-def _psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return -10 * np.log10(np.maximum(_per_window(prediction - truth), 1e-10))
+def text_table(metrics: Metrics) -> str:
+    """The metrics as aligned lines `name  mean [lo, hi]`."""
+    return _aligned([(name, _text(value)) for name, value in metrics.items()])
 
 
-def interval(values: np.ndarray, clusters: np.ndarray, resamples: int = 2000) -> dict[str, float]:
-    """Mean over windows with a 95 % bootstrap interval that resamples whole clusters (episodes).
+def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
+    """What `compare` found, a way of sampling a line: the main metric of each modality of each mode."""
+    names = [name for name in rows[0]["metrics"] if name.endswith(("/action_mse", "/psnr")) or "closed_loop" in name]
+    lines = [("sampler", "steps", "policy ms", *names)]
+    for row in rows:
+        cells = [row["sampler"], str(row["steps"]), f"{1000 * row['seconds_per_sample']:.1f}"]
+        lines.append((*cells, *(_text(row["metrics"][name]) for name in names)))
+    return _aligned(lines)
 
-    Windows of one episode are alike, so that resampling windows would claim too much.
 
-    Args:
-      values, clusters: (N,).
+def _text(value: Interval) -> str:
+    return f"{value['mean']:.4f} [{value['lo']:.4f}, {value['hi']:.4f}]"
 
-    Returns:
-      {"mean", "lo", "hi", "n"}; lo and hi equal the mean when there is one cluster.
-    """
-    _, index = np.unique(clusters, return_inverse=True)
-    sums, counts = np.bincount(index, weights=values), np.bincount(index)
-    draws = np.random.default_rng(0).integers(0, len(sums), (resamples, len(sums)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    lo, hi = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi), "n": len(values)}
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  " + "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 if __name__ == "__main__":
