@@ -1,4 +1,5 @@
 """PushT at 96 pixels for one accelerator, with the paper's parameterisation: noise prediction, and latents of the VAE.
+In PushT a blue disc has to push a grey T onto the green one, and an action is the position that the disc is sent to.
 
 Command:
     python -m data_prep.demo --episodes=1000 --image_size=96 --output=$UWM_DATA_DIR/pusht_96

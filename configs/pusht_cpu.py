@@ -1,4 +1,5 @@
 """PushT on two CPU cores in about an hour: the model of `configs/quickstart.py`, with more of everything.
+In PushT a blue disc has to push a grey T onto the green one, and an action is the position that the disc is sent to.
 
 Command:
     python -m data_prep.demo --episodes=1000 --output=$UWM_DATA_DIR/pusht_1000

@@ -1,4 +1,5 @@
 """The demonstration: a tiny UWM that learns PushT on two CPU cores in minutes.
+In PushT a blue disc has to push a grey T onto the green one, and an action is the position that the disc is sent to.
 
 Command:
     python -m data_prep.demo

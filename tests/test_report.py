@@ -54,7 +54,8 @@ def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: i
         for s in (1, 20)
     ]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    start = record.describe(["python", "-m", "uwm_jax.train", "--config=my file.py"], "my file.py", config, ["seed"])
+    (file := workdir / "my file.py").write_text('"""It pushes a block & wins."""')
+    start = record.describe(["python", "-m", "uwm_jax.train", "--config=my file.py"], str(file), config, ["seed"])
     record.add_start(workdir, start)
     return workdir
 
@@ -84,6 +85,7 @@ def test_a_full_run_has_all_sections_and_stands_alone(tmp_path):
     assert_alone(page)
     assert page.count("data:image/png;base64,") == 3 and "not made yet" not in page
     assert "python -m uwm_jax.train &#x27;--config=my file.py&#x27;" in page and "<td>seed</td><td>0</td>" in page
+    assert "<b>run</b>. It pushes a block &amp; wins." in page
     assert "a&lt;b" in page and "a<b" not in page
     assert "12.5 ms" in page and "closed loop<br>max coverage" in page  # few steps
     assert "75.0 %" in page and "360 ms a step" in page and "13:20" in page  # 36 windows at 100 a second; 800 s

@@ -145,7 +145,9 @@ which most moves). A mode, a column here, is nothing but the choice of what is g
 sampled. Step {run.eval_step}.</figcaption></figure>"""
     else:
         picture = _missing("The pictures of all modes", f"python -m uwm_jax.evaluate --workdir={_path(run)}")
-    return f"<h1>One network that acts, predicts, explains and imagines</h1>{INTRODUCTION}{picture}"
+    about = run.starts[-1].get("about", "") if run.starts else ""
+    about = f"<p>This run, <b>{html.escape(run.name)}</b>. {html.escape(about)}</p>" if about else ""
+    return f"<h1>One network that acts, predicts, explains and imagines</h1>{INTRODUCTION}{about}{picture}"
 
 
 def _answers(run: Run) -> str:

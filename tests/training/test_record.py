@@ -6,7 +6,11 @@ from uwm_jax import cli, train
 from uwm_jax.config import base
 from uwm_jax.training import record
 
-FILE = """
+FILE = """'''A run of seven
+steps.
+
+Command: none.
+'''
 from uwm_jax.config import base
 def get_config():
     c = base()
@@ -17,13 +21,16 @@ def get_config():
 
 def test_starts_are_appended_and_unreadable_files_are_none(tmp_path):
     assert record.read_starts(tmp_path) == []
+    (file := tmp_path / "a.py").write_text("1")
     for steps in (5, 6):
         config = base()
         config.total_steps = steps
-        record.add_start(tmp_path, record.describe(["python", "x"], "a.py:b", config, ["total_steps", "total_steps"]))
+        record.add_start(
+            tmp_path, record.describe(["python", "x"], f"{file}:b", config, ["total_steps", "total_steps"])
+        )
     first, second = record.read_starts(tmp_path)
     assert (first["changed"], second["changed"]) == ({"total_steps": 5}, {"total_steps": 6})
-    assert first["config_file"] == "a.py:b" and first["command"] == ["python", "x"]
+    assert first["config_file"] == f"{file}:b" and first["about"] == "" and first["command"] == ["python", "x"]
     assert first["time"].endswith("+00:00") and first["code_version"]
     for text in ("{", "[]", '{"starts": 3}'):
         (tmp_path / "run.json").write_text(text)
@@ -39,4 +46,5 @@ def test_the_train_command_describes_itself(tmp_path, monkeypatch):
     assert cli.call(train.main, ["/somewhere/train.py", *flags], train.define_flags) == 0
     start = given[0][-1]
     assert start["command"] == ["python", "-m", "uwm_jax.train", *flags]
+    assert start["about"] == "A run of seven steps."
     assert start["changed"] == {"model.depth": 3, "seed": 4} and start["config_file"] == str(file)

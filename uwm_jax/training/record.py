@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import json
 from collections.abc import Sequence
@@ -27,16 +28,23 @@ def describe(command: Sequence[str], config_file: str, config: ConfigDict, overr
       overrides: names of the fields that flags changed on top of the file, such as `model.depth`.
 
     Returns:
-      {"command", "config_file", "changed": {field: value}, "code_version", "time": UTC, ISO 8601}.
+      {"command", "config_file", "about": first paragraph of the file's docstring, "changed": {field: value},
+      "code_version", "time": UTC, ISO 8601}.
     """
     flat = flatten(config)
     return {
         "command": list(command),
         "config_file": config_file,
+        "about": _about(Path(config_file.partition(":")[0])),
         "changed": {name: flat[name] for name in sorted(set(overrides))},
         "code_version": uwm_jax.__version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _about(file: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(file.read_bytes())) or ""
+    return " ".join(docstring.partition("\n\n")[0].split())
 
 
 def add_start(workdir: Path, start: dict[str, Any]) -> None:
