@@ -140,9 +140,9 @@ ACTORS = {
 def _idea(run: Run) -> str:
     picture = image(run.picture("idea.png"), "one held-out moment: what each mode is given and what it samples")
     if picture:
-        picture = f"""<figure>{picture}<figcaption>One moment of a held-out episode (of the windows below, the one in
-which most moves). A mode, a column here, is nothing but the choice of what is given, what is hidden and what is
-sampled. Step {run.eval_step}.</figcaption></figure>"""
+        picture = f"""<figure>{picture}<figcaption>One moment of an episode that was held out of training (of those
+shown below, the one in which most moves). A mode, a column here, is nothing but the choice of what is given, what is
+hidden and what is sampled. Step {run.eval_step}.</figcaption></figure>"""
     else:
         picture = _missing("The pictures of all modes", f"python -m uwm_jax.evaluate --workdir={_path(run)}")
     about = run.starts[-1].get("about", "") if run.starts else ""
@@ -162,7 +162,7 @@ def _answers(run: Run) -> str:
             rows.append((question, verdict(theirs.apart_from(ours)), f"{words(ours)} against {words(theirs)}"))
     for question, other in CLOSED_LOOP_CLAIMS:
         if (m := run.rollout.get(f"paired/policy_vs_{other}/{run.score}")) is not None:
-            rows.append((question, verdict(m), f"{words(m)}, paired"))
+            rows.append((question, verdict(m), f"{words(m)}, paired over {m.n} episodes"))
     if not rows:
         return ""
     body = "".join(
