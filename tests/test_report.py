@@ -7,8 +7,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from uwm_jax import cli, report
 from uwm_jax.config import base, to_json
+from uwm_jax.evaluation.results import Run
 from uwm_jax.training import record
 
 PIXEL = base64.b64decode(
@@ -71,8 +74,7 @@ def assert_alone(page: str) -> None:
 
 def test_the_words_follow_the_intervals(tmp_path):
     for gain, answer in ((0.05, "yes"), (-0.05, "no, it is worse"), (0.005, "not shown")):
-        page = report.write(make_run(tmp_path / str(gain), gain=gain)).read_text()
-        found = answers(page)
+        found = answers(report._answers(Run.read(make_run(tmp_path / str(gain), gain=gain))))
         for start in ("Does it act?", "Does it predict what actions do?", "In the simulator: does it"):
             assert [a for question, a in found.items() if question.startswith(start)] == [answer], start
         unpaired = [a for question, a in found.items() if question.startswith("Are ")]
@@ -135,6 +137,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert str(runs[0]) in page and str(runs[1]) in page
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b")
 
