@@ -254,7 +254,8 @@ def _few_steps(run: Run) -> str:
             + "</tr>"
             for row in run.few_steps
         )
-        body = f"""<p>Fewer evaluations of the network make a sample quicker. What does it cost?</p>
+        body = f"""<p>Fewer evaluations of the network make a sample quicker. What does it cost? Leading timesteps end
+at 0, trailing ones start at the noisiest that training knows.</p>
 <table><tr><th>sampler</th><th>evaluations</th><th>time of a sample</th>{heads}</tr>{rows}</table>"""
     return _section("Fewer steps", run, "evaluate --sampler=leading,trailing --steps=10,4,2", body)
 
@@ -273,7 +274,8 @@ def _timing(run: Run) -> str:
     rates = sorted(line["samples_per_second"] for line in run.lines[1:] or run.lines if "samples_per_second" in line)
     total = sum(seconds.values())
     rate = rates[len(rates) // 2] if rates else 0.0
-    parts = [f"{last['step']} steps of {run.config.batch_size} windows in {duration(total)} (h:mm:ss or m:ss)"]
+    unit = "h:mm:ss" if total >= 3600 else "m:ss"
+    parts = [f"{last['step']} steps of {run.config.batch_size} windows in {duration(total)} ({unit})"]
     if rate:
         parts.append(f"{1000 * run.config.batch_size / rate:.3g} ms a step, {rate:.4g} windows a second (medians)")
     parts.append(f"{100 * last.get('goodput', 0):.1f} % of the wall time in steps")

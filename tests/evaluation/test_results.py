@@ -84,6 +84,12 @@ def test_what_is_no_run_or_is_damaged_is_named(tmp_path):
         Run.read(run)
 
 
+def test_a_damaged_checkpoint_does_not_keep_the_rest_from_being_read(tmp_path):
+    run = make(tmp_path / "run")
+    (run / "checkpoints" / "7").mkdir(parents=True)
+    assert (Run.read(run).manifests, Run.read(run).code_version) == ({}, "")
+
+
 def test_fields_that_differ(tmp_path):
     runs = [Run.read(make(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     assert differing_fields(runs) == ["seed"] and differing_fields(runs[:2]) == []

@@ -39,9 +39,9 @@ def fields(values: Mapping[str, Any]) -> str:
 
 
 def curves(panels: Sequence[Panel]) -> str:
-    """A section of curves, without those that have no point; "" where none has."""
+    """A section of those panels that have a curve of at least two points; "" where none has."""
     panels = [panel._replace(curves=[c for c in panel.curves if c.steps]) for panel in panels]
-    panels = [panel for panel in panels if panel.curves]
+    panels = [panel for panel in panels if any(len(c.steps) > 1 for c in panel.curves)]
     if not panels:
         return ""
     return f'<h2>Curves</h2><figure role="img" aria-label="curves over training steps">{curves_svg(panels)}</figure>'

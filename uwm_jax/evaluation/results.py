@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,6 +18,7 @@ from uwm_jax.evaluation.pictures import Curve
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.log import read_metrics
 from uwm_jax.training.record import read_starts
+from uwm_jax.training.stored import CorruptCheckpoint
 
 
 class Interval(NamedTuple):
@@ -90,9 +92,10 @@ class Run:
     def read(cls, workdir: Path) -> Run:
         """Raises UserError where `workdir` is no run's directory, or a file of it is damaged."""
         config = config_lib.read(workdir)
-        assets = {}
+        assets: dict[str, Any] = {}
         if (step := latest_step(workdir)) is not None:
-            assets = Checkpoints(workdir, read_only=True).assets(step)
+            with contextlib.suppress(CorruptCheckpoint):  # a page without the data's manifest is better than none
+                assets = Checkpoints(workdir, read_only=True).assets(step)
         manifest = assets.get("dataset") or {}
         few_steps = _by_step(workdir / "eval", "few_steps.json")
         return cls(
