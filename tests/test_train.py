@@ -25,6 +25,7 @@ from uwm_jax.train import load_pretrained_encoder, train
 from uwm_jax.training.checkpoint import Checkpoints, latest_step, load_for_inference
 from uwm_jax.training.goodput import CATEGORIES
 from uwm_jax.training.log import NotFinite
+from uwm_jax.training.record import read_starts
 
 
 def metrics_of(workdir):
@@ -254,3 +255,6 @@ def test_the_command_needs_neither_tensorflow_nor_torch(tiny_config, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "done: 2 steps" in result.stdout
     assert [x["step"] for x in metrics_of(tmp_path / "run")] == [1, 2]
+    (start,) = read_starts(tmp_path / "run")
+    assert start["command"] == ["python", "-m", "uwm_jax.train", *arguments]
+    assert start["changed"] == {"total_steps": 2}

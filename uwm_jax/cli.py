@@ -131,7 +131,7 @@ def _call(main: Main, argv: Sequence[str]) -> int:
 
 def _module_name(main: Main) -> str:
     """`uwm_jax.train`, also where it runs as `__main__`."""
-    spec = getattr(sys.modules[main.__module__], "__spec__", None)
+    spec = getattr(main, "__globals__", {}).get("__spec__")
     return spec.name if spec else main.__module__
 
 
