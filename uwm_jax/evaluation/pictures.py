@@ -147,7 +147,7 @@ def _idea(windows: Windows, raw: Windows, plane: Plane | None) -> Figure:
             _path(axis, plane.to_pixels(raw["action"][window]), TRUTH, 2.0) if key != "action" else None
             _path(axis, plane.to_pixels(raw[key][window]), color, 3.0)
         else:
-            _traces(axis, raw["action"][window], raw[key][window], color)
+            _traces(axis, windows["action"][window], windows[key][window], color)
 
     _frame(axes[0, 0], now)
     axes[0, 0].set_title("now\nwhat every mode sees\n", fontsize=13)
@@ -197,7 +197,7 @@ def _modes(windows: Windows, cameras: Sequence[str]) -> Figure:
         truth = windows["next_obs"][window, view, -1]
         _frame(upper[0], windows["current"][window, view, -1])
         _frame(upper[1], truth)
-        upper[0].set_ylabel(f"episode {windows['episode'][window]}, {cameras[view]}", fontsize=10)
+        upper[0].set_ylabel(f"episode {windows['episode'][window]}\n{cameras[view]}", fontsize=10)
         lower[0].axis("off")
         _error(lower[1], np.abs(truth - windows["current"][window, view, -1]).max(-1))
         lower[1].set_xlabel("what changed since now", fontsize=9)
@@ -274,11 +274,10 @@ def _denoise(windows: Windows, raw: Windows, plane: Plane | None) -> list[Image.
     for at in range(count):
         fresh: list[Any] = []  # what only this picture shows
         for row, window in zip(axes, picked, strict=True):
-            sample = raw["denoise/action"][at, window]
             if plane:
-                fresh += _path(row[0], plane.to_pixels(sample), SAMPLE, 2.5)
+                fresh += _path(row[0], plane.to_pixels(raw["denoise/action"][at, window]), SAMPLE, 2.5)
             else:
-                fresh += _traces(row[0], raw["action"][window], sample, SAMPLE)
+                fresh += _traces(row[0], windows["action"][window], windows["denoise/action"][at, window], SAMPLE)
             fresh.append(_frame(row[1], windows["denoise/next_obs"][at, window, view, -1]))
         done = "pure noise" if at == 0 else f"after step {at} of {count - 1}"
         heading.set_text(f"imagining actions and their outcome together: {done}")
@@ -378,11 +377,12 @@ def _path(axis: Any, points: np.ndarray, color: str, width: float) -> list[Any]:
 
 
 def _traces(axis: Any, truth: np.ndarray, sample: np.ndarray, color: str, most: int = 3) -> list[Any]:
-    """Actions (T, Da) over time, where they are no positions on a frame; returns what was drawn."""
+    """Normalised actions (T, Da) over time, where they are no positions on a frame, a line style for each of some
+    dimensions; returns what was drawn."""
     drawn = []
-    for dim in _spread(truth.shape[-1], most):
-        drawn += axis.plot(truth[:, dim], color=TRUTH, linewidth=2.0)
-        drawn += axis.plot(sample[:, dim], color=color, linewidth=1.6)
+    for dim, style in zip(_spread(truth.shape[-1], most), ("-", "--", ":"), strict=False):
+        drawn += axis.plot(truth[:, dim], style, color=TRUTH, linewidth=2.0)
+        drawn += axis.plot(sample[:, dim], style, color=color, linewidth=2.0)
     low, high = truth.min(), truth.max()
     room = 0.5 * max(high - low, 1e-6)
     axis.set(xticks=[], yticks=[], ylim=(low - room, high + room), box_aspect=1)
