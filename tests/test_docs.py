@@ -47,6 +47,7 @@ REPLACED = {
     r"warmup_steps=1_000\b": "warmup_steps=1",
     r"profile=100:5\b": "profile=2:1",
     r"eval\.every=1_000\b": "eval.every=2",
+    r"--steps=10,4,2\b": "--steps=1",
 }
 
 

@@ -40,7 +40,7 @@ FLAGS = flags.FLAGS
 
 BATCH_SIZE = 64  # windows at a time, over all devices
 FIRST_SEED = 100_000  # of the episodes in the simulator
-SPACINGS = ("leading", "trailing")
+SPACINGS = ("leading", "trailing")  # of timesteps, as `uwm_jax.diffusion.schedule` has them
 
 Metrics = dict[str, Interval]
 
@@ -196,7 +196,8 @@ def text_table(metrics: Metrics) -> str:
 
 def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
     """What `compare` found, a way of sampling a line: the main metric of each modality of each mode."""
-    names = [name for name in rows[0]["metrics"] if name.endswith(("/action_mse", "/psnr")) or "closed_loop" in name]
+    shown = [f"{mode}/{metric}" for mode in MODES for metric in ("action_mse", "psnr")]
+    names = [name for name in rows[0]["metrics"] if name in shown or name.startswith("closed_loop/")]
     lines = [("sampler", "steps", "policy ms", *names)]
     for row in rows:
         cells = [row["sampler"], str(row["steps"]), f"{1000 * row['seconds_per_sample']:.1f}"]
@@ -205,7 +206,7 @@ def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _text(value: Interval) -> str:
-    return f"{value['mean']:.4f} [{value['lo']:.4f}, {value['hi']:.4f}]"
+    return "{mean:.4g} [{lo:.4g}, {hi:.4g}]".format(**value)
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:

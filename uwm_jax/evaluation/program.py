@@ -81,15 +81,14 @@ class Evaluation:
           params, frozen: arrays, or shapes with shardings, of what will be evaluated.
         """
         system, batch = self._system, self.batches[0]
-        views, frames, *_ = system.latent_shape
 
         def whole(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._whole)
 
-        image = whole(views, 1, *system.config.data.crop, 3)
+        image = whole(len(system.cameras), 1, *system.config.data.crop, 3)
         references = {"mean_action": whole(system.facts.action_dim), "mean_image": image}
-        inputs = params, frozen, batch, references, self._shown_of(0)
-        self._evaluate = self._compile(make_evaluation(system), *inputs)
+        shown = self._shown_of(0)
+        self._evaluate = self._compile(make_evaluation(system), params, frozen, batch, references, shown)
         states = (system.schedule.num_inference_steps + 1) * self._num_shown
         self._decode = self._compile(make_decoder(system), frozen, whole(states, *system.latent_shape))
         weight = jax.ShapeDtypeStruct((self._batch_size,), jnp.float32, sharding=self._by_rows)
@@ -116,10 +115,10 @@ class Evaluation:
         scores, shown = [], []
         with tqdm(total=total, desc="sampling all modes", unit="window", disable=not progress) as bar:
             for number, batch in enumerate(self.batches):
-                found = self._evaluate(params, frozen, batch, references, self._shown_of(number))
-                scores.append(jax.device_get(found[0]))
+                found, rows = self._evaluate(params, frozen, batch, references, self._shown_of(number))
+                scores.append(jax.device_get(found))
                 if count := int(np.count_nonzero(self._shown // self._batch_size == number)):
-                    shown.append(jax.tree.map(lambda x: np.asarray(x)[:count], found[1]))  # noqa: B023
+                    shown.append({name: np.asarray(x)[:count] for name, x in rows.items()})
                 bar.update(min(self._batch_size, total - bar.n))
         return summarize(join(scores, total), self.held_out.episodes), self._windows(shown, frozen)
 
@@ -143,7 +142,7 @@ class Evaluation:
         return mesh_lib.place(np.resize(np.append(places, 0), self._num_shown).astype(np.int32), self._whole)
 
     def _windows(self, shown: list[Any], frozen: Any) -> Windows:
-        windows: Windows = jax.tree.map(lambda *parts: np.concatenate(parts), *shown)
+        windows: Windows = {name: np.concatenate([part[name] for part in shown]) for name in shown[0]}
         windows["episode"] = self.held_out.episodes[self._shown]
         windows["mean_image"] = np.asarray(self._references["mean_image"])
         for name in ("action", "next_obs_latent"):
