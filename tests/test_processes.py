@@ -19,6 +19,8 @@ from uwm_jax import config as config_lib
 
 QUICK_COMPILE = "--xla_backend_optimization_level=0"  # which is most of the time here
 
+EVALUATES = ("--config.eval.every=4", "--config.eval.num_windows=6")  # all modes, at the end
+
 pytestmark = [pytest.mark.slow, pytest.mark.multihost]
 
 # The training command, several times over, that notes what went in: <workdir>.<process>.jsonl gets a line for every
@@ -115,12 +117,12 @@ def runs(tmp_path_factory, train_command):
     assert sum("step 4/4" in "\n".join(lines) for lines in four_lines) == 1, "one process speaks"
     shutil.copytree(root / "four", root / "four_on_two")
     shutil.rmtree(root / "four_on_two" / "checkpoints" / "4")
-    start([train_command(root / "two")], 2)
+    start([train_command(root / "two", *EVALUATES)], 2)
     start([train_command(root / "four_on_two")], 2)
-    start([train_command(root / "one"), *continued("four", "four_on_one")], 1)
+    start([train_command(root / "one", *EVALUATES), *continued("four", "four_on_one")], 1)
     start_with_8_devices(
         [
-            train_command(root / "data8"),
+            train_command(root / "data8", *EVALUATES),
             *continued("data8", "data8_on_fsdp8", "--config.mesh.data=1", "--config.mesh.fsdp=8"),
             *continued("data8", "data8_on_tensor2", "--config.mesh.data=4", "--config.mesh.tensor=2"),
         ]
@@ -159,6 +161,15 @@ def test_the_same_samples_and_losses_however_many_processes(runs, name):
     for x, y in zip(found, expected, strict=True):
         for key in ("loss", "loss/action", "loss/next_obs", "grad_norm"):
             np.testing.assert_allclose(x[key], y[key], rtol=1e-6 if x["step"] == 1 else 1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["two", "data8"])
+def test_the_same_evaluation_however_many_processes(runs, name):
+    expected, found = ({k: v for k, v in metrics(runs, n)[-1].items() if k.startswith("eval/")} for n in ("one", name))
+    assert found.keys() == expected.keys() >= {"eval/policy/action_mse", "eval/control/shuffle_gap", "eval/loss/action"}
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-4, err_msg=key)
+    assert (runs / name / "eval" / "4" / "modes.png").exists()
 
 
 def test_each_process_reads_its_own_rows(runs):

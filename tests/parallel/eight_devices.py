@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.evaluation.program import make_evaluation
 from uwm_jax.made_up import make_up_batch
 from uwm_jax.models.codecs import VAECodec
 from uwm_jax.models.vae import AutoencoderKL
@@ -41,6 +42,7 @@ VARIANTS = {
     "2x2x2, accumulated": ((2, 2, 2), 2),
     "data 2, tensor 4": ((2, 1, 4), 1),
 }
+MODES_EVALUATED = ("one", "data 8", "2x2x2, accumulated")
 
 
 def tiny(sizes: tuple[int, int, int], accumulation_steps: int) -> ConfigDict:
@@ -72,6 +74,30 @@ def make_system(config: ConfigDict) -> tuple[System, dict]:
     return System(config, facts, VAECodec(vae, microbatch=config.model.codec.microbatch)), frozen
 
 
+def evaluate_modes(system: System, mesh, rules, params, frozen, batch) -> dict:
+    """What the evaluation of all modes gives for a batch, and the bytes that it moves between devices."""
+    rng = np.random.default_rng(1)
+    extra = {
+        "shuffled_action": rng.normal(size=batch["action"].shape).astype(np.float32),
+        "last_action": rng.normal(size=batch["action"][:, 0].shape).astype(np.float32),
+        "has_last_action": np.arange(len(batch["row"])) % 3 != 0,
+    }
+    references = {
+        "mean_action": rng.normal(size=system.facts.action_dim).astype(np.float32),
+        "mean_image": rng.uniform(size=(len(system.cameras), 1, *system.config.data.crop, 3)).astype(np.float32),
+    }
+    batch = {**batch, **jax.device_put(extra, mesh_lib.batch_sharding(mesh))}
+    rest = jax.device_put((references, np.array([1, 9, 14])), mesh_lib.replicated(mesh))
+    program = compile_for(mesh, rules, make_evaluation(system), params, frozen, batch, *rest, updates_state=False)
+    scores, windows = jax.device_get(program(params, frozen, batch, *rest))
+    return {
+        "scores": {name: x.tolist() for name, x in scores.items()},
+        "windows": {name: x.reshape(3, -1)[:, ::5].tolist() for name, x in windows.items()},
+        "output_bytes": sum(x.nbytes for x in (*scores.values(), *windows.values())),
+        "moved_bytes": sum(c.bytes * c.times for c in collectives.read(program.as_text())),
+    }
+
+
 def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     config = tiny(sizes, accumulation_steps)
     mesh = mesh_lib.make_mesh(config, jax.devices()[: int(np.prod(sizes))])
@@ -96,6 +122,10 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
         evaluate = compile_for(mesh, rules, eval_step, state, frozen, batch, updates_state=False)
         evaluated = {name: value.tolist() for name, value in evaluate(state, frozen, batch).items()}
 
+    modes = None
+    if (sizes, accumulation_steps) in (VARIANTS[name] for name in MODES_EVALUATED):
+        modes = evaluate_modes(system, mesh, rules, state.params, frozen, batch)
+
     def on_first_device(tree) -> int:
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
@@ -110,6 +140,7 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     return {
         "metrics": metrics,  # of each step
         "evaluated": evaluated,  # before the first step
+        "modes": modes,  # likewise
         "state_bytes": state_bytes,
         "reused_bytes": compiled.memory_analysis().alias_size_in_bytes,
         "bytes": {name: on_first_device(tree) for name, tree in trees.items()},

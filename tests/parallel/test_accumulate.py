@@ -100,6 +100,20 @@ def test_held_out_losses_do_not_depend_on_the_parts(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["data 8", "2x2x2, accumulated"])
+def test_modes_are_evaluated_alike_on_any_mesh(runs, name):
+    one, many = runs["one"]["modes"], runs[name]["modes"]
+    for what, rtol in (("scores", 1e-4), ("windows", 1e-3)):
+        assert one[what].keys() == many[what].keys()
+        for key, value in one[what].items():
+            np.testing.assert_allclose(many[what][key], value, rtol=rtol, atol=1e-4, err_msg=key)
+    assert np.std(one["scores"]["forward/latent_mse"]) > 0 and np.abs(one["scores"]["control/shuffle_gap"]).min() > 0
+    assert one["moved_bytes"] == 0
+    if name == "data 8":
+        assert many["moved_bytes"] < 3 * many["output_bytes"], "frames stay where they are, but for those to be shown"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data 8", "fsdp 8"])
 def test_the_new_state_takes_the_place_of_the_old_one(runs, name):
     assert runs[name]["reused_bytes"] >= runs[name]["state_bytes"] >= runs[name]["bytes"]["params"] * 4
