@@ -224,8 +224,10 @@ def run(
             losses = mean_over_batches(eval_step, state, frozen, evaluation.batches)
             found, shown = evaluation.run(state.eval_params, frozen)
             means = losses | {f"eval/{name}": value["mean"] for name, value in found.items()}
+            # TensorBoard shows no GIF, which takes as long to draw as all pictures; `uwm_jax.evaluate` draws it.
+            shown = {name: x for name, x in shown.items() if not name.startswith("denoise/")}
             files = write_results(workdir, step, system, found, shown) if distributed.is_main() else {}
-            return means, {f"eval/{name}": file for name, file in files.items() if file.suffix == ".png"}
+            return means, {f"eval/{name}": file for name, file in files.items()}
 
     for resource in (batches, log, trace):
         closing.callback(resource.close)
