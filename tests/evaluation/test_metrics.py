@@ -64,6 +64,8 @@ def values(**changes):
         "baseline/linear_interpolation/action_mse": [0.5, 9.0, 0.3, 0.2],
         "forward/changed_mse": [1.0, 2.0, 0.0, 4.0],
         "video/changed_mse": [2.0, 4.0, 0.0, 5.0],
+        "baseline/copied_frame/changed_mse": [1.5, 2.5, 0.0, 4.5],
+        "baseline/last_action/action_mse": [0.4, 9.0, 0.3, 0.2],
         "has_changed": [True, True, False, True],
         "has_last_action": [True, False, True, True],
     }
@@ -82,6 +84,9 @@ def test_summaries_pair_windows_and_leave_out_what_a_window_lacks():
     pair = metrics["paired/inverse_vs_policy/action_mse"]
     assert pair["mean"] == pytest.approx(0.1) and (pair["lo"], pair["hi"]) == pytest.approx((0.05, 0.15))
     assert metrics["paired/forward_vs_video/changed_mse"]["mean"] == pytest.approx(4 / 3)
+    frames = metrics["paired/forward_vs_copied_frame/changed_mse"]
+    assert frames == {"mean": 0.5, "lo": 0.5, "hi": 0.5, "n": 3}
+    assert metrics["paired/policy_vs_last_action/action_mse"]["n"] == 3
     assert "paired/policy_vs_mean_action/action_mse" not in metrics, "there is nothing to compare with"
     nothing = summarize(values(has_changed=[False] * 4), np.arange(4))
     assert "forward/changed_mse" not in nothing and "policy/action_mse" in nothing

@@ -22,11 +22,14 @@ CHANGED = 0.05  # how far a value must be from the last current frame's, in [0, 
 # What is compared window by window: {name of the pair: (the one that should be better, the other)}.
 PAIRS = {
     "policy_vs_mean_action": ("policy", "baseline/mean_action"),
+    "policy_vs_last_action": ("policy", "baseline/last_action"),
     "inverse_vs_mean_action": ("inverse", "baseline/mean_action"),
     "inverse_vs_linear_interpolation": ("inverse", "baseline/linear_interpolation"),
     "inverse_vs_policy": ("inverse", "policy"),
     "forward_vs_video": ("forward", "video"),
     "forward_vs_shuffled": ("forward", "control/forward_shuffled"),
+    "forward_vs_copied_frame": ("forward", "baseline/copied_frame"),
+    "forward_vs_mean_image": ("forward", "baseline/mean_image"),
 }
 _GROUPS = (*MODES, "baseline", "control", "paired")  # in this order
 _PAIRED_METRICS = ("action_mse", "latent_mse", "pixel_mse", "changed_mse")

@@ -36,13 +36,11 @@ class Interval(NamedTuple):
             return None
         return cls(stored["mean"], stored["lo"], stored["hi"], int(stored["n"]))
 
-    def apart_from(self, other: Interval) -> Interval:
-        """What to judge `self - other` by where they are not paired: from the worst case to the best one."""
-        return Interval(self.mean - other.mean, self.lo - other.hi, self.hi - other.lo, min(self.n, other.n))
-
 
 def verdict(difference: Interval) -> str:
     """What the interval of a difference, positive = better, says: "yes", "no, it is worse" or "not shown"."""
+    if difference.lo == difference.hi:  # of a single episode, which says nothing about others
+        return "not shown"
     if difference.lo > 0:
         return "yes"
     return "no, it is worse" if difference.hi < 0 else "not shown"
