@@ -36,12 +36,13 @@ def test_formulas():
 
 def test_corners_of_the_plane_are_corners_of_the_frame():
     config = config_of(("wrist", -1.0, 1.0, 10.0, 30.0), resize=(40, 80), crop=(20, 60))
-    plane = Plane.of(facts_of(("zenith", "wrist")), config)
+    plane = Plane.of(facts_of(("zenith", "wrist")), config.data, config.eval.action_plane)
     assert plane.view == 0  # views are sorted by name
     corners = plane.to_pixels(np.array([[-1, 10, 7], [1, 30, 7], [0, 20, 7]]))
     # 10 pixels are cut off at each side; the first pixel's centre is 0, its left edge -0.5.
     np.testing.assert_allclose(corners, [[-10.5, -10.5], [69.5, 29.5], [29.5, 9.5]])
-    assert Plane.of(facts_of(("wrist",)), config_of()) is None
+    assert Plane.of(facts_of(("wrist",)), config.data, ()) is None
+    assert Plane.of(facts_of(("zenith",)), config.data, config.eval.action_plane) is None  # it does not see the plane
 
 
 @pytest.mark.parametrize(("resize", "crop"), [((64, 64), (64, 64)), ((96, 96), (80, 88))])
@@ -52,7 +53,8 @@ def test_an_action_is_drawn_where_the_simulator_shows_that_position(resize, crop
     env = make_env()
     env.reset(seed=3)
     render = Renderer(env, 128)
-    plane = Plane.of(facts_of(("image",)), config_of(("image", 0.0, 512.0, 0.0, 512.0), resize, crop))
+    shown = ("image", 0.0, 512.0, 0.0, 512.0)
+    plane = Plane.of(facts_of(("image",)), config_of(resize=resize, crop=crop).data, shown)
     for position in ((150.0, 230.0), (260.0, 120.0), (90.0, 400.0)):
         env.agent.position = position
         env.space.reindex_shapes_for_body(env.agent)
@@ -77,7 +79,7 @@ def windows_of(views: int, action_dim: int) -> dict[str, np.ndarray]:
         "mean_image": rng.uniform(0, 1, (views, 1, 16, 16, 3)),
         "forward_shuffled/next_obs": rng.uniform(0, 1, (n, *frames)),
         "denoise/action": rng.normal(size=(4, n, *actions)),
-        "denoise/next_obs": rng.uniform(0, 1, (4, n, *frames)),
+        "denoise/next_obs": rng.uniform(0, 1, (4, n, 16, 16, 3)),
     }
     for mode in MODES:
         for modality in generated(mode):

@@ -11,6 +11,7 @@ from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES, generated
 from uwm_jax.errors import RunError, UserError
+from uwm_jax.evaluation import pictures
 from uwm_jax.evaluation.program import Evaluation
 from uwm_jax.models.codecs import PCACodec
 from uwm_jax.parallel import mesh as mesh_lib
@@ -180,12 +181,14 @@ def test_the_joint_sample_is_shown_on_its_way(setup, evaluated):
     _, shown = evaluated
     _, _, system, frozen = setup
     noise = system.draw_noise(jax.random.key(0), jnp.arange(6))
-    assert shown["denoise/action"].shape[0] == 11 and shown["denoise/next_obs"].shape[:2] == (11, 6)
+    picked, view = pictures.denoised(6, system.facts, system.config)
+    np.testing.assert_array_equal(picked, [0, 2, 5])
+    assert shown["denoise/action"].shape[:2] == (11, 6) and shown["denoise/next_obs"].shape == (11, 3, 16, 16, 3)
     np.testing.assert_allclose(shown["denoise/action"][0], noise["action"], atol=1e-6)
     np.testing.assert_allclose(shown["denoise/action"][-1], shown["joint/action"], atol=1e-6)
     start = np.clip(system.decode(frozen, noise["next_obs"]), 0, 1)
-    np.testing.assert_allclose(shown["denoise/next_obs"][0], start, atol=1e-5)
-    np.testing.assert_allclose(shown["denoise/next_obs"][-1], shown["joint/next_obs"], atol=1e-5)
+    np.testing.assert_allclose(shown["denoise/next_obs"][0], start[picked, view, -1], atol=1e-5)
+    np.testing.assert_allclose(shown["denoise/next_obs"][-1], shown["joint/next_obs"][picked, view, -1], atol=1e-5)
 
 
 def test_neither_batches_nor_what_was_evaluated_before_change_a_metric(setup, evaluated):

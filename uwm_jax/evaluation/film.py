@@ -117,12 +117,8 @@ def draw(clips: Sequence[Clip], spec: EnvSpec, system: System, path: Path) -> bo
     clips = [clip for clip in clips if len(clip.steps)]
     if not clips:
         return False
-    data, plane = system.config.data, None
-    if spec.action_plane:
-        camera, x_low, x_high, y_low, y_high = spec.action_plane
-        view = sorted(system.facts.cameras).index(camera)
-        plane = Plane(view, np.array([x_low, y_low]), np.array([x_high, y_high]), tuple(data.resize), tuple(data.crop))
-    window = data.window
+    plane = Plane.of(system.facts, system.config.data, spec.action_plane)
+    window = system.config.data.window
     later = max(window.next_obs) - max(window.obs)
     sheet = _Sheet(
         clips,

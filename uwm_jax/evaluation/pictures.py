@@ -76,14 +76,14 @@ def draw(windows: Windows, facts: DataFacts, config: ConfigDict, folder: Path) -
         (N, V, T, h, w, 3) float32 in [0, 1]; `<mode>/action`, `<mode>/next_obs` of what each mode samples. Where
         they are there, also `forward_shuffled/next_obs` (N, V, T, h, w, 3) and `shuffled_action` (N, Ta, Da);
         `mean_image` (V, 1, h, w, 3); and the joint mode's states `denoise/action` (S+1, N, Ta, Da) and
-        `denoise/next_obs` (S+1, N, V, T, h, w, 3), without which there is no denoise.gif.
+        `denoise/next_obs` (S+1, D, h, w, 3), of these what `denoised` names, without which there is no denoise.gif.
       facts: of the model: names of the cameras (views are sorted by name) and the normaliser of actions.
       config: the run's; `eval.action_plane` and `data` say where on a frame an action lies.
 
     Returns:
       {"idea", "modes", "actions", "denoise": file}.
     """
-    plane = Plane.of(facts, config)
+    plane = Plane.of(facts, config.data, config.eval.action_plane)
     raw = {
         name: np.asarray(facts.normalizer.unnormalize("action", value), np.float32)
         for name, value in windows.items()
@@ -99,10 +99,16 @@ def draw(windows: Windows, facts: DataFacts, config: ConfigDict, folder: Path) -
         ),
     }
     if "denoise/next_obs" in windows:
-        frames = _denoise(windows, raw, plane)
+        frames = _denoise(windows, raw, plane, *denoised(len(windows["episode"]), facts, config))
         times = [GIF_STEP_MS] * (len(frames) - 1) + [GIF_HOLD_MS]
         files["denoise"] = save_gif(frames, folder / "denoise.gif", times)
     return files
+
+
+def denoised(count: int, facts: DataFacts, config: ConfigDict) -> tuple[np.ndarray, int]:
+    """Of which of `count` windows, (D,) int, and of which view denoise.gif shows the last frame."""
+    plane = Plane.of(facts, config.data, config.eval.action_plane)
+    return _spread(count, 3), plane.view if plane else 0
 
 
 class Plane(NamedTuple):
@@ -115,13 +121,14 @@ class Plane(NamedTuple):
     crop: tuple[int, int]
 
     @classmethod
-    def of(cls, facts: DataFacts, config: ConfigDict) -> Plane | None:
-        """As `config.eval.action_plane` (camera, x_low, x_high, y_low, y_high) says; None where that is empty."""
-        if not config.eval.action_plane:
+    def of(cls, facts: DataFacts, data: ConfigDict, shown: Sequence[Any] | None) -> Plane | None:
+        """From `shown`, what `config.eval.action_plane` may be: (camera, x_low, x_high, y_low, y_high). None where that
+        is empty, or a camera that the model does not see."""
+        if not shown or shown[0] not in facts.cameras:
             return None
-        camera, x_low, x_high, y_low, y_high = config.eval.action_plane
+        camera, x_low, x_high, y_low, y_high = shown
         low, high = np.array([x_low, y_low], np.float64), np.array([x_high, y_high], np.float64)
-        return cls(sorted(facts.cameras).index(camera), low, high, tuple(config.data.resize), tuple(config.data.crop))
+        return cls(sorted(facts.cameras).index(camera), low, high, tuple(data.resize), tuple(data.crop))
 
     def to_pixels(self, action: np.ndarray) -> np.ndarray:
         """(..., Da) raw to (..., 2) x, y on the frame that the model sees; the first pixel's centre is 0, 0."""
@@ -144,7 +151,8 @@ def _idea(windows: Windows, raw: Windows, plane: Plane | None) -> Figure:
     def show_action(axis: Any, key: str, color: str) -> None:
         if plane:
             _frame(axis, now)
-            _path(axis, plane.to_pixels(raw["action"][window]), TRUTH, 2.0) if key != "action" else None
+            if key != "action":
+                _path(axis, plane.to_pixels(raw["action"][window]), TRUTH, 2.0)
             _path(axis, plane.to_pixels(raw[key][window]), color, 3.0)
         else:
             _traces(axis, windows["action"][window], windows[key][window], color)
@@ -255,10 +263,9 @@ def _actions_over_time(windows: Windows, raw: Windows, most: int = 5) -> Figure:
     return figure
 
 
-def _denoise(windows: Windows, raw: Windows, plane: Plane | None) -> list[Image.Image]:
+def _denoise(windows: Windows, raw: Windows, plane: Plane | None, picked: np.ndarray, view: int) -> list[Image.Image]:
     """What the joint mode has at the start and after each of its steps, beside what really came; one picture each."""
-    view, count = plane.view if plane else 0, len(windows["denoise/next_obs"])
-    picked = _spread(len(windows["episode"]), 3)
+    count = len(windows["denoise/next_obs"])
     figure = Figure(figsize=(3.0 * 3, 3.05 * len(picked) + 1.3), layout="constrained")
     axes = figure.subplots(len(picked), 3, squeeze=False)
     for axis, title in zip(axes[0], ("actions", "the frame after them", "what really came"), strict=True):
@@ -273,12 +280,12 @@ def _denoise(windows: Windows, raw: Windows, plane: Plane | None) -> list[Image.
     pictures = []
     for at in range(count):
         fresh: list[Any] = []  # what only this picture shows
-        for row, window in zip(axes, picked, strict=True):
+        for i, (row, window) in enumerate(zip(axes, picked, strict=True)):
             if plane:
                 fresh += _path(row[0], plane.to_pixels(raw["denoise/action"][at, window]), SAMPLE, 2.5)
             else:
                 fresh += _traces(row[0], windows["action"][window], windows["denoise/action"][at, window], SAMPLE)
-            fresh.append(_frame(row[1], windows["denoise/next_obs"][at, window, view, -1]))
+            fresh.append(_frame(row[1], windows["denoise/next_obs"][at, i]))
         done = "pure noise" if at == 0 else f"after step {at} of {count - 1}"
         heading.set_text(f"imagining actions and their outcome together: {done}")
         pictures.append(image_of(figure, dpi=80))

@@ -73,6 +73,7 @@ class Evaluation:
         self.batches = [mesh_lib.place(batch, self._by_rows) for batch in held_out.batches(batch_size)]
         self._num_shown = min(SHOWN, len(held_out))
         self._shown = np.round(np.linspace(0, len(held_out) - 1, self._num_shown)).astype(np.int32)
+        self._denoised, self._view = pictures.denoised(self._num_shown, system.facts, system.config)
 
     def compile(self, params: Any, frozen: Any) -> None:
         """Compiles the programs; runs none of them.
@@ -89,8 +90,9 @@ class Evaluation:
         references = {"mean_action": whole(system.facts.action_dim), "mean_image": image}
         shown = self._shown_of(0)
         self._evaluate = self._compile(make_evaluation(system), params, frozen, batch, references, shown)
-        states = (system.schedule.num_inference_steps + 1) * self._num_shown
-        self._decode = self._compile(make_decoder(system), frozen, whole(states, *system.latent_shape))
+        states = (system.schedule.num_inference_steps + 1) * len(self._denoised)
+        views, _, *latent = system.latent_shape
+        self._decode = self._compile(self._one_view, frozen, whole(states, views, 1, *latent))
         weight = jax.ShapeDtypeStruct((self._batch_size,), jnp.float32, sharding=self._by_rows)
         self._frame_sum = self._compile(make_frame_sum(system), batch, weight)
 
@@ -104,8 +106,8 @@ class Evaluation:
           {metric: {mean, lo, hi, n}}, and numpy arrays of N windows for pictures: `episode` (N,), `action`,
           `shuffled_action` (N, Ta, Da) and `last_action` (N, Da) normalised, `current`, `next_obs` (N, V, T, h, w, 3)
           float32 in [0, 1], `mean_image` (V, 1, h, w, 3), `<mode>/action` and `<mode>/next_obs` of what each mode
-          generates, `forward_shuffled/next_obs`, and `denoise/<modality>` (S + 1, N, ...), the joint mode's samples
-          from noise to end.
+          generates, `forward_shuffled/next_obs`, and the joint mode's samples from noise to end: `denoise/action`
+          (S + 1, N, Ta, Da), and what `pictures.denoised` names of the frames, `denoise/next_obs` (S + 1, D, h, w, 3).
 
         Raises:
           RunError: a metric is NaN or infinite.
@@ -147,11 +149,14 @@ class Evaluation:
         windows["mean_image"] = np.asarray(self._references["mean_image"])
         for name in ("action", "next_obs_latent"):
             windows[f"denoise/{name}"] = windows[f"denoise/{name}"].swapaxes(0, 1)
-        latents = windows.pop("denoise/next_obs_latent")
-        flat = mesh_lib.place(latents.reshape(-1, *self._system.latent_shape), self._whole)
+        latents = windows.pop("denoise/next_obs_latent")[:, self._denoised, :, -1:]
+        flat = mesh_lib.place(latents.reshape(-1, *latents.shape[2:]), self._whole)
         frames = np.asarray(self._decode(frozen, flat))
         windows["denoise/next_obs"] = frames.reshape(*latents.shape[:2], *frames.shape[1:])
         return windows
+
+    def _one_view(self, frozen: Any, latents: jax.Array) -> jax.Array:
+        return make_decoder(self._system)(frozen, latents)[:, self._view, -1]
 
     @functools.cached_property
     def _references(self) -> Arrays:
