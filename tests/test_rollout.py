@@ -166,6 +166,8 @@ def test_the_film_shows_actions_and_outcome_of_each_decision(tmp_path):
     short = dataclasses.replace(episode, actions=episode.actions[:16], scores=episode.scores[:17])
     none = film.imagine(stub, {}, {}, short, seen, execute=8)
     assert len(none.steps) == 0 and not film.draw([none], spec, stub, tmp_path / "none.gif")
+    (tmp_path / "film.gif").write_bytes(b"older")
+    assert not film.draw([none], spec, stub, tmp_path / "film.gif") and not (tmp_path / "film.gif").exists()
     assert film.draw([clip._replace(steps=clip.steps[:3]), none], spec, stub, tmp_path / "film.gif")
     with Image.open(tmp_path / "film.gif") as gif:
         assert gif.n_frames == 3

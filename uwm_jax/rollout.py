@@ -85,11 +85,13 @@ def main(argv: list[str]) -> None:
         episode = results[POLICY][i]
         seen = replay(spec.make(system.facts.cameras), episode)
         clips.append(film.imagine(system, params, frozen, episode, seen, execute=FLAGS.execute, label=label))
-    film.draw(clips, spec, system, folder / "episodes.gif")
+    files = ["metrics.json", "episodes.json"]
+    if film.draw(clips, spec, system, folder / "episodes.gif"):
+        files.append("episodes.gif")
     report.write(workdir)
     print(f"{env}, {len(seeds)} episodes from seed {seeds[0]} on, {FLAGS.execute} steps of a chunk: {seconds:.0f} s")
     print(text_table(metrics, spec.score))
-    print(f"wrote {folder}/metrics.json, episodes.json, episodes.gif and {workdir / 'report.html'}")
+    print(f"wrote {', '.join(str(folder / file) for file in files)} and {workdir / 'report.html'}")
 
 
 def closed_loop(

@@ -83,6 +83,12 @@ def test_the_expert_solves_what_the_random_policies_do_not(two_workers):
 def test_errors_of_a_worker_reach_the_parent():
     with pytest.raises(UserError, match="no such environment"):
         ParallelEnvs("pushit", CAMERAS, workers=1)
+    with ParallelEnvs("pusht", CAMERAS, workers=2) as parallel:
+        parallel.reset([0, 1])
+        with pytest.raises(RunError, match="KeyError"):
+            parallel.step(np.array([0, 1, 2]), np.zeros((3, 2)))  # there is no row 2
+        again, expected = parallel.reset([0, 1]), (envs.get("pusht").make({}).reset(seed=s)[0] for s in (0, 1))
+        np.testing.assert_array_equal(again.observation["agent_pos"], [x["agent_pos"] for x in expected])
     with ParallelEnvs("pusht", {"image": (32, 48)}, workers=1) as parallel:
         with pytest.raises(UserError, match="square frames"):
             parallel.reset([0])

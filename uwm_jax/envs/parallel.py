@@ -161,7 +161,7 @@ class ParallelEnvs:
                 waiting[pipe] = len(share)
         while waiting:
             for pipe in multiprocessing.connection.wait(list(waiting)):
-                yield self._receive(pipe)
+                yield self._checked(*self._receive(pipe))
                 waiting[pipe] -= 1
                 if not waiting[pipe]:
                     del waiting[pipe]
@@ -175,7 +175,8 @@ class ParallelEnvs:
                 self._send(pipe, (command, rows[at], [arguments[j] for j in at]))
                 busy.append((pipe, at))
         order = np.argsort(np.concatenate([at for _, at in busy]))
-        parts = [self._receive(pipe) for pipe, _ in busy]
+        answers = [self._receive(pipe) for pipe, _ in busy]  # of all, before one is found to be an error
+        parts = [self._checked(*answer) for answer in answers]
         return Steps(
             {key: np.concatenate([p.observation[key] for p in parts])[order] for key in parts[0].observation},
             *(np.concatenate([getattr(p, name) for p in parts])[order] for name in ("score", "success", "done")),
@@ -185,9 +186,12 @@ class ParallelEnvs:
         with self._alive():
             pipe.send(message)
 
-    def _receive(self, pipe: Any) -> Any:
+    def _receive(self, pipe: Any) -> tuple[str, Any]:
         with self._alive():
             kind, answer = pipe.recv()
+        return kind, answer
+
+    def _checked(self, kind: str, answer: Any) -> Any:
         if kind == "user error":
             raise UserError(answer)
         if kind == "error":
@@ -200,7 +204,8 @@ class ParallelEnvs:
             yield
         except (EOFError, OSError) as e:
             raise RunError(
-                f"a process that simulates {self.spec.name} died. If memory is short, give fewer --workers."
+                f"a process that simulates {self.spec.name} died. If memory is short, give fewer --workers or "
+                "--episodes."
             ) from e
 
 
@@ -208,11 +213,12 @@ def _work(pipe: Any, name: str, cameras: dict[str, tuple[int, int]]) -> None:
     """A worker process: answers commands until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     envs: dict[int, Env] = {}
+    spec: EnvSpec | None = None
     with contextlib.suppress(EOFError, OSError):
         while True:
             command, rows, arguments = pipe.recv()
             try:
-                spec = get(name)
+                spec = spec or get(name)
                 if command == "play":
                     controller, seeds = make_controller(spec, arguments[0]), arguments[1]
                     bare = spec.make({})

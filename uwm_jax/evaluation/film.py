@@ -112,10 +112,11 @@ def draw(clips: Sequence[Clip], spec: EnvSpec, system: System, path: Path) -> bo
     """Writes a GIF with a row per clip and a picture per decision; a clip that has ended stays at its last one.
 
     Returns:
-        whether there was a decision to show.
+        whether there was a decision to show; if not, there is no such file afterwards.
     """
     clips = [clip for clip in clips if len(clip.steps)]
     if not clips:
+        path.unlink(missing_ok=True)  # of an earlier start
         return False
     plane = Plane.of(system.facts, system.config.data, spec.action_plane)
     window = system.config.data.window
