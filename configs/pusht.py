@@ -32,6 +32,7 @@ def get_config(codec: str = "latents") -> ConfigDict:
     c.batch_size = 128
     c.checkpoint.every = 5_000
     c.eval.every = 5_000
+    c.eval.action_plane = ("image", 0.0, 512.0, 0.0, 512.0)  # actions are positions on the table
 
     # A third of the paper's network. 12 x 12 latents in patches of 2 x 2, or 96 x 96 pixels in patches of 12 x 12:
     # 36 or 64 video tokens.

@@ -11,6 +11,7 @@ import pytest
 
 from uwm_jax import cli, report
 from uwm_jax.config import base, to_json
+from uwm_jax.evaluation import comparison
 from uwm_jax.evaluation.results import Run
 from uwm_jax.training import record
 
@@ -52,6 +53,7 @@ def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: i
     episodes = {f"{who}/max_coverage": stored(0.5) for who in ("policy", "random_uniform", "random_held", "expert")}
     episodes |= {f"paired/policy_vs_{who}/max_coverage": stored(gain) for who in ("random_uniform", "random_held")}
     (closed / "metrics.json").write_text(json.dumps(episodes))
+    (closed / "episodes.json").write_text(json.dumps({"env": "pusht", "execute": 7}))
     lines = [
         {"step": s, "loss/action": 1 / s, "loss/next_obs": 2 / s, "samples_per_second": 100.0, "goodput": 0.75}
         | {"time/step": 30.0 * s, "time/compile": 10.0 * s}
@@ -90,6 +92,7 @@ def test_a_full_run_has_all_sections_and_stands_alone(tmp_path):
     assert "python -m uwm_jax.train &#x27;--config=my file.py&#x27;" in page and "<td>seed</td><td>0</td>" in page
     assert "<b>run</b>. It pushes a block &amp; wins." in page
     assert "a&lt;b" in page and "a<b" not in page
+    assert "pusht, 7 steps of each chunk of actions are taken; 64 episodes" in page
     assert "12.5 ms" in page and "closed loop<br>max coverage" in page  # few steps
     assert "75.0 %" in page and "360 ms a step" in page and "13:20" in page  # 36 windows at 100 a second; 800 s
     assert "forward, but with the actions of a window of another episode" in page
@@ -120,7 +123,7 @@ def test_a_comparison_marks_what_is_apart_and_names_what_differs(tmp_path):
     row = re.search(r"<tr><th>rollout/policy/max_coverage</th>(.*?)</tr>", page).group(1)
     assert "best" not in row
     assert "<tr><th>seed</th><td>0</td><td>1</td></tr>" in page
-    assert "same held-out windows" in page and "<svg" in page
+    assert "Held-out windows are the same" in page and "<svg" in page
 
 
 def test_runs_on_other_data_are_compared_with_a_warning(tmp_path):
@@ -130,6 +133,14 @@ def test_runs_on_other_data_are_compared_with_a_warning(tmp_path):
     (runs[1] / "config.json").write_text(to_json(config))
     page = report.compare(runs, tmp_path / "both.html").read_text()
     assert "differ in data.path, data.val_ratio</b>" in page
+
+
+def test_datasets_of_one_path_and_other_files_are_compared_with_a_warning(tmp_path):
+    runs = [Run.read(make_run(tmp_path / name)) for name in ("a", "b", "c")]
+    runs[0].manifests, runs[1].manifests = ({"": {"splits": {"train": digest}}} for digest in ("1", "1"))
+    assert "Held-out windows are the same" in comparison.body(runs)  # nothing is known of the third
+    runs[2].manifests = {"": {"splits": {"train": "2"}}}
+    assert "differ in the files of their datasets</b>" in comparison.body(runs)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

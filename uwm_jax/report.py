@@ -20,6 +20,7 @@ import uwm_jax
 from uwm_jax import cli
 from uwm_jax.config import base, flatten
 from uwm_jax.diffusion.modes import MODES, QUESTIONS
+from uwm_jax.envs.parallel import HOLD
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation import comparison
 from uwm_jax.evaluation.page import cell, curves, fields, image, page
@@ -112,7 +113,7 @@ CLAIMS = (
 )
 CLOSED_LOOP_CLAIMS = (
     ("In the simulator: does it do better than random targets?", "random_uniform"),
-    ("&hellip; than random targets that are held for some steps?", "random_held"),
+    (f"&hellip; than random targets that are held for {HOLD} steps?", "random_held"),
 )
 METRICS = {  # what a metric says
     "action_mse": "error of actions<br><small>MSE, range -1 to 1</small>",
@@ -132,7 +133,7 @@ BASELINES = {
 ACTORS = {
     "policy": "the policy mode",
     "expert": "the expert that made the demonstrations",
-    "random_held": "random targets, each held for some steps",
+    "random_held": f"random targets, each held for {HOLD} steps",
     "random_uniform": "random targets, a new one each step",
     "no_action": "doing nothing: how the episodes start",
 }
@@ -216,7 +217,7 @@ def _pictures(run: Run) -> str:
 def _closed_loop(run: Run) -> str:
     command = "rollout --env=pusht"
     if not run.rollout:
-        return _section("In the simulator", run, command, "")
+        return _section("In the simulator (for models of PushT demonstrations)", run, command, "")
     columns = (run.score, "success")
     rows = "".join(
         f"<tr><th>{actor.replace('_', ' ')}</th><td>{about}</td>"
@@ -225,7 +226,8 @@ def _closed_loop(run: Run) -> str:
         for actor, about in ACTORS.items()
         if f"{actor}/{run.score}" in run.rollout
     )
-    count = max(m.n for m in run.rollout.values())
+    count, how = max(m.n for m in run.rollout.values()), run.rollout_how
+    how_words = f"{how['env']}, {how['execute']} steps of each chunk of actions are taken; " if how else ""
     gif = image(run.workdir / "rollout" / str(run.rollout_step) / "episodes.gif", "episodes in the simulator")
     caption = """The policy mode acts; beside it what the forward mode, told the actions that were then taken, imagined
 would be seen, and what was seen."""
@@ -233,8 +235,8 @@ would be seen, and what was seen."""
     best = run.score.removeprefix("max_").replace("_", " ")
     body = f"""<table><tr><th></th><th></th><th>best {best} of an episode<br><small>mean over episodes</small></th>
 <th>success<br><small>share of episodes</small></th></tr>{rows}</table>
-<p><small>Step {run.rollout_step}; {count} episodes that start from the same seeds for all; 95 % intervals over
-episodes.</small></p>{figure}"""
+<p><small>Step {run.rollout_step}; {html.escape(how_words)}{count} episodes that start from the same seeds for all;
+95 % intervals over episodes.</small></p>{figure}"""
     return _section("In the simulator", run, command, body)
 
 
@@ -254,7 +256,9 @@ def _few_steps(run: Run) -> str:
         )
         body = f"""<p>Fewer evaluations of the network make a sample quicker. What does it cost? Leading timesteps end
 at 0, trailing ones start at the noisiest that training knows.</p>
-<table><tr><th>sampler</th><th>evaluations</th><th>time of a sample</th>{heads}</tr>{rows}</table>"""
+<table><tr><th>sampler</th><th>evaluations</th><th>time of a sample</th>{heads}</tr>{rows}</table>
+<p><small>Step {run.few_steps_step}; means, and below them the 95 % interval over episodes. Time: one chunk of actions
+for one observation, without compilation.</small></p>"""
     return _section("Fewer steps", run, "evaluate --sampler=leading,trailing --steps=10,4,2", body)
 
 

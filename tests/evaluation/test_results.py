@@ -62,10 +62,16 @@ def test_an_empty_run_and_its_newest_results(tmp_path):
     run = Run.read(run.workdir)
     assert run.eval_step == run.rollout_step == 1000 and run.score == "max_reward"
     assert run.metrics == {"policy/action_mse": Interval(2.0, 1.9, 2.1, 8)}  # without what is not a number
-    assert run.few_steps == [{"steps": 2}]
+    assert (run.few_steps, run.few_steps_step) == ([{"steps": 2}], 900)
     curve = run.evaluated("policy/action_mse", "label", "red")
     assert (curve.steps, curve.values, curve.low, curve.high) == ([900, 1000], [1.0, 2.0], [0.9, 1.9], [1.1, 2.1])
     assert run.logged("loss", "label", "red").values == [3.0, 1.0] and run.logged("other", "l", "red").steps == [5]
+
+
+def test_a_run_has_its_directorys_name(tmp_path, monkeypatch):
+    make(tmp_path / "mine" / "checkpoints").rename(tmp_path / "mine" / "here")
+    monkeypatch.chdir(tmp_path / "mine" / "here")
+    assert Run.read(Path(".")).name == "here"
 
 
 def test_what_is_no_run_or_is_damaged_is_named(tmp_path):

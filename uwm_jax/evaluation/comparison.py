@@ -13,6 +13,12 @@ from uwm_jax.evaluation.results import Interval, Run, differing_fields
 
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#a0418f", "#e69f00", "#56b4e9", "#777777")
 
+# Fields that decide which windows are held out, and in which units errors are.
+DECISIVE = (
+    *("data.path", "data.split", "data.sources", "data.val_ratio", "data.window", "data.action", "data.normalize"),
+    *("data.cameras", "data.resize", "data.crop", "model.codec.name", "model.codec.vae", "eval.num_windows"),
+)
+
 
 def body(runs: Sequence[Run]) -> str:
     """All of it; runs are told apart by their names."""
@@ -22,20 +28,12 @@ def body(runs: Sequence[Run]) -> str:
 
 def _same_windows(runs: Sequence[Run]) -> str:
     """A warning where the numbers are not of the same windows or not in the same units."""
-    decisive = (
-        "data.path",
-        "data.split",
-        "data.sources",
-        "data.val_ratio",
-        "data.window",
-        "data.action",
-        "data.normalize",
-    )
-    names = [
-        n for n in differing_fields(runs) if n.startswith((*decisive, "data.resize", "data.crop", "eval.num_windows"))
-    ]
+    names = [name for name in differing_fields(runs) if name.startswith(DECISIVE)]
+    datasets = [{source: m["splits"] for source, m in run.manifests.items()} for run in runs if run.manifests]
+    if any(found != datasets[0] for found in datasets[1:]):
+        names.append("the files of their datasets")
     if not names:
-        return "<p>All are evaluated on the same held-out windows.</p>"
+        return "<p>Held-out windows are the same for all of them.</p>"
     return f"""<p><b>These runs differ in {html.escape(", ".join(names))}</b>: their metrics are of other windows or
 in other units, and a difference between them need not be one of the models.</p>"""
 

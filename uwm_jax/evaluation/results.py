@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,8 @@ class Run:
       lines: of `metrics.jsonl`.
       starts: of `run.json`.
       evaluations, rollouts: {step: {metric: Interval}}, by step.
-      few_steps: rows of the newest `few_steps.json`.
+      rollout_how: how the newest closed loop was run, by its `episodes.json`; {} where there is none.
+      few_steps, few_steps_step: rows of the newest `few_steps.json`, and its step; [] and None where there is none.
       code_version, manifests: of the newest checkpoint, {source or "": manifest}; "" and {} where there is none.
     """
 
@@ -82,7 +84,9 @@ class Run:
     starts: list[dict[str, Any]]
     evaluations: dict[int, dict[str, Interval]]
     rollouts: dict[int, dict[str, Interval]]
+    rollout_how: dict[str, Any]
     few_steps: list[dict[str, Any]]
+    few_steps_step: int | None
     code_version: str
     manifests: dict[str, dict[str, Any]]
 
@@ -96,15 +100,18 @@ class Run:
                 assets = Checkpoints(workdir, read_only=True).assets(step)
         manifest = assets.get("dataset") or {}
         few_steps = _by_step(workdir / "eval", "few_steps.json")
+        rollouts, how = (_by_step(workdir / "rollout", f"{name}.json") for name in ("metrics", "episodes"))
         return cls(
             workdir=workdir,
-            name=workdir.absolute().name,
+            name=Path(os.path.abspath(workdir)).name,  # of "." and ".." too
             config=config,
             lines=read_metrics(workdir / "metrics.jsonl"),
             starts=read_starts(workdir),
             evaluations=_intervals(_by_step(workdir / "eval", "metrics.json")),
-            rollouts=_intervals(_by_step(workdir / "rollout", "metrics.json")),
+            rollouts=_intervals(rollouts),
+            rollout_how=how.get(max(rollouts, default=-1), {}),
             few_steps=few_steps[max(few_steps)] if few_steps else [],
+            few_steps_step=max(few_steps, default=None),
             code_version=assets.get("code_version", ""),
             manifests={"": manifest} if "splits" in manifest else manifest,
         )
