@@ -60,8 +60,12 @@ def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: i
         for s in (1, 20)
     ]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (file := workdir / "my file.py").write_text('"""It pushes a block & wins."""')
-    start = record.describe(["python", "-m", "uwm_jax.train", "--config=my file.py"], str(file), config, ["seed"])
+    code = "from uwm_jax.config import base as get_config"
+    (file := workdir / "my file.py").write_text(f'"""It pushes a block & wins."""\n{code}\n')
+    config.total_steps = 123
+    start = record.describe(
+        ["python", "-m", "uwm_jax.train", "--config=my file.py"], str(file), config, ["total_steps"]
+    )
     record.add_start(workdir, start)
     return workdir
 
@@ -89,7 +93,9 @@ def test_a_full_run_has_all_sections_and_stands_alone(tmp_path):
     page = report.write(workdir).read_text()
     assert_alone(page)
     assert page.count("data:image/png;base64,") == 3 and "not made yet" not in page
-    assert "python -m uwm_jax.train &#x27;--config=my file.py&#x27;" in page and "<td>seed</td><td>0</td>" in page
+    assert "python -m uwm_jax.train &#x27;--config=my file.py&#x27;" in page
+    changed = "<tr><th></th><th>the file</th><th>this run</th></tr><tr><th>total_steps</th><td>100000</td><td>123</td>"
+    assert changed in page
     assert "<b>run</b>. It pushes a block &amp; wins." in page
     assert "a&lt;b" in page and "a<b" not in page
     assert "pusht, 7 steps of each chunk of actions are taken; 64 episodes" in page

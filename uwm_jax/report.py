@@ -296,24 +296,23 @@ def _what_was_run(run: Run) -> str:
         f"<p>{html.escape(start['time'])}, uwm_jax {html.escape(start['code_version'])}:</p>"
         f"<pre>{html.escape(shlex.join(start['command']))}</pre>"
         + (
-            f"<p>Changed on top of {html.escape(start['config_file'])}:</p>{fields(start['changed'])}"
-            * bool(start["changed"])
+            f"<p>Flags changed {html.escape(start['config_file'])}:</p>"
+            + fields({"the file": start.get("in_file", {}), "this run": start["changed"]}, start["changed"])
+            if start["changed"]
+            else f"<p>As {html.escape(start['config_file'])} has it.</p>"
         )
         for start in run.starts
     )
-    defaults = flatten(base())
-    changed = {
-        name: value  # the sources of a mixture have no defaults
-        for name, value in sorted(flatten(run.config).items())
-        if name not in defaults or value != defaults[name]
-    }
+    defaults, flat = flatten(base()), flatten(run.config)
+    # The sources of a mixture have no defaults.
+    changed = [name for name in sorted(flat) if name not in defaults or flat[name] != defaults[name]]
     version = f"trained by uwm_jax {html.escape(run.code_version)}, " if run.code_version else ""
     return f"""<h2>What was run</h2>
 {starts}
 <p>{version}report by uwm_jax {uwm_jax.__version__}.</p>
 {_data(run)}
 <details><summary>Config: {len(changed)} fields that differ from <code>uwm_jax.config.base()</code></summary>
-{fields(changed)}</details>"""
+{fields({"base()": defaults, "this run": flat}, changed)}</details>"""
 
 
 def _data(run: Run) -> str:

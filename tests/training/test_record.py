@@ -30,6 +30,7 @@ def test_starts_are_appended_and_unreadable_files_are_none(tmp_path):
         )
     first, second = record.read_starts(tmp_path)
     assert (first["changed"], second["changed"]) == ({"total_steps": 5}, {"total_steps": 6})
+    assert first["in_file"] == {}, "it is no config by itself"
     assert first["config_file"] == f"{file}:b" and first["about"] == "" and first["command"] == ["python", "x"]
     assert first["time"].endswith("+00:00") and first["code_version"]
     for text in ("{", "[]", '{"starts": 3}'):
@@ -47,4 +48,5 @@ def test_the_train_command_describes_itself(tmp_path, monkeypatch):
     start = given[0][-1]
     assert start["command"] == ["python", "-m", "uwm_jax.train", *flags]
     assert start["about"] == "A run of seven steps."
-    assert start["changed"] == {"model.depth": 3, "seed": 4} and start["config_file"] == str(file)
+    assert start["changed"] == {"model.depth": 3, "seed": 4} and start["in_file"] == {"model.depth": 12, "seed": 0}
+    assert start["config_file"] == str(file)

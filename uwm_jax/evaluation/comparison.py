@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 
 from uwm_jax.config import flatten
-from uwm_jax.evaluation.page import cell, curves
+from uwm_jax.evaluation.page import cell, curves, fields
 from uwm_jax.evaluation.pictures import Curve, Panel
 from uwm_jax.evaluation.results import Interval, Run, differing_fields
 
@@ -75,16 +74,9 @@ def _best(found: Sequence[Interval | None], more: bool) -> Interval | None:
 
 
 def _configs(runs: Sequence[Run]) -> str:
-    flat = [flatten(run.config) for run in runs]
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th>"
-        + "".join(f"<td>{html.escape(json.dumps(f[name]) if name in f else '-')}</td>" for f in flat)
-        + "</tr>"
-        for name in differing_fields(runs)
-    )
-    heads = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
-    body = f"<table><tr><th></th>{heads}</tr>{rows}</table>" if rows else "<p>None.</p>"
-    return f"<h2>Config fields that differ</h2>{body}"
+    names = differing_fields(runs)
+    table = fields({run.name: flatten(run.config) for run in runs}, names) if names else "<p>None.</p>"
+    return f"<h2>Config fields that differ</h2>{table}"
 
 
 def _panels(runs: Sequence[Run]) -> list[Panel]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,18 @@ def cell(m: Interval | None, kind: str = "") -> str:
     return f'<td class="number {kind}">{number(m.mean)}<br><small>{low_high}</small></td>'
 
 
-def fields(values: Mapping[str, Any]) -> str:
-    """A table of names and values."""
+def fields(columns: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> str:
+    """A table of config fields: {heading of a column: {field: value}}, a row for each of `names`; a field that a column
+    does not have is "-"."""
+    found = list(columns.values())
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
-        for name, value in values.items()
+        f"<tr><th>{html.escape(name)}</th>"
+        + "".join(f"<td>{html.escape(json.dumps(values[name])) if name in values else '-'}</td>" for values in found)
+        + "</tr>"
+        for name in names
     )
-    return f"<table>{rows}</table>"
+    heads = "".join(f"<th>{html.escape(heading)}</th>" for heading in columns)
+    return f"<table><tr><th></th>{heads}</tr>{rows}</table>"
 
 
 def curves(panels: Sequence[Panel]) -> str:

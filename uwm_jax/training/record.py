@@ -12,7 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import uwm_jax
-from uwm_jax.config import flatten
+from uwm_jax.config import flatten, load
+from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
 
 FILE = "run.json"
@@ -28,18 +29,27 @@ def describe(command: Sequence[str], config_file: str, config: ConfigDict, overr
       overrides: names of the fields that flags changed on top of the file, such as `model.depth`.
 
     Returns:
-      {"command", "config_file", "about": first paragraph of the file's docstring, "changed": {field: value},
-      "code_version", "time": UTC, ISO 8601}.
+      {"command", "config_file", "about": first paragraph of the file's docstring, "changed": {field: the run's value},
+      "in_file": {field: the file's value} of the same fields, "code_version", "time": UTC, ISO 8601}.
     """
-    flat = flatten(config)
+    names, flat = sorted(set(overrides)), flatten(config)
+    in_file = _in_file(config_file)
     return {
         "command": list(command),
         "config_file": config_file,
         "about": _about(Path(config_file.partition(":")[0])),
-        "changed": {name: flat[name] for name in sorted(set(overrides))},
+        "changed": {name: flat[name] for name in names},
+        "in_file": {name: in_file[name] for name in names if name in in_file},
         "code_version": uwm_jax.__version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _in_file(config_file: str) -> dict[str, Any]:
+    try:
+        return flatten(load(config_file))
+    except UserError:  # a file that is complete only with flags
+        return {}
 
 
 def _about(file: Path) -> str:
