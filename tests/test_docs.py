@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from uwm_jax.train import MAY_CHANGE
+from uwm_jax.config import MAY_CHANGE
 from uwm_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]

@@ -29,6 +29,7 @@ def trained(tmp_path_factory, make_tiny_config):
 def test_the_command_finds_what_the_trainer_found(trained, capsys):
     folder = trained / "eval" / "2"
     in_training = json.loads((folder / "metrics.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "idea.png", "modes.png", "actions.png"}
     for file in folder.iterdir():
         file.unlink()
     assert cli.call(evaluate.main, ["evaluate", f"--workdir={trained}"], evaluate.define_flags) == 0

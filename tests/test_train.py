@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -15,12 +16,16 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
 from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import Loader
-from uwm_jax.errors import UserError
+from uwm_jax.errors import Preempted, UserError
+from uwm_jax.evaluation import pictures
+from uwm_jax.evaluation.program import Evaluation
 from uwm_jax.made_up import make_up_system
+from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.train import load_pretrained_encoder, train
 from uwm_jax.training.checkpoint import Checkpoints, latest_step, load_for_inference
 from uwm_jax.training.goodput import CATEGORIES
@@ -30,6 +35,22 @@ from uwm_jax.training.record import read_starts
 
 def metrics_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pictures():
+    """In place of the real ones, which take seconds to draw: tests/test_evaluate.py has those of a training run."""
+
+    def draw(windows, facts, config, folder):
+        assert {"current", "next_obs", "joint/action"} <= set(windows) and "denoise/next_obs" not in windows
+        files = {name: folder / f"{name}.png" for name in ("modes", "actions")}
+        for file in files.values():
+            Image.new("RGB", (4, 4)).save(file)
+        return files
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "draw", draw)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +120,18 @@ def test_the_checkpoint_describes_itself(finished):
         load_for_inference(finished, 3)
 
 
-def assert_same_run(workdir, other):
-    """Equal lines but for times, and equal parameters, to the last bit."""
-    before, after = metrics_of(workdir), metrics_of(other)
-    assert [x["step"] for x in after] == [x["step"] for x in before]
-    for x, y in zip(before, after, strict=True):
+def assert_same_lines(lines, others):
+    """Equal but for times."""
+    assert [x["step"] for x in lines] == [x["step"] for x in others]
+    for x, y in zip(lines, others, strict=True):
+        assert set(x) == set(y)
         for name in set(x) - {"samples_per_second", "data_wait_fraction", "goodput"}:
             assert x[name] == y[name] or name.startswith("time/"), (x["step"], name)
+
+
+def assert_same_run(workdir, other):
+    """Equal lines but for times, and equal parameters, to the last bit."""
+    assert_same_lines(metrics_of(workdir), metrics_of(other))
     params = [load_for_inference(d)[1] for d in (workdir, other)]
     jax.tree.map(np.testing.assert_array_equal, *params)
 
@@ -119,6 +145,37 @@ def test_continuing_equals_never_having_stopped(finished, finished_config, tmp_p
     train(finished_config, again)
     assert "continuing from step 4" in capsys.readouterr().out
     assert_same_run(finished, again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("owner", "method", "call"), [(Watchdog, "beat", 4), (Evaluation, "_shown_of", 2)])
+def test_an_evaluation_is_left_when_the_run_is_told_to_end(
+    finished, finished_config, tmp_path, monkeypatch, capsys, owner, method, call
+):
+    """SIGTERM in the evaluation of step 3, before its first batch of losses or in its first one of samples: no other
+    batch is begun."""
+    calls, original = [], getattr(owner, method)
+
+    def terminate_at_last(self, *args):
+        calls.append(args)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *args)
+
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, terminate_at_last)
+        with pytest.raises(Preempted, match="step 3 is saved"):
+            train(finished_config, workdir)
+    assert len(calls) == call
+    makes_up = f"the evaluation of step 3 is left out; python -m uwm_jax.evaluate --workdir={workdir} --step=3"
+    assert makes_up in capsys.readouterr().out
+    assert latest_step(workdir) == 3 and not (workdir / "eval").exists()
+    expected = metrics_of(finished)
+    expected[2] = {name: value for name, value in expected[2].items() if not name.startswith("eval/")}
+    assert_same_lines(metrics_of(workdir), expected[:3])
+    train(finished_config, workdir)
+    assert_same_lines(metrics_of(workdir), expected)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import fnmatch
 import importlib.util
 import json
 import os
@@ -21,6 +22,15 @@ from ml_collections import ConfigDict
 from uwm_jax import config_checks
 from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.errors import UserError
+
+# What a continued run may change; every other field decides what the numbers mean.
+MAY_CHANGE = (
+    *("total_steps", "log_every", "hang_seconds", "eval.*", "checkpoint.*", "mesh.*"),
+    *("data.num_threads", "data.prefetch"),
+    # Compilation: the results are the same up to rounding.
+    *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
+    "data.sources.*.weight",
+)
 
 
 def base() -> ConfigDict:
@@ -310,6 +320,18 @@ def read(workdir: str | os.PathLike[str], overrides: Iterable[tuple[str, str]] =
     apply_overrides(config, overrides)
     validate(config)
     return config
+
+
+def refuse_changed(config: ConfigDict, stored: ConfigDict) -> None:
+    """Raises UserError for a field that differs from the run's stored config and is not one of `MAY_CHANGE`."""
+    now, before = flatten(config), flatten(stored)
+    for name in sorted(now.keys() | before.keys()):
+        if now.get(name) != before.get(name) and not any(fnmatch.fnmatchcase(name, p) for p in MAY_CHANGE):
+            is_now, was = (repr(fields[name]) if name in fields else "absent" for fields in (now, before))
+            raise UserError(
+                f"config.{name} is {is_now}, but this workdir was started with {was}. Only {', '.join(MAY_CHANGE)} "
+                "may change when a run continues: use a new --workdir."
+            )
 
 
 def validate(config: ConfigDict) -> None:

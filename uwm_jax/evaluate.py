@@ -29,7 +29,7 @@ from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import Interval, interval
-from uwm_jax.evaluation.program import Evaluation, write_results
+from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
@@ -38,7 +38,6 @@ from uwm_jax.training import checkpoint as checkpoint_lib
 
 FLAGS = flags.FLAGS
 
-BATCH_SIZE = 64  # windows at a time, over all devices
 FIRST_SEED = 100_000  # of the episodes in the simulator
 SPACINGS = ("leading", "trailing")  # of timesteps, as `uwm_jax.diffusion.schedule` has them
 
@@ -70,8 +69,7 @@ def main(argv: list[str]) -> None:
     params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
     held_out = loader.held_out(system.config.eval.num_windows)
     rules = sharding.load_rules(system.config.mesh.rules)
-    rows = mesh.size * -(-min(BATCH_SIZE, len(held_out)) // mesh.size)
-    evaluation = Evaluation(system, loader, held_out, mesh, rules, rows)
+    evaluation = Evaluation(system, loader, held_out, mesh, rules, rows_at_a_time(mesh, len(held_out)))
     folder = workdir / "eval" / str(step)
 
     start = time.perf_counter()

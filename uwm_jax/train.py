@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from uwm_jax import cli
 from uwm_jax import config as config_lib
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader, prefetch_to_device
-from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import Preempted, UserError
-from uwm_jax.evaluation.program import Evaluation, write_results
 from uwm_jax.parallel import distributed, sharding
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import Preemption, say
@@ -37,28 +34,12 @@ from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
+from uwm_jax.training.held_out import HeldOut, headlines
 from uwm_jax.training.log import MetricsLog, Window, progress_line
 from uwm_jax.training.profile import Profile
-from uwm_jax.training.step import compile_for, make_eval_step, make_train_step
+from uwm_jax.training.step import compile_for, make_train_step
 
 FLAGS = flags.FLAGS
-
-# What a continued run may change; every other field decides what the numbers mean.
-MAY_CHANGE = (
-    *(
-        "total_steps",
-        "log_every",
-        "hang_seconds",
-        "eval.*",
-        "checkpoint.*",
-        "mesh.*",
-        "data.num_threads",
-        "data.prefetch",
-    ),
-    # Compilation: the results are the same up to rounding.
-    *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
-    "data.sources.*.weight",
-)
 
 
 def define_flags() -> None:
@@ -102,7 +83,7 @@ def run(
     distributed.require_same("config", config_lib.flatten(config))
     last_step = distributed.agree(checkpoint_lib.latest_step(workdir))
     if last_step is not None:
-        refuse_changed_config(config, config_lib.read(workdir))
+        config_lib.refuse_changed(config, config_lib.read(workdir))
         if last_step >= config.total_steps:
             say(f"nothing to do: {workdir} is at step {last_step} of {config.total_steps} already")
             return
@@ -190,11 +171,7 @@ def run(
         if not stored:
             checkpoints.warm_up(state, frozen_lib.checkpointed_arrays(config, frozen))  # SIGTERM leaves little time
         if config.eval.every:
-            held_out = loader.held_out(config.eval.num_windows)
-            evaluation = Evaluation(system, loader, held_out, mesh, rules, config.batch_size)
-            evaluation.compile(like.eval_params, frozen)
-            loss_inputs = like, frozen, evaluation.batches[0]
-            eval_step = compile_for(mesh, rules, make_eval_step(config, system), *loss_inputs, updates_state=False)
+            held_out = HeldOut(system, loader, mesh, rules, like, frozen)
     # On CPUs the first collective fails when another process comes to it half a minute later.
     distributed.barrier("all programs are compiled", seconds=3600)
 
@@ -219,15 +196,20 @@ def run(
             checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
 
     def evaluate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
-        """What a log line says of held-out windows, and pictures of some of them."""
+        """Means over held-out windows, and pictures; neither where SIGTERM comes before the end."""
+
+        def between_batches() -> None:
+            watchdog.beat(step)
+            if preemption.requested():
+                raise Preempted
+
         with goodput.spend("evaluation"):
-            losses = mean_over_batches(eval_step, state, frozen, evaluation.batches)
-            found, shown = evaluation.run(state.eval_params, frozen)
-            means = losses | {f"eval/{name}": value["mean"] for name, value in found.items()}
-            # TensorBoard shows no GIF, which takes as long to draw as all pictures; `uwm_jax.evaluate` draws it.
-            shown = {name: x for name, x in shown.items() if not name.startswith("denoise/")}
-            files = write_results(workdir, step, system, found, shown) if distributed.is_main() else {}
-            return means, {f"eval/{name}": file for name, file in files.items()}
+            try:
+                return held_out.evaluate(workdir, step, state, frozen, between_batches)
+            except Preempted:
+                again = f"python -m uwm_jax.evaluate --workdir={workdir} --step={step}"
+                say(f"told to end (SIGTERM): the evaluation of step {step} is left out; {again} makes up for it.")
+                return {}, {}
 
     for resource in (batches, log, trace):
         closing.callback(resource.close)
@@ -248,7 +230,7 @@ def run(
         watchdog.beat(step)
         checkpoints.check()
 
-        last, stop = step == config.total_steps, preemption.requested(step)
+        last = step == config.total_steps
         due = step % config.checkpoint.every == 0 or last
         evaluates = config.eval.every > 0 and (step % config.eval.every == 0 or last)
         if step % config.log_every == 0 or step == 1 or due or evaluates:
@@ -258,10 +240,11 @@ def run(
             rates |= mfu(rates["samples_per_second"])
             say(progress_line(step, config.total_steps, {**means, **rates}))
             if evaluated:
-                say("  held out: " + ", ".join(f"{k} {v:.4f}" for k, v in evaluated.items() if headline(k)))
+                say(headlines(evaluated))
             del rates["eta_seconds"]
             with goodput.spend("other"):
                 log.write(step, {**means, **rates, **evaluated}, pictures)
+        stop = preemption.requested()
         if due or stop:
             saved_step = step
             save(step)
@@ -272,18 +255,6 @@ def run(
         checkpoints.wait()
     say(goodput.summary())
     say(f"done: {config.total_steps} steps in {workdir}")
-
-
-def refuse_changed_config(config: ConfigDict, stored: ConfigDict) -> None:
-    """Raises UserError for a field that differs from the run's stored config and must not."""
-    now, before = config_lib.flatten(config), config_lib.flatten(stored)
-    for name in sorted(now.keys() | before.keys()):
-        if now.get(name) != before.get(name) and not any(fnmatch.fnmatchcase(name, p) for p in MAY_CHANGE):
-            is_now, was = (repr(fields[name]) if name in fields else "absent" for fields in (now, before))
-            raise UserError(
-                f"config.{name} is {is_now}, but this workdir was started with {was}. Only {', '.join(MAY_CHANGE)} "
-                "may change when a run continues: use a new --workdir."
-            )
 
 
 def open_loader(config: ConfigDict, mesh: Any, stored: Any, normalizer: Any = None) -> Loader:
@@ -321,18 +292,6 @@ def load_pretrained_encoder(config: ConfigDict, params: Any, shardings: Any) -> 
     encoder = load_imagenet_resnet(config.model.encoder.imagenet_weights, params["obs_encoder"]["img_encoder"])
     encoder = mesh_lib.place(encoder, shardings["obs_encoder"]["img_encoder"])
     return {**params, "obs_encoder": {**params["obs_encoder"], "img_encoder": encoder}}
-
-
-def mean_over_batches(eval_step: Any, state: Any, frozen: Any, batches: list[Any]) -> dict[str, float]:
-    """Mean of held-out losses over batches (of one size: the last is filled up with the first windows)."""
-    results = [jax.device_get(eval_step(state, frozen, batch)) for batch in batches]
-    return {name: float(sum(r[name] for r in results) / len(results)) for name in results[0]}
-
-
-def headline(name: str) -> bool:
-    """Whether a held-out metric is among the few that are printed: losses, and one of each modality of each mode."""
-    _, kind, *rest = name.split("/")
-    return kind == "loss" or (kind in MODES and rest[-1] in ("action_mse", "psnr"))
 
 
 def print_summary(config: ConfigDict, loader: Loader, frozen: Any, mesh: Any, table: str) -> None:

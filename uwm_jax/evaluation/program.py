@@ -6,8 +6,8 @@ that two checkpoints, or two ways of sampling, are compared on the same inputs.
 
 from __future__ import annotations
 
-import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ Arrays = dict[str, jax.Array]
 Metrics = dict[str, Interval]
 Windows = dict[str, np.ndarray]
 
+AT_A_TIME = 64  # windows in a batch, over all devices, or few more
 SHOWN = 8  # windows that come to the host, evenly spread
 MEAN_IMAGE_WINDOWS = 256  # of training episodes, whose next frames are averaged
 
@@ -49,7 +50,8 @@ class Evaluation:
       loader: of its data, for the baselines.
       held_out: the windows.
       mesh, rules: where the batch lies, and the parameters that will be given.
-      batch_size: windows in one run of the program, over all devices; a multiple of those that cut the batch.
+      batch_size: windows in one run of the program, over all devices; `rows_at_a_time` gives a fitting one.
+      denoising: whether windows are shown with the joint mode's states on the way to its samples.
 
     Raises:
       UserError: `config.eval.action_plane` for actions of one number.
@@ -59,7 +61,15 @@ class Evaluation:
     """
 
     def __init__(
-        self, system: System, loader: Loader, held_out: FixedWindows, mesh: Mesh, rules: Rules, batch_size: int
+        self,
+        system: System,
+        loader: Loader,
+        held_out: FixedWindows,
+        mesh: Mesh,
+        rules: Rules,
+        batch_size: int,
+        *,
+        denoising: bool = True,
     ):
         if system.config.eval.action_plane and system.facts.action_dim < 2:
             raise UserError(
@@ -68,10 +78,11 @@ class Evaluation:
             )
         self.held_out = held_out
         self._system, self._loader, self._mesh, self._rules = system, loader, mesh, rules
-        self._batch_size = batch_size
+        self._batch_size, self._denoising = batch_size, denoising
         self._by_rows, self._whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
         self.batches = [mesh_lib.place(batch, self._by_rows) for batch in held_out.batches(batch_size)]
         self._num_shown = min(SHOWN, len(held_out))
+        self._references: Arrays | None = None  # of the training data, made when they are first needed
         self._shown = np.round(np.linspace(0, len(held_out) - 1, self._num_shown)).astype(np.int32)
         self._denoised, self._view = pictures.denoised(self._num_shown, system.facts, system.config)
 
@@ -89,35 +100,49 @@ class Evaluation:
         image = whole(len(system.cameras), 1, *system.config.data.crop, 3)
         references = {"mean_action": whole(system.facts.action_dim), "mean_image": image}
         shown = self._shown_of(0)
-        self._evaluate = self._compile(make_evaluation(system), params, frozen, batch, references, shown)
-        states = (system.schedule.num_inference_steps + 1) * len(self._denoised)
-        views, _, *latent = system.latent_shape
-        self._decode = self._compile(self._one_view, frozen, whole(states, views, 1, *latent))
+        self._evaluate = self._compile(
+            make_evaluation(system, self._denoising), params, frozen, batch, references, shown
+        )
+        if self._denoising:
+            states = (system.schedule.num_inference_steps + 1) * len(self._denoised)
+            views, _, *latent = system.latent_shape
+            self._decode = self._compile(self._one_view, frozen, whole(states, views, 1, *latent))
         weight = jax.ShapeDtypeStruct((self._batch_size,), jnp.float32, sharding=self._by_rows)
         self._frame_sum = self._compile(make_frame_sum(system), batch, weight)
 
-    def run(self, params: Any, frozen: Any, progress: bool = False) -> tuple[Metrics, Windows]:
+    def run(
+        self,
+        params: Any,
+        frozen: Any,
+        *,
+        progress: bool = False,
+        between_batches: Callable[[], None] = lambda: None,
+    ) -> tuple[Metrics, Windows]:
         """The metrics over all windows, and a few windows to be shown.
 
         Args:
           progress: whether to show a progress bar.
+          between_batches: called before each batch; what it raises ends the evaluation.
 
         Returns:
           {metric: {mean, lo, hi, n}}, and numpy arrays of N windows for pictures: `episode` (N,), `action`,
           `shuffled_action` (N, Ta, Da) and `last_action` (N, Da) normalised, `current`, `next_obs` (N, V, T, h, w, 3)
           float32 in [0, 1], `mean_image` (V, 1, h, w, 3), `<mode>/action` and `<mode>/next_obs` of what each mode
-          generates, `forward_shuffled/next_obs`, and the joint mode's samples from noise to end: `denoise/action`
-          (S + 1, N, Ta, Da), and what `pictures.denoised` names of the frames, `denoise/next_obs` (S + 1, D, h, w, 3).
+          generates, `forward_shuffled/next_obs`, and if `denoising` the joint mode's samples from noise to end:
+          `denoise/action` (S + 1, N, Ta, Da), and what `pictures.denoised` names of the frames, `denoise/next_obs`
+          (S + 1, D, h, w, 3).
 
         Raises:
           RunError: a metric is NaN or infinite.
         """
         total = len(self.held_out)
-        references = self._references
+        if self._references is None:
+            self._references = self._make_references(between_batches)
         scores, shown = [], []
         with tqdm(total=total, desc="sampling all modes", unit="window", disable=not progress) as bar:
             for number, batch in enumerate(self.batches):
-                found, rows = self._evaluate(params, frozen, batch, references, self._shown_of(number))
+                between_batches()
+                found, rows = self._evaluate(params, frozen, batch, self._references, self._shown_of(number))
                 scores.append(jax.device_get(found))
                 if count := int(np.count_nonzero(self._shown // self._batch_size == number)):
                     shown.append({name: np.asarray(x)[:count] for name, x in rows.items()})
@@ -146,7 +171,10 @@ class Evaluation:
     def _windows(self, shown: list[Any], frozen: Any) -> Windows:
         windows: Windows = {name: np.concatenate([part[name] for part in shown]) for name in shown[0]}
         windows["episode"] = self.held_out.episodes[self._shown]
+        assert self._references is not None
         windows["mean_image"] = np.asarray(self._references["mean_image"])
+        if not self._denoising:
+            return windows
         for name in ("action", "next_obs_latent"):
             windows[f"denoise/{name}"] = windows[f"denoise/{name}"].swapaxes(0, 1)
         latents = windows.pop("denoise/next_obs_latent")[:, self._denoised, :, -1:]
@@ -158,12 +186,12 @@ class Evaluation:
     def _one_view(self, frozen: Any, latents: jax.Array) -> jax.Array:
         return make_decoder(self._system)(frozen, latents)[:, self._view, -1]
 
-    @functools.cached_property
-    def _references(self) -> Arrays:
+    def _make_references(self, between_batches: Callable[[], None]) -> Arrays:
         """What the baselines take from the training episodes: `mean_action` (Da,), `mean_image` (V, 1, h, w, 3)."""
         windows = self._loader.training_windows(MEAN_IMAGE_WINDOWS)
         total: Any = 0.0
         for number, batch in enumerate(windows.batches(self._batch_size)):
+            between_batches()
             own = number * self._batch_size + np.arange(self._batch_size) < len(windows)  # the last batch starts over
             inputs = mesh_lib.place((batch, own.astype(np.float32)), self._by_rows)
             total = total + np.asarray(self._frame_sum(*inputs), np.float64)
@@ -172,6 +200,17 @@ class Evaluation:
 
     def _compile(self, function: Callable[..., Any], *inputs: Any) -> Any:
         return compile_for(self._mesh, self._rules, function, *inputs, updates_state=False)
+
+
+def rows_at_a_time(mesh: Mesh, num_windows: int, multiple_of: int = 1) -> int:
+    """Rows of a batch of `Evaluation`: few enough that one takes seconds, and what the mesh's cuts divide.
+
+    Args:
+      num_windows: how many there are.
+      multiple_of: what else each device's share must be a multiple of.
+    """
+    unit = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES) * multiple_of
+    return unit * -(-min(AT_A_TIME, num_windows) // unit)
 
 
 def join(parts: list[dict[str, np.ndarray]], total: int) -> dict[str, np.ndarray]:
@@ -190,7 +229,7 @@ def write_results(workdir: Path, step: int, system: System, metrics: Metrics, wi
 # --- what is compiled ----------------------------------------------------------------------------------
 
 
-def make_evaluation(system: System) -> Callable[..., tuple[Arrays, Arrays]]:
+def make_evaluation(system: System, denoising: bool = True) -> Callable[..., tuple[Arrays, Arrays]]:
     """`(params, frozen, batch, references, shown) -> (scores, windows)`.
 
     Args of the function:
@@ -206,17 +245,17 @@ def make_evaluation(system: System) -> Callable[..., tuple[Arrays, Arrays]]:
         batch, truth, noise = _inputs(system, frozen, batch)
         shuffled = {**batch, "action": batch["shuffled_action"]}
         made = {mode: system.sample(params, frozen, batch, mode, noise) for mode in MODES if mode != _JOINT}
-        path = system.sample(params, frozen, batch, _JOINT, noise, path=True)
-        made[_JOINT] = {name: x[-1] for name, x in path.items()}
+        joint = system.sample(params, frozen, batch, _JOINT, noise, path=denoising)
+        made[_JOINT] = {name: x[-1] for name, x in joint.items()} if denoising else joint
         made["control/forward_shuffled"] = system.sample(params, frozen, shuffled, "forward", noise)
         made = _decoded(system, frozen, made)
 
         scores = _scores(made | _baselines(system, frozen, batch, truth, references), truth)
-        gap = (
+        with_others, with_own = (
             errors(system.first_estimate(params, frozen, rows, "forward", noise), truth)["latent_mse"]
             for rows in (shuffled, batch)
         )
-        scores["control/shuffle_gap"] = next(gap) - next(gap)
+        scores["control/shuffle_gap"] = with_others - with_own
         scores["has_changed"] = _has_changed(truth)
         scores["has_last_action"] = batch["has_last_action"]
 
@@ -225,7 +264,8 @@ def make_evaluation(system: System) -> Callable[..., tuple[Arrays, Arrays]]:
         for name, parts in made.items():
             short = name.removeprefix("control/")
             windows |= {f"{short}/{part}": x for part, x in parts.items() if part != "next_obs_latent"}
-        windows |= {f"denoise/{name}": jnp.moveaxis(x, 0, 1) for name, x in path.items()}
+        if denoising:
+            windows |= {f"denoise/{name}": jnp.moveaxis(x, 0, 1) for name, x in joint.items()}
         return scores, {name: x[shown] for name, x in windows.items()}
 
     return evaluate

@@ -219,7 +219,7 @@ class Preemption:
         with Preemption() as preemption:
             for step in ...:
                 ...
-                if preemption.requested(step):
+                if preemption.requested():
 
     Inside the context SIGTERM does nothing but to make `requested` true, twice; a third one ends the process at once,
     for the case that no step comes to its end any more. With several processes JAX takes SIGTERM from `initialize` on,
@@ -229,6 +229,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._times = 0
+        self._asked, self._agreed = 0, False
         self._previous: Any = None
 
     def __enter__(self) -> Preemption:
@@ -242,14 +243,18 @@ class Preemption:
         if error is not None:
             announce(error)
 
-    def requested(self, step: int) -> bool:
-        """Whether to save and end after `step`; the same on all processes. To be asked once after every step.
+    def requested(self) -> bool:
+        """Whether to save and end now; the same on all processes, and true ever after.
 
-        Costs a lock; the agreement runs beside the steps, one or two of which may pass before this is true.
+        To be asked after every step, and within what takes longer than a step: all processes must ask at the same
+        places of the program, since they agree on the number of a question. Costs a lock; the agreement runs beside
+        the program, and one or two questions may pass before this is true.
         """
         if _company is None:
             return self._times > 0
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        self._asked += 1
+        self._agreed = self._agreed or bool(multihost_utils.reached_preemption_sync_point(self._asked))
+        return self._agreed
 
     def _take(self, *_: Any) -> None:
         self._times += 1

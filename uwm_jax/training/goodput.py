@@ -4,7 +4,7 @@
   compile     programs compiled ahead of the loop
   step        the steps themselves, and whatever of the loop has no other name
   data_wait   waiting for the next batch
-  evaluation  losses on held-out windows
+  evaluation  losses and all modes on held-out windows, and pictures of them
   checkpoint  as far as the loop waits for it (arrays are written in the background)
   other       writing metrics
   lost        steps that are done again, because the run was killed after its last checkpoint

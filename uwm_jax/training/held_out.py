@@ -1,0 +1,72 @@
+"""What the trainer measures on held-out windows every `config.eval.every` steps: losses, and all modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from uwm_jax.data.loader import Loader
+from uwm_jax.diffusion.modes import MODES
+from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
+from uwm_jax.parallel import distributed
+from uwm_jax.parallel.sharding import Rules
+from uwm_jax.system import System
+from uwm_jax.training.state import TrainState
+from uwm_jax.training.step import compile_for, make_eval_step
+
+
+class HeldOut:
+    """The programs of the losses and of `Evaluation`, compiled for the trainer's mesh, and the windows.
+
+    Args:
+      system: the model.
+      loader: of its data.
+      mesh, rules: the trainer's.
+      state, frozen: shapes with shardings, or arrays, of what will be evaluated.
+    """
+
+    def __init__(self, system: System, loader: Loader, mesh: Mesh, rules: Rules, state: Any, frozen: Any):
+        config = system.config
+        windows = loader.held_out(config.eval.num_windows)
+        rows = rows_at_a_time(mesh, min(len(windows), config.batch_size), config.accumulation_steps)
+        self._system = system
+        self._modes = Evaluation(system, loader, windows, mesh, rules, rows, denoising=False)
+        self._modes.compile(state.eval_params, frozen)
+        inputs = state, frozen, self._modes.batches[0]
+        self._losses = compile_for(mesh, rules, make_eval_step(config, system), *inputs, updates_state=False)
+
+    def evaluate(
+        self, workdir: Path, step: int, state: TrainState, frozen: Any, between_batches: Callable[[], None]
+    ) -> tuple[dict[str, float], dict[str, Path]]:
+        """Measures a state, and writes `<workdir>/eval/<step>/` but for the GIF, which takes long to draw.
+
+        Args:
+          between_batches: called before each batch. What it raises ends the evaluation, and nothing is written.
+
+        Returns:
+          {`eval/loss/<modality>` or `eval/<metric>`: mean}, and {`eval/<picture>`: file} on the main process.
+        """
+        losses = []
+        for batch in self._modes.batches:
+            between_batches()
+            losses.append(jax.device_get(self._losses(state, frozen, batch)))
+        metrics, shown = self._modes.run(state.eval_params, frozen, between_batches=between_batches)
+        # Of batches of one size: the last is filled up with the first windows.
+        means = {name: float(sum(x[name] for x in losses) / len(losses)) for name in losses[0]}
+        means |= {f"eval/{name}": value["mean"] for name, value in metrics.items()}
+        files = write_results(workdir, step, self._system, metrics, shown) if distributed.is_main() else {}
+        return means, {f"eval/{name}": file for name, file in files.items()}
+
+
+def headlines(means: Mapping[str, float]) -> str:
+    """A line of the few means that are printed: losses, and one of each modality of each mode."""
+
+    def shown(name: str) -> bool:
+        _, kind, *rest = name.split("/")
+        return kind == "loss" or (kind in MODES and rest[-1] in ("action_mse", "psnr"))
+
+    return "  held out: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items() if shown(name))
