@@ -40,12 +40,35 @@ def test_a_step_in_tiny_form(path):
     config = config_lib.load(str(path), TINY)
     if config.model.codec.name == "vae":  # no pretrained weights here
         config.model.codec.name = "pixels"
+    assert_a_step_runs(config)
+
+
+def assert_a_step_runs(config):
     system, frozen = make_up_system(config, action_dim=3)
     optimizer = make_optimizer(config)
     step = jax.jit(make_train_step(config, system, optimizer))
     state = jax.jit(lambda key: create(config, system.init(key), optimizer))(jax.random.key(0))
     state, metrics = step(state, frozen, make_up_batch(system, config.batch_size))
     assert state.step == 1 and np.isfinite(metrics["loss"])
+
+
+@pytest.mark.slow
+def test_pusht_from_pixels_in_tiny_form():
+    """Its patches and frames are as shipped, since they have to fit each other."""
+    shipped = [(name, value) for name, value in TINY if not name.startswith("data.")]
+    config = config_lib.load(str(CONFIGS[0].with_name("pusht.py")) + ":pixels", shipped)
+    assert config.model.codec.name == "pixels" and config.data.crop == (96, 96)
+    assert_a_step_runs(config)
+
+
+def test_arguments_of_the_pusht_configs():
+    for name, good in (("pusht", ("latents", "pixels")), ("pusht_cpu", ("full", "short"))):
+        path = str(CONFIGS[0].with_name(f"{name}.py"))
+        whole, other = (config_lib.load(f"{path}:{argument}") for argument in good)
+        assert config_lib.flatten(config_lib.load(path)) == config_lib.flatten(whole) != config_lib.flatten(other)
+        assert whole.eval.action_plane[0] in whole.data.cameras and not whole.data.augment.random_crop
+        with pytest.raises(UserError, match=f"'other', expected one of {', '.join(good)}"):
+            config_lib.load(f"{path}:other")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
