@@ -29,21 +29,22 @@ from uwm_jax.config import base
 
 def get_config() -> ConfigDict:
     c = base()
-    c.total_steps = 900
+    c.total_steps = 1_250
     c.batch_size = 32
     c.log_every = 50
-    c.checkpoint.every = 450
+    c.checkpoint.every = 625
     c.checkpoint.keep = 2
     c.eval.action_plane = ("image", 0.0, 512.0, 0.0, 512.0)  # actions are positions on the table
 
-    # 16 actions + 16 video tokens + 4 registers of width 128, a quarter-width ResNet-10 with its 2x2 map.
+    # 16 actions + 16 video tokens + 4 registers of width 128; three stages of a quarter-width ResNet with its 4x4 map.
     c.model.embed_dim = 128
     c.model.depth = 4
     c.model.num_heads = 4
     c.model.num_registers = 4
     c.model.timestep_embed_dim = 128
     c.model.patch = (2, 2, 2)
-    c.model.encoder.stage_sizes = (1, 1, 1, 1)
+    c.model.scan_blocks = False  # a sixth faster here than the scan
+    c.model.encoder.stage_sizes = (1, 1, 1)  # a fourth, on a 2x2 map, takes XLA 40 ms a step on CPUs
     c.model.encoder.width = 16
     c.model.encoder.pool = "flatten"
     c.model.encoder.use_low_dim = True
