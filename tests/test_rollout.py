@@ -14,7 +14,7 @@ from PIL import Image
 pytest.importorskip("gym_pusht")
 
 from data_prep import demo  # noqa: E402
-from uwm_jax import cli, envs, rollout  # noqa: E402
+from uwm_jax import cli, envs, evaluate, rollout  # noqa: E402
 from uwm_jax.config import base  # noqa: E402
 from uwm_jax.data.loader import Loader  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
@@ -254,6 +254,29 @@ def test_the_command_writes_metrics_episodes_and_film(trained, capsys):
     system, params, frozen, _ = load_for_inference(trained)
     again = rollout.closed_loop(system, params, frozen, "pusht", [100_001])
     assert again[0].max_score == stored["episodes"]["policy"][1]["max_coverage"]
+
+
+@pytest.mark.slow
+def test_evaluate_lets_every_way_of_sampling_act_in_the_same_processes(trained, monkeypatch, capsys):
+    seen = []
+
+    def closed_loop(system, params, frozen, envs, seeds, progress):
+        seen.append((envs, system.schedule.num_inference_steps, list(seeds)))
+        return [EpisodeResult(seed, np.array([0.0, len(seen) / 10]), np.zeros((1, 2)), seed % 2 == 0) for seed in seeds]
+
+    monkeypatch.setattr(rollout, "closed_loop", closed_loop)
+    arguments = ["evaluate", f"--workdir={trained}", "--steps=2,1", "--env=pusht", "--episodes=2"]
+    assert cli.call(evaluate.main, [*arguments, "--config.eval.num_windows=4"], evaluate.define_flags) == 0
+    envs, again = seen[0][0], seen[1][0]
+    assert envs is again and isinstance(envs, ParallelEnvs) and envs.spec.name == "pusht"
+    assert [call[1:] for call in seen] == [(2, [100_000, 100_001]), (1, [100_000, 100_001])]
+    rows = json.loads((trained / "eval" / "2" / "few_steps.json").read_text())
+    for row, coverage in zip(rows, (0.1, 0.2), strict=True):
+        assert row["metrics"]["closed_loop/max_coverage"] == {"mean": coverage, "lo": coverage, "hi": coverage, "n": 2}
+        assert row["metrics"]["closed_loop/success"] == {"mean": 0.5, "lo": 0.0, "hi": 1.0, "n": 2}
+    assert "closed_loop/success" in capsys.readouterr().out
+    assert cli.call(evaluate.main, [*arguments, "--env=other"], evaluate.define_flags) == 2
+    assert "--env=other: there is no such environment. Known: pusht" in capsys.readouterr().err
 
 
 @pytest.mark.slow

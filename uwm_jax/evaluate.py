@@ -13,6 +13,7 @@ are against the number of network evaluations, in `eval/<step>/few_steps.json`; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -24,9 +25,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from uwm_jax import cli, report
+from uwm_jax import cli, report, rollout
 from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
+from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import Interval, interval
 from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
@@ -74,7 +76,9 @@ def main(argv: list[str]) -> None:
 
     start = time.perf_counter()
     if compares:
-        found = [compare(evaluation, way, params, frozen, FLAGS.env, FLAGS.episodes) for way in ways]
+        seeds = range(FIRST_SEED, FIRST_SEED + FLAGS.episodes)
+        with rollout.open_envs(FLAGS.env, system, seeds) if FLAGS.env else contextlib.nullcontext() as envs:
+            found = [compare(evaluation, way, params, frozen, envs, seeds) for way in ways]
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "few_steps.json", json.dumps(found, indent=2) + "\n")
         table, file = few_steps_table(found), folder / "few_steps.json"
@@ -138,26 +142,26 @@ def parse_ways(system: System, spacings: str | None, steps: str | None) -> list[
 
 
 def compare(
-    evaluation: Evaluation, way: System, params: Any, frozen: Any, env: str | None, episodes: int
+    evaluation: Evaluation, way: System, params: Any, frozen: Any, envs: ParallelEnvs | None, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """One row of `few_steps.json`.
 
+    Args:
+      envs: where the policy acts, with one episode from each of `seeds`; None: nowhere.
+
     Returns:
       {"sampler": the spacing, "steps": network evaluations, "metrics": {metric of a mode: interval},
-      "seconds_per_sample": until the policy mode has sampled one chunk for one observation}; with `env` the metrics
+      "seconds_per_sample": until the policy mode has sampled one chunk for one observation}; with `envs` the metrics
       have `closed_loop/max_<score>` and `closed_loop/success`, with intervals over episodes.
     """
     diffusion = way.config.diffusion
     name = f"{diffusion.spacing}, {diffusion.num_inference_steps} steps"
     metrics = evaluation.run_modes(way, params, frozen, name)
-    if env:
-        from uwm_jax import envs, rollout  # the simulator is not needed otherwise
-
-        seeds = range(FIRST_SEED, FIRST_SEED + episodes)
-        results = rollout.closed_loop(way, params, frozen, env, seeds, progress=f"{name}, {env}")
-        found = {f"max_{envs.get(env).score}": [r.max_score for r in results], "success": [r.success for r in results]}
+    if envs:
+        results = rollout.closed_loop(way, params, frozen, envs, seeds, progress=f"{name}, {envs.spec.name}")
+        found = {f"max_{envs.spec.score}": [r.max_score for r in results], "success": [r.success for r in results]}
         for metric, values in found.items():
-            metrics[f"closed_loop/{metric}"] = interval(np.asarray(values, np.float64), np.arange(episodes))
+            metrics[f"closed_loop/{metric}"] = interval(np.asarray(values, np.float64), np.arange(len(seeds)))
     return {
         "sampler": diffusion.spacing,
         "steps": diffusion.num_inference_steps,

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.episodes)
 
     start = time.perf_counter()
-    with ParallelEnvs(env, system.facts.cameras, FLAGS.workers or _workers(seeds)) as envs:
+    with open_envs(env, system, seeds, FLAGS.workers) as envs:
         results = {
             POLICY: closed_loop(
                 system, params, frozen, envs, seeds, execute=FLAGS.execute, seed=FLAGS.seed, progress=POLICY
@@ -113,8 +113,8 @@ def closed_loop(
     giving another system.
 
     Args:
-        env: name of the environment (`uwm_jax.envs`), e.g. "pusht"; or environments that are open already, which
-            saves the start of processes.
+        env: name of the environment (`uwm_jax.envs`), e.g. "pusht"; or what `open_envs` opened, which saves the start
+            of processes.
         seeds: of the episodes' starts; PushT's evaluation starts at 100000.
         execute: steps of each sampled chunk that are taken before the next chunk is sampled.
         seed: of the sampler's noise, together with the episode's seed and the number of the decision.
@@ -131,8 +131,7 @@ def closed_loop(
     policy = Policy(system, params, frozen, execute=execute, seed=seed, batch_size=BATCH)
     with contextlib.ExitStack() as stack:
         if isinstance(env, str):
-            check_fits(get(env), system)
-            env = stack.enter_context(ParallelEnvs(env, system.facts.cameras, workers or _workers(seeds)))
+            env = stack.enter_context(open_envs(env, system, seeds, workers))
         check_fits(env.spec, system)
         bar = stack.enter_context(_bar(progress, env.spec.max_steps, "step"))
         policy.reset(seeds)
@@ -153,6 +152,15 @@ def closed_loop(
     return [
         EpisodeResult(int(s), np.array(scores[i]), np.array(actions[i]), bool(success[i])) for i, s in enumerate(seeds)
     ]
+
+
+def open_envs(name: str, system: System, seeds: Sequence[int], workers: int = 0) -> ParallelEnvs:
+    """The processes that simulate what a model sees, for episodes from `seeds`; a context manager.
+
+    Args and errors: as `closed_loop`.
+    """
+    check_fits(get(name), system)
+    return ParallelEnvs(name, system.facts.cameras, workers or min(len(os.sched_getaffinity(0)), len(seeds)))
 
 
 def play(envs: ParallelEnvs, controller: str, seeds: Sequence[int]) -> list[EpisodeResult]:
@@ -254,10 +262,6 @@ def text_table(metrics: Mapping[str, Mapping[str, float]], score: str) -> str:
         rows.append([w, cell(f"{w}/max_{score}"), cell(f"{w}/success"), cell(f"paired/{POLICY}_vs_{w}/max_{score}")])
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _workers(seeds: Sequence[int]) -> int:
-    return min(len(os.sched_getaffinity(0)), len(seeds))
 
 
 def _bar(description: str, total: int, unit: str) -> tqdm:
