@@ -84,6 +84,9 @@ def test_the_words_follow_the_intervals(tmp_path):
         found = answers(report._answers(Run.read(make_run(tmp_path / str(gain), gain=gain))))
         for start in ("Does it act?", "Does it predict what actions do?", "In the simulator: does it"):
             assert [a for question, a in found.items() if question.startswith(start)] == [answer], start
+        few = Run.read(tmp_path / str(gain))
+        few.rollouts[20] = {name: m._replace(n=5) for name, m in few.rollout.items()}
+        assert [a for q, a in answers(report._answers(few)).items() if "random" in q] == ["too few episodes"] * 2
         frames = [a for question, a in found.items() if question.startswith("Are ")]
         assert frames == ["yes", "not shown"]  # against the copied frame, and against the mean image
 
@@ -147,6 +150,12 @@ def test_datasets_of_one_path_and_other_files_are_compared_with_a_warning(tmp_pa
     assert "Held-out windows are the same" in comparison.body(runs)  # nothing is known of the third
     runs[2].manifests = {"": {"splits": {"train": "2"}}}
     assert "differ in the files of their datasets</b>" in comparison.body(runs)
+
+
+def test_runs_evaluated_on_other_numbers_of_windows_are_compared_with_a_warning(tmp_path):
+    runs = [Run.read(make_run(tmp_path / name)) for name in ("a", "b")]
+    runs[1].evaluations[20] = {name: m._replace(n=32) for name, m in runs[1].metrics.items()}
+    assert "differ in the number of held-out windows that were evaluated</b>" in comparison.body(runs)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

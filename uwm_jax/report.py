@@ -115,6 +115,7 @@ CLOSED_LOOP_CLAIMS = (
     ("In the simulator: does it do better than random targets?", "random_uniform"),
     (f"&hellip; than random targets that are held for {HOLD} steps?", "random_held"),
 )
+FEWEST = 6  # episodes: five that all point one way do so by chance once in 16 times, which is more than 5 %
 METRICS = {  # what a metric says
     "action_mse": "error of actions<br><small>MSE, range -1 to 1</small>",
     "pixel_mse": "error of frames<br><small>MSE, pixels 0 to 1</small>",
@@ -160,7 +161,8 @@ def _answers(run: Run) -> str:
             rows.append((question, verdict(m), words(m)))
     for question, other in CLOSED_LOOP_CLAIMS:
         if (m := run.rollout.get(f"paired/policy_vs_{other}/{run.score}")) is not None:
-            rows.append((question, verdict(m), f"{words(m)}, {m.n} episodes"))
+            answer = verdict(m) if m.n >= FEWEST else "too few episodes"
+            rows.append((question, answer, f"{words(m)}, {m.n} episodes"))
     if not rows:
         return ""
     body = "".join(

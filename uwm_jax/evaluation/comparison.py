@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 
 from uwm_jax.config import flatten
+from uwm_jax.diffusion.modes import MODES
 from uwm_jax.evaluation.page import cell, curves, fields
 from uwm_jax.evaluation.pictures import Curve, Panel
 from uwm_jax.evaluation.results import Interval, Run, differing_fields
@@ -31,6 +32,9 @@ def _same_windows(runs: Sequence[Run]) -> str:
     datasets = [{source: m["splits"] for source, m in run.manifests.items()} for run in runs if run.manifests]
     if any(found != datasets[0] for found in datasets[1:]):
         names.append("the files of their datasets")
+    for what, found in (("held-out windows", [r.metrics for r in runs]), ("episodes", [r.rollout for r in runs])):
+        if len({max(m.n for m in metrics.values()) for metrics in found if metrics}) > 1:
+            names.append(f"the number of {what} that were evaluated")
     if not names:
         return "<p>Held-out windows are the same for all of them.</p>"
     return f"""<p><b>These runs differ in {html.escape(", ".join(names))}</b>: their metrics are of other windows or
@@ -46,16 +50,24 @@ def _metrics(runs: Sequence[Run]) -> str:
         f"{f', in the simulator at {run.rollout_step}' if run.rollout else ''}</small></th>"
         for run in runs
     )
-    rows = ""
-    for name in names:
-        found = [metrics.get(name) for metrics in by_run]
-        best = _best(found, _more_is_better(name))
-        cells = "".join(cell(m, "best" if m is not None and m is best else "") for m in found)
-        rows += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
-    if not rows:
+    if not names:
         return "<p>None of the runs was evaluated: <code>python -m uwm_jax.evaluate --workdir=DIR</code>.</p>"
-    return f"""<h2>Metrics</h2><p>Mean and 95 % interval. Marked: better than all others, with intervals apart.</p>
-<table><tr><th></th>{heads}</tr>{rows}</table>"""
+
+    def table(names: Sequence[str]) -> str:
+        rows = ""
+        for name in names:
+            found = [metrics.get(name) for metrics in by_run]
+            best = _best(found, _more_is_better(name))
+            cells = "".join(cell(m, "best" if m is not None and m is best else "") for m in found)
+            rows += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
+        return f"<table><tr><th></th>{heads}</tr>{rows}</table>"
+
+    main = [name for name in names if name.startswith((*MODES, "control/", "rollout/policy/"))]
+    rest = [name for name in names if name not in main]
+    return f"""<h2>Metrics</h2><p>Mean and 95 % interval, by their names in <code>metrics.json</code>. Marked: better
+than all others, with intervals apart.</p>
+{table(main)}
+<details><summary>Baselines, and differences to them</summary>{table(rest)}</details>"""
 
 
 def _more_is_better(name: str) -> bool:
