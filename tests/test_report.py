@@ -53,7 +53,7 @@ def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: i
     episodes = {f"{who}/max_coverage": stored(0.5) for who in ("policy", "random_uniform", "random_held", "expert")}
     episodes |= {f"paired/policy_vs_{who}/max_coverage": stored(gain) for who in ("random_uniform", "random_held")}
     (closed / "metrics.json").write_text(json.dumps(episodes))
-    (closed / "episodes.json").write_text(json.dumps({"env": "pusht", "execute": 7}))
+    (closed / "episodes.json").write_text(json.dumps({"env": "pusht", "execute": 7, "sampler_steps": 4}))
     lines = [
         {"step": s, "loss/action": 1 / s, "loss/next_obs": 2 / s, "samples_per_second": 100.0, "goodput": 0.75}
         | {"time/step": 30.0 * s, "time/compile": 10.0 * s}
@@ -101,7 +101,7 @@ def test_a_full_run_has_all_sections_and_stands_alone(tmp_path):
     assert changed in page
     assert "<b>run</b>. It pushes a block &amp; wins." in page
     assert "a&lt;b" in page and "a<b" not in page
-    assert "pusht, 7 steps of each chunk of actions are taken; 64 episodes" in page
+    assert "pusht, chunks of actions sampled in 4 evaluations of the network, of which 7 steps are taken; 64" in page
     assert "12.5 ms" in page and "closed loop<br>max coverage" in page  # few steps
     assert "75.0 %" in page and "360 ms a step" in page and "13:20" in page  # 36 windows at 100 a second; 800 s
     assert "forward, but with the actions of a window of another episode" in page

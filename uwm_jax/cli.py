@@ -98,7 +98,9 @@ def _call(main: Main, argv: Sequence[str]) -> int:
             flag_lines = FLAGS.main_module_help().strip().split("\n")[1:]  # the first one is the file's path
             print(sys.modules[main.__module__].__doc__ or "", "Flags:", *flag_lines, sep="\n")
             return 0
-        _command[:] = ["python", "-m", _module_name(main), *argv[1:]]
+        module = _module_name(main)
+        started = ["-m", module] if module != "__main__" else [argv[0]]  # `python uwm_jax/train.py`
+        _command[:] = ["python", *started, *argv[1:]]
         main(_parse(argv))
     except Preempted as e:
         print(e, file=sys.stderr)

@@ -229,7 +229,12 @@ def _closed_loop(run: Run) -> str:
         if f"{actor}/{run.score}" in run.rollout
     )
     count, how = max(m.n for m in run.rollout.values()), run.rollout_how
-    how_words = f"{how['env']}, {how['execute']} steps of each chunk of actions are taken; " if how else ""
+    how_words = (
+        f"{how['env']}, chunks of actions sampled in {how['sampler_steps']} evaluations of the network, of which "
+        f"{how['execute']} steps are taken; "
+        if how
+        else ""
+    )
     gif = image(run.workdir / "rollout" / str(run.rollout_step) / "episodes.gif", "episodes in the simulator")
     caption = """The policy mode acts; beside it what the forward mode, told the actions that were then taken, imagined
 would be seen, and what was seen."""

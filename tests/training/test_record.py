@@ -38,6 +38,13 @@ def test_starts_are_appended_and_unreadable_files_are_none(tmp_path):
         assert record.read_starts(tmp_path) == []
 
 
+def test_a_command_that_is_started_as_a_file(monkeypatch):
+    monkeypatch.setattr(train, "__spec__", None)
+    monkeypatch.setattr(train.main, "__module__", "__main__")
+    assert cli.call(train.main, ["uwm_jax/train.py", "--workdir=x"], train.define_flags) == 2  # it lacks --config
+    assert cli.command_line() == ["python", "uwm_jax/train.py", "--workdir=x"]
+
+
 def test_the_train_command_describes_itself(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(train, "train", lambda *arguments: given.append(arguments))
