@@ -33,6 +33,7 @@ from tqdm import tqdm
 from data_prep.output import building, check_output, is_vacant
 from data_prep.pusht_expert import PushTExpert
 from uwm_jax import cli
+from uwm_jax.envs.parallel import cores
 from uwm_jax.envs.pusht import Renderer, make_env, read_state
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
@@ -138,7 +139,7 @@ def episodes(demo: Demo, workers: int = 0) -> Iterator[tuple[int, Episode]]:
 
     workers: processes, 0 = all cores, 1 = in this process.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or cores()
     if workers == 1:
         yield from ((i, run_episode(i, demo)) for i in range(SEEDS_PER_RUN))
         return

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from uwm_jax import cli, report
 from uwm_jax.envs import EnvSpec, get
-from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, controllers, replay
+from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, controllers, cores, replay
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation import film
 from uwm_jax.evaluation.metrics import interval
@@ -160,7 +159,7 @@ def open_envs(name: str, system: System, seeds: Sequence[int], workers: int = 0)
     Args and errors: as `closed_loop`.
     """
     check_fits(get(name), system)
-    return ParallelEnvs(name, system.facts.cameras, workers or min(len(os.sched_getaffinity(0)), len(seeds)))
+    return ParallelEnvs(name, system.facts.cameras, workers or min(cores(), len(seeds)))
 
 
 def play(envs: ParallelEnvs, controller: str, seeds: Sequence[int]) -> list[EpisodeResult]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
 pytest.importorskip("gym_pusht")
 
 from uwm_jax import envs  # noqa: E402
-from uwm_jax.envs.parallel import ParallelEnvs, Random, controllers, make_controller, play_episode  # noqa: E402
+from uwm_jax.envs.parallel import ParallelEnvs, Random, controllers, cores, make_controller, play_episode  # noqa: E402
 from uwm_jax.errors import RunError, UserError  # noqa: E402
 
 SEEDS = [100_000, 100_001, 7]
@@ -78,6 +80,12 @@ def test_random_actions_cover_the_board_and_are_held():
 def test_the_expert_solves_what_the_random_policies_do_not(two_workers):
     best = {name: [e.max_score for _, e in two_workers.play(name, SEEDS)] for name in ("expert", "random_held")}
     assert min(best["expert"]) > 0.95 and np.mean(best["random_held"]) < 0.7
+
+
+def test_cores_where_the_system_tells_them_and_where_not(monkeypatch):
+    assert cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores() == os.cpu_count()
 
 
 def test_errors_of_a_worker_reach_the_parent():

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,11 @@ class Random:
             self._action = self._rng.uniform(low, high)
         self._steps += 1
         return self._action
+
+
+def cores() -> int:
+    """How many this process may use; macOS does not tell, and has all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def controllers(spec: EnvSpec) -> tuple[str, ...]:
