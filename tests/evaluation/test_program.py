@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES, generated
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.evaluation import pictures
-from uwm_jax.evaluation.program import Evaluation
+from uwm_jax.evaluation.program import Evaluation, rows_at_a_time
 from uwm_jax.models.codecs import PCACodec
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import load_rules
@@ -231,6 +233,15 @@ def test_windows_are_evenly_spread_where_there_are_many(setup):
     np.testing.assert_array_equal(shown["action"], every["action"][picked])
     np.testing.assert_allclose(shown["next_obs"][:, 0], every["next_obs/wrist"][picked] / 255.0, atol=1e-6)
     assert metrics["policy/action_mse"]["n"] == len(held_out)
+
+
+def test_a_batch_takes_seconds_and_divides_over_the_devices():
+    def mesh(data, fsdp, tensor):  # of which only the sizes matter
+        return SimpleNamespace(shape={"data": data, "fsdp": fsdp, "tensor": tensor})
+
+    assert [rows_at_a_time(mesh(1, 1, 2), n) for n in (6, 64, 256)] == [6, 64, 64]
+    assert [rows_at_a_time(mesh(3, 2, 1), n) for n in (1, 6, 7, 256)] == [6, 6, 12, 66]
+    assert rows_at_a_time(mesh(256, 1, 1), 256) == 256
 
 
 def test_what_cannot_be_evaluated_is_explained(setup):

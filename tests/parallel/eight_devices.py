@@ -42,7 +42,7 @@ VARIANTS = {
     "2x2x2, accumulated": ((2, 2, 2), 2),
     "data 2, tensor 4": ((2, 1, 4), 1),
 }
-MODES_EVALUATED = ("one", "data 8", "2x2x2, accumulated")
+EVALUATED = ("one", "data 8", "2x2x2, accumulated")
 
 
 def tiny(sizes: tuple[int, int, int], accumulation_steps: int) -> ConfigDict:
@@ -116,14 +116,11 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     compiled = compile_for(mesh, rules, train_step, state, frozen, batch, updates_state=True)
     found = collectives.read(compiled.as_text())
 
-    evaluated = None
-    if sizes == (8, 1, 1):
-        eval_step = make_eval_step(config, system)
+    evaluated, modes = None, None
+    if (sizes, accumulation_steps) in (VARIANTS[name] for name in EVALUATED):
+        eval_step = make_eval_step(system)
         evaluate = compile_for(mesh, rules, eval_step, state, frozen, batch, updates_state=False)
         evaluated = {name: value.tolist() for name, value in evaluate(state, frozen, batch).items()}
-
-    modes = None
-    if (sizes, accumulation_steps) in (VARIANTS[name] for name in MODES_EVALUATED):
         modes = evaluate_modes(system, mesh, rules, state.params, frozen, batch)
 
     def on_first_device(tree) -> int:
@@ -139,7 +136,7 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     adaln = {name: tree["noise_pred_net"]["blocks"]["adaln"]["kernel"] for name, tree in trees.items()}
     return {
         "metrics": metrics,  # of each step
-        "evaluated": evaluated,  # before the first step
+        "evaluated": evaluated,  # losses of every row before the first step
         "modes": modes,  # likewise
         "state_bytes": state_bytes,
         "reused_bytes": compiled.memory_analysis().alias_size_in_bytes,

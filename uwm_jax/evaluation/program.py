@@ -158,9 +158,9 @@ class Evaluation:
         Raises:
           RunError: a metric is NaN or infinite.
         """
-        program = self._compile(make_scores(system), params, frozen, self.batches[0])
-        found = tqdm(self.batches, desc=progress, unit="batch", disable=not progress)
-        scores = [jax.device_get(program(params, frozen, batch)) for batch in found]
+        with tqdm(self.batches, desc=progress, unit="batch", disable=not progress) as batches:  # seen while it compiles
+            program = self._compile(make_scores(system), params, frozen, self.batches[0])
+            scores = [jax.device_get(program(params, frozen, batch)) for batch in batches]
         return summarize(join(scores, len(self.held_out)), self.held_out.episodes)
 
     def _shown_of(self, number: int) -> jax.Array:
@@ -202,15 +202,11 @@ class Evaluation:
         return compile_for(self._mesh, self._rules, function, *inputs, updates_state=False)
 
 
-def rows_at_a_time(mesh: Mesh, num_windows: int, multiple_of: int = 1) -> int:
-    """Rows of a batch of `Evaluation`: few enough that one takes seconds, and what the mesh's cuts divide.
-
-    Args:
-      num_windows: how many there are.
-      multiple_of: what else each device's share must be a multiple of.
-    """
-    unit = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES) * multiple_of
-    return unit * -(-min(AT_A_TIME, num_windows) // unit)
+def rows_at_a_time(mesh: Mesh, num_windows: int) -> int:
+    """Rows of a batch of `Evaluation` of so many windows: few enough that it takes seconds, a multiple of the shares
+    that the mesh cuts it into."""
+    shares = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
+    return shares * -(-min(AT_A_TIME, num_windows) // shares)
 
 
 def join(parts: list[dict[str, np.ndarray]], total: int) -> dict[str, np.ndarray]:

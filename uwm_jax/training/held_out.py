@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
-from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
+from uwm_jax.evaluation.program import Evaluation, join, rows_at_a_time, write_results
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel.sharding import Rules
 from uwm_jax.system import System
@@ -32,12 +33,12 @@ class HeldOut:
     def __init__(self, system: System, loader: Loader, mesh: Mesh, rules: Rules, state: Any, frozen: Any):
         config = system.config
         windows = loader.held_out(config.eval.num_windows)
-        rows = rows_at_a_time(mesh, min(len(windows), config.batch_size), config.accumulation_steps)
+        rows = rows_at_a_time(mesh, min(len(windows), config.batch_size))
         self._system = system
         self._modes = Evaluation(system, loader, windows, mesh, rules, rows, denoising=False)
         self._modes.compile(state.eval_params, frozen)
         inputs = state, frozen, self._modes.batches[0]
-        self._losses = compile_for(mesh, rules, make_eval_step(config, system), *inputs, updates_state=False)
+        self._losses = compile_for(mesh, rules, make_eval_step(system), *inputs, updates_state=False)
 
     def evaluate(
         self, workdir: Path, step: int, state: TrainState, frozen: Any, between_batches: Callable[[], None]
@@ -55,8 +56,8 @@ class HeldOut:
             between_batches()
             losses.append(jax.device_get(self._losses(state, frozen, batch)))
         metrics, shown = self._modes.run(state.eval_params, frozen, between_batches=between_batches)
-        # Of batches of one size: the last is filled up with the first windows.
-        means = {name: float(sum(x[name] for x in losses) / len(losses)) for name in losses[0]}
+        by_window = join(losses, len(self._modes.held_out))
+        means = {name: float(values.mean(dtype=np.float64)) for name, values in by_window.items()}
         means |= {f"eval/{name}": value["mean"] for name, value in metrics.items()}
         files = write_results(workdir, step, self._system, metrics, shown) if distributed.is_main() else {}
         return means, {f"eval/{name}": file for name, file in files.items()}

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from uwm_jax.diffusion.loss import by_timestep, row_weights
-from uwm_jax.parallel.accumulate import sum_in_parts, value_and_grad
+from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.parallel.mesh import replicated
 from uwm_jax.parallel.sharding import Rules, activations
 from uwm_jax.system import System
@@ -82,21 +82,15 @@ def gradient_norms(grads: Any) -> Metrics:
     return {"grad_norm": jnp.sqrt(sum(squares.values(), jnp.zeros(()))), **groups}
 
 
-def make_eval_step(config: ConfigDict, system: System) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], Metrics]:
-    """`(state, frozen, batch) -> {"eval/loss/...": ()}` with noise that depends on the row alone.
+def make_eval_step(system: System) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], Metrics]:
+    """`(state, frozen, batch) -> {"eval/loss/<modality>": (B,)}` with noise that depends on the row alone.
 
     The noise does not depend on the step or the seed of the run, so two checkpoints compare.
     """
 
     def eval_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-        shares = row_weights(batch["action_mask"], config.loss.action_free)
-
-        def sums(rows: Any) -> Metrics:
-            batch, shares = rows
-            errors, _ = system.row_losses(state.eval_params, frozen, batch, jax.random.key(0), augment=False)
-            return {f"eval/loss/{m}": (shares[m] * errors[m]).sum() for m in errors}
-
-        return sum_in_parts(sums, (dict(batch), shares), config.accumulation_steps)
+        errors, _ = system.row_losses(state.eval_params, frozen, batch, jax.random.key(0), augment=False)
+        return {f"eval/loss/{m}": errors[m] for m in errors}
 
     return eval_step
 
