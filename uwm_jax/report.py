@@ -144,8 +144,8 @@ def _idea(run: Run) -> str:
     picture = image(run.picture("idea.png"), "one held-out moment: what each mode is given and what it samples")
     if picture:
         picture = f"""<figure>{picture}<figcaption>One moment of an episode that was held out of training (of some
-that are spread over these episodes, the one in which most moves). A mode, a column here, is nothing but the choice of what is given, what is
-hidden and what is sampled. Step {run.eval_step}.</figcaption></figure>"""
+that are spread over these episodes, the one in which most moves). A mode, a column here, is nothing but the choice of
+what is given, what is hidden and what is sampled. Step {run.eval_step}.</figcaption></figure>"""
     else:
         picture = _missing("The pictures of all modes", f"python -m uwm_jax.evaluate --workdir={_path(run)}")
     about = run.starts[-1].get("about", "") if run.starts else ""
