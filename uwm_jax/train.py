@@ -172,8 +172,6 @@ def run(
             checkpoints.warm_up(state, frozen_lib.checkpointed_arrays(config, frozen))  # SIGTERM leaves little time
         if config.eval.every:
             held_out = HeldOut(system, loader, mesh, rules, like, frozen)
-    # On CPUs the first collective fails when another process comes to it half a minute later.
-    distributed.barrier("all programs are compiled", seconds=3600)
 
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.
@@ -214,6 +212,8 @@ def run(
     for resource in (batches, log, trace):
         closing.callback(resource.close)
     preemption, watchdog = closing.enter_context(Preemption()), closing.enter_context(Watchdog(config.hang_seconds))
+    # On CPUs a collective fails when another process comes to it half a minute later.
+    distributed.barrier("all are ready for the first step", seconds=3600)
     saved_step = start_step
     for step in range(start_step + 1, config.total_steps + 1):
         try:

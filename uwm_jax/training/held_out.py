@@ -60,6 +60,8 @@ class HeldOut:
         means = {name: float(values.mean(dtype=np.float64)) for name, values in by_window.items()}
         means |= {f"eval/{name}": value["mean"] for name, value in metrics.items()}
         files = write_results(workdir, step, self._system, metrics, shown) if distributed.is_main() else {}
+        # Drawing takes seconds, and on CPUs a collective fails when another process comes to it half a minute later.
+        distributed.barrier(f"the evaluation of step {step} is written", seconds=3600)
         return means, {f"eval/{name}": file for name, file in files.items()}
 
 
