@@ -250,7 +250,7 @@ would be seen, and what was seen."""
 def _few_steps(run: Run) -> str:
     body = ""
     if run.few_steps:
-        names = [n for n in ("policy/action_mse", "inverse/action_mse", "forward/changed_mse", "video/psnr")]
+        names = ["policy/action_mse", "inverse/action_mse", "forward/changed_mse", "video/psnr"]
         names += sorted({key for row in run.few_steps for key in row["metrics"] if key.startswith("closed_loop/")})
         names = [n for n in names if any(n in row["metrics"] for row in run.few_steps)]
         heads = "".join(f"<th>{_title(n)}</th>" for n in names)

@@ -44,7 +44,7 @@ in other units, and a difference between them need not be one of the models.</p>
 def _metrics(runs: Sequence[Run]) -> str:
     """A row per metric, a column per run; what is better than every other with intervals apart is marked."""
     by_run = [{**run.metrics, **{f"rollout/{name}": m for name, m in run.rollout.items()}} for run in runs]
-    names = [name for name in dict.fromkeys(name for found in by_run for name in found)]
+    names = list(dict.fromkeys(name for found in by_run for name in found))
     heads = "".join(
         f"<th>{html.escape(run.name)}<br><small>evaluated at step {run.eval_step}"
         f"{f', in the simulator at {run.rollout_step}' if run.rollout else ''}</small></th>"

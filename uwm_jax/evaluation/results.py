@@ -49,9 +49,9 @@ def verdict(difference: Interval) -> str:
 
 def number(x: float) -> str:
     """Three significant digits, without an exponent where a reader can do without."""
-    if x == 0 or 1e-6 <= abs(x) < 1e5:
-        return f"{x:.{max(0, 2 - math.floor(math.log10(abs(x))))}f}" if x else "0"
-    return f"{x:.2e}"
+    if x == 0:
+        return "0"
+    return f"{x:.{max(0, 2 - math.floor(math.log10(abs(x))))}f}" if 1e-6 <= abs(x) < 1e5 else f"{x:.2e}"
 
 
 def words(m: Interval) -> str:

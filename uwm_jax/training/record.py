@@ -33,7 +33,7 @@ def describe(command: Sequence[str], config_file: str, config: ConfigDict, overr
       "in_file": {field: the file's value} of the same fields, "code_version", "time": UTC, ISO 8601}.
     """
     names, flat = sorted(set(overrides)), flatten(config)
-    in_file = _in_file(config_file)
+    in_file = _in_file(config_file) if names else {}  # the file is run once more for it
     return {
         "command": list(command),
         "config_file": config_file,
