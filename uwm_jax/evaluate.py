@@ -40,7 +40,6 @@ from uwm_jax.training import checkpoint as checkpoint_lib
 
 FLAGS = flags.FLAGS
 
-FIRST_SEED = 100_000  # of the episodes in the simulator
 SPACINGS = ("leading", "trailing")  # of timesteps, as `uwm_jax.diffusion.schedule` has them
 
 Metrics = dict[str, Interval]
@@ -76,7 +75,7 @@ def main(argv: list[str]) -> None:
 
     start = time.perf_counter()
     if compares:
-        seeds = range(FIRST_SEED, FIRST_SEED + FLAGS.episodes)
+        seeds = range(rollout.FIRST_SEED, rollout.FIRST_SEED + FLAGS.episodes)
         with rollout.open_envs(FLAGS.env, system, seeds) if FLAGS.env else contextlib.nullcontext() as envs:
             found = [compare(evaluation, way, params, frozen, envs, seeds) for way in ways]
         folder.mkdir(parents=True, exist_ok=True)

@@ -108,7 +108,7 @@ def draw(windows: Windows, facts: DataFacts, config: ConfigDict, folder: Path) -
 def denoised(count: int, facts: DataFacts, config: ConfigDict) -> tuple[np.ndarray, int]:
     """Of which of `count` windows, (D,) int, and of which view denoise.gif shows the last frame."""
     plane = Plane.of(facts, config.data, config.eval.action_plane)
-    return _spread(count, 3), plane.view if plane else 0
+    return spread(count, 3), plane.view if plane else 0
 
 
 class Plane(NamedTuple):
@@ -196,7 +196,7 @@ def _modes(windows: Windows, cameras: Sequence[str]) -> Figure:
     predictions["baseline:\nthe current\nframe, copied"] = _last(windows["current"])
     if "mean_image" in windows:
         predictions["baseline:\nthe mean\nimage"] = np.broadcast_to(windows["mean_image"], windows["next_obs"].shape)
-    picked = _spread(len(windows["episode"]), max(1, 3 // len(cameras)))
+    picked = spread(len(windows["episode"]), max(1, 3 // len(cameras)))
     rows, change = [(w, v) for w in picked for v in range(len(cameras))], _change(windows)
     figure = Figure(figsize=(2.15 * (2 + len(predictions)), 4.55 * len(rows) + 0.9), layout="constrained")
     axes = figure.subplots(2 * len(rows), 2 + len(predictions), squeeze=False)
@@ -225,7 +225,7 @@ def _modes(windows: Windows, cameras: Sequence[str]) -> Figure:
 def _actions_on_frames(windows: Windows, raw: Windows, plane: Plane) -> Figure:
     """Paths on the current frame: a row per mode that samples actions, a column per window."""
     modes = [mode for mode in MODES if f"{mode}/action" in windows]
-    picked = _spread(len(windows["episode"]), 5)
+    picked = spread(len(windows["episode"]), 5)
     figure = Figure(figsize=(3.1 * len(picked) + 0.8, 3.1 * len(modes) + 0.8), layout="constrained")
     axes = figure.subplots(len(modes), len(picked), squeeze=False)
     for row, mode in enumerate(modes):
@@ -243,8 +243,8 @@ def _actions_on_frames(windows: Windows, raw: Windows, plane: Plane) -> Figure:
 def _actions_over_time(windows: Windows, raw: Windows, most: int = 5) -> Figure:
     """Actions over the chunk's steps: a row per window, a column per dimension, a line per mode."""
     modes = [mode for mode in MODES if f"{mode}/action" in windows]
-    picked = _spread(len(windows["episode"]), 4)
-    dims = _spread(raw["action"].shape[-1], most)
+    picked = spread(len(windows["episode"]), 4)
+    dims = spread(raw["action"].shape[-1], most)
     figure = Figure(figsize=(3.4 * len(dims) + 0.4, 2.3 * len(picked) + 0.9), layout="constrained")
     axes = figure.subplots(len(picked), len(dims), squeeze=False)
     for row, window in zip(axes, picked, strict=True):
@@ -387,7 +387,7 @@ def _traces(axis: Any, truth: np.ndarray, sample: np.ndarray, color: str, most: 
     """Normalised actions (T, Da) over time, where they are no positions on a frame, a line style for each of some
     dimensions; returns what was drawn."""
     drawn = []
-    for dim, style in zip(_spread(truth.shape[-1], most), ("-", "--", ":"), strict=False):
+    for dim, style in zip(spread(truth.shape[-1], most), ("-", "--", ":"), strict=False):
         drawn += axis.plot(truth[:, dim], style, color=TRUTH, linewidth=2.0)
         drawn += axis.plot(sample[:, dim], style, color=color, linewidth=2.0)
     low, high = truth.min(), truth.max()
@@ -429,7 +429,7 @@ def _change(windows: Windows) -> np.ndarray:
     return difference.max(axis=-1) > CHANGED
 
 
-def _spread(count: int, most: int) -> np.ndarray:
+def spread(count: int, most: int) -> np.ndarray:
     """At most `most` evenly spread numbers below `count`."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 

@@ -83,7 +83,7 @@ class Evaluation:
         self.batches = [mesh_lib.place(batch, self._by_rows) for batch in held_out.batches(batch_size)]
         self._num_shown = min(SHOWN, len(held_out))
         self._references: Arrays | None = None  # of the training data, made when they are first needed
-        self._shown = np.round(np.linspace(0, len(held_out) - 1, self._num_shown)).astype(np.int32)
+        self._shown = pictures.spread(len(held_out), SHOWN).astype(np.int32)
         self._denoised, self._view = pictures.denoised(self._num_shown, system.facts, system.config)
 
     def compile(self, params: Any, frozen: Any) -> None:
