@@ -136,9 +136,17 @@ def test_every_metric_is_explained(ran, place):
     keys = {
         key for run in ("profiled", "cotrain", "finetuned") for line in metrics(place / "runs" / run) for key in line
     }
-    unexplained = {key for key in keys if f"`{key}`" not in PAGE and not re.fullmatch(r"loss/\w+/t\d+-\d+", key)}
+    # `eval/<metric>` stands for the keys of the table of "Evaluate", in which `<a>` and `...` stand for a word.
+    evaluated = PAGE[PAGE.index("## Evaluate") :].split("\n## ")[0]
+    cells = [row.split("|")[1] for row in evaluated.splitlines() if row.startswith("| `")]
+    names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    assert "`eval/<metric>`" in PAGE
+    patterns = ["eval/" + re.sub(r"<\w+>|\.\.\.", r"\\w+?", name) for name in names]
+    told = "|".join([*patterns, r"loss/\w+/t\d+-\d+"])
+    unexplained = {key for key in keys if f"`{key}`" not in PAGE and not re.fullmatch(told, key)}
     assert not unexplained
-    assert "eval/loss/action" in keys and any(key.startswith("loss/action/t") for key in keys)
+    assert {"eval/loss/action", "eval/policy/action_mse", "eval/control/shuffle_gap"} <= keys
+    assert any(key.startswith("loss/action/t") for key in keys)
 
 
 def metrics(workdir: Path) -> list[dict]:

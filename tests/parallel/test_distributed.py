@@ -157,6 +157,11 @@ def main(argv):
                         time.sleep(30)
                     if scenario in ("stopped", "preempted"):
                         os.kill(os.getpid(), signal.SIGSTOP if scenario == "stopped" else signal.SIGTERM)
+                if step == 15 and scenario == "slow":  # one fails and is long in closing; the other's error comes late
+                    if not first:
+                        d.announce(UserError("this file is no good"))
+                    time.sleep(6 if first else 9)
+                    raise RuntimeError("gloo: connection closed") if first else UserError("this file is no good")
                 if scenario == "late" and first and step == 15:
                     d.barrier("a late one", seconds=1)
                 batches = 3 if step % 4 == 0 else 0  # an evaluation
@@ -195,6 +200,15 @@ def test_an_error_of_one_process_is_the_end_and_the_message_of_all():
     assert statuses == [2, 2], output
     assert "error: this file is no good" in output[0] and "process 0 of 2 failed: this file is no good" in output[1]
     assert not any("Traceback" in text or "Check failure" in text for text in output), output
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_a_process_that_ends_because_of_another_says_so_once():
+    statuses, output = run("slow")
+    assert statuses == [2, 2], output
+    assert all(text.count("error:") == 1 and "this file is no good" in text for text in output), output
+    assert "process 1 of 2 failed" in output[0] and "Traceback" not in output[0], output
 
 
 @pytest.mark.slow

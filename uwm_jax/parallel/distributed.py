@@ -80,7 +80,8 @@ def session() -> Iterator[None]:
         cause = None
         if _company is not None:
             cause = _company.cause_of(error)
-            _company.closed = True
+            with _ending:
+                _company.closed = True
         _end_without_barrier(_status(cause or error))
         if cause is None:
             raise
@@ -401,8 +402,10 @@ class _Company:
             return
         if self._failing.wait(_OWN_ERROR_SECONDS):
             return
-        message = f"error: {self._tell(record)}\n{place()} ends too, since none can go on without the others."
-        _end_process(message, record["status"])
+        with _ending:
+            if not self._failing.is_set():
+                text = f"error: {self._tell(record)}\n{place()} ends too, since none can go on without the others."
+                _end_process(text, record["status"])
 
     def _tell(self, record: Mapping[str, Any]) -> str:
         return f"process {record['process']} of {self.count} failed: {record['message']}"
@@ -453,21 +456,26 @@ def _end_without_barrier(status: int) -> None:
 def _end_now(error: BaseException, seconds: float) -> None:
     """For a failing process that still waits for the others, e.g. to finish a checkpoint together."""
     error = (_company and _company.cause_of(error)) or error
-    if _company and _company.closed:  # only the interpreter's own end takes so long: the caller tells of the error
-        _end_process("", _status(error))
     shown = isinstance(error, UserError | RunError)
     text = f"error: {error}" if shown else "".join(traceback.format_exception(error)).rstrip()
-    _end_process(f"{text}\n{place()}: its open files could not be closed in {seconds:g} s.", _status(error))
+    with _ending:
+        if _company and _company.closed:  # only the interpreter's own end takes so long: the caller tells of the error
+            _end_process("", _status(error))
+        _end_process(f"{text}\n{place()}: its open files could not be closed in {seconds:g} s.", _status(error))
+
+
+_ending = threading.RLock()  # one thread ends the process and says why; the others wait for that, in silence
 
 
 def _end_process(message: str, status: int) -> None:
-    if message:
-        print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if _company is not None:
-        _company.leave()
-    os._exit(status)
+    with _ending:
+        if message:
+            print(message, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if _company is not None:
+            _company.leave()
+        os._exit(status)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -320,6 +321,8 @@ class Checkpoints:
                     _warn(f"{self.directory / str(old)}: an old checkpoint could not be deleted: {cause_of(e)}")
 
     def _failed(self, step: int, error: BaseException) -> RunError:
+        # What orbax no longer writes would be told by the interpreter as it ends, below the one message.
+        warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
         whole = [s for s in self.steps() if s != step]
         continued = f"continues from step {whole[-1]}" if whole else "starts anew"
         failure = RunError(
