@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 import pytest
 
@@ -83,3 +86,36 @@ def test_debug_shows_the_traceback_and_defects_exit_with_1():
 def test_help_succeeds():
     result = run("--help")
     assert result.returncode == 0 and "official_config" in result.stdout + result.stderr
+
+
+MEMORY = """
+import resource, threading
+from uwm_jax import cli
+
+def work():
+    faults = []
+    for _ in range(5):
+        buffer = bytearray(64 << 20)
+        del buffer
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    print(faults[-1] - faults[0])
+
+def main(argv):
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+cli.run(main) if "kept" in __import__("sys").argv else main([])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+@pytest.mark.skipif(bool(entry_points(group="jax_plugins") or find_spec("libtpu")), reason="there is an accelerator")
+def test_memory_that_was_freed_is_not_faulted_in_again():
+    faults = {}
+    for name in ("given back", "kept"):
+        result = subprocess.run([sys.executable, "-c", MEMORY, name], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        faults[name] = [int(line) for line in result.stdout.split()]
+    assert min(faults["given back"]) > 1000 > 10 * max(faults["kept"]), faults
