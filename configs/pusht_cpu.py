@@ -7,7 +7,7 @@ Command:
     python -m uwm_jax.evaluate --workdir=runs/pusht_cpu
     python -m uwm_jax.rollout --workdir=runs/pusht_cpu --env=pusht --episodes=50
 
-`configs/pusht_cpu.py:short` trains for 2,000 steps, for comparing seeds and settings.
+`configs/pusht_cpu.py:short` trains for 1,500 steps, for comparing seeds and settings.
 
 Hardware: two CPU cores.
 
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 
-STEPS = {"full": 10_000, "short": 2_000}
+STEPS = {"full": 10_000, "short": 1_500}
 
 
 def get_config(length: str = "full") -> ConfigDict:

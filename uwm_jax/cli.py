@@ -67,6 +67,12 @@ def required(name: str) -> str:
     return value
 
 
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of the same number of cells, as lines for the terminal with aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  " + "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
 Main = Callable[[list[str]], None]
 
 

@@ -17,7 +17,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.metrics import Interval, interval
+from uwm_jax.evaluation.metrics import Metrics, interval
 from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
@@ -41,8 +41,6 @@ from uwm_jax.training import checkpoint as checkpoint_lib
 FLAGS = flags.FLAGS
 
 SPACINGS = ("leading", "trailing")  # of timesteps, as `uwm_jax.diffusion.schedule` has them
-
-Metrics = dict[str, Interval]
 
 
 def define_flags() -> None:
@@ -192,7 +190,7 @@ def policy_seconds(system: System, params: Any, frozen: Any, repeats: int = 5) -
 
 def text_table(metrics: Metrics) -> str:
     """The metrics as aligned lines `name  mean [lo, hi]`."""
-    return _aligned([(name, _text(value)) for name, value in metrics.items()])
+    return cli.table([(name, _text(value)) for name, value in metrics.items()])
 
 
 def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -203,16 +201,11 @@ def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["sampler"], str(row["steps"]), f"{1000 * row['seconds_per_sample']:.1f}"]
         lines.append((*cells, *(_text(row["metrics"][name]) for name in names)))
-    return _aligned(lines)
+    return cli.table(lines)
 
 
-def _text(value: Interval) -> str:
+def _text(value: Mapping[str, float]) -> str:
     return "{mean:.4g} [{lo:.4g}, {hi:.4g}]".format(**value)
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  " + "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 if __name__ == "__main__":

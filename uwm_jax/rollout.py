@@ -260,8 +260,7 @@ def text_table(metrics: Mapping[str, Mapping[str, float]], score: str) -> str:
     rows = [["", f"max {score}", "success", f"policy better by (max {score})"]]
     for w in who:
         rows.append([w, cell(f"{w}/max_{score}"), cell(f"{w}/success"), cell(f"paired/{POLICY}_vs_{w}/max_{score}")])
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return cli.table(rows)
 
 
 def _bar(description: str, total: int, unit: str) -> tqdm:

@@ -15,7 +15,7 @@ import numpy as np
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import RunError
 
-Interval = dict[str, float]
+Metrics = dict[str, dict[str, float]]  # of each the mean, and lo and hi of its interval, over n windows
 
 CHANGED = 0.05  # how far a value must be from the last current frame's, in [0, 1], to count as changed
 
@@ -70,7 +70,7 @@ def _mean(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1).mean(axis=1)
 
 
-def summarize(values: Mapping[str, np.ndarray], episodes: np.ndarray) -> dict[str, Interval]:
+def summarize(values: Mapping[str, np.ndarray], episodes: np.ndarray) -> Metrics:
     """Every metric over windows, and the differences of `PAIRS`, each as `interval` gives it.
 
     A metric for which no window counts is left out.
@@ -108,7 +108,7 @@ def summarize(values: Mapping[str, np.ndarray], episodes: np.ndarray) -> dict[st
     return summary
 
 
-def interval(values: np.ndarray, clusters: np.ndarray, resamples: int = 2000) -> Interval:
+def interval(values: np.ndarray, clusters: np.ndarray, resamples: int = 2000) -> dict[str, float]:
     """Mean over windows with a 95 % bootstrap interval that resamples whole clusters (episodes).
 
     Windows of one episode are alike, so that resampling windows would claim too much.
