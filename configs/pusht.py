@@ -2,7 +2,7 @@
 In PushT a blue disc has to push a grey T onto the green one, and an action is the position that the disc is sent to.
 
 Command:
-    python -m data_prep.demo --episodes=1000 --image_size=96 --output=$UWM_DATA_DIR/pusht_96
+    python -m data_prep.demo --episodes=1000 --image_size=96 --output=${UWM_DATA_DIR:-data}/pusht_96
     python -m uwm_jax.train --config=configs/pusht.py --workdir=runs/pusht
     python -m uwm_jax.evaluate --workdir=runs/pusht
     python -m uwm_jax.rollout --workdir=runs/pusht --env=pusht --episodes=50

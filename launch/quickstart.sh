@@ -14,3 +14,4 @@ started=$SECONDS
 .venv/bin/python -m uwm_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 .venv/bin/python -m uwm_jax.evaluate --workdir=runs/quickstart
 echo "done in $((SECONDS - started)) s after installation: open runs/quickstart/report.html"
+echo "for the other commands of README.md: source .venv/bin/activate"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from uwm_jax.config import source
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_system
 from uwm_jax.train import train
+
+PICTURES = {"idea.png", "modes.png", "actions.png"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,8 @@ def trained(tmp_path_factory, make_tiny_config):
 def test_the_command_finds_what_the_trainer_found(trained, capsys):
     folder = trained / "eval" / "2"
     in_training = json.loads((folder / "metrics.json").read_text())
-    assert {path.name for path in folder.iterdir()} == {"metrics.json", "idea.png", "modes.png", "actions.png"}
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "about.json"} | PICTURES
+    about = json.loads((folder / "about.json").read_text())
     for file in folder.iterdir():
         file.unlink()
     assert cli.call(evaluate.main, ["evaluate", f"--workdir={trained}"], evaluate.define_flags) == 0
@@ -39,7 +44,11 @@ def test_the_command_finds_what_the_trainer_found(trained, capsys):
         assert value["n"] == in_training[name]["n"]
         np.testing.assert_allclose(list(value.values()), list(in_training[name].values()), rtol=1e-3, atol=1e-5)
     assert metrics["joint/psnr"]["n"] == 6
-    assert {"metrics.json", "modes.png", "actions.png", "denoise.gif"} <= {p.name for p in folder.iterdir()}
+    again = json.loads((folder / "about.json").read_text())
+    assert again["command"][-1] == f"--workdir={trained}" and (again["windows"], again["episodes"]) == (6, 2)
+    for name in ("windows", "episodes", "datasets", "sampler_steps", "sampler_spacing", "code_version"):
+        assert again[name] == about[name], name
+    assert {"denoise.gif"} | PICTURES <= {p.name for p in folder.iterdir()}
     page = (trained / "report.html").read_text()
     assert "data:image/png;base64," in page and 'src="http' not in page
     output = capsys.readouterr().out
@@ -52,6 +61,7 @@ def test_ways_of_sampling_are_compared(trained, capsys):
     assert cli.call(evaluate.main, arguments, evaluate.define_flags) == 0
     rows = json.loads((trained / "eval" / "2" / "few_steps.json").read_text())
     ways = [(row["sampler"], row["steps"]) for row in rows]
+    assert [row["first_timestep"] for row in rows] == [50, 0, 99, 99]
     assert ways == [("leading", 2), ("leading", 1), ("trailing", 2), ("trailing", 1)]
     assert len({row["metrics"]["policy/action_mse"]["mean"] for row in rows}) == 4
     assert all(row["seconds_per_sample"] > 0 and row["metrics"]["joint/psnr"]["n"] == 6 for row in rows)
@@ -62,6 +72,37 @@ def test_ways_of_sampling_are_compared(trained, capsys):
         ["trailing", "2"],
         ["trailing", "1"],
     ]
+
+
+@pytest.mark.slow
+def test_flags_that_would_change_what_is_held_out_or_do_nothing_are_refused(trained, capsys):
+    for flag, message in (
+        ("--config.data.val_ratio=0.5", "the run decided which episodes"),
+        ("--episodes=3", "--episodes belongs to --env"),
+        ("--env=pusht", "--env belongs to --sampler"),
+    ):
+        assert cli.call(evaluate.main, ["evaluate", f"--workdir={trained}", flag], evaluate.define_flags) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_other_data_than_the_runs_are_refused_unless_named(tiny_config, monkeypatch, capsys):
+    """Their held-out episodes are not those of the run."""
+    system, _ = make_up_system(tiny_config, 10)
+    facts = {field.name: getattr(system.facts, field.name) for field in dataclasses.fields(system.facts)}
+    sources = {"robot": SimpleNamespace(identity="b" * 40), "video": SimpleNamespace(identity="c" * 40)}
+    loader = SimpleNamespace(facts=lambda: facts, sources=sources, directory="there")
+    for datasets in ({}, {"robot": "b" * 40, "video": "c" * 40}):
+        evaluate.refuse_other_data(system, loader, datasets)
+    of_the_run = {"robot": "a" * 40, "video": "c" * 40}
+    with pytest.raises(UserError, match="there: .*source 'robot': fingerprint bbbbbbbbbbbb, the run's is aaaaaaaaaaaa"):
+        evaluate.refuse_other_data(system, loader, of_the_run)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cli, "config_overrides", lambda: [("data.path", "there")])
+    evaluate.refuse_other_data(system, loader, of_the_run)
+    assert "warning: these are not the run's own datasets" in capsys.readouterr().err
+    facts["action_dim"] = 3
+    with pytest.raises(UserError, match="action_dim is 3, but the run was trained with 10"):
+        evaluate.refuse_other_data(system, loader, of_the_run)
 
 
 def test_ways_of_sampling_that_do_not_exist_are_refused(tiny_config):

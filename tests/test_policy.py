@@ -9,7 +9,7 @@ import pytest
 
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.errors import UserError
+from uwm_jax.errors import RunError, UserError
 from uwm_jax.policy import Policy
 from uwm_jax.system import DataFacts
 
@@ -158,7 +158,7 @@ def test_observations_that_do_not_fit():
         with pytest.raises(UserError, match=message):
             policy.act({k: v for k, v in {**good, **change}.items() if v is not None})
     assert policy.act({**good, "other": 3}).shape == (2, 3)  # a key that it does not read
-    with pytest.raises(UserError, match="actions are not finite"):
+    with pytest.raises(RunError, match="actions are not finite"):
         make(Stub(bad=True), execute=1).act(seen(1))
 
 

@@ -24,7 +24,7 @@ def stored(mean: float, half: float = 0.01, n: int = 64) -> dict[str, float]:
     return {"mean": mean, "lo": mean - half, "hi": mean + half, "n": n}
 
 
-def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: int = 0) -> Path:
+def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: int = 0, execute: int = 7) -> Path:
     """A run's directory; `gain`: what the paired differences are."""
     config = base()
     config.seed, config.data.path = seed, "a<b"
@@ -45,6 +45,10 @@ def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: i
         "paired/policy_vs_mean_action/action_mse": stored(gain),
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
+    use = record.describe_use(
+        ["python", "-m", "uwm_jax.evaluate", "--step=20"], config, ["diffusion.num_inference_steps"]
+    )
+    (folder / "about.json").write_text(json.dumps({"windows": 64, "episodes": 12, **use}))
     few = {"sampler": "trailing", "steps": 2, "seconds_per_sample": 0.0125}
     few["metrics"] = {"policy/action_mse": stored(policy), "closed_loop/max_coverage": stored(0.4)}
     (folder / "few_steps.json").write_text(json.dumps([few]))
@@ -53,7 +57,7 @@ def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: i
     episodes = {f"{who}/max_coverage": stored(0.5) for who in ("policy", "random_uniform", "random_held", "expert")}
     episodes |= {f"paired/policy_vs_{who}/max_coverage": stored(gain) for who in ("random_uniform", "random_held")}
     (closed / "metrics.json").write_text(json.dumps(episodes))
-    (closed / "episodes.json").write_text(json.dumps({"env": "pusht", "execute": 7, "sampler_steps": 4}))
+    (closed / "episodes.json").write_text(json.dumps({"env": "pusht", "execute": execute, "sampler_steps": 4}))
     lines = [
         {"step": s, "loss/action": 1 / s, "loss/next_obs": 2 / s, "samples_per_second": 100.0, "goodput": 0.75}
         | {"time/step": 30.0 * s, "time/compile": 10.0 * s}
@@ -85,8 +89,10 @@ def test_the_words_follow_the_intervals(tmp_path):
         for start in ("Does it act?", "Does it predict what actions do?", "In the simulator: does it"):
             assert [a for question, a in found.items() if question.startswith(start)] == [answer], start
         few = Run.read(tmp_path / str(gain))
-        few.rollouts[20] = {name: m._replace(n=5) for name, m in few.rollout.items()}
+        few.rollouts[20] = {name: m._replace(episodes=5) for name, m in few.rollout.items()}
         assert [a for q, a in answers(report._answers(few)).items() if "random" in q] == ["too few episodes"] * 2
+        few.evaluations[20] = {name: m._replace(episodes=5) for name, m in few.metrics.items()}
+        assert set(answers(report._answers(few)).values()) == {"too few episodes"}
         frames = [a for question, a in found.items() if question.startswith("Are ")]
         assert frames == ["yes", "not shown"]  # against the copied frame, and against the mean image
 
@@ -105,6 +111,9 @@ def test_a_full_run_has_all_sections_and_stands_alone(tmp_path):
     assert "12.5 ms" in page and "closed loop<br>max coverage" in page  # few steps
     assert "75.0 %" in page and "360 ms a step" in page and "13:20" in page  # 36 windows at 100 a second; 800 s
     assert "forward, but with the actions of a window of another episode" in page
+    assert "means over 64 windows of 12 held-out episodes" in page
+    assert "<pre>python -m uwm_jax.evaluate --step=20</pre>" in page
+    assert "<tr><th></th><th>training</th><th>here</th></tr><tr><th>diffusion.num_inference_steps</th>" in page
     assert not list(workdir.glob("*.tmp"))
 
 
@@ -133,6 +142,16 @@ def test_a_comparison_marks_what_is_apart_and_names_what_differs(tmp_path):
     assert "best" not in row
     assert "<tr><th>seed</th><td>0</td><td>1</td></tr>" in page
     assert "Held-out windows are the same" in page and "<svg" in page
+
+
+def test_closed_loops_that_were_run_otherwise_are_compared_with_a_warning(tmp_path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", execute=4)]
+    page = report.compare(runs, tmp_path / "both.html").read_text()
+    assert "These runs differ in rollout&#x27;s execute</b>" in page
+    about = tmp_path / "b" / "eval" / "20" / "about.json"
+    about.write_text(json.dumps({"windows": 64, "episodes": 12, "changed": {"diffusion.clip.next_obs": 1.0}}))
+    page = report.compare(runs, tmp_path / "both.html").read_text()
+    assert "evaluate&#x27;s --config.diffusion.clip.next_obs" in page
 
 
 def test_runs_on_other_data_are_compared_with_a_warning(tmp_path):

@@ -197,7 +197,7 @@ def test_a_model_of_other_data_is_refused():
     stub.facts = DataFacts({"wrist": (8, 8)}, {"agent_pos": 3}, 7, 4, Normalizer())
     with pytest.raises(UserError) as e:
         rollout.closed_loop(stub, {}, {}, "pusht", SEEDS)
-    for part in ("camera 'wrist': it has image", "agent_pos (3 numbers)", "a text", "7 numbers of action: it takes 2"):
+    for part in ("camera 'wrist': pusht has image", "agent_pos (3 numbers)", "a text", "action: pusht takes 2"):
         assert part in str(e.value)
 
 

@@ -21,7 +21,6 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import load_file
 
-import uwm_jax
 from uwm_jax import cli
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODES
@@ -31,6 +30,7 @@ from uwm_jax.system import DataFacts, System
 from uwm_jax.torch_bridge import diffusers_vae, layout, weights
 from uwm_jax.torch_bridge.official_config import VAE, OfficialRun, OfficialYaml, read_official
 from uwm_jax.training import checkpoint
+from uwm_jax.training.record import code_version
 
 FLAGS = flags.FLAGS
 
@@ -152,7 +152,7 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "code_version": uwm_jax.__version__,
+        "code_version": code_version(),
         "step": step,
         "parameters": "ema_params" if c.optimizer.ema_decay else "params",
         "config": c.to_dict(),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,13 +31,14 @@ from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.metrics import Metrics, interval
+from uwm_jax.evaluation.metrics import Metrics, interval, proportion
 from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
+from uwm_jax.training import record
 
 FLAGS = flags.FLAGS
 
@@ -60,15 +62,20 @@ def main(argv: list[str]) -> None:
     compares = FLAGS.sampler is not None or FLAGS.steps is not None
     if FLAGS.env and not compares:
         raise UserError("--env belongs to --sampler or --steps; python -m uwm_jax.rollout is for one policy alone.")
+    if FLAGS["episodes"].present and not FLAGS.env:
+        raise UserError("--episodes belongs to --env: the number of held-out windows is --config.eval.num_windows.")
     system, params, frozen, step = checkpoint_lib.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
     ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
     loader = Loader(system.config.data, batch_size=1, seed=system.config.seed, normalizer=system.facts.normalizer)
-    refuse_other_data(system, loader)
+    refuse_other_data(system, loader, checkpoint_lib.datasets_of(workdir, step))
     mesh = local_mesh(system.config)
     params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
     held_out = loader.held_out(system.config.eval.num_windows)
     rules = sharding.load_rules(system.config.mesh.rules)
-    evaluation = Evaluation(system, loader, held_out, mesh, rules, rows_at_a_time(mesh, len(held_out)))
+    rows = rows_at_a_time(mesh, min(len(held_out), system.config.batch_size))  # as in training, which memory held
+    evaluation = Evaluation(system, loader, held_out, mesh, rules, rows)
+    changed = [name for name, _ in cli.config_overrides()]
+    about = evaluation.about() | record.describe_use(cli.command_line(), system.config, changed)
     folder = workdir / "eval" / str(step)
 
     start = time.perf_counter()
@@ -83,23 +90,50 @@ def main(argv: list[str]) -> None:
         print("compiling the samplers of all modes...", flush=True)
         evaluation.compile(params, frozen)
         metrics, windows = evaluation.run(params, frozen, progress=True)
-        write_results(workdir, step, system, metrics, windows)
+        write_results(workdir, step, system, metrics, windows, about)
         table, file = text_table(metrics), folder / "metrics.json"
     report.write(workdir)
     seconds = time.perf_counter() - start
-    episodes = len(set(held_out.episodes.tolist()))
-    print(f"{len(held_out)} held-out windows of {episodes} episodes, {len(MODES)} modes, {seconds:.1f} s")
+    print(f"{about['windows']} held-out windows of {about['episodes']} episodes, {len(MODES)} modes, {seconds:.1f} s")
     print(f"{table}\nwrote {file} and {workdir / 'report.html'}")
 
 
-def refuse_other_data(system: System, loader: Loader) -> None:
-    """Raises UserError where the dataset is not of the kind that the run was trained on."""
+def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str]) -> None:
+    """Checks that what is held out here was held out of training.
+
+    Args:
+      datasets: {source: identity} of the run's own data; {} where it is not known (a converted checkpoint).
+
+    Raises:
+      UserError: the dataset is not of the kind that the run was trained on; or it is another one, and no flag names it.
+    """
     trained, found = system.facts.to_json(), DataFacts(**loader.facts()).to_json()
     for name in ("cameras", "low_dim", "action_dim", "text_dim"):
         if trained[name] != found[name]:
             raise UserError(
                 f"{loader.directory}: {name} is {found[name]}, but the run was trained with {trained[name]}."
             )
+    here = {name: source.identity for name, source in loader.sources.items()}
+    changed = [name for name, _ in cli.config_overrides()]
+    if not datasets or here == datasets:
+        if "data.val_ratio" in changed:
+            raise UserError(
+                "--config.data.val_ratio: the run decided which episodes it did not learn from. Leave it out."
+            )
+        return
+    if any(name.startswith(("data.path", "data.sources")) for name in changed):
+        say = (
+            "these are not the run's own datasets. Episodes that are held out here may be among those it learned from."
+        )
+        print(f"warning: {say}", file=sys.stderr)
+        return
+    name = min(name for name in {*here, *datasets} if here.get(name) != datasets.get(name))
+    raise UserError(
+        f"{loader.directory}: this is not the dataset that the run was trained on (source {name!r}: fingerprint "
+        f"{here.get(name, 'none')[:12]}, the run's is {datasets.get(name, 'none')[:12]}), so that episodes which are "
+        "held out here may be among those it learned from. Put the run's dataset there again (report.html tells which "
+        "it was), or name this one with --config.data.path."
+    )
 
 
 def local_mesh(config: Any) -> Any:
@@ -147,21 +181,23 @@ def compare(
       envs: where the policy acts, with one episode from each of `seeds`; None: nowhere.
 
     Returns:
-      {"sampler": the spacing, "steps": network evaluations, "metrics": {metric of a mode: interval},
-      "seconds_per_sample": until the policy mode has sampled one chunk for one observation}; with `envs` the metrics
-      have `closed_loop/max_<score>` and `closed_loop/success`, with intervals over episodes.
+      {"sampler": the spacing, "steps": network evaluations, "first_timestep": the noisiest that they visit, "metrics":
+      {metric of a mode: interval}, "seconds_per_sample": until the policy mode has sampled one chunk for one
+      observation}; with `envs` the metrics have `closed_loop/max_<score>` and `closed_loop/success`, with intervals
+      over episodes.
     """
     diffusion = way.config.diffusion
     name = f"{diffusion.spacing}, {diffusion.num_inference_steps} steps"
     metrics = evaluation.run_modes(way, params, frozen, name)
     if envs:
         results = rollout.closed_loop(way, params, frozen, envs, seeds, progress=f"{name}, {envs.spec.name}")
-        found = {f"max_{envs.spec.score}": [r.max_score for r in results], "success": [r.success for r in results]}
-        for metric, values in found.items():
-            metrics[f"closed_loop/{metric}"] = interval(np.asarray(values, np.float64), np.arange(len(seeds)))
+        best = np.array([r.max_score for r in results])
+        metrics[f"closed_loop/max_{envs.spec.score}"] = interval(best, np.arange(len(seeds)))
+        metrics["closed_loop/success"] = proportion(np.array([r.success for r in results]))
     return {
         "sampler": diffusion.spacing,
         "steps": diffusion.num_inference_steps,
+        "first_timestep": int(way.schedule.timesteps[0]),
         "seconds_per_sample": policy_seconds(way, params, frozen),
         "metrics": metrics,
     }
@@ -197,9 +233,14 @@ def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
     """What `compare` found, a way of sampling a line: the main metric of each modality of each mode."""
     shown = [f"{mode}/{metric}" for mode in MODES for metric in ("action_mse", "psnr")]
     names = [name for name in rows[0]["metrics"] if name in shown or name.startswith("closed_loop/")]
-    lines = [("sampler", "steps", "policy ms", *names)]
+    lines = [("sampler", "steps", "first t", "policy ms", *names)]
     for row in rows:
-        cells = [row["sampler"], str(row["steps"]), f"{1000 * row['seconds_per_sample']:.1f}"]
+        cells = [
+            row["sampler"],
+            str(row["steps"]),
+            str(row["first_timestep"]),
+            f"{1000 * row['seconds_per_sample']:.1f}",
+        ]
         lines.append((*cells, *(_text(row["metrics"][name]) for name in names)))
     return cli.table(lines)
 

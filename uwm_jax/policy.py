@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uwm_jax.errors import UserError
+from uwm_jax.errors import RunError, UserError
 from uwm_jax.system import DataFacts, System
 
 MODE = "policy"
@@ -84,6 +84,7 @@ class Policy:
 
         Raises:
             UserError: naming every key that is missing or has an unfit shape, dtype or value.
+            RunError: the sampled actions are not finite.
         """
         at = self._rows(rows)
         self.observe(observation, at)
@@ -125,7 +126,7 @@ class Policy:
         """Samples a chunk from what was observed: (n, execute, Da) float32, raw units, the first action for now.
 
         Raises:
-            UserError: the actions are not finite.
+            RunError: the actions are not finite.
         """
         at = self._rows(rows)
         sample, size = _sampler(self.system), self._batch_size
@@ -140,7 +141,7 @@ class Policy:
         self._decisions[at] += 1
         chunk = np.concatenate(jax.device_get(pieces))[: len(at)]
         if not np.isfinite(chunk).all():
-            raise UserError(
+            raise RunError(
                 "the policy's actions are not finite. Check the observations for extreme values, and the checkpoint's "
                 "parameters."
             )

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import html
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
-import uwm_jax
 from uwm_jax import cli
 from uwm_jax.config import base, flatten
 from uwm_jax.diffusion.modes import MODES, QUESTIONS
@@ -25,9 +26,11 @@ from uwm_jax.errors import UserError
 from uwm_jax.evaluation import comparison
 from uwm_jax.evaluation.page import cell, curves, fields, image, page
 from uwm_jax.evaluation.pictures import COLORS, Panel, formula
+from uwm_jax.evaluation.program import MEAN_IMAGE_WINDOWS
 from uwm_jax.evaluation.results import Interval, Run, verdict, words
 from uwm_jax.files import write_text
 from uwm_jax.training.goodput import CATEGORIES, duration
+from uwm_jax.training.record import code_version
 
 FLAGS = flags.FLAGS
 
@@ -107,7 +110,6 @@ CLAIMS = (
         "Are the forward mode's frames better than the current frame, copied?",
         "paired/forward_vs_copied_frame/pixel_mse",
     ),
-    ("&hellip; on pixels that changed", "paired/forward_vs_copied_frame/changed_mse"),
     ("Are they better than the mean image?", "paired/forward_vs_mean_image/pixel_mse"),
     ("&hellip; on pixels that changed", "paired/forward_vs_mean_image/changed_mse"),
 )
@@ -115,7 +117,6 @@ CLOSED_LOOP_CLAIMS = (
     ("In the simulator: does it do better than random targets?", "random_uniform"),
     (f"&hellip; than random targets that are held for {HOLD} steps?", "random_held"),
 )
-FEWEST = 6  # episodes: five that all point one way do so by chance once in 16 times, which is more than 5 %
 METRICS = {  # what a metric says
     "action_mse": "error of actions<br><small>MSE, range -1 to 1</small>",
     "pixel_mse": "error of frames<br><small>MSE, pixels 0 to 1</small>",
@@ -128,7 +129,7 @@ BASELINES = {
     "last_action": "the last action, repeated",
     "linear_interpolation": "a straight line from the last action to the chunk's true last one",
     "copied_frame": "the current frame, copied",
-    "mean_image": "the mean later frame of training episodes",
+    "mean_image": f"the mean later frame of {MEAN_IMAGE_WINDOWS} windows of training episodes",
     "codec": "not a baseline but the ceiling: the true frame through the image codec",
 }
 ACTORS = {
@@ -161,8 +162,8 @@ def _answers(run: Run) -> str:
             rows.append((question, verdict(m), words(m)))
     for question, other in CLOSED_LOOP_CLAIMS:
         if (m := run.rollout.get(f"paired/policy_vs_{other}/{run.score}")) is not None:
-            answer = verdict(m) if m.n >= FEWEST else "too few episodes"
-            rows.append((question, answer, f"{words(m)}, {m.n} episodes"))
+            step = "" if run.rollout_step == run.eval_step else f", step {run.rollout_step}"
+            rows.append((question, verdict(m), f"{words(m)}, {m.n} episodes{step}"))
     if not rows:
         return ""
     body = "".join(
@@ -195,11 +196,13 @@ def _metrics(run: Run) -> str:
     rows += [row(name.replace("_", " "), f"baseline/{name}", about) for name, about in BASELINES.items()]
     heads = "".join(f"<th>{METRICS[name]}</th>" for name in columns)
     count = max(m.n for m in run.metrics.values())
+    episodes = f"{run.eval_how['episodes']} " if "episodes" in run.eval_how else ""
     return f"""<h2>Every mode beside baselines</h2>
 <table><tr><th></th><th></th>{heads}</tr>{"".join(rows)}</table>
-<p><small>Step {run.eval_step}; means over {count} windows of held-out episodes, and below them the 95 % interval, which
-resamples whole episodes. o: what is seen now, a: the next actions, o': what is seen after them. A pixel has changed
-where it differs by more than 0.05 from the current frame; windows in which none has are left out there.</small></p>"""
+<p><small>Step {run.eval_step}; means over {count} windows of {episodes}held-out episodes, and below
+them the 95 % interval, which resamples whole episodes. o: what is seen now, a: the next actions, o': what is seen after
+them. What changed are the values (of a pixel's red, green or blue, 0 to 1) that differ by more than 0.05 from
+the current frame; windows without any are left out there.</small></p>"""
 
 
 def _pictures(run: Run) -> str:
@@ -256,14 +259,16 @@ def _few_steps(run: Run) -> str:
         heads = "".join(f"<th>{_title(n)}</th>" for n in names)
         rows = "".join(
             f"<tr><th>{html.escape(str(row['sampler']))}</th><td>{row['steps']}</td>"
+            f"<td>{row.get('first_timestep', '')}</td>"
             f"<td>{1000 * row['seconds_per_sample']:.3g} ms</td>"
             + "".join(cell(Interval.of(row["metrics"].get(n))) for n in names)
             + "</tr>"
             for row in run.few_steps
         )
         body = f"""<p>Fewer evaluations of the network make a sample quicker. What does it cost? Leading timesteps end
-at 0, trailing ones start at the noisiest that training knows.</p>
-<table><tr><th>sampler</th><th>evaluations</th><th>time of a sample</th>{heads}</tr>{rows}</table>
+at 0, and so begin well below the noisiest when they are few; trailing ones begin at the noisiest.</p>
+<table><tr><th>sampler</th><th>evaluations</th><th>first timestep</th><th>time of a sample</th>{heads}</tr>
+{rows}</table>
 <p><small>Step {run.few_steps_step}; means, and below them the 95 % interval over episodes. Time: one chunk of actions
 for one observation, without compilation.</small></p>"""
     return _section("Fewer steps", run, "evaluate --sampler=leading,trailing --steps=10,4,2", body)
@@ -316,10 +321,22 @@ def _what_was_run(run: Run) -> str:
     version = f"trained by uwm_jax {html.escape(run.code_version)}, " if run.code_version else ""
     return f"""<h2>What was run</h2>
 {starts}
-<p>{version}report by uwm_jax {uwm_jax.__version__}.</p>
+<p>{version}report by uwm_jax {html.escape(code_version())}.</p>
+{_use("Evaluation", run.eval_step, run.eval_how, run.config)}
+{_use("Closed loop", run.rollout_step, run.rollout_how, run.config)}
 {_data(run)}
 <details><summary>Config: {len(changed)} fields that differ from <code>uwm_jax.config.base()</code></summary>
 {fields({"base()": defaults, "this run": flat}, changed)}</details>"""
+
+
+def _use(what: str, step: int | None, how: Mapping[str, Any], config: ConfigDict) -> str:
+    """With which command the newest evaluation or closed loop was made; "" where that is not recorded."""
+    if not how.get("command"):
+        return ""
+    changed, trained = how["changed"], flatten(config)
+    table = fields({"training": trained, "here": changed}, changed) if changed else ""
+    return f"""<p>{what} of step {step}, {html.escape(how["time"])}, uwm_jax {html.escape(how["code_version"])}:</p>
+<pre>{html.escape(shlex.join(how["command"]))}</pre>{table}"""
 
 
 def _data(run: Run) -> str:

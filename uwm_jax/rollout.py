@@ -28,11 +28,12 @@ from uwm_jax.envs import EnvSpec, get
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, controllers, cores, replay
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation import film
-from uwm_jax.evaluation.metrics import interval
+from uwm_jax.evaluation.metrics import interval, proportion
 from uwm_jax.files import write_text
 from uwm_jax.policy import Policy
 from uwm_jax.system import System
 from uwm_jax.training import checkpoint
+from uwm_jax.training.record import describe_use
 
 FLAGS = flags.FLAGS
 
@@ -77,9 +78,10 @@ def main(argv: list[str]) -> None:
     folder = workdir / "rollout" / str(step)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_text(
-        folder / "episodes.json", json.dumps(record(spec, system, results, FLAGS.execute, FLAGS.seed), indent=1) + "\n"
-    )
+    changed = [name for name, _ in cli.config_overrides()]
+    how = describe_use(cli.command_line(), system.config, changed)
+    how |= record(spec, system, results, FLAGS.execute, FLAGS.seed)
+    write_text(folder / "episodes.json", json.dumps(how, indent=1) + "\n")
     clips = []
     for label, i in telling(results[POLICY]):
         episode = results[POLICY][i]
@@ -177,16 +179,16 @@ def check_fits(spec: EnvSpec, system: System) -> None:
     """Raises UserError where the model reads what the environment does not show, or acts in another space."""
     facts = system.facts
     problems = [
-        *(f"camera {c!r}: it has {', '.join(spec.cameras)}" for c in facts.cameras if c not in spec.cameras),
+        *(f"camera {c!r}: {spec.name} has {', '.join(spec.cameras)}" for c in facts.cameras if c not in spec.cameras),
         *(
-            f"{key} ({dim} numbers): it has {dict(spec.low_dim)}"
+            f"{key} ({dim} numbers): {spec.name} has {dict(spec.low_dim)}"
             for key, dim in facts.low_dim.items()
             if spec.low_dim.get(key) != dim
         ),
         *(["a text"] if facts.text_dim else []),
     ]
     if facts.action_dim != spec.action_dim:
-        problems.append(f"{facts.action_dim} numbers of action: it takes {spec.action_dim}")
+        problems.append(f"{facts.action_dim} numbers of action: {spec.name} takes {spec.action_dim}")
     if problems:
         raise UserError(
             f"--env={spec.name} is not what the model was trained on. The model has\n  " + "\n  ".join(problems)
@@ -207,7 +209,10 @@ def measure(results: Mapping[str, Sequence[EpisodeResult]], score: str) -> dict[
     for who in results.keys() - {POLICY}:
         for name in (f"max_{score}", "success"):
             values[f"paired/{POLICY}_vs_{who}/{name}"] = values[f"{POLICY}/{name}"] - values[f"{who}/{name}"]
-    return {name: interval(values[name], np.arange(len(values[name]))) for name in sorted(values)}
+    return {
+        name: proportion(x) if name.endswith("/success") and "paired" not in name else interval(x, np.arange(len(x)))
+        for name, x in sorted(values.items())
+    }
 
 
 def record(

@@ -24,8 +24,9 @@ def test_which_way_is_better(name, more):
 
 
 def test_the_best_is_apart_from_every_other():
-    low, middle, high = Interval(1, 0.5, 1.5, 9), Interval(1.8, 1.4, 2.2, 9), Interval(3, 2.5, 3.5, 8)
+    low, middle, high = (Interval(m, m - h, m + h, 90, 9) for m, h in ((1, 0.5), (1.8, 0.4), (3, 0.5)))
     assert _best([low, None, middle, high], more=True) is high
     assert _best([low, middle, high], more=False) is None  # low and middle overlap
     assert _best([low, high], more=False) is low
     assert _best([None, high], more=True) is None
+    assert _best([low, high._replace(episodes=5)], more=True) is None  # by chance

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from uwm_jax.errors import RunError
-from uwm_jax.evaluation.metrics import CHANGED, errors, interval, summarize
+from uwm_jax.evaluation.metrics import CHANGED, errors, interval, proportion, summarize
 
 
 def test_interval_is_clustered():
@@ -22,6 +22,17 @@ def test_interval_is_clustered():
     np.testing.assert_allclose([found["lo"], found["hi"]], [means.mean() - half, means.mean() + half], atol=0.02)
     one = interval(np.array([1.0, 3.0]), np.array([7, 7]))
     assert one == {"mean": 2.0, "lo": 2.0, "hi": 2.0, "n": 2}
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 50), (7, 20), (50, 50)])
+def test_the_interval_of_a_share_is_where_its_score_test_ends(successes, n):
+    found = proportion(np.arange(n) < successes)
+    assert found["mean"] == successes / n and found["n"] == n and found["lo"] <= found["mean"] <= found["hi"]
+    for end, side in ((found["lo"], 1), (found["hi"], -1)):
+        if 0 < end < 1:  # by normal theory at the end's own variance
+            score = (found["mean"] - end) / np.sqrt(end * (1 - end) / n)
+            np.testing.assert_allclose(score, 1.959964 * side, rtol=1e-9)
+    assert found["hi"] - found["lo"] > 0.05
 
 
 def test_errors_against_a_loop_over_windows():

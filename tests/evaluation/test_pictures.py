@@ -104,6 +104,20 @@ def test_all_pictures_of_one_view_and_of_several(tmp_path, cameras, plane):
     assert set(fewer) == {"idea", "modes", "actions"}
 
 
+def test_crosses_are_where_the_actions_end():
+    plane = ("image", 0.0, 512.0, 0.0, 512.0)
+    windows, facts, config = windows_of(1, 2), facts_of(("image",), 2), config_of(plane)
+    raw = {name: facts.normalizer.unnormalize("action", x) for name, x in windows.items() if name.endswith("action")}
+    place = Plane.of(facts, config.data, plane)
+    figure = pictures._modes(windows, raw, place, ["image"])
+    found = [line.get_xydata()[0] for axis in figure.axes for line in axis.lines if line.get_marker() == "+"]
+    names = ("action", "joint/action", "shuffled_action")  # forward, joint, control
+    expected = [place.to_pixels(raw[name][window, -1]) for window in range(3) for name in names]
+    np.testing.assert_allclose(np.array(found)[::2], expected, atol=1e-4)  # each with its halo
+    unplaced = pictures._modes(windows, raw, None, ["image"])
+    assert not [line for axis in unplaced.axes for line in axis.lines if line.get_marker() == "+"]
+
+
 def test_a_gif_keeps_times_and_colours(tmp_path):
     colors = [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
     save_gif([Image.new("RGB", (40, 30), color) for color in colors], tmp_path / "x.gif", [100, 200, 3000])

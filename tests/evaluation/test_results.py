@@ -34,19 +34,19 @@ def put(workdir: Path, kind: str, step: int, metrics) -> None:
 
 @pytest.mark.parametrize(
     ("lo", "hi", "answer"),
-    [(0.1, 0.3, "yes"), (-0.3, -0.1, "no, it is worse"), (-0.1, 0.3, "not shown"), (0.0, 0.2, "not shown")]
-    + [(0.2, 0.2, "not shown")],  # one episode
+    [(0.1, 0.3, "yes"), (-0.3, -0.1, "no, it is worse"), (-0.1, 0.3, "not shown"), (0.0, 0.2, "not shown")],
 )
 def test_verdicts_come_from_whole_intervals(lo, hi, answer):
-    assert verdict(Interval((lo + hi) / 2, lo, hi, 9)) == answer
+    assert verdict(Interval((lo + hi) / 2, lo, hi, 90, 6)) == answer
+    assert verdict(Interval((lo + hi) / 2, lo, hi, 90, 5)) == "too few episodes"
 
 
 def test_numbers_have_three_digits():
     found = [number(x) for x in (0.0541239, 25.3521, 0.0000702, 0, -0.00149, 1234.5, 3e-9)]
     assert found == ["0.0541", "25.4", "0.0000702", "0", "-0.00149", "1234", "3.00e-09"]
-    assert words(Interval(0.5, 0.25, 0.75, 3)) == "0.500 [0.250, 0.750]"
-    assert words(Interval(2.7e-6, -1.15e-5, 1.67e-5, 3)) == "2.70 [-11.5, 16.7] ×10⁻⁶"
-    assert words(Interval(0, 0, 0, 3)) == "0 [0, 0]"
+    assert words(Interval(0.5, 0.25, 0.75, 3, 3)) == "0.500 [0.250, 0.750]"
+    assert words(Interval(2.7e-6, -1.15e-5, 1.67e-5, 3, 3)) == "2.70 [-11.5, 16.7] ×10⁻⁶"
+    assert words(Interval(0, 0, 0, 3, 3)) == "0 [0, 0]"
 
 
 def test_an_empty_run_and_its_newest_results(tmp_path):
@@ -56,12 +56,15 @@ def test_an_empty_run_and_its_newest_results(tmp_path):
         put(run.workdir, "eval", step, {"policy/action_mse": stored(mean), "x": {**stored(1), "mean": math.nan}})
         put(run.workdir, "rollout", step, {"policy/max_reward": stored(mean), "policy/success": stored(0)})
     (run.workdir / "eval" / "900" / "few_steps.json").write_text(json.dumps([{"steps": 2}]))
+    (run.workdir / "eval" / "1000" / "about.json").write_text(json.dumps({"windows": 8, "episodes": 3}))
     (run.workdir / "eval" / "notes").mkdir()
     (run.workdir / "eval" / "notes" / "metrics.json").write_text("not a step's")
     (run.workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 5, "loss": 1.0, "other": 2}\n')
     run = Run.read(run.workdir)
     assert run.eval_step == run.rollout_step == 1000 and run.score == "max_reward"
-    assert run.metrics == {"policy/action_mse": Interval(2.0, 1.9, 2.1, 8)}  # without what is not a number
+    assert run.metrics == {"policy/action_mse": Interval(2.0, 1.9, 2.1, 8, 3)}  # without what is not a number
+    assert run.eval_how["windows"] == 8 and run.rollout["policy/success"].episodes == 8
+    assert run.evaluations[900]["policy/action_mse"].episodes == 8, "not recorded: as many as windows"
     assert (run.few_steps, run.few_steps_step) == ([{"steps": 2}], 900)
     curve = run.evaluated("policy/action_mse", "label", "red")
     assert (curve.steps, curve.values, curve.low, curve.high) == ([900, 1000], [1.0, 2.0], [0.9, 1.9], [1.1, 2.1])

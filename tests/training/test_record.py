@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+
+import uwm_jax
 from uwm_jax import cli, train
 from uwm_jax.config import base
 from uwm_jax.training import record
@@ -36,6 +39,28 @@ def test_starts_are_appended_and_unreadable_files_are_none(tmp_path):
     for text in ("{", "[]", '{"starts": 3}'):
         (tmp_path / "run.json").write_text(text)
         assert record.read_starts(tmp_path) == []
+
+
+def test_the_code_version_names_the_commit_of_a_clone(tmp_path, monkeypatch):
+    package = tmp_path / "uwm_jax" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("")
+    monkeypatch.setattr(uwm_jax, "__file__", str(package))
+    version = record.code_version.__wrapped__
+    assert version() == uwm_jax.__version__  # installed, no clone
+
+    def git(*arguments):
+        who = ("-c", "user.name=n", "-c", "user.email=e")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "--short", "HEAD")
+    assert version() == f"{uwm_jax.__version__}+g{commit}"
+    package.write_text("changed = True")
+    assert version() == f"{uwm_jax.__version__}+g{commit}.changed"
 
 
 def test_a_command_that_is_started_as_a_file(monkeypatch):

@@ -38,7 +38,7 @@ class EpisodeResult:
 
     @property
     def max_score(self) -> float:
-        """The episode's best score; published PushT results are means of it."""
+        """The episode's best score, that of its start included."""
         return float(self.scores.max())
 
 

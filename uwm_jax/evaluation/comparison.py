@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from uwm_jax.config import flatten
 from uwm_jax.diffusion.modes import MODES
@@ -18,6 +19,9 @@ DECISIVE = (
     *("data.path", "data.split", "data.sources", "data.val_ratio", "data.window", "data.action", "data.normalize"),
     *("data.cameras", "data.resize", "data.crop", "model.codec.name", "model.codec.vae", "eval.num_windows"),
 )
+
+# What an evaluation or a closed loop records of itself and depends on.
+HOW = ("sampler_spacing", "sampler_steps", "sampler_seed", "env", "execute", "max_steps")
 
 
 def body(runs: Sequence[Run]) -> str:
@@ -35,10 +39,27 @@ def _same_windows(runs: Sequence[Run]) -> str:
     for what, found in (("held-out windows", [r.metrics for r in runs]), ("episodes", [r.rollout for r in runs])):
         if len({max(m.n for m in metrics.values()) for metrics in found if metrics}) > 1:
             names.append(f"the number of {what} that were evaluated")
+    ways = {
+        "evaluate": [_how(run.eval_how) for run in runs if run.metrics],
+        "rollout": [_how(run.rollout_how) for run in runs if run.rollout],
+    }
+    for command, hows in ways.items():
+        differing = [name for name in sorted(set().union(*hows)) if len({how.get(name) for how in hows}) > 1]
+        names += [f"{command}'s {name}" for name in differing]
     if not names:
-        return "<p>Held-out windows are the same for all of them.</p>"
+        evaluated = sum(bool(run.metrics) for run in runs) > 1
+        return "<p>Held-out windows are the same for all of them.</p>" if evaluated else ""
     return f"""<p><b>These runs differ in {html.escape(", ".join(names))}</b>: their metrics are of other windows or
 in other units, and a difference between them need not be one of the models.</p>"""
+
+
+def _how(record: Mapping[str, Any]) -> dict[str, str]:
+    """How an evaluation or a closed loop was run, as far as its numbers depend on it, by name."""
+    how = {name: str(record[name]) for name in HOW if name in record}
+    how |= {f"--config.{name}": str(value) for name, value in record.get("changed", {}).items()}
+    if isinstance(episodes := record.get("episodes"), dict):  # of a closed loop; an evaluation has their number
+        how["seeds"] = str([episode["seed"] for episode in episodes["policy"]])
+    return how
 
 
 def _metrics(runs: Sequence[Run]) -> str:
@@ -76,9 +97,9 @@ def _more_is_better(name: str) -> bool:
 
 
 def _best(found: Sequence[Interval | None], more: bool) -> Interval | None:
-    """The one that is better than every other with intervals apart, if there is one."""
+    """The one that is better than every other with intervals apart, if there is one and all have enough episodes."""
     there = [m for m in found if m is not None]
-    for m in there:
+    for m in there if all(m.tells for m in there) else ():
         others = [other for other in there if other is not m]
         if others and all((m.lo > other.hi) if more else (m.hi < other.lo) for other in others):
             return m

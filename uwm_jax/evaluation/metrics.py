@@ -101,11 +101,28 @@ def summarize(values: Mapping[str, np.ndarray], episodes: np.ndarray) -> Metrics
         if bad := np.flatnonzero(~np.isfinite(value) & counts).tolist():
             raise RunError(
                 f"{name} is {value[bad[0]]} in held-out window {bad[0]} and {len(bad) - 1} more: the samples are not "
-                "finite. Check the parameters, or sample with config.diffusion.clip above 0."
+                "finite. Check the parameters, or sample with config.diffusion.clip above 0; a run goes on without "
+                "evaluations with --config.eval.every=0."
             )
         if counts.any():
             summary[name] = interval(value[counts], episodes[counts])
     return summary
+
+
+def proportion(successes: np.ndarray) -> dict[str, float]:
+    """Share of successes with the 95 % interval of Wilson's score, which is not empty where all or none succeeded.
+
+    Args:
+      successes: (N,) bool, one an episode.
+
+    Returns:
+      {"mean", "lo", "hi", "n"}.
+    """
+    n, p, z = len(successes), float(np.mean(successes)), 1.959964
+    center, scale = p + z * z / (2 * n), 1 + z * z / n
+    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    lo, hi = max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+    return {"mean": p, "lo": float(min(lo, p)), "hi": float(max(hi, p)), "n": n}
 
 
 def interval(values: np.ndarray, clusters: np.ndarray, resamples: int = 2000) -> dict[str, float]:

@@ -92,7 +92,7 @@ def draw(windows: Windows, facts: DataFacts, config: ConfigDict, folder: Path) -
     cameras = sorted(facts.cameras)
     files = {
         "idea": _save(_idea(windows, raw, plane), folder / "idea.png"),
-        "modes": _save(_modes(windows, cameras), folder / "modes.png"),
+        "modes": _save(_modes(windows, raw, plane, cameras), folder / "modes.png"),
         "actions": _save(
             _actions_on_frames(windows, raw, plane) if plane else _actions_over_time(windows, raw),
             folder / "actions.png",
@@ -182,8 +182,9 @@ def _idea(windows: Windows, raw: Windows, plane: Plane | None) -> Figure:
     return figure
 
 
-def _modes(windows: Windows, cameras: Sequence[str]) -> Figure:
-    """Later frames of every predictor for some windows and all views; below each, where it is wrong."""
+def _modes(windows: Windows, raw: Windows, plane: Plane | None, cameras: Sequence[str]) -> Figure:
+    """Later frames of every predictor for some windows and all views; below each, where it is wrong. In the plane of
+    actions a cross shows where those end that a predictor knows or has sampled."""
     columns = {"forward": "forward/next_obs", "joint": "joint/next_obs", "video": "video/next_obs"}
     titles = {
         "forward": "forward\nknows the\ntrue actions",
@@ -191,8 +192,10 @@ def _modes(windows: Windows, cameras: Sequence[str]) -> Figure:
         "video": "video\nwhatever\nis done",
     }
     predictions = {titles[name]: windows[key] for name, key in columns.items() if key in windows}
+    actions = {titles["forward"]: raw.get("action"), titles["joint"]: raw.get("joint/action")}  # what leads to a frame
     if "forward_shuffled/next_obs" in windows:
-        predictions["control: forward\nwith another\nwindow's actions"] = windows["forward_shuffled/next_obs"]
+        control = "control: forward\nwith another\nwindow's actions"
+        predictions[control], actions[control] = windows["forward_shuffled/next_obs"], raw.get("shuffled_action")
     predictions["baseline:\nthe current\nframe, copied"] = _last(windows["current"])
     if "mean_image" in windows:
         predictions["baseline:\nthe mean\nimage"] = np.broadcast_to(windows["mean_image"], windows["next_obs"].shape)
@@ -209,14 +212,17 @@ def _modes(windows: Windows, cameras: Sequence[str]) -> Figure:
         lower[0].axis("off")
         _error(lower[1], np.abs(truth - windows["current"][window, view, -1]).max(-1))
         lower[1].set_xlabel("what changed since now", fontsize=9)
-        for axis, below, prediction in zip(upper[2:], lower[2:], predictions.values(), strict=True):
+        for axis, below, (title, prediction) in zip(upper[2:], lower[2:], predictions.items(), strict=True):
             frame = np.clip(prediction[window, view, -1], 0, 1)
             _frame(axis, frame)
+            if plane and view == plane.view and (known := actions.get(title)) is not None:
+                _cross(axis, plane.to_pixels(known[window, -1]))
             _error(below, np.abs(frame - truth).max(-1))
             below.set_xlabel(f"error {np.sqrt(np.square(frame - truth).mean()):.3f}", fontsize=9)
         for axis in (*upper, *lower[1:]):
             _outline(axis, changed)
-    axes[1, 0].text(0.5, 0.5, _HOW_TO_READ, ha="center", va="center", fontsize=10, transform=axes[1, 0].transAxes)
+    how = _HOW_TO_READ + ("\n\nCross: where the\nactions end." if plane else "")
+    axes[1, 0].text(0.5, 0.5, how, ha="center", va="center", fontsize=10, transform=axes[1, 0].transAxes)
     for axis, title in zip(axes[0], ("now", "what really came", *predictions), strict=True):
         axis.set_title(title, fontsize=10.5)
     return figure
@@ -381,6 +387,11 @@ def _path(axis: Any, points: np.ndarray, color: str, width: float) -> list[Any]:
         *axis.plot(*points.T, color=color, linewidth=width, path_effects=halo, solid_capstyle="round"),
         *axis.plot(*points[-1], "o", color=color, markersize=3.2 * width, markeredgecolor="white", markeredgewidth=1.2),
     ]
+
+
+def _cross(axis: Any, point: np.ndarray) -> None:
+    axis.plot(*point, "+", color="white", markersize=13, markeredgewidth=4.5)
+    axis.plot(*point, "+", color=SAMPLE, markersize=11, markeredgewidth=2.2)
 
 
 def _traces(axis: Any, truth: np.ndarray, sample: np.ndarray, color: str, most: int = 3) -> list[Any]:

@@ -148,6 +148,18 @@ class Evaluation:
                 bar.update(min(self._batch_size, total - bar.n))
         return summarize(join(scores, total), self.held_out.episodes), self._windows(shown, frozen)
 
+    def about(self) -> dict[str, Any]:
+        """What the metrics are of: {"windows": their number, "episodes": of how many, "datasets": {source: identity},
+        "sampler_spacing", "sampler_steps"}."""
+        schedule = self._system.schedule
+        return {
+            "windows": len(self.held_out),
+            "episodes": len(set(self.held_out.episodes.tolist())),
+            "datasets": {name: source.identity for name, source in self._loader.sources.items()},
+            "sampler_spacing": schedule.spacing,
+            "sampler_steps": schedule.num_inference_steps,
+        }
+
     def run_modes(self, system: System, params: Any, frozen: Any, progress: str = "") -> Metrics:
         """The metrics of the modes alone for another system of the same parameters, such as one with fewer steps.
 
@@ -213,11 +225,15 @@ def join(parts: list[dict[str, np.ndarray]], total: int) -> dict[str, np.ndarray
     return {name: np.concatenate([part[name] for part in parts])[:total] for name in parts[0]}
 
 
-def write_results(workdir: Path, step: int, system: System, metrics: Metrics, windows: Windows) -> dict[str, Path]:
-    """Writes what `Evaluation.run` returned to `<workdir>/eval/<step>/`; returns {name of a picture: file}."""
+def write_results(
+    workdir: Path, step: int, system: System, metrics: Metrics, windows: Windows, about: Mapping[str, Any]
+) -> dict[str, Path]:
+    """Writes what `Evaluation.run` returned to `<workdir>/eval/<step>/`, and to `about.json` there how it was made;
+    returns {name of a picture: file}."""
     folder = workdir / "eval" / str(step)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
     return pictures.draw(windows, system.facts, system.config, folder)
 
 

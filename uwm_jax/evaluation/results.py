@@ -21,27 +21,37 @@ from uwm_jax.training.log import read_metrics
 from uwm_jax.training.record import read_starts
 from uwm_jax.training.stored import CorruptCheckpoint
 
+FEWEST = 6  # episodes: five that all point one way do so by chance once in 16 times, which is more than 5 %
+
 
 class Interval(NamedTuple):
-    """A mean over `n` windows or episodes, with its 95 % interval."""
+    """A mean over `n` windows of so many `episodes`, or over `n` = `episodes` of them, with its 95 % interval."""
 
     mean: float
     lo: float
     hi: float
     n: int
+    episodes: int
 
     @classmethod
-    def of(cls, stored: Mapping[str, float] | None) -> Interval | None:
+    def of(cls, stored: Mapping[str, float] | None, episodes: int | None = None) -> Interval | None:
         """From `{"mean", "lo", "hi", "n"}`; None for None and for what has no finite mean."""
         if stored is None or stored["mean"] is None or not math.isfinite(stored["mean"]):
             return None
-        return cls(stored["mean"], stored["lo"], stored["hi"], int(stored["n"]))
+        n = int(stored["n"])
+        return cls(stored["mean"], stored["lo"], stored["hi"], n, n if episodes is None else min(n, episodes))
+
+    @property
+    def tells(self) -> bool:
+        """Whether there are enough episodes for it to say something about others."""
+        return self.episodes >= FEWEST
 
 
 def verdict(difference: Interval) -> str:
-    """What the interval of a difference, positive = better, says: "yes", "no, it is worse" or "not shown"."""
-    if difference.lo == difference.hi:  # of a single episode, which says nothing about others
-        return "not shown"
+    """What the interval of a difference, positive = better, says: "yes", "no, it is worse", "not shown" or "too few
+    episodes"."""
+    if not difference.tells:
+        return "too few episodes"
     if difference.lo > 0:
         return "yes"
     return "no, it is worse" if difference.hi < 0 else "not shown"
@@ -72,6 +82,7 @@ class Run:
       lines: of `metrics.jsonl`.
       starts: of `run.json`.
       evaluations, rollouts: {step: {metric: Interval}}, by step.
+      eval_how: what the newest evaluation is of and how it was run, by its `about.json`; {} where there is none.
       rollout_how: how the newest closed loop was run, by its `episodes.json`; {} where there is none.
       few_steps, few_steps_step: rows of the newest `few_steps.json`, and its step; [] and None where there is none.
       code_version, manifests: of the newest checkpoint, {source or "": manifest}; "" and {} where there is none.
@@ -84,6 +95,7 @@ class Run:
     starts: list[dict[str, Any]]
     evaluations: dict[int, dict[str, Interval]]
     rollouts: dict[int, dict[str, Interval]]
+    eval_how: dict[str, Any]
     rollout_how: dict[str, Any]
     few_steps: list[dict[str, Any]]
     few_steps_step: int | None
@@ -100,6 +112,7 @@ class Run:
                 assets = Checkpoints(workdir, read_only=True).assets(step)
         manifest = assets.get("dataset") or {}
         few_steps = _by_step(workdir / "eval", "few_steps.json")
+        evaluations, about = (_by_step(workdir / "eval", f"{name}.json") for name in ("metrics", "about"))
         rollouts, how = (_by_step(workdir / "rollout", f"{name}.json") for name in ("metrics", "episodes"))
         return cls(
             workdir=workdir,
@@ -107,8 +120,9 @@ class Run:
             config=config,
             lines=read_metrics(workdir / "metrics.jsonl"),
             starts=read_starts(workdir),
-            evaluations=_intervals(_by_step(workdir / "eval", "metrics.json")),
-            rollouts=_intervals(rollouts),
+            evaluations=_intervals(evaluations, {step: found.get("episodes") for step, found in about.items()}),
+            rollouts=_intervals(rollouts, {}),
+            eval_how=about.get(max(evaluations, default=-1), {}),
             rollout_how=how.get(max(rollouts, default=-1), {}),
             few_steps=few_steps[max(few_steps)] if few_steps else [],
             few_steps_step=max(few_steps, default=None),
@@ -182,8 +196,10 @@ def _by_step(folder: Path, name: str) -> dict[int, Any]:
     return found
 
 
-def _intervals(found: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Interval]]:
+def _intervals(
+    found: Mapping[int, Mapping[str, Any]], episodes: Mapping[int, int | None]
+) -> dict[int, dict[str, Interval]]:
     return {
-        step: {name: m for name, stored in metrics.items() if (m := Interval.of(stored)) is not None}
+        step: {name: m for name, x in metrics.items() if (m := Interval.of(x, episodes.get(step))) is not None}
         for step, metrics in found.items()
     }

@@ -31,14 +31,13 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-import uwm_jax
 from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import frozen as frozen_lib
-from uwm_jax.training import lock
+from uwm_jax.training import lock, record
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.stored import CorruptCheckpoint, Stored, array_digests, cause_of, with_digests
 from uwm_jax.training.writer import make_writer
@@ -83,7 +82,7 @@ def make_assets(config: ConfigDict, facts: DataFacts, **extra: Any) -> dict[str,
     return {
         "config": config.to_dict(),
         "data_facts": facts.to_json(),
-        "code_version": uwm_jax.__version__,
+        "code_version": record.code_version(),
         **extra,
     }
 
@@ -401,6 +400,12 @@ def load_for_inference(
             if step is not None:
                 raise UserError(f"--step={step}: {e}. There are checkpoints of steps {steps}.") from e
             checkpoints.pass_over(stored.step, e)
+
+
+def datasets_of(workdir: str | os.PathLike[str], step: int) -> dict[str, str]:
+    """{source: identity} of the data that a checkpoint learned from; {} for a converted one, which knows none."""
+    stored = Stored(Path(workdir).absolute() / "checkpoints", step)
+    return dict(stored.data_iter.get("datasets") or {}) if "data_iter" in stored.items else {}
 
 
 def _load(config: ConfigDict, workdir: str | os.PathLike[str], stored: Stored) -> tuple[System, Any, Any]:

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from uwm_jax import cli
 from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.evaluation.program import Evaluation, join, rows_at_a_time, write_results
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel.sharding import Rules
 from uwm_jax.system import System
+from uwm_jax.training.record import describe_use
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.step import compile_for, make_eval_step
 
@@ -59,7 +61,10 @@ class HeldOut:
         by_window = join(losses, len(self._modes.held_out))
         means = {name: float(values.mean(dtype=np.float64)) for name, values in by_window.items()}
         means |= {f"eval/{name}": value["mean"] for name, value in metrics.items()}
-        files = write_results(workdir, step, self._system, metrics, shown) if distributed.is_main() else {}
+        files = {}
+        if distributed.is_main():
+            about = self._modes.about() | describe_use(cli.command_line(), self._system.config, ())
+            files = write_results(workdir, step, self._system, metrics, shown, about)
         # Drawing takes seconds, and on CPUs a collective fails when another process comes to it half a minute later.
         distributed.barrier(f"the evaluation of step {step} is written", seconds=3600)
         return means, {f"eval/{name}": file for name, file in files.items()}

@@ -1,10 +1,13 @@
-"""`run.json` of a workdir: with which command, config file and code each start of a run was made."""
+"""With which command, config and code something was made; `run.json` of a workdir holds it of each start of a run."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
+import functools
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,20 +32,42 @@ def describe(command: Sequence[str], config_file: str, config: ConfigDict, overr
       overrides: names of the fields that flags changed on top of the file, such as `model.depth`.
 
     Returns:
-      {"command", "config_file", "about": first paragraph of the file's docstring, "changed": {field: the run's value},
-      "in_file": {field: the file's value} of the same fields, "code_version", "time": UTC, ISO 8601}.
+      What `describe_use` returns, and {"config_file", "about": first paragraph of the file's docstring, "in_file":
+      {field: the file's value} of the fields of "changed"}.
     """
-    names, flat = sorted(set(overrides)), flatten(config)
-    in_file = _in_file(config_file) if names else {}  # the file is run once more for it
-    return {
-        "command": list(command),
+    use = describe_use(command, config, overrides)
+    in_file = _in_file(config_file) if use["changed"] else {}  # the file is run once more for it
+    return use | {
         "config_file": config_file,
         "about": _about(Path(config_file.partition(":")[0])),
-        "changed": {name: flat[name] for name in names},
-        "in_file": {name: in_file[name] for name in names if name in in_file},
-        "code_version": uwm_jax.__version__,
+        "in_file": {name: in_file[name] for name in use["changed"] if name in in_file},
+    }
+
+
+def describe_use(command: Sequence[str], config: ConfigDict, overrides: Sequence[str]) -> dict[str, Any]:
+    """{"command", "changed": {field: value} of the fields that flags changed, "code_version", "time": UTC, ISO 8601}.
+
+    Args: as `describe`.
+    """
+    flat = flatten(config)
+    return {
+        "command": list(command),
+        "changed": {name: flat[name] for name in sorted(set(overrides)) if name in flat},
+        "code_version": code_version(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@functools.cache
+def code_version() -> str:
+    """`0.1.0`, or in a clone of the repository `0.1.0+g1a5a8a0`, and `.changed` where files differ from that commit."""
+    root = Path(uwm_jax.__file__).parents[1]
+    commit = ""
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=.changed"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or one that does not trust the clone
+            commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return uwm_jax.__version__ + (f"+g{commit}" if commit else "")
 
 
 def _in_file(config_file: str) -> dict[str, Any]:
