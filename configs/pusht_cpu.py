@@ -1,4 +1,4 @@
-"""PushT on two CPU cores in about an hour: the model of `configs/quickstart.py`, with more of everything.
+"""PushT on two CPU cores in about an hour: that of `configs/quickstart.py`, with more of everything.
 In PushT a blue disc has to push a grey T onto the green one, and an action is the position that the disc is sent to.
 
 Command:
@@ -7,7 +7,7 @@ Command:
     python -m uwm_jax.evaluate --workdir=runs/pusht_cpu
     python -m uwm_jax.rollout --workdir=runs/pusht_cpu --env=pusht --episodes=50
 
-`configs/pusht_cpu.py:short` trains for 1,500 steps, for comparing seeds and settings.
+`configs/pusht_cpu.py:short` trains for 1,000 steps, for comparing seeds and settings.
 
 Hardware: two CPU cores.
 
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 
-STEPS = {"full": 10_000, "short": 1_500}
+STEPS = {"full": 10_000, "short": 1_000}
 
 
 def get_config(length: str = "full") -> ConfigDict:
@@ -28,6 +28,7 @@ def get_config(length: str = "full") -> ConfigDict:
     c.total_steps = STEPS[length]
     c.log_every = 100
     c.checkpoint.every = 1_000
+    c.model.depth = 4
     c.data.path = "pusht_1000"
     c.optimizer.warmup_steps = 200
     c.optimizer.ema_decay = 0.999

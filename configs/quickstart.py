@@ -28,16 +28,16 @@ from uwm_jax.config import base
 
 def get_config() -> ConfigDict:
     c = base()
-    c.total_steps = 1_300
+    c.total_steps = 1_150
     c.batch_size = 32
     c.log_every = 50
-    c.checkpoint.every = 650
+    c.checkpoint.every = 575
     c.checkpoint.keep = 2
     c.eval.action_plane = ("image", 0.0, 512.0, 0.0, 512.0)  # actions are positions on the table
 
     # 16 actions + 16 video tokens + 4 registers of width 128; three stages of a quarter-width ResNet with its 4x4 map.
     c.model.embed_dim = 128
-    c.model.depth = 4
+    c.model.depth = 3
     c.model.num_heads = 4
     c.model.num_registers = 4
     c.model.timestep_embed_dim = 128
