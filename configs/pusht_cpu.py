@@ -1,4 +1,4 @@
-"""PushT on two CPU cores in about an hour: that of `configs/quickstart.py`, with more of everything.
+"""PushT on two CPU cores in about an hour: `configs/quickstart.py` with more demonstrations, steps and one more block.
 In PushT a blue disc has to push a grey T onto the green one, and an action is the position that the disc is sent to.
 
 Command:
@@ -11,7 +11,20 @@ Command:
 
 Hardware: two CPU cores.
 
-Expect: not measured yet.
+Expect: 52 minutes of training at 70 to 130 samples a second on two shared cores, and 3 minutes for the two commands
+after it; demonstrations took half a second each. One seed, 256 held-out windows of 100 episodes, 95 % intervals over
+episodes:
+
+    policy   action MSE 0.041 [0.036, 0.047], normalised; the mean action has 0.109 [0.101, 0.119]
+    inverse  action MSE 0.019 [0.017, 0.022], 0.18 of the mean action's; a straight line to the chunk's end, which knows
+             where that is, has as much: 0.019 [0.017, 0.021]
+    joint    action MSE 0.042 [0.036, 0.047], PSNR 26.0 dB [25.8, 26.3]
+    forward  PSNR 26.1 dB [25.9, 26.4]; shuffle gap 0.047 [0.037, 0.057]; as samples, another window's actions cost
+             0.00016 [0.00011, 0.00021] more on all pixels and 0.0020 [0.0014, 0.0026] on those that changed
+    video    PSNR 26.0 dB [25.8, 26.3]; the current frame has 25.3 dB [24.9, 25.6], the mean image 26.1 [25.9, 26.3]
+
+    closed loop, 50 starts: mean best coverage 0.522 [0.442, 0.597], 3 solved; random targets 0.150 [0.102, 0.199], held
+    for 8 steps 0.191 [0.140, 0.245]; expert 0.963 [0.960, 0.966]; doing nothing 0.133 [0.086, 0.181]
 """
 
 from ml_collections import ConfigDict
