@@ -50,6 +50,11 @@ def config_overrides() -> list[tuple[str, str]]:
     return list(_overrides)
 
 
+def changed_fields() -> list[str]:
+    """The names of the fields that `config_overrides` changes, in order."""
+    return [name for name, _ in config_overrides()]
+
+
 def command_line() -> list[str]:
     """The command that runs, as it can be typed again: `["python", "-m", "uwm_jax.train", "--workdir=..."]`."""
     return list(_command)

@@ -74,8 +74,7 @@ def main(argv: list[str]) -> None:
     rules = sharding.load_rules(system.config.mesh.rules)
     rows = rows_at_a_time(mesh, min(len(held_out), system.config.batch_size))  # as in training, which memory held
     evaluation = Evaluation(system, loader, held_out, mesh, rules, rows)
-    changed = [name for name, _ in cli.config_overrides()]
-    about = evaluation.about() | record.describe_use(cli.command_line(), system.config, changed)
+    about = evaluation.about() | record.describe_use(cli.command_line(), system.config, cli.changed_fields())
     folder = workdir / "eval" / str(step)
 
     start = time.perf_counter()
@@ -114,7 +113,7 @@ def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str
                 f"{loader.directory}: {name} is {found[name]}, but the run was trained with {trained[name]}."
             )
     here = {name: source.identity for name, source in loader.sources.items()}
-    changed = [name for name, _ in cli.config_overrides()]
+    changed = cli.changed_fields()
     if not datasets or here == datasets:
         if "data.val_ratio" in changed:
             raise UserError(

@@ -78,8 +78,7 @@ def main(argv: list[str]) -> None:
     folder = workdir / "rollout" / str(step)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    changed = [name for name, _ in cli.config_overrides()]
-    how = describe_use(cli.command_line(), system.config, changed)
+    how = describe_use(cli.command_line(), system.config, cli.changed_fields())
     how |= record(spec, system, results, FLAGS.execute, FLAGS.seed)
     write_text(folder / "episodes.json", json.dumps(how, indent=1) + "\n")
     clips = []

@@ -55,8 +55,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     config = config_lib.load(cli.required("config"), cli.config_overrides())
     workdir = Path(cli.required("workdir"))
-    changed = [name for name, _ in cli.config_overrides()]
-    start = record.describe(cli.command_line(), cli.required("config"), config, changed)
+    start = record.describe(cli.command_line(), cli.required("config"), config, cli.changed_fields())
     with distributed.session():
         train(config, workdir, FLAGS.profile, start)
 
