@@ -42,6 +42,7 @@ def get_config(length: str = "full") -> ConfigDict:
     c.log_every = 100
     c.checkpoint.every = 1_000
     c.model.depth = 4
+    c.loss.weights.action = 5.0  # the loss of frames is ten times that of actions, and the inverse mode learns late
     c.data.path = "pusht_1000"
     c.optimizer.warmup_steps = 200
     c.optimizer.ema_decay = 0.999 if length == "full" else 0.99  # an average over a tenth of the run
