@@ -11,15 +11,12 @@ changes nothing but the time.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import io
 import json
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +29,7 @@ from tqdm import tqdm
 
 from data_prep.output import building, check_output, is_vacant
 from data_prep.pusht_expert import PushTExpert
+from data_prep.workers import pool
 from uwm_jax import cli
 from uwm_jax.envs.parallel import cores
 from uwm_jax.envs.pusht import Renderer, make_env, read_state
@@ -143,21 +141,16 @@ def episodes(demo: Demo, workers: int = 0) -> Iterator[tuple[int, Episode]]:
     if workers == 1:
         yield from ((i, run_episode(i, demo)) for i in range(SEEDS_PER_RUN))
         return
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_leave_interrupts_to_the_parent)
+    executor = pool(workers)
     try:
         waiting: collections.deque = collections.deque()
         for i in range(SEEDS_PER_RUN):
-            waiting.append((i, pool.submit(run_episode, i, demo)))
+            waiting.append((i, executor.submit(run_episode, i, demo)))
             if len(waiting) > 2 * workers:  # a little ahead, so that no worker idles behind a long episode
                 number, future = waiting.popleft()
                 yield number, future.result()
     finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        executor.shutdown(cancel_futures=True)
 
 
 @functools.cache

@@ -32,6 +32,7 @@ from data_prep.chunks import EpisodeError, Layout, camera_features, cut_episode,
 from data_prep.codec import check_options, common_size, fit_codec
 from data_prep.output import building, check_output
 from data_prep.stats import write_stats
+from data_prep.workers import pool
 from uwm_jax import cli
 from uwm_jax.data import records
 from uwm_jax.data.records import Dataset
@@ -222,9 +223,7 @@ def _run_jobs(jobs: list[_Job], workers: int) -> list[_Result]:
     counters = (done_bytes, done_episodes)
     executor: concurrent.futures.Executor
     if (processes := min(workers, len(jobs))) > 1:
-        executor = concurrent.futures.ProcessPoolExecutor(
-            processes, context, initializer=_init_worker, initargs=counters
-        )
+        executor = pool(processes, _init_worker, counters)
     else:
         executor = concurrent.futures.ThreadPoolExecutor(1, initializer=_init_worker, initargs=counters)
     total = sum(job.file.stat().st_size for job in jobs)

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from uwm_jax import cli, report, rollout
@@ -31,7 +30,7 @@ from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.metrics import Metrics, interval, proportion
+from uwm_jax.evaluation.metrics import Metrics
 from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
@@ -190,9 +189,9 @@ def compare(
     metrics = evaluation.run_modes(way, params, frozen, name)
     if envs:
         results = rollout.closed_loop(way, params, frozen, envs, seeds, progress=f"{name}, {envs.spec.name}")
-        best = np.array([r.max_score for r in results])
-        metrics[f"closed_loop/max_{envs.spec.score}"] = interval(best, np.arange(len(seeds)))
-        metrics["closed_loop/success"] = proportion(np.array([r.success for r in results]))
+        acted = rollout.measure({rollout.POLICY: results}, envs.spec.score)
+        for metric in (f"max_{envs.spec.score}", "success"):
+            metrics[f"closed_loop/{metric}"] = acted[f"{rollout.POLICY}/{metric}"]
     return {
         "sampler": diffusion.spacing,
         "steps": diffusion.num_inference_steps,

@@ -1,0 +1,55 @@
+"""How a command's processes end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = """
+import os, time
+from data_prep.workers import pool
+executor = pool(2)
+print(executor.submit(os.getpid).result(), executor.submit(os.getppid).result(), flush=True)
+executor.submit(time.sleep, 600).result()
+"""
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_processes_end_with_the_command(how: signal.Signals) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-c", COMMAND], cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True
+    )
+    try:
+        worker, parent = map(int, command.stdout.readline().split())
+        assert parent == command.pid
+        assert _runs(worker)
+        if how is signal.SIGINT:
+            os.killpg(command.pid, how)  # as a terminal does: to all of them
+        else:
+            command.kill()
+        command.wait(30)
+        end = time.monotonic() + 30
+        while _runs(worker) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not _runs(worker)
+        errors = command.stderr.read()
+        assert errors.count("Traceback") == (how is signal.SIGINT), errors  # the command's own
+    finally:
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
