@@ -1,4 +1,4 @@
-"""The commands of docs/training.md run, in the order of the page, in tiny form.
+"""The commands of docs/training.md run, in the order of the page, in tiny form; those of other pages name what exists.
 
 The page is taken as a person would: its Python blocks become the files that it names, its bash blocks are run one
 after the other. What makes them tiny is put before their own flags, by a `python` that stands first on the PATH; the
@@ -8,6 +8,7 @@ values and paths that only a person's machine has are replaced, and each replace
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -19,8 +20,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl.flags import FLAGS
 
-from uwm_jax.config import MAY_CHANGE
+from uwm_jax import cli
+from uwm_jax.config import MAY_CHANGE, base, flatten, source
 from uwm_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -187,3 +190,48 @@ def test_the_page_names_only_fields_that_exist():
     for field in re.findall(r"--config\.([\w.]+)=", PAGE):
         if not field.startswith("data.sources."):
             assert field in known or field == "any.field", field
+
+
+# --- commands anywhere in the documentation -------------------------------------------------------------
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """(file, module, flags) of each `python -m` command of the pages, the configs and the modules' docstrings."""
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    sources = {file: file.read_text() for file in files}
+    for folder in ("configs", "uwm_jax", "data_prep", "launch"):
+        for file in (ROOT / folder).rglob("*.py"):
+            sources[file] = ast.get_docstring(ast.parse(file.read_bytes())) or ""
+    sources |= {file: file.read_text() for file in (ROOT / "launch").glob("*.sh")}
+    found = []
+    for file, text in sorted(sources.items()):
+        for module, rest in re.findall(r"-m ((?:uwm_jax|data_prep|launch)\.\w+)([^`\n]*)", text.replace("\\\n", " ")):
+            flags = re.findall(r"--([\w.-]+)", rest.partition(" #")[0])
+            found.append((str(file.relative_to(ROOT)), module, flags))
+    return found
+
+
+def test_commands_of_all_pages_name_flags_that_exist(monkeypatch):
+    config = base()
+    config.data.sources.ANY = source()
+    fields = {"FIELD", *flatten(config)}  # what a page calls any field
+    seen = set()
+    for file, name, flags in commands():
+        assert (ROOT / (name.replace(".", "/") + ".py")).exists(), f"{file}: {name}"
+        module = importlib.import_module(name)
+        monkeypatch.setattr(cli, "_takes_config", False)
+        before = set(FLAGS)
+        if hasattr(module, "define_flags"):
+            module.define_flags()
+        known = {flag.replace("_", "-") for flag in set(FLAGS) - before}
+        for flag in set(FLAGS) - before:
+            delattr(FLAGS, flag)
+        for flag in flags:
+            if flag.startswith("config."):
+                field = re.sub(r"^data\.sources\.\w+", "data.sources.ANY", flag.removeprefix("config."))
+                good = cli._takes_config and field in fields
+            else:
+                good = flag.replace("_", "-") in known | {"help", "debug"}
+            assert good, f"{file}: python -m {name} has no --{flag}"
+        seen.add(name)
+    assert {"uwm_jax.train", "uwm_jax.evaluate", "uwm_jax.rollout", "uwm_jax.report", "data_prep.demo"} <= seen
