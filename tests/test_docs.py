@@ -184,8 +184,6 @@ def test_every_replacement_has_something_to_replace():
 
 
 def test_the_page_names_only_fields_that_exist():
-    from uwm_jax.config import base, flatten
-
     known = flatten(base())
     for field in re.findall(r"--config\.([\w.]+)=", PAGE):
         if not field.startswith("data.sources."):
