@@ -41,6 +41,7 @@ def get_config(length: str = "full") -> ConfigDict:
     c.total_steps = STEPS[length]
     c.log_every = 100
     c.checkpoint.every = 1_000
+    c.eval.every = 2_500 if length == "full" else 0  # held-out curves; half a minute each
     c.model.depth = 4
     c.loss.weights.action = 5.0  # the loss of frames is ten times that of actions, and the inverse mode learns late
     c.data.path = "pusht_1000"
