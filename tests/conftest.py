@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,27 @@ def _no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", local_only)
         yield
+
+
+@pytest.fixture
+def ends():
+    """A function that waits for a process by its pid and says whether it ended in time."""
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+
+    def wait(pid: int, seconds: float = 30.0) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            except FileNotFoundError:
+                return True
+            if state == "Z":  # it did, and its parent has not looked
+                return True
+            time.sleep(0.05)
+        return False
+
+    return wait
 
 
 def _load_rlds_source():

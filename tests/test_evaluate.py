@@ -59,7 +59,9 @@ def test_the_command_finds_what_the_trainer_found(trained, capsys):
 def test_ways_of_sampling_are_compared(trained, capsys):
     arguments = ["evaluate", f"--workdir={trained}", "--sampler=leading,trailing", "--steps=2,1"]
     assert cli.call(evaluate.main, arguments, evaluate.define_flags) == 0
-    rows = json.loads((trained / "eval" / "2" / "few_steps.json").read_text())
+    found = json.loads((trained / "eval" / "2" / "few_steps.json").read_text())
+    rows, about = found["rows"], found["about"]
+    assert about["windows"] == 6 and about["command"][2:] == ["uwm_jax.evaluate", *arguments[1:]] and about["own_data"]
     ways = [(row["sampler"], row["steps"]) for row in rows]
     assert [row["first_timestep"] for row in rows] == [50, 0, 99, 99]
     assert ways == [("leading", 2), ("leading", 1), ("trailing", 2), ("trailing", 1)]
@@ -79,6 +81,7 @@ def test_flags_that_would_change_what_is_held_out_or_do_nothing_are_refused(trai
     for flag, message in (
         ("--config.data.val_ratio=0.5", "the run decided which episodes"),
         ("--episodes=3", "--episodes belongs to --env"),
+        ("--execute=4", "--execute belongs to --env"),
         ("--env=pusht", "--env belongs to --sampler"),
     ):
         assert cli.call(evaluate.main, ["evaluate", f"--workdir={trained}", flag], evaluate.define_flags) == 2
@@ -91,14 +94,18 @@ def test_other_data_than_the_runs_are_refused_unless_named(tiny_config, monkeypa
     facts = {field.name: getattr(system.facts, field.name) for field in dataclasses.fields(system.facts)}
     sources = {"robot": SimpleNamespace(identity="b" * 40), "video": SimpleNamespace(identity="c" * 40)}
     loader = SimpleNamespace(facts=lambda: facts, sources=sources, directory="there")
-    for datasets in ({}, {"robot": "b" * 40, "video": "c" * 40}):
-        evaluate.refuse_other_data(system, loader, datasets)
+    assert evaluate.refuse_other_data(system, loader, {"robot": "b" * 40, "video": "c" * 40}) is True
+    assert capsys.readouterr().err == ""
+    with monkeypatch.context() as patch:  # a converted checkpoint: nothing is known, and the share is free
+        patch.setattr(cli, "config_overrides", lambda: [("data.val_ratio", "0.5")])
+        assert evaluate.refuse_other_data(system, loader, {}) is None
+        assert "warning: this checkpoint does not say what it was trained on" in capsys.readouterr().err
     of_the_run = {"robot": "a" * 40, "video": "c" * 40}
     with pytest.raises(UserError, match="there: .*source 'robot': fingerprint bbbbbbbbbbbb, the run's is aaaaaaaaaaaa"):
         evaluate.refuse_other_data(system, loader, of_the_run)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(cli, "config_overrides", lambda: [("data.path", "there")])
-    evaluate.refuse_other_data(system, loader, of_the_run)
+    assert evaluate.refuse_other_data(system, loader, of_the_run) is False
     assert "warning: these are not the run's own datasets" in capsys.readouterr().err
     facts["action_dim"] = 3
     with pytest.raises(UserError, match="action_dim is 3, but the run was trained with 10"):

@@ -21,7 +21,7 @@ PIXEL = base64.b64decode(
 
 
 def stored(mean: float, half: float = 0.01, n: int = 64) -> dict[str, float]:
-    return {"mean": mean, "lo": mean - half, "hi": mean + half, "n": n}
+    return {"mean": mean, "lo": mean - half, "hi": mean + half, "n": n, "episodes": 12}
 
 
 def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: int = 0, execute: int = 7) -> Path:
@@ -48,16 +48,17 @@ def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: i
     use = record.describe_use(
         ["python", "-m", "uwm_jax.evaluate", "--step=20"], config, ["diffusion.num_inference_steps"]
     )
-    (folder / "about.json").write_text(json.dumps({"windows": 64, "episodes": 12, **use}))
+    (folder / "about.json").write_text(json.dumps({"datasets": {"a": "1"}, "own_data": True, **use}))
     few = {"sampler": "trailing", "steps": 2, "seconds_per_sample": 0.0125}
     few["metrics"] = {"policy/action_mse": stored(policy), "closed_loop/max_coverage": stored(0.4)}
-    (folder / "few_steps.json").write_text(json.dumps([few]))
+    (folder / "few_steps.json").write_text(json.dumps({"about": {"windows": 32, "episodes": 7, **use}, "rows": [few]}))
     for name in ("idea.png", "modes.png", "actions.png"):
         (folder / name).write_bytes(PIXEL)
     episodes = {f"{who}/max_coverage": stored(0.5) for who in ("policy", "random_uniform", "random_held", "expert")}
     episodes |= {f"paired/policy_vs_{who}/max_coverage": stored(gain) for who in ("random_uniform", "random_held")}
     (closed / "metrics.json").write_text(json.dumps(episodes))
-    (closed / "episodes.json").write_text(json.dumps({"env": "pusht", "execute": execute, "sampler_steps": 4}))
+    how = {"env": "pusht", "execute": execute, "sampler_steps": 4, "episodes": {"policy": [{"seed": 5}, {"seed": 9}]}}
+    (closed / "episodes.json").write_text(json.dumps(how))
     lines = [
         {"step": s, "loss/action": 1 / s, "loss/next_obs": 2 / s, "samples_per_second": 100.0, "goodput": 0.75}
         | {"time/step": 30.0 * s, "time/compile": 10.0 * s}
@@ -107,12 +108,13 @@ def test_a_full_run_has_all_sections_and_stands_alone(tmp_path):
     assert changed in page
     assert "<b>run</b>. It pushes a block &amp; wins." in page
     assert "a&lt;b" in page and "a<b" not in page
-    assert "pusht, chunks of actions sampled in 4 evaluations of the network, of which 7 steps are taken; 64" in page
+    assert "pusht, seeds 5 to 9, chunks of actions sampled in 4 evaluations of the network, of which 7 steps" in page
+    assert "19 steps of an episode: 2 frames" in page and "32 windows of 7 held-out episodes; means" in page
+    assert page.count("<pre>python -m uwm_jax.evaluate --step=20</pre>") == 2  # and of the comparison of samplers
     assert "12.5 ms" in page and "closed loop<br>max coverage" in page  # few steps
     assert "75.0 %" in page and "360 ms a step" in page and "13:20" in page  # 36 windows at 100 a second; 800 s
     assert "forward, but with the actions of a window of another episode" in page
     assert "means over 64 windows of 12 held-out episodes" in page
-    assert "<pre>python -m uwm_jax.evaluate --step=20</pre>" in page
     assert "<tr><th></th><th>training</th><th>here</th></tr><tr><th>diffusion.num_inference_steps</th>" in page
     assert not list(workdir.glob("*.tmp"))
 
@@ -149,7 +151,7 @@ def test_closed_loops_that_were_run_otherwise_are_compared_with_a_warning(tmp_pa
     page = report.compare(runs, tmp_path / "both.html").read_text()
     assert "These runs differ in rollout&#x27;s execute</b>" in page
     about = tmp_path / "b" / "eval" / "20" / "about.json"
-    about.write_text(json.dumps({"windows": 64, "episodes": 12, "changed": {"diffusion.clip.next_obs": 1.0}}))
+    about.write_text(json.dumps({"datasets": {"a": "1"}, "changed": {"diffusion.clip.next_obs": 1.0}}))
     page = report.compare(runs, tmp_path / "both.html").read_text()
     assert "evaluate&#x27;s --config.diffusion.clip.next_obs" in page
 
@@ -166,9 +168,38 @@ def test_runs_on_other_data_are_compared_with_a_warning(tmp_path):
 def test_datasets_of_one_path_and_other_files_are_compared_with_a_warning(tmp_path):
     runs = [Run.read(make_run(tmp_path / name)) for name in ("a", "b", "c")]
     runs[0].manifests, runs[1].manifests = ({"": {"splits": {"train": digest}}} for digest in ("1", "1"))
-    assert "Held-out windows are the same" in comparison.body(runs)  # nothing is known of the third
+    assert "Held-out windows are the same" in comparison.body(runs)
     runs[2].manifests = {"": {"splits": {"train": "2"}}}
     assert "differ in the files of their datasets</b>" in comparison.body(runs)
+    runs[2].manifests = {}
+    runs[2].eval_how = runs[2].eval_how | {"datasets": {"a": "2"}}
+    assert "differ in the files of their datasets</b>" in comparison.body(runs)
+    del runs[2].eval_how["datasets"]
+    assert "Whether their held-out windows are the same is not known" in comparison.body(runs)
+
+
+def test_an_evaluation_of_other_data_says_so(tmp_path):
+    run = make_run(tmp_path / "run")
+    about = run / "eval" / "20" / "about.json"
+    assert "may be among those that it learned from" not in report.write(run).read_text()
+    for own, words in ((False, "of other data than the run was trained on"), (None, "not known what this run was")):
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"own_data": own}))
+        page = report.write(run).read_text()
+        assert words in page and "an episode that was held out of training" not in page
+
+
+def test_what_is_no_merit_is_not_marked(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    for name in ("a", "b"):
+        file = tmp_path / name / "eval" / "20" / "metrics.json"
+        metrics = json.loads(file.read_text())
+        for metric in ("control/forward_shuffled/pixel_mse", "baseline/mean_action/action_mse", "control/shuffle_gap"):
+            metrics[metric] = stored(0.9 if name == "a" else 0.1)
+        file.write_text(json.dumps(metrics))
+    page = report.compare(runs, tmp_path / "both.html").read_text()
+    rows = dict(re.findall(r"<tr><th>([\w/]+)</th>(.*?)</tr>", page))
+    assert "best" in rows["control/shuffle_gap"]
+    assert "best" not in rows["control/forward_shuffled/pixel_mse"] + rows["baseline/mean_action/action_mse"]
 
 
 def test_runs_evaluated_on_other_numbers_of_windows_are_compared_with_a_warning(tmp_path):

@@ -240,7 +240,7 @@ def test_the_command_writes_metrics_episodes_and_film(trained, capsys):
     folder = trained / "rollout" / "2"
     metrics = json.loads((folder / "metrics.json").read_text())
     for who in ("policy", "random_uniform", "random_held", "expert"):
-        assert set(metrics[f"{who}/max_coverage"]) == {"mean", "lo", "hi", "n"}
+        assert set(metrics[f"{who}/max_coverage"]) == {"mean", "lo", "hi", "n", "episodes"}
         assert metrics[f"{who}/success"]["n"] == 2
         assert who == "policy" or f"paired/policy_vs_{who}/max_coverage" in metrics
     assert metrics["expert/max_coverage"]["mean"] > 0.9
@@ -260,24 +260,32 @@ def test_the_command_writes_metrics_episodes_and_film(trained, capsys):
 def test_evaluate_lets_every_way_of_sampling_act_in_the_same_processes(trained, monkeypatch, capsys):
     seen = []
 
-    def closed_loop(system, params, frozen, envs, seeds, progress):
+    def closed_loop(system, params, frozen, envs, seeds, execute, progress):
+        assert execute == 4
         seen.append((envs, system.schedule.num_inference_steps, list(seeds)))
         return [EpisodeResult(seed, np.array([0.0, len(seen) / 10]), np.zeros((1, 2)), seed % 2 == 0) for seed in seeds]
 
     monkeypatch.setattr(rollout, "closed_loop", closed_loop)
-    arguments = ["evaluate", f"--workdir={trained}", "--steps=2,1", "--env=pusht", "--episodes=2"]
+    arguments = ["evaluate", f"--workdir={trained}", "--steps=2,1", "--env=pusht", "--episodes=2", "--execute=4"]
     assert cli.call(evaluate.main, [*arguments, "--config.eval.num_windows=4"], evaluate.define_flags) == 0
     envs, again = seen[0][0], seen[1][0]
     assert envs is again and isinstance(envs, ParallelEnvs) and envs.spec.name == "pusht"
     assert [call[1:] for call in seen] == [(2, [100_000, 100_001]), (1, [100_000, 100_001])]
-    rows = json.loads((trained / "eval" / "2" / "few_steps.json").read_text())
+    found = json.loads((trained / "eval" / "2" / "few_steps.json").read_text())
+    assert [found["about"][name] for name in ("env", "closed_loop_episodes", "execute")] == ["pusht", 2, 4]
+    rows = found["rows"]
     for row, coverage in zip(rows, (0.1, 0.2), strict=True):
-        assert row["metrics"]["closed_loop/max_coverage"] == {"mean": coverage, "lo": coverage, "hi": coverage, "n": 2}
-        success = {"mean": 0.5, "lo": 0.0945, "hi": 0.9055, "n": 2}  # Wilson's interval of one of two
+        same = {"mean": coverage, "lo": coverage, "hi": coverage, "n": 2, "episodes": 2}
+        assert row["metrics"]["closed_loop/max_coverage"] == same
+        success = {"mean": 0.5, "lo": 0.0945, "hi": 0.9055, "n": 2, "episodes": 2}  # Wilson's interval of one of two
         assert row["metrics"]["closed_loop/success"] == pytest.approx(success, abs=1e-4)
     assert "closed_loop/success" in capsys.readouterr().out
-    assert cli.call(evaluate.main, [*arguments, "--env=other"], evaluate.define_flags) == 2
-    assert "--env=other: there is no such environment. Known: pusht" in capsys.readouterr().err
+    for flag, message in (
+        ("--env=other", "--env=other: there is no such environment. Known: pusht"),
+        ("--execute=17", "execute=17: expected 1 to 16"),
+    ):
+        assert cli.call(evaluate.main, [*arguments, flag], evaluate.define_flags) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -14,11 +14,12 @@ are against the number of network evaluations, in `eval/<step>/few_steps.json`; 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
+from uwm_jax.policy import Policy
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import record
@@ -51,6 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_string("steps", None, "compare these numbers of network evaluations, e.g. 10,4,2")
     flags.DEFINE_string("env", None, "with --sampler or --steps: the policy also acts in this environment, e.g. pusht")
     flags.DEFINE_integer("episodes", 50, "with --env: episodes", lower_bound=1)
+    flags.DEFINE_integer("execute", 8, "with --env: steps of each chunk of actions that are taken", lower_bound=1)
     cli.accept_config_overrides()
 
 
@@ -63,44 +66,53 @@ def main(argv: list[str]) -> None:
         raise UserError("--env belongs to --sampler or --steps; python -m uwm_jax.rollout is for one policy alone.")
     if FLAGS["episodes"].present and not FLAGS.env:
         raise UserError("--episodes belongs to --env: the number of held-out windows is --config.eval.num_windows.")
+    if FLAGS["execute"].present and not FLAGS.env:
+        raise UserError("--execute belongs to --env: how much of a chunk is taken matters only where the policy acts.")
     system, params, frozen, step = checkpoint_lib.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
     ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
     loader = Loader(system.config.data, batch_size=1, seed=system.config.seed, normalizer=system.facts.normalizer)
-    refuse_other_data(system, loader, checkpoint_lib.datasets_of(workdir, step))
+    own_data = refuse_other_data(system, loader, checkpoint_lib.datasets_of(workdir, step))
     mesh = local_mesh(system.config)
     params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
     held_out = loader.held_out(system.config.eval.num_windows)
     rules = sharding.load_rules(system.config.mesh.rules)
     rows = rows_at_a_time(mesh, min(len(held_out), system.config.batch_size))  # as in training, which memory held
     evaluation = Evaluation(system, loader, held_out, mesh, rules, rows)
-    about = evaluation.about() | record.describe_use(cli.command_line(), system.config, cli.changed_fields())
+    about = evaluation.about() | {"own_data": own_data}
+    about |= record.describe_use(cli.command_line(), system.config, cli.changed_fields())
     folder = workdir / "eval" / str(step)
 
     start = time.perf_counter()
     if compares:
-        seeds = range(rollout.FIRST_SEED, rollout.FIRST_SEED + FLAGS.episodes)
-        with rollout.open_envs(FLAGS.env, system, seeds) if FLAGS.env else contextlib.nullcontext() as envs:
-            found = [compare(evaluation, way, params, frozen, envs, seeds) for way in ways]
+        found: list[dict[str, Any]] = []
+        file = folder / "few_steps.json"
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "few_steps.json", json.dumps(found, indent=2) + "\n")
-        table, file = few_steps_table(found), folder / "few_steps.json"
+        with open_acting(FLAGS.env, system, FLAGS.episodes, FLAGS.execute) as acting:
+            how = about if acting is None else about | acting.about()
+            for way in ways:
+                found.append(compare(evaluation, way, params, frozen, acting))
+                write_text(file, json.dumps({"about": how, "rows": found}, indent=2) + "\n")
+        table = few_steps_table(found)
     else:
         print("compiling the samplers of all modes...", flush=True)
         evaluation.compile(params, frozen)
         metrics, windows = evaluation.run(params, frozen, progress=True)
         write_results(workdir, step, system, metrics, windows, about)
         table, file = text_table(metrics), folder / "metrics.json"
-    report.write(workdir)
     seconds = time.perf_counter() - start
     print(f"{about['windows']} held-out windows of {about['episodes']} episodes, {len(MODES)} modes, {seconds:.1f} s")
-    print(f"{table}\nwrote {file} and {workdir / 'report.html'}")
+    print(f"{table}\nwrote {file}", flush=True)
+    print(f"wrote {report.write(workdir)}")
 
 
-def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str]) -> None:
+def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str]) -> bool | None:
     """Checks that what is held out here was held out of training.
 
     Args:
       datasets: {source: identity} of the run's own data; {} where it is not known (a converted checkpoint).
+
+    Returns:
+      Whether it was; None where that is not known. A warning is printed where it is not True.
 
     Raises:
       UserError: the dataset is not of the kind that the run was trained on; or it is another one, and no flag names it.
@@ -113,18 +125,19 @@ def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str
             )
     here = {name: source.identity for name, source in loader.sources.items()}
     changed = cli.changed_fields()
-    if not datasets or here == datasets:
+    may_be_known = "Episodes that are held out here may be among those it learned from."
+    if not datasets:
+        print(f"warning: this checkpoint does not say what it was trained on. {may_be_known}", file=sys.stderr)
+        return None
+    if here == datasets:
         if "data.val_ratio" in changed:
             raise UserError(
                 "--config.data.val_ratio: the run decided which episodes it did not learn from. Leave it out."
             )
-        return
+        return True
     if any(name.startswith(("data.path", "data.sources")) for name in changed):
-        say = (
-            "these are not the run's own datasets. Episodes that are held out here may be among those it learned from."
-        )
-        print(f"warning: {say}", file=sys.stderr)
-        return
+        print(f"warning: these are not the run's own datasets. {may_be_known}", file=sys.stderr)
+        return False
     name = min(name for name in {*here, *datasets} if here.get(name) != datasets.get(name))
     raise UserError(
         f"{loader.directory}: this is not the dataset that the run was trained on (source {name!r}: fingerprint "
@@ -170,25 +183,49 @@ def parse_ways(system: System, spacings: str | None, steps: str | None) -> list[
     return ways
 
 
-def compare(
-    evaluation: Evaluation, way: System, params: Any, frozen: Any, envs: ParallelEnvs | None, seeds: Sequence[int]
-) -> dict[str, Any]:
-    """One row of `few_steps.json`.
+@dataclasses.dataclass(frozen=True)
+class Acting:
+    """Where and how the policy acts beside an evaluation: one episode from each of `seeds`."""
 
-    Args:
-      envs: where the policy acts, with one episode from each of `seeds`; None: nowhere.
+    envs: ParallelEnvs
+    seeds: range
+    execute: int
+
+    def about(self) -> dict[str, Any]:
+        return {"env": self.envs.spec.name, "closed_loop_episodes": len(self.seeds), "execute": self.execute}
+
+
+@contextlib.contextmanager
+def open_acting(env: str | None, system: System, episodes: int, execute: int) -> Iterator[Acting | None]:
+    """Opens the processes that simulate; None without an `env`.
+
+    Raises:
+      UserError: as `rollout.closed_loop`.
+    """
+    if not env:
+        yield None
+        return
+    Policy(system, None, None, execute=execute)  # refuses what does not fit before minutes of sampling
+    seeds = range(rollout.FIRST_SEED, rollout.FIRST_SEED + episodes)
+    with rollout.open_envs(env, system, seeds) as envs:
+        yield Acting(envs, seeds, execute)
+
+
+def compare(evaluation: Evaluation, way: System, params: Any, frozen: Any, acting: Acting | None) -> dict[str, Any]:
+    """One row of `few_steps.json`.
 
     Returns:
       {"sampler": the spacing, "steps": network evaluations, "first_timestep": the noisiest that they visit, "metrics":
       {metric of a mode: interval}, "seconds_per_sample": until the policy mode has sampled one chunk for one
-      observation}; with `envs` the metrics have `closed_loop/max_<score>` and `closed_loop/success`, with intervals
+      observation}; where it acts the metrics have `closed_loop/max_<score>` and `closed_loop/success`, with intervals
       over episodes.
     """
     diffusion = way.config.diffusion
     name = f"{diffusion.spacing}, {diffusion.num_inference_steps} steps"
     metrics = evaluation.run_modes(way, params, frozen, name)
-    if envs:
-        results = rollout.closed_loop(way, params, frozen, envs, seeds, progress=f"{name}, {envs.spec.name}")
+    if acting:
+        envs, execute, progress = acting.envs, acting.execute, f"{name}, {acting.envs.spec.name}"
+        results = rollout.closed_loop(way, params, frozen, envs, acting.seeds, execute=execute, progress=progress)
         acted = rollout.measure({rollout.POLICY: results}, envs.spec.score)
         for metric in (f"max_{envs.spec.score}", "success"):
             metrics[f"closed_loop/{metric}"] = acted[f"{rollout.POLICY}/{metric}"]

@@ -10,6 +10,7 @@ section whose files are not there yet is a line that says which command makes th
 from __future__ import annotations
 
 import html
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,17 +142,38 @@ ACTORS = {
 }
 
 
+_MAY_BE_KNOWN = "Episodes that are held out here may be among those that it learned from."
+OTHER_DATA = {  # by whether an evaluation's data are the run's own
+    False: f"This evaluation is of other data than the run was trained on. {_MAY_BE_KNOWN}",
+    None: f"It is not known what this run was trained on. {_MAY_BE_KNOWN}",
+}
+
+
 def _idea(run: Run) -> str:
     picture = image(run.picture("idea.png"), "one held-out moment: what each mode is given and what it samples")
+    own = run.eval_how.get("own_data", True)
     if picture:
-        picture = f"""<figure>{picture}<figcaption>One moment of an episode that was held out of training (of some
-that are spread over these episodes, the one in which most moves). A mode, a column here, is nothing but the choice of
-what is given, what is hidden and what is sampled. Step {run.eval_step}.</figcaption></figure>"""
+        episode = "an episode that was held out of training" if own else "a held-out episode"
+        picture = f"""<figure>{picture}<figcaption>One moment of {episode} (of some that are spread over these episodes,
+the one in which most moves). A mode, a column here, is nothing but the choice of what is given, what is hidden and what
+is sampled. Step {run.eval_step}.</figcaption></figure>
+{"" if own else f"<p><b>{OTHER_DATA[own]}</b></p>"}<p>{_window(run.config)}</p>"""
     else:
         picture = _missing("The pictures of all modes", f"python -m uwm_jax.evaluate --workdir={_path(run)}")
     about = run.starts[-1].get("about", "") if run.starts else ""
-    about = f"<p>This run, <b>{html.escape(run.name)}</b>. {html.escape(about)}</p>" if about else ""
+    about = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(about))
+    about = f"<p>This run, <b>{html.escape(run.name)}</b>. {about}</p>" if about else ""
     return f"<h1>One network that acts, predicts, explains and imagines</h1>{INTRODUCTION}{about}{picture}"
+
+
+def _window(config: ConfigDict) -> str:
+    window = config.data.window
+    steps = [*window.obs, *window.action, *window.next_obs]
+    seen, actions, later = len(window.obs), len(window.action), len(window.next_obs)
+    return (
+        f"Below, a <i>window</i> is {max(steps) - min(steps) + 1} steps of an episode: {seen} frames of each camera "
+        f"that are seen, a <i>chunk</i> of {actions} actions, and {later} later frames."
+    )
 
 
 def _answers(run: Run) -> str:
@@ -195,11 +217,10 @@ def _metrics(run: Run) -> str:
     )
     rows += [row(name.replace("_", " "), f"baseline/{name}", about) for name, about in BASELINES.items()]
     heads = "".join(f"<th>{METRICS[name]}</th>" for name in columns)
-    count = max(m.n for m in run.metrics.values())
-    episodes = f"{run.eval_how['episodes']} " if "episodes" in run.eval_how else ""
+    count, episodes = (max(getattr(m, of) for m in run.metrics.values()) for of in ("n", "episodes"))
     return f"""<h2>Every mode beside baselines</h2>
 <table><tr><th></th><th></th>{heads}</tr>{"".join(rows)}</table>
-<p><small>Step {run.eval_step}; means over {count} windows of {episodes}held-out episodes, and below
+<p><small>Step {run.eval_step}; means over {count} windows of {episodes} held-out episodes, and below
 them the 95 % interval, which resamples whole episodes. o: what is seen now, a: the next actions, o': what is seen after
 them. What changed are the values (of a pixel's red, green or blue, 0 to 1) that differ by more than 0.05 from
 the current frame; windows without any are left out there.</small></p>"""
@@ -232,10 +253,11 @@ def _closed_loop(run: Run) -> str:
         if f"{actor}/{run.score}" in run.rollout
     )
     count, how = max(m.n for m in run.rollout.values()), run.rollout_how
+    seeds = [episode["seed"] for episode in how.get("episodes", {}).get("policy", [])]
     how_words = (
-        f"{how['env']}, chunks of actions sampled in {how['sampler_steps']} evaluations of the network, of which "
-        f"{how['execute']} steps are taken; "
-        if how
+        f"{how['env']}, seeds {min(seeds)} to {max(seeds)}, chunks of actions sampled in {how['sampler_steps']} "
+        f"evaluations of the network, of which {how['execute']} steps are taken; "
+        if seeds
         else ""
     )
     gif = image(run.workdir / "rollout" / str(run.rollout_step) / "episodes.gif", "episodes in the simulator")
@@ -266,12 +288,21 @@ def _few_steps(run: Run) -> str:
             for row in run.few_steps
         )
         body = f"""<p>Fewer evaluations of the network make a sample quicker. What does it cost? Leading timesteps end
-at 0, and so begin well below the noisiest when they are few; trailing ones begin at the noisiest.</p>
+at 0, and so begin well below the noisiest when they are few; trailing ones begin at the noisiest. What a mode hides is
+pure noise that is said to be as noisy as the first timestep, which is less than it is where the timesteps are leading
+and few.</p>
 <table><tr><th>sampler</th><th>evaluations</th><th>first timestep</th><th>time of a sample</th>{heads}</tr>
 {rows}</table>
-<p><small>Step {run.few_steps_step}; means, and below them the 95 % interval over episodes. Time: one chunk of actions
-for one observation, without compilation.</small></p>"""
+<p><small>Step {run.few_steps_step}; {_few_steps_of(run.few_steps_how)}means, and below them the 95 % interval over
+episodes. Time: one chunk of actions for one observation, without compilation.</small></p>"""
     return _section("Fewer steps", run, "evaluate --sampler=leading,trailing --steps=10,4,2", body)
+
+
+def _few_steps_of(how: Mapping[str, Any]) -> str:
+    if not how:
+        return ""
+    acted = f"closed loop: {how['closed_loop_episodes']} episodes of {how['env']}; " if "env" in how else ""
+    return html.escape(f"{how['windows']} windows of {how['episodes']} held-out episodes; {acted}")
 
 
 def _title(name: str) -> str:
@@ -323,6 +354,7 @@ def _what_was_run(run: Run) -> str:
 {starts}
 <p>{version}report by uwm_jax {html.escape(code_version())}.</p>
 {_use("Evaluation", run.eval_step, run.eval_how, run.config)}
+{_use("Comparison of samplers", run.few_steps_step, run.few_steps_how, run.config)}
 {_use("Closed loop", run.rollout_step, run.rollout_how, run.config)}
 {_data(run)}
 <details><summary>Config: {len(changed)} fields that differ from <code>uwm_jax.config.base()</code></summary>

@@ -62,6 +62,9 @@ def main(argv: list[str]) -> None:
     system, params, frozen, step = checkpoint.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
     check_fits(spec, system)
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.episodes)
+    if seeds[0] < FIRST_SEED:
+        say = "episodes may start as demonstrations did, which data_prep.demo numbers from 0 on."
+        print(f"warning: --first_seed={seeds[0]}: {say}", file=sys.stderr)
 
     start = time.perf_counter()
     with open_envs(env, system, seeds, FLAGS.workers) as envs:
@@ -77,6 +80,7 @@ def main(argv: list[str]) -> None:
     metrics = measure(results, spec.score)
     folder = workdir / "rollout" / str(step)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "episodes.gif").unlink(missing_ok=True)  # an older closed loop's, until this one's is drawn
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     how = describe_use(cli.command_line(), system.config, cli.changed_fields())
     how |= record(spec, system, results, FLAGS.execute, FLAGS.seed)
@@ -89,10 +93,10 @@ def main(argv: list[str]) -> None:
     files = ["metrics.json", "episodes.json"]
     if film.draw(clips, spec, system, folder / "episodes.gif"):
         files.append("episodes.gif")
-    report.write(workdir)
     print(f"{env}, {len(seeds)} episodes from seed {seeds[0]} on, {FLAGS.execute} steps of a chunk: {seconds:.0f} s")
     print(text_table(metrics, spec.score))
-    print(f"wrote {', '.join(str(folder / file) for file in files)} and {workdir / 'report.html'}")
+    print(f"wrote {', '.join(str(folder / file) for file in files)}", flush=True)
+    print(f"wrote {report.write(workdir)}")
 
 
 def closed_loop(
@@ -161,7 +165,7 @@ def open_envs(name: str, system: System, seeds: Sequence[int], workers: int = 0)
     Args and errors: as `closed_loop`.
     """
     check_fits(get(name), system)
-    return ParallelEnvs(name, system.facts.cameras, workers or min(cores(), len(seeds)))
+    return ParallelEnvs(name, system.facts.cameras, min(workers or cores(), len(seeds)))
 
 
 def play(envs: ParallelEnvs, controller: str, seeds: Sequence[int]) -> list[EpisodeResult]:

@@ -48,17 +48,26 @@ def assert_a_step_runs(config):
     optimizer = make_optimizer(config)
     step = jax.jit(make_train_step(config, system, optimizer))
     state = jax.jit(lambda key: create(config, system.init(key), optimizer))(jax.random.key(0))
-    state, metrics = step(state, frozen, make_up_batch(system, config.batch_size))
+    batch = make_up_batch(system, config.batch_size)
+    state, metrics = step(state, frozen, batch)
     assert state.step == 1 and np.isfinite(metrics["loss"])
+    return system, state, frozen, batch
 
 
 @pytest.mark.slow
-def test_pusht_from_pixels_in_tiny_form():
-    """Its patches and frames are as shipped, since they have to fit each other."""
-    shipped = [(name, value) for name, value in TINY if not name.startswith("data.")]
-    config = config_lib.load(str(CONFIGS[0].with_name("pusht.py")) + ":pixels", shipped)
-    assert config.model.codec.name == "pixels" and config.data.crop == (96, 96)
-    assert_a_step_runs(config)
+@pytest.mark.parametrize("name", ["quickstart.py", "pusht.py:latents", "pusht.py:pixels"])
+def test_pusht_at_its_own_sizes(name):
+    """Frames, codec, patches and encoder are as shipped, since they have to fit each other; the VAE's weights are
+    random."""
+    small = [(field, value) for field, value in TINY if not field.startswith(("data.", "model.encoder."))]
+    config = config_lib.load(str(CONFIGS[0].parent / name), small)
+    system, state, frozen, batch = assert_a_step_runs(config)
+    noise = system.draw_noise(jax.random.key(0), batch["row"])
+    made = jax.jit(system.sample, static_argnums=3)(state.eval_params, frozen, batch, "joint", noise)
+    assert made["action"].shape == (2, 16, 3) and made["next_obs_latent"].shape == (2, *system.latent_shape)
+    frames = jax.jit(system.decode)(frozen, made["next_obs_latent"])
+    assert frames.shape == (2, 1, 2, *config.data.crop, 3)
+    assert all(np.isfinite(x).all() for x in (made["action"], frames))
 
 
 def test_arguments_of_the_pusht_configs():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from uwm_jax import envs  # noqa: E402
 from uwm_jax.envs.parallel import ParallelEnvs, Random, controllers, cores, make_controller, play_episode  # noqa: E402
 from uwm_jax.errors import RunError, UserError  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 SEEDS = [100_000, 100_001, 7]
 CAMERAS = {"image": (32, 32)}
 
@@ -72,14 +77,44 @@ def test_random_actions_cover_the_board_and_are_held():
         np.testing.assert_allclose(each.mean(axis=0), 256, atol=4 * 148 / np.sqrt(len(each)))
         controller.reset(3)
         np.testing.assert_array_equal(controller.act(env), actions[0])
-    assert not np.array_equal(
-        env.reset(seed=3)[0]["agent_pos"], np.floor(actions[0])
-    )  # another stream than the start's
+    the_starts_own_stream = np.random.default_rng(3).uniform(0, 512, 2)
+    assert not np.allclose(actions[0], the_starts_own_stream)
 
 
 def test_the_expert_solves_what_the_random_policies_do_not(two_workers):
     best = {name: [e.max_score for _, e in two_workers.play(name, SEEDS)] for name in ("expert", "random_held")}
     assert min(best["expert"]) > 0.95 and np.mean(best["random_held"]) < 0.7
+
+
+COMMAND = """
+import multiprocessing
+from uwm_jax.envs.parallel import ParallelEnvs
+envs = ParallelEnvs("pusht", {}, workers=2)
+envs.reset([1, 2])
+episodes = envs.play("random_uniform", range(10_000))
+next(episodes)
+print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+for _ in episodes:
+    pass
+"""
+
+
+def test_processes_end_with_a_command_that_is_killed_in_the_middle_of_episodes(ends):
+    command = subprocess.Popen([sys.executable, "-c", COMMAND], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    workers = [int(pid) for pid in command.stdout.readline().split()]
+    assert len(workers) == 2 and not any(ends(pid, 0.1) for pid in workers)
+    command.kill()
+    command.wait(30)
+    assert all(ends(pid) for pid in workers) and "Traceback" not in command.stderr.read()
+
+
+def test_closing_in_the_middle_of_episodes_ends_the_processes():
+    before = set(multiprocessing.active_children())
+    with ParallelEnvs("pusht", {}, workers=2) as parallel:
+        next(parallel.play("random_uniform", range(10_000)))
+        workers = set(multiprocessing.active_children()) - before
+        assert len(workers) == 2
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_cores_where_the_system_tells_them_and_where_not(monkeypatch):

@@ -17,11 +17,19 @@ def test_interval_is_clustered():
     clusters = np.repeat(np.arange(200), 5)
     found = interval(values, clusters)
     half = 1.96 * means.std() / np.sqrt(200)
-    assert found["n"] == 1000
+    assert found["n"] == 1000 and found["episodes"] == 200
     np.testing.assert_allclose(found["mean"], means.mean())
     np.testing.assert_allclose([found["lo"], found["hi"]], [means.mean() - half, means.mean() + half], atol=0.02)
     one = interval(np.array([1.0, 3.0]), np.array([7, 7]))
-    assert one == {"mean": 2.0, "lo": 2.0, "hi": 2.0, "n": 2}
+    assert one == {"mean": 2.0, "lo": 2.0, "hi": 2.0, "n": 2, "episodes": 1}
+
+
+def test_the_interval_of_few_clusters_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for clusters in (6, 22):
+        found = [interval(rng.normal(size=clusters), np.arange(clusters), resamples=1000) for _ in range(1000)]
+        held = np.mean([x["lo"] <= 0 <= x["hi"] for x in found])
+        assert abs(held - 0.95) < 3 * np.sqrt(0.95 * 0.05 / len(found)), (clusters, held)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 50), (7, 20), (50, 50)])
@@ -93,10 +101,11 @@ def test_summaries_pair_windows_and_leave_out_what_a_window_lacks():
     pair = metrics["paired/inverse_vs_linear_interpolation/action_mse"]
     assert pair["n"] == 3 and pair["mean"] == pytest.approx((0.4 + 0.2 + 0.2) / 3)
     pair = metrics["paired/inverse_vs_policy/action_mse"]
-    assert pair["mean"] == pytest.approx(0.1) and (pair["lo"], pair["hi"]) == pytest.approx((0.05, 0.15))
+    half = 0.05 * np.sqrt(2) * 12.7062 / 1.959964  # episodes of 0.15 and 0.05; Student's t of two
+    assert pair["mean"] == pytest.approx(0.1) and (pair["lo"], pair["hi"]) == pytest.approx((0.1 - half, 0.1 + half))
     assert metrics["paired/forward_vs_video/changed_mse"]["mean"] == pytest.approx(4 / 3)
     frames = metrics["paired/forward_vs_copied_frame/changed_mse"]
-    assert frames == {"mean": 0.5, "lo": 0.5, "hi": 0.5, "n": 3}
+    assert frames == {"mean": 0.5, "lo": 0.5, "hi": 0.5, "n": 3, "episodes": 2}
     assert metrics["paired/policy_vs_last_action/action_mse"]["n"] == 3
     assert "paired/policy_vs_mean_action/action_mse" not in metrics, "there is nothing to compare with"
     nothing = summarize(values(has_changed=[False] * 4), np.arange(4))

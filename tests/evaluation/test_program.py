@@ -110,7 +110,7 @@ def test_metrics_are_those_of_what_is_shown(setup, evaluated):
         if f"{mode}/action" in shown:
             error = np.mean((shown[f"{mode}/action"] - shown["action"]) ** 2)
             np.testing.assert_allclose(mean(metrics, f"{mode}/action_mse"), error, rtol=1e-4)
-    assert all(set(value) == {"mean", "lo", "hi", "n"} and value["n"] == 6 for value in metrics.values())
+    assert all(set(value) == {"mean", "lo", "hi", "n", "episodes"} and value["n"] == 6 for value in metrics.values())
 
 
 def test_baselines_against_the_data(setup, evaluated, windows):

@@ -53,9 +53,16 @@ def test_an_empty_run_and_its_newest_results(tmp_path):
     run = Run.read(make(tmp_path / "run"))
     assert (run.metrics, run.rollout, run.eval_step, run.score, run.manifests) == ({}, {}, None, "", {})
     for step, mean in ((900, 1.0), (1000, 2.0)):  # not in the order of their names
-        put(run.workdir, "eval", step, {"policy/action_mse": stored(mean), "x": {**stored(1), "mean": math.nan}})
+        put(
+            run.workdir,
+            "eval",
+            step,
+            {"policy/action_mse": {**stored(mean), "episodes": 3}, "x": {**stored(1), "mean": math.nan}},
+        )
         put(run.workdir, "rollout", step, {"policy/max_reward": stored(mean), "policy/success": stored(0)})
-    (run.workdir / "eval" / "900" / "few_steps.json").write_text(json.dumps([{"steps": 2}]))
+    (run.workdir / "eval" / "900" / "few_steps.json").write_text(
+        json.dumps({"about": {"windows": 9}, "rows": [{"steps": 2}]})
+    )
     (run.workdir / "eval" / "1000" / "about.json").write_text(json.dumps({"windows": 8, "episodes": 3}))
     (run.workdir / "eval" / "notes").mkdir()
     (run.workdir / "eval" / "notes" / "metrics.json").write_text("not a step's")
@@ -64,8 +71,7 @@ def test_an_empty_run_and_its_newest_results(tmp_path):
     assert run.eval_step == run.rollout_step == 1000 and run.score == "max_reward"
     assert run.metrics == {"policy/action_mse": Interval(2.0, 1.9, 2.1, 8, 3)}  # without what is not a number
     assert run.eval_how["windows"] == 8 and run.rollout["policy/success"].episodes == 8
-    assert run.evaluations[900]["policy/action_mse"].episodes == 8, "not recorded: as many as windows"
-    assert (run.few_steps, run.few_steps_step) == ([{"steps": 2}], 900)
+    assert (run.few_steps, run.few_steps_how, run.few_steps_step) == ([{"steps": 2}], {"windows": 9}, 900)
     curve = run.evaluated("policy/action_mse", "label", "red")
     assert (curve.steps, curve.values, curve.low, curve.high) == ([900, 1000], [1.0, 2.0], [0.9, 1.9], [1.1, 2.1])
     assert run.logged("loss", "label", "red").values == [3.0, 1.0] and run.logged("other", "l", "red").steps == [5]
@@ -82,9 +88,20 @@ def test_what_is_no_run_or_is_damaged_is_named(tmp_path):
         Run.read(tmp_path)
     run = make(tmp_path / "run")
     put(run, "eval", 3, {})
-    (run / "eval" / "3" / "metrics.json").write_text('{"a":')
-    with pytest.raises(UserError, match=r"eval/3/metrics\.json: not JSON"):
-        Run.read(run)
+    for damaged, message in (
+        (b'{"a":', "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[]", "not a JSON object"),
+        (b'{"policy/action_mse": 1.0}', "not all of it is"),
+        (b'{"policy/action_mse": {"mean": 1.0}}', "not all of it is"),
+        (b'{"policy/action_mse": {"mean": "x", "lo": 0, "hi": 1, "n": 2}}', "not all of it is"),
+    ):
+        (run / "eval" / "3" / "metrics.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"eval/3/metrics\.json: {message}"):
+            Run.read(run)
+    put(run, "eval", 3, {})
+    (run / "metrics.jsonl").write_bytes(b'{"step": 1}\n7\n\xff\n{"st')
+    assert Run.read(run).lines == [{"step": 1}]
 
 
 def test_a_damaged_checkpoint_does_not_keep_the_rest_from_being_read(tmp_path):

@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -142,8 +143,9 @@ class ParallelEnvs:
         """Ends the processes."""
         for pipe in self._pipes:
             pipe.close()  # a worker that waits for a command ends
+        deadline = time.monotonic() + 2  # for all of them, which may be in the middle of an episode
         for process in self._processes:
-            process.join(timeout=2)
+            process.join(max(0.0, deadline - time.monotonic()))
             process.terminate()
             process.join()
         self._pipes, self._processes = [], []

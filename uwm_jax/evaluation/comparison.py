@@ -20,8 +20,11 @@ DECISIVE = (
     *("data.cameras", "data.resize", "data.crop", "model.codec.name", "model.codec.vae", "eval.num_windows"),
 )
 
+# Of these metrics the best is marked; those of baselines, of the expert and of shuffled actions are no merits.
+MARKED = (*(f"{mode}/" for mode in MODES), "control/shuffle_gap", "paired/", "rollout/policy/", "rollout/paired/")
+
 # What an evaluation or a closed loop records of itself and depends on.
-HOW = ("sampler_spacing", "sampler_steps", "sampler_seed", "env", "execute", "max_steps")
+HOW = ("own_data", "sampler_spacing", "sampler_steps", "sampler_seed", "env", "execute", "max_steps")
 
 
 def body(runs: Sequence[Run]) -> str:
@@ -33,8 +36,10 @@ def body(runs: Sequence[Run]) -> str:
 def _same_windows(runs: Sequence[Run]) -> str:
     """A warning where the numbers are not of the same windows or not in the same units."""
     names = [name for name in differing_fields(runs) if name.startswith(DECISIVE)]
-    datasets = [{source: m["splits"] for source, m in run.manifests.items()} for run in runs if run.manifests]
-    if any(found != datasets[0] for found in datasets[1:]):
+    trained = [{source: m["splits"] for source, m in run.manifests.items()} for run in runs if run.manifests]
+    evaluated = [run.eval_how.get("datasets") for run in runs if run.metrics]
+    known = [found for found in evaluated if found]
+    if any(found != trained[0] for found in trained[1:]) or any(found != known[0] for found in known[1:]):
         names.append("the files of their datasets")
     for what, found in (("held-out windows", [r.metrics for r in runs]), ("episodes", [r.rollout for r in runs])):
         if len({max(m.n for m in metrics.values()) for metrics in found if metrics}) > 1:
@@ -47,8 +52,13 @@ def _same_windows(runs: Sequence[Run]) -> str:
         differing = [name for name in sorted(set().union(*hows)) if len({how.get(name) for how in hows}) > 1]
         names += [f"{command}'s {name}" for name in differing]
     if not names:
-        evaluated = sum(bool(run.metrics) for run in runs) > 1
-        return "<p>Held-out windows are the same for all of them.</p>" if evaluated else ""
+        if len(evaluated) < 2:
+            return ""
+        if len(known) < len(evaluated):
+            return (
+                "<p>Whether their held-out windows are the same is not known: not all of them tell their datasets.</p>"
+            )
+        return "<p>Held-out windows are the same for all of them.</p>"
     return f"""<p><b>These runs differ in {html.escape(", ".join(names))}</b>: their metrics are of other windows or
 in other units, and a difference between them need not be one of the models.</p>"""
 
@@ -78,7 +88,7 @@ def _metrics(runs: Sequence[Run]) -> str:
         rows = ""
         for name in names:
             found = [metrics.get(name) for metrics in by_run]
-            best = _best(found, _more_is_better(name))
+            best = _best(found, _more_is_better(name)) if name.startswith(MARKED) else None
             cells = "".join(cell(m, "best" if m is not None and m is best else "") for m in found)
             rows += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
         return f"<table><tr><th></th>{heads}</tr>{rows}</table>"

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import stdtrit  # quantiles of Student's distribution
 
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import RunError
 
-Metrics = dict[str, dict[str, float]]  # of each the mean, and lo and hi of its interval, over n windows
+Metrics = dict[str, dict[str, float]]  # of each the mean, and lo and hi of its interval, over n windows of episodes
 
 CHANGED = 0.05  # how far a value must be from the last current frame's, in [0, 1], to count as changed
 
@@ -31,6 +32,7 @@ PAIRS = {
     "forward_vs_copied_frame": ("forward", "baseline/copied_frame"),
     "forward_vs_mean_image": ("forward", "baseline/mean_image"),
 }
+_Z = 1.959964  # 97.5 % of the normal distribution lies below
 _GROUPS = (*MODES, "baseline", "control", "paired")  # in this order
 _PAIRED_METRICS = ("action_mse", "latent_mse", "pixel_mse", "changed_mse")
 
@@ -116,29 +118,35 @@ def proportion(successes: np.ndarray) -> dict[str, float]:
       successes: (N,) bool, one an episode.
 
     Returns:
-      {"mean", "lo", "hi", "n"}.
+      {"mean", "lo", "hi", "n", "episodes"}, the last two alike.
     """
-    n, p, z = len(successes), float(np.mean(successes)), 1.959964
+    n, p, z = len(successes), float(np.mean(successes)), _Z
     center, scale = p + z * z / (2 * n), 1 + z * z / n
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     lo, hi = max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
-    return {"mean": p, "lo": float(min(lo, p)), "hi": float(max(hi, p)), "n": n}
+    return {"mean": p, "lo": float(min(lo, p)), "hi": float(max(hi, p)), "n": n, "episodes": n}
 
 
 def interval(values: np.ndarray, clusters: np.ndarray, resamples: int = 2000) -> dict[str, float]:
     """Mean over windows with a 95 % bootstrap interval that resamples whole clusters (episodes).
 
-    Windows of one episode are alike, so that resampling windows would claim too much.
+    Windows of one episode are alike, so that resampling windows would claim too much. A bootstrap's quantiles lie too
+    near to the mean where clusters are few, so both are moved away from it by the factor sqrt(G / (G - 1)) t / z of G
+    clusters, by which Student's interval is wider than a normal one (after Hesterberg's expanded percentile interval,
+    2015): 1.44 for 6, 1.09 for 22 and 1.02 for 100 clusters.
 
     Args:
       values, clusters: (N,).
 
     Returns:
-      {"mean", "lo", "hi", "n"}; lo and hi equal the mean when there is one cluster.
+      {"mean", "lo", "hi", "n": N, "episodes": the number of clusters}; lo and hi equal the mean when there is one
+      cluster.
     """
     _, index = np.unique(clusters, return_inverse=True)
     sums, counts = np.bincount(index, weights=values), np.bincount(index)
     draws = np.random.default_rng(0).integers(0, len(sums), (resamples, len(sums)))
     means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    lo, hi = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi), "n": len(values)}
+    mean, number = float(values.mean()), len(sums)
+    wider = float(stdtrit(number - 1, 0.975)) / _Z * np.sqrt(number / (number - 1)) if number > 1 else 1.0
+    lo, hi = mean + wider * (np.quantile(means, [0.025, 0.975]) - mean)
+    return {"mean": mean, "lo": float(lo), "hi": float(hi), "n": len(values), "episodes": number}

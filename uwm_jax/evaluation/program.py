@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,6 @@ class Evaluation:
 
     Raises:
       UserError: `config.eval.action_plane` for actions of one number.
-
-    Attributes:
-      batches: the windows on the devices, as `FixedWindows.batches` gives them.
     """
 
     def __init__(
@@ -79,7 +76,7 @@ class Evaluation:
         self._system, self._loader, self._mesh, self._rules = system, loader, mesh, rules
         self._batch_size, self._denoising = batch_size, denoising
         self._by_rows, self._whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
-        self.batches = [mesh_lib.place(batch, self._by_rows) for batch in held_out.batches(batch_size)]
+        self._batches = list(held_out.batches(batch_size))
         self._num_shown = min(SHOWN, len(held_out))
         self._references: Arrays | None = None  # of the training data, made when they are first needed
         self._shown = pictures.spread(len(held_out), SHOWN).astype(np.int32)
@@ -91,7 +88,7 @@ class Evaluation:
         Args:
           params, frozen: arrays, or shapes with shardings, of what will be evaluated.
         """
-        system, batch = self._system, self.batches[0]
+        system, batch = self._system, self.example()
 
         def whole(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._whole)
@@ -108,6 +105,15 @@ class Evaluation:
             self._decode = self._compile(self._one_view, frozen, whole(states, views, 1, *latent))
         weight = jax.ShapeDtypeStruct((self._batch_size,), jnp.float32, sharding=self._by_rows)
         self._frame_sum = self._compile(make_frame_sum(system), batch, weight)
+
+    def batches(self) -> Iterator[Arrays]:
+        """The windows on the devices, as `FixedWindows.batches` gives them, one batch at a time: beside a training
+        step there may be no room for all."""
+        return (mesh_lib.place(batch, self._by_rows) for batch in self._batches)
+
+    def example(self) -> Arrays:
+        """The first of `batches`."""
+        return next(self.batches())
 
     def run(
         self,
@@ -139,7 +145,7 @@ class Evaluation:
             self._references = self._make_references(between_batches)
         scores, shown = [], []
         with tqdm(total=total, desc="sampling all modes", unit="window", disable=not progress) as bar:
-            for number, batch in enumerate(self.batches):
+            for number, batch in enumerate(self.batches()):
                 between_batches()
                 found, rows = self._evaluate(params, frozen, batch, self._references, self._shown_of(number))
                 scores.append(jax.device_get(found))
@@ -169,9 +175,12 @@ class Evaluation:
         Raises:
           RunError: a metric is NaN or infinite.
         """
-        with tqdm(self.batches, desc=progress, unit="batch", disable=not progress) as batches:  # seen while it compiles
-            program = self._compile(make_scores(system), params, frozen, self.batches[0])
-            scores = [jax.device_get(program(params, frozen, batch)) for batch in batches]
+        with tqdm(total=len(self._batches), desc=progress, unit="batch", disable=not progress) as bar:
+            program = self._compile(make_scores(system), params, frozen, self.example())
+            scores = []
+            for batch in self.batches():
+                scores.append(jax.device_get(program(params, frozen, batch)))
+                bar.update()
         return summarize(join(scores, len(self.held_out)), self.held_out.episodes)
 
     def _shown_of(self, number: int) -> jax.Array:

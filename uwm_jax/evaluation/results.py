@@ -21,7 +21,7 @@ from uwm_jax.training.log import read_metrics
 from uwm_jax.training.record import read_starts
 from uwm_jax.training.stored import CorruptCheckpoint
 
-FEWEST = 6  # episodes: five that all point one way do so by chance once in 16 times, which is more than 5 %
+FEWEST = 6  # episodes: that five all point one way happens by chance once in 16 times, which is more than 5 %
 
 
 class Interval(NamedTuple):
@@ -34,12 +34,12 @@ class Interval(NamedTuple):
     episodes: int
 
     @classmethod
-    def of(cls, stored: Mapping[str, float] | None, episodes: int | None = None) -> Interval | None:
-        """From `{"mean", "lo", "hi", "n"}`; None for None and for what has no finite mean."""
+    def of(cls, stored: Mapping[str, float] | None) -> Interval | None:
+        """From `{"mean", "lo", "hi", "n", "episodes"}`; None for None and for what has no finite mean."""
         if stored is None or stored["mean"] is None or not math.isfinite(stored["mean"]):
             return None
         n = int(stored["n"])
-        return cls(stored["mean"], stored["lo"], stored["hi"], n, n if episodes is None else min(n, episodes))
+        return cls(stored["mean"], stored["lo"], stored["hi"], n, int(stored.get("episodes", n)))
 
     @property
     def tells(self) -> bool:
@@ -84,7 +84,8 @@ class Run:
       evaluations, rollouts: {step: {metric: Interval}}, by step.
       eval_how: what the newest evaluation is of and how it was run, by its `about.json`; {} where there is none.
       rollout_how: how the newest closed loop was run, by its `episodes.json`; {} where there is none.
-      few_steps, few_steps_step: rows of the newest `few_steps.json`, and its step; [] and None where there is none.
+      few_steps, few_steps_how, few_steps_step: rows of the newest `few_steps.json`, how they were made, and their
+        step; [], {} and None where there is none.
       code_version, manifests: of the newest checkpoint, {source or "": manifest}; "" and {} where there is none.
     """
 
@@ -98,6 +99,7 @@ class Run:
     eval_how: dict[str, Any]
     rollout_how: dict[str, Any]
     few_steps: list[dict[str, Any]]
+    few_steps_how: dict[str, Any]
     few_steps_step: int | None
     code_version: str
     manifests: dict[str, dict[str, Any]]
@@ -112,6 +114,7 @@ class Run:
                 assets = Checkpoints(workdir, read_only=True).assets(step)
         manifest = assets.get("dataset") or {}
         few_steps = _by_step(workdir / "eval", "few_steps.json")
+        newest_few = few_steps[max(few_steps)] if few_steps else {}
         evaluations, about = (_by_step(workdir / "eval", f"{name}.json") for name in ("metrics", "about"))
         rollouts, how = (_by_step(workdir / "rollout", f"{name}.json") for name in ("metrics", "episodes"))
         return cls(
@@ -120,11 +123,12 @@ class Run:
             config=config,
             lines=read_metrics(workdir / "metrics.jsonl"),
             starts=read_starts(workdir),
-            evaluations=_intervals(evaluations, {step: found.get("episodes") for step, found in about.items()}),
-            rollouts=_intervals(rollouts, {}),
+            evaluations=_intervals(workdir / "eval", evaluations),
+            rollouts=_intervals(workdir / "rollout", rollouts),
             eval_how=about.get(max(evaluations, default=-1), {}),
             rollout_how=how.get(max(rollouts, default=-1), {}),
-            few_steps=few_steps[max(few_steps)] if few_steps else [],
+            few_steps=newest_few.get("rows", []),
+            few_steps_how=newest_few.get("about", {}),
             few_steps_step=max(few_steps, default=None),
             code_version=assets.get("code_version", ""),
             manifests={"": manifest} if "splits" in manifest else manifest,
@@ -184,22 +188,31 @@ def _curve(found: Mapping[int, Mapping[str, Interval]], name: str, label: str, c
     return Curve(label, [s for s, _ in points], [m.mean for m in values], low, high, color, style)
 
 
-def _by_step(folder: Path, name: str) -> dict[int, Any]:
-    """{step: JSON} of `<folder>/<step>/<name>`, by step."""
+def _by_step(folder: Path, name: str) -> dict[int, dict[str, Any]]:
+    """{step: JSON object} of `<folder>/<step>/<name>`, by step."""
     files = {int(p.parent.name): p for p in folder.glob(f"*/{name}") if p.parent.name.isdecimal()}
     found = {}
     for step, file in sorted(files.items()):
         try:
             found[step] = json.loads(file.read_text())
-        except json.JSONDecodeError as e:
-            raise UserError(f"{file}: not JSON ({e}). Delete it, and make it again.") from e
+        except ValueError as e:  # of JSON, and of bytes that are no text
+            raise _damaged(file, f"not JSON ({e})") from e
+        if not isinstance(found[step], dict):
+            raise _damaged(file, "not a JSON object")
     return found
 
 
-def _intervals(
-    found: Mapping[int, Mapping[str, Any]], episodes: Mapping[int, int | None]
-) -> dict[int, dict[str, Interval]]:
-    return {
-        step: {name: m for name, x in metrics.items() if (m := Interval.of(x, episodes.get(step))) is not None}
-        for step, metrics in found.items()
-    }
+def _intervals(folder: Path, found: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Interval]]:
+    intervals: dict[int, dict[str, Interval]] = {}
+    for step, metrics in found.items():
+        try:
+            all_of_it = {name: Interval.of(stored) for name, stored in metrics.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            file = folder / str(step) / "metrics.json"
+            raise _damaged(file, "not all of it is {metric: {mean, lo, hi, n}}") from e
+        intervals[step] = {name: m for name, m in all_of_it.items() if m is not None}
+    return intervals
+
+
+def _damaged(file: Path, what: str) -> UserError:
+    return UserError(f"{file}: {what}. Delete it, and make it again.")

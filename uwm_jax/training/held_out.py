@@ -39,7 +39,7 @@ class HeldOut:
         self._system = system
         self._modes = Evaluation(system, loader, windows, mesh, rules, rows, denoising=False)
         self._modes.compile(state.eval_params, frozen)
-        inputs = state, frozen, self._modes.batches[0]
+        inputs = state, frozen, self._modes.example()
         self._losses = compile_for(mesh, rules, make_eval_step(system), *inputs, updates_state=False)
 
     def evaluate(
@@ -54,7 +54,7 @@ class HeldOut:
           {`eval/loss/<modality>` or `eval/<metric>`: mean}, and {`eval/<picture>`: file} on the main process.
         """
         losses = []
-        for batch in self._modes.batches:
+        for batch in self._modes.batches():
             between_batches()
             losses.append(jax.device_get(self._losses(state, frozen, batch)))
         metrics, shown = self._modes.run(state.eval_params, frozen, between_batches=between_batches)
@@ -63,7 +63,7 @@ class HeldOut:
         means |= {f"eval/{name}": value["mean"] for name, value in metrics.items()}
         files = {}
         if distributed.is_main():
-            about = self._modes.about() | describe_use(cli.command_line(), self._system.config, ())
+            about = self._modes.about() | {"own_data": True} | describe_use(cli.command_line(), self._system.config, ())
             files = write_results(workdir, step, self._system, metrics, shown, about)
         # Drawing takes seconds, and on CPUs a collective fails when another process comes to it half a minute later.
         distributed.barrier(f"the evaluation of step {step} is written", seconds=3600)

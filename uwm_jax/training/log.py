@@ -141,13 +141,13 @@ class MetricsLog:
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The objects of a `metrics.jsonl`, without what a crash left half-written; [] where there is no file."""
-    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
+    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).is_file() else []
     complete = []
     for line in lines:
-        try:
-            complete.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+        with contextlib.suppress(json.JSONDecodeError):
+            read = json.loads(line)
+            if isinstance(read, dict):
+                complete.append(read)
     return complete
 
 
