@@ -78,7 +78,8 @@ def base() -> ConfigDict:
     c.diffusion.num_train_steps = 100
     c.diffusion.num_inference_steps = 10
     c.diffusion.beta_schedule = "squaredcos_cap_v2"  # or linear, scaled_linear
-    c.diffusion.spacing = "leading"  # leading (official: 90..0, masked at 90) or trailing (99..9, masked at 99)
+    c.diffusion.spacing = "leading"  # leading (official: 90, 80, ..., 0) or trailing (99, 89, ..., 9)
+    c.diffusion.hide_at = "first"  # of these timesteps (official), or train: T - 1, as what is hidden in training
     c.diffusion.prediction = ConfigDict({m: "epsilon" for m in MODALITIES})  # epsilon, sample, v
     c.diffusion.clip = ConfigDict({m: 1.0 for m in MODALITIES})  # range of predicted x0; 0 = no clipping
     c.diffusion.next_obs_timesteps = "uniform"  # or high_noise: half of the draws from the noisiest quarter

@@ -23,6 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.codec.dtype": ("float32", "bfloat16"),
     "diffusion.beta_schedule": ("squaredcos_cap_v2", "linear", "scaled_linear"),
     "diffusion.spacing": ("leading", "trailing"),
+    "diffusion.hide_at": ("first", "train"),
     "diffusion.prediction.action": ("epsilon", "sample", "v"),
     "diffusion.prediction.next_obs": ("epsilon", "sample", "v"),
     "diffusion.next_obs_timesteps": ("uniform", "high_noise"),

@@ -288,9 +288,9 @@ def _few_steps(run: Run) -> str:
             for row in run.few_steps
         )
         body = f"""<p>Fewer evaluations of the network make a sample quicker. What does it cost? Leading timesteps end
-at 0, and so begin well below the noisiest when they are few; trailing ones begin at the noisiest. What a mode hides is
-pure noise that is said to be as noisy as the first timestep, which is less than it is where the timesteps are leading
-and few.</p>
+at 0, and so begin well below the noisiest when they are few; trailing ones begin at the noisiest. Where
+<code>diffusion.hide_at</code> is <code>first</code>, the network is told that what a mode hides is only as noisy as the
+first timestep.</p>
 <table><tr><th>sampler</th><th>evaluations</th><th>first timestep</th><th>time of a sample</th>{heads}</tr>
 {rows}</table>
 <p><small>Step {run.few_steps_step}; {_few_steps_of(run.few_steps_how)}means, and below them the 95 % interval over

@@ -100,6 +100,7 @@ class System:
             num_inference_steps=config.diffusion.num_inference_steps,
             beta_schedule=config.diffusion.beta_schedule,
             spacing=config.diffusion.spacing,
+            hide_at=config.diffusion.hide_at,
         )
         self.prediction = config.diffusion.prediction.to_dict()
         self.clip = config.diffusion.clip.to_dict()
@@ -294,11 +295,12 @@ class System:
         """
         current, following = self.preprocess(batch)
         clean = {"action": batch["action"], "next_obs": self._latents_of(frozen, batch, following)}
-        first = jnp.full(batch["action"].shape[:1], self.schedule.sample_hidden_timestep)
+        rows = batch["action"].shape[:1]
+        first, hidden = (jnp.full(rows, t) for t in (self.schedule.timesteps[0], self.schedule.sample_hidden_timestep))
         inputs = {
             Role.GENERATE: lambda m: (self.schedule.add_noise(clean[m], noise[m], first), first),
             Role.GIVEN: lambda m: (clean[m], jnp.zeros_like(first)),
-            Role.HIDDEN: lambda m: (noise[m], first),
+            Role.HIDDEN: lambda m: (noise[m], hidden),
         }
         noisy, timestep = ({m: inputs[MODES[mode][m]](m)[i] for m in MODALITIES} for i in range(2))
         cond = self.encode_obs(params, batch, current)

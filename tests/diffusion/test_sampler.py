@@ -27,11 +27,13 @@ def toy(noisy, timestep):
     return {m: jnp.sin(3 * x) * mixed + level for m, x in noisy.items()}
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize(
+    ("spacing", "hide_at", "hidden"), [("leading", "first", 90), ("leading", "train", 99), ("trailing", "first", 99)]
+)
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_against_a_loop(mode, spacing):
+def test_every_mode_against_a_loop(mode, spacing, hide_at, hidden):
     assert given(mode) == WHAT_IS_KNOWN[mode] and generated(mode) == WHAT_IS_MADE[mode]
-    schedule = Schedule(spacing=spacing)
+    schedule = Schedule(spacing=spacing, hide_at=hide_at)
     rng = np.random.default_rng(0)
     shapes = {"action": (2, 4, 3), "next_obs": (2, 5)}
     noise = {m: jnp.asarray(rng.normal(size=s), jnp.float32) for m, s in shapes.items()}
@@ -46,7 +48,6 @@ def test_every_mode_against_a_loop(mode, spacing):
     result = sample(modulation, toy, schedule, mode, noise=noise, given=known, prediction=prediction, clip=clip)
 
     x = {m: known[m] if m in WHAT_IS_KNOWN[mode] else noise[m] for m in shapes}
-    hidden = 90 if spacing == "leading" else 99
     states = [dict(x)]
     for i in range(10):
         t = (90 if spacing == "leading" else 99) - 10 * i

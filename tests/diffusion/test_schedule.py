@@ -28,7 +28,9 @@ def test_timesteps():
     assert Schedule().sample_hidden_timestep == 90 and Schedule().train_hidden_timestep == 99
     trailing = Schedule(spacing="trailing")
     assert trailing.timesteps.tolist() == [99, 89, 79, 69, 59, 49, 39, 29, 19, 9]
-    assert trailing.sample_hidden_timestep == 99
+    assert trailing.sample_hidden_timestep == Schedule(hide_at="train").sample_hidden_timestep == 99
+    with pytest.raises(ValueError, match="unknown hide_at 'nowhere'"):
+        _ = Schedule(hide_at="nowhere").sample_hidden_timestep
     for schedule in (Schedule(), trailing, Schedule(num_inference_steps=1), Schedule(num_inference_steps=3)):
         assert schedule.previous_timesteps.tolist() == schedule.timesteps.tolist()[1:] + [-1]
 

@@ -27,13 +27,15 @@ class Schedule:
       num_inference_steps: network evaluations of a sample.
       beta_schedule: `squaredcos_cap_v2`, `linear` or `scaled_linear`.
       spacing: `leading` (T//n multiples: 90, 80, ..., 0 of 100) or `trailing` (99, 89, ..., 9), Lin et
-        al. 2024, table 2. A hidden modality sits at the first of them, where the walk begins.
+        al. 2024, table 2.
+      hide_at: the timestep of a hidden modality at sampling: `first` of the walk, or `train`, T - 1 as in training.
     """
 
     num_train_steps: int = 100
     num_inference_steps: int = 10
     beta_schedule: str = "squaredcos_cap_v2"
     spacing: str = "leading"
+    hide_at: str = "first"
 
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
@@ -77,8 +79,12 @@ class Schedule:
 
     @property
     def sample_hidden_timestep(self) -> int:
-        """The timestep of a hidden modality at sampling: the sampler's first."""
-        return int(self.timesteps[0])
+        """The timestep of a hidden modality at sampling, by `hide_at`."""
+        if self.hide_at == "first":
+            return int(self.timesteps[0])
+        if self.hide_at == "train":
+            return self.train_hidden_timestep
+        raise ValueError(f"unknown hide_at {self.hide_at!r}")
 
     def signal_and_noise(self, timestep: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
         """sqrt(abar_t) and sqrt(1 - abar_t) for (B,) timesteps (-1: clean), shaped (B, 1, ...) of rank `ndim`."""
