@@ -49,7 +49,7 @@ def ends():
         while time.monotonic() < deadline:
             try:
                 state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            except FileNotFoundError:
+            except (FileNotFoundError, ProcessLookupError):  # the latter between opening and reading
                 return True
             if state == "Z":  # it did, and its parent has not looked
                 return True

@@ -416,6 +416,9 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path) -> None:
     described = json.loads(out.with_suffix(".json").read_text())
     assert described["config"]["diffusion"]["spacing"] == "trailing"
     assert described["diffusion"]["timesteps"][0] == 99
+    assert command(*line, "--config.diffusion.hide_at=train") == 0
+    described = json.loads(out.with_suffix(".json").read_text())["diffusion"]
+    assert (described["timesteps"][0], described["hidden_timestep"]) == (90, 99)
     assert command(*line, "--config.diffusion.spacin=trailing") == 2
 
 

@@ -63,7 +63,7 @@ def test_ways_of_sampling_are_compared(trained, capsys):
     rows, about = found["rows"], found["about"]
     assert about["windows"] == 6 and about["command"][2:] == ["uwm_jax.evaluate", *arguments[1:]] and about["own_data"]
     ways = [(row["sampler"], row["steps"]) for row in rows]
-    assert [row["first_timestep"] for row in rows] == [50, 0, 99, 99]
+    assert [row["first_timestep"] for row in rows] == [row["hidden_timestep"] for row in rows] == [50, 0, 99, 99]
     assert ways == [("leading", 2), ("leading", 1), ("trailing", 2), ("trailing", 1)]
     assert len({row["metrics"]["policy/action_mse"]["mean"] for row in rows}) == 4
     assert all(row["seconds_per_sample"] > 0 and row["metrics"]["joint/psnr"]["n"] == 6 for row in rows)

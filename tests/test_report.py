@@ -51,7 +51,8 @@ def make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: i
     (folder / "about.json").write_text(json.dumps({"datasets": {"a": "1"}, "own_data": True, **use}))
     few = {"sampler": "trailing", "steps": 2, "seconds_per_sample": 0.0125}
     few["metrics"] = {"policy/action_mse": stored(policy), "closed_loop/max_coverage": stored(0.4)}
-    (folder / "few_steps.json").write_text(json.dumps({"about": {"windows": 32, "episodes": 7, **use}, "rows": [few]}))
+    few_how = {"windows": 32, "episodes": 7, "ways": 6, **use}
+    (folder / "few_steps.json").write_text(json.dumps({"about": few_how, "rows": [few]}))
     for name in ("idea.png", "modes.png", "actions.png"):
         (folder / name).write_bytes(PIXEL)
     episodes = {f"{who}/max_coverage": stored(0.5) for who in ("policy", "random_uniform", "random_held", "expert")}
@@ -109,7 +110,7 @@ def test_a_full_run_has_all_sections_and_stands_alone(tmp_path):
     assert "<b>run</b>. It pushes a block &amp; wins." in page
     assert "a&lt;b" in page and "a<b" not in page
     assert "pusht, seeds 5 to 9, chunks of actions sampled in 4 evaluations of the network, of which 7 steps" in page
-    assert "19 steps of an episode: 2 frames" in page and "32 windows of 7 held-out episodes; means" in page
+    assert "19 steps of an episode: 2 frames" in page and "1 of 6 ways, since it was stopped; 32 windows of 7" in page
     assert page.count("<pre>python -m uwm_jax.evaluate --step=20</pre>") == 2  # and of the comparison of samplers
     assert "12.5 ms" in page and "closed loop<br>max coverage" in page  # few steps
     assert "75.0 %" in page and "360 ms a step" in page and "13:20" in page  # 36 windows at 100 a second; 800 s
@@ -151,6 +152,10 @@ def test_closed_loops_that_were_run_otherwise_are_compared_with_a_warning(tmp_pa
     page = report.compare(runs, tmp_path / "both.html").read_text()
     assert "These runs differ in rollout&#x27;s execute</b>" in page
     about = tmp_path / "b" / "eval" / "20" / "about.json"
+    older = json.loads(about.read_text())
+    del older["own_data"]  # older versions did not record it
+    about.write_text(json.dumps(older))
+    assert "evaluate&#x27;s" not in report.compare(runs, tmp_path / "both.html").read_text()
     about.write_text(json.dumps({"datasets": {"a": "1"}, "changed": {"diffusion.clip.next_obs": 1.0}}))
     page = report.compare(runs, tmp_path / "both.html").read_text()
     assert "evaluate&#x27;s --config.diffusion.clip.next_obs" in page
@@ -185,7 +190,14 @@ def test_an_evaluation_of_other_data_says_so(tmp_path):
     for own, words in ((False, "of other data than the run was trained on"), (None, "not known what this run was")):
         about.write_text(json.dumps(json.loads(about.read_text()) | {"own_data": own}))
         page = report.write(run).read_text()
-        assert words in page and "an episode that was held out of training" not in page
+        assert page.count(words) == 1 and "an episode that was held out of training" not in page
+        few = run / "eval" / "20" / "few_steps.json"
+        stored_few = json.loads(few.read_text())
+        stored_few["about"]["own_data"] = own
+        few.write_text(json.dumps(stored_few))
+        assert report.write(run).read_text().count(words) == 2, "in both sections, each by its own record"
+        stored_few["about"]["own_data"] = True
+        few.write_text(json.dumps(stored_few))
 
 
 def test_what_is_no_merit_is_not_marked(tmp_path):

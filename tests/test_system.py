@@ -270,12 +270,12 @@ def test_shapes_that_do_not_fit_are_named(config, field, value, message):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
-def test_first_estimate_is_the_clean_data_that_the_output_means(config, prediction):
-    """Against the formulas; forward mode: the action is given at timestep 0, the next frames are at the first one."""
+def test_an_estimate_is_the_clean_data_that_the_output_means(config, prediction):
+    """Against the formulas; forward mode: the action is given at timestep 0, the next frames at the one asked for."""
     config.diffusion.prediction.next_obs = prediction
     system, data = make(config), batch(4)
     noise = system.draw_noise(jax.random.key(1), data["row"])
-    found = system.first_estimate({}, {}, data, "forward", noise)
+    found = system.estimate({}, {}, data, "forward", noise, 90)
     assert set(found) == {"next_obs_latent"}
     seen = system.network.seen
     assert (seen["timestep"]["action"] == 0).all() and (seen["timestep"]["next_obs"] == 90).all()
@@ -290,10 +290,13 @@ def test_first_estimate_is_the_clean_data_that_the_output_means(config, predicti
     np.testing.assert_allclose(found["next_obs_latent"], clean[prediction], atol=1e-4)
 
 
-def test_first_estimate_hides_what_the_mode_hides(config):
+@pytest.mark.parametrize(("hide_at", "hidden"), [("first", 90), ("train", 99)])
+def test_an_estimate_hides_what_the_mode_hides(config, hide_at, hidden):
+    config.diffusion.hide_at = hide_at
     system, data = make(config), batch(4)
     noise = system.draw_noise(jax.random.key(1), data["row"])
-    assert set(system.first_estimate({}, {}, data, "policy", noise)) == {"action"}
+    assert set(system.estimate({}, {}, data, "policy", noise, 70)) == {"action"}
     seen = system.network.seen
     np.testing.assert_array_equal(seen["noisy"]["next_obs"], noise["next_obs"])
-    assert all((t == 90).all() for t in seen["timestep"].values())
+    assert (seen["timestep"]["action"] == 70).all() and (seen["timestep"]["next_obs"] == hidden).all()
+    assert system.schedule.describe()["sampler_hidden_timestep"] == hidden

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
         file = folder / "few_steps.json"
         folder.mkdir(parents=True, exist_ok=True)
         with open_acting(FLAGS.env, system, FLAGS.episodes, FLAGS.execute) as acting:
-            how = about if acting is None else about | acting.about()
+            how = about | {"ways": len(ways)} | (acting.about() if acting else {})
             for way in ways:
                 found.append(compare(evaluation, way, params, frozen, acting))
                 write_text(file, json.dumps({"about": how, "rows": found}, indent=2) + "\n")
@@ -215,10 +215,10 @@ def compare(evaluation: Evaluation, way: System, params: Any, frozen: Any, actin
     """One row of `few_steps.json`.
 
     Returns:
-      {"sampler": the spacing, "steps": network evaluations, "first_timestep": the noisiest that they visit, "metrics":
-      {metric of a mode: interval}, "seconds_per_sample": until the policy mode has sampled one chunk for one
-      observation}; where it acts the metrics have `closed_loop/max_<score>` and `closed_loop/success`, with intervals
-      over episodes.
+      {"sampler": the spacing, "steps": network evaluations, "first_timestep": the noisiest that they visit,
+      "hidden_timestep": that of what a mode hides, "metrics": {metric of a mode: interval}, "seconds_per_sample": until
+      the policy mode has sampled one chunk for one observation}; where it acts the metrics have
+      `closed_loop/max_<score>` and `closed_loop/success`, with intervals over episodes.
     """
     diffusion = way.config.diffusion
     name = f"{diffusion.spacing}, {diffusion.num_inference_steps} steps"
@@ -233,6 +233,7 @@ def compare(evaluation: Evaluation, way: System, params: Any, frozen: Any, actin
         "sampler": diffusion.spacing,
         "steps": diffusion.num_inference_steps,
         "first_timestep": int(way.schedule.timesteps[0]),
+        "hidden_timestep": way.schedule.sample_hidden_timestep,
         "seconds_per_sample": policy_seconds(way, params, frozen),
         "metrics": metrics,
     }
@@ -268,12 +269,13 @@ def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
     """What `compare` found, a way of sampling a line: the main metric of each modality of each mode."""
     shown = [f"{mode}/{metric}" for mode in MODES for metric in ("action_mse", "psnr")]
     names = [name for name in rows[0]["metrics"] if name in shown or name.startswith("closed_loop/")]
-    lines = [("sampler", "steps", "first t", "policy ms", *names)]
+    lines = [("sampler", "steps", "first t", "hidden t", "policy ms", *names)]
     for row in rows:
         cells = [
             row["sampler"],
             str(row["steps"]),
             str(row["first_timestep"]),
+            str(row["hidden_timestep"]),
             f"{1000 * row['seconds_per_sample']:.1f}",
         ]
         lines.append((*cells, *(_text(row["metrics"][name]) for name in names)))

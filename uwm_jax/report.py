@@ -28,7 +28,7 @@ from uwm_jax.evaluation import comparison
 from uwm_jax.evaluation.page import cell, curves, fields, image, page
 from uwm_jax.evaluation.pictures import COLORS, Panel, formula
 from uwm_jax.evaluation.program import MEAN_IMAGE_WINDOWS
-from uwm_jax.evaluation.results import Interval, Run, verdict, words
+from uwm_jax.evaluation.results import Run, verdict, words
 from uwm_jax.files import write_text
 from uwm_jax.training.goodput import CATEGORIES, duration
 from uwm_jax.training.record import code_version
@@ -149,15 +149,19 @@ OTHER_DATA = {  # by whether an evaluation's data are the run's own
 }
 
 
+def _other_data(how: Mapping[str, Any]) -> str:
+    own = how.get("own_data", True)
+    return "" if own else f"<p><b>{OTHER_DATA[own]}</b></p>"
+
+
 def _idea(run: Run) -> str:
     picture = image(run.picture("idea.png"), "one held-out moment: what each mode is given and what it samples")
-    own = run.eval_how.get("own_data", True)
     if picture:
+        own = run.eval_how.get("own_data", True)
         episode = "an episode that was held out of training" if own else "a held-out episode"
         picture = f"""<figure>{picture}<figcaption>One moment of {episode} (of some that are spread over these episodes,
 the one in which most moves). A mode, a column here, is nothing but the choice of what is given, what is hidden and what
-is sampled. Step {run.eval_step}.</figcaption></figure>
-{"" if own else f"<p><b>{OTHER_DATA[own]}</b></p>"}<p>{_window(run.config)}</p>"""
+is sampled. Step {run.eval_step}.</figcaption></figure><p>{_window(run.config)}</p>"""
     else:
         picture = _missing("The pictures of all modes", f"python -m uwm_jax.evaluate --workdir={_path(run)}")
     about = run.starts[-1].get("about", "") if run.starts else ""
@@ -218,7 +222,7 @@ def _metrics(run: Run) -> str:
     rows += [row(name.replace("_", " "), f"baseline/{name}", about) for name, about in BASELINES.items()]
     heads = "".join(f"<th>{METRICS[name]}</th>" for name in columns)
     count, episodes = (max(getattr(m, of) for m in run.metrics.values()) for of in ("n", "episodes"))
-    return f"""<h2>Every mode beside baselines</h2>
+    return f"""<h2>Every mode beside baselines</h2>{_other_data(run.eval_how)}
 <table><tr><th></th><th></th>{heads}</tr>{"".join(rows)}</table>
 <p><small>Step {run.eval_step}; means over {count} windows of {episodes} held-out episodes, and below
 them the 95 % interval, which resamples whole episodes. o: what is seen now, a: the next actions, o': what is seen after
@@ -281,28 +285,29 @@ def _few_steps(run: Run) -> str:
         heads = "".join(f"<th>{_title(n)}</th>" for n in names)
         rows = "".join(
             f"<tr><th>{html.escape(str(row['sampler']))}</th><td>{row['steps']}</td>"
-            f"<td>{row.get('first_timestep', '')}</td>"
+            f"<td>{row.get('first_timestep', '')}</td><td>{row.get('hidden_timestep', '')}</td>"
             f"<td>{1000 * row['seconds_per_sample']:.3g} ms</td>"
-            + "".join(cell(Interval.of(row["metrics"].get(n))) for n in names)
+            + "".join(cell(row["metrics"].get(n)) for n in names)
             + "</tr>"
             for row in run.few_steps
         )
-        body = f"""<p>Fewer evaluations of the network make a sample quicker. What does it cost? Leading timesteps end
-at 0, and so begin well below the noisiest when they are few; trailing ones begin at the noisiest. Where
-<code>diffusion.hide_at</code> is <code>first</code>, the network is told that what a mode hides is only as noisy as the
-first timestep.</p>
-<table><tr><th>sampler</th><th>evaluations</th><th>first timestep</th><th>time of a sample</th>{heads}</tr>
-{rows}</table>
-<p><small>Step {run.few_steps_step}; {_few_steps_of(run.few_steps_how)}means, and below them the 95 % interval over
-episodes. Time: one chunk of actions for one observation, without compilation.</small></p>"""
+        body = f"""{_other_data(run.few_steps_how)}
+<p>Fewer evaluations of the network make a sample quicker. What does it cost? Leading timesteps end at 0, and so begin
+well below the noisiest when they are few; trailing ones begin at the noisiest. What a mode hides is pure noise; the
+network is told that it is as noisy as at the timestep <i>hidden at</i>.</p>
+<table><tr><th>sampler</th><th>evaluations</th><th>first timestep</th><th>hidden at</th><th>time of a sample</th>
+{heads}</tr>{rows}</table>
+<p><small>Step {run.few_steps_step}; {_few_steps_of(run.few_steps_how, run.few_steps)}means, and below them the 95 %
+interval over episodes. Time: one chunk of actions for one observation, without compilation.</small></p>"""
     return _section("Fewer steps", run, "evaluate --sampler=leading,trailing --steps=10,4,2", body)
 
 
-def _few_steps_of(how: Mapping[str, Any]) -> str:
+def _few_steps_of(how: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     if not how:
         return ""
+    made = "" if len(rows) == how["ways"] else f"{len(rows)} of {how['ways']} ways, since it was stopped; "
     acted = f"closed loop: {how['closed_loop_episodes']} episodes of {how['env']}; " if "env" in how else ""
-    return html.escape(f"{how['windows']} windows of {how['episodes']} held-out episodes; {acted}")
+    return html.escape(f"{made}{how['windows']} windows of {how['episodes']} held-out episodes; {acted}")
 
 
 def _title(name: str) -> str:

@@ -2,7 +2,7 @@
 
     python -m uwm_jax.rollout --workdir=runs/quickstart --env=pusht --episodes=50 [--first_seed=100000 --execute=8]
 
-Writes to `rollout/<step>` of the workdir: `metrics.json`, each `{mean, lo, hi, n}` with a 95 % interval over
+Writes to `rollout/<step>` of the workdir: `metrics.json`, each `{mean, lo, hi, n, episodes}` with a 95 % interval over
 episodes; `episodes.json`, every episode by its seed; `episodes.gif`, three episodes beside what the model imagined.
 And `report.html` again.
 
@@ -199,7 +199,7 @@ def check_fits(spec: EnvSpec, system: System) -> None:
 
 
 def measure(results: Mapping[str, Sequence[EpisodeResult]], score: str) -> dict[str, dict[str, float]]:
-    """`<who>/max_<score>` and `<who>/success`, each `{mean, lo, hi, n}` with a 95 % interval over episodes.
+    """`<who>/max_<score>` and `<who>/success`, each `{mean, lo, hi, n, episodes}` with a 95 % interval over episodes.
 
     `no_action` is the start's score, what doing nothing gives. `paired/policy_vs_<who>/...` is the difference on the
     same starts, positive where the policy is better.
@@ -226,8 +226,7 @@ def record(
         "env": spec.name,
         "execute": execute,
         "sampler_seed": seed,
-        "sampler_steps": system.schedule.num_inference_steps,
-        "sampler_spacing": system.schedule.spacing,
+        **system.schedule.describe(),
         "max_steps": spec.max_steps,
         "episodes": {
             who: [

@@ -280,15 +280,16 @@ class System:
         }
 
     @_exact
-    def first_estimate(
-        self, params: Params, frozen: Params, batch: Batch, mode: str, noise: Batch
+    def estimate(
+        self, params: Params, frozen: Params, batch: Batch, mode: str, noise: Batch, timestep: int
     ) -> dict[str, jax.Array]:
-        """The clean data that one evaluation of the network sees in true data noised to the sampler's first timestep.
+        """The clean data that one evaluation of the network sees in true data noised to a timestep.
 
         Args:
           batch: `obs/*`, `action` (normalised) and `next_obs/*` (or `next_obs_latent`).
           mode: what it is given is clean, what it hides is the noise alone.
           noise: {modality: array}.
+          timestep: of what the mode generates, 0 to T - 1.
 
         Returns:
           as `sample`; not clipped.
@@ -296,17 +297,17 @@ class System:
         current, following = self.preprocess(batch)
         clean = {"action": batch["action"], "next_obs": self._latents_of(frozen, batch, following)}
         rows = batch["action"].shape[:1]
-        first, hidden = (jnp.full(rows, t) for t in (self.schedule.timesteps[0], self.schedule.sample_hidden_timestep))
+        level, hidden = (jnp.full(rows, t) for t in (timestep, self.schedule.sample_hidden_timestep))
         inputs = {
-            Role.GENERATE: lambda m: (self.schedule.add_noise(clean[m], noise[m], first), first),
-            Role.GIVEN: lambda m: (clean[m], jnp.zeros_like(first)),
+            Role.GENERATE: lambda m: (self.schedule.add_noise(clean[m], noise[m], level), level),
+            Role.GIVEN: lambda m: (clean[m], jnp.zeros_like(level)),
             Role.HIDDEN: lambda m: (noise[m], hidden),
         }
-        noisy, timestep = ({m: inputs[MODES[mode][m]](m)[i] for m in MODALITIES} for i in range(2))
+        noisy, timesteps = ({m: inputs[MODES[mode][m]](m)[i] for m in MODALITIES} for i in range(2))
         cond = self.encode_obs(params, batch, current)
-        output = self.network.apply({"params": params}, cond, noisy, timestep)[0]
+        output = self.network.apply({"params": params}, cond, noisy, timesteps)[0]
         return {
-            _SAMPLE_KEYS[m]: self.schedule.clean_and_noise(self.prediction[m], output[m], noisy[m], first)[0]
+            _SAMPLE_KEYS[m]: self.schedule.clean_and_noise(self.prediction[m], output[m], noisy[m], level)[0]
             for m in generated(mode)
         }
 

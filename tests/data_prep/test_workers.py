@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 COMMAND = """
 import os, time
 from data_prep.workers import pool
-executor = pool(2)
+executor = pool(1)
 print(executor.submit(os.getpid).result(), executor.submit(os.getppid).result(), flush=True)
 executor.submit(time.sleep, 600).result()
 """

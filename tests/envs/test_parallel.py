@@ -101,10 +101,12 @@ for _ in episodes:
 
 def test_processes_end_with_a_command_that_is_killed_in_the_middle_of_episodes(ends):
     command = subprocess.Popen([sys.executable, "-c", COMMAND], cwd=ROOT, stdout=-1, stderr=-1, text=True)
-    workers = [int(pid) for pid in command.stdout.readline().split()]
-    assert len(workers) == 2 and not any(ends(pid, 0.1) for pid in workers)
-    command.kill()
-    command.wait(30)
+    try:
+        workers = [int(pid) for pid in command.stdout.readline().split()]
+        assert len(workers) == 2 and not any(ends(pid, 0.1) for pid in workers)
+    finally:
+        command.kill()
+        command.wait(30)
     assert all(ends(pid) for pid in workers) and "Traceback" not in command.stderr.read()
 
 

@@ -53,16 +53,12 @@ def test_an_empty_run_and_its_newest_results(tmp_path):
     run = Run.read(make(tmp_path / "run"))
     assert (run.metrics, run.rollout, run.eval_step, run.score, run.manifests) == ({}, {}, None, "", {})
     for step, mean in ((900, 1.0), (1000, 2.0)):  # not in the order of their names
-        put(
-            run.workdir,
-            "eval",
-            step,
-            {"policy/action_mse": {**stored(mean), "episodes": 3}, "x": {**stored(1), "mean": math.nan}},
-        )
+        metrics = {"policy/action_mse": {**stored(mean), "episodes": 3}, "x": {**stored(1), "mean": math.nan}}
+        put(run.workdir, "eval", step, metrics)
         put(run.workdir, "rollout", step, {"policy/max_reward": stored(mean), "policy/success": stored(0)})
-    (run.workdir / "eval" / "900" / "few_steps.json").write_text(
-        json.dumps({"about": {"windows": 9}, "rows": [{"steps": 2}]})
-    )
+    row = {"sampler": "leading", "steps": 2, "seconds_per_sample": 0.5, "metrics": {"x": stored(1.0)}}
+    few = {"about": {"windows": 9}, "rows": [row]}
+    (run.workdir / "eval" / "900" / "few_steps.json").write_text(json.dumps(few))
     (run.workdir / "eval" / "1000" / "about.json").write_text(json.dumps({"windows": 8, "episodes": 3}))
     (run.workdir / "eval" / "notes").mkdir()
     (run.workdir / "eval" / "notes" / "metrics.json").write_text("not a step's")
@@ -71,7 +67,8 @@ def test_an_empty_run_and_its_newest_results(tmp_path):
     assert run.eval_step == run.rollout_step == 1000 and run.score == "max_reward"
     assert run.metrics == {"policy/action_mse": Interval(2.0, 1.9, 2.1, 8, 3)}  # without what is not a number
     assert run.eval_how["windows"] == 8 and run.rollout["policy/success"].episodes == 8
-    assert (run.few_steps, run.few_steps_how, run.few_steps_step) == ([{"steps": 2}], {"windows": 9}, 900)
+    assert (run.few_steps_how, run.few_steps_step) == ({"windows": 9}, 900)
+    assert run.few_steps == [row | {"metrics": {"x": Interval(1.0, 0.9, 1.1, 8, 8)}}]
     curve = run.evaluated("policy/action_mse", "label", "red")
     assert (curve.steps, curve.values, curve.low, curve.high) == ([900, 1000], [1.0, 2.0], [0.9, 1.9], [1.1, 2.1])
     assert run.logged("loss", "label", "red").values == [3.0, 1.0] and run.logged("other", "l", "red").steps == [5]
@@ -100,6 +97,10 @@ def test_what_is_no_run_or_is_damaged_is_named(tmp_path):
         with pytest.raises(UserError, match=rf"eval/3/metrics\.json: {message}"):
             Run.read(run)
     put(run, "eval", 3, {})
+    (run / "eval" / "3" / "few_steps.json").write_text('{"rows": [{"steps": 2}]}')
+    with pytest.raises(UserError, match=r"eval/3/few_steps\.json: not all of its rows are whole"):
+        Run.read(run)
+    (run / "eval" / "3" / "few_steps.json").unlink()
     (run / "metrics.jsonl").write_bytes(b'{"step": 1}\n7\n\xff\n{"st')
     assert Run.read(run).lines == [{"step": 1}]
 
@@ -113,3 +114,13 @@ def test_a_damaged_checkpoint_does_not_keep_the_rest_from_being_read(tmp_path):
 def test_fields_that_differ(tmp_path):
     runs = [Run.read(make(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     assert differing_fields(runs) == ["seed"] and differing_fields(runs[:2]) == []
+
+
+def test_files_of_older_versions_are_read(tmp_path):
+    run = make(tmp_path / "run")
+    put(run, "eval", 3, {"policy/action_mse": stored(1.0, n=256)})
+    (run / "eval" / "3" / "about.json").write_text(json.dumps({"episodes": 4}))
+    row = {"sampler": "leading", "steps": 2, "seconds_per_sample": 0.5, "metrics": {}}
+    (run / "eval" / "3" / "few_steps.json").write_text(json.dumps([row]))
+    found = Run.read(run)
+    assert found.metrics["policy/action_mse"] == Interval(1.0, 0.9, 1.1, 256, 4) and found.few_steps == [row]

@@ -67,6 +67,14 @@ class Schedule:
             raise ValueError(f"unknown spacing {self.spacing!r}")
         return steps[::-1].astype(np.int32)
 
+    def describe(self) -> dict[str, str | int]:
+        """How it samples, for the records of evaluations and closed loops."""
+        return {
+            "sampler_spacing": self.spacing,
+            "sampler_steps": self.num_inference_steps,
+            "sampler_hidden_timestep": self.sample_hidden_timestep,
+        }
+
     @property
     def previous_timesteps(self) -> np.ndarray:
         """(num_inference_steps,) int32, where each step lands: the next one's timestep, at last -1, clean data."""

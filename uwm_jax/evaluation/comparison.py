@@ -24,7 +24,10 @@ DECISIVE = (
 MARKED = (*(f"{mode}/" for mode in MODES), "control/shuffle_gap", "paired/", "rollout/policy/", "rollout/paired/")
 
 # What an evaluation or a closed loop records of itself and depends on.
-HOW = ("own_data", "sampler_spacing", "sampler_steps", "sampler_seed", "env", "execute", "max_steps")
+HOW = (
+    *("own_data", "sampler_spacing", "sampler_steps", "sampler_hidden_timestep"),
+    *("sampler_seed", "env", "execute", "max_steps"),
+)
 
 
 def body(runs: Sequence[Run]) -> str:
@@ -49,7 +52,10 @@ def _same_windows(runs: Sequence[Run]) -> str:
         "rollout": [_how(run.rollout_how) for run in runs if run.rollout],
     }
     for command, hows in ways.items():
-        differing = [name for name in sorted(set().union(*hows)) if len({how.get(name) for how in hows}) > 1]
+        differing = []
+        for name in sorted(set().union(*hows)):
+            values = [how.get(name) for how in hows if name in how or name not in HOW]  # older records lack some of HOW
+            differing += [name] if len(set(values)) > 1 else []
         names += [f"{command}'s {name}" for name in differing]
     if not names:
         if len(evaluated) < 2:

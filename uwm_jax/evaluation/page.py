@@ -22,10 +22,10 @@ def image(path: Path, alt: str) -> str:
 
 
 def cell(m: Interval | None, kind: str = "") -> str:
-    """A `<td>`: the mean, and its interval below it."""
+    """A `<td>`: the mean, and its interval below it, if there are enough episodes for one."""
     if m is None:
         return "<td></td>"
-    low_high = f"{number(m.lo)} to {number(m.hi)}"
+    low_high = f"{number(m.lo)} to {number(m.hi)}" if m.tells else f"{m.episodes} episodes"
     return f'<td class="number {kind}">{number(m.mean)}<br><small>{low_high}</small></td>'
 
 

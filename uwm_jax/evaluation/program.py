@@ -34,6 +34,7 @@ Windows = dict[str, np.ndarray]
 
 AT_A_TIME = 64  # windows in a batch, over all devices, or few more
 SHOWN = 8  # windows that come to the host, evenly spread
+GAP_AT = 90  # % of T, where the shuffle gap is measured, whatever the sampler: little of the frames is left there
 MEAN_IMAGE_WINDOWS = 256  # of training episodes, whose next frames are averaged
 
 _JOINT = next(mode for mode in MODES if generated(mode) == MODALITIES)  # the mode whose denoising is shown
@@ -130,7 +131,7 @@ class Evaluation:
           between_batches: called before each batch; what it raises ends the evaluation.
 
         Returns:
-          {metric: {mean, lo, hi, n}}, and numpy arrays of N windows for pictures: `episode` (N,), `action`,
+          {metric: {mean, lo, hi, n, episodes}}, and numpy arrays of N windows for pictures: `episode` (N,), `action`,
           `shuffled_action` (N, Ta, Da) and `last_action` (N, Da) normalised, `current`, `next_obs` (N, V, T, h, w, 3)
           float32 in [0, 1], `mean_image` (V, 1, h, w, 3), `<mode>/action` and `<mode>/next_obs` of what each mode
           generates, `forward_shuffled/next_obs`, and if `denoising` the joint mode's samples from noise to end:
@@ -155,15 +156,13 @@ class Evaluation:
         return summarize(join(scores, total), self.held_out.episodes), self._windows(shown, frozen)
 
     def about(self) -> dict[str, Any]:
-        """What the metrics are of: {"windows": their number, "episodes": of how many, "datasets": {source: identity},
-        "sampler_spacing", "sampler_steps"}."""
-        schedule = self._system.schedule
+        """What the metrics are of: {"windows": their number, "episodes": of how many, "datasets": {source: identity}},
+        and how it samples."""
         return {
             "windows": len(self.held_out),
             "episodes": len(set(self.held_out.episodes.tolist())),
             "datasets": {name: source.identity for name, source in self._loader.sources.items()},
-            "sampler_spacing": schedule.spacing,
-            "sampler_steps": schedule.num_inference_steps,
+            **self._system.schedule.describe(),
         }
 
     def run_modes(self, system: System, params: Any, frozen: Any, progress: str = "") -> Metrics:
@@ -271,8 +270,9 @@ def make_evaluation(system: System, denoising: bool = True) -> Callable[..., tup
         made = _decoded(system, frozen, made)
 
         scores = _scores(made | _baselines(system, frozen, batch, truth, references), truth)
+        gap_at = system.schedule.num_train_steps * GAP_AT // 100
         with_others, with_own = (
-            errors(system.first_estimate(params, frozen, rows, "forward", noise), truth)["latent_mse"]
+            errors(system.estimate(params, frozen, rows, "forward", noise, gap_at), truth)["latent_mse"]
             for rows in (shuffled, batch)
         )
         scores["control/shuffle_gap"] = with_others - with_own

@@ -21,6 +21,7 @@ from uwm_jax.training.log import read_metrics
 from uwm_jax.training.record import read_starts
 from uwm_jax.training.stored import CorruptCheckpoint
 
+FEW_STEPS = "few_steps.json"
 FEWEST = 6  # episodes: that five all point one way happens by chance once in 16 times, which is more than 5 %
 
 
@@ -34,12 +35,15 @@ class Interval(NamedTuple):
     episodes: int
 
     @classmethod
-    def of(cls, stored: Mapping[str, float] | None) -> Interval | None:
-        """From `{"mean", "lo", "hi", "n", "episodes"}`; None for None and for what has no finite mean."""
+    def of(cls, stored: Mapping[str, float] | None, episodes: int | None = None) -> Interval | None:
+        """From `{"mean", "lo", "hi", "n", "episodes"}`; None for None and for what has no finite mean.
+
+        Older files lack the last, and there are at most `episodes` then.
+        """
         if stored is None or stored["mean"] is None or not math.isfinite(stored["mean"]):
             return None
         n = int(stored["n"])
-        return cls(stored["mean"], stored["lo"], stored["hi"], n, int(stored.get("episodes", n)))
+        return cls(stored["mean"], stored["lo"], stored["hi"], n, int(stored.get("episodes", min(n, episodes or n))))
 
     @property
     def tells(self) -> bool:
@@ -113,7 +117,7 @@ class Run:
             with contextlib.suppress(CorruptCheckpoint):  # a page without the data's manifest is better than none
                 assets = Checkpoints(workdir, read_only=True).assets(step)
         manifest = assets.get("dataset") or {}
-        few_steps = _by_step(workdir / "eval", "few_steps.json")
+        few_steps = _by_step(workdir / "eval", FEW_STEPS)
         newest_few = few_steps[max(few_steps)] if few_steps else {}
         evaluations, about = (_by_step(workdir / "eval", f"{name}.json") for name in ("metrics", "about"))
         rollouts, how = (_by_step(workdir / "rollout", f"{name}.json") for name in ("metrics", "episodes"))
@@ -123,11 +127,14 @@ class Run:
             config=config,
             lines=read_metrics(workdir / "metrics.jsonl"),
             starts=read_starts(workdir),
-            evaluations=_intervals(workdir / "eval", evaluations),
-            rollouts=_intervals(workdir / "rollout", rollouts),
+            evaluations={
+                step: _intervals(workdir / f"eval/{step}/metrics.json", found, about.get(step, {}).get("episodes"))
+                for step, found in evaluations.items()
+            },
+            rollouts={s: _intervals(workdir / f"rollout/{s}/metrics.json", found) for s, found in rollouts.items()},
             eval_how=about.get(max(evaluations, default=-1), {}),
             rollout_how=how.get(max(rollouts, default=-1), {}),
-            few_steps=newest_few.get("rows", []),
+            few_steps=_few_steps(workdir / "eval" / str(max(few_steps)) / FEW_STEPS, newest_few) if few_steps else [],
             few_steps_how=newest_few.get("about", {}),
             few_steps_step=max(few_steps, default=None),
             code_version=assets.get("code_version", ""),
@@ -194,24 +201,32 @@ def _by_step(folder: Path, name: str) -> dict[int, dict[str, Any]]:
     found = {}
     for step, file in sorted(files.items()):
         try:
-            found[step] = json.loads(file.read_text())
+            read = json.loads(file.read_text())
         except ValueError as e:  # of JSON, and of bytes that are no text
             raise _damaged(file, f"not JSON ({e})") from e
-        if not isinstance(found[step], dict):
+        if isinstance(read, list) and name == FEW_STEPS:  # an older version's
+            read = {"rows": read}
+        if not isinstance(read, dict):
             raise _damaged(file, "not a JSON object")
+        found[step] = read
     return found
 
 
-def _intervals(folder: Path, found: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Interval]]:
-    intervals: dict[int, dict[str, Interval]] = {}
-    for step, metrics in found.items():
-        try:
-            all_of_it = {name: Interval.of(stored) for name, stored in metrics.items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            file = folder / str(step) / "metrics.json"
-            raise _damaged(file, "not all of it is {metric: {mean, lo, hi, n}}") from e
-        intervals[step] = {name: m for name, m in all_of_it.items() if m is not None}
-    return intervals
+def _intervals(file: Path, metrics: Mapping[str, Any], episodes: int | None = None) -> dict[str, Interval]:
+    try:
+        found = {name: Interval.of(stored, episodes) for name, stored in metrics.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise _damaged(file, "not all of it is {metric: {mean, lo, hi, n, episodes}}") from e
+    return {name: m for name, m in found.items() if m is not None}
+
+
+def _few_steps(file: Path, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows, with intervals as metrics."""
+    try:
+        rows = [{name: row[name] for name in ("sampler", "steps", "seconds_per_sample")} | row for row in found["rows"]]
+        return [row | {"metrics": _intervals(file, row["metrics"])} for row in rows]
+    except (KeyError, TypeError, ValueError) as e:
+        raise _damaged(file, "not all of its rows are whole") from e
 
 
 def _damaged(file: Path, what: str) -> UserError:
