@@ -1,4 +1,4 @@
-"""PushT on two CPU cores in about an hour: `configs/quickstart.py` with more demonstrations, steps and one more block.
+"""PushT on two CPU cores in under an hour: `configs/quickstart.py` with more demonstrations, steps and weight on actions.
 In PushT a blue disc has to push a grey T onto the green one, and an action is the position that the disc is sent to.
 
 Command:
