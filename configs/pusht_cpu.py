@@ -1,4 +1,4 @@
-"""PushT on two CPU cores in an hour: `configs/quickstart.py` with more demonstrations, steps and weight on actions.
+"""PushT on two CPU cores in an hour: `configs/quickstart.py` with more demonstrations, steps and one more block.
 In PushT a blue disc has to push a grey T onto the green one, and an action is the position that the disc is sent to.
 
 Command:
@@ -45,7 +45,6 @@ def get_config(length: str = "full") -> ConfigDict:
     c.checkpoint.every = 1_000
     c.eval.every = 2_500 if length == "full" else 0  # held-out curves; half a minute each
     c.model.depth = 4
-    c.loss.weights.action = 5.0  # the loss of frames is ten times that of actions, and the inverse mode learns late
     c.data.path = "pusht_1000"
     c.optimizer.warmup_steps = 200
     c.optimizer.ema_decay = 0.999 if length == "full" else 0.99  # an average over a tenth of the run

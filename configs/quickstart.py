@@ -55,6 +55,8 @@ def get_config() -> ConfigDict:
     c.diffusion.spacing = "trailing"  # the first timestep is the one of what is hidden in training (docs/benchmarks.md)
     c.diffusion.clip.next_obs = 20.0  # PCA latents have unit standard deviation
 
+    c.loss.weights.action = 5.0  # the loss of frames is ten times that of actions, and the inverse mode learns late
+
     c.data.path = "pusht"
     c.data.cameras = ("image",)
     c.data.low_dim = ("agent_pos",)
