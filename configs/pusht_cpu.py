@@ -11,9 +11,9 @@ Command:
 
 Hardware: two CPU cores.
 
-Expect: 26 minutes of training at 200 to 225 samples a second on two shared cores, 52 at the 100 that such cores made on
-another day, and 4 evaluations in it of half a minute each; 3 to 8 minutes for the demonstrations, 1 to 3 for the two
-commands after it. One seed, 256 held-out windows of 100 episodes, 95 % intervals over episodes:
+Expect: 26 minutes of training at 200 to 225 samples a second on two shared cores, and a minute for the 4 evaluations in
+it; twice that at the 100 samples a second that such cores made on another day. 3 to 8 minutes for the demonstrations, 1
+to 3 for the two commands after it. One seed, 256 held-out windows of 100 episodes, 95 % intervals over episodes:
 
     policy   action MSE 0.034 [0.029, 0.039], normalised; the mean action has 0.109 [0.101, 0.119]
     inverse  action MSE 0.011 [0.009, 0.014], a tenth of the mean action's; a straight line to the chunk's end, which
@@ -43,7 +43,7 @@ def get_config(length: str = "full") -> ConfigDict:
     c.total_steps = STEPS[length]
     c.log_every = 100
     c.checkpoint.every = 1_000
-    c.eval.every = 2_500 if length == "full" else 0  # held-out curves; half a minute each
+    c.eval.every = 2_500 if length == "full" else 0  # held-out curves
     c.model.depth = 4
     c.data.path = "pusht_1000"
     c.optimizer.warmup_steps = 200
