@@ -69,8 +69,9 @@ sys.exit(cli.call(train.main, ["train", *sys.argv[2:]], train.define_flags))
 
 @pytest.mark.parametrize("full", [0, 1])
 def test_a_disk_that_is_full_for_one_process_ends_all_with_its_message(full, tmp_path, tiny_config):
-    tiny_config.total_steps, tiny_config.batch_size, tiny_config.checkpoint.every = 1000, 4, 2
+    tiny_config.total_steps, tiny_config.batch_size = 1000, 4
     tiny_config.mesh.data, tiny_config.mesh.fsdp = 1, 2
+    tiny_config.checkpoint.every, tiny_config.log_every = 200, 1000  # for 200 steps nothing but the first is written
     file = tmp_path / "config.py"
     text = config.to_json(tiny_config)
     file.write_text(f"from uwm_jax import config\ndef get_config():\n    return config.from_json({text!r}, 'test')\n")

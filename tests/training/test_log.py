@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,17 @@ def test_a_full_disk_does_not_hide_the_error_that_came_before_it(tmp_path):
             closing.callback(log.close)
             if error is not None:
                 raise error
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(tmp_path, 0)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        log.write(1, {"loss": 1.0})
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+    with contextlib.suppress(OSError):  # what could not be written is still in the buffer
+        log.close()
 
 
 def test_only_one_process_writes(tmp_path):

@@ -123,8 +123,11 @@ class MetricsLog:
         """A line of the metrics of a step, and scalars and pictures {name: file} to TensorBoard."""
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as e:  # a full disk does not say which file it was
+            raise OSError(e.errno, e.strerror, self._file.name) from e
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         for name, picture in (pictures or {}).items():
