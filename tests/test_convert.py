@@ -19,7 +19,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.models.codecs import PCACodec, PixelsCodec, fit_pca
 from uwm_jax.system import DataFacts, System
-from uwm_jax.training import checkpoint
+from uwm_jax.training import checkpoint, inference
 
 _SPEC = importlib.util.spec_from_file_location("reference", Path(__file__).parent / "golden" / "reference.py")
 reference = importlib.util.module_from_spec(_SPEC)
@@ -113,7 +113,7 @@ def test_without_a_normalizer_there_is_one_warning(
 ) -> None:
     assert command(*libero_line(official, tmp_path / "run")) == 0
     assert capsys.readouterr().err.count("warning") == 1
-    system = checkpoint.load_for_inference(tmp_path / "run")[0]
+    system = inference.load_for_inference(tmp_path / "run")[0]
     value = np.float32([[0.5] * 7])
     np.testing.assert_array_equal(system.facts.normalizer.normalize("action", value), value)
 

@@ -18,7 +18,8 @@ from uwm_jax import config as config_lib
 from uwm_jax import convert
 from uwm_jax.errors import UserError
 from uwm_jax.train import train
-from uwm_jax.training.checkpoint import Checkpoints, load_for_inference
+from uwm_jax.training.checkpoint import Checkpoints
+from uwm_jax.training.inference import load_for_inference
 
 GOLDEN = "uwm_libero_small"
 

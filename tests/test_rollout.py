@@ -24,7 +24,7 @@ from uwm_jax.evaluation import film  # noqa: E402
 from uwm_jax.policy import Policy  # noqa: E402
 from uwm_jax.system import DataFacts  # noqa: E402
 from uwm_jax.train import train  # noqa: E402
-from uwm_jax.training.checkpoint import load_for_inference  # noqa: E402
+from uwm_jax.training.inference import load_for_inference  # noqa: E402
 
 SIZE = 16
 SEEDS = [100_000, 100_003]

@@ -21,7 +21,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.models.codecs import PixelsCodec
 from uwm_jax.system import DataFacts, System
 from uwm_jax.torch_bridge import layout
-from uwm_jax.training import checkpoint
+from uwm_jax.training import checkpoint, inference
 
 _SPEC = importlib.util.spec_from_file_location("reference", Path(__file__).parent / "golden" / "reference.py")
 reference = importlib.util.module_from_spec(_SPEC)
@@ -122,7 +122,7 @@ def test_five_modes_match_the_official_code(golden: Golden) -> None:
 
 @pytest.mark.slow
 def test_images_and_gradients_match_the_official_code(golden: Golden) -> None:
-    system, params, frozen, _ = checkpoint.load_for_inference(golden.workdir)
+    system, params, frozen, _ = inference.load_for_inference(golden.workdir)
     g = golden.numbers
     batch = {k: v for k, v in g.items() if k.startswith("obs/")}
     current, following = system.preprocess(batch)
@@ -224,7 +224,7 @@ def test_output_keys_units_and_seed(tiny: Path, tmp_path: Path) -> None:
 def test_given_noise_units_of_inputs_and_overrides(tiny: Path, tmp_path: Path) -> None:
     arrays = tiny_inputs()
     drawn = run_tiny(tiny, tmp_path, arrays, "--mode=policy,forward")
-    system = checkpoint.load_for_inference(tiny)[0]
+    system = inference.load_for_inference(tiny)[0]
     noise = system.draw_noise(jax.random.key(0), jnp.arange(2))
     given = arrays | {f"noise/{m}": np.asarray(v) for m, v in noise.items()}
     same = run_tiny(tiny, tmp_path, given, "--mode=policy,forward", "--seed=5")
@@ -242,7 +242,7 @@ def test_given_noise_units_of_inputs_and_overrides(tiny: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_latents_stand_in_for_frames(tiny: Path, tmp_path: Path) -> None:
     arrays = tiny_inputs()
-    system = checkpoint.load_for_inference(tiny)[0]
+    system = inference.load_for_inference(tiny)[0]
     latents = jax.jit(lambda batch: system.codec.encode({}, system.preprocess(batch)[1], None))(arrays)
     frames = run_tiny(tiny, tmp_path, arrays, "--mode=inverse")
     arrays = {k: v for k, v in arrays.items() if not k.startswith("next_obs/")}

@@ -27,8 +27,9 @@ from uwm_jax.evaluation.program import Evaluation
 from uwm_jax.made_up import make_up_system
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.train import load_pretrained_encoder, train
-from uwm_jax.training.checkpoint import Checkpoints, latest_step, load_for_inference
+from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.goodput import CATEGORIES
+from uwm_jax.training.inference import load_for_inference
 from uwm_jax.training.log import NotFinite
 from uwm_jax.training.record import read_starts
 

@@ -29,7 +29,7 @@ from uwm_jax.models.codecs import PCACodec, VAECodec
 from uwm_jax.system import DataFacts, System
 from uwm_jax.torch_bridge import diffusers_vae, layout, weights
 from uwm_jax.torch_bridge.official_config import VAE, OfficialRun, OfficialYaml, read_official
-from uwm_jax.training import checkpoint
+from uwm_jax.training import checkpoint, inference
 from uwm_jax.training.record import code_version
 
 FLAGS = flags.FLAGS
@@ -136,7 +136,7 @@ def to_torch(
         raise UserError(f"--output: expected a name that ends in .safetensors, found {str(output)!r}.")
     for path in (output, output.with_suffix(".json")):
         weights.check_output_file(path)
-    system, params, frozen, step = checkpoint.load_for_inference(workdir, step, overrides)
+    system, params, frozen, step = inference.load_for_inference(workdir, step, overrides)
     tensors = layout.to_official(params, system.config.model.patch)
     tensors |= _codec_tensors(system, frozen, Path(workdir))
     description = describe(system, tensors, step, Path(workdir))

@@ -38,8 +38,7 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
 from uwm_jax.policy import Policy
 from uwm_jax.system import DataFacts, System
-from uwm_jax.training import checkpoint as checkpoint_lib
-from uwm_jax.training import record
+from uwm_jax.training import inference, record
 
 FLAGS = flags.FLAGS
 
@@ -68,10 +67,10 @@ def main(argv: list[str]) -> None:
         raise UserError("--episodes belongs to --env: the number of held-out windows is --config.eval.num_windows.")
     if FLAGS["execute"].present and not FLAGS.env:
         raise UserError("--execute belongs to --env: how much of a chunk is taken matters only where the policy acts.")
-    system, params, frozen, step = checkpoint_lib.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
+    system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
     ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
     loader = Loader(system.config.data, batch_size=1, seed=system.config.seed, normalizer=system.facts.normalizer)
-    own_data = refuse_other_data(system, loader, checkpoint_lib.datasets_of(workdir, step))
+    own_data = refuse_other_data(system, loader, inference.datasets_of(workdir, step))
     mesh = local_mesh(system.config)
     params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
     held_out = loader.held_out(system.config.eval.num_windows)

@@ -34,7 +34,7 @@ class Policy:
     `batch_size` rows, of which spare ones are filled up.
 
     Args:
-        system, params, frozen: as `checkpoint.load_for_inference` gives them.
+        system, params, frozen: as `inference.load_for_inference` gives them.
         execute: actions of each chunk that are taken, 1 to as many as the chunk has from the present on.
         seed: of the noise that sampling starts from, with the episode's seed and the number of the decision.
         batch_size: rows of one call of the network.

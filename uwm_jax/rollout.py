@@ -32,7 +32,7 @@ from uwm_jax.evaluation.metrics import interval, proportion
 from uwm_jax.files import write_text
 from uwm_jax.policy import Policy
 from uwm_jax.system import System
-from uwm_jax.training import checkpoint
+from uwm_jax.training import inference
 from uwm_jax.training.record import describe_use
 
 FLAGS = flags.FLAGS
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     workdir, env = Path(cli.required("workdir")), cli.required("env")
     spec = get(env)
-    system, params, frozen, step = checkpoint.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
+    system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
     check_fits(spec, system)
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.episodes)
     if seeds[0] < FIRST_SEED:

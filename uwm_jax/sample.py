@@ -30,7 +30,7 @@ from uwm_jax.diffusion.modes import MODALITIES, MODES, given
 from uwm_jax.errors import UserError
 from uwm_jax.system import System
 from uwm_jax.torch_bridge import weights
-from uwm_jax.training import checkpoint
+from uwm_jax.training import inference
 
 FLAGS = flags.FLAGS
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     modes = parse_modes(cli.required("mode"))
     weights.check_output_file(output)
     with weights.NpzArrays(cli.required("inputs"), "--inputs") as arrays:
-        system, params, frozen, step = checkpoint.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
+        system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
         inputs = check_inputs(system, modes, arrays, arrays.where)
     results: dict[str, np.ndarray] = {}
     for mode, made in run(system, params, frozen, inputs, FLAGS.seed).items():

@@ -15,11 +15,11 @@ from uwm_jax.made_up import make_up_codec, make_up_system
 from uwm_jax.training.checkpoint import (
     Checkpoints,
     latest_step,
-    load_for_inference,
     make_assets,
     save_params_only,
     write_config,
 )
+from uwm_jax.training.inference import load_for_inference
 from uwm_jax.training.state import TrainState, create, make_optimizer
 
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uwm_jax import config
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.training import checkpoint as checkpoint_lib
+from uwm_jax.training import inference
 from uwm_jax.training import stored as stored_lib
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.stored import CorruptCheckpoint, Stored, digests_on_host
@@ -90,7 +91,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(small_run, saved, monkey
     """A run that trains and keeps one: what a reader has begun to read is gone, and a newer one is there."""
     checkpoint_lib.write_config(saved, config.base())
     monkeypatch.setattr(config, "validate", lambda c: None)
-    monkeypatch.setattr(checkpoint_lib, "_load", lambda config, workdir, stored: (stored.assets, stored.step, None))
+    monkeypatch.setattr(inference, "_load", lambda config, workdir, stored: (stored.assets, stored.step, None))
 
     def restore(self, *args, original=ocp.JsonCheckpointHandler.restore):
         if (saved / "checkpoints" / "4").exists():
@@ -100,14 +101,14 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(small_run, saved, monkey
         return original(self, *args)
 
     monkeypatch.setattr(ocp.JsonCheckpointHandler, "restore", restore)
-    assert checkpoint_lib.load_for_inference(saved)[-1] == 6
+    assert inference.load_for_inference(saved)[-1] == 6
     message = capfd.readouterr().err
     assert "checkpoint 4 was replaced while it was read; step 6 is used instead" in message
     assert "damaged" not in message
 
     small_run.save_steps(saved, 4)
     with pytest.raises(UserError, match=r"4: this checkpoint was deleted while.*those of steps \[2, 6\]"):
-        checkpoint_lib.load_for_inference(saved, step=4)
+        inference.load_for_inference(saved, step=4)
 
 
 HOLD = """

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -35,8 +35,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
-from uwm_jax.system import DataFacts, System
-from uwm_jax.training import frozen as frozen_lib
+from uwm_jax.system import DataFacts
 from uwm_jax.training import lock, record
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.stored import CorruptCheckpoint, Stored, array_digests, cause_of, with_digests
@@ -215,7 +214,7 @@ class Checkpoints:
                 (self.directory / str(step)).rename(place)
             distributed.barrier("the checkpoint is set aside")
         if distributed.is_main():
-            _warn(f"checkpoint {step} is damaged: {damage}. It lies in {place}; step {left[-1]} is used instead.")
+            warn(f"checkpoint {step} is damaged: {damage}. It lies in {place}; step {left[-1]} is used instead.")
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -276,7 +275,7 @@ class Checkpoints:
         if self._failure is not None and not self._failure_was_raised:
             if not another:
                 self.check()
-            _warn(str(self._failure))
+            warn(str(self._failure))
 
     def _start_save(
         self,
@@ -317,7 +316,7 @@ class Checkpoints:
                     (self.directory / str(old)).rename(gone)
                     shutil.rmtree(gone)
                 except OSError as e:
-                    _warn(f"{self.directory / str(old)}: an old checkpoint could not be deleted: {cause_of(e)}")
+                    warn(f"{self.directory / str(old)}: an old checkpoint could not be deleted: {cause_of(e)}")
 
     def _failed(self, step: int, error: BaseException) -> RunError:
         # What orbax no longer writes would be told by the interpreter as it ends, below the one message.
@@ -366,71 +365,6 @@ def save_params_only(
     checkpoints.close()
 
 
-def load_for_inference(
-    workdir: str | os.PathLike[str],
-    step: int | None = None,
-    overrides: Iterable[tuple[str, str]] = (),
-) -> tuple[System, Any, Any, int]:
-    """A workdir as `(system, params, frozen, step)`; the averaged parameters where the run keeps them.
-
-    Args:
-      step: which checkpoint; None takes the newest that is not damaged.
-      overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
-
-    Raises:
-      UserError: no such workdir or step, or a checkpoint that is damaged or does not fit its config.
-    """
-    config = config_lib.read(workdir, overrides)
-    checkpoints = Checkpoints(workdir, read_only=True)
-    steps = checkpoints.steps()
-    if step is not None and step not in steps:
-        raise UserError(f"--step={step}: {str(workdir)!r} has checkpoints of steps {steps}.")
-    while True:
-        stored = Stored(checkpoints.directory, checkpoints.steps()[-1] if step is None else step)
-        try:
-            return *_load(config, workdir, stored), stored.step
-        except CorruptCheckpoint as e:
-            if not stored.path.is_dir():  # a run that is training has replaced it meanwhile
-                steps = checkpoints.steps()
-                if step is not None or not steps:
-                    there = f"There are those of steps {steps}."
-                    raise UserError(f"{stored.path}: this checkpoint was deleted while it was read. {there}") from e
-                _warn(f"checkpoint {stored.step} was replaced while it was read; step {steps[-1]} is used instead.")
-                continue
-            if step is not None:
-                raise UserError(f"--step={step}: {e}. There are checkpoints of steps {steps}.") from e
-            checkpoints.pass_over(stored.step, e)
-
-
-def datasets_of(workdir: str | os.PathLike[str], step: int) -> dict[str, str]:
-    """{source: identity} of the data that a checkpoint learned from; {} for a converted one, which knows none."""
-    stored = Stored(Path(workdir).absolute() / "checkpoints", step)
-    return dict(stored.data_iter.get("datasets") or {}) if "data_iter" in stored.items else {}
-
-
-def _load(config: ConfigDict, workdir: str | os.PathLike[str], stored: Stored) -> tuple[System, Any, Any]:
-    facts = DataFacts.from_json(stored.assets["data_facts"])
-    _check_keys(config, facts)
-    codec, frozen = frozen_lib.from_workdir(config, workdir, stored.codec)
-    system = System(config, facts, codec)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(system.init, jax.random.key(0)),
-    )
-    return system, stored.arrays("ema_params" if stored.holds("ema_params") else "params", like), frozen
-
-
-def _check_keys(config: ConfigDict, facts: DataFacts) -> None:
-    """Inputs are those that the run was trained with; an override cannot change them."""
-    for field, trained in (("cameras", facts.cameras), ("low_dim", facts.low_dim)):
-        if set(config.data[field]) != set(trained):
-            raise UserError(
-                f"config.data.{field} is {tuple(config.data[field])}, but the run was trained with "
-                f"{tuple(sorted(trained))}."
-            )
-
-
 def latest_step(workdir: str | os.PathLike[str]) -> int | None:
     """The newest finished checkpoint of a workdir, None without one; touches nothing."""
     return max(_steps(Path(workdir) / "checkpoints"), default=None)
@@ -453,7 +387,8 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """Prints a line that starts with `warning: ` on stderr."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

@@ -1,0 +1,83 @@
+"""A workdir's checkpoint as what evaluation and sampling need: the system, its parameters and its codec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+from uwm_jax.system import DataFacts, System
+from uwm_jax.training import frozen as frozen_lib
+from uwm_jax.training.checkpoint import Checkpoints, warn
+from uwm_jax.training.stored import CorruptCheckpoint, Stored
+
+
+def load_for_inference(
+    workdir: str | os.PathLike[str],
+    step: int | None = None,
+    overrides: Iterable[tuple[str, str]] = (),
+) -> tuple[System, Any, Any, int]:
+    """A workdir as `(system, params, frozen, step)`; the averaged parameters where the run keeps them.
+
+    Args:
+      step: which checkpoint; None takes the newest that is not damaged.
+      overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
+
+    Raises:
+      UserError: no such workdir or step, or a checkpoint that is damaged or does not fit its config.
+    """
+    config = config_lib.read(workdir, overrides)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    steps = checkpoints.steps()
+    if step is not None and step not in steps:
+        raise UserError(f"--step={step}: {str(workdir)!r} has checkpoints of steps {steps}.")
+    while True:
+        stored = Stored(checkpoints.directory, checkpoints.steps()[-1] if step is None else step)
+        try:
+            return *_load(config, workdir, stored), stored.step
+        except CorruptCheckpoint as e:
+            if not stored.path.is_dir():  # a run that is training has replaced it meanwhile
+                steps = checkpoints.steps()
+                if step is not None or not steps:
+                    there = f"There are those of steps {steps}."
+                    raise UserError(f"{stored.path}: this checkpoint was deleted while it was read. {there}") from e
+                warn(f"checkpoint {stored.step} was replaced while it was read; step {steps[-1]} is used instead.")
+                continue
+            if step is not None:
+                raise UserError(f"--step={step}: {e}. There are checkpoints of steps {steps}.") from e
+            checkpoints.pass_over(stored.step, e)
+
+
+def datasets_of(workdir: str | os.PathLike[str], step: int) -> dict[str, str]:
+    """{source: identity} of the data that a checkpoint learned from; {} for a converted one, which knows none."""
+    stored = Stored(Path(workdir).absolute() / "checkpoints", step)
+    return dict(stored.data_iter.get("datasets") or {}) if "data_iter" in stored.items else {}
+
+
+def _load(config: ConfigDict, workdir: str | os.PathLike[str], stored: Stored) -> tuple[System, Any, Any]:
+    facts = DataFacts.from_json(stored.assets["data_facts"])
+    _check_keys(config, facts)
+    codec, frozen = frozen_lib.from_workdir(config, workdir, stored.codec)
+    system = System(config, facts, codec)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        jax.eval_shape(system.init, jax.random.key(0)),
+    )
+    return system, stored.arrays("ema_params" if stored.holds("ema_params") else "params", like), frozen
+
+
+def _check_keys(config: ConfigDict, facts: DataFacts) -> None:
+    """Inputs are those that the run was trained with; an override cannot change them."""
+    for field, trained in (("cameras", facts.cameras), ("low_dim", facts.low_dim)):
+        if set(config.data[field]) != set(trained):
+            raise UserError(
+                f"config.data.{field} is {tuple(config.data[field])}, but the run was trained with "
+                f"{tuple(sorted(trained))}."
+            )
