@@ -21,14 +21,12 @@ only the frames that it uses.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import io
 import itertools
 import json
 import os
-import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,21 +34,17 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import simplejpeg
-from array_record.python import array_record_module
 from etils import epath
 from PIL import Image
 
 from uwm_jax.data import example
+from uwm_jax.data.shards import Shards
 from uwm_jax.errors import UserError
 
 FORMAT = "uwm_jax/chunks"
 FORMAT_VERSION = 1
 COLUMN_MAX_SIZE = 256
 
-# Open files are kept for this many shards; a reader holds a descriptor and its shard's index.
-_MAX_OPEN_SHARDS = 256
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-_READER_BUFFER = 1 << 15
 _BLOCK = 1 << 22
 
 
@@ -155,12 +149,9 @@ class Dataset:
         self._checksums = {name: entry["crc32c"] for name, entry in info.get("files", {}).items()}
         self.chunk_steps = int(self.manifest["chunk_steps"])
         self.cameras = {k: (c["height"], c["width"]) for k, c in self.manifest["cameras"].items()}
-        self._shards = [s["file"] for s in info["shards"]]
-        self._check_shard_sizes(info["shards"])
+        self._shards = Shards(self.directory, info["shards"])
         self._read_index(info)
         self._columns: dict[str, np.ndarray] = {}
-        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()
 
     @property
     def num_episodes(self) -> int:
@@ -232,19 +223,12 @@ class Dataset:
         """Where a step of an episode is stored."""
         chunk, offset = divmod(step, self.chunk_steps)
         chunk += int(self._first_chunk[episode])
-        return ChunkRef(self._shards[self._chunk_shard[chunk]], int(self._chunk_record[chunk]), offset)
+        return ChunkRef(self._shards.names[self._chunk_shard[chunk]], int(self._chunk_record[chunk]), offset)
 
     def record(self, episode: int, chunk: int) -> bytes:
         """The serialized `tf.Example` with steps [chunk * chunk_steps, ...) of an episode."""
         row = int(self._first_chunk[episode]) + chunk
-        shard, record = int(self._chunk_shard[row]), int(self._chunk_record[row])
-        try:
-            return self._reader(shard).read([record])[0]
-        except (RuntimeError, IndexError, ValueError) as e:
-            raise UserError(
-                f"{self.directory / self._shards[shard]}: record {record} cannot be read ({str(e)[:200]}). "
-                "The file is damaged: copy it again (manifest.json has its sha256) or make the dataset again."
-            ) from e
+        return self._shards.read(int(self._chunk_shard[row]), int(self._chunk_record[row]))
 
     def frames(
         self, episode: int, steps: Mapping[str, Sequence[int]], into: Mapping[str, Sequence[np.ndarray] | np.ndarray]
@@ -298,24 +282,13 @@ class Dataset:
 
     def close(self) -> None:
         """Closes the open shards; a later read opens them again."""
-        with self._lock:
-            for reader in self._readers.values():
-                reader.close()
-            self._readers.clear()
+        self._shards.close()
 
     def _resolve(self, name: str, keys: Any, what: str) -> str:
         for key in (f"observation/{name}", name):
             if key in keys:
                 return key
         raise UserError(f"{self.directory}: no {what} {name!r}; it has: {', '.join(sorted(keys)) or 'none'}.")
-
-    def _check_shard_sizes(self, shards: list[dict[str, Any]]) -> None:
-        for shard in shards:
-            file = self.directory / shard["file"]
-            if not file.exists():
-                raise UserError(f"{file} is missing, though manifest.json names it. Copy it again.")
-            if (size := file.stat().length) != shard["bytes"]:
-                raise UserError(f"{file}: expected {shard['bytes']} bytes, found {size}. Copy it again.")
 
     def _read_index(self, info: dict[str, Any]) -> None:
         file = self.directory / "index" / f"{self.split}.npz"
@@ -365,24 +338,6 @@ class Dataset:
                 f"{self.directory / name}: its checksum is not that of manifest.json, so it is damaged or belongs to "
                 "another dataset. Copy it again, or make the dataset again."
             )
-
-    def _reader(self, shard: int) -> Any:
-        with self._lock:
-            if shard in self._readers:
-                self._readers.move_to_end(shard)
-                return self._readers[shard]
-            reader = array_record_module.ArrayRecordReader(
-                os.fspath(self.directory / self._shards[shard]), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
-            )
-            if not reader.ok():
-                raise UserError(
-                    f"{self.directory / self._shards[shard]} is not a whole ArrayRecord file. Copy it again."
-                )
-            self._readers[shard] = reader
-            # The evicted reader is closed by its last user, not here: another thread may be reading from it.
-            if len(self._readers) > _MAX_OPEN_SHARDS:
-                self._readers.popitem(last=False)
-            return reader
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a Dataset holds open files; open it again from its path")

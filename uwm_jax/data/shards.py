@@ -1,0 +1,83 @@
+"""The shards of a split: ArrayRecord files that are opened when a record of theirs is read first."""
+
+from __future__ import annotations
+
+import collections
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from array_record.python import array_record_module
+from etils import epath
+
+from uwm_jax.errors import UserError
+
+# Open files are kept for this many shards; a reader holds a descriptor and its shard's index.
+_MAX_OPEN_SHARDS = 256
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_READER_BUFFER = 1 << 15
+
+
+class Shards:
+    """Random access to the records of a split's shards; safe to use from many threads.
+
+    Args:
+        directory: of the dataset.
+        entries: the shards as manifest.json lists them, with `file` and `bytes`.
+    Raises:
+        UserError: a shard is missing or has another size.
+
+    Attributes:
+        names: file name of each shard.
+    """
+
+    def __init__(self, directory: epath.Path, entries: Sequence[Mapping[str, Any]]):
+        self._directory = directory
+        self.names = [entry["file"] for entry in entries]
+        for entry in entries:
+            file = directory / entry["file"]
+            if not file.exists():
+                raise UserError(f"{file} is missing, though manifest.json names it. Copy it again.")
+            if (size := file.stat().length) != entry["bytes"]:
+                raise UserError(f"{file}: expected {entry['bytes']} bytes, found {size}. Copy it again.")
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, shard: int, record: int) -> bytes:
+        """A record of a shard.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            return self._reader(shard).read([record])[0]
+        except (RuntimeError, IndexError, ValueError) as e:
+            raise UserError(
+                f"{self._directory / self.names[shard]}: record {record} cannot be read ({str(e)[:200]}). "
+                "The file is damaged: copy it again (manifest.json has its sha256) or make the dataset again."
+            ) from e
+
+    def close(self) -> None:
+        """Closes the open shards; a later read opens them again."""
+        with self._lock:
+            for reader in self._readers.values():
+                reader.close()
+            self._readers.clear()
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            if shard in self._readers:
+                self._readers.move_to_end(shard)
+                return self._readers[shard]
+            file = self._directory / self.names[shard]
+            reader = array_record_module.ArrayRecordReader(
+                os.fspath(file), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
+            )
+            if not reader.ok():
+                raise UserError(f"{file} is not a whole ArrayRecord file. Copy it again.")
+            self._readers[shard] = reader
+            # The evicted reader is closed by its last user, not here: another thread may be reading from it.
+            if len(self._readers) > _MAX_OPEN_SHARDS:
+                self._readers.popitem(last=False)
+            return reader
