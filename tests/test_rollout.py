@@ -20,8 +20,8 @@ from uwm_jax.data.loader import Loader  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, replay  # noqa: E402
 from uwm_jax.errors import UserError  # noqa: E402
-from uwm_jax.evaluation import film  # noqa: E402
 from uwm_jax.policy import Policy  # noqa: E402
+from uwm_jax.reporting import film  # noqa: E402
 from uwm_jax.system import DataFacts  # noqa: E402
 from uwm_jax.train import train  # noqa: E402
 from uwm_jax.training.inference import load_for_inference  # noqa: E402

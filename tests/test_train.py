@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import Preempted, UserError
-from uwm_jax.evaluation import pictures
 from uwm_jax.evaluation.program import Evaluation
 from uwm_jax.made_up import make_up_system
 from uwm_jax.parallel.watchdog import Watchdog
+from uwm_jax.reporting import pictures
 from uwm_jax.train import load_pretrained_encoder, train
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.goodput import CATEGORIES

@@ -27,10 +27,10 @@ from uwm_jax import cli, report
 from uwm_jax.envs import EnvSpec, get
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, controllers, cores, replay
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation import film
 from uwm_jax.evaluation.metrics import interval, proportion
 from uwm_jax.files import write_text
 from uwm_jax.policy import Policy
+from uwm_jax.reporting import film
 from uwm_jax.system import System
 from uwm_jax.training import inference
 from uwm_jax.training.record import describe_use

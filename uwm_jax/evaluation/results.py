@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.pictures import Curve
+from uwm_jax.reporting.curves import Curve
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.log import read_metrics
 from uwm_jax.training.record import read_starts

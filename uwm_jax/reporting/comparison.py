@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from uwm_jax.config import flatten
 from uwm_jax.diffusion.modes import MODES
-from uwm_jax.evaluation.page import cell, curves, fields
-from uwm_jax.evaluation.pictures import Curve, Panel
+from uwm_jax.errors import UserError
 from uwm_jax.evaluation.results import Interval, Run, differing_fields
+from uwm_jax.files import write_text
+from uwm_jax.reporting.curves import Curve, Panel
+from uwm_jax.reporting.page import cell, curves, fields, page
 
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#a0418f", "#e69f00", "#56b4e9", "#777777")
 
@@ -28,6 +31,22 @@ HOW = (
     *("own_data", "sampler_spacing", "sampler_steps", "sampler_hidden_timestep"),
     *("sampler_seed", "env", "execute", "max_steps"),
 )
+
+
+def compare(workdirs: Sequence[Path], output: Path) -> Path:
+    """Writes a page that sets runs side by side; returns `output`.
+
+    Raises:
+      UserError: one of `workdirs` is no run's directory, or is named twice.
+    """
+    if len({w.resolve() for w in workdirs}) < len(workdirs):
+        raise UserError(f"expected different runs, found {', '.join(map(str, workdirs))}.")
+    runs = [Run.read(workdir) for workdir in workdirs]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.workdir)
+    write_text(output, page("UWM: " + ", ".join(run.name for run in runs), body(runs)))
+    return output
 
 
 def body(runs: Sequence[Run]) -> str:

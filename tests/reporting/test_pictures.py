@@ -1,8 +1,6 @@
-"""Pictures: where actions lie on frames, against the simulator's own drawing; files; curves for pages."""
+"""Pictures: where actions lie on frames, against the simulator's own drawing, and files."""
 
 from __future__ import annotations
-
-import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
@@ -13,8 +11,8 @@ from uwm_jax.config import base
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODES, generated
-from uwm_jax.evaluation import pictures
-from uwm_jax.evaluation.pictures import Curve, Panel, Plane, curves_svg, draw, formula, save_gif
+from uwm_jax.reporting import pictures
+from uwm_jax.reporting.pictures import Plane, draw, formula, save_gif
 from uwm_jax.system import DataFacts
 
 
@@ -130,20 +128,6 @@ def test_a_gif_keeps_times_and_colours(tmp_path):
     for (color, time), expected, expected_time in zip(found, colors, [100, 200, 3000], strict=True):
         np.testing.assert_allclose(color, expected, atol=8)
         assert time == expected_time
-
-
-def test_curves_take_the_page_colour_and_reach_nothing_outside():
-    panels = [
-        Panel("losses", [Curve("training & more", [1, 2, 3], [1.0, 0.5, 0.1])], logarithmic=True),
-        Panel("gap", [Curve("b", [1, 2], [1, 2], [0.5, 1.5], [1.5, 2.5], color="#123456")], zero=True),
-        Panel("third", [Curve("c", [1], [1])]),
-    ]
-    svg = curves_svg(panels)
-    assert svg == curves_svg(panels)  # the same bytes each time
-    ElementTree.fromstring(svg)
-    assert "currentColor" in svg and pictures._PAGE not in svg and "#123456" in svg
-    assert svg.count(">step<") == 3  # the place that is left over stays empty
-    assert "training &amp; more" in svg and "<image" not in svg and "<metadata" not in svg
 
 
 def test_an_outline_follows_the_pixels_edges():

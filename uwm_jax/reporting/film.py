@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.envs import EnvSpec
 from uwm_jax.envs.parallel import EpisodeResult
-from uwm_jax.evaluation.pictures import SAMPLE, TRUTH, Plane, save_gif
+from uwm_jax.reporting.pictures import SAMPLE, TRUTH, Plane, save_gif
 from uwm_jax.system import System
 
 BATCH = 16

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uwm_jax.evaluation.pictures import Panel, curves_svg
 from uwm_jax.evaluation.results import Interval, number
+from uwm_jax.reporting.curves import Panel, curves_svg
 
 
 def image(path: Path, alt: str) -> str:

@@ -1,0 +1,110 @@
+"""Which way a metric is better, and what counts as the best of several runs."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from uwm_jax.config import base, to_json
+from uwm_jax.evaluation.results import Interval, Run
+from uwm_jax.reporting import comparison
+from uwm_jax.reporting.comparison import _best, _more_is_better
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("forward/psnr", True),
+        ("rollout/policy/success", True),
+        ("control/shuffle_gap", True),
+        ("paired/inverse_vs_policy/action_mse", True),
+        ("policy/action_mse", False),
+        ("baseline/copied_frame/changed_mse", False),
+    ],
+)
+def test_which_way_is_better(name, more):
+    assert _more_is_better(name) is more
+
+
+def test_the_best_is_apart_from_every_other():
+    low, middle, high = (Interval(m, m - h, m + h, 90, 9) for m, h in ((1, 0.5), (1.8, 0.4), (3, 0.5)))
+    assert _best([low, None, middle, high], more=True) is high
+    assert _best([low, middle, high], more=False) is None  # low and middle overlap
+    assert _best([low, high], more=False) is low
+    assert _best([None, high], more=True) is None
+    assert _best([low, high._replace(episodes=5)], more=True) is None  # by chance
+
+
+def test_a_comparison_marks_what_is_apart_and_names_what_differs(make_run, tmp_path):
+    runs = [make_run(tmp_path / "a", policy=0.03), make_run(tmp_path / "b", policy=0.07, seed=1)]
+    page = comparison.compare(runs, tmp_path / "both.html").read_text()
+    row = re.search(r"<tr><th>policy/action_mse</th>(.*?)</tr>", page).group(1)
+    assert [("best" in cell) for cell in row.split("</td>")[:2]] == [True, False]
+    row = re.search(r"<tr><th>rollout/policy/max_coverage</th>(.*?)</tr>", page).group(1)
+    assert "best" not in row
+    assert "<tr><th>seed</th><td>0</td><td>1</td></tr>" in page
+    assert "Held-out windows are the same" in page and "<svg" in page
+
+
+def test_closed_loops_that_were_run_otherwise_are_compared_with_a_warning(make_run, tmp_path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", execute=4)]
+    page = comparison.compare(runs, tmp_path / "both.html").read_text()
+    assert "These runs differ in rollout&#x27;s execute</b>" in page
+    about = tmp_path / "b" / "eval" / "20" / "about.json"
+    older = json.loads(about.read_text())
+    del older["own_data"]  # older versions did not record it
+    about.write_text(json.dumps(older))
+    assert "evaluate&#x27;s" not in comparison.compare(runs, tmp_path / "both.html").read_text()
+    about.write_text(json.dumps({"datasets": {"a": "1"}, "changed": {"diffusion.clip.next_obs": 1.0}}))
+    page = comparison.compare(runs, tmp_path / "both.html").read_text()
+    assert "evaluate&#x27;s --config.diffusion.clip.next_obs" in page
+
+
+def test_runs_on_other_data_are_compared_with_a_warning(make_run, tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    config = base()
+    config.data.val_ratio = 0.3
+    (runs[1] / "config.json").write_text(to_json(config))
+    page = comparison.compare(runs, tmp_path / "both.html").read_text()
+    assert "differ in data.path, data.val_ratio</b>" in page
+
+
+def test_datasets_of_one_path_and_other_files_are_compared_with_a_warning(make_run, tmp_path):
+    runs = [Run.read(make_run(tmp_path / name)) for name in ("a", "b", "c")]
+    runs[0].manifests, runs[1].manifests = ({"": {"splits": {"train": digest}}} for digest in ("1", "1"))
+    assert "Held-out windows are the same" in comparison.body(runs)
+    runs[2].manifests = {"": {"splits": {"train": "2"}}}
+    assert "differ in the files of their datasets</b>" in comparison.body(runs)
+    runs[2].manifests = {}
+    runs[2].eval_how = runs[2].eval_how | {"datasets": {"a": "2"}}
+    assert "differ in the files of their datasets</b>" in comparison.body(runs)
+    del runs[2].eval_how["datasets"]
+    assert "Whether their held-out windows are the same is not known" in comparison.body(runs)
+
+
+def test_what_is_no_merit_is_not_marked(make_run, stored, tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    for name in ("a", "b"):
+        file = tmp_path / name / "eval" / "20" / "metrics.json"
+        metrics = json.loads(file.read_text())
+        for metric in ("control/forward_shuffled/pixel_mse", "baseline/mean_action/action_mse", "control/shuffle_gap"):
+            metrics[metric] = stored(0.9 if name == "a" else 0.1)
+        file.write_text(json.dumps(metrics))
+    page = comparison.compare(runs, tmp_path / "both.html").read_text()
+    rows = dict(re.findall(r"<tr><th>([\w/]+)</th>(.*?)</tr>", page))
+    assert "best" in rows["control/shuffle_gap"]
+    assert "best" not in rows["control/forward_shuffled/pixel_mse"] + rows["baseline/mean_action/action_mse"]
+
+
+def test_runs_evaluated_on_other_numbers_of_windows_are_compared_with_a_warning(make_run, tmp_path):
+    runs = [Run.read(make_run(tmp_path / name)) for name in ("a", "b")]
+    runs[1].evaluations[20] = {name: m._replace(n=32) for name, m in runs[1].metrics.items()}
+    assert "differ in the number of held-out windows that were evaluated</b>" in comparison.body(runs)
+
+
+def test_runs_of_one_name_are_told_apart(make_run, tmp_path):
+    runs = [make_run(tmp_path / name / "run") for name in ("x", "y")]
+    page = comparison.compare(runs, tmp_path / "both.html").read_text()
+    assert str(runs[0]) in page and str(runs[1]) in page
