@@ -19,6 +19,7 @@ from data_prep.reshard import summary
 from uwm_jax import cli
 from uwm_jax.data import example
 from uwm_jax.data.records import Dataset, read_manifest, short_key
+from uwm_jax.data.stats import counted_steps, is_action
 from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -112,15 +113,17 @@ def _note(text: str) -> Image.Image:
 
 
 def _plot_actions(dataset: Dataset, file: Path) -> list[str]:
-    keys = [k for k in dataset.column_keys if k.startswith("action") or k.rpartition("/")[2].startswith("action")]
+    keys = [k for k in dataset.column_keys if is_action(k)]
     if not keys:
         _note("this dataset has no numeric step key that begins with `action`").save(file)
         return ["no actions"]
     panels = []
+    shown = np.flatnonzero(counted_steps(dataset.episode_lengths, dataset.action_lengths()))
+    shown = shown[:: max(1, len(shown) // 300_000)]
     for key in keys:
         values = dataset.column(key).reshape(len(dataset.column(key)), -1)
         # A few hundred thousand rows show the shape of any distribution.
-        values = np.asarray(values[:: max(1, len(values) // 300_000)], np.float64)
+        values = np.asarray(values[shown], np.float64)
         panels += [(f"{key}[{i}]" if values.shape[1] > 1 else key, values[:, i]) for i in range(values.shape[1])]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)

@@ -5,7 +5,8 @@
 Reads the columns only, no record and no image, so it takes seconds. `data_prep.reshard` has already done
 it; this computes them again, shows them, and warns of constant dimensions and of values that are not finite.
 
-They describe whole splits. The normaliser of a run does not use them: its own are those of the run's training
+They describe whole splits, but for actions at the last step of an episode where `is_last` marks it: RLDS leaves
+these undefined. The normaliser of a run does not use them: its own are those of the run's training
 episodes (`uwm_jax.data.stats.key_stats`).
 """
 
@@ -27,14 +28,14 @@ from uwm_jax.errors import UserError
 FLAGS = flags.FLAGS
 
 STATS_FILE = "stats.json"
-_EPISODES = "all episodes of each split, also those that a run holds out"
+_EPISODES = "all episodes of each split, also those that a run holds out; actions without those where is_last is true"
 
 
 def write_stats(directory: str | os.PathLike[str]) -> dict[str, dict[str, Stats]]:
     """Writes `stats.json`: {"fingerprint": of the manifest, "episodes": which ones, in words, "splits": {split:
     {step key: statistics}}}.
 
-    Statistics are those of `uwm_jax.data.stats.column_stats`, over all steps of the split.
+    Statistics are those of `uwm_jax.data.stats.dataset_stats`.
 
     Returns:
         The "splits" entry.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from uwm_jax import config as config_lib
@@ -140,6 +142,15 @@ def test_texts_that_look_like_numbers_stay_texts(path):
     for field in ("include", "exclude", "cameras"):
         config_lib.apply_overrides(config, [(f"data.sources.robot.{field}", "2")])
         assert config.data.sources.robot[field] == ("2",)
+
+
+def test_a_stored_config_from_before_a_field_keeps_what_it_had():
+    config = config_lib.base()
+    assert config.data.last_action == "drop"
+    stored = json.loads(config_lib.to_json(config))
+    assert config_lib.from_json(json.dumps(stored), "there").data.last_action == "drop"
+    del stored["data"]["last_action"]
+    assert config_lib.from_json(json.dumps(stored), "there").data.last_action == "keep"
 
 
 def test_lists_in_a_file_are_stored_as_they_come_back(tmp_path):

@@ -32,6 +32,9 @@ MAY_CHANGE = (
     "data.sources.*.weight",
 )
 
+# What a stored config without the field meant, where that is not the field's default.
+_WHERE_ABSENT = {"data.last_action": "keep"}
+
 
 def base() -> ConfigDict:
     """The paper's model on DROID-like data (`configs/droid.py` runs it); other configs edit it."""
@@ -102,6 +105,7 @@ def base() -> ConfigDict:
     c.data.window.next_obs = (17, 18)
     c.data.window.pad = "none"  # none: windows lie inside the episode; edge: repeat its first and last step
     c.data.val_ratio = 0.05  # share of episodes held out
+    c.data.last_action = "drop"  # where the data mark it by is_last (RLDS leaves it undefined), or keep (official)
     c.data.normalize = "minmax"  # minmax, quantile (1 % to 99 %), none
     c.data.num_streams = 1024
     c.data.num_threads = 4
@@ -275,12 +279,13 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str, where: str) -> ConfigDict:
-    """A stored `config.json`; fields that it lacks take their defaults, unknown ones are named."""
+    """A stored `config.json`; fields that it lacks are what they were before they came, unknown ones are named."""
     try:
         stored = json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(f"{where}: not JSON ({e}).") from e
     config = base()
+    config.update_from_flattened_dict(_WHERE_ABSENT)
     if isinstance(stored, Mapping) and isinstance(stored.get("data"), Mapping):
         sources = stored["data"].get("sources")
         config.data.sources = ConfigDict()

@@ -29,6 +29,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.next_obs_timesteps": ("uniform", "high_noise"),
     "loss.action_free": ("kept", "dropped"),
     "data.window.pad": ("none", "edge"),
+    "data.last_action": ("drop", "keep"),
     "data.normalize": ("minmax", "quantile", "none"),
     "data.augment.draw": ("sample", "batch"),
     "optimizer.schedule": ("constant", "cosine"),

@@ -17,6 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_prep.reshard import reshard
+from uwm_jax import config as config_lib
 from uwm_jax.config import base
 from uwm_jax.data.loader import Loader, Trace, prefetch_to_device, strangers
 from uwm_jax.data.normalize import Normalizer
@@ -133,6 +134,83 @@ def test_batches_equal_windows_cut_by_hand(made, config: ConfigDict, pad: str) -
             np.testing.assert_array_equal(batch["obs/text"][row], steps[at((1,))[0]]["embedding"])
         for key in ("action", "obs/state", "obs/gripper", "obs/text"):
             assert batch[key].dtype == np.float32
+
+
+def _mark_last(made, directory: Path, value: float) -> tuple[str, list[np.ndarray]]:
+    """A copy of the dataset whose episodes' last steps are marked by `is_last` and have `value` for actions; returns
+    it and the other actions of each episode."""
+    shutil.copytree(made[0], directory, ignore=shutil.ignore_patterns("derived_stats"))
+    ends = np.cumsum(LENGTHS) - 1
+    for key in ("is_last", "action", "action_dict/cartesian_velocity", "action_dict/gripper_position"):
+        column = np.array(Dataset(directory).column(key))
+        column[ends] = 1 if key == "is_last" else value
+        rlds_source.write_column(directory, key, column)
+    return str(directory), [_raw_actions(episode)[:-1] for episode in made[1]]
+
+
+@pytest.mark.parametrize(("pad", "value"), [("none", np.nan), ("edge", -1e6)])
+def test_the_action_at_is_last_is_in_no_window_and_in_no_normaliser(
+    made, config: ConfigDict, tmp_path: Path, pad: str, value: float
+) -> None:
+    config.path, actions = _mark_last(made, tmp_path / "marked", value)
+    config.window.pad, config.window.action, config.window.next_obs = pad, (1, 2, 3, 4, 5, 9), (7, 9)
+    config.val_ratio = 0.5
+    train, held_out = split_episodes(len(LENGTHS), 0.5)
+    loader = _loader(config)
+    assert "the last action of 6 episodes is left out (is_last)" in loader.summary()
+    every = np.concatenate([actions[e] for e in train])
+    scale, offset = _minmax(every)
+    np.testing.assert_allclose(loader.normalizer.entries["action"][0], scale, rtol=1e-6)
+    np.testing.assert_allclose(loader.mean_action(), ((every - offset) / scale).mean(axis=0), atol=1e-5)
+
+    def chunk(episode: int, steps: list[int]) -> np.ndarray:
+        assert pad == "edge" or max(steps) < len(actions[episode])
+        return (actions[episode][np.clip(steps, 0, len(actions[episode]) - 1)] - offset) / scale
+
+    for windows, episodes in ((loader.training_windows(10_000), train), (loader.held_out(10_000), held_out)):
+        # One window fewer than with the action, in which nothing else would be new; padded, one for each step still.
+        expected = sum(LENGTHS[e] if pad == "edge" else max(LENGTHS[e] - 10, 0) for e in episodes)
+        assert len(windows) == expected
+        batch = windows.batch(0, len(windows))
+        for i, (episode, origin) in enumerate(zip(windows.episodes, windows.origins, strict=True)):
+            expected = chunk(episode, [origin + i for i in config.window.action])
+            np.testing.assert_allclose(batch["action"][i], expected, atol=1e-4)
+            np.testing.assert_allclose(batch["last_action"][i], chunk(episode, [origin])[0], atol=1e-4)
+        np.testing.assert_array_equal(batch["shuffled_action"], batch["action"][windows.shuffled])
+
+
+def test_a_last_action_may_be_kept(made, config: ConfigDict, tmp_path: Path) -> None:
+    """As without `is_last`: it is in the normaliser, whose statistics of either rule are kept side by side."""
+    config.path, _ = _mark_last(made, tmp_path / "marked", 50.0)
+    dropped = _loader(config)
+    config.last_action = "keep"
+    kept = _loader(config)
+    np.testing.assert_allclose(kept.ranges().unnormalize("action", np.ones(17))[-8:], 50.0, rtol=1e-6)
+    assert (dropped.ranges().unnormalize("action", np.ones(17)) < 10).all()
+    for name in ("state", "gripper"):  # these are known at every step
+        np.testing.assert_array_equal(kept.normalizer.entries[name], dropped.normalizer.entries[name])
+    config.last_action = "drop"
+    assert _loader(config).normalizer.to_json() == dropped.normalizer.to_json()
+    stored = {p.name for p in (tmp_path / "marked" / "derived_stats").iterdir()}
+    action = "train.action.identity.val_0.05"
+    assert {f"{action}.json", f"{action}.last_dropped.json", "train.observation.state.identity.val_0.05.json"} <= stored
+    assert "train.observation.state.identity.val_0.05.last_dropped.json" not in stored
+
+    config.path, _ = _mark_last(made, tmp_path / "broken", np.inf)
+    _loader(config)
+    config.last_action = "keep"
+    with pytest.raises(UserError, match="NaN or infinite"):
+        _loader(config)
+
+
+def test_a_source_that_only_shows_has_windows_to_the_last_frame(made, config: ConfigDict, tmp_path: Path) -> None:
+    path, _ = _mark_last(made, tmp_path / "marked", np.nan)
+    config.window.action = (1, 2, 3, 4, 5, 9)
+    config.sources = ConfigDict(
+        {"robot": config_lib.source(), "video": config_lib.source(path=path, use_actions=False)}
+    )
+    windows = {name: len(source.windows) for name, source in _loader(config).sources.items()}
+    assert windows["robot"] == windows["video"]
 
 
 def test_facts(config: ConfigDict) -> None:

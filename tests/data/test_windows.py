@@ -31,6 +31,33 @@ def test_windows_equal_a_plain_enumeration(spec: WindowSpec) -> None:
     assert [windows.locate(w) for w in range(len(windows))] == expected
 
 
+@pytest.mark.parametrize("spec", [PAPER, WindowSpec((0,), (0, 1, 2), (1,)), WindowSpec((2, 3), (3, 7), (5, 6))])
+def test_actions_stay_within_those_of_an_episode(spec: WindowSpec) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 40, 25)
+    actions = lengths - rng.integers(0, 2, 25)
+    expected = [
+        (e, origin)
+        for e in range(25)
+        for origin in range(-100, 100)
+        if all(0 <= origin + i < lengths[e] for i in spec.obs + spec.next_obs)
+        and all(0 <= origin + i < actions[e] for i in spec.action)
+    ]
+    windows = Windows(spec, lengths, np.arange(25), action_lengths=actions)
+    assert [windows.locate(w) for w in range(len(windows))] == expected
+
+
+def test_edge_padding_leaves_out_only_episodes_without_any_action() -> None:
+    spec = WindowSpec((0, 1), (1, 2, 3), (4, 5), "edge")
+    assert spec.count(np.array([4, 1, 1, 7]), np.array([3, 0, 1, 7])).tolist() == [4, 0, 1, 7]
+
+
+def test_a_window_that_only_the_last_action_would_fill_is_explained() -> None:
+    spec = WindowSpec((0,), (0, 1, 2), (1,))
+    with pytest.raises(UserError, match=r"more actions than the 2 episodes have: the longest has 3 .*last_action='kee"):
+        Windows(spec, np.array([3, 2]), np.arange(2), action_lengths=np.array([2, 1]))
+
+
 def test_edge_padding_observes_every_step_once_and_repeats_the_ends() -> None:
     spec = WindowSpec((0, 1), (1, 2, 3), (4, 5), "edge")
     lengths = np.array([4, 1, 7])

@@ -54,6 +54,16 @@ def test_pictures_and_remarks(out: Path, tmp_path: Path) -> None:
             assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
+def test_an_action_that_rlds_leaves_undefined_is_not_drawn(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "copy")
+    for key in ("is_last", "action"):
+        column = np.array(Dataset(out).column(key))
+        column[np.cumsum([9, 3, 20]) - 1] = 1 if key == "is_last" else 0
+        rlds_source.write_column(tmp_path / "copy", key, column)
+    # With the zeros, the gripper would not be always closed.
+    assert inspect(Dataset(tmp_path / "copy"), tmp_path / "pictures") == ["action[6]: always 0.5"]
+
+
 def test_an_output_that_cannot_be_made_is_one_message(out: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     for output in (tmp_path / "file", tmp_path / "file" / "x"):

@@ -64,6 +64,22 @@ def test_constant_and_broken_values_are_warned_of_once_per_key(tmp_path: Path) -
     assert "warning: action: 53 of 53 steps are NaN or infinite" in lines
 
 
+def test_actions_are_described_without_what_rlds_leaves_undefined(tmp_path: Path) -> None:
+    episodes = rlds_source.make(tmp_path / "source", [9, 30, 14])
+    reshard(tmp_path / "source", tmp_path / "out", codec_size=(16, 16), pca_channels=4, workers=1)
+    ends = np.cumsum([9, 30, 14]) - 1
+    for key, value in (("is_last", 1), ("action", np.nan), ("action_dict/gripper_position", 0.0), ("reward", 99.0)):
+        column = np.array(Dataset(tmp_path / "out").column(key))
+        column[ends] = value
+        rlds_source.write_column(tmp_path / "out", key, column)
+    stats = write_stats(tmp_path / "out")["train"]
+    for key in ("action", "action_dict/gripper_position"):
+        assert (stats[key]["count"], stats[key]["nonfinite"]) == (50, 0)
+    values = [s["action_dict"]["gripper_position"] for e in episodes for s in e["steps"][:-1]]
+    np.testing.assert_allclose(stats["action_dict/gripper_position"]["min"], np.min(values, axis=0), rtol=1e-6)
+    assert stats["reward"]["count"] == 53 and stats["reward"]["max"] == [99.0]
+
+
 def test_the_command_prints_the_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from absl import flags
 

@@ -162,6 +162,15 @@ class Dataset:
         """Step keys that have a column, sorted."""
         return sorted(k for k, f in self.manifest["step_features"].items() if f["column"])
 
+    def action_lengths(self) -> np.ndarray:
+        """(E,) int64 how many steps of each episode have an action: all but the last where `is_last` marks that one,
+        since RLDS leaves its action undefined."""
+        if "is_last" not in self.column_keys:
+            return self.episode_lengths
+        ends = self.episode_starts + self.episode_lengths - 1
+        marked = self.column("is_last")[ends].reshape(len(ends), -1)
+        return self.episode_lengths - (marked != 0).any(axis=1)
+
     def camera_key(self, name: str) -> str:
         """Step key of a camera, named in full or without the leading `observation/`."""
         return self._resolve(name, self.cameras, "camera")

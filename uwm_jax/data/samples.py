@@ -80,6 +80,8 @@ class Samples:
         camera_keys: the model's camera -> step key, for the cameras that the source has of its own.
         actions: (step key, transform) of the parts of the action; empty for a source that is used as video.
         low_dim_keys: name -> step key; empty for a source that is used as video.
+        action_lengths: (E,) int64, the steps of each episode whose action counts: with `config.last_action` "drop" not
+            the last where `is_last` marks it. All steps for a source that is used as video.
     """
 
     def __init__(self, dataset: Dataset, config: Any, source: Any, where: str):
@@ -95,6 +97,9 @@ class Samples:
         self.use_actions = bool(source.use_actions)
         self.actions, self.low_dim_keys = [], {}
         self._text = ""
+        self.action_lengths = dataset.episode_lengths
+        if self.use_actions and config.last_action == "drop":
+            self.action_lengths = dataset.action_lengths()
         if self.use_actions:
             self.actions = [(dataset.column_key(key), get_transform(t)) for key, t in source.action or config.action]
             self.low_dim_keys = {name: dataset.column_key(name) for name in sorted(config.low_dim)}
@@ -169,7 +174,7 @@ class Samples:
     def action(self, clip: Clip, indices: tuple[int, ...], normalizer: Normalizer) -> np.ndarray:
         """(len(indices), Da) float32 normalised actions at steps relative to a window of a source with actions."""
         episode, origin = clip
-        length, start = int(self.dataset.episode_lengths[episode]), int(self.dataset.episode_starts[episode])
+        length, start = int(self.action_lengths[episode]), int(self.dataset.episode_starts[episode])
         steps = self.window.steps(indices, origin, length)
         parts = [transform.apply(self._rows(key, start, steps)) for key, transform in self.actions]
         return normalizer.normalize("action", np.concatenate(parts, axis=-1))

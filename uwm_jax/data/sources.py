@@ -95,16 +95,18 @@ class Source:
         what = f"training episodes of {where}"
         if self.filter:
             what += f" with {self.filter}"
-        self.windows = Windows(self.samples.window, dataset.episode_lengths, self.episodes, what)
+        self.windows = self._windows(self.episodes, what)
         self.order = StreamOrder(len(self.windows), config.num_streams, seed)
         self._val_ratio = config.val_ratio
 
     def held_out_windows(self) -> Windows | None:
         """All windows of the validation episodes that pass the filter; None if there are none."""
-        lengths = self.dataset.episode_lengths
-        if not self.samples.window.count(lengths[self.held_out]).any():
-            return None
-        return Windows(self.samples.window, lengths, self.held_out)
+        lengths, actions = self.dataset.episode_lengths[self.held_out], self.samples.action_lengths[self.held_out]
+        return self._windows(self.held_out) if self.samples.window.count(lengths, actions).any() else None
+
+    def _windows(self, episodes: np.ndarray, what: str = "episodes") -> Windows:
+        lengths, actions = self.dataset.episode_lengths, self.samples.action_lengths
+        return Windows(self.samples.window, lengths, episodes, what, actions)
 
     def about_held_out(self) -> str:
         """What becomes of its validation episodes, for a person who misses them."""
@@ -133,17 +135,22 @@ class Source:
             clips.append(Clip(*self.windows.locate(mix(draw ^ i) % len(self.windows))))
         self.samples.load(batch, at, row, clips, draw, normalizer, spec)
 
-    def stats(self, key: str, transform: Any) -> Stats:
-        """Statistics of a transformed column over the training episodes that pass the filter."""
-        return key_stats(
-            self.dataset, key, transform, self._val_ratio, self.episodes, str(self.filter) if self.filter else ""
-        )
+    def stats(self) -> dict[str, Stats]:
+        """Statistics of `action` and of each low-dim key over the training episodes that pass the filter."""
+        where = dict(val_ratio=self._val_ratio, episodes=self.episodes, selection=str(self.filter or ""))
+        samples, identity = self.samples, get_transform("identity")
+        stats = {name: key_stats(self.dataset, key, identity, **where) for name, key in samples.low_dim_keys.items()}
+        steps = samples.action_lengths
+        parts = [key_stats(self.dataset, key, t, **where, action_lengths=steps) for key, t in samples.actions]
+        return stats | {"action": join_stats(parts)}
 
     def describe(self) -> str:
         """One line, for people."""
         lengths, dataset = self.dataset.episode_lengths, self.dataset
         filtered = f" ({self._num_kept} of them with {self.filter})" if self.filter else ""
         use = "" if self.use_actions else "; used without actions"
+        if dropped := int((self.samples.action_lengths < lengths).sum()):
+            use = f"; the last action of {dropped} episodes is left out (is_last)"
         return (
             f"{dataset.directory} ({dataset.split}): {dataset.num_episodes} episodes{filtered}, "
             f"{int(lengths.sum())} steps; {len(self.windows)} training windows in {len(self.windows.episodes)} "
@@ -199,14 +206,11 @@ def pooled_stats(sources: Sequence[Source]) -> dict[str, Stats]:
     Raises:
         UserError: values that are not finite.
     """
-    identity = get_transform("identity")
     pooled: dict[str, list[Stats]] = {}
     for source in sources:
         if not source.use_actions:
             continue
-        stats = {name: source.stats(key, identity) for name, key in source.samples.low_dim_keys.items()}
-        stats["action"] = join_stats(source.stats(key, t) for key, t in source.samples.actions)
-        for key, values in stats.items():
+        for key, values in source.stats().items():
             if values["nonfinite"]:
                 raise UserError(
                     f"{source.where}: {key}: {values['nonfinite']} of {values['count']} steps are NaN or infinite "

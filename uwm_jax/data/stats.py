@@ -49,7 +49,8 @@ def column_stats(
     for start in range(0, len(column), _BLOCK):
         block = np.asarray(column[start : start + _BLOCK])
         block = block if keep is None else block[keep[start : start + _BLOCK]]
-        block = block if transform is None else transform(block)
+        with np.errstate(invalid="ignore"):  # values that are not finite are counted below
+            block = block if transform is None else transform(block)
         if start == 0:
             low, high = np.full(block.shape[1], np.inf), np.full(block.shape[1], -np.inf)
             mean = square = np.zeros(block.shape[1])
@@ -76,8 +77,23 @@ def column_stats(
 
 
 def dataset_stats(dataset: Dataset) -> dict[str, Stats]:
-    """Statistics of every column of a split, by step key, over all its episodes."""
-    return {key: column_stats(dataset.column(key)) for key in dataset.column_keys}
+    """Statistics of every column of a split, by step key, over all its episodes; those of actions without the last step
+    of an episode where `is_last` marks it."""
+    acting = counted_steps(dataset.episode_lengths, dataset.action_lengths())
+    return {
+        key: column_stats(dataset.column(key), None, acting if is_action(key) else None) for key in dataset.column_keys
+    }
+
+
+def is_action(key: str) -> bool:
+    """Whether a step key holds actions, by its name: `action`, `action_dict/...`, `observation/action...`."""
+    return key.startswith("action") or key.rpartition("/")[2].startswith("action")
+
+
+def counted_steps(lengths: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """(rows,) bool of all episodes' steps, one episode after another: True for the first `counted` (E,) of each."""
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.arange(len(starts)) - starts < np.repeat(counted, lengths)
 
 
 def key_stats(
@@ -87,6 +103,7 @@ def key_stats(
     val_ratio: float,
     episodes: np.ndarray | None = None,
     selection: str = "",
+    action_lengths: np.ndarray | None = None,
 ) -> Stats:
     """Statistics of one column after a transform, over the training episodes that `val_ratio` leaves.
 
@@ -95,12 +112,17 @@ def key_stats(
 
     Args:
         episodes: the training episodes that count, if not all; `selection` says in words which these are.
+        action_lengths: (E,) for a column of actions: how many steps of each episode count, if not all.
     Raises:
         UserError: the file there is of another dataset.
     """
     chosen = f".{hashlib.sha256(selection.encode()).hexdigest()[:8]}" if selection else ""
+    counted = dataset.episode_lengths if action_lengths is None else action_lengths
+    dropped = bool((counted < dataset.episode_lengths).any())
+    chosen = f".last_dropped{chosen}" if dropped else chosen
     name = f"derived_stats/{dataset.split}.{key.replace('/', '.')}.{transform.name}.val_{val_ratio:g}{chosen}.json"
     meaning: dict[str, Any] = {"fingerprint": dataset.fingerprint, "val_ratio": float(val_ratio)}
+    meaning["last_action"] = "drop" if dropped else "keep"
     if selection:
         meaning["selection"] = selection
     file = dataset.directory / name
@@ -120,9 +142,10 @@ def key_stats(
         return stored["stats"]
     if episodes is None:
         episodes, _ = split_episodes(dataset.num_episodes, val_ratio)
-    in_training = np.zeros(dataset.num_episodes, np.bool_)
-    in_training[episodes] = True
-    stats = column_stats(dataset.column(key), transform.apply, np.repeat(in_training, dataset.episode_lengths))
+    in_training = np.zeros(dataset.num_episodes, np.int64)
+    in_training[episodes] = counted[episodes]
+    steps = counted_steps(dataset.episode_lengths, in_training)
+    stats = column_stats(dataset.column(key), transform.apply, steps)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, meaning | {"stats": stats})

@@ -19,6 +19,8 @@ class WindowSpec:
         pad: "none": every index lies inside the episode, so an episode of length L has
             L - (largest - smallest index) windows; "edge": every step is once the last observed one
             (`obs[-1]`), and indices outside the episode repeat its first or last step, so L windows.
+
+    Where an episode has fewer actions than steps, those of `action` lie inside (or repeat the last of) its actions.
     """
 
     obs: tuple[int, ...]
@@ -42,13 +44,19 @@ class WindowSpec:
         """Origin of an episode's first window."""
         return -max(self.obs) if self.pad == "edge" else -min(self.obs + self.action + self.next_obs)
 
-    def count(self, lengths: np.ndarray) -> np.ndarray:
-        """Windows of episodes of these lengths, (E,) int64."""
+    def count(self, lengths: np.ndarray, action_lengths: np.ndarray | None = None) -> np.ndarray:
+        """Windows of episodes of these lengths, (E,) int64, whose first `action_lengths` steps have an action (all of
+        them if None)."""
         lengths = np.asarray(lengths, np.int64)
-        return lengths if self.pad == "edge" else np.maximum(lengths - self.span + 1, 0)
+        actions = lengths if action_lengths is None else np.asarray(action_lengths, np.int64)
+        if self.pad == "edge":
+            return np.where(actions > 0, lengths, 0)
+        ends = np.minimum(lengths - max(self.obs + self.next_obs), actions - max(self.action))
+        return np.maximum(ends - self.first_origin, 0)
 
     def steps(self, indices: tuple[int, ...], origin: int, length: int) -> list[int]:
-        """Steps of an episode of `length` that `indices` mean for a window at `origin`."""
+        """Steps of an episode of `length` (for actions: with so many of them) that `indices` mean for a window at
+        `origin`."""
         return [min(max(origin + i, 0), length - 1) for i in indices]
 
 
@@ -60,17 +68,33 @@ class Windows:
         lengths: (E,) lengths of all episodes of the split.
         episodes: (n,) which of them to use, rising.
         what: names the set in the error message.
+        action_lengths: (E,) numbers of actions of all episodes, if these differ from `lengths`.
     Raises:
         UserError: no episode is long enough.
     """
 
-    def __init__(self, spec: WindowSpec, lengths: np.ndarray, episodes: np.ndarray, what: str = "episodes"):
-        counts = spec.count(np.asarray(lengths)[episodes])
+    def __init__(
+        self,
+        spec: WindowSpec,
+        lengths: np.ndarray,
+        episodes: np.ndarray,
+        what: str = "episodes",
+        action_lengths: np.ndarray | None = None,
+    ):
+        lengths = np.asarray(lengths)
+        actions = lengths if action_lengths is None else np.asarray(action_lengths)
+        counts = spec.count(lengths[episodes], actions[episodes])
         self.spec = spec
         self.episodes = np.asarray(episodes)[counts > 0]
         self._ends = np.cumsum(counts[counts > 0])
         if not len(self.episodes):
-            longest = int(np.max(np.asarray(lengths)[episodes], initial=0))
+            longest = int(np.max(lengths[episodes], initial=0))
+            if spec.count(lengths[episodes]).any():
+                raise UserError(
+                    f"config.data.window asks for more actions than the {len(episodes)} {what} have: the longest has "
+                    f"{longest} steps, the last of which (is_last) has none. Use a shorter config.data.window.action, "
+                    "config.data.window.pad='edge', or config.data.last_action='keep'."
+                )
             raise UserError(
                 f"config.data.window spans {spec.span} steps, but the longest of {len(episodes)} {what} has {longest}. "
                 f"Use a window of at most {longest} steps, or config.data.window.pad='edge'."

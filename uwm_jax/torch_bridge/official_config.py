@@ -271,6 +271,7 @@ def _read_window(official: OfficialYaml, c: ConfigDict) -> None:
     c.data.window.obs = tuple(range(obs))
     c.data.window.action = tuple(range(obs - 1, first_next))
     c.data.window.next_obs = tuple(range(first_next, frames))
+    c.data.last_action = "keep"
 
 
 def _read_images(official: OfficialYaml, c: ConfigDict, cameras: dict[str, tuple[int, int]]) -> None:
