@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from data_prep.rlds import STEPS, Feature
+from data_prep.features import STEPS, Feature
 from uwm_jax.data import example
 from uwm_jax.data.records import COLUMN_MAX_SIZE, image_size
 

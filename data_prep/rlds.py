@@ -8,27 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-
+from data_prep.features import STEPS, Feature, flatten
 from uwm_jax.errors import UserError
-
-STEPS = "steps/"
-
-
-@dataclasses.dataclass(frozen=True)
-class Feature:
-    """One leaf of `features.json`. `shape` is per step for step features (None where unknown or
-    ragged, -1 for an unknown dimension), `dtype` a numpy name or `string`, `image` whether the values
-    are encoded images."""
-
-    shape: tuple[int, ...] | None
-    dtype: str
-    image: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,73 +50,12 @@ def open_source(path: Path) -> Source:
         splits[split["name"]] = files
     if not splits:
         raise UserError(f"{path / 'dataset_info.json'} names no splits.")
-    features = dict(_flatten(features_json, ""))
+    features = dict(flatten(features_json, ""))
     if not any(k.startswith(STEPS) for k in features):
         raise UserError(
             f"{path / 'features.json'} has no `steps`: not an RLDS dataset. Its keys: {', '.join(sorted(features))}."
         )
     return Source(path, info["name"], info.get("version", ""), file_format, splits, info, features_json, features)
-
-
-def read_records(path: Path, file_format: str) -> Iterator[tuple[bytes | None, str, int]]:
-    """Yields (record, "", size) per record, or (None, reason, size) for what cannot be read: a record with a wrong
-    checksum is skipped, a broken frame ends the file. Sizes are shares of the file's bytes: their sum is the size
-    of the file, or less where a broken frame ends it."""
-    if file_format == "tfrecord":
-        yield from _read_tfrecord(path)
-    else:
-        yield from _read_array_record(path)
-
-
-def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
-    # Frame: uint64 length, uint32 masked crc of it, data, uint32 masked crc of the data.
-    with path.open("rb") as f:
-        while header := f.read(12):
-            if len(header) < 12:
-                yield None, "file truncated", len(header)
-                return
-            length, check = struct.unpack("<QI", header)
-            if check != _masked_crc(header[:8]):
-                yield None, "length checksum mismatch (rest of the file lost)", 12
-                return
-            data = f.read(length)
-            footer = f.read(4)
-            size = 12 + len(data) + len(footer)
-            if len(data) < length or len(footer) < 4:
-                yield None, "file truncated", size
-                return
-            if struct.unpack("<I", footer)[0] != _masked_crc(data):
-                yield None, "data checksum mismatch", size
-                continue
-            yield data, "", size
-
-
-def _read_array_record(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
-    from array_record.python import array_record_module
-
-    reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-    try:
-        if not reader.ok():
-            yield None, "file truncated", path.stat().st_size
-            return
-        total, count = path.stat().st_size, reader.num_records()
-        for i in range(count):
-            # Records may be compressed, and a damaged one has no length: equal shares are as good as any.
-            size = total * (i + 1) // count - total * i // count
-            try:
-                record = reader.read([i])[0]
-            except RuntimeError:  # the format's own hashes disagree
-                yield None, "data checksum mismatch", size
-                continue
-            yield record, "", size
-    finally:
-        reader.close()
-
-
-def _masked_crc(data: bytes) -> int:
-    """CRC-32C as TFRecord stores it, rotated and offset."""
-    crc = google_crc32c.value(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
@@ -162,35 +85,3 @@ def _shard_files(path: Path, info: dict, split: dict, file_format: str, num_shar
             name = name.replace("{" + key + "}", value)
         files.append(path / name)
     return files
-
-
-def _flatten(node: dict[str, Any], prefix: str, ragged: int = 0) -> Iterator[tuple[str, Feature]]:
-    """Leaves of a feature tree. `ragged` counts the sequences above a leaf: one (the steps) leaves
-    its shape known per element, two make it ragged."""
-    if "featuresDict" in node:
-        for key, child in node["featuresDict"]["features"].items():
-            yield from _flatten(child, f"{prefix}/{key}" if prefix else key, ragged)
-        return
-    if "sequence" in node:
-        yield from _flatten(node["sequence"]["feature"], prefix, ragged + 1)
-        return
-    nested = ragged > 1 or (ragged == 1 and not prefix.startswith(STEPS))
-    if "image" in node:
-        yield (
-            prefix,
-            Feature(None if nested else _shape(node["image"]), node["image"].get("dtype", "uint8"), not nested),
-        )
-    elif "tensor" in node:
-        encoded = node["tensor"].get("encoding", "none") != "none"
-        dtype = "string" if encoded else node["tensor"].get("dtype", "float32")
-        yield prefix, Feature(None if nested else _shape(node["tensor"]), dtype)
-    elif "text" in node:
-        yield prefix, Feature(None if nested else (), "string")
-    elif "classLabel" in node:
-        yield prefix, Feature(None if nested else (), "int64")
-    else:
-        yield prefix, Feature(None, "unknown")
-
-
-def _shape(node: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(int(d) for d in node.get("shape", {}).get("dimensions", []))

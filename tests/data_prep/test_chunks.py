@@ -9,7 +9,7 @@ import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_prep.chunks import EpisodeError, Layout, camera_features, cut_episode, frame_size, plan_layout
-from data_prep.rlds import Feature
+from data_prep.features import Feature
 
 LAYOUT = Layout(chunk_steps=4, sizes={"x": 2, "n": 1}, columns={"x": ((2,), "<f4"), "n": ((), "<i8")}, cameras={})
 

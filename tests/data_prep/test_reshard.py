@@ -243,14 +243,14 @@ def test_an_interrupted_overwrite_keeps_the_old_dataset(made, tmp_path: Path, mo
 def test_bad_options_are_found_before_any_work(
     made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr("data_prep.reshard._run_jobs", None)
+    monkeypatch.setattr("data_prep.reshard.run_jobs", None)
     with pytest.raises(UserError, match=message):
         reshard(made[0], tmp_path / "out", **OPTIONS | options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_cannot_be_made_is_one_message(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.reshard._run_jobs", None)
+    monkeypatch.setattr("data_prep.reshard.run_jobs", None)
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UserError, match=r"file.out cannot be made: .*Choose another --output"):
         reshard(made[0], tmp_path / "file" / "out", **OPTIONS)
@@ -291,7 +291,7 @@ def test_progress_ends_at_the_size_of_the_input(
             self.n += n
             assert self.n <= self.total
 
-    monkeypatch.setattr("data_prep.reshard.tqdm", Bar)
+    monkeypatch.setattr("data_prep.cutting.tqdm", Bar)
     info = reshard(tmp_path / "source", tmp_path / "out", **OPTIONS)["splits"]["train"]
     assert sum(info["skipped"].values()) >= 1
     assert bars[0].n == bars[0].total == first.stat().st_size + second.stat().st_size

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.rlds import Feature, open_source, read_records
+from data_prep.features import Feature
+from data_prep.rlds import open_source
+from data_prep.source_files import read_records
 from uwm_jax.errors import UserError
 
 _SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parents[1] / "data" / "rlds_source.py")

@@ -1,0 +1,156 @@
+"""Cuts the files of an RLDS dataset into shards of chunks, each file by one process."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+from array_record.python import array_record_module
+from tqdm import tqdm
+
+from data_prep.chunks import EpisodeError, Layout, cut_episode
+from data_prep.source_files import read_records
+from data_prep.workers import pool
+
+# Riegeli's hashes detect damage; compressing encoded images would only cost reading time.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+MAX_NOTES = 20  # of skipped records that are described one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    split: str
+    number: int
+    file: Path
+    file_format: str
+    layout: Layout
+    shard_bytes: int
+    building: Path
+
+    @property
+    def parts(self) -> Path:
+        return self.building / "parts" / f"{self.split}.{self.number:05d}"
+
+
+@dataclasses.dataclass
+class Result:
+    """What one input file became: shards in order (temporary name, records, bytes, sha256), lengths and texts of its
+    episodes, and what was skipped."""
+
+    shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    texts: dict[str, list[bytes]] = dataclasses.field(default_factory=dict)
+    skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+_done_bytes: Any = None  # shared counters of progress, set in every worker
+_done_episodes: Any = None
+
+
+def _init_worker(done_bytes: Any, done_episodes: Any) -> None:
+    global _done_bytes, _done_episodes
+    _done_bytes, _done_episodes = done_bytes, done_episodes
+
+
+def _run_job(job: Job) -> Result:
+    result = Result()
+    job.parts.mkdir(parents=True)
+    columns = {key: (job.parts / f"{i}.column").open("wb") for i, key in enumerate(job.layout.columns)}
+    writer = _ShardWriter(job)
+    bytes_left = job.file.stat().st_size
+    for number, (record, reason, size) in enumerate(read_records(job.file, job.file_format)):
+        try:
+            if record is None:
+                raise EpisodeError(reason, reason)
+            episode = cut_episode(record, job.layout)
+        except EpisodeError as e:
+            kept = 0
+            result.skipped[e.reason] += 1
+            result.notes.append(f"{job.file.name}: record {number}: {e.reason}: {e}")
+        else:
+            kept = 1
+            for chunk in episode.chunks:
+                writer.write(chunk)
+            for key, values in episode.columns.items():
+                columns[key].write(values.astype(job.layout.columns[key][1]).tobytes())
+            result.lengths.append(episode.length)
+            for name, text in episode.texts.items():
+                result.texts.setdefault(name, []).append(text)
+        bytes_left -= size
+        with _done_bytes.get_lock():
+            _done_bytes.value += size
+            _done_episodes.value += kept
+    for column in columns.values():
+        column.close()
+    result.shards = writer.close()
+    with _done_bytes.get_lock():
+        _done_bytes.value += bytes_left  # what follows a broken frame is not read
+    del result.notes[MAX_NOTES:]
+    return result
+
+
+class _ShardWriter:
+    """Writes records to consecutive ArrayRecord files of about `shard_bytes`."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        self._shards: list[dict[str, Any]] = []
+        self._writer: Any = None
+        self._size = self._records = 0
+
+    def write(self, record: bytes) -> None:
+        if self._writer is None:
+            self._file = self._job.parts / f"{len(self._shards):05d}.array_record"
+            self._writer = array_record_module.ArrayRecordWriter(str(self._file), _WRITER_OPTIONS)
+        self._writer.write(record)
+        self._size += len(record)
+        self._records += 1
+        if self._size >= self._job.shard_bytes:
+            self._finish()
+
+    def close(self) -> list[dict[str, Any]]:
+        self._finish()
+        return self._shards
+
+    def _finish(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        with self._file.open("rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        self._shards.append(
+            {"part": self._file, "records": self._records, "bytes": self._file.stat().st_size, "sha256": sha256}
+        )
+        self._writer, self._size, self._records = None, 0, 0
+
+
+def run_jobs(jobs: list[Job], workers: int) -> list[Result]:
+    context = multiprocessing.get_context("spawn")
+    done_bytes, done_episodes = context.Value("q", 0), context.Value("q", 0)
+    counters = (done_bytes, done_episodes)
+    executor: concurrent.futures.Executor
+    if (processes := min(workers, len(jobs))) > 1:
+        executor = pool(processes, _init_worker, counters)
+    else:
+        executor = concurrent.futures.ThreadPoolExecutor(1, initializer=_init_worker, initargs=counters)
+    total = sum(job.file.stat().st_size for job in jobs)
+    with tqdm(total=total, desc="resharding", unit="B", unit_scale=True) as bar, executor:
+        futures = [executor.submit(_run_job, job) for job in jobs]
+        pending: set[concurrent.futures.Future[Result]] = set(futures)
+        try:
+            while pending:
+                done, pending = concurrent.futures.wait(pending, timeout=0.5)
+                for future in done:
+                    future.result()  # a failure ends the job now, not after all the others
+                bar.set_postfix(episodes=done_episodes.value, refresh=False)
+                bar.update(done_bytes.value - bar.n)
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
