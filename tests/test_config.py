@@ -198,3 +198,16 @@ def test_sources_are_checked_and_survive_storage():
         c.data.sources.video = made
         with pytest.raises(UserError, match=message):
             config_lib.validate(c)
+
+
+def test_a_config_that_was_stored_before_a_field_came_means_what_runs_did_then():
+    config = config_lib.base()
+    config.optimizer.ema_decay = 0.99
+    stored = json.loads(config_lib.to_json(config))
+    del stored["optimizer"]["ema_warmup"]
+    old = config_lib.from_json(json.dumps(stored), "config.json")
+    assert (old.optimizer.ema_warmup, config.optimizer.ema_warmup) == ("none", "ramp")
+    with pytest.raises(UserError, match="config.optimizer.ema_warmup is 'ramp', but this workdir .* with 'none'"):
+        config_lib.refuse_changed(config, old)
+    config.optimizer.ema_decay = old.optimizer.ema_decay = 0.0  # nothing is averaged
+    config_lib.refuse_changed(config, old)

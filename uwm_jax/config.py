@@ -33,7 +33,10 @@ MAY_CHANGE = (
 )
 
 # What a stored config without the field meant, where that is not the field's default.
-_WHERE_ABSENT = {"data.last_action": "keep"}
+_WHERE_ABSENT = {"data.last_action": "keep", "optimizer.ema_warmup": "none"}
+
+# Fields without effect while another one is 0.
+_IDLE = {"optimizer.ema_warmup": "optimizer.ema_decay"}
 
 
 def base() -> ConfigDict:
@@ -47,6 +50,7 @@ def base() -> ConfigDict:
     c.hang_seconds = 900.0  # a step that takes longer prints the stacks of all threads; 0 = no watchdog
     c.compilation_cache_dir = ""  # keeps compiled programs for the next start; "" = no cache
     c.init_from = ""  # DIR[@step]: finetuning starts from the parameters and normaliser of this workdir
+    c.init_from_parameters = "auto"  # auto (average where the origin keeps one), average, raw
     c.init_from_skip = ()  # patterns of parameters that start fresh, e.g. ("*/action_encoder/*",)
 
     c.model = ConfigDict()
@@ -129,7 +133,8 @@ def base() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 1e-6
     c.optimizer.clip_norm = 0.0  # global L2; 0 = no clipping
-    c.optimizer.ema_decay = 0.0  # 0 = no average; else used by evaluation and sampling
+    c.optimizer.ema_decay = 0.0  # moving average of the parameters, for evaluation and sampling; 0 = none
+    c.optimizer.ema_warmup = "ramp"  # decay min(ema_decay, (1 + t) / (10 + t)); or none: ema_decay from the start
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # rows of the batch over devices; -1 = whatever devices are left
@@ -332,12 +337,15 @@ def refuse_changed(config: ConfigDict, stored: ConfigDict) -> None:
     """Raises UserError for a field that differs from the run's stored config and is not one of `MAY_CHANGE`."""
     now, before = flatten(config), flatten(stored)
     for name in sorted(now.keys() | before.keys()):
-        if now.get(name) != before.get(name) and not any(fnmatch.fnmatchcase(name, p) for p in MAY_CHANGE):
-            is_now, was = (repr(fields[name]) if name in fields else "absent" for fields in (now, before))
-            raise UserError(
-                f"config.{name} is {is_now}, but this workdir was started with {was}. Only {', '.join(MAY_CHANGE)} "
-                "may change when a run continues: use a new --workdir."
-            )
+        if now.get(name) == before.get(name) or any(fnmatch.fnmatchcase(name, p) for p in MAY_CHANGE):
+            continue
+        if name in _IDLE and not now[_IDLE[name]] and not before[_IDLE[name]]:
+            continue
+        is_now, was = (repr(fields[name]) if name in fields else "absent" for fields in (now, before))
+        raise UserError(
+            f"config.{name} is {is_now}, but this workdir was started with {was}. Only {', '.join(MAY_CHANGE)} "
+            "may change when a run continues: leave it as it was, or use a new --workdir."
+        )
 
 
 def validate(config: ConfigDict) -> None:

@@ -33,6 +33,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.normalize": ("minmax", "quantile", "none"),
     "data.augment.draw": ("sample", "batch"),
     "optimizer.schedule": ("constant", "cosine"),
+    "optimizer.ema_warmup": ("ramp", "none"),
+    "init_from_parameters": ("auto", "average", "raw"),
 }
 
 # Smallest value of a number; everything named here is otherwise at least 0.
@@ -200,6 +202,10 @@ def _check_combinations(c: ConfigDict) -> None:
             f"config.eval.action_plane names the camera {plane[0]!r}, which is not one of "
             f"config.data.cameras={d.cameras}."
         )
+    check(
+        c.init_from_parameters == "auto" or bool(c.init_from),
+        f"config.init_from_parameters={c.init_from_parameters!r} means nothing without config.init_from.",
+    )
     check(
         not c.init_from_skip or bool(c.init_from),
         f"config.init_from_skip={c.init_from_skip} means nothing without config.init_from.",

@@ -52,6 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "from-torch: the directory to make; to-torch: the one to read")
     flags.DEFINE_string("output", None, "to-torch: the .safetensors file to write; a .json goes beside it")
     flags.DEFINE_integer("step", None, "to-torch: which checkpoint; the newest by default", lower_bound=0)
+    inference.define_flags()
     cli.accept_config_overrides()
 
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
             cli.required("input"), cli.required("official_config"), cli.required("workdir"), FLAGS.normalizer or None
         )
     elif argv == ["to-torch"]:
-        to_torch(cli.required("workdir"), cli.required("output"), FLAGS.step, overrides)
+        to_torch(cli.required("workdir"), cli.required("output"), FLAGS.step, overrides, FLAGS.parameters)
     else:
         found = " ".join(argv) or "nothing"
         raise UserError(f"expected one of the words from-torch and to-torch, found {found}. Run with --help.")
@@ -121,25 +122,31 @@ def from_torch(
 
 
 def to_torch(
-    workdir: str | Path, output: str | Path, step: int | None = None, overrides: Iterable[tuple[str, str]] = ()
+    workdir: str | Path,
+    output: str | Path,
+    step: int | None = None,
+    overrides: Iterable[tuple[str, str]] = (),
+    parameters: str | None = None,
 ) -> None:
-    """Writes a checkpoint (its averaged parameters, where it keeps them) under official names.
+    """Writes a checkpoint under official names.
 
     Args:
       workdir: any of our workdirs.
       output: the `.safetensors` file; the description goes beside it with the ending `.json`.
       step: which checkpoint; None takes the newest.
       overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
+      parameters: "raw" or "average"; None takes the average where the checkpoint has one.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output: expected a name that ends in .safetensors, found {str(output)!r}.")
     for path in (output, output.with_suffix(".json")):
         weights.check_output_file(path)
-    system, params, frozen, step = inference.load_for_inference(workdir, step, overrides)
+    system, params, frozen, step = inference.load_for_inference(workdir, step, overrides, parameters)
     tensors = layout.to_official(params, system.config.model.patch)
     tensors |= _codec_tensors(system, frozen, Path(workdir))
     description = describe(system, tensors, step, Path(workdir))
+    description |= inference.parameters_used(workdir, step, parameters)
     weights.write_weights(output, dict(sorted(tensors.items())))
     with weights.atomic(output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(description, indent=2) + "\n")
@@ -154,7 +161,6 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
         "format_version": FORMAT_VERSION,
         "code_version": code_version(),
         "step": step,
-        "parameters": "ema_params" if c.optimizer.ema_decay else "params",
         "config": c.to_dict(),
         "cameras": {key: list(facts.cameras[key]) for key in sorted(facts.cameras)},  # raw height, width
         "images": {"resize": list(c.data.resize), "crop": list(c.data.crop), "range": [0.0, 1.0]},

@@ -53,6 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_string("env", None, "with --sampler or --steps: the policy also acts in this environment, e.g. pusht")
     flags.DEFINE_integer("episodes", 50, "with --env: episodes", lower_bound=1)
     flags.DEFINE_integer("execute", 8, "with --env: steps of each chunk of actions that are taken", lower_bound=1)
+    inference.define_flags()
     cli.accept_config_overrides()
 
 
@@ -67,7 +68,9 @@ def main(argv: list[str]) -> None:
         raise UserError("--episodes belongs to --env: the number of held-out windows is --config.eval.num_windows.")
     if FLAGS["execute"].present and not FLAGS.env:
         raise UserError("--execute belongs to --env: how much of a chunk is taken matters only where the policy acts.")
-    system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
+    system, params, frozen, step = inference.load_for_inference(
+        workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters
+    )
     ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
     loader = Loader(system.config.data, batch_size=1, seed=system.config.seed, normalizer=system.facts.normalizer)
     own_data = refuse_other_data(system, loader, inference.datasets_of(workdir, step))
@@ -79,6 +82,7 @@ def main(argv: list[str]) -> None:
     evaluation = Evaluation(system, loader, held_out, mesh, rules, rows)
     about = evaluation.about() | {"own_data": own_data}
     about |= record.describe_use(cli.command_line(), system.config, cli.changed_fields())
+    about |= inference.parameters_used(workdir, step, FLAGS.parameters)
     folder = workdir / "eval" / str(step)
 
     start = time.perf_counter()

@@ -51,6 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "of the sampler's noise", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
     flags.DEFINE_integer("workers", 0, "processes that simulate; 0 = all cores, at most one per episode", lower_bound=0)
+    inference.define_flags()
     cli.accept_config_overrides()
 
 
@@ -59,7 +60,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     workdir, env = Path(cli.required("workdir")), cli.required("env")
     spec = get(env)
-    system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
+    system, params, frozen, step = inference.load_for_inference(
+        workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters
+    )
     check_fits(spec, system)
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.episodes)
     if seeds[0] < FIRST_SEED:
@@ -84,6 +87,7 @@ def main(argv: list[str]) -> None:
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     how = describe_use(cli.command_line(), system.config, cli.changed_fields())
     how |= record(spec, system, results, FLAGS.execute, FLAGS.seed)
+    how |= inference.parameters_used(workdir, step, FLAGS.parameters)
     write_text(folder / "episodes.json", json.dumps(how, indent=1) + "\n")
     clips = []
     for label, i in telling(results[POLICY]):

@@ -45,6 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "the .npz to write")
     flags.DEFINE_integer("seed", 0, "of the noise that the inputs do not give", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
+    inference.define_flags()
     cli.accept_config_overrides()
 
 
@@ -55,7 +56,9 @@ def main(argv: list[str]) -> None:
     modes = parse_modes(cli.required("mode"))
     weights.check_output_file(output)
     with weights.NpzArrays(cli.required("inputs"), "--inputs") as arrays:
-        system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, cli.config_overrides())
+        system, params, frozen, step = inference.load_for_inference(
+            workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters
+        )
         inputs = check_inputs(system, modes, arrays, arrays.where)
     results: dict[str, np.ndarray] = {}
     for mode, made in run(system, params, frozen, inputs, FLAGS.seed).items():
@@ -64,7 +67,8 @@ def main(argv: list[str]) -> None:
     with weights.atomic(output) as temporary, temporary.open("wb") as file:
         np.savez(file, **results)  # type: ignore[arg-type]  # numpy's types take any keyword for allow_pickle
     shapes = ", ".join(f"{key} {value.shape}" for key, value in results.items())
-    print(f"wrote {output} (step {step}): {shapes}")
+    used = inference.parameters_used(workdir, step, FLAGS.parameters)["parameters"]
+    print(f"wrote {output} (step {step}, {used} parameters): {shapes}")
 
 
 def parse_modes(text: str) -> list[str]:

@@ -99,7 +99,7 @@ def run(
         closing.callback(checkpoints.close)
         stored = checkpoints.newest_readable()
     elif config.init_from:
-        origin = finetune.open_origin(config.init_from)
+        origin = finetune.open_origin(config.init_from, config.init_from_parameters)
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
     loader = open_loader(config, mesh, stored)

@@ -100,7 +100,7 @@ def test_clipping_and_averages():
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in loop.trained if p.grad is not None))
     assert norm == pytest.approx(1e-3, rel=1e-3)
     for average, parameter, b in zip(loop.average, loop.trained, before, strict=True):
-        torch.testing.assert_close(average, 0.9 * b + 0.1 * parameter.detach())
+        torch.testing.assert_close(average, 0.1 * b + 0.9 * parameter.detach())  # decay (1 + 0) / (10 + 0)
 
 
 def test_bfloat16_is_autocast_and_parameters_stay_float32():

@@ -95,6 +95,28 @@ def test_a_step_may_be_named(origin_run, tiny_config):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y + 2), params, state.params)
 
 
+def test_raw_parameters_may_be_asked_for(origin_run, tiny_config):
+    workdir, state, _ = origin_run
+    origin = open_origin(str(workdir), "raw")
+    assert (origin.step, origin.parameters) == (4, "raw")
+    params, _ = origin.params(zeros(shapes_of(tiny_config)[0]), ())
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    with pytest.raises(UserError, match="init_from_parameters='average': step 2 of .* holds no average"):
+        open_origin(f"{workdir}@2", "average")
+
+
+def test_an_average_that_is_still_its_start_is_told(origin_run, origin, tiny_config):
+    _, facts = shapes_of(tiny_config)
+    assert not [line for line in origin.check(tiny_config, facts) if "averaged" in line]  # the ramp: 0.1 %
+    slow = origin.config.copy_and_resolve_references()
+    slow.optimizer.ema_decay, slow.optimizer.ema_warmup = 0.9999, "none"
+    told = "\n".join(dataclasses.replace(origin, config=slow).check(tiny_config, facts))
+    assert "warning: 100.0% of the averaged parameters of step 4 are still the random start" in told
+    assert "--config.init_from_parameters=raw" in told
+    raw = dataclasses.replace(origin, config=slow, parameters="raw").check(tiny_config, facts)
+    assert not [line for line in raw if "averaged" in line]
+
+
 def test_arrays_get_the_new_runs_shardings(origin, tiny_config):
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
     sharding = NamedSharding(mesh, PartitionSpec())

@@ -86,7 +86,7 @@ def test_schedules():
 
 
 def test_moving_average():
-    step, state = make(learning_rate=0.1, ema_decay=0.9)
+    step, state = make(learning_rate=0.1, ema_decay=0.9, ema_warmup="none")
     expected = jax.tree.map(np.asarray, state.params)
     for _ in range(5):
         state, _ = step(state, None, BATCH)
@@ -95,6 +95,19 @@ def test_moving_average():
         np.testing.assert_allclose(state.ema_params[k], expected[k], rtol=1e-6)
         assert not np.allclose(state.ema_params[k], state.params[k])
     assert make()[1].ema_params is None
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_moving_average_with_warm_up(accumulation_steps):
+    """In float64; twenty steps, of which the first seventeen lie below the decay of 0.7."""
+    step, state = make(accumulation_steps, learning_rate=0.1, ema_decay=0.7, ema_warmup="ramp")
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
+    for t in range(20):
+        state, _ = step(state, None, BATCH)
+        decay = min(0.7, (1 + t) / (10 + t))
+        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.asarray(p), expected, state.params)
+    for k in expected:
+        np.testing.assert_allclose(state.ema_params[k], expected[k], rtol=1e-6)
 
 
 def test_hyper_parameters_are_arrays_of_one_compiled_step():

@@ -91,7 +91,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(small_run, saved, monkey
     """A run that trains and keeps one: what a reader has begun to read is gone, and a newer one is there."""
     checkpoint_lib.write_config(saved, config.base())
     monkeypatch.setattr(config, "validate", lambda c: None)
-    monkeypatch.setattr(inference, "_load", lambda config, workdir, stored: (stored.assets, stored.step, None))
+    monkeypatch.setattr(inference, "_load", lambda c, w, stored, _: (stored.assets, stored.step, None))
 
     def restore(self, *args, original=ocp.JsonCheckpointHandler.restore):
         if (saved / "checkpoints" / "4").exists():

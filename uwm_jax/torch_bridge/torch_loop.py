@@ -42,6 +42,7 @@ class TorchLoop:
             self.trained, lr=o.learning_rate, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay
         )
         self.average = [p.detach().clone() for p in self.trained] if o.ema_decay else []
+        self.steps = 0
 
     def forward(self, batch: Batch) -> float:
         """The loss of a batch, without gradients."""
@@ -61,8 +62,10 @@ class TorchLoop:
         if o.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.trained, o.clip_norm)
         self.optimizer.step()
+        ramp = 9 / (10 + self.steps) if o.ema_warmup == "ramp" else 0.0
         for average, parameter in zip(self.average, self.trained, strict=bool(self.average)):
-            average.lerp_(parameter.detach(), 1 - o.ema_decay)
+            average.lerp_(parameter.detach(), max(1 - o.ema_decay, ramp))
+        self.steps += 1
         return loss
 
     def _loss(self, batch: Batch) -> Tensor:

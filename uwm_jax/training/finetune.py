@@ -2,7 +2,8 @@
 
 What is taken from the origin, a workdir of ours or a converted official checkpoint:
 
-- parameters: the averaged ones where the origin keeps them, as evaluation does. The optimizer and the step are fresh;
+- parameters: the averaged ones where the origin keeps them, as evaluation does, unless
+  `config.init_from_parameters` says otherwise. The optimizer and the step are fresh;
 - the normaliser, key by key, because the parameters know values in the origin's units;
 - the frozen codec (the origin's own VAE folder or PCA arrays, whatever `config.model.codec.vae` says), because they
   know its latents.
@@ -31,6 +32,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
 from uwm_jax.system import DataFacts
+from uwm_jax.training import average
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.stored import CorruptCheckpoint
@@ -64,8 +66,12 @@ _TOLD = (
 _REACH = 1.5
 
 
-def open_origin(spec: str) -> Origin:
+def open_origin(spec: str, parameters: str = "auto") -> Origin:
     """The origin that `config.init_from` names: `DIR`, whose newest checkpoint counts, or `DIR@STEP`.
+
+    Args:
+      spec: `config.init_from`.
+      parameters: `config.init_from_parameters`: "average", "raw", or "auto" for the average where there is one.
 
     Raises:
       UserError: no such workdir or step, or a checkpoint that cannot be read.
@@ -85,11 +91,18 @@ def open_origin(spec: str) -> Origin:
             raise UserError(f"config.init_from={spec!r}: {str(directory)!r} has checkpoints of steps {steps}.")
         step = steps[-1] if step is None else step
         items = checkpoints.items(step)
+        if parameters == "auto":
+            parameters = average.AVERAGE if average.ITEMS[average.AVERAGE] in items else average.RAW
+        if average.ITEMS[parameters] not in items:
+            raise UserError(
+                f"config.init_from_parameters={parameters!r}: step {step} of {str(directory)!r} holds no average of "
+                "the parameters (config.optimizer.ema_decay was 0). Leave the field out."
+            )
         return Origin(
             spec=spec,
             directory=directory,
             step=step,
-            item="ema_params" if "ema_params" in items else "params",
+            parameters=parameters,
             config=config_lib.read(directory),
             facts=DataFacts.from_json(checkpoints.assets(step)["data_facts"]),
             codec_arrays=checkpoints.restore_arrays(step, "codec") if "codec" in items else None,
@@ -115,7 +128,8 @@ class Origin:
 
     Attributes:
       spec: as in `config.init_from`.
-      directory, step, item: the workdir, its checkpoint and what of it is read ("params" or "ema_params").
+      directory, step: the workdir and its checkpoint.
+      parameters: which of that are read, "average" or "raw".
       config: of the origin's run.
       facts: of its data, with its normaliser.
       codec_arrays: of its PCA codec, else None.
@@ -124,10 +138,15 @@ class Origin:
     spec: str
     directory: Path
     step: int
-    item: str
+    parameters: str
     config: ConfigDict
     facts: DataFacts
     codec_arrays: Any
+
+    @property
+    def item(self) -> str:
+        """The name of the checkpoint's item that is read: "params" or "ema_params"."""
+        return average.ITEMS[self.parameters]
 
     @property
     def normalizer(self) -> Normalizer:
@@ -155,6 +174,7 @@ class Origin:
                 )
         lines = [
             f"starting from {self.item} of step {self.step} in {self.directory}; optimizer and step are fresh",
+            *self._about_average(),
             *self._about_codec(config),
             *self._about_normalizer(config, facts, ranges or facts.normalizer),
         ]
@@ -279,6 +299,12 @@ class Origin:
             for key, width in here.items()
             if there.get(key) == width and not _is_fresh(interface(key), config.init_from_skip)
         ]
+
+    def _about_average(self) -> list[str]:
+        if self.parameters == average.RAW:
+            return []
+        told = average.warning(self.config, self.step, "--config.init_from_parameters=raw")
+        return [f"warning: {told}"] if told else []
 
     def _about_codec(self, config: ConfigDict) -> list[str]:
         name = config.model.codec.name

@@ -17,6 +17,7 @@ from uwm_jax.evaluation.program import Evaluation, join, rows_at_a_time, write_r
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel.sharding import Rules
 from uwm_jax.system import System
+from uwm_jax.training import average
 from uwm_jax.training.record import describe_use
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.step import compile_for, make_eval_step
@@ -63,7 +64,12 @@ class HeldOut:
         means |= {f"eval/{name}": value["mean"] for name, value in metrics.items()}
         files = {}
         if distributed.is_main():
-            about = self._modes.about() | {"own_data": True} | describe_use(cli.command_line(), self._system.config, ())
+            config = self._system.config
+            used = average.AVERAGE if state.ema_params is not None else average.RAW
+            about = self._modes.about() | {"own_data": True} | describe_use(cli.command_line(), config, ())
+            about |= average.describe(config, step, used)
+            if used == average.AVERAGE and (told := average.warning(config, step, "evaluate --parameters=raw")):
+                distributed.say(f"warning: {told}")
             files = write_results(workdir, step, self._system, metrics, shown, about)
         # Drawing takes seconds, and on CPUs a collective fails when another process comes to it half a minute later.
         distributed.barrier(f"the evaluation of step {step} is written", seconds=3600)

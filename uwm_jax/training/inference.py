@@ -8,29 +8,43 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import flags
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.system import DataFacts, System
+from uwm_jax.training import average
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, warn
 from uwm_jax.training.stored import CorruptCheckpoint, Stored
+
+
+def define_flags() -> None:
+    """Declares `--parameters`, which all commands that use a checkpoint's parameters share."""
+    flags.DEFINE_enum(
+        "parameters",
+        None,
+        [average.RAW, average.AVERAGE],
+        "the parameters as they were trained last, or their moving average, which is the default where there is one",
+    )
 
 
 def load_for_inference(
     workdir: str | os.PathLike[str],
     step: int | None = None,
     overrides: Iterable[tuple[str, str]] = (),
+    parameters: str | None = None,
 ) -> tuple[System, Any, Any, int]:
-    """A workdir as `(system, params, frozen, step)`; the averaged parameters where the run keeps them.
+    """A workdir as `(system, params, frozen, step)`. A warning tells where an average is still much of its start.
 
     Args:
       step: which checkpoint; None takes the newest that is not damaged.
       overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
+      parameters: "raw" or "average"; None takes the average where the checkpoint has one.
 
     Raises:
-      UserError: no such workdir or step, or a checkpoint that is damaged or does not fit its config.
+      UserError: no such workdir, step or average, or a checkpoint that is damaged or does not fit its config.
     """
     config = config_lib.read(workdir, overrides)
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -40,7 +54,9 @@ def load_for_inference(
     while True:
         stored = Stored(checkpoints.directory, checkpoints.steps()[-1] if step is None else step)
         try:
-            return *_load(config, workdir, stored), stored.step
+            system, params, frozen = _load(config, workdir, stored, parameters)
+            used = parameters_used(workdir, stored.step, parameters)
+            break
         except CorruptCheckpoint as e:
             if not stored.path.is_dir():  # a run that is training has replaced it meanwhile
                 steps = checkpoints.steps()
@@ -52,6 +68,22 @@ def load_for_inference(
             if step is not None:
                 raise UserError(f"--step={step}: {e}. There are checkpoints of steps {steps}.") from e
             checkpoints.pass_over(stored.step, e)
+    if used["parameters"] == average.AVERAGE and (told := average.warning(config, stored.step, "--parameters=raw")):
+        warn(told)
+    return system, params, frozen, stored.step
+
+
+def parameters_used(workdir: str | os.PathLike[str], step: int, parameters: str | None = None) -> dict[str, Any]:
+    """What `load_for_inference` took, for the files of results: as `average.describe`; `step` is the one it returned.
+
+    The share of the start follows from the stored config, which no flag changes.
+    """
+    stored = Stored(Path(workdir).absolute() / "checkpoints", step)
+    return average.describe(config_lib.read(workdir), step, parameters or _default_parameters(stored))
+
+
+def _default_parameters(stored: Stored) -> str:
+    return average.AVERAGE if stored.holds(average.ITEMS[average.AVERAGE]) else average.RAW
 
 
 def datasets_of(workdir: str | os.PathLike[str], step: int) -> dict[str, str]:
@@ -60,7 +92,15 @@ def datasets_of(workdir: str | os.PathLike[str], step: int) -> dict[str, str]:
     return dict(stored.data_iter.get("datasets") or {}) if "data_iter" in stored.items else {}
 
 
-def _load(config: ConfigDict, workdir: str | os.PathLike[str], stored: Stored) -> tuple[System, Any, Any]:
+def _load(
+    config: ConfigDict, workdir: str | os.PathLike[str], stored: Stored, parameters: str | None
+) -> tuple[System, Any, Any]:
+    item = average.ITEMS[parameters or _default_parameters(stored)]
+    if not stored.holds(item):
+        raise UserError(
+            f"--parameters={parameters}: {stored.path} holds no average of the parameters (the run has "
+            "config.optimizer.ema_decay=0, or was converted). Leave the flag out."
+        )
     facts = DataFacts.from_json(stored.assets["data_facts"])
     _check_keys(config, facts)
     codec, frozen = frozen_lib.from_workdir(config, workdir, stored.codec)
@@ -70,7 +110,7 @@ def _load(config: ConfigDict, workdir: str | os.PathLike[str], stored: Stored) -
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         jax.eval_shape(system.init, jax.random.key(0)),
     )
-    return system, stored.arrays("ema_params" if stored.holds("ema_params") else "params", like), frozen
+    return system, stored.arrays(item, like), frozen
 
 
 def _check_keys(config: ConfigDict, facts: DataFacts) -> None:

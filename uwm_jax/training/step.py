@@ -15,6 +15,7 @@ from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.parallel.mesh import replicated
 from uwm_jax.parallel.sharding import Rules, activations
 from uwm_jax.system import System
+from uwm_jax.training import average
 from uwm_jax.training.state import TrainState, schedule_factor
 
 Metrics = dict[str, jax.Array]
@@ -41,7 +42,7 @@ def make_train_step(
     Args:
       mesh: over which the batch is spread; None on one device.
     """
-    ema_decay, action_free = config.optimizer.ema_decay, config.loss.action_free
+    averages, action_free = bool(config.optimizer.ema_decay), config.loss.action_free
 
     def train_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.hparams.seed), state.step)
@@ -62,8 +63,9 @@ def make_train_step(
         learning_rate = state.hparams.learning_rate * schedule_factor(config, state.step)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         ema_params = state.ema_params
-        if ema_decay:
-            ema_params = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema_params, params)
+        if averages:
+            rate = average.rate(config, state.step)
+            ema_params = jax.tree.map(lambda e, p: e + rate * (p - e), ema_params, params)
         metrics = {"loss": loss, **parts, **gradient_norms(grads), "learning_rate": learning_rate}
         state = state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
         return state, metrics
