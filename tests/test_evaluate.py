@@ -42,7 +42,8 @@ def test_the_command_finds_what_the_trainer_found(trained, capsys):
     assert list(metrics) == list(in_training)
     for name, value in metrics.items():
         assert value["n"] == in_training[name]["n"]
-        np.testing.assert_allclose(list(value.values()), list(in_training[name].values()), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(value["mean"], in_training[name]["mean"], rtol=1e-3, atol=1e-5)
+        assert value["lo"] is value["hi"] is None, "of two episodes"
     assert metrics["joint/psnr"]["n"] == 6
     again = json.loads((folder / "about.json").read_text())
     assert again["command"][-1] == f"--workdir={trained}" and (again["windows"], again["episodes"]) == (6, 2)
@@ -70,7 +71,7 @@ def test_ways_of_sampling_are_compared(trained, capsys):
     lines = capsys.readouterr().out.splitlines()
     (head,) = [line for line in lines if line.split()[:2] == ["sampler", "steps"]]
     assert "policy/action_mse" in head and "video/psnr" in head
-    assert [line.split()[:2] for line in lines if "[" in line and "trailing" in line] == [
+    assert [line.split()[:2] for line in lines if "[too few]" in line and "trailing" in line] == [
         ["trailing", "2"],
         ["trailing", "1"],
     ]

@@ -176,20 +176,26 @@ def test_the_film_shows_actions_and_outcome_of_each_decision(tmp_path):
 
 def test_metrics_are_paired_by_episode():
     def made(best):
-        return [EpisodeResult(i, np.array([0.1 * i, b, 0.0]), np.zeros((2, 2)), b > 0.95) for i, b in enumerate(best)]
+        return [EpisodeResult(i, np.array([0.01 * i, b, 0.0]), np.zeros((2, 2)), b > 0.95) for i, b in enumerate(best)]
 
-    results = {"policy": made([0.5, 1.0, 0.7, 0.6]), "random_held": made([0.3, 0.8, 0.5, 0.4])}
-    metrics = rollout.measure(results, "coverage")
-    assert metrics["policy/max_coverage"]["mean"] == pytest.approx(0.7) and metrics["policy/success"]["mean"] == 0.25
-    assert metrics["policy/max_coverage"]["lo"] < 0.65 < 0.75 < metrics["policy/max_coverage"]["hi"]
+    best = [0.5, 1.0, 0.7, 0.6, 0.6, 0.5, 0.9, 0.8]
+    results = {"policy": made(best), "random_held": made([b - 0.2 for b in best])}
+    metrics = rollout.measure(results, envs.get("pusht"))
+    assert metrics["policy/max_coverage"]["mean"] == pytest.approx(0.7) and metrics["policy/success"]["mean"] == 0.125
+    assert 0.5 < metrics["policy/max_coverage"]["lo"] < 0.65 < 0.75 < metrics["policy/max_coverage"]["hi"] < 0.9
     paired = metrics["paired/policy_vs_random_held/max_coverage"]
     np.testing.assert_allclose([paired["mean"], paired["lo"], paired["hi"]], 0.2)  # the same in every episode
-    assert paired["n"] == 4
-    assert metrics["no_action/max_coverage"]["mean"] == pytest.approx(0.15)
-    assert rollout.telling(results["policy"]) == [("best of 4", 1), ("median of 4", 2), ("worst of 4", 0)]
+    assert paired["n"] == 8
+    success = metrics["paired/policy_vs_random_held/success"]
+    assert -1 < success["lo"] < success["mean"] == 0.125 < success["hi"] < 1
+    assert metrics["no_action/max_coverage"]["mean"] == pytest.approx(0.035)
+    assert rollout.telling(results["policy"][:4]) == [("best of 4", 1), ("median of 4", 2), ("worst of 4", 0)]
     assert rollout.telling(results["policy"][:1]) == [("best of 1", 0)]
     table = rollout.text_table(metrics, "coverage")
     assert "0.700" in table and "+0.200 [+0.200, +0.200]" in table
+    two = rollout.measure({who: episodes[:2] for who, episodes in results.items()}, envs.get("pusht"))
+    assert all(m["lo"] is m["hi"] is None for m in two.values()), "of two episodes"
+    assert "0.750 [too few]" in rollout.text_table(two, "coverage")
 
 
 def test_a_model_of_other_data_is_refused():
@@ -275,10 +281,9 @@ def test_evaluate_lets_every_way_of_sampling_act_in_the_same_processes(trained, 
     assert [found["about"][name] for name in ("env", "closed_loop_episodes", "execute")] == ["pusht", 2, 4]
     rows = found["rows"]
     for row, coverage in zip(rows, (0.1, 0.2), strict=True):
-        same = {"mean": coverage, "lo": coverage, "hi": coverage, "n": 2, "episodes": 2}
+        same = {"mean": coverage, "lo": None, "hi": None, "n": 2, "episodes": 2}
         assert row["metrics"]["closed_loop/max_coverage"] == same
-        success = {"mean": 0.5, "lo": 0.0945, "hi": 0.9055, "n": 2, "episodes": 2}  # Wilson's interval of one of two
-        assert row["metrics"]["closed_loop/success"] == pytest.approx(success, abs=1e-4)
+        assert row["metrics"]["closed_loop/success"] == {**same, "mean": 0.5}
     assert "closed_loop/success" in capsys.readouterr().out
     for flag, message in (
         ("--env=other", "--env=other: there is no such environment. Known: pusht"),

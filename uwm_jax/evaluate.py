@@ -31,7 +31,7 @@ from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.metrics import Metrics
+from uwm_jax.evaluation.metrics import Metrics, text
 from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
@@ -229,7 +229,7 @@ def compare(evaluation: Evaluation, way: System, params: Any, frozen: Any, actin
     if acting:
         envs, execute, progress = acting.envs, acting.execute, f"{name}, {acting.envs.spec.name}"
         results = rollout.closed_loop(way, params, frozen, envs, acting.seeds, execute=execute, progress=progress)
-        acted = rollout.measure({rollout.POLICY: results}, envs.spec.score)
+        acted = rollout.measure({rollout.POLICY: results}, envs.spec)
         for metric in (f"max_{envs.spec.score}", "success"):
             metrics[f"closed_loop/{metric}"] = acted[f"{rollout.POLICY}/{metric}"]
     return {
@@ -265,7 +265,7 @@ def policy_seconds(system: System, params: Any, frozen: Any, repeats: int = 5) -
 
 def text_table(metrics: Metrics) -> str:
     """The metrics as aligned lines `name  mean [lo, hi]`."""
-    return cli.table([(name, _text(value)) for name, value in metrics.items()])
+    return cli.table([(name, text(value)) for name, value in metrics.items()])
 
 
 def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -281,12 +281,8 @@ def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
             str(row["hidden_timestep"]),
             f"{1000 * row['seconds_per_sample']:.1f}",
         ]
-        lines.append((*cells, *(_text(row["metrics"][name]) for name in names)))
+        lines.append((*cells, *(text(row["metrics"][name]) for name in names)))
     return cli.table(lines)
-
-
-def _text(value: Mapping[str, float]) -> str:
-    return "{mean:.4g} [{lo:.4g}, {hi:.4g}]".format(**value)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from uwm_jax import cli, report
 from uwm_jax.envs import EnvSpec, get
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, controllers, cores, replay
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.metrics import interval, proportion
+from uwm_jax.evaluation.metrics import Metrics, difference_bounds, interval, proportion, proportion_difference, text
 from uwm_jax.files import write_text
 from uwm_jax.policy import Policy
 from uwm_jax.reporting import film
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
             results[name] = play(envs, name, seeds)
     seconds = time.perf_counter() - start
 
-    metrics = measure(results, spec.score)
+    metrics = measure(results, spec)
     folder = workdir / "rollout" / str(step)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "episodes.gif").unlink(missing_ok=True)  # an older closed loop's, until this one's is drawn
@@ -202,24 +202,23 @@ def check_fits(spec: EnvSpec, system: System) -> None:
         )
 
 
-def measure(results: Mapping[str, Sequence[EpisodeResult]], score: str) -> dict[str, dict[str, float]]:
+def measure(results: Mapping[str, Sequence[EpisodeResult]], spec: EnvSpec) -> Metrics:
     """`<who>/max_<score>` and `<who>/success`, each `{mean, lo, hi, n, episodes}` with a 95 % interval over episodes.
 
     `no_action` is the start's score, what doing nothing gives. `paired/policy_vs_<who>/...` is the difference on the
     same starts, positive where the policy is better.
     """
-    values: dict[str, np.ndarray] = {}
-    for who, episodes in results.items():
-        values[f"{who}/max_{score}"] = np.array([e.max_score for e in episodes])
-        values[f"{who}/success"] = np.array([e.success for e in episodes], np.float64)
-    values[f"no_action/max_{score}"] = np.array([e.scores[0] for e in results[POLICY]])
+    best = {who: np.array([e.max_score for e in episodes]) for who, episodes in results.items()}
+    best["no_action"] = np.array([e.scores[0] for e in results[POLICY]])
+    success = {who: np.array([e.success for e in episodes], np.bool_) for who, episodes in results.items()}
+    every, bounds = np.arange(len(results[POLICY])), spec.score_range
+    metrics = {f"{who}/max_{spec.score}": interval(x, every, bounds) for who, x in best.items()}
+    metrics |= {f"{who}/success": proportion(x) for who, x in success.items()}
     for who in results.keys() - {POLICY}:
-        for name in (f"max_{score}", "success"):
-            values[f"paired/{POLICY}_vs_{who}/{name}"] = values[f"{POLICY}/{name}"] - values[f"{who}/{name}"]
-    return {
-        name: proportion(x) if name.endswith("/success") and "paired" not in name else interval(x, np.arange(len(x)))
-        for name, x in sorted(values.items())
-    }
+        pair, difference = f"paired/{POLICY}_vs_{who}", best[POLICY] - best[who]
+        metrics[f"{pair}/max_{spec.score}"] = interval(difference, every, difference_bounds(*bounds))
+        metrics[f"{pair}/success"] = proportion_difference(success[POLICY], success[who])
+    return dict(sorted(metrics.items()))
 
 
 def record(
@@ -258,14 +257,13 @@ def telling(episodes: Sequence[EpisodeResult]) -> list[tuple[str, int]]:
     return [(words, place) for place, words in chosen.items()]
 
 
-def text_table(metrics: Mapping[str, Mapping[str, float]], score: str) -> str:
+def text_table(metrics: Metrics, score: str) -> str:
     """The metrics as a table for the terminal."""
 
     def cell(name: str) -> str:
         if name not in metrics:
             return ""
-        m = metrics[name]
-        return f"{m['mean']:+.3f} [{m['lo']:+.3f}, {m['hi']:+.3f}]".replace("+", "" if "paired" not in name else "+")
+        return text(metrics[name], "+.3f" if "paired" in name else ".3f")
 
     who = [POLICY, "no_action", *sorted({n.split("/")[0] for n in metrics} - {POLICY, "no_action", "paired"})]
     rows = [["", f"max {score}", "success", f"policy better by (max {score})"]]

@@ -5,9 +5,19 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from uwm_jax.errors import RunError
-from uwm_jax.evaluation.metrics import CHANGED, errors, interval, proportion, summarize
+from uwm_jax.evaluation.metrics import (
+    CHANGED,
+    bounds_of,
+    errors,
+    interval,
+    proportion,
+    proportion_difference,
+    summarize,
+    text,
+)
 
 
 def test_interval_is_clustered():
@@ -20,8 +30,80 @@ def test_interval_is_clustered():
     assert found["n"] == 1000 and found["episodes"] == 200
     np.testing.assert_allclose(found["mean"], means.mean())
     np.testing.assert_allclose([found["lo"], found["hi"]], [means.mean() - half, means.mean() + half], atol=0.02)
-    one = interval(np.array([1.0, 3.0]), np.array([7, 7]))
-    assert one == {"mean": 2.0, "lo": 2.0, "hi": 2.0, "n": 2, "episodes": 1}
+    within = interval(np.clip(values / 8 + 0.5, 0, 1), clusters, (0.0, 1.0))
+    np.testing.assert_allclose(
+        [within["lo"], within["hi"]], [0.5 + (means.mean() + s * half) / 8 for s in (-1, 1)], atol=2e-3
+    )
+
+
+def test_fewer_than_six_episodes_have_no_interval():
+    scores = np.array([0.0, 1.0, 0.0, 0.0, 1.0])
+    for count in (1, 2, 5):
+        x = scores[:count]
+        expected = {"mean": x.mean(), "lo": None, "hi": None, "n": count, "episodes": count}
+        assert interval(x, np.arange(count)) == interval(x, np.arange(count), (0, 1)) == expected
+        assert proportion(x > 0) == expected and proportion_difference(x > 0, x < 0) == expected
+        assert text(expected) == f"{x.mean():.4g} [too few]"
+    windows = interval(np.ones(60), np.arange(60) % 5)
+    assert (windows["n"], windows["episodes"], windows["lo"]) == (60, 5, None)
+    six = interval(np.arange(6.0), np.arange(6))
+    assert six["lo"] < 2.5 < six["hi"] and "[" in text(six) and "too few" not in text(six)
+
+
+def test_intervals_of_bounded_quantities_stay_in_their_range():
+    """Few episodes, most of them at a bound: where a mean plus and minus something leaves the range."""
+    rng = np.random.default_rng(0)
+    for number in range(6, 12):
+        for ones in range(1, 3):
+            x = np.where(np.arange(number) < ones, rng.uniform(0.2, 1, number), 0)
+            for values, bounds in ((x, (0, 1)), (1 - x, (0, 1)), (2 * x - 1, (-1, 1)), (30 * x, (0, np.inf))):
+                found = interval(values, np.arange(number), bounds)
+                assert bounds[0] < found["lo"] < found["mean"] < found["hi"] < bounds[1]
+            pair = proportion_difference(x > 0, np.ones(number, bool))
+            assert -1 <= pair["lo"] < pair["mean"] < pair["hi"] <= 1
+    assert interval(np.ones(9), np.arange(9), (0, 1))["hi"] == 1
+    named = {name: bounds_of(name) for name in ("a/psnr", "b/action_mse", "paired/x/pixel_mse", "paired/x/action_mse")}
+    inf = np.inf
+    assert list(named.values()) == [(0, pytest.approx(100)), (0, inf), (-1, 1), (-inf, inf)]
+
+
+@pytest.mark.parametrize("shape", [(0.5, 5.0), (2.0, 2.0), (5.0, 1.0)])
+def test_intervals_of_bounded_quantities_hold_the_truth_as_often_as_they_say(shape):
+    rng, truth = np.random.default_rng(0), shape[0] / sum(shape)
+    for count in (6, 22, 50):
+        found = [interval(rng.beta(*shape, count), np.arange(count), (0, 1)) for _ in range(1000)]
+        held = np.mean([x["lo"] <= truth <= x["hi"] for x in found])
+        assert 0.90 < held < 0.98, (count, held)
+
+
+def test_a_bounded_interval_against_students_of_the_logit():
+    """By scipy, with the logit's standard error by the delta method, for episodes of one window each."""
+    x = np.random.default_rng(1).uniform(0.1, 0.7, 17)
+    mean, error = x.mean(), stats.sem(x)
+    logit = stats.t(16, loc=np.log(mean / (1 - mean)), scale=error / (mean * (1 - mean)))
+    logarithm = stats.t(16, loc=np.log(mean), scale=error / mean)
+    found = [interval(x, np.arange(17), bounds) for bounds in ((0, 1), (0, np.inf))]
+    for by_us, ends in zip(
+        found, (1 / (1 + np.exp(-logit.ppf([0.025, 0.975]))), np.exp(logarithm.ppf([0.025, 0.975]))), strict=True
+    ):
+        np.testing.assert_allclose([by_us["lo"], by_us["hi"]], ends, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("first", "second", "together"), [(0.5, 0.2, 0.5), (0.7, 0.3, 0.0), (0.05, 0.05, 0.0)])
+def test_differences_of_shares_hold_the_truth_as_often_as_they_say(first, second, together):
+    """Pairs that share their randomness in a part of the episodes."""
+    rng = np.random.default_rng(0)
+    for count in (6, 22, 50):
+        held = []
+        for _ in range(600):
+            u = rng.random(count)
+            v = np.where(rng.random(count) < together, u, rng.random(count))
+            found = proportion_difference(u < first, v < second)
+            held.append(found["lo"] <= first - second <= found["hi"])
+        assert np.mean(held) > 0.92, (count, np.mean(held))  # rare successes are held more often
+    none = proportion_difference(np.zeros(50, bool), np.zeros(50, bool))
+    one = proportion(np.zeros(50, bool))
+    np.testing.assert_allclose([none["lo"], none["hi"]], [-one["hi"], one["hi"]])
 
 
 def test_the_interval_of_few_clusters_holds_the_truth_as_often_as_it_says():
@@ -35,6 +117,8 @@ def test_the_interval_of_few_clusters_holds_the_truth_as_often_as_it_says():
 @pytest.mark.parametrize(("successes", "n"), [(0, 50), (7, 20), (50, 50)])
 def test_the_interval_of_a_share_is_where_its_score_test_ends(successes, n):
     found = proportion(np.arange(n) < successes)
+    by_scipy = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    np.testing.assert_allclose([found["lo"], found["hi"]], [by_scipy.low, by_scipy.high], atol=1e-7)
     assert found["mean"] == successes / n and found["n"] == n and found["lo"] <= found["mean"] <= found["hi"]
     for end, side in ((found["lo"], 1), (found["hi"], -1)):
         if 0 < end < 1:  # by normal theory at the end's own variance
@@ -101,11 +185,10 @@ def test_summaries_pair_windows_and_leave_out_what_a_window_lacks():
     pair = metrics["paired/inverse_vs_linear_interpolation/action_mse"]
     assert pair["n"] == 3 and pair["mean"] == pytest.approx((0.4 + 0.2 + 0.2) / 3)
     pair = metrics["paired/inverse_vs_policy/action_mse"]
-    half = 0.05 * np.sqrt(2) * 12.7062 / 1.959964  # episodes of 0.15 and 0.05; Student's t of two
-    assert pair["mean"] == pytest.approx(0.1) and (pair["lo"], pair["hi"]) == pytest.approx((0.1 - half, 0.1 + half))
+    assert pair["mean"] == pytest.approx(0.1) and pair["lo"] is pair["hi"] is None  # of two episodes
     assert metrics["paired/forward_vs_video/changed_mse"]["mean"] == pytest.approx(4 / 3)
     frames = metrics["paired/forward_vs_copied_frame/changed_mse"]
-    assert frames == {"mean": 0.5, "lo": 0.5, "hi": 0.5, "n": 3, "episodes": 2}
+    assert frames == {"mean": 0.5, "lo": None, "hi": None, "n": 3, "episodes": 2}
     assert metrics["paired/policy_vs_last_action/action_mse"]["n"] == 3
     assert "paired/policy_vs_mean_action/action_mse" not in metrics, "there is nothing to compare with"
     nothing = summarize(values(has_changed=[False] * 4), np.arange(4))

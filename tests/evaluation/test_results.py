@@ -10,11 +10,13 @@ import pytest
 
 from uwm_jax.config import base, to_json
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.results import Interval, Run, differing_fields, number, verdict, words
+from uwm_jax.evaluation.results import Interval, Run, _curve, differing_fields, number, verdict, words
+from uwm_jax.reporting.curves import Panel, curves_svg
+from uwm_jax.reporting.page import cell
 
 
 def stored(mean: float, half: float = 0.1, n: int = 8) -> dict[str, float]:
-    return {"mean": mean, "lo": mean - half, "hi": mean + half, "n": n}
+    return {"mean": mean, "lo": mean - half, "hi": mean + half, "n": n}  # as older versions stored it
 
 
 def make(workdir: Path, **fields) -> Path:
@@ -44,9 +46,20 @@ def test_verdicts_come_from_whole_intervals(lo, hi, answer):
 def test_numbers_have_three_digits():
     found = [number(x) for x in (0.0541239, 25.3521, 0.0000702, 0, -0.00149, 1234.5, 3e-9)]
     assert found == ["0.0541", "25.4", "0.0000702", "0", "-0.00149", "1234", "3.00e-09"]
-    assert words(Interval(0.5, 0.25, 0.75, 3, 3)) == "0.500 [0.250, 0.750]"
-    assert words(Interval(2.7e-6, -1.15e-5, 1.67e-5, 3, 3)) == "2.70 [-11.5, 16.7] ×10⁻⁶"
-    assert words(Interval(0, 0, 0, 3, 3)) == "0 [0, 0]"
+    assert words(Interval(0.5, 0.25, 0.75, 6, 6)) == "0.500 [0.250, 0.750]"
+    assert words(Interval(2.7e-6, -1.15e-5, 1.67e-5, 6, 6)) == "2.70 [-11.5, 16.7] ×10⁻⁶"
+    assert words(Interval(0, 0, 0, 6, 6)) == "0 [0, 0]"
+    assert words(Interval(0.5, 0.5, 0.5, 90, 5)) == "0.500 [too few]"
+
+
+def test_what_has_too_few_episodes_is_read_without_an_interval():
+    none = {"mean": 0.5, "lo": None, "hi": None, "n": 90, "episodes": 5}
+    assert Interval.of(none) == Interval(0.5, 0.5, 0.5, 90, 5)
+    assert Interval.of({**none, "lo": -2.5, "hi": 3.2}) == Interval(0.5, 0.5, 0.5, 90, 5)  # older versions had one
+    assert ">0.500<br><small>too few (5)<" in cell(Interval.of(none))
+    curve = _curve({3: {"x": Interval.of(none)}}, "x", "label", "red", "-")
+    assert (curve.values, curve.low, curve.high) == ([0.5], [0.5], [0.5])
+    assert "<svg" in curves_svg([Panel("title", [curve])])
 
 
 def test_an_empty_run_and_its_newest_results(tmp_path):
@@ -65,12 +78,14 @@ def test_an_empty_run_and_its_newest_results(tmp_path):
     (run.workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 5, "loss": 1.0, "other": 2}\n')
     run = Run.read(run.workdir)
     assert run.eval_step == run.rollout_step == 1000 and run.score == "max_reward"
-    assert run.metrics == {"policy/action_mse": Interval(2.0, 1.9, 2.1, 8, 3)}  # without what is not a number
+    assert run.metrics == {"policy/action_mse": Interval(2.0, 2.0, 2.0, 8, 3)}  # without what is not a number
     assert run.eval_how["windows"] == 8 and run.rollout["policy/success"].episodes == 8
     assert (run.few_steps_how, run.few_steps_step) == ({"windows": 9}, 900)
     assert run.few_steps == [row | {"metrics": {"x": Interval(1.0, 0.9, 1.1, 8, 8)}}]
     curve = run.evaluated("policy/action_mse", "label", "red")
-    assert (curve.steps, curve.values, curve.low, curve.high) == ([900, 1000], [1.0, 2.0], [0.9, 1.9], [1.1, 2.1])
+    assert (curve.steps, curve.values, curve.low, curve.high) == ([900, 1000], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0])
+    curve = run.rolled_out("policy/max_reward", "label", "red")
+    assert (curve.low, curve.high) == ([0.9, 1.9], [1.1, 2.1])
     assert run.logged("loss", "label", "red").values == [3.0, 1.0] and run.logged("other", "l", "red").steps == [5]
 
 
@@ -123,4 +138,4 @@ def test_files_of_older_versions_are_read(tmp_path):
     row = {"sampler": "leading", "steps": 2, "seconds_per_sample": 0.5, "metrics": {}}
     (run / "eval" / "3" / "few_steps.json").write_text(json.dumps([row]))
     found = Run.read(run)
-    assert found.metrics["policy/action_mse"] == Interval(1.0, 0.9, 1.1, 256, 4) and found.few_steps == [row]
+    assert found.metrics["policy/action_mse"] == Interval(1.0, 1.0, 1.0, 256, 4) and found.few_steps == [row]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -67,6 +68,7 @@ class EnvSpec:
         cameras, low_dim, action_dim: what it can show and takes: camera names, {key: D}, Da.
         max_steps: of an episode.
         score: what `info["score"]` is, a word for reports.
+        score_range: the smallest and the largest possible score; the largest, or both, may be infinite.
         expert: makes a `Controller` that solves it; None where there is none.
         action_plane: (camera, x_low, x_high, y_low, y_high) where the first two columns of the action are a position
             in the rectangle that this camera shows, else None.
@@ -80,6 +82,7 @@ class EnvSpec:
     action_dim: int
     max_steps: int
     score: str
+    score_range: tuple[float, float] = (-math.inf, math.inf)
     expert: Callable[[], Controller] | None = None
     action_plane: tuple[str, float, float, float, float] | None = None
 

@@ -214,6 +214,7 @@ SPEC = EnvSpec(
     action_dim=2,
     max_steps=MAX_STEPS,
     score="coverage",
+    score_range=(0.0, 1.0),
     expert=_make_expert,
     action_plane=("image", 0.0, BOARD, 0.0, BOARD),
 )

@@ -6,7 +6,9 @@ host (`summarize`), where all windows are at hand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,11 @@ from scipy.special import stdtrit  # quantiles of Student's distribution
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import RunError
 
-Metrics = dict[str, dict[str, float]]  # of each the mean, and lo and hi of its interval, over n windows of episodes
+Stored = dict[str, Any]  # mean, lo and hi of its interval (None below FEWEST episodes), over n windows of `episodes`
+Metrics = dict[str, Stored]
+
+FEWEST = 6  # episodes: that five all point one way happens by chance once in 16 times, which is more than 5 %
+TOO_FEW = "too few"  # in place of an interval
 
 CHANGED = 0.05  # how far a value must be from the last current frame's, in [0, 1], to count as changed
 
@@ -32,8 +38,20 @@ PAIRS = {
     "forward_vs_copied_frame": ("forward", "baseline/copied_frame"),
     "forward_vs_mean_image": ("forward", "baseline/mean_image"),
 }
+UNBOUNDED = (-math.inf, math.inf)
 _Z = 1.959964  # 97.5 % of the normal distribution lies below
 _GROUPS = (*MODES, "baseline", "control", "paired")  # in this order
+_LEAST_PIXEL_MSE = 1e-10  # for psnr, which is 100 dB there
+
+# Smallest and largest possible value by the last part of a metric's name; frames lie in [0, 1].
+BOUNDS = {
+    "action_mse": (0.0, math.inf),
+    "latent_mse": (0.0, math.inf),
+    "pixel_mse": (0.0, 1.0),
+    "changed_mse": (0.0, 1.0),
+    "psnr": (0.0, -10 * math.log10(_LEAST_PIXEL_MSE)),
+}
+
 _PAIRED_METRICS = ("action_mse", "latent_mse", "pixel_mse", "changed_mse")
 
 # Windows without the one are left out of the metrics that hold the other in their name.
@@ -64,7 +82,7 @@ def errors(made: Mapping[str, jax.Array], truth: Mapping[str, jax.Array]) -> dic
         found["pixel_mse"] = _mean(square)
         changed = truth["changed"].astype(jnp.float32)
         found["changed_mse"] = _mean(square * changed) / jnp.maximum(_mean(changed), 1e-12)
-        found["psnr"] = -10 * jnp.log10(jnp.maximum(found["pixel_mse"], 1e-10))
+        found["psnr"] = -10 * jnp.log10(jnp.maximum(found["pixel_mse"], _LEAST_PIXEL_MSE))
     return found
 
 
@@ -107,46 +125,126 @@ def summarize(values: Mapping[str, np.ndarray], episodes: np.ndarray) -> Metrics
                 "evaluations with --config.eval.every=0."
             )
         if counts.any():
-            summary[name] = interval(value[counts], episodes[counts])
+            summary[name] = interval(value[counts], episodes[counts], bounds_of(name))
     return summary
 
 
-def proportion(successes: np.ndarray) -> dict[str, float]:
+def bounds_of(name: str) -> tuple[float, float]:
+    """Smallest and largest possible value of a metric of `summarize`."""
+    low, high = BOUNDS.get(name.rsplit("/", 1)[-1], UNBOUNDED)
+    return difference_bounds(low, high) if name.startswith("paired/") else (low, high)
+
+
+def difference_bounds(low: float, high: float) -> tuple[float, float]:
+    """Bounds of the difference of two values that lie in [low, high]."""
+    return low - high, high - low
+
+
+def proportion(successes: np.ndarray) -> Stored:
     """Share of successes with the 95 % interval of Wilson's score, which is not empty where all or none succeeded.
 
     Args:
       successes: (N,) bool, one an episode.
 
     Returns:
-      {"mean", "lo", "hi", "n", "episodes"}, the last two alike.
+      As `interval`.
     """
-    n, p, z = len(successes), float(np.mean(successes)), _Z
-    center, scale = p + z * z / (2 * n), 1 + z * z / n
-    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    lo, hi = max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
-    return {"mean": p, "lo": float(min(lo, p)), "hi": float(max(hi, p)), "n": n, "episodes": n}
+    p, lo, hi = _wilson(np.asarray(successes, np.bool_))
+    return _stored(p, lo, hi, len(successes), len(successes))
 
 
-def interval(values: np.ndarray, clusters: np.ndarray, resamples: int = 2000) -> dict[str, float]:
-    """Mean over windows with a 95 % bootstrap interval that resamples whole clusters (episodes).
+def proportion_difference(first: np.ndarray, second: np.ndarray) -> Stored:
+    """Share of successes of `first` minus that of `second` in the same episodes, in [-1, 1].
 
-    Windows of one episode are alike, so that resampling windows would claim too much. A bootstrap's quantiles lie too
-    near to the mean where clusters are few, so both are moved away from it by the factor sqrt(G / (G - 1)) t / z of G
+    The interval is that of Newcombe (1998, "Improved confidence intervals for the difference between binomial
+    proportions based on paired data", method 10): Wilson's intervals of both shares, combined by their correlation.
+
+    Args:
+      first, second: (N,) bool, of the same episodes.
+
+    Returns:
+      As `interval`.
+    """
+    first, second = np.asarray(first, np.bool_), np.asarray(second, np.bool_)
+    n = len(first)
+    (p1, lo1, hi1), (p2, lo2, hi2) = _wilson(first), _wilson(second)
+    both, neither = int((first & second).sum()), int((~first & ~second).sum())
+    one, other = int((first & ~second).sum()), int((~first & second).sum())
+    covariance = float(both * neither - one * other)
+    if covariance > 0:
+        covariance = max(covariance - n / 2, 0.0)  # corrected for continuity
+    scale = math.sqrt((both + one) * (other + neither) * (both + other) * (one + neither))
+    phi = covariance / scale if scale else 0.0
+
+    def half(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+    mean = p1 - p2
+    return _stored(mean, mean - half(p1 - lo1, hi2 - p2), mean + half(hi1 - p1, p2 - lo2), n, n)
+
+
+def interval(
+    values: np.ndarray, clusters: np.ndarray, bounds: tuple[float, float] = UNBOUNDED, resamples: int = 2000
+) -> Stored:
+    """Mean over windows with a 95 % interval clustered by episode: windows of one episode are alike.
+
+    Unbounded quantities have a bootstrap interval that resamples whole episodes. A bootstrap's quantiles lie too near
+    to the mean where clusters are few, so both are moved away from it by the factor sqrt(G / (G - 1)) t / z of G
     clusters, by which Student's interval is wider than a normal one (after Hesterberg's expanded percentile interval,
-    2015): 1.44 for 6, 1.09 for 22 and 1.02 for 100 clusters.
+    2015): 1.44 for 6, 1.09 for 22 and 1.02 for 100 clusters. Bounded quantities have Student's interval of the mean's
+    logit (of its logarithm where one bound is infinite), with the clusters' standard error by the delta method, mapped
+    back: it never leaves the bounds, and follows the skew of means that are close to one.
 
     Args:
       values, clusters: (N,).
+      bounds: smallest and largest possible value: both, the largest or none of them infinite.
 
     Returns:
-      {"mean", "lo", "hi", "n": N, "episodes": the number of clusters}; lo and hi equal the mean when there is one
-      cluster.
+      {"mean", "lo", "hi", "n": N, "episodes": the number of clusters}; lo and hi are None below `FEWEST` clusters.
     """
     _, index = np.unique(clusters, return_inverse=True)
     sums, counts = np.bincount(index, weights=values), np.bincount(index)
-    draws = np.random.default_rng(0).integers(0, len(sums), (resamples, len(sums)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
     mean, number = float(values.mean()), len(sums)
-    wider = float(stdtrit(number - 1, 0.975)) / _Z * np.sqrt(number / (number - 1)) if number > 1 else 1.0
+    if number < FEWEST:
+        return _stored(mean, mean, mean, len(values), number)
+    if bounds != UNBOUNDED:
+        return _stored(mean, *_bounded(mean, sums, counts, bounds), len(values), number)
+    draws = np.random.default_rng(0).integers(0, number, (resamples, number))
+    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    wider = float(stdtrit(number - 1, 0.975)) / _Z * np.sqrt(number / (number - 1))
     lo, hi = mean + wider * (np.quantile(means, [0.025, 0.975]) - mean)
-    return {"mean": mean, "lo": float(lo), "hi": float(hi), "n": len(values), "episodes": number}
+    return _stored(mean, float(lo), float(hi), len(values), number)
+
+
+def text(stored: Stored, form: str = ".4g") -> str:
+    """`0.5412 [0.4921, 0.5913]`, each number in a format of its own; `0.5412 [too few]` without an interval."""
+    ends = TOO_FEW if stored["lo"] is None else f"{stored['lo']:{form}}, {stored['hi']:{form}}"
+    return f"{stored['mean']:{form}} [{ends}]"
+
+
+def _bounded(mean: float, sums: np.ndarray, counts: np.ndarray, bounds: tuple[float, float]) -> tuple[float, float]:
+    """The interval of a mean of bounded values from its clusters' (G,) sums and counts."""
+    low, high = bounds
+    number, below, above = len(sums), mean - low, high - mean
+    error = math.sqrt(number / (number - 1) * float(np.square(sums - mean * counts).sum())) / float(counts.sum())
+    if error == 0 or below <= 0 or above <= 0:  # all values are alike
+        return mean, mean
+    shift = float(stdtrit(number - 1, 0.975)) * error * (1 / below + 1 / above)
+    if math.isinf(above):
+        return low + below * math.exp(-shift), low + below * math.exp(shift)
+    odds = below / above
+    lo, hi = odds * math.exp(-shift), odds * math.exp(shift)
+    return low + (high - low) * lo / (1 + lo), low + (high - low) * hi / (1 + hi)
+
+
+def _wilson(successes: np.ndarray) -> tuple[float, float, float]:
+    """(share, lo, hi) by Wilson's score."""
+    n, p, z = len(successes), float(np.mean(successes)), _Z
+    center, scale = p + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, min(p, max(0.0, (center - half) / scale)), max(p, min(1.0, (center + half) / scale))
+
+
+def _stored(mean: float, lo: float, hi: float, n: int, episodes: int) -> Stored:
+    tells = episodes >= FEWEST
+    return {"mean": mean, "lo": lo if tells else None, "hi": hi if tells else None, "n": n, "episodes": episodes}

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
+from uwm_jax.evaluation.metrics import FEWEST, TOO_FEW
 from uwm_jax.reporting.curves import Curve
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.log import read_metrics
@@ -22,11 +23,13 @@ from uwm_jax.training.record import read_starts
 from uwm_jax.training.stored import CorruptCheckpoint
 
 FEW_STEPS = "few_steps.json"
-FEWEST = 6  # episodes: that five all point one way happens by chance once in 16 times, which is more than 5 %
 
 
 class Interval(NamedTuple):
-    """A mean over `n` windows of so many `episodes`, or over `n` = `episodes` of them, with its 95 % interval."""
+    """A mean over `n` windows of so many `episodes`, or over `n` = `episodes` of them, with its 95 % interval.
+
+    `lo` and `hi` are the mean itself where there are fewer than `FEWEST` episodes; `tells` is False then.
+    """
 
     mean: float
     lo: float
@@ -35,15 +38,17 @@ class Interval(NamedTuple):
     episodes: int
 
     @classmethod
-    def of(cls, stored: Mapping[str, float] | None, episodes: int | None = None) -> Interval | None:
+    def of(cls, stored: Mapping[str, Any] | None, episodes: int | None = None) -> Interval | None:
         """From `{"mean", "lo", "hi", "n", "episodes"}`; None for None and for what has no finite mean.
 
-        Older files lack the last, and there are at most `episodes` then.
+        Older files lack the last, and there are at most `episodes` then; they have `lo` and `hi` whatever the number.
         """
         if stored is None or stored["mean"] is None or not math.isfinite(stored["mean"]):
             return None
-        n = int(stored["n"])
-        return cls(stored["mean"], stored["lo"], stored["hi"], n, int(stored.get("episodes", min(n, episodes or n))))
+        mean, n = float(stored["mean"]), int(stored["n"])
+        count = int(stored.get("episodes", min(n, episodes or n)))
+        lo, hi = (float(stored[end]) for end in ("lo", "hi")) if count >= FEWEST else (mean, mean)
+        return cls(mean, lo, hi, n, count)
 
     @property
     def tells(self) -> bool:
@@ -69,12 +74,12 @@ def number(x: float) -> str:
 
 
 def words(m: Interval) -> str:
-    """`0.0541 [0.0492, 0.0591]`, or `5.41 [4.92, 5.91] ×10⁻⁶` where all of it is small."""
+    """`0.0541 [0.0492, 0.0591]`, or `5.41 [4.92, 5.91] ×10⁻⁶` where all of it is small, or `0.0541 [too few]`."""
     largest = max(abs(m.lo), abs(m.hi))
     power = 3 * math.ceil(-math.log10(largest) / 3) if 0 < largest < 1e-3 else 0
     mean, lo, hi = (number(x * 10**power) for x in m[:3])
     unit = " ×10⁻" + str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")) if power else ""
-    return f"{mean} [{lo}, {hi}]{unit}"
+    return f"{mean} [{f'{lo}, {hi}' if m.tells else TOO_FEW}]{unit}"
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uwm_jax.evaluation.metrics import TOO_FEW
 from uwm_jax.evaluation.results import Interval, number
 from uwm_jax.reporting.curves import Panel, curves_svg
 
@@ -22,10 +23,10 @@ def image(path: Path, alt: str) -> str:
 
 
 def cell(m: Interval | None, kind: str = "") -> str:
-    """A `<td>`: the mean, and its interval below it, if there are enough episodes for one."""
+    """A `<td>`: the mean, and below it its interval, or that there are too few episodes for one."""
     if m is None:
         return "<td></td>"
-    low_high = f"{number(m.lo)} to {number(m.hi)}" if m.tells else f"{m.episodes} episodes"
+    low_high = f"{number(m.lo)} to {number(m.hi)}" if m.tells else f"{TOO_FEW} ({m.episodes})"
     return f'<td class="number {kind}">{number(m.mean)}<br><small>{low_high}</small></td>'
 
 

@@ -187,7 +187,7 @@ def _metrics(run: Run) -> str:
     return f"""<h2>Every mode beside baselines</h2>{_other_data(run.eval_how)}
 <table><tr><th></th><th></th>{heads}</tr>{"".join(rows)}</table>
 <p><small>Step {run.eval_step}; means over {count} windows of {episodes} held-out episodes, and below
-them the 95 % interval, which resamples whole episodes. o: what is seen now, a: the next actions, o': what is seen after
+them the 95 % interval, clustered by episode. o: what is seen now, a: the next actions, o': what is seen after
 them. What changed are the values (of a pixel's red, green or blue, 0 to 1) that differ by more than 0.05 from
 the current frame; windows without any are left out there.</small></p>"""
 
