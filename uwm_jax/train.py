@@ -29,7 +29,7 @@ from uwm_jax.parallel.distributed import Preemption, say
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
-from uwm_jax.training import finetune, record
+from uwm_jax.training import compatibility, finetune, patterns, record
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
@@ -107,7 +107,7 @@ def run(
     distributed.require_same("the data", loader.state(loader.start_step))
     facts = DataFacts(**loader.facts())
     if origin:
-        say("\n".join(origin.check(config, facts, loader.ranges())))
+        say("\n".join(compatibility.check(origin, config, facts, loader.ranges())))
         facts = dataclasses.replace(facts, normalizer=origin.normalizer_for(config, facts))
         loader.close()
         loader = open_loader(config, mesh, None, facts.normalizer)
@@ -143,7 +143,7 @@ def run(
     else:
         skipped = origin.skipped(like.params, config.init_from_skip) if origin else []
         state = jax.jit(init_state, out_shardings=shardings)(rng)
-        if config.model.encoder.imagenet_weights and (not origin or finetune.IMAGE_WEIGHTS in skipped):
+        if config.model.encoder.imagenet_weights and (not origin or patterns.IMAGE_WEIGHTS in skipped):
             state = state_lib.with_params(state, load_pretrained_encoder(config, state.params, shardings.params))
         if origin:
             state = state_lib.with_params(state, origin.params(state.params, config.init_from_skip)[0])

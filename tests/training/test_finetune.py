@@ -18,8 +18,10 @@ from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_system
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
-from uwm_jax.training.finetune import INTERFACE, open_origin
+from uwm_jax.training.compatibility import check
+from uwm_jax.training.finetune import open_origin
 from uwm_jax.training.frozen import open_codec
+from uwm_jax.training.patterns import INTERFACE
 from uwm_jax.training.state import create, make_optimizer
 
 # Of the dataset that the origin was trained on, and of another one.
@@ -107,13 +109,13 @@ def test_raw_parameters_may_be_asked_for(origin_run, tiny_config):
 
 def test_an_average_that_is_still_its_start_is_told(origin_run, origin, tiny_config):
     _, facts = shapes_of(tiny_config)
-    assert not [line for line in origin.check(tiny_config, facts) if "averaged" in line]  # the ramp: 0.1 %
+    assert not [line for line in check(origin, tiny_config, facts) if "averaged" in line]  # the ramp: 0.1 %
     slow = origin.config.copy_and_resolve_references()
     slow.optimizer.ema_decay, slow.optimizer.ema_warmup = 0.9999, "none"
-    told = "\n".join(dataclasses.replace(origin, config=slow).check(tiny_config, facts))
+    told = "\n".join(check(dataclasses.replace(origin, config=slow), tiny_config, facts))
     assert "warning: 100.0% of the averaged parameters of step 4 are still the random start" in told
     assert "--config.init_from_parameters=raw" in told
-    raw = dataclasses.replace(origin, config=slow, parameters="raw").check(tiny_config, facts)
+    raw = check(dataclasses.replace(origin, config=slow, parameters="raw"), tiny_config, facts)
     assert not [line for line in raw if "averaged" in line]
 
 
@@ -214,7 +216,7 @@ def test_fields_that_change_the_meaning_of_parameters_are_refused(origin, tiny_c
     _, facts = shapes_of(tiny_config)
     config_lib.apply_overrides(tiny_config, [(field, value)])
     with pytest.raises(UserError, match=rf"config.{re.escape(field)} is .*were trained with .*Use the origin's value"):
-        origin.check(tiny_config, facts)
+        check(origin, tiny_config, facts)
 
 
 def test_fresh_layers_free_what_belongs_to_them(origin, tiny_config):
@@ -222,11 +224,11 @@ def test_fresh_layers_free_what_belongs_to_them(origin, tiny_config):
     tiny_config.init_from_skip = INTERFACE["action"] + INTERFACE["next_obs"]
     tiny_config.diffusion.prediction.action = "sample"
     tiny_config.model.codec.name = "pixels"
-    origin.check(tiny_config, facts)
+    check(origin, tiny_config, facts)
     assert not origin.gives_codec(tiny_config)
     tiny_config.diffusion.beta_schedule = "linear"
     with pytest.raises(UserError, match="beta_schedule"):
-        origin.check(tiny_config, facts)
+        check(origin, tiny_config, facts)
 
 
 def test_the_normaliser_is_the_origins(origin, tiny_config):
@@ -259,17 +261,17 @@ def test_what_the_origin_leaves_raw_stays_raw(origin, tiny_config):
     raw = dataclasses.replace(origin, facts=with_facts(origin.facts, normalizer=Normalizer()))
     _, facts = shapes_of(tiny_config)
     assert raw.normalizer_for(tiny_config, facts).to_json() == {}
-    said = "\n".join(raw.check(tiny_config, facts))
+    said = "\n".join(check(raw, tiny_config, facts))
     assert "(action, state: none, raw values)" in said
     assert "warning: action of this run's data reaches 2.3 in" in said  # 0.1 + 2.2
 
 
 def test_a_person_is_told_of_quiet_differences(origin, tiny_config):
     _, facts = shapes_of(tiny_config)
-    assert not [x for x in origin.check(tiny_config, facts) if x.startswith("note: ")]
+    assert not [x for x in check(origin, tiny_config, facts) if x.startswith("note: ")]
     tiny_config.data.cameras = ("exterior",)
     tiny_config.data.window.action = (2, 4, 6, 8)
-    said = "\n".join(origin.check(tiny_config, facts))
+    said = "\n".join(check(origin, tiny_config, facts))
     assert "note: config.data.cameras is ['exterior']; the origin was trained with ['wrist']" in said
     assert "note: config.data.window.action is (2, 4, 6, 8); the origin was trained with (1, 2, 3, 4)" in said
     assert "the origin's PCA arrays" in said and "starting from ema_params of step 4" in said
@@ -280,7 +282,7 @@ def test_keys_of_sources_are_compared_as_they_are_read(origin, tiny_config):
     _, facts = shapes_of(tiny_config)
 
     def notes() -> list[str]:
-        return [x for x in origin.check(tiny_config, facts) if x.startswith("note: ")]
+        return [x for x in check(origin, tiny_config, facts) if x.startswith("note: ")]
 
     action = tiny_config.data.action
     tiny_config.data.sources.video = config_lib.source(use_actions=False, cameras=("front",))
@@ -303,11 +305,11 @@ def test_views_that_change_places_are_noticed(origin, tiny_config):
     origin = dataclasses.replace(origin, config=before, codec_arrays=None)
     tiny_config.data.cameras = ("exterior", "wrist")
     tiny_config.data.sources.robot = config_lib.source()
-    assert not [x for x in origin.check(tiny_config, facts) if x.startswith("note: ")]
+    assert not [x for x in check(origin, tiny_config, facts) if x.startswith("note: ")]
     tiny_config.data.sources.robot.cameras = ("wrist", "exterior")
     assert (
         "note: config.data.sources.robot.cameras is ['wrist', 'exterior']; "
-        "the origin was trained with ['exterior', 'wrist']" in origin.check(tiny_config, facts)
+        "the origin was trained with ['exterior', 'wrist']" in check(origin, tiny_config, facts)
     )
 
 
@@ -317,19 +319,19 @@ def test_data_that_stays_raw_is_compared_by_its_range(origin, tiny_config):
     tiny_config.data.normalize = "none"
     raw = with_facts(facts, normalizer=Normalizer())
     wide = Normalizer({"action": (np.full(10, 4.0, np.float32), np.full(10, 0.5, np.float32))})
-    said = origin.check(tiny_config, raw, wide)
+    said = check(origin, tiny_config, raw, wide)
     assert any(line.startswith("warning: action of this run's data reaches 2 in") for line in said)
-    assert not any(line.startswith("warning") for line in origin.check(tiny_config, raw, OLD))
+    assert not any(line.startswith("warning") for line in check(origin, tiny_config, raw, OLD))
 
 
 def test_units_that_differ_are_noticed(origin, tiny_config):
     """Twice the origin's range is suspicious; a constant column, whose scale is 1 by convention, is not."""
     _, facts = shapes_of(tiny_config)
     wide = {"action": (np.float32([4.0, *[2.0] * 8, 1.0]), np.full(10, 0.5, np.float32))}
-    said = "\n".join(origin.check(tiny_config, with_facts(facts, normalizer=Normalizer(wide))))
+    said = "\n".join(check(origin, tiny_config, with_facts(facts, normalizer=Normalizer(wide))))
     assert "warning: action of this run's data reaches 2 in" in said
     wide["action"][0][0] = 2.0
-    said = "\n".join(origin.check(tiny_config, with_facts(facts, normalizer=Normalizer(wide))))
+    said = "\n".join(check(origin, tiny_config, with_facts(facts, normalizer=Normalizer(wide))))
     assert "warning" not in said
 
 
@@ -344,7 +346,7 @@ def test_a_pca_codec_for_other_views_is_refused(origin, tiny_config):
     tiny_config.data.cameras = ("exterior", "wrist")
     system = System(tiny_config, *_parts(tiny_config))
     with pytest.raises(UserError, match=r"fitted on 1 views of 16x16, but this run has 2 of 16x16(.|\n)*patch_encoder"):
-        origin.check(tiny_config, with_facts(system.facts, normalizer=NEW))
+        check(origin, tiny_config, with_facts(system.facts, normalizer=NEW))
 
 
 def _parts(config):

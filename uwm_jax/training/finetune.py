@@ -35,35 +35,8 @@ from uwm_jax.system import DataFacts
 from uwm_jax.training import average
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.patterns import INTERFACE, is_fresh, matches, share, skip_flag
 from uwm_jax.training.stored import CorruptCheckpoint
-
-# The arrays that meet the raw values of an input or output: when all of them start fresh, its units are free.
-INTERFACE = {
-    "action": ("noise_pred_net/action_encoder/fc1/kernel", "noise_pred_net/action_decoder/fc2/kernel"),
-    "next_obs": ("noise_pred_net/patch_encoder/kernel", "noise_pred_net/patch_decoder/kernel"),
-    "low_dim": ("noise_pred_net/blocks/adaln/kernel", "noise_pred_net/head/adaln/kernel"),
-}
-
-IMAGE_WEIGHTS = "obs_encoder/img_encoder/conv1/kernel"  # fresh when the image encoder starts fresh
-
-# Fields that change what the parameters mean without changing a shape, and the interface that frees them, if any.
-_FIXED = {
-    "diffusion.num_train_steps": None,
-    "diffusion.beta_schedule": None,
-    "diffusion.prediction.action": "action",
-    "diffusion.prediction.next_obs": "next_obs",
-    "model.codec.name": "next_obs",
-    "model.patch": "next_obs",
-}
-
-# Fields that finetuning often changes; a person is told, since no shape may show it.
-_TOLD = (
-    *("data.low_dim", "data.text", "data.resize", "data.crop"),
-    *("data.window.obs", "data.window.action", "data.window.next_obs"),
-)
-
-# Largest normalised value of new data that passes without a warning; the origin was trained within about 1.
-_REACH = 1.5
 
 
 def open_origin(spec: str, parameters: str = "auto") -> Origin:
@@ -152,47 +125,6 @@ class Origin:
     def normalizer(self) -> Normalizer:
         return self.facts.normalizer
 
-    def check(self, config: ConfigDict, facts: DataFacts, ranges: Normalizer | None = None) -> list[str]:
-        """What a person should be told before the run starts, line by line.
-
-        Args:
-          config: of the new run.
-          facts: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
-          ranges: what maps this data onto [-1, 1] (`Loader.ranges()`), also where the run leaves it raw; None: the
-            normaliser does.
-
-        Raises:
-          UserError: a field, or a PCA codec, that gives the origin's parameters another meaning.
-        """
-        now, before = config_lib.flatten(config), config_lib.flatten(self.config)
-        for name, interface in _FIXED.items():
-            if now[name] != before[name] and not (interface and _is_fresh(interface, config.init_from_skip)):
-                remedy = f", or let its layers start fresh: {_flag(INTERFACE[interface])}" if interface else ""
-                raise UserError(
-                    f"config.{name} is {now[name]!r}, but the parameters of config.init_from={self.spec!r} were "
-                    f"trained with {before[name]!r}. Use the origin's value{remedy}."
-                )
-        lines = [
-            f"starting from {self.item} of step {self.step} in {self.directory}; optimizer and step are fresh",
-            *self._about_average(),
-            *self._about_codec(config),
-            *self._about_normalizer(config, facts, ranges or facts.normalizer),
-        ]
-        keys_now, keys_before = _keys_read(config), _keys_read(self.config)
-        for kind, fields in keys_now.items():
-            known = list(keys_before[kind].values())
-            lines += [
-                f"note: config.{field} is {keys}; the origin was trained with {' or '.join(map(str, known))}"
-                for field, keys in fields.items()
-                if keys not in known
-            ]
-        for name in _TOLD:
-            in_order = sorted if name == "data.low_dim" else lambda x: x
-            there, here = in_order(before[name]), in_order(now[name])
-            if there != here:
-                lines.append(f"note: config.{name} is {here}; the origin was trained with {there}")
-        return lines
-
     def normalizer_for(self, config: ConfigDict, facts: DataFacts) -> Normalizer:
         """The normaliser of the new run: the origin's for each key that it knows, in the same width.
 
@@ -201,9 +133,10 @@ class Origin:
         (official LIBERO checkpoints have no normaliser) stays as it is.
 
         Args:
-          config, facts: as for `check`.
+          config: of the new run.
+          facts: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
         """
-        kept = set(self._kept_keys(config, facts))
+        kept = set(self.kept_keys(config, facts))
         entries = {}
         for key in ("action", *facts.low_dim):
             source = self.normalizer if key in kept else facts.normalizer
@@ -213,7 +146,7 @@ class Origin:
 
     def gives_codec(self, config: ConfigDict) -> bool:
         """Whether the new run takes its codec (`vae`, `codec_arrays`): not if the layers of `next_obs` are fresh."""
-        return not _is_fresh("next_obs", config.init_from_skip)
+        return not is_fresh("next_obs", config.init_from_skip)
 
     @property
     def vae(self) -> Path:
@@ -271,7 +204,7 @@ class Origin:
                     f"config.init_from_skip: {pattern!r} matches none of the {len(names)} arrays, such as "
                     f"{', '.join([n for n in names if 'blocks' not in n][:3])}."
                 )
-        skipped = [name for name in names if _matches(name, skip)]
+        skipped = [name for name in names if matches(name, skip)]
         there, here = ({n: tuple(x.shape) for n, x in tree.items()} for tree in (stored, wanted))
         misfits = [n for n in names if n not in skipped and there.get(n) != here.get(n)]
         if misfits:
@@ -284,10 +217,11 @@ class Origin:
         mine = [name for name in skipped if name in sizes]
         unused = [name for name in skipped if name not in sizes]
         text = f"skipped: {', '.join(mine) or 'nothing'}"
-        text += f" start fresh ({_share(mine, sizes)})" if mine else ""
+        text += f" start fresh ({share(mine, sizes)})" if mine else ""
         return text + (f"; the origin's {', '.join(unused)} not used" if unused else "")
 
-    def _kept_keys(self, config: ConfigDict, facts: DataFacts) -> list[str]:
+    def kept_keys(self, config: ConfigDict, facts: DataFacts) -> list[str]:
+        """The keys, `action` and low-dim, whose normaliser is the origin's; arguments as for `normalizer_for`."""
         here = {"action": facts.action_dim, **facts.low_dim}
         there = {"action": self.facts.action_dim, **self.facts.low_dim}
 
@@ -297,55 +231,8 @@ class Origin:
         return [
             key
             for key, width in here.items()
-            if there.get(key) == width and not _is_fresh(interface(key), config.init_from_skip)
+            if there.get(key) == width and not is_fresh(interface(key), config.init_from_skip)
         ]
-
-    def _about_average(self) -> list[str]:
-        if self.parameters == average.RAW:
-            return []
-        told = average.warning(self.config, self.step, "--config.init_from_parameters=raw")
-        return [f"warning: {told}"] if told else []
-
-    def _about_codec(self, config: ConfigDict) -> list[str]:
-        name = config.model.codec.name
-        if not self.gives_codec(config) or name == "pixels" or (name == "pca" and not self.codec_arrays):
-            return []
-        if name == "vae":
-            return [f"codec: the origin's VAE, {self.vae} (config.model.codec.vae is not read)"]
-        fitted, wanted = tuple(self.codec_arrays["mean"].shape), (len(config.data.cameras), *config.data.crop, 3)
-        if fitted != wanted:
-            raise UserError(
-                f"config.init_from={self.spec!r}: the origin's PCA codec was fitted on {fitted[0]} views of "
-                f"{fitted[1]}x{fitted[2]}, but this run has {wanted[0]} of {wanted[1]}x{wanted[2]}. Use the origin's "
-                "views and crop, or this dataset's own codec, with layers for it that start fresh: "
-                f"{_flag(INTERFACE['next_obs'])}"
-            )
-        return ["codec: the origin's PCA arrays"]
-
-    def _about_normalizer(self, config: ConfigDict, facts: DataFacts, ranges: Normalizer) -> list[str]:
-        kept = self._kept_keys(config, facts)
-        own = [key for key in ("action", *facts.low_dim) if key not in kept]
-        plain = [key for key in kept if key not in self.normalizer.entries]
-        parts = [f"{', '.join(kept)} as in the origin"] if kept else []
-        parts += [f"{', '.join(own)} from this run's data ({config.data.normalize})"] if own else []
-        lines = [f"normaliser: {'; '.join(parts)}"]
-        lines[0] += f" ({', '.join(plain)}: none, raw values)" if plain else ""
-        for key in kept:
-            if key in ranges.entries:
-                reach = self._reach(key, *ranges.entries[key])
-                if reach > _REACH:
-                    lines.append(
-                        f"warning: {key} of this run's data reaches {reach:.3g} in the origin's units, which was "
-                        "trained within about 1. Are the units and the meaning of the columns the same? For action, "
-                        f"fresh layers and a fresh normaliser are {_flag(INTERFACE['action'])}"
-                    )
-        return lines
-
-    def _reach(self, key: str, scale: np.ndarray, offset: np.ndarray) -> float:
-        """Largest absolute value, normalised by the origin, of data whose range is offset +- scale."""
-        spread = np.where(scale == 1.0, 0.0, scale)  # a constant column has scale 1
-        ends = [self.normalizer.normalize(key, offset + sign * spread) for sign in (-1, 1)]
-        return float(np.abs(ends).max())
 
     def _shapes(self) -> dict[str, Any]:
         """{name: metadata with shape and dtype} of the origin's parameters."""
@@ -362,7 +249,7 @@ class Origin:
         sizes = {name: int(np.prod(shape)) for name, shape in here.items()}
         lines.append(
             "Undo the change of views, action width, registers or sizes. To let these arrays start fresh instead "
-            f"({_share([n for n in misfits if n in here], sizes)}):\n  {_flag([*skip, *misfits])}"
+            f"({share([n for n in misfits if n in here], sizes)}):\n  {skip_flag([*skip, *misfits])}"
         )
         if any(name in misfits for name in INTERFACE["low_dim"]):
             lines.append(
@@ -370,37 +257,6 @@ class Origin:
                 "they start at zero and are most of the network, so little of the origin is left without them."
             )
         return "\n".join(lines)
-
-
-def _keys_read(config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """{"cameras" and "action": {config field: keys}} of all data with actions; cameras in the order of the views."""
-    data = config.data
-    sources = {f"data.sources.{name}": s for name, s in data.sources.items() if s.use_actions} or {"data": data}
-    found: dict[str, dict[str, Any]] = {"cameras": {}, "action": {}}
-    for where, source in sources.items():
-        for kind, fields in found.items():
-            keys = source[kind] or data[kind]
-            if kind == "cameras":
-                keys = [key for _, key in sorted(zip(data.cameras, keys, strict=True))]
-            fields[f"{where if source[kind] else 'data'}.{kind}"] = keys
-    return found
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _is_fresh(interface: str, skip: Sequence[str]) -> bool:
-    return all(_matches(name, skip) for name in INTERFACE[interface])
-
-
-def _flag(patterns: Sequence[str]) -> str:
-    return f"--config.init_from_skip='{','.join(patterns)}'"
-
-
-def _share(names: Sequence[str], sizes: Mapping[str, int]) -> str:
-    count, total = sum(sizes[n] for n in names), sum(sizes.values())
-    return f"{count / 1e6:.3g} M of {total / 1e6:.4g} M parameters, {count / total:.1%}"
 
 
 def _replicated(like: jax.sharding.Sharding) -> jax.sharding.Sharding:

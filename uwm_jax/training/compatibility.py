@@ -1,0 +1,142 @@
+"""What a person is told, or refused, before a run starts from the parameters of another (`finetune.Origin`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from uwm_jax import config as config_lib
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.errors import UserError
+from uwm_jax.system import DataFacts
+from uwm_jax.training import average
+from uwm_jax.training.finetune import Origin
+from uwm_jax.training.patterns import INTERFACE, is_fresh, skip_flag
+
+# Fields that change what the parameters mean without changing a shape, and the interface that frees them, if any.
+_FIXED = {
+    "diffusion.num_train_steps": None,
+    "diffusion.beta_schedule": None,
+    "diffusion.prediction.action": "action",
+    "diffusion.prediction.next_obs": "next_obs",
+    "model.codec.name": "next_obs",
+    "model.patch": "next_obs",
+}
+
+# Fields that finetuning often changes; a person is told, since no shape may show it.
+_TOLD = (
+    *("data.low_dim", "data.text", "data.resize", "data.crop"),
+    *("data.window.obs", "data.window.action", "data.window.next_obs"),
+)
+
+# Largest normalised value of new data that passes without a warning; the origin was trained within about 1.
+_REACH = 1.5
+
+
+def check(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Normalizer | None = None) -> list[str]:
+    """What a person should be told before the run starts, line by line.
+
+    Args:
+      config: of the new run.
+      facts: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
+      ranges: what maps this data onto [-1, 1] (`Loader.ranges()`), also where the run leaves it raw; None: the
+        normaliser does.
+
+    Raises:
+      UserError: a field, or a PCA codec, that gives the origin's parameters another meaning.
+    """
+    now, before = config_lib.flatten(config), config_lib.flatten(origin.config)
+    for name, interface in _FIXED.items():
+        if now[name] != before[name] and not (interface and is_fresh(interface, config.init_from_skip)):
+            remedy = f", or let its layers start fresh: {skip_flag(INTERFACE[interface])}" if interface else ""
+            raise UserError(
+                f"config.{name} is {now[name]!r}, but the parameters of config.init_from={origin.spec!r} were "
+                f"trained with {before[name]!r}. Use the origin's value{remedy}."
+            )
+    lines = [
+        f"starting from {origin.item} of step {origin.step} in {origin.directory}; optimizer and step are fresh",
+        *_about_average(origin),
+        *_about_codec(origin, config),
+        *_about_normalizer(origin, config, facts, ranges or facts.normalizer),
+    ]
+    keys_now, keys_before = _keys_read(config), _keys_read(origin.config)
+    for kind, fields in keys_now.items():
+        known = list(keys_before[kind].values())
+        lines += [
+            f"note: config.{field} is {keys}; the origin was trained with {' or '.join(map(str, known))}"
+            for field, keys in fields.items()
+            if keys not in known
+        ]
+    for name in _TOLD:
+        in_order = sorted if name == "data.low_dim" else lambda x: x
+        there, here = in_order(before[name]), in_order(now[name])
+        if there != here:
+            lines.append(f"note: config.{name} is {here}; the origin was trained with {there}")
+    return lines
+
+
+def _about_average(origin: Origin) -> list[str]:
+    if origin.parameters == average.RAW:
+        return []
+    told = average.warning(origin.config, origin.step, "--config.init_from_parameters=raw")
+    return [f"warning: {told}"] if told else []
+
+
+def _about_codec(origin: Origin, config: ConfigDict) -> list[str]:
+    name = config.model.codec.name
+    if not origin.gives_codec(config) or name == "pixels" or (name == "pca" and not origin.codec_arrays):
+        return []
+    if name == "vae":
+        return [f"codec: the origin's VAE, {origin.vae} (config.model.codec.vae is not read)"]
+    fitted, wanted = tuple(origin.codec_arrays["mean"].shape), (len(config.data.cameras), *config.data.crop, 3)
+    if fitted != wanted:
+        raise UserError(
+            f"config.init_from={origin.spec!r}: the origin's PCA codec was fitted on {fitted[0]} views of "
+            f"{fitted[1]}x{fitted[2]}, but this run has {wanted[0]} of {wanted[1]}x{wanted[2]}. Use the origin's "
+            "views and crop, or this dataset's own codec, with layers for it that start fresh: "
+            f"{skip_flag(INTERFACE['next_obs'])}"
+        )
+    return ["codec: the origin's PCA arrays"]
+
+
+def _about_normalizer(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Normalizer) -> list[str]:
+    kept = origin.kept_keys(config, facts)
+    own = [key for key in ("action", *facts.low_dim) if key not in kept]
+    plain = [key for key in kept if key not in origin.normalizer.entries]
+    parts = [f"{', '.join(kept)} as in the origin"] if kept else []
+    parts += [f"{', '.join(own)} from this run's data ({config.data.normalize})"] if own else []
+    lines = [f"normaliser: {'; '.join(parts)}"]
+    lines[0] += f" ({', '.join(plain)}: none, raw values)" if plain else ""
+    for key in kept:
+        if key in ranges.entries:
+            reach = _reach(origin, key, *ranges.entries[key])
+            if reach > _REACH:
+                lines.append(
+                    f"warning: {key} of this run's data reaches {reach:.3g} in the origin's units, which was "
+                    "trained within about 1. Are the units and the meaning of the columns the same? For action, "
+                    f"fresh layers and a fresh normaliser are {skip_flag(INTERFACE['action'])}"
+                )
+    return lines
+
+
+def _reach(origin: Origin, key: str, scale: np.ndarray, offset: np.ndarray) -> float:
+    """Largest absolute value, normalised by the origin, of data whose range is offset +- scale."""
+    spread = np.where(scale == 1.0, 0.0, scale)  # a constant column has scale 1
+    ends = [origin.normalizer.normalize(key, offset + sign * spread) for sign in (-1, 1)]
+    return float(np.abs(ends).max())
+
+
+def _keys_read(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """{"cameras" and "action": {config field: keys}} of all data with actions; cameras in the order of the views."""
+    data = config.data
+    sources = {f"data.sources.{name}": s for name, s in data.sources.items() if s.use_actions} or {"data": data}
+    found: dict[str, dict[str, Any]] = {"cameras": {}, "action": {}}
+    for where, source in sources.items():
+        for kind, fields in found.items():
+            keys = source[kind] or data[kind]
+            if kind == "cameras":
+                keys = [key for _, key in sorted(zip(data.cameras, keys, strict=True))]
+            fields[f"{where if source[kind] else 'data'}.{kind}"] = keys
+    return found

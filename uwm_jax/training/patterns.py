@@ -1,0 +1,39 @@
+"""Names of parameters, patterns over them, and the arrays that a person may want to name.
+
+A name is a path such as `noise_pred_net/pos_embed`; in a pattern, `*` stands for any characters.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+# The arrays that meet the raw values of an input or output: when all of them start fresh, its units are free.
+INTERFACE = {
+    "action": ("noise_pred_net/action_encoder/fc1/kernel", "noise_pred_net/action_decoder/fc2/kernel"),
+    "next_obs": ("noise_pred_net/patch_encoder/kernel", "noise_pred_net/patch_decoder/kernel"),
+    "low_dim": ("noise_pred_net/blocks/adaln/kernel", "noise_pred_net/head/adaln/kernel"),
+}
+
+IMAGE_WEIGHTS = "obs_encoder/img_encoder/conv1/kernel"  # fresh when the image encoder starts fresh
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches one of the patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_fresh(interface: str, skip: Sequence[str]) -> bool:
+    """Whether all arrays of an interface match the patterns."""
+    return all(matches(name, skip) for name in INTERFACE[interface])
+
+
+def skip_flag(patterns: Sequence[str]) -> str:
+    """The flag that lets these arrays start fresh."""
+    return f"--config.init_from_skip='{','.join(patterns)}'"
+
+
+def share(names: Sequence[str], sizes: Mapping[str, int]) -> str:
+    """How many of all parameters the named arrays hold, for people; `sizes` are those of all."""
+    count, total = sum(sizes[n] for n in names), sum(sizes.values())
+    return f"{count / 1e6:.3g} M of {total / 1e6:.4g} M parameters, {count / total:.1%}"
