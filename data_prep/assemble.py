@@ -88,12 +88,13 @@ def _assemble_split(
     first_of_shard = np.cumsum(sizes) - sizes
     (building / "index").mkdir(exist_ok=True)
     np.savez(
-        building / "index" / f"{split}.npz",
+        building / records.index_file(split),
         allow_pickle=False,
         episode_length=lengths,
         episode_first_chunk=np.cumsum(chunks) - chunks,
         chunk_shard=np.repeat(np.arange(len(shards)), sizes),
         chunk_record=np.arange(sizes.sum()) - np.repeat(first_of_shard, sizes),
+        chunk_crc32c=np.asarray([crc for part in parts for crc in part.checksums], np.uint32),
     )
     texts: dict[str, np.ndarray] = {}
     for name in layout.texts:
@@ -110,7 +111,7 @@ def _assemble_split(
                 with (building / "parts" / f"{split}.{number:05d}" / f"{i}.column").open("rb") as part:
                     shutil.copyfileobj(part, out, 1 << 22)
     files = [
-        f"index/{split}.npz",
+        records.index_file(split),
         records.text_file(split),
         *(records.column_file(split, key) for key in layout.columns),
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from uwm_jax.data.fitted import content_digest
 from uwm_jax.data.records import Dataset, short_key
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
@@ -41,7 +42,7 @@ def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, c
 
     The file is an npz with `<camera>/mean` (H, W, 3) float32 in [0, 1], `<camera>/components` (patch*patch*3, channels)
     float32, `scale` (), `patch`, `channels`, `image_size` (2,), `val_ratio`, `num_frames`, and the dataset's
-    `fingerprint`.
+    `fingerprint`, and `digest`, the `content_digest` of all these.
 
     Returns:
         The number of steps whose frames were used: evenly spaced over the training episodes of `val_ratio`.
@@ -67,19 +68,11 @@ def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, c
     params = fit_pca(frames, patch, channels)
     names = [short_key(c) for c in cameras]
     arrays = {f"{name}/{part}": params[part][v] for v, name in enumerate(names) for part in ("mean", "components")}
+    about = dict(patch=patch, channels=channels, image_size=size, val_ratio=val_ratio, num_frames=count)
+    arrays |= {"scale": params["scale"], **about, "fingerprint": dataset.fingerprint}
+    arrays = {name: np.asarray(value) for name, value in arrays.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        file,
-        allow_pickle=False,
-        **arrays,
-        scale=params["scale"],
-        patch=patch,
-        channels=channels,
-        image_size=np.asarray(size),
-        val_ratio=val_ratio,
-        num_frames=count,
-        fingerprint=dataset.fingerprint,
-    )
+    np.savez(file, allow_pickle=False, **arrays, digest=content_digest(arrays))
     return count
 
 

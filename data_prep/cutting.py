@@ -10,6 +10,7 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 from array_record.python import array_record_module
 from tqdm import tqdm
 
@@ -39,10 +40,11 @@ class Job:
 
 @dataclasses.dataclass
 class Result:
-    """What one input file became: shards in order (temporary name, records, bytes, sha256), lengths and texts of its
-    episodes, and what was skipped."""
+    """What one input file became: shards in order (temporary name, records, bytes, sha256), the crc32c of each record,
+    lengths and texts of its episodes, and what was skipped."""
 
     shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    checksums: list[int] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
     texts: dict[str, list[bytes]] = dataclasses.field(default_factory=dict)
     skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -77,6 +79,7 @@ def _run_job(job: Job) -> Result:
             kept = 1
             for chunk in episode.chunks:
                 writer.write(chunk)
+                result.checksums.append(google_crc32c.value(chunk))
             for key, values in episode.columns.items():
                 columns[key].write(values.astype(job.layout.columns[key][1]).tobytes())
             result.lengths.append(episode.length)

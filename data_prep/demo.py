@@ -104,8 +104,11 @@ def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite
     made = _read_record(source)
     same = made is not None and made["demo"] == dataclasses.asdict(demo)
     if made is not None and same and made.get("fingerprint", "unfinished") == _fingerprint(output):
-        print(f"{output}: {demo.episodes} demonstrations are there already, made with the same flags.")
-        return
+        if _is_current(output):
+            print(f"{output}: {demo.episodes} demonstrations are there already, made with the same flags.")
+            return
+        print(f"{output} has the layout of another version: it is cut again from {source}.")
+        overwrite = True
     if not is_vacant(output) and not overwrite:
         found = f"made with {made['demo']}" if made and not same else f"not cut from what is in {source}"
         raise UserError(
@@ -123,13 +126,23 @@ def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite
 
 
 def _fingerprint(output: Path) -> str | None:
-    """Of a training dataset; None where there is none that can be read."""
-    from uwm_jax.data.records import fingerprint, read_manifest
+    """Of a training dataset of this or another version; None where there is none that can be read."""
+    from uwm_jax.data.records import fingerprint
 
     try:
-        return fingerprint(read_manifest(output))
-    except UserError:
+        return fingerprint(json.loads((output / "manifest.json").read_text()))
+    except (OSError, ValueError, AttributeError):
         return None
+
+
+def _is_current(output: Path) -> bool:
+    """Whether a training dataset is in the layout that this version reads."""
+    from uwm_jax.data.records import read_manifest
+
+    try:
+        return bool(read_manifest(output))
+    except UserError:
+        return False
 
 
 def episodes(demo: Demo, workers: int = 0) -> Iterator[tuple[int, Episode]]:

@@ -121,9 +121,8 @@ def _plot_actions(dataset: Dataset, file: Path) -> list[str]:
     shown = np.flatnonzero(counted_steps(dataset.episode_lengths, dataset.action_lengths()))
     shown = shown[:: max(1, len(shown) // 300_000)]
     for key in keys:
-        values = dataset.column(key).reshape(len(dataset.column(key)), -1)
         # A few hundred thousand rows show the shape of any distribution.
-        values = np.asarray(values[shown], np.float64)
+        values = np.asarray(dataset.column(key)[shown], np.float64).reshape(len(shown), -1)
         panels += [(f"{key}[{i}]" if values.shape[1] > 1 else key, values[:, i]) for i in range(values.shape[1])]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)

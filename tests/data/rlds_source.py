@@ -138,11 +138,28 @@ def write(path: Path, splits: dict[str, list[list[bytes]]], tree: Any, file_form
 
 def write_column(dataset: Path, key: str, values: np.ndarray, split: str = "train") -> None:
     """Puts other values into a column of a training dataset, as if it had been made with them."""
-    from uwm_jax.data.records import checksum, column_file
+    from uwm_jax.data.records import column_file
 
     np.save(dataset / column_file(split, key), values)
+    _update_checksum(dataset, split, column_file(split, key))
+
+
+def write_index(dataset: Path, split: str = "train", **first: list[int]) -> None:
+    """Puts other values at the beginning of arrays of the index, as if the dataset had been made with them."""
+    file = dataset / "index" / f"{split}.npz"
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    for name, values in first.items():
+        arrays[name][: len(values)] = values
+    np.savez(file, **arrays)
+    _update_checksum(dataset, split, f"index/{split}.npz")
+
+
+def _update_checksum(dataset: Path, split: str, name: str) -> None:
+    from uwm_jax.data.records import checksum
+
     manifest = json.loads((dataset / "manifest.json").read_text())
-    manifest["splits"][split]["files"][column_file(split, key)]["crc32c"] = checksum(dataset / column_file(split, key))
+    manifest["splits"][split]["files"][name]["crc32c"] = checksum(dataset / name)
     (dataset / "manifest.json").write_text(json.dumps(manifest))
 
 

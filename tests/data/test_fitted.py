@@ -51,3 +51,19 @@ def test_cameras_may_have_names_of_their_own(tiny_dataset):
 def test_a_dataset_without_a_codec(tmp_path):
     with pytest.raises(UserError, match="pca.npz"):
         read_pca(tmp_path, ("wrist",), (16, 16), 0.3)
+
+
+def test_a_damaged_or_edited_codec_is_refused(tiny_dataset, tmp_path):
+    copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
+    file = copy / "codec" / "pca.npz"
+    data = file.read_bytes()
+    for damaged in (b"", data[:-30], data[:300] + b"\1" + data[301:], b"no npz"):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"pca.npz cannot be read .*reshard the dataset again"):
+            read_pca(copy, ("wrist",), (16, 16), 0.3)
+    with np.load(tiny_dataset / "codec" / "pca.npz") as stored:
+        arrays = dict(stored)
+    for name, edited in (("scale", arrays["scale"] * 2), ("val_ratio", np.asarray(0.1)), ("extra", np.zeros(1))):
+        np.savez(file, **arrays | {name: edited})
+        with pytest.raises(UserError, match=r"pca.npz is not as data_prep.reshard wrote it"):
+            read_pca(copy, ("wrist",), (16, 16), 0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -389,7 +390,11 @@ def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:
         _loader(config).held_out(4)
 
 
-def test_transformed_statistics_are_kept_and_never_stale(made, config: ConfigDict) -> None:
+def test_transformed_statistics_are_kept_and_never_stale(
+    made, config: ConfigDict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _loader(config)
+    capsys.readouterr()
     _loader(config)
     directory = made[0] / "derived_stats"
     file = directory / "train.action_dict.cartesian_velocity.xyz_euler_to_rot6d.val_0.05.json"
@@ -398,11 +403,18 @@ def test_transformed_statistics_are_kept_and_never_stale(made, config: ConfigDic
     expected = np.concatenate([_raw_actions(made[1][e])[:, :9] for e in train])
     assert stored["stats"]["count"] == len(expected)
     np.testing.assert_allclose(stored["stats"]["max"], expected.max(axis=0), rtol=1e-6)
-    for text in (json.dumps(stored | {"val_ratio": 0.5, "stats": {}}), json.dumps(stored)[:100]):
+    assert capsys.readouterr().err == ""
+    edited = json.loads(json.dumps(stored))
+    edited["stats"]["max"][0] += 1
+    without = {key: value for key, value in stored.items() if key != "digest"}
+    for text in (json.dumps(edited), json.dumps(without), json.dumps(stored)[:100], "[" * 99_999, "[]", ""):
         file.write_text(text)
         _loader(config)
         assert json.loads(file.read_text()) == stored
-    file.write_text(json.dumps(stored | {"fingerprint": "other"}))
+        assert capsys.readouterr().err.startswith(f"{file}: edited, damaged or of an older version") == bool(text)
+    other = without | {"fingerprint": "other"}
+    digest = hashlib.sha256(json.dumps(other, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(other | {"digest": digest}))
     with pytest.raises(
         UserError, match=rf"{file.name} holds statistics of another dataset .*other.*delete .*/derived_"
     ):

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from data_prep.reshard import reshard
+from uwm_jax.data import columns, records
 from uwm_jax.data.records import Dataset, dataset_dir, short_key
 from uwm_jax.errors import UserError
 
@@ -136,14 +137,25 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(copy: Path) -> None:
     assert found > 100
 
 
+def _crc32c(data: bytes) -> int:
+    """Bit by bit, as RFC 3720 defines it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
 def test_a_record_of_something_else_is_named(copy: Path) -> None:
     from array_record.python import array_record_module
 
     dataset = Dataset(copy)
-    records = [dataset.record(0, 0)[:-40]]
+    cut = dataset.record(0, 0)[:-40]
     writer = array_record_module.ArrayRecordWriter(str(_shard(copy)), "group_size:1")
-    writer.write(records[0])
+    writer.write(cut)
     writer.close()
+    rlds_source.write_index(copy, chunk_crc32c=[_crc32c(cut)])
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"][0]["bytes"] = _shard(copy).stat().st_size
     (copy / "manifest.json").write_text(json.dumps(manifest))
@@ -153,8 +165,55 @@ def test_a_record_of_something_else_is_named(copy: Path) -> None:
         _frames(Dataset(copy), 0, "observation/wrist", [9])
 
 
+def test_sound_shards_of_another_dataset_are_refused(copy: Path) -> None:
+    """The records have other values, the files the same size and valid hashes of their own."""
+    from array_record.python import array_record_module
+
+    dataset = Dataset(copy)
+    with np.load(copy / "index" / "train.npz") as index:
+        assert [int(c) for c in index["chunk_crc32c"]] == [
+            _crc32c(dataset.record(e, c)) for e, n in enumerate(LENGTHS) for c in range(-(-n // 8))
+        ]
+    reader = array_record_module.ArrayRecordReader(str(_shard(copy)))
+    records = [bytearray(r) for r in reader.read_all()]
+    size = _shard(copy).stat().st_size
+    for record in records:
+        record[-1] ^= 1
+    writer = array_record_module.ArrayRecordWriter(str(_shard(copy)), "group_size:1,uncompressed")
+    for record in records:
+        writer.write(bytes(record))
+    writer.close()
+    assert _shard(copy).stat().st_size == size
+    with pytest.raises(
+        UserError, match=rf"{_shard(copy).name}: record 2 is not the one .* another dataset or was over"
+    ):
+        Dataset(copy).record(0, 2)
+
+
+def test_a_column_in_memory_is_out_of_reach(copy: Path) -> None:
+    file = copy / "columns" / "train" / "action.npy"
+    column = Dataset(copy).column("action")
+    expected = column.copy()
+    file.write_bytes(bytes(file.stat().st_size))
+    np.testing.assert_array_equal(column, expected)
+    with pytest.raises(ValueError, match="read-only"):
+        column[0] = 0
+    with pytest.raises(UserError, match="action.npy: its checksum is not that of manifest.json"):
+        Dataset(copy).column("action")
+
+
+def test_the_columns_that_are_used_share_the_memory(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (copy / "columns" / "train" / "action.npy").stat().st_size
+    monkeypatch.setattr(records, "COLUMNS_IN_MEMORY", 2 * size)
+    dataset = Dataset(copy)
+    first, second, third = (dataset.column(key) for key in ("action", "action_dict/cartesian_velocity", "counter"))
+    assert isinstance(first, np.ndarray) and isinstance(second, np.ndarray)
+    assert isinstance(third, columns.DiskColumn)
+    assert dataset.column("counter") is third
+
+
 def test_manifest_index_and_columns_are_checked(copy: Path) -> None:
-    np.save(copy / "columns" / "train" / "action.npy", np.zeros((3, 7), np.float32))
+    rlds_source.write_column(copy, "action", np.zeros((3, 7), np.float32))
     with pytest.raises(UserError, match=r"action.npy: expected shape \(66, 7\), found \(3, 7\)"):
         Dataset(copy).column("action")
     (copy / "columns" / "train" / "action.npy").unlink()
@@ -168,12 +227,14 @@ def test_manifest_index_and_columns_are_checked(copy: Path) -> None:
     with pytest.raises(UserError, match=r"expected \(episodes, steps, chunks\) \(3, 7, 9\).*found \(3, 66, 9\)"):
         Dataset(copy)
     manifest["splits"]["train"]["steps"] = steps
-    manifest["format_version"] = 99
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="expected format"):
-        Dataset(copy)
+    current = manifest["format_version"]
+    for version in (1, 99):  # version 1 had no checksums of the records
+        manifest["format_version"] = version
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=rf"expected format .*{version}\): another version.*Make it again with"):
+            Dataset(copy)
     del manifest["cameras"]
-    manifest["format_version"] = 1
+    manifest["format_version"] = current
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="fields cameras are missing"):
         Dataset(copy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,19 +178,6 @@ def test_filters_that_fit_nothing_are_explained(config: ConfigDict) -> None:
     refused(r"no episode text 'x'; it has: episode_metadata/file_path", include=("WEIRD",), path_key="x")
     held_out = split_episodes(8, 0.3)[1][0]
     refused(r"longest of 0 training episodes of source 'robot'", include=(f"ép-{held_out}/",))
-
-
-def test_datasets_of_older_versions_cannot_be_filtered(config: ConfigDict, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(config.path, tmp_path / "copy", ignore=shutil.ignore_patterns("derived_stats")))
-    manifest = json.loads((copy / "manifest.json").read_text())
-    del manifest["splits"]["train"]["files"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    (copy / "index" / "train.texts.npz").unlink()
-    config.path = str(copy)
-    with pytest.raises(UserError, match="made by an older version.*Make it again with data_prep.reshard"):
-        _loader(config)
-    config.sources = ConfigDict()
-    assert _take(_loader(config), 1)
 
 
 def test_one_normaliser_over_the_training_episodes_of_all_robots(config: ConfigDict, other: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from uwm_jax.data.records import fingerprint, read_manifest
 from uwm_jax.errors import UserError
 
 pytest.importorskip("gym_pusht")
@@ -180,6 +181,22 @@ def test_make_is_ready_to_train_on_and_keeps_what_is_there(short_episodes, tmp_p
     assert (output / "manifest.json").read_bytes() == manifest
     demo.make(other, output, workers=1, overwrite=True)
     assert (output / "manifest.json").read_bytes() != manifest
+
+
+def test_a_dataset_of_an_older_version_is_cut_again_from_its_source(short_episodes, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "pusht"
+    demo.make(TINY, output, workers=1)
+    current = json.loads((output / "manifest.json").read_text())
+    older = json.dumps(current | {"format_version": 1})
+    (output / "manifest.json").write_text(older)
+    record = demo._read_record(tmp_path / "pusht_rlds")
+    demo._write_record(tmp_path / "pusht_rlds", record | {"fingerprint": fingerprint(json.loads(older))})
+    monkeypatch.setattr(demo, "run_episode", None)
+    demo.make(TINY, output, workers=1)
+    assert "another version: it is cut again from" in capsys.readouterr().out
+    assert fingerprint(read_manifest(output)) == fingerprint(current)
+    demo.make(TINY, output, workers=1)
+    assert "there already" in capsys.readouterr().out
 
 
 def test_an_expert_that_always_fails_is_an_error(monkeypatch, tmp_path):

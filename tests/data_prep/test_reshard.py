@@ -93,7 +93,6 @@ def test_columns_index_and_manifest(made) -> None:
     np.testing.assert_array_equal(dataset.episode_lengths, LENGTHS)
     np.testing.assert_array_equal(dataset.episode_starts, np.cumsum([0, *LENGTHS[:-1]]))
     steps = [s for e in episodes for s in e["steps"]]
-    assert isinstance(dataset.column("action"), np.memmap)
     expected = {
         "action": np.stack([s["action"] for s in steps]).astype(np.float32),
         "action_dict/gripper_position": np.stack([s["action_dict"]["gripper_position"] for s in steps]).astype("f4"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +32,8 @@ def read_pca(
       float32 {"mean": (V, H, W, 3), "components": (V, patch*patch*3, C), "scale": ()}, cameras sorted.
 
     Raises:
-      UserError: there is none, or it was fitted for other cameras, another size, another split or another dataset.
+      UserError: there is none, it is damaged or edited, or it was fitted for other cameras, another size, another
+        split or another dataset.
     """
     path = Path(dataset) / "codec" / "pca.npz"
     if not path.is_file():
@@ -37,25 +41,32 @@ def read_pca(
             f"config.model.codec.name='pca' needs {path}, which data_prep.reshard fits on the training episodes: "
             "reshard the dataset again, or use config.model.codec.name='pixels'."
         )
-    with np.load(path, allow_pickle=False) as stored:
-        keys = [short_key(cameras[c] if isinstance(cameras, Mapping) else c) for c in sorted(cameras)]
-        missing = [key for key in keys if f"{key}/mean" not in stored]
-        if missing:
-            known = sorted(k.removesuffix("/mean") for k in stored if k.endswith("/mean"))
-            raise UserError(f"{path}: holds no codec for camera {missing[0]!r}; it has {', '.join(known)}.")
-        arrays = {
-            "mean": np.stack([stored[f"{key}/mean"] for key in keys]).astype(np.float32),
-            "components": np.stack([stored[f"{key}/components"] for key in keys]).astype(np.float32),
-            "scale": stored["scale"].astype(np.float32),
-        }
-        fitted_ratio = float(stored["val_ratio"])
-        fitted_on = str(stored["fingerprint"]) if "fingerprint" in stored else None
-    # Codecs of older versions do not say which dataset they are of.
-    if fitted_on is not None and fitted_on != (found := fingerprint(read_manifest(dataset))):
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            stored = {name: npz[name] for name in npz.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"{path} cannot be read ({e}): copy it again, or reshard the dataset again.") from e
+    if str(stored.pop("digest", "")) != content_digest(stored):
+        raise UserError(
+            f"{path} is not as data_prep.reshard wrote it: its digest is not that of its content. Copy it again, or "
+            "reshard the dataset again."
+        )
+    if (fitted_on := str(stored["fingerprint"])) != (found := fingerprint(read_manifest(dataset))):
         raise UserError(
             f"{path} was fitted on another dataset (fingerprint {fitted_on[:12]}, this one is {found[:12]}). "
             "Reshard the dataset again, or copy codec/pca.npz together with it."
         )
+    keys = [short_key(cameras[c] if isinstance(cameras, Mapping) else c) for c in sorted(cameras)]
+    missing = [key for key in keys if f"{key}/mean" not in stored]
+    if missing:
+        known = sorted(k.removesuffix("/mean") for k in stored if k.endswith("/mean"))
+        raise UserError(f"{path}: holds no codec for camera {missing[0]!r}; it has {', '.join(known)}.")
+    arrays = {
+        "mean": np.stack([stored[f"{key}/mean"] for key in keys]).astype(np.float32),
+        "components": np.stack([stored[f"{key}/components"] for key in keys]).astype(np.float32),
+        "scale": stored["scale"].astype(np.float32),
+    }
+    fitted_ratio = float(stored["val_ratio"])
     size = arrays["mean"].shape[1:3]
     if size != tuple(crop):
         raise UserError(
@@ -69,3 +80,13 @@ def read_pca(
             f"or reshard with --val_ratio={val_ratio:g}."
         )
     return arrays
+
+
+def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """sha256 of arrays with their names, dtypes and shapes, whatever their order."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        array = np.ascontiguousarray(array)
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

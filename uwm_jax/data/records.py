@@ -5,15 +5,19 @@ A dataset directory is a TFDS-readable RLDS dataset in ArrayRecord (`dataset_inf
 consecutive steps of one episode, encoded images untouched. Beside it lie
 
 - `manifest.json`: format version, source, keys with shapes and dtypes, camera sizes, and per split
-  the counts, what was skipped, the shards with size and sha256, and the crc32c of every file below;
+  the counts, what was skipped, the shards with size and sha256, and the crc32c of every index and column file;
 - `index/<split>.npz`: `episode_length` (E,), `episode_first_chunk` (E,), `chunk_shard` (K,),
-  `chunk_record` (K,), all int64, chunks of an episode being consecutive;
+  `chunk_record` (K,), all int64, and `chunk_crc32c` (K,) uint32 of the record, chunks of an episode being consecutive;
 - `index/<split>.texts.npz`: for every episode-level text, such as the path of the recording, `<key>/utf8` (bytes of
   all episodes one after another) and `<key>/ends` (E,) int64, so that episodes are chosen without reading a record;
 - `columns/<split>/<key>.npy`: every numeric step key of at most `COLUMN_MAX_SIZE` values, (steps, ...)
   in episode order, float32 or int64, so that actions and statistics need no record;
 - `codec/pca.npz` and `stats.json`, which `data_prep` derives from the above, and `derived_stats/`, a cache of
   what `uwm_jax.data.stats` computes.
+
+The fingerprint of the manifest identifies all of it: index, texts and columns are compared with their crc32c when they
+are opened, each record with its own whenever it is read, and what is derived names the fingerprint and carries a digest
+of its own content.
 
 A window then costs a few reads of whole records, a scan of their wire format, and the decoding of
 only the frames that it uses.
@@ -27,6 +31,7 @@ import io
 import itertools
 import json
 import os
+import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,12 +43,15 @@ from etils import epath
 from PIL import Image
 
 from uwm_jax.data import example
+from uwm_jax.data.columns import Column, WrongChecksum, open_column
 from uwm_jax.data.shards import Shards
 from uwm_jax.errors import UserError
 
 FORMAT = "uwm_jax/chunks"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COLUMN_MAX_SIZE = 256
+
+COLUMNS_IN_MEMORY = 1 << 31  # bytes of a split's columns, as far as they are used; further ones stay on disk
 
 _BLOCK = 1 << 22
 
@@ -68,6 +76,11 @@ def short_key(key: str) -> str:
 def column_file(split: str, key: str) -> str:
     """File of a column, relative to the dataset directory."""
     return f"columns/{split}/{key.replace('/', '.')}.npy"
+
+
+def index_file(split: str) -> str:
+    """File of the episode index, relative to the dataset directory."""
+    return f"index/{split}.npz"
 
 
 def text_file(split: str) -> str:
@@ -108,8 +121,9 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = (manifest.get("format"), manifest.get("format_version"))
     if found != (FORMAT, FORMAT_VERSION):
         raise UserError(
-            f"{file}: expected format {(FORMAT, FORMAT_VERSION)}, found {found}. "
-            "Make the dataset again with `python -m data_prep.reshard` of this version."
+            f"{file}: expected format {(FORMAT, FORMAT_VERSION)}, found {found}: another version of uwm_jax made this "
+            f"dataset. Make it again with `python -m data_prep.reshard --input=RLDS_DIR --output={path} --overwrite`, "
+            "or with `python -m data_prep.demo` if it is the demonstration data."
         )
     missing = {"name", "chunk_steps", "step_features", "cameras", "splits"} - set(manifest)
     if missing:
@@ -146,12 +160,13 @@ class Dataset:
                 f"{self.directory}: no split {split!r}; it has {', '.join(sorted(self.manifest['splits']))}."
             )
         info = self.manifest["splits"][split]
-        self._checksums = {name: entry["crc32c"] for name, entry in info.get("files", {}).items()}
+        self._checksums = {name: entry["crc32c"] for name, entry in info["files"].items()}
         self.chunk_steps = int(self.manifest["chunk_steps"])
         self.cameras = {k: (c["height"], c["width"]) for k, c in self.manifest["cameras"].items()}
         self._shards = Shards(self.directory, info["shards"])
         self._read_index(info)
-        self._columns: dict[str, np.ndarray] = {}
+        self._columns: dict[str, Column] = {}
+        self._lock = threading.Lock()
 
     @property
     def num_episodes(self) -> int:
@@ -195,17 +210,11 @@ class Dataset:
         """The text of every episode under an episode-level key (for example `episode_metadata/file_path`).
 
         Raises:
-            UserError: the dataset has no such text, or was made before these were kept.
+            UserError: the dataset has no such text.
         """
         file = self.directory / text_file(self.split)
-        if text_file(self.split) not in self._checksums:
-            raise UserError(
-                f"{self.directory}: its episodes cannot be chosen by {key!r}: it was made by an older version, which "
-                f"did not write {text_file(self.split)}. Make it again with data_prep.reshard."
-            )
-        self._check_file(text_file(self.split))
         try:
-            with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
+            with np.load(io.BytesIO(self._read_file(text_file(self.split))), allow_pickle=False) as stored:
                 keys = sorted(k.removesuffix("/ends") for k in stored if k.endswith("/ends"))
                 if key not in keys:
                     raise UserError(f"{self.directory}: no episode text {key!r}; it has: {', '.join(keys) or 'none'}.")
@@ -222,11 +231,18 @@ class Dataset:
         """Shape of one step of a step key."""
         return tuple(self.manifest["step_features"][key]["shape"])
 
-    def column(self, key: str) -> np.ndarray:
-        """Values of all steps, (steps, ...) float32 or int64, memory-mapped where the file is local."""
-        if key not in self._columns:
-            self._columns[key] = self._load_column(self._resolve(key, self.column_keys, "column"))
-        return self._columns[key]
+    def column(self, key: str) -> Column:
+        """Values of all steps, (steps, ...) float32 or int64: a read-only array where the split's columns that were
+        asked for fit into `COLUMNS_IN_MEMORY`, else one on disk.
+
+        Raises:
+            UserError: there is no such column, or its file is not the one that was made.
+        """
+        key = self._resolve(key, self.column_keys, "column")
+        with self._lock:
+            if key not in self._columns:
+                self._columns[key] = self._load_column(key)
+            return self._columns[key]
 
     def locate(self, episode: int, step: int) -> ChunkRef:
         """Where a step of an episode is stored."""
@@ -237,7 +253,9 @@ class Dataset:
     def record(self, episode: int, chunk: int) -> bytes:
         """The serialized `tf.Example` with steps [chunk * chunk_steps, ...) of an episode."""
         row = int(self._first_chunk[episode]) + chunk
-        return self._shards.read(int(self._chunk_shard[row]), int(self._chunk_record[row]))
+        return self._shards.read(
+            int(self._chunk_shard[row]), int(self._chunk_record[row]), int(self._chunk_crc32c[row])
+        )
 
     def frames(
         self, episode: int, steps: Mapping[str, Sequence[int]], into: Mapping[str, Sequence[np.ndarray] | np.ndarray]
@@ -300,14 +318,14 @@ class Dataset:
         raise UserError(f"{self.directory}: no {what} {name!r}; it has: {', '.join(sorted(keys)) or 'none'}.")
 
     def _read_index(self, info: dict[str, Any]) -> None:
-        file = self.directory / "index" / f"{self.split}.npz"
-        self._check_file(f"index/{self.split}.npz")
+        file = self.directory / index_file(self.split)
         try:
-            with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as index:
+            with np.load(io.BytesIO(self._read_file(index_file(self.split))), allow_pickle=False) as index:
                 self.episode_lengths = index["episode_length"]
                 self._first_chunk = index["episode_first_chunk"]
                 self._chunk_shard = index["chunk_shard"]
                 self._chunk_record = index["chunk_record"]
+                self._chunk_crc32c = index["chunk_crc32c"]
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
             raise UserError(f"{file}: the episode index cannot be read ({e}). Make the dataset again.") from e
         found = (len(self.episode_lengths), int(self.episode_lengths.sum()), len(self._chunk_shard))
@@ -319,34 +337,37 @@ class Dataset:
             )
         self.episode_starts = np.concatenate([[0], np.cumsum(self.episode_lengths)[:-1]]).astype(np.int64)
 
-    def _load_column(self, key: str) -> np.ndarray:
-        file = self.directory / column_file(self.split, key)
+    def _load_column(self, key: str) -> Column:
+        name = column_file(self.split, key)
+        file = self.directory / name
+        loaded = sum(column.nbytes for column in self._columns.values() if isinstance(column, np.ndarray))
         try:
-            if "://" in os.fspath(file):
-                column = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
-            else:
-                column = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
+            in_memory = loaded + file.stat().length <= COLUMNS_IN_MEMORY
+            column = open_column(file, self._checksums[name], in_memory=in_memory)
+        except WrongChecksum as e:
+            raise self._wrong_checksum(name) from e
+        except (OSError, KeyError, ValueError) as e:
             raise UserError(f"{file}: the column cannot be read ({e}). Make the dataset again.") from e
         expected = (int(self.episode_lengths.sum()), *self.step_shape(key))
         if column.shape != expected:
             raise UserError(f"{file}: expected shape {expected}, found {column.shape}. Make the dataset again.")
-        self._check_file(column_file(self.split, key))
         return column
 
-    def _check_file(self, name: str) -> None:
-        """A column, index or text file of another dataset of the same size would be read without complaint."""
-        if name not in self._checksums:
-            return  # made by an older version
+    def _read_file(self, name: str) -> bytes:
+        """A file of the index: one of another dataset of the same size would be read without complaint."""
         try:
-            found = checksum(self.directory / name)
+            data = (self.directory / name).read_bytes()
         except OSError as e:
             raise UserError(f"{self.directory / name} cannot be read ({e}). Copy it again.") from e
-        if found != self._checksums[name]:
-            raise UserError(
-                f"{self.directory / name}: its checksum is not that of manifest.json, so it is damaged or belongs to "
-                "another dataset. Copy it again, or make the dataset again."
-            )
+        if google_crc32c.value(data) != self._checksums.get(name):
+            raise self._wrong_checksum(name)
+        return data
+
+    def _wrong_checksum(self, name: str) -> UserError:
+        return UserError(
+            f"{self.directory / name}: its checksum is not that of manifest.json, so it is damaged or belongs to "
+            "another dataset. Copy it again, or make the dataset again."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a Dataset holds open files; open it again from its path")

@@ -106,6 +106,8 @@ class Samples:
             self._text = dataset.float_key(config.text) if config.text else ""
         elif config.text and dataset.has_float_key(config.text):
             self._text = dataset.float_key(config.text)
+        for key in {*(key for key, _ in self.actions), *self.low_dim_keys.values()}:
+            dataset.column(key)  # read and verified now, not with the first batch
         self.action_dim = sum(t.width(key, self._width(key)) for key, t in self.actions)
         self.text_dim = self._width(self._text) if self._text else 0
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import google_crc32c
 from array_record.python import array_record_module
 from etils import epath
 
@@ -44,19 +45,28 @@ class Shards:
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, shard: int, record: int) -> bytes:
+    def read(self, shard: int, record: int, crc32c: int) -> bytes:
         """A record of a shard.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: it cannot be read, or its checksum is not the index's.
         """
+        file = self._directory / self.names[shard]
         try:
-            return self._reader(shard).read([record])[0]
+            data = self._reader(shard).read([record])[0]
         except (RuntimeError, IndexError, ValueError) as e:
             raise UserError(
-                f"{self._directory / self.names[shard]}: record {record} cannot be read ({str(e)[:200]}). "
+                f"{file}: record {record} cannot be read ({str(e)[:200]}). "
                 "The file is damaged: copy it again (manifest.json has its sha256) or make the dataset again."
             ) from e
+        # ArrayRecord's own hashes find damage, but not a sound file of another dataset.
+        if google_crc32c.value(data) != crc32c:
+            raise UserError(
+                f"{file}: record {record} is not the one that this dataset was made with (its checksum is not the "
+                "index's): the file belongs to another dataset or was overwritten. Copy it again (manifest.json has "
+                "its sha256) or make the dataset again."
+            )
+        return data
 
     def close(self) -> None:
         """Closes the open shards; a later read opens them again."""

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from uwm_jax.data.columns import Column
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.transforms import Transform
 from uwm_jax.data.windows import split_episodes
@@ -25,7 +27,7 @@ _FIELDS = ("min", "max", "mean", "std", "q01", "q99")
 
 
 def column_stats(
-    column: np.ndarray,
+    column: Column,
     transform: Callable[[np.ndarray], np.ndarray] | None = None,
     keep: np.ndarray | None = None,
 ) -> Stats:
@@ -34,20 +36,20 @@ def column_stats(
     The column is read once, front to back, a block at a time.
 
     Args:
-        column: (rows, ...), possibly memory-mapped.
+        column: (rows, ...), in memory or on disk.
         transform: applied to (n, D) blocks, if given.
         keep: (rows,) bool, which rows count; all if None.
     Returns:
         {"count": N, "nonfinite": rows with NaN or infinity (left out of the rest), and lists of D floats
         "min", "max", "mean", "std", "q01", "q99"}. Quantiles come from at most 2**26 values, rows evenly thinned.
     """
-    column = column.reshape(len(column), -1)
     total = len(column) if keep is None else int(np.count_nonzero(keep))
     rows, finite_rows, thinned = 0, 0, []
     stride = 1
     low = high = mean = square = np.zeros(0)
     for start in range(0, len(column), _BLOCK):
         block = np.asarray(column[start : start + _BLOCK])
+        block = block.reshape(len(block), -1)
         block = block if keep is None else block[keep[start : start + _BLOCK]]
         with np.errstate(invalid="ignore"):  # values that are not finite are counted below
             block = block if transform is None else transform(block)
@@ -107,8 +109,9 @@ def key_stats(
 ) -> Stats:
     """Statistics of one column after a transform, over the training episodes that `val_ratio` leaves.
 
-    Computed once, in a pass over the column, and kept in the dataset's `derived_stats/` where that is writable; a
-    file of another split or selection, or one that is no JSON, is replaced.
+    Computed once, in a pass over the column, and kept in the dataset's `derived_stats/` where that is writable, with
+    a digest of the file's content. A file of another selection is replaced, and one that is not as it was written is
+    too, with a line that says so.
 
     Args:
         episodes: the training episodes that count, if not all; `selection` says in words which these are.
@@ -126,12 +129,7 @@ def key_stats(
     if selection:
         meaning["selection"] = selection
     file = dataset.directory / name
-    try:
-        stored = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError):
-        stored = {}
-    if not isinstance(stored, dict):
-        stored = {}
+    stored = _read_derived(file)
     if stored.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
         raise UserError(
             f"{file} holds statistics of another dataset (fingerprint {str(stored['fingerprint'])[:12]}, this one is "
@@ -148,10 +146,33 @@ def key_stats(
     stats = column_stats(dataset.column(key), transform.apply, steps)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, meaning | {"stats": stats})
+        value = meaning | {"stats": stats}
+        write_json(file, value | {"digest": _digest(value)})
     except OSError:
         pass  # a read-only dataset: the next start computes them again
     return stats
+
+
+def _read_derived(file: epath.Path) -> dict[str, Any]:
+    """What `key_stats` wrote; {} where there is nothing, or no longer what was written."""
+    try:
+        text = file.read_text()
+    except (OSError, ValueError):
+        text = "" if not file.exists() else "not readable"
+    if not text:
+        return {}
+    try:
+        stored = json.loads(text)
+        if stored.pop("digest", None) == _digest(stored):
+            return stored
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        pass
+    print(f"{file}: edited, damaged or of an older version; the statistics are computed again.", file=sys.stderr)
+    return {}
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(file: str | os.PathLike[str], value: Any) -> None:

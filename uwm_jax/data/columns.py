@@ -1,0 +1,125 @@
+"""Columns of a split: numeric values of all its steps, compared with their checksum in manifest.json.
+
+A column that is small enough is read into memory, where nothing that happens to the file later reaches it. A larger one
+stays on disk: its file is checked in one pass when it is opened, and each block of it again whenever rows of it are
+read, so that a file overwritten while a run is going is found.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+
+import google_crc32c
+import numpy as np
+from etils import epath
+
+from uwm_jax.errors import UserError
+
+BLOCK = 1 << 16  # bytes; a row costs the reading of one or two blocks
+
+
+class WrongChecksum(Exception):
+    """The file is not the one that was written."""
+
+
+class DiskColumn:
+    """A column that stays on disk: `len`, and rows by a slice with step 1 or a list of row numbers, as copies.
+
+    Args:
+        file: an npy of format 1.0 on a local disk.
+        crc32c: of the file.
+    Raises:
+        WrongChecksum: it has another checksum.
+        ValueError: it is not such an npy.
+        OSError: it cannot be read.
+
+    Attributes:
+        shape, dtype: of the column.
+    """
+
+    def __init__(self, file: epath.Path, crc32c: int):
+        self._path = file
+        self._file = open(file, "rb", buffering=0)  # noqa: SIM115 - stays open: a file renamed over this one is another
+        found, blocks = 0, list[int]()
+        while data := os.pread(self._file.fileno(), BLOCK, BLOCK * len(blocks)):
+            found = google_crc32c.extend(found, data)
+            blocks.append(google_crc32c.value(data))
+        if found != crc32c:
+            raise WrongChecksum
+        self._blocks = np.asarray(blocks, np.uint32)
+        self.shape, self.dtype, self._start = _header(os.pread(self._file.fileno(), BLOCK, 0))
+        self._row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Values of these rows, (n, ...).
+
+        Raises:
+            UserError: the file is not what it was when the column was opened.
+        """
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            return self._read(start, max(start, stop))
+        wanted = np.asarray(rows, np.int64)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of a column of {len(self)}")
+        values = np.empty((len(wanted), *self.shape[1:]), self.dtype)
+        order = np.argsort(wanted, kind="stable")
+        piece = max(1, 4 * BLOCK // self._row_bytes)  # rows that are read at once: those of a window lie together
+        while len(order):
+            low = int(wanted[order[0]])
+            count = int(np.searchsorted(wanted[order], low + piece))
+            taken, order = order[:count], order[count:]
+            values[taken] = self._read(low, int(wanted[taken[-1]]) + 1)[wanted[taken] - low]
+        return values
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        if start == stop:
+            return np.empty((0, *self.shape[1:]), self.dtype)
+        begin, end = (self._start + row * self._row_bytes for row in (start, stop))
+        first, last = begin // BLOCK, -(-end // BLOCK)
+        data = os.pread(self._file.fileno(), (last - first) * BLOCK, first * BLOCK)
+        for i in range(first, last):
+            if google_crc32c.value(data[(i - first) * BLOCK : (i - first + 1) * BLOCK]) != self._blocks[i]:
+                raise UserError(
+                    f"{self._path} changed while it was in use: bytes {i * BLOCK} to {(i + 1) * BLOCK} are not what "
+                    "they were at the start. Copy the file again and start the same command again."
+                )
+        values = np.frombuffer(data, self.dtype, (stop - start) * math.prod(self.shape[1:]), begin - first * BLOCK)
+        return values.reshape(stop - start, *self.shape[1:])
+
+
+Column = np.ndarray | DiskColumn
+
+
+def open_column(file: epath.Path, crc32c: int, *, in_memory: bool) -> Column:
+    """The column of an npy file of format 1.0, read-only; one at a URL is always in memory.
+
+    Raises:
+        WrongChecksum: its checksum is not `crc32c`.
+        ValueError: it is not such an npy.
+        OSError: it cannot be read.
+    """
+    if not in_memory and "://" not in os.fspath(file):
+        return DiskColumn(file, crc32c)
+    data = file.read_bytes()
+    if google_crc32c.value(data) != crc32c:
+        raise WrongChecksum
+    shape, dtype, start = _header(data)
+    return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
+
+
+def _header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, dtype, where the values begin) of the bytes of an npy file."""
+    stream = io.BytesIO(data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("expected an npy file of format 1.0")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if is_fortran:
+        raise ValueError("expected an npy file in C order")
+    return shape, dtype, stream.tell()
