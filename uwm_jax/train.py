@@ -25,7 +25,8 @@ from uwm_jax.data.loader import Loader, prefetch_to_device
 from uwm_jax.errors import Preempted, UserError
 from uwm_jax.parallel import distributed, sharding
 from uwm_jax.parallel import mesh as mesh_lib
-from uwm_jax.parallel.distributed import Preemption, say
+from uwm_jax.parallel.distributed import say
+from uwm_jax.parallel.signals import Preemption
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib

@@ -12,8 +12,9 @@ import pytest
 from launch.rehearse import Processes, one_device
 from uwm_jax.errors import UserError
 from uwm_jax.parallel import distributed
-from uwm_jax.parallel.distributed import Preemption
+from uwm_jax.parallel.company import place
 from uwm_jax.parallel.launch import find_launch
+from uwm_jax.parallel.signals import Preemption
 
 NO_FLAGS = {"coordinator_address": None, "num_processes": None, "process_id": None}
 SLURM = {
@@ -95,7 +96,7 @@ def test_what_is_given_in_part_is_named(given, environ, message):
 
 def test_alone_everything_is_trivial(capsys):
     with distributed.session():
-        assert distributed.is_main() and distributed.place() == "process 0 of 1"
+        assert distributed.is_main() and place() == "process 0 of 1"
         assert distributed.agree({"step": 3}) == {"step": 3}
         assert distributed.any_process(True) is True and distributed.any_process(False) is False
         distributed.require_same("the config", {"step": 3})
@@ -125,6 +126,8 @@ from absl import flags
 from uwm_jax import cli
 from uwm_jax.errors import Preempted, UserError
 from uwm_jax.parallel import distributed as d
+from uwm_jax.parallel.company import announce
+from uwm_jax.parallel.signals import Preemption
 
 def define_flags():
     d.define_flags()
@@ -145,7 +148,7 @@ def main(argv):
             d.barrier("again")
         assert d.is_main() == first
         d.say("said by", flags.FLAGS.process_id)
-        with d.Preemption() as preemption:
+        with Preemption() as preemption:
             for step in range(1, 1000):
                 time.sleep(0.02 if first else 0.03)
                 if step % 10 == 0:
@@ -159,7 +162,7 @@ def main(argv):
                         os.kill(os.getpid(), signal.SIGSTOP if scenario == "stopped" else signal.SIGTERM)
                 if step == 15 and scenario == "slow":  # one fails and is long in closing; the other's error comes late
                     if not first:
-                        d.announce(UserError("this file is no good"))
+                        announce(UserError("this file is no good"))
                     time.sleep(6 if first else 9)
                     raise RuntimeError("gloo: connection closed") if first else UserError("this file is no good")
                 if scenario == "late" and first and step == 15:

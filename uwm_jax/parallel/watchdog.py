@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any
 
-from uwm_jax.parallel import distributed
+from uwm_jax.parallel import company
 
 _STDERR = 2  # by number: a thread that hangs may hold the lock of sys.stderr
 
@@ -60,6 +60,6 @@ class Watchdog:
     def _dump(self) -> None:
         where = "before the first step" if self._step is None else f"since step {self._step}"
         silent = time.monotonic() - self._beaten
-        header = f"watchdog: {distributed.place()}: nothing for {silent:.0f} s {where}. What all threads are doing:\n"
+        header = f"watchdog: {company.place()}: nothing for {silent:.0f} s {where}. What all threads are doing:\n"
         os.write(_STDERR, header.encode())
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
