@@ -1,5 +1,10 @@
 """Exceptions whose message is all that a person needs: `cli.run` prints it without a traceback."""
 
+from __future__ import annotations
+
+import contextlib
+import sys
+
 
 class UserError(Exception):
     """An unusable flag, config, file or shape; exit status 2.
@@ -16,3 +21,9 @@ class RunError(Exception):
 
 class Preempted(RunError):
     """The process was told to end (SIGTERM) and did so in good order: exit status 143, nothing is lost."""
+
+
+def warn(message: str) -> None:
+    """A line on stderr, at once; raises nothing where nobody can read it any more."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -224,8 +224,8 @@ def run(
                 save(step - 1)
                 checkpoints.wait()
             raise
-        trace.at(step, state.step)
-        state, metrics = train_step(state, frozen, batch)
+        with trace.step(step, state.step):
+            state, metrics = train_step(state, frozen, batch)
         window.add(step, metrics)
         watchdog.beat(step)
         checkpoints.check()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
-import os
+import resource
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
 from uwm_jax.training.log import MetricsLog, NotFinite, Window, progress_line, read_metrics
+from uwm_jax.training.tensorboard import QUEUE_LINES, Board
 
 
 def metrics(loss, rate=0.1, bucket=(0.0, 0.0)):
@@ -153,29 +155,111 @@ def test_curves_of_a_run_that_came_to_no_checkpoint_are_purged(tmp_path):
     assert starts == [1], "from where on TensorBoard drops what came before"
 
 
-def test_a_full_disk_does_not_hide_the_error_that_came_before_it(tmp_path):
-    def fail():
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """What a process writes beyond `size` of any file fails with EFBIG, as a full disk does with ENOSPC."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
+
+def within(seconds, function):
+    """Runs a function that must not block, in a thread, so that a test that fails still ends."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), f"it blocks for more than {seconds} s"
+
+
+def test_an_event_file_that_cannot_be_written_is_told_once_and_costs_nothing_else(tmp_path, capfd):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")  # of 12 kB
+
+    def write():
+        log = MetricsLog(tmp_path, 0)
+        with files_of_at_most(8192):
+            log.write(1, {"loss": 1.0}, {"noise": tmp_path / "noise.png"})
+            log._board._thread.join()
+            for step in range(2, 300):  # more than any queue holds
+                log.write(step, {"loss": 1.0}, {"noise": tmp_path / "noise.png"})
+            log.close()
+
+    within(60, write)
+    assert [x["step"] for x in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 300))
+    said = capfd.readouterr().err
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert said.count("\n") == 1 and f"warning: {file}: " in said and "File too large" in said
+
+
+def test_a_folder_that_cannot_be_made_is_told_once(tmp_path, capfd):
+    (tmp_path / "tensorboard").write_text("a file")
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 30):
+        log.write(step, {"loss": 1.0})
+    log.close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 29
+    assert capfd.readouterr().err.count("TensorBoard's curves cannot be written") == 1
+
+
+def test_a_picture_that_cannot_be_read_is_told_once(tmp_path, capfd):
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, {"loss": 1.0}, {"eval/modes": tmp_path / "absent.png"})
+    log.close()
+    assert "absent.png" in capfd.readouterr().err and len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_disk_that_hangs_blocks_neither_a_line_nor_the_end(tmp_path, capfd, monkeypatch):
+    hangs = threading.Event()
+    monkeypatch.setattr(RecordWriter, "write", lambda *_: hangs.wait())
+
+    def write():
+        board = Board(tmp_path, 1)
+        for step in range(QUEUE_LINES + 10):
+            board.add(step, {"loss": 1.0})
+        board.close()
+        board = Board(tmp_path, 1)
+        board.close(seconds=0.1)
+
+    try:
+        within(30, write)
+        said = capfd.readouterr().err
+        assert "the disk does not keep up" in said and "not all is written after 0.1 s" in said
+    finally:
+        hangs.set()
+
+
+def test_lines_that_a_full_disk_did_not_take_are_written_later(tmp_path, capsys):
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, {"loss": 1.0})
+    with files_of_at_most(40):  # less than two lines
+        for step in (2, 3):
+            log.write(step, {"loss": 1.0})
+            assert log.behind
+        with pytest.raises(OSError, match="File too large") as caught:
+            log.check()
+        assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+    said = [line for line in capsys.readouterr().err.splitlines() if "metrics.jsonl cannot be written" in line]
+    assert len(said) == 1 and "File too large" in said[0]
+    log.write(4, {"loss": 1.0})
+    assert not log.behind
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4], "none lost, none torn"
+
+
+def test_a_full_disk_does_not_hide_the_error_that_came_before_it(tmp_path, capsys):
     for error in (None, KeyError("the first")):
         log = MetricsLog(tmp_path, 0)
-        log._board.close()
-        log._board.close = fail
-        with pytest.raises(OSError if error is None else KeyError), contextlib.ExitStack() as closing:
-            closing.callback(log.close)
-            if error is not None:
-                raise error
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
-def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    log = MetricsLog(tmp_path, 0)
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        log.write(1, {"loss": 1.0})
-    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
-    with contextlib.suppress(OSError):  # what could not be written is still in the buffer
-        log.close()
+        with files_of_at_most((tmp_path / "metrics.jsonl").stat().st_size):
+            log.write(1, {"loss": 1.0})
+            with pytest.raises(OSError if error is None else KeyError), contextlib.ExitStack() as closing:
+                closing.callback(log.close)
+                if error is not None:
+                    raise error
+        assert log._file.closed
 
 
 def test_only_one_process_writes(tmp_path):

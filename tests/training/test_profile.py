@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.profiler import ProfileData
 
 from uwm_jax.errors import UserError
 from uwm_jax.parallel import distributed
@@ -15,11 +16,32 @@ def test_a_trace_is_written(tmp_path, capsys):
     profile = Profile.parse("2:1", tmp_path, start_step=0, total_steps=3)
     x, step = jnp.ones((4, 4)), jax.jit(lambda x: x @ x / 4)
     for i in range(1, 4):
-        profile.at(i, x)
-        x = step(x)
+        with profile.step(i, x):
+            x = step(x)
     profile.close()
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    (file,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert "steps 2 to 2" in capsys.readouterr().out
+    assert steps_of(file) == [("train", 2)]
+
+
+def steps_of(file):
+    """(name, number) of the steps that a trace marks."""
+    events = (e for p in ProfileData.from_file(str(file)).planes for line in p.lines for e in line.events)
+    marked = [(e.name, dict(e.stats)) for e in events]
+    return [(name, stats["step_num"]) for name, stats in marked if "step_num" in stats]
+
+
+@pytest.mark.parametrize("fails", ["start_trace", "stop_trace"])
+def test_a_trace_that_cannot_be_written_is_told_and_ends_nothing(tmp_path, calls, capsys, monkeypatch, fails):
+    def fail(*_):
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(jax.profiler, fails, fail)
+    run(Profile.parse("12:2", tmp_path, 10, 20), calls, range(11, 17))
+    assert [c for c in calls if isinstance(c, int)] == list(range(11, 17))
+    said = capsys.readouterr()
+    assert said.err.count("warning: ") == 1 and f"{tmp_path / 'profile'}" in said.err and "No space" in said.err
+    assert "profile: steps" not in said.out
 
 
 @pytest.fixture
@@ -33,8 +55,8 @@ def calls(monkeypatch):
 
 def run(profile, calls, steps):
     for step in steps:
-        profile.at(step, f"step {step - 1}")
-        calls.append(step)
+        with profile.step(step, f"step {step - 1}"):
+            calls.append(step)
     profile.close()
 
 

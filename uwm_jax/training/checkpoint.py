@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
-from uwm_jax.errors import RunError, UserError
+from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
 from uwm_jax.system import DataFacts
@@ -385,11 +385,6 @@ def _free_name(path: Path) -> Path:
     """`path`, or `path.2`, `path.3` and so on where it exists."""
     names = (path.with_name(f"{path.name}.{n}") if n > 1 else path for n in range(1, 10_000))
     return next(name for name in names if not name.exists())
-
-
-def warn(message: str) -> None:
-    """Prints a line that starts with `warning: ` on stderr."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _together(read: Callable[[], _Value]) -> _Value:

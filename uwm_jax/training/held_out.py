@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from uwm_jax import cli
 from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
+from uwm_jax.errors import warn
 from uwm_jax.evaluation.program import Evaluation, join, rows_at_a_time, write_results
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel.sharding import Rules
@@ -70,7 +71,14 @@ class HeldOut:
             about |= average.describe(config, step, used)
             if used == average.AVERAGE and (told := average.warning(config, step, "evaluate --parameters=raw")):
                 distributed.say(f"warning: {told}")
-            files = write_results(workdir, step, self._system, metrics, shown, about)
+            try:
+                files = write_results(workdir, step, self._system, metrics, shown, about)
+            except OSError as e:  # a full disk: no reason to end a run
+                again = f"python -m uwm_jax.evaluate --workdir={workdir} --step={step}"
+                warn(
+                    f"{e.filename or workdir / 'eval' / str(step)}: the evaluation of step {step} cannot be written "
+                    f"({e.strerror or e}). Its means are in metrics.jsonl; {again} makes up for the rest."
+                )
         # Drawing takes seconds, and on CPUs a collective fails when another process comes to it half a minute later.
         distributed.barrier(f"the evaluation of step {step} is written", seconds=3600)
         return means, {f"eval/{name}": file for name, file in files.items()}

@@ -12,11 +12,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, warn
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import average
 from uwm_jax.training import frozen as frozen_lib
-from uwm_jax.training.checkpoint import Checkpoints, warn
+from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.stored import CorruptCheckpoint, Stored
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import json
 import math
 import os
@@ -14,12 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
-from tensorboardX import SummaryWriter
 
-from uwm_jax.errors import RunError
+from uwm_jax.errors import RunError, warn
 from uwm_jax.files import write_text
 from uwm_jax.training.goodput import duration
+from uwm_jax.training.tensorboard import Board
 
 
 class NotFinite(RunError):
@@ -94,7 +94,10 @@ class Window:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard.
+    """Appends to `metrics.jsonl` and TensorBoard; neither ends a run because a disk is full for a while.
+
+    Lines of `metrics.jsonl` that cannot be written are kept, and written before the next one. What TensorBoard's file
+    cannot take is dropped (`tensorboard.py`). Both are told on stderr once.
 
     Args:
       workdir: the run's directory.
@@ -107,39 +110,66 @@ class MetricsLog:
 
     def __init__(self, workdir: str | os.PathLike[str], step: int, writes: bool = True):
         self.cut: dict[str, Any] | None = None
-        self._file, self._board = None, None
+        self._path = Path(workdir) / "metrics.jsonl"
+        self._file: io.FileIO | None = None
+        self._board: Board | None = None
+        self._unwritten = b""
+        self._was_told = False
         if not writes:
             return
-        path = Path(workdir) / "metrics.jsonl"
-        if path.is_file():
-            lines = read_metrics(path)
+        if self._path.is_file():
+            lines = read_metrics(self._path)
             kept = [json.dumps(x) for x in lines if x["step"] <= step]
             self.cut = next((x for x in reversed(lines) if x["step"] > step), None)
-            write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+            write_text(self._path, "".join(line + "\n" for line in kept))
+        self._file = self._path.open("ab", buffering=0)
+        self._board = Board(Path(workdir) / "tensorboard", first_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
         """A line of the metrics of a step, and scalars and pictures {name: file} to TensorBoard."""
         if self._file is None or self._board is None:
             return
-        try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self._file.flush()
-        except OSError as e:  # a full disk does not say which file it was
-            raise OSError(e.errno, e.strerror, self._file.name) from e
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        for name, picture in (pictures or {}).items():
-            self._board.add_image(name, np.asarray(Image.open(picture).convert("RGB")), step, dataformats="HWC")
+        self._unwritten += (json.dumps({"step": step, **metrics}) + "\n").encode()
+        error = self._flush()
+        if error is not None and not self._was_told:
+            self._was_told = True
+            warn(
+                f"{self._path} cannot be written ({error.strerror}). The run goes on up to its next checkpoint; lines "
+                "are kept until there is room for them."
+            )
+        self._board.add(step, metrics, pictures)
+
+    @property
+    def behind(self) -> bool:
+        """Whether there are lines that could not be written: a run that continued after them would never have them."""
+        return bool(self._unwritten)
+
+    def check(self) -> None:
+        """Raises OSError, with the file's name, where lines can still not be written."""
+        error = self._flush()
+        if error is not None:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
-        """Closes the files. Where the disk is full, an exception that is on its way already is not hidden by that."""
+        """Closes the files. Raises as `check`, but for an exception that is on its way already."""
         another = sys.exc_info()[1] is not None
-        with contextlib.suppress(OSError) if another else contextlib.nullcontext():
-            for target in (self._file, self._board):
-                if target is not None:
-                    target.close()
+        if self._board is not None:
+            self._board.close()
+        if self._file is not None:
+            try:
+                with contextlib.suppress(OSError) if another else contextlib.nullcontext():
+                    self.check()
+            finally:
+                self._file.close()
+
+    def _flush(self) -> OSError | None:
+        """Writes what there is, as far as it goes; half a line is continued where it broke off."""
+        try:
+            while self._unwritten and self._file is not None:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as e:
+            return e
+        return None
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

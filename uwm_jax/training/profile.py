@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, warn
 from uwm_jax.parallel.distributed import say
 
 
@@ -56,8 +58,9 @@ class Profile:
             return cls(0, 0, workdir)
         return cls(first, steps, workdir)
 
-    def at(self, step: int, before: Any) -> None:
-        """Called before every step is dispatched.
+    @contextlib.contextmanager
+    def step(self, step: int, before: Any) -> Iterator[None]:
+        """Around the dispatch of every step, which gets a name and its number in the trace.
 
         Args:
           step: the step that comes.
@@ -66,16 +69,26 @@ class Profile:
         """
         if step == self._first < self._end:
             jax.block_until_ready(before)
-            jax.profiler.start_trace(str(self._directory))
-            self._running = True
+            self._running = self._tried(lambda: jax.profiler.start_trace(str(self._directory)))
         elif self._running and step == self._end:
             jax.block_until_ready(before)
             self.close()
         self._last = step
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
 
     def close(self) -> None:
         """Ends a trace that is still running."""
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
-            say(f"profile: steps {self._first} to {self._last} in {self._directory}")
+            if self._tried(jax.profiler.stop_trace):
+                say(f"profile: steps {self._first} to {self._last} in {self._directory}")
+
+    def _tried(self, change: Callable[[], None]) -> bool:
+        """Whether the profiler did it. A trace that fails (a full disk, another trace) is no reason to end a run."""
+        try:
+            change()
+        except Exception as e:
+            warn(f"{self._directory}: no profile can be written ({str(e) or type(e).__name__}). The run goes on.")
+            return False
+        return True
