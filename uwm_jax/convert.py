@@ -28,7 +28,8 @@ from uwm_jax.errors import UserError
 from uwm_jax.models.codecs import PCACodec, VAECodec
 from uwm_jax.system import DataFacts, System
 from uwm_jax.torch_bridge import diffusers_vae, layout, weights
-from uwm_jax.torch_bridge.official_config import VAE, OfficialRun, OfficialYaml, read_official
+from uwm_jax.torch_bridge.official_config import VAE, OfficialRun, read_official
+from uwm_jax.torch_bridge.official_yaml import OfficialYaml
 from uwm_jax.training import checkpoint, inference
 from uwm_jax.training.record import code_version
 

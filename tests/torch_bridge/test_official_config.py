@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from uwm_jax.errors import UserError
-from uwm_jax.torch_bridge.official_config import OfficialYaml, read_official
+from uwm_jax.torch_bridge.official_config import read_official
+from uwm_jax.torch_bridge.official_yaml import OfficialYaml
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

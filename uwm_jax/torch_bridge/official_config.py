@@ -12,15 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.torch_bridge.diffusers_vae import infer_config
+from uwm_jax.torch_bridge.official_yaml import OfficialYaml, ints, number, typed
 
 NET = "noise_pred_net."
 RESNET = "obs_encoder.img_encoder.model."
@@ -30,89 +29,6 @@ TEXT_HEAD = TEXT + "head."
 CLIP_DIM = 512  # of the official text embedding, where the tensors do not tell
 
 Shape = tuple[int, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, for which `1e-4` is a number as in YAML 1.2 (PyYAML reads a text)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-_INNERMOST = re.compile(r"\$\{([^${}]*)\}")
-_TOKEN = re.compile(r"\[([^\[\]]+)\]|([^.\[\]]+)")
-_REQUIRED = object()
-
-
-class OfficialYaml:
-    """A saved configuration whose references are followed when a field is read, and not before.
-
-    Fields that nobody asks for may therefore hold resolvers such as `${now:%Y}`.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            self._root = yaml.load(self.path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-        except OSError as e:
-            raise UserError(f"--official-config: cannot read {str(path)!r} ({e.strerror}).") from e
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise UserError(f"--official-config: {path} is not plain YAML: {e}") from e
-        if not isinstance(self._root, dict):
-            raise UserError(f"--official-config: {path} should hold a mapping of fields, found {self._root!r:.60}.")
-
-    def get(self, field: str, default: Any = _REQUIRED) -> Any:
-        """The value at `a.b.c` with every reference inside it followed.
-
-        Raises UserError for an absent field without a default, a reference to nothing, a reference
-        cycle, and a resolver (`${name:...}`), which only Hydra can run.
-        """
-        try:
-            return self._resolve(self._find(field, ()), ())
-        except KeyError as e:
-            if default is not _REQUIRED and e.args[0] == field:
-                return default
-            if e.args[0] == field:
-                raise self.error(field, "is missing from the official configuration") from e
-            raise self.error(field, f"refers to ${{{e.args[0]}}}, which is not in the file") from e
-
-    def error(self, field: str, message: str) -> UserError:
-        return UserError(f"--official-config: {self.path}: {field} {message}.")
-
-    def _find(self, field: str, seen: tuple[str, ...]) -> Any:
-        node = self._root
-        for match in _TOKEN.finditer(field):
-            token = (match[1] or match[2]).strip("'\"")
-            node = self._resolve(node, seen) if isinstance(node, str) else node
-            if isinstance(node, list) and token.isdigit() and int(token) < len(node):
-                node = node[int(token)]
-            elif isinstance(node, dict) and token in node:
-                node = node[token]
-            else:
-                raise KeyError(field)
-        return node
-
-    def _resolve(self, value: Any, seen: tuple[str, ...]) -> Any:
-        if isinstance(value, dict):
-            return {k: self._resolve(v, seen) for k, v in value.items()}
-        if isinstance(value, list):
-            return [self._resolve(v, seen) for v in value]
-        while isinstance(value, str) and (match := _INNERMOST.search(value)):
-            reference = match[1].strip()
-            if ":" in reference or reference.startswith("."):
-                raise self.error(
-                    f"${{{reference}}}", "is a resolver or relative reference; save the configuration resolved instead"
-                )
-            if reference in seen:
-                raise self.error(f"${{{reference}}}", "refers to itself")
-            target = self._resolve(self._find(reference, seen + (reference,)), seen + (reference,))
-            if match.span() == (0, len(value)):
-                return target
-            value = value[: match.start()] + str(target) + value[match.end() :]
-        return value
 
 
 @dataclass(frozen=True)
@@ -154,10 +70,10 @@ def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> Offici
     _read_images(official, c, cameras)
     _read_diffusion(official, c)
     _read_optimizer(official, c)
-    c.data.normalize = "minmax" if _typed(official, "dataset.normalize_action", bool, False) else "none"
+    c.data.normalize = "minmax" if typed(official, "dataset.normalize_action", bool, False) else "none"
 
-    c.model.encoder.use_low_dim = _typed(official, "model.obs_encoder.use_low_dim", bool, False)
-    c.model.encoder.use_language = _typed(official, "model.obs_encoder.use_language", bool, False)
+    c.model.encoder.use_low_dim = typed(official, "model.obs_encoder.use_low_dim", bool, False)
+    c.model.encoder.use_language = typed(official, "model.obs_encoder.use_language", bool, False)
     low_dim = dict(sorted(low_dim_seen.items())) if c.model.encoder.use_low_dim else {}
     c.data.low_dim = tuple(low_dim)
     conflicts: list[str] = []
@@ -169,7 +85,7 @@ def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> Offici
             message = f"is true, but --input holds no {TEXT_HEAD}weight, the projection of a text embedding"
             conflicts.append(str(official.error("model.obs_encoder.use_language", message)))
 
-    c.model.num_heads = _typed(official, "model.num_heads", int)
+    c.model.num_heads = typed(official, "model.num_heads", int)
     for field, ours in {
         "embed_dim": "embed_dim",
         "depth": "depth",
@@ -177,9 +93,9 @@ def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> Offici
         "timestep_embed_dim": "timestep_embed_dim",
         "mlp_ratio": "mlp_ratio",
     }.items():
-        c.model[ours] = _typed(official, f"model.{field}", int)
-    c.model.qkv_bias = _typed(official, "model.qkv_bias", bool, True)
-    c.model.patch = _ints(official, "model.latent_patch_shape", 3)
+        c.model[ours] = typed(official, f"model.{field}", int)
+    c.model.qkv_bias = typed(official, "model.qkv_bias", bool, True)
+    c.model.patch = ints(official, "model.latent_patch_shape", 3)
     conflicts += _conflicts(official, shapes, c, low_dim, action_dim)
     try:
         config_lib.validate(c)
@@ -196,7 +112,7 @@ def _refuse_unsupported(official: OfficialYaml, shapes: Mapping[str, Shape]) -> 
         raise official.error(
             "model.obs_encoder.vision_backbone", f"is {backbone!r}, which we do not model; only 'resnet' is"
         )
-    if _typed(official, "model.obs_encoder.imagenet_norm", bool, False):
+    if typed(official, "model.obs_encoder.imagenet_norm", bool, False):
         raise official.error(
             "model.obs_encoder.imagenet_norm",
             "is true, which we do not model; ImageNet normalisation is part of the ResNet",
@@ -246,7 +162,7 @@ def _shape_meta(official: OfficialYaml) -> tuple[dict[str, tuple[int, int]], dic
             )
     if not cameras:
         raise official.error(f"{field}.obs", "has no key of type rgb")
-    action_dim = _typed(official, "model.action_dim", int)
+    action_dim = typed(official, "model.action_dim", int)
     if (shape := official.get(f"{field}.action.shape", None)) is not None and shape != [action_dim]:
         raise official.error(f"{field}.action.shape", f"is {shape}, but model.action_dim is {action_dim}")
     return cameras, low_dim, action_dim
@@ -254,9 +170,9 @@ def _shape_meta(official: OfficialYaml) -> tuple[dict[str, tuple[int, int]], dic
 
 def _read_window(official: OfficialYaml, c: ConfigDict) -> None:
     """obs 0..To-1, actions To-1..To+Ta-2, next_obs from To+Ta-1 to the end (the paper: 0,1 | 1..16 | 17,18)."""
-    frames = _typed(official, "num_frames", int)
-    obs = _typed(official, "obs_num_frames", int)
-    actions = _typed(official, "model.action_len", int)
+    frames = typed(official, "num_frames", int)
+    obs = typed(official, "obs_num_frames", int)
+    actions = typed(official, "model.action_len", int)
     inner = official.get("model.obs_encoder.num_frames", obs)
     if inner != obs:
         raise official.error("model.obs_encoder.num_frames", f"is {inner}, but obs_num_frames is {obs}")
@@ -282,12 +198,12 @@ def _read_images(official: OfficialYaml, c: ConfigDict, cameras: dict[str, tuple
             raise official.error(encoder + "resize_shape", f"is absent, but the cameras differ in size: {cameras}")
         c.data.resize = sizes.pop()
     else:
-        c.data.resize = _ints(official, encoder + "resize_shape", 2)
+        c.data.resize = ints(official, encoder + "resize_shape", 2)
     has_crop = official.get(encoder + "crop_shape", None) is not None
-    c.data.crop = _ints(official, encoder + "crop_shape", 2) if has_crop else c.data.resize
+    c.data.crop = ints(official, encoder + "crop_shape", 2) if has_crop else c.data.resize
     augment = c.data.augment
     augment.draw = "batch"
-    augment.random_crop = _typed(official, encoder + "random_crop", bool, True)
+    augment.random_crop = typed(official, encoder + "random_crop", bool, True)
     jitter = official.get(encoder + "color_jitter", None)
     jitter = {} if jitter is None else jitter
     if not isinstance(jitter, dict):
@@ -299,20 +215,20 @@ def _read_images(official: OfficialYaml, c: ConfigDict, cameras: dict[str, tuple
         centre = 0.0 if name == "hue" else 1.0
         field, value = f"{encoder}color_jitter.{name}", jitter.get(name, 0.0)
         if isinstance(value, list) and len(value) == 2:
-            low, high = (_number(official, field, v) - centre for v in value)
+            low, high = (number(official, field, v) - centre for v in value)
             if not math.isclose(-low, high, rel_tol=1e-6, abs_tol=1e-9):
                 raise official.error(
                     field, f"is {value}; only a range that is symmetric about {centre:g} can be represented"
                 )
             value = high
-        augment[name] = _number(official, field, value)
+        augment[name] = number(official, field, value)
 
 
 def _read_diffusion(official: OfficialYaml, c: ConfigDict) -> None:
-    c.diffusion.num_train_steps = _typed(official, "model.num_train_steps", int)
-    c.diffusion.num_inference_steps = _typed(official, "model.num_inference_steps", int)
-    c.diffusion.beta_schedule = _typed(official, "model.beta_schedule", str)
-    clip = 1.0 if _typed(official, "model.clip_sample", bool) else 0.0
+    c.diffusion.num_train_steps = typed(official, "model.num_train_steps", int)
+    c.diffusion.num_inference_steps = typed(official, "model.num_inference_steps", int)
+    c.diffusion.beta_schedule = typed(official, "model.beta_schedule", str)
+    clip = 1.0 if typed(official, "model.clip_sample", bool) else 0.0
     for modality in config_lib.MODALITIES:
         c.diffusion.clip[modality] = clip
 
@@ -321,12 +237,12 @@ def _read_optimizer(official: OfficialYaml, c: ConfigDict) -> None:
     """The optimiser's numbers, where the run stored them: they describe how the weights were made."""
     for field, ours in {"lr": "learning_rate", "eps": "eps", "weight_decay": "weight_decay"}.items():
         if official.get(f"optimizer.{field}", None) is not None:
-            c.optimizer[ours] = _number(official, f"optimizer.{field}", official.get(f"optimizer.{field}"))
+            c.optimizer[ours] = number(official, f"optimizer.{field}", official.get(f"optimizer.{field}"))
     betas = official.get("optimizer.betas", None)
     if betas is not None:
         if not isinstance(betas, list) or len(betas) != 2:
             raise official.error("optimizer.betas", f"should be a list of two numbers, found {betas!r:.60}")
-        c.optimizer.b1, c.optimizer.b2 = (_number(official, "optimizer.betas", b) for b in betas)
+        c.optimizer.b1, c.optimizer.b2 = (number(official, "optimizer.betas", b) for b in betas)
 
 
 def _conflicts(
@@ -369,7 +285,7 @@ def _conflicts(
     m.encoder.stage_sizes, m.encoder.width = resnet_sizes(shapes, m.encoder.stage_sizes, m.encoder.width)
     agree(
         "model.obs_encoder.embed_dim",
-        _typed(official, "model.obs_encoder.embed_dim", int, m.embed_dim),
+        typed(official, "model.obs_encoder.embed_dim", int, m.embed_dim),
         fc,
         _dim(shapes, fc, 0),
     )
@@ -441,26 +357,3 @@ def _dim(shapes: Mapping[str, Shape], name: str, axis: int, rank: int = 2) -> in
     """One axis of a tensor; None when the tensor is absent or of another rank (reported elsewhere)."""
     shape = shapes.get(name, ())
     return shape[axis] if len(shape) == rank else None
-
-
-def _typed(official: OfficialYaml, field: str, kind: type, default: Any = _REQUIRED) -> Any:
-    value = official.get(field, default)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # mlp_ratio: 4.0, num_train_steps: 1e2
-    if type(value) is not kind:
-        names = {int: "a whole number", bool: "true or false", str: "a text"}
-        raise official.error(field, f"should be {names[kind]}, found {value!r}")
-    return value
-
-
-def _number(official: OfficialYaml, field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise official.error(field, f"should be a finite number, found {value!r:.60}")
-    return float(value)
-
-
-def _ints(official: OfficialYaml, field: str, length: int) -> tuple[int, ...]:
-    value = official.get(field)
-    if not isinstance(value, list) or len(value) != length or not all(type(v) is int and v > 0 for v in value):
-        raise official.error(field, f"should be a list of {length} whole numbers, found {value!r}")
-    return tuple(value)

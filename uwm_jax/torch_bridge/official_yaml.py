@@ -1,0 +1,118 @@
+"""The saved YAML of an official PyTorch run: plain YAML, or Hydra's with `${a.b[0]}` references left in."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from uwm_jax.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, for which `1e-4` is a number as in YAML 1.2 (PyYAML reads a text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+_INNERMOST = re.compile(r"\$\{([^${}]*)\}")
+_TOKEN = re.compile(r"\[([^\[\]]+)\]|([^.\[\]]+)")
+_REQUIRED = object()
+
+
+class OfficialYaml:
+    """A saved configuration whose references are followed when a field is read, and not before.
+
+    Fields that nobody asks for may therefore hold resolvers such as `${now:%Y}`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self._root = yaml.load(self.path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        except OSError as e:
+            raise UserError(f"--official-config: cannot read {str(path)!r} ({e.strerror}).") from e
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise UserError(f"--official-config: {path} is not plain YAML: {e}") from e
+        if not isinstance(self._root, dict):
+            raise UserError(f"--official-config: {path} should hold a mapping of fields, found {self._root!r:.60}.")
+
+    def get(self, field: str, default: Any = _REQUIRED) -> Any:
+        """The value at `a.b.c` with every reference inside it followed.
+
+        Raises UserError for an absent field without a default, a reference to nothing, a reference
+        cycle, and a resolver (`${name:...}`), which only Hydra can run.
+        """
+        try:
+            return self._resolve(self._find(field, ()), ())
+        except KeyError as e:
+            if default is not _REQUIRED and e.args[0] == field:
+                return default
+            if e.args[0] == field:
+                raise self.error(field, "is missing from the official configuration") from e
+            raise self.error(field, f"refers to ${{{e.args[0]}}}, which is not in the file") from e
+
+    def error(self, field: str, message: str) -> UserError:
+        return UserError(f"--official-config: {self.path}: {field} {message}.")
+
+    def _find(self, field: str, seen: tuple[str, ...]) -> Any:
+        node = self._root
+        for match in _TOKEN.finditer(field):
+            token = (match[1] or match[2]).strip("'\"")
+            node = self._resolve(node, seen) if isinstance(node, str) else node
+            if isinstance(node, list) and token.isdigit() and int(token) < len(node):
+                node = node[int(token)]
+            elif isinstance(node, dict) and token in node:
+                node = node[token]
+            else:
+                raise KeyError(field)
+        return node
+
+    def _resolve(self, value: Any, seen: tuple[str, ...]) -> Any:
+        if isinstance(value, dict):
+            return {k: self._resolve(v, seen) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._resolve(v, seen) for v in value]
+        while isinstance(value, str) and (match := _INNERMOST.search(value)):
+            reference = match[1].strip()
+            if ":" in reference or reference.startswith("."):
+                raise self.error(
+                    f"${{{reference}}}", "is a resolver or relative reference; save the configuration resolved instead"
+                )
+            if reference in seen:
+                raise self.error(f"${{{reference}}}", "refers to itself")
+            target = self._resolve(self._find(reference, seen + (reference,)), seen + (reference,))
+            if match.span() == (0, len(value)):
+                return target
+            value = value[: match.start()] + str(target) + value[match.end() :]
+        return value
+
+
+def typed(official: OfficialYaml, field: str, kind: type, default: Any = _REQUIRED) -> Any:
+    value = official.get(field, default)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # mlp_ratio: 4.0, num_train_steps: 1e2
+    if type(value) is not kind:
+        names = {int: "a whole number", bool: "true or false", str: "a text"}
+        raise official.error(field, f"should be {names[kind]}, found {value!r}")
+    return value
+
+
+def number(official: OfficialYaml, field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise official.error(field, f"should be a finite number, found {value!r:.60}")
+    return float(value)
+
+
+def ints(official: OfficialYaml, field: str, length: int) -> tuple[int, ...]:
+    value = official.get(field)
+    if not isinstance(value, list) or len(value) != length or not all(type(v) is int and v > 0 for v in value):
+        raise official.error(field, f"should be a list of {length} whole numbers, found {value!r}")
+    return tuple(value)
