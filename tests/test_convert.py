@@ -108,10 +108,27 @@ def libero_line(official: Path, workdir: Path, **changed: object) -> list[str]:
     return ["from-torch", *(f"--{key}={value}" for key, value in given.items() if value is not None)]
 
 
+def test_a_normalizer_that_the_run_had_must_be_given(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(*libero_line(official, tmp_path / "run")) == 2
+    message = capsys.readouterr().err
+    for part in ("the run normalised action", "--normalizer=FILE.npz", "--no_normalizer"):
+        assert part in message
+    assert not (tmp_path / "run").exists()
+
+    # A run that worked in raw units needs none, and says nothing.
+    (tmp_path / "raw.yaml").write_text(
+        reference.official_yaml(LIBERO).read_text().replace("normalize_action: true", "normalize_action: false")
+    )
+    assert command(*libero_line(official, tmp_path / "raw", **{"official-config": tmp_path / "raw.yaml"})) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_without_a_normalizer_there_is_one_warning(
     official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(*libero_line(official, tmp_path / "run")) == 0
+    assert command(*libero_line(official, tmp_path / "run"), "--no_normalizer") == 0
     assert capsys.readouterr().err.count("warning") == 1
     system = inference.load_for_inference(tmp_path / "run")[0]
     value = np.float32([[0.5] * 7])
@@ -211,9 +228,11 @@ def test_tensors_that_are_not_finite_are_counted(
 def test_unused_normalizer_keys_are_named(official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ones = np.ones(7, np.float32)
     np.savez(tmp_path / "n.npz", **{"actions/scale": ones, "actions/offset": ones})
-    assert command(*libero_line(official, tmp_path / "run", normalizer=tmp_path / "n.npz")) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "no normaliser for action;" in line and "--normalizer has actions, but the run's keys are action" in line
+    line = libero_line(official, tmp_path / "run", normalizer=tmp_path / "n.npz")
+    assert command(*line) == 2
+    assert "--normalizer has actions, but the run's keys are action" in capsys.readouterr().err
+    assert command(*line, "--no_normalizer") == 0
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -267,7 +286,7 @@ def test_a_workdir_that_may_not_be_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(convert.checkpoint, "save_params_only", full)
-    assert command(*libero_line(official, tmp_path / "run")) == 2
+    assert command(*libero_line(official, tmp_path / "run"), "--no_normalizer") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -366,7 +385,7 @@ def test_pt_files_without_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # makes the import fail
-    (tmp_path / "models.pt").write_bytes(b"")
+    (tmp_path / "models.pt").write_bytes(b"\x80\x02")
     line = ["from-torch", f"--input={tmp_path / 'models.pt'}", f"--official-config={reference.official_yaml(LIBERO)}"]
     assert command(*line, f"--workdir={tmp_path / 'run'}") == 2
     assert "needs torch" in capsys.readouterr().err
@@ -375,7 +394,7 @@ def test_pt_files_without_torch(
 # --- our own workdirs -------------------------------------------------------------------------------
 
 
-def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path) -> None:
+def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_lib.base()
     config.model.update(embed_dim=16, depth=2, num_heads=2, num_registers=1, timestep_embed_dim=8, patch=(2, 2, 2))
     config.model.encoder.update(stage_sizes=(1, 1), width=16, use_low_dim=True, use_language=True, pool="flatten")
@@ -409,6 +428,22 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path) -> None:
     assert described["diffusion"]["prediction"] == {"action": "sample", "next_obs": "sample"}
     assert np.array_equal(np.float32(described["normalizers"]["action"]["offset"]), pair[1])
 
+    # The description takes the place of an official YAML: all comes back, bit for bit.
+    line = ["from-torch", f"--input={out}", f"--official-config={out.with_suffix('.json')}"]
+    assert command(*line, f"--workdir={tmp_path / 'back'}") == 0
+    again = tmp_path / "back.safetensors"
+    assert command("to-torch", f"--workdir={tmp_path / 'back'}", f"--output={again}") == 0
+    assert_same_bits(load_file(again), tensors)
+    differing = {
+        key for key, value in json.loads(again.with_suffix(".json").read_text()).items() if value != described[key]
+    }
+    assert differing <= {"code_version"}
+    wrong = {**tensors, "obs_encoder.pca.scale": np.zeros(2, np.float32)}
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    line[1] = f"--input={tmp_path / 'wrong.safetensors'}"
+    assert command(*line, f"--workdir={tmp_path / 'none'}") == 2
+    assert "obs_encoder.pca.scale (2,)" in capsys.readouterr().err
+
     # Fields are changed on top of the stored config; a folder in the way ends it before anything is written.
     out = tmp_path / "again" / "model.safetensors"
     line = ["to-torch", f"--workdir={tmp_path / 'run'}", f"--output={out}"]
@@ -420,6 +455,45 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path) -> None:
     described = json.loads(out.with_suffix(".json").read_text())["diffusion"]
     assert (described["timesteps"][0], described["hidden_timestep"]) == (90, 99)
     assert command(*line, "--config.diffusion.spacin=trailing") == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[1]", "expected the description that `convert to-torch` writes"),
+        ('{"format": "uwm_jax.torch", "format_version": 2}', "('uwm_jax.torch', 2)"),
+        ('{"format": "uwm_jax.torch", "format_version": 1, "config": {}}', "a field is missing"),
+        ('{"format": "uwm_jax.torch", "format_version": 1, "config": {"seeed": 1}}', "unknown field 'seeed'"),
+    ],
+)
+def test_descriptions_that_are_none(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    (tmp_path / "model.json").write_text(content)
+    assert command(*libero_line(official, tmp_path / "run", **{"official-config": tmp_path / "model.json"})) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "model.json" in printed and "Traceback" not in printed
+
+
+@pytest.mark.torch
+def test_averaged_weights_of_a_pt_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    tensors = {key: torch.from_numpy(value) for key, value in reference.weights(LIBERO).items()}
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    averaged = {**wrapped, "module._orig_mod.noise_pred_net.registers": tensors["noise_pred_net.registers"] + 1}
+    torch.save({"model": wrapped, "ema": averaged, "step": 3}, tmp_path / "models.pt")
+    line = ["from-torch", f"--input={tmp_path / 'models.pt'}", f"--official-config={reference.official_yaml(LIBERO)}"]
+    for which, added in (("model", 0), ("ema", 1)):
+        workdir = tmp_path / which
+        assert command(*line, f"--workdir={workdir}", "--no_normalizer", f"--weights={which}") == 0
+        printed = capsys.readouterr().err
+        assert "'module.'" in printed and "'_orig_mod.'" in printed and "averaged weights" in printed
+        params = checkpoint.Checkpoints(workdir, read_only=True).restore_arrays(0, "params")
+        expected = tensors["noise_pred_net.registers"].numpy() + added
+        np.testing.assert_array_equal(params["noise_pred_net"]["registers"], expected)
 
 
 def test_no_description_is_left_without_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

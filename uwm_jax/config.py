@@ -72,11 +72,11 @@ def base() -> ConfigDict:
     c.model.encoder.pool = "average"  # average, or flatten (keeps the map's layout; small images)
     c.model.encoder.use_low_dim = False
     c.model.encoder.use_language = False
-    c.model.encoder.imagenet_weights = ""  # torchvision-named safetensors, or hub "owner/name[/file]"
+    c.model.encoder.imagenet_weights = ""  # safetensors file, its folder, or hub name[@revision][/file]
 
     c.model.codec = ConfigDict()
     c.model.codec.name = "vae"  # vae, pixels, pca
-    c.model.codec.vae = "stabilityai/sdxl-vae"  # diffusers folder or hub name
+    c.model.codec.vae = "stabilityai/sdxl-vae"  # diffusers folder or hub name[@revision]
     c.model.codec.microbatch = 72  # frames per pass through the VAE, on each device
     c.model.codec.posterior = "sample"  # sample (official) or mode, in training
     c.model.codec.dtype = "float32"  # bfloat16 keeps GroupNorm in fp32

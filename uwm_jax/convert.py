@@ -1,15 +1,16 @@
 """Official PyTorch checkpoints become workdirs, and workdirs become official state dicts.
 
-    python -m uwm_jax.convert from-torch --input=model.safetensors --official-config=config.yaml \\
-        [--normalizer=normalizer.npz] --workdir=DIR
+    python -m uwm_jax.convert from-torch --input=model.pt --official-config=.hydra/config.yaml --workdir=DIR \\
+        [--normalizer=normalizer.npz | --no_normalizer] [--weights=ema]
     python -m uwm_jax.convert to-torch --workdir=DIR --output=model.safetensors [--step=N] [--config.FIELD=VALUE]
 
-Tensors keep their bits: from-torch, then to-torch, gives an equal file with the same names. Beside it,
-`model.json` describes the model fully; normalisers are there, never among the tensors.
+Tensors keep their bits: from-torch, then to-torch, gives an equal file with the same names. `model.json` next to it
+describes the model fully (normalisers are there, never among the tensors); from-torch takes it in place of the YAML.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -19,15 +20,17 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from uwm_jax import cli
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError
-from uwm_jax.models.codecs import PCACodec, VAECodec
+from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.system import DataFacts, System
-from uwm_jax.torch_bridge import diffusers_vae, layout, weights
+from uwm_jax.torch_bridge import description, diffusers_vae, layout, state_dict, weights
+from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, PCA, Described
 from uwm_jax.torch_bridge.official_config import VAE, OfficialRun, read_official
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
 from uwm_jax.training import checkpoint, inference
@@ -35,21 +38,21 @@ from uwm_jax.training.record import code_version
 
 FLAGS = flags.FLAGS
 
-FORMAT = "uwm_jax.torch"
-FORMAT_VERSION = 1
+Arrays = dict[str, np.ndarray]
 
 # Buffers of the official VAE wrapper: latents = (posterior * scaling_factor - shift) / scale
 LATENT_SHIFT, LATENT_SCALE = "obs_encoder.vae.shift", "obs_encoder.vae.scale"
-PCA = "obs_encoder.pca."
 
 # What the official VAE always has; without this a missing layer would pass for another architecture.
 SDXL_PARTS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("input", None, "from-torch: official weights, .safetensors or .pt")
-    flags.DEFINE_string("official_config", None, "from-torch: the run's saved YAML")
+    flags.DEFINE_string("input", None, "from-torch: weights under official names, .safetensors or .pt")
+    flags.DEFINE_string("official_config", None, "from-torch: the run's .hydra/config.yaml, or a .json of to-torch")
     flags.DEFINE_string("normalizer", None, "from-torch: .npz with <key>/scale and <key>/offset")
+    flags.DEFINE_bool("no_normalizer", False, "from-torch: keys that no normaliser is given for stay in raw units")
+    flags.DEFINE_enum("weights", "model", ["model", "ema"], "from-torch: which of the weights that a file holds")
     flags.DEFINE_string("workdir", None, "from-torch: the directory to make; to-torch: the one to read")
     flags.DEFINE_string("output", None, "to-torch: the .safetensors file to write; a .json goes beside it")
     flags.DEFINE_integer("step", None, "to-torch: which checkpoint; the newest by default", lower_bound=0)
@@ -63,7 +66,12 @@ def main(argv: list[str]) -> None:
         if overrides:
             raise UserError(f"--config.{overrides[0][0]}: from-torch takes every field from --official-config.")
         from_torch(
-            cli.required("input"), cli.required("official_config"), cli.required("workdir"), FLAGS.normalizer or None
+            cli.required("input"),
+            cli.required("official_config"),
+            cli.required("workdir"),
+            FLAGS.normalizer or None,
+            no_normalizer=FLAGS.no_normalizer,
+            which=FLAGS.weights,
         )
     elif argv == ["to-torch"]:
         to_torch(cli.required("workdir"), cli.required("output"), FLAGS.step, overrides, FLAGS.parameters)
@@ -73,15 +81,23 @@ def main(argv: list[str]) -> None:
 
 
 def from_torch(
-    input_path: str | Path, official_config: str | Path, workdir: str | Path, normalizer: str | Path | None = None
+    input_path: str | Path,
+    official_config: str | Path,
+    workdir: str | Path,
+    normalizer: str | Path | None = None,
+    *,
+    no_normalizer: bool = False,
+    which: str = state_dict.MODEL,
 ) -> None:
-    """Makes an ordinary workdir, in float32, of official weights; all of it or nothing.
+    """Makes an ordinary workdir, in float32, of weights under official names; all of it or nothing.
 
     Args:
       input_path: `.safetensors`, or an official `.pt` (which brings its normalisers).
-      official_config: the run's saved YAML.
+      official_config: the run's saved YAML, or the `.json` that `to_torch` wrote (which brings its normalisers).
       workdir: a directory that does not exist yet, or is empty.
-      normalizer: `.npz`; takes the place of what a `.pt` holds for the same key.
+      normalizer: `.npz`; takes the place of what the other files hold for the same key.
+      no_normalizer: whether a key that the run normalised may go without a normaliser.
+      which: `model`, or `ema` for the averaged weights of a file that holds both.
     """
     workdir = Path(workdir)
     weights.check_output(workdir, "--workdir")
@@ -89,37 +105,79 @@ def from_torch(
         raise UserError(
             f"--workdir: {str(workdir)!r} is not empty; a converted checkpoint needs a directory of its own."
         )
-    tensors, stored = weights.read_weights(input_path)
-    run = read_official(OfficialYaml(official_config), {name: tuple(t.shape) for name, t in tensors.items()})
+    tensors, stored, notes = weights.read_weights(input_path, which)
+    if notes:
+        print(f"note: {'; '.join(notes)}.", file=sys.stderr)
     given = weights.read_normalizers(normalizer) if normalizer else {}
-    facts = DataFacts(run.cameras, run.low_dim, run.action_dim, run.text_dim, _normalizer(run, stored, given))
+    run: OfficialRun | Described
+    conflicts: tuple[str, ...] = ()
+    if description.is_description(official_config):
+        run = description.read(official_config, "--official-config")
+        step, parameters, facts = run.step, run.parameters, run.facts
+        pairs = {**facts.normalizer.entries, **stored, **given}
+        facts = dataclasses.replace(facts, normalizer=_fitting(pairs, given, facts.action_dim, facts.low_dim))
+    else:
+        run = read_official(OfficialYaml(official_config), {name: tuple(t.shape) for name, t in tensors.items()})
+        step, parameters, conflicts = 0, "params" if which == state_dict.MODEL else "ema_params", run.conflicts
+        normalisers = _fitting({**stored, **given}, given, run.action_dim, run.low_dim_seen)
+        facts = DataFacts(run.cameras, run.low_dim, run.action_dim, run.text_dim, normalisers)
 
-    vae_tensors = {name.removeprefix(VAE): t for name, t in tensors.items() if name.startswith(VAE)}
-    vae_config = {**diffusers_vae.infer_config({name: t.shape for name, t in vae_tensors.items()}), **SDXL_PARTS}
-    network = {n: t for n, t in tensors.items() if not n.startswith(VAE) and n not in (LATENT_SHIFT, LATENT_SCALE)}
-    source, patch = f"--input: {input_path}", run.config.model.patch
-    faults = diffusers_vae.match_tensors(vae_config, vae_tensors, "its VAE", VAE)[1]
-    faults += _faults_of_latents(tensors, vae_config["latent_channels"])
+    config, source = run.config, f"--input: {input_path}"
+    codec_tensors, network, faults = _split_codec(config, tensors)
     try:
-        module = diffusers_vae.module_from_config(vae_config)
-        system = System(run.config, facts, VAECodec(module, run.config.model.codec.microbatch))
-        like = jax.eval_shape(system.init, jax.random.key(0))
+        codec = _codec(config, codec_tensors)
+        like = jax.eval_shape(System(config, facts, codec).init, jax.random.key(0))
     except (UserError, ValueError) as e:  # such fields describe no model, so nothing tells which tensors to expect
-        if not run.conflicts:
+        if not conflicts:
             raise
-        raise UserError(layout.refusal(source, faults, run.conflicts)) from e
-    faults = layout.find_faults(network, like, patch) + faults
-    if faults or run.conflicts:
-        raise UserError(layout.refusal(source, faults, run.conflicts))
-    params = layout.from_official(network, like, patch, source)
+        raise UserError(layout.refusal(source, faults, conflicts)) from e
+    faults = layout.find_faults(network, like, config.model.patch) + faults
+    if faults or conflicts:
+        raise UserError(layout.refusal(source, faults, conflicts))
+    if isinstance(run, OfficialRun):
+        _check_normalized(run, facts.normalizer, no_normalizer)
+    params = layout.from_official(network, like, config.model.patch, source)
     _warn_of_infinities(tensors)
 
+    names = {"weights": Path(input_path).name, "config": Path(official_config).name, "parameters": parameters}
     with weights.atomic_folder(workdir, "--workdir") as staging:
-        diffusers_vae.write_folder(staging / "frozen" / "vae", vae_config, vae_tensors)
-        origin = {"converted_from": {"weights": Path(input_path).name, "config": Path(official_config).name}}
-        checkpoint.save_params_only(staging, run.config, facts, params, extra_assets=origin)
+        if isinstance(codec, VAECodec):
+            diffusers_vae.write_folder(staging / "frozen" / "vae", _vae_config(codec_tensors), codec_tensors)
+        arrays = codec_tensors if isinstance(codec, PCACodec) else None
+        checkpoint.save_params_only(
+            staging, config, facts, params, arrays, step=step, extra_assets={"converted_from": names}
+        )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"wrote {workdir}: {count / 1e6:.2f} M trainable parameters, cameras {', '.join(sorted(run.cameras))}")
+    print(f"wrote {workdir}: {count / 1e6:.2f} M trainable parameters, cameras {', '.join(sorted(facts.cameras))}")
+
+
+def _split_codec(config: ConfigDict, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays, list[str]]:
+    """The codec's tensors without their prefix, all others, and a line about each that does not fit the codec."""
+    if config.model.codec.name != "vae":
+        return *description.split(tensors, PCA), []
+    vae_tensors, rest = description.split(tensors, VAE)
+    network = {name: t for name, t in rest.items() if name not in (LATENT_SHIFT, LATENT_SCALE)}
+    vae_config = _vae_config(vae_tensors)
+    faults = diffusers_vae.match_tensors(vae_config, vae_tensors, "its VAE", VAE)[1]
+    return vae_tensors, network, faults + _faults_of_latents(tensors, vae_config["latent_channels"])
+
+
+def _codec(config: ConfigDict, tensors: Arrays) -> Codec:
+    if config.model.codec.name == "vae":
+        return VAECodec(diffusers_vae.module_from_config(_vae_config(tensors)), config.model.codec.microbatch)
+    if config.model.codec.name == "pixels":
+        return PixelsCodec()
+    expected = {"mean": 4, "components": 3, "scale": 0}
+    if {name: t.ndim for name, t in tensors.items()} != expected:
+        found = ", ".join(f"{PCA}{name} {t.shape}" for name, t in tensors.items()) or "none"
+        raise UserError(
+            f"--input: expected the tensors {', '.join(PCA + n for n in expected)} of a codec, found {found}."
+        )
+    return PCACodec.from_params(tensors)
+
+
+def _vae_config(tensors: Arrays) -> dict[str, Any]:
+    return {**diffusers_vae.infer_config({name: t.shape for name, t in tensors.items()}), **SDXL_PARTS}
 
 
 def to_torch(
@@ -146,11 +204,11 @@ def to_torch(
     system, params, frozen, step = inference.load_for_inference(workdir, step, overrides, parameters)
     tensors = layout.to_official(params, system.config.model.patch)
     tensors |= _codec_tensors(system, frozen, Path(workdir))
-    description = describe(system, tensors, step, Path(workdir))
-    description |= inference.parameters_used(workdir, step, parameters)
+    described = describe(system, tensors, step, Path(workdir))
+    described |= inference.parameters_used(workdir, step, parameters)
     weights.write_weights(output, dict(sorted(tensors.items())))
     with weights.atomic(output.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
+        temporary.write_text(json.dumps(described, indent=2) + "\n")
     print(f"wrote {output}: {len(tensors)} tensors of step {step}, described in {output.with_suffix('.json').name}")
 
 
@@ -188,25 +246,39 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
     }
 
 
-def _normalizer(run: OfficialRun, stored: weights.Normalizers, given: weights.Normalizers) -> Normalizer:
-    """The run's normaliser, `given` before `stored`.
+def _check_normalized(run: OfficialRun, normalizer: Normalizer, no_normalizer: bool) -> None:
+    """Warns of keys that the model reads or makes without a normaliser, where the run may have had one.
 
-    Says once which keys the model reads or makes without one, and which of the given ones belong to nothing.
+    Raises:
+      UserError: the run did have one, and `no_normalizer` does not allow to go without.
     """
-    pairs = {**stored, **given}
-    sizes = {"action": run.action_dim, **run.low_dim_seen}
+    absent = [key for key in ("action", *run.low_dim) if key not in normalizer.entries]
+    lost = [key for key in absent if run.normalized[key]]
+    if lost and not no_normalizer:
+        raise UserError(
+            f"--official-config says that the run normalised {', '.join(lost)}, but no file says how, so that raw "
+            "values would be taken for normalised ones. Give the .pt checkpoint, which holds its normalisers, or "
+            "--normalizer=FILE.npz with <key>/scale and <key>/offset; --no_normalizer converts the weights without."
+        )
+    if unsaid := [key for key in absent if run.normalized[key] is not False]:
+        print(f"warning: no normaliser for {', '.join(unsaid)}; raw and normalised values are equal.", file=sys.stderr)
+
+
+def _fitting(
+    pairs: weights.Normalizers, given: weights.Normalizers, action_dim: int, low_dim: Mapping[str, int]
+) -> Normalizer:
+    """`pairs` as a normaliser, if they fit the run's keys; warns of `given` ones that belong to no key."""
+    sizes = {"action": action_dim, **low_dim}
     for key, (scale, _) in pairs.items():
         if key in sizes and scale.shape != (sizes[key],):
             raise UserError(f"--normalizer: {key}/scale has shape {scale.shape}, expected ({sizes[key]},).")
-        if key in ("action", *run.low_dim) and not scale.all():
+        if key in sizes and not scale.all():
             raise UserError(f"--normalizer: {key}/scale has zeros, so {key} cannot be normalised; put 1 there.")
-    absent = [key for key in ("action", *run.low_dim) if key not in pairs]
-    unknown = [key for key in given if key not in sizes]
-    warnings = [f"no normaliser for {', '.join(absent)}; raw and normalised values are equal"] if absent else []
-    if unknown:
-        warnings += [f"--normalizer has {', '.join(unknown)}, but the run's keys are {', '.join(sizes)}"]
-    if warnings:
-        print(f"warning: {'; '.join(warnings)}.", file=sys.stderr)
+    if unknown := [key for key in given if key not in sizes]:
+        print(
+            f"warning: --normalizer has {', '.join(unknown)}, but the run's keys are {', '.join(sizes)}.",
+            file=sys.stderr,
+        )
     return Normalizer(pairs)
 
 

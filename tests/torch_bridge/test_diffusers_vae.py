@@ -227,7 +227,7 @@ def test_broken_files(tmp_path):
     folder, _, _ = folder_of(tmp_path)
     (folder / bridge.SUMS_FILE).unlink()
     (folder / bridge.WEIGHTS_FILE).write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="is not a readable safetensors file"):
         bridge.load_vae(folder)
     (folder / bridge.CONFIG_FILE).write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

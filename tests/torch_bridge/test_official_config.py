@@ -81,6 +81,72 @@ def test_references_and_numbers(tmp_path: Path) -> None:
     assert c.to_dict() == reference.to_dict()
 
 
+def test_hydra_s_own_file_holds_resolvers_in_fields_that_are_not_needed(tmp_path: Path) -> None:
+    text = (
+        _yaml()
+        .replace("algo: uwm", "algo: ${hydra:runtime.choices.model}")
+        .replace("  name: golden\n", "  name: ${oc.env:DATASET}\n")
+        + "optimizer:\n  lr: ${eval:1e-4*2}\n  eps: 1e-7\n  betas: ${betas}\n"
+        + "logdir: ${oc.env:LOGS}/${algo}/${now:%Y-%m-%d}\n"
+    )
+    c, reference = _read(tmp_path, text).config, _read(tmp_path, _yaml()).config
+    assert c.data.path == "official" and c.optimizer.eps == 1e-7
+    reference.data.path, reference.optimizer.eps = c.data.path, c.optimizer.eps
+    assert c.to_dict() == reference.to_dict()
+
+
+def test_without_a_class_the_name_of_the_algorithm_tells(tmp_path: Path) -> None:
+    text = _yaml().replace("  _target_: models.uwm.UnifiedWorldModel\n", "")
+    assert _read(tmp_path, text).config.to_dict() == _read(tmp_path, _yaml()).config.to_dict()
+    with pytest.raises(UserError, match="algo is 'dp'"):
+        _read(tmp_path, text.replace("algo: uwm", "algo: dp"))
+
+
+def _bomb() -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    return "\n".join(lines + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [*a]\n", "an alias that refers to what it is part of"),
+        ("a: &a {b: {c: *a}}\n", "an alias that refers to what it is part of"),
+        (_bomb(), "unfolds to more than 100000 values"),
+        ("a: " + "[" * 80 + "]" * 80, "nested more than 50 levels deep"),
+        ("a: " + "[" * 100_000, "nested more than 50 levels deep"),
+        ("#" * (5 << 20), "bytes; a saved configuration has at most"),
+        ("\n <!DOCTYPE html><html></html>", "an HTML page"),
+        ("day: 2026-13-45\n", "not plain YAML"),
+        ("defaults:\n- model: uwm\n- _self_\nnum_frames: 19\n", ".hydra/config.yaml"),
+        ("num_frames: 19\n", ".hydra/config.yaml"),
+    ],
+)
+def test_files_that_are_no_saved_configuration(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        _read(tmp_path, text)
+    assert message in str(error.value) and str(tmp_path / "config.yaml") in str(error.value)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(UserError, match="not plain YAML"):
+        OfficialYaml(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(("says", "expected"), [("true", True), ("false", False), (None, None)])
+def test_which_keys_the_run_normalised(tmp_path: Path, says: str | None, expected: bool | None) -> None:
+    shapes = _shapes()
+    for name in [n for n in shapes if n.endswith("adaLN_modulation.1.weight")]:
+        shapes[name] = (shapes[name][0], shapes[name][1] + 2 * 7)
+    text = _yaml().replace("use_low_dim: false", "use_low_dim: true")
+    line = "  normalize_lowdim: true\n"
+    assert line in text
+    run = _read(tmp_path, text.replace(line, f"  normalize_lowdim: {says}\n" if says else ""), shapes)
+    assert run.normalized == {"action": True, "cartesian_position": expected, "gripper_position": expected}
+    assert _read(tmp_path, _yaml()).normalized == {"action": True}  # it reads no low-dim key
+
+
 def test_a_resolved_file_with_other_anchors_reads_the_same(tmp_path: Path) -> None:
     expanded = _yaml().replace("&id001", "").replace("*id001", "${dataset.shape_meta}")
     assert _read(tmp_path, expanded).config.to_dict() == _read(tmp_path, _yaml()).config.to_dict()
@@ -102,9 +168,13 @@ def test_a_resolved_file_with_other_anchors_reads_the_same(tmp_path: Path) -> No
         ("use_language: false", "use_language: true", ["use_language", "text_encoder.head"]),
         ("imagenet_norm: false", "imagenet_norm: true", ["imagenet_norm"]),
         ("use_low_dim: false", "use_low_dim: true", ["condition", "430", "416"]),
-        ("algo: uwm", "algo: dp", ["algo", "'dp'"]),
+        (
+            "models.uwm.UnifiedWorldModel",
+            "models.dp.DiffusionPolicy",
+            ["model._target_", "'models.dp.DiffusionPolicy'"],
+        ),
         ("  depth: 3", "", ["model.depth", "missing"]),
-        ("depth: 3", "depth: three", ["model.depth", "whole number", "three"]),
+        ("depth: 3", "depth: three", ["model.depth", "an integer", "three"]),
         ("depth: 3", "depth: ${a.b}", ["model.depth", "${a.b}"]),
         ("depth: 3", "depth: ${model.depth}", ["refers to itself"]),
         ("depth: 3", "depth: ${now:x}", ["resolver"]),

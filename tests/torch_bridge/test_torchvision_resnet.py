@@ -105,7 +105,7 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path, params):
 
 def test_files_that_cannot_be_had(tmp_path, params):
     (tmp_path / "bad.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="is not a readable safetensors file"):
         load_imagenet_resnet(tmp_path / "bad.safetensors", params)
     for name in (str(tmp_path / "none.safetensors"), Path("none.safetensors"), "none.safetensors", "a/b.safetensors"):
         with pytest.raises(UserError, match="there is no such file"):

@@ -20,14 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import traverse_util
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from uwm_jax.errors import UserError
 from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.torch_bridge.hub import fetch
 from uwm_jax.torch_bridge.layout import is_float
+from uwm_jax.torch_bridge.tensor_file import read_safetensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -178,7 +178,7 @@ def load_vae(path_or_hub_name: str | os.PathLike[str], dtype: Any = jnp.float32)
 
     Args:
         path_or_hub_name: a folder with `config.json` and `diffusion_pytorch_model.safetensors`, or a hub name
-            "owner/name" or "owner/name/subfolder" (a `Path` is always local).
+            "owner/name[@revision][/subfolder]" (a `Path` is always local).
         dtype: compute dtype of the module (parameters are float32).
     Returns:
         the module, its parameters (float32 numpy), and the source as found: {"config": dict, "tensors": {name:
@@ -193,10 +193,7 @@ def load_vae(path_or_hub_name: str | os.PathLike[str], dtype: Any = jnp.float32)
         config = json.loads(config_path.read_text())
     except ValueError as error:
         raise UserError(f"{config_path}: not valid JSON ({error}); fetch the VAE again") from None
-    try:
-        tensors = load_file(weights_path)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{weights_path}: not a readable safetensors file ({error}); fetch the VAE again") from None
+    tensors = read_safetensors(weights_path, f"the VAE: {weights_path}")
     params = params_from_tensors(config, tensors, source=str(path_or_hub_name))
     source = {"config": config, "tensors": tensors, "origin": str(path_or_hub_name)}
     return module_from_config(config, dtype, str(config_path)), params, source

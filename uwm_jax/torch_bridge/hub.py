@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from uwm_jax.errors import UserError
+
+# owner/name, @revision, /subfolder
+_HUB_NAME = re.compile(r"([^/@~\s]+/[^/@\s]+)(?:@([^/@\s]+))?(?:/([^@]*[^/@]))?")
 
 
 def fetch(path_or_hub_name: str | os.PathLike[str], files: Sequence[str], what: str) -> list[Path]:
     """Local paths of `files` in a folder or in a hub repository.
 
     Args:
-        path_or_hub_name: an existing folder, or a string "owner/name" or "owner/name/subfolder" on the hub.
+        path_or_hub_name: an existing folder, or a string "owner/name[@revision][/subfolder]" on the hub, where a
+            revision is a branch, a tag or a commit.
         files: file names to find.
         what: what they are, for messages.
     Raises:
@@ -26,23 +31,22 @@ def fetch(path_or_hub_name: str | os.PathLike[str], files: Sequence[str], what: 
         if missing:
             raise UserError(f"{folder}: expected {' and '.join(files)} of the {what}, but {missing[0]} is missing")
         return [folder / file for file in files]
-    parts = name.split("/")
-    local = isinstance(path_or_hub_name, os.PathLike) or folder.is_absolute()
-    if local or name.startswith((".", "~")) or len(parts) < 2 or not all(parts):
+    parsed = _HUB_NAME.fullmatch(name)
+    if isinstance(path_or_hub_name, os.PathLike) or name.startswith(".") or parsed is None:
         raise UserError(
-            f"{name!r}: expected a folder with the {what} ({', '.join(files)}) or a hub name like 'owner/name', "
-            "but there is no such folder"
+            f"{name!r}: expected a folder with the {what} ({', '.join(files)}) or a hub name like 'owner/name' or "
+            "'owner/name@revision', but there is no such folder"
         )
     from huggingface_hub import hf_hub_download
 
-    repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    repo, revision, subfolder = parsed.groups()
     try:
-        return [Path(hf_hub_download(repo, file, subfolder=subfolder)) for file in files]
+        return [Path(hf_hub_download(repo, file, subfolder=subfolder, revision=revision)) for file in files]
     except Exception as error:  # offline, unknown, private, malformed name, full disk: the hub has a class for each
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{name!r} is not a local folder, and the {what} ({', '.join(files)}) could not be fetched from the "
             f"Hugging Face hub: {type(error).__name__}: {reason}\n"
-            "Check the name and the network (and HF_TOKEN for a private repository), or download it elsewhere and "
-            "give the folder."
+            "Check the name, the revision and the network (and HF_TOKEN for a private repository), or download it "
+            f"elsewhere and give the folder that holds {' and '.join(files)}."
         ) from error

@@ -28,6 +28,8 @@ TEXT = "obs_encoder.text_encoder."
 TEXT_HEAD = TEXT + "head."
 CLIP_DIM = 512  # of the official text embedding, where the tensors do not tell
 
+CLASS = "models.uwm.UnifiedWorldModel"
+
 Shape = tuple[int, ...]
 
 
@@ -37,6 +39,8 @@ class OfficialRun:
 
     cameras: raw (height, width) per camera key. low_dim: size of each low-dim key that the model
     reads. low_dim_seen: of each key that the run stored. text_dim: 0 without a text head.
+    normalized: {key: whether the run normalised it; None where the YAML does not say}, of `action` and the low-dim keys
+    that the model reads.
     conflicts: one line about each field that the tensors contradict; with any, the weights must be refused.
     """
 
@@ -46,6 +50,7 @@ class OfficialRun:
     low_dim_seen: dict[str, int]
     action_dim: int
     text_dim: int
+    normalized: dict[str, bool | None]
     conflicts: tuple[str, ...] = ()
 
 
@@ -64,13 +69,14 @@ def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> Offici
     _refuse_unsupported(official, shapes)
     c = config_lib.base()
     cameras, low_dim_seen, action_dim = _shape_meta(official)
-    c.data.path = str(official.get("dataset.name", "official"))
+    c.data.path = str(official.optional("dataset.name", "official"))
     c.data.cameras = tuple(sorted(cameras))
     _read_window(official, c)
     _read_images(official, c, cameras)
     _read_diffusion(official, c)
     _read_optimizer(official, c)
-    c.data.normalize = "minmax" if typed(official, "dataset.normalize_action", bool, False) else "none"
+    normalizes = {name: _says(official, f"dataset.normalize_{name}") for name in ("action", "lowdim")}
+    c.data.normalize = "minmax" if normalizes["action"] else "none"
 
     c.model.encoder.use_low_dim = typed(official, "model.obs_encoder.use_low_dim", bool, False)
     c.model.encoder.use_language = typed(official, "model.obs_encoder.use_language", bool, False)
@@ -101,13 +107,21 @@ def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> Offici
         config_lib.validate(c)
     except UserError as e:
         raise UserError(f"--official-config: {official.path}: {e}") from e
-    return OfficialRun(c, cameras, low_dim, low_dim_seen, action_dim, text_dim, tuple(conflicts))
+    normalized = {"action": normalizes["action"], **dict.fromkeys(low_dim, normalizes["lowdim"])}
+    return OfficialRun(c, cameras, low_dim, low_dim_seen, action_dim, text_dim, normalized, tuple(conflicts))
+
+
+def _says(official: OfficialYaml, field: str) -> bool | None:
+    """A switch of the YAML; None where it is absent."""
+    return None if official.get(field, None) is None else typed(official, field, bool)
 
 
 def _refuse_unsupported(official: OfficialYaml, shapes: Mapping[str, Shape]) -> None:
-    for field, expected in {"algo": "uwm", "model._target_": "models.uwm.UnifiedWorldModel"}.items():
-        if (found := official.get(field, expected)) != expected:
-            raise official.error(field, f"is {found!r}; only {expected!r} can be converted")
+    found = official.get("model._target_", None)
+    if found not in (None, CLASS):
+        raise official.error("model._target_", f"is {found!r}; only {CLASS!r} can be converted")
+    if found is None and (algo := official.optional("algo", "uwm")) != "uwm":
+        raise official.error("algo", f"is {algo!r}; only 'uwm' can be converted")
     if (backbone := official.get("model.obs_encoder.vision_backbone", "resnet")) != "resnet":
         raise official.error(
             "model.obs_encoder.vision_backbone", f"is {backbone!r}, which we do not model; only 'resnet' is"
@@ -234,11 +248,11 @@ def _read_diffusion(official: OfficialYaml, c: ConfigDict) -> None:
 
 
 def _read_optimizer(official: OfficialYaml, c: ConfigDict) -> None:
-    """The optimiser's numbers, where the run stored them: they describe how the weights were made."""
+    """The optimiser's numbers, where they can be read: they describe how the weights were made."""
     for field, ours in {"lr": "learning_rate", "eps": "eps", "weight_decay": "weight_decay"}.items():
-        if official.get(f"optimizer.{field}", None) is not None:
-            c.optimizer[ours] = number(official, f"optimizer.{field}", official.get(f"optimizer.{field}"))
-    betas = official.get("optimizer.betas", None)
+        if (value := official.optional(f"optimizer.{field}", None)) is not None:
+            c.optimizer[ours] = number(official, f"optimizer.{field}", value)
+    betas = official.optional("optimizer.betas", None)
     if betas is not None:
         if not isinstance(betas, list) or len(betas) != 2:
             raise official.error("optimizer.betas", f"should be a list of two numbers, found {betas!r:.60}")

@@ -13,7 +13,7 @@ from uwm_jax.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, for which `1e-4` is a number as in YAML 1.2 (PyYAML reads a text)."""
+    """The safe loader, for which `1e-4` is a number as in YAML 1.2 (PyYAML reads a string)."""
 
 
 _Loader.add_implicit_resolver(
@@ -26,23 +26,43 @@ _INNERMOST = re.compile(r"\$\{([^${}]*)\}")
 _TOKEN = re.compile(r"\[([^\[\]]+)\]|([^.\[\]]+)")
 _REQUIRED = object()
 
+MAX_BYTES = 4 << 20
+MAX_DEPTH = 50
+MAX_NODES = 100_000  # with every alias written out
+MEANT = "The file meant is .hydra/config.yaml in the output folder of the official run."
+
 
 class OfficialYaml:
     """A saved configuration whose references are followed when a field is read, and not before.
 
-    Fields that nobody asks for may therefore hold resolvers such as `${now:%Y}`.
+    Fields that nobody asks for may therefore hold resolvers such as `${now:%Y}`. Raises UserError for a file that is
+    no plain YAML mapping, is larger than `MAX_BYTES`, refers to itself, or is nested or unfolds beyond the limits.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        where = f"--official-config: {path}"
         try:
-            self._root = yaml.load(self.path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+            size = self.path.stat().st_size
+            if size > MAX_BYTES:
+                raise UserError(f"{where}: {size} bytes; a saved configuration has at most {MAX_BYTES}. {MEANT}")
+            text = self.path.read_text(encoding="utf-8")
+            if re.match(r"\s*<(!doctype|html)", text, re.IGNORECASE):
+                raise UserError(f"{where} is an HTML page, not YAML: download the file itself. {MEANT}")
+            self._root = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+            unfit = _unfit(self._root)
         except OSError as e:
             raise UserError(f"--official-config: cannot read {str(path)!r} ({e.strerror}).") from e
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise UserError(f"--official-config: {path} is not plain YAML: {e}") from e
+        except RecursionError as e:
+            raise UserError(f"{where} is nested more than {MAX_DEPTH} levels deep. {MEANT}") from e
+        except (yaml.YAMLError, ValueError) as e:  # the latter for bytes that are no UTF-8 and dates that are none
+            raise UserError(f"{where} is not plain YAML: {e}") from e
+        if unfit:
+            raise UserError(f"{where} {unfit}. {MEANT}")
         if not isinstance(self._root, dict):
-            raise UserError(f"--official-config: {path} should hold a mapping of fields, found {self._root!r:.60}.")
+            raise UserError(f"{where} should hold a mapping of fields, found {self._root!r:.60}.")
+        if "defaults" in self._root and "model" not in self._root:
+            raise UserError(f"{where} lists `defaults`, from which Hydra composes a configuration. {MEANT}")
 
     def get(self, field: str, default: Any = _REQUIRED) -> Any:
         """The value at `a.b.c` with every reference inside it followed.
@@ -56,8 +76,15 @@ class OfficialYaml:
             if default is not _REQUIRED and e.args[0] == field:
                 return default
             if e.args[0] == field:
-                raise self.error(field, "is missing from the official configuration") from e
+                raise self.error(field, f"is missing from the official configuration. {MEANT.rstrip('.')}") from e
             raise self.error(field, f"refers to ${{{e.args[0]}}}, which is not in the file") from e
+
+    def optional(self, field: str, default: Any) -> Any:
+        """Like `get`, for what only describes the run: the default too where the value cannot be read."""
+        try:
+            return self.get(field, default)
+        except UserError:
+            return default
 
     def error(self, field: str, message: str) -> UserError:
         return UserError(f"--official-config: {self.path}: {field} {message}.")
@@ -95,12 +122,31 @@ class OfficialYaml:
         return value
 
 
+def _unfit(root: Any) -> str:
+    """Why a parsed file is no configuration; empty where it may be one."""
+    nodes = 0
+    stack: list[tuple[Any, tuple[int, ...]]] = [(root, ())]
+    while stack:
+        node, above = stack.pop()
+        nodes += 1
+        if nodes > MAX_NODES:
+            return f"unfolds to more than {MAX_NODES} values"
+        if not isinstance(node, dict | list):
+            continue
+        if id(node) in above:
+            return "holds an alias that refers to what it is part of"
+        if len(above) >= MAX_DEPTH:
+            return f"is nested more than {MAX_DEPTH} levels deep"
+        stack += [(child, (*above, id(node))) for child in (node.values() if isinstance(node, dict) else node)]
+    return ""
+
+
 def typed(official: OfficialYaml, field: str, kind: type, default: Any = _REQUIRED) -> Any:
     value = official.get(field, default)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # mlp_ratio: 4.0, num_train_steps: 1e2
     if type(value) is not kind:
-        names = {int: "a whole number", bool: "true or false", str: "a text"}
+        names = {int: "an integer", bool: "true or false", str: "a string"}
         raise official.error(field, f"should be {names[kind]}, found {value!r}")
     return value
 
@@ -114,5 +160,5 @@ def number(official: OfficialYaml, field: str, value: Any) -> float:
 def ints(official: OfficialYaml, field: str, length: int) -> tuple[int, ...]:
     value = official.get(field)
     if not isinstance(value, list) or len(value) != length or not all(type(v) is int and v > 0 for v in value):
-        raise official.error(field, f"should be a list of {length} whole numbers, found {value!r}")
+        raise official.error(field, f"should be a list of {length} positive integers, found {value!r}")
     return tuple(value)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 from flax import traverse_util
-from safetensors.numpy import load_file
 
 from uwm_jax.errors import UserError
 from uwm_jax.torch_bridge.hub import fetch
+from uwm_jax.torch_bridge.tensor_file import read_safetensors
 
 DEFAULT_FILE = "model.safetensors"  # the name that hub repositories of classifiers use
 
@@ -28,8 +27,9 @@ def load_imagenet_resnet(path_or_hub: str | os.PathLike[str], encoder_params: Ma
     and bias 0. The classifier's `fc` is ignored and the encoder's stays as initialised.
 
     Args:
-        path_or_hub: a safetensors file with torchvision's names (conv1.weight, layer1.0.bn1.running_mean, ...), or a
-            hub name "owner/name" (its model.safetensors) or "owner/name/file".
+        path_or_hub: a safetensors file with torchvision's names (conv1.weight, layer1.0.bn1.running_mean, ...), a
+            folder with such a model.safetensors, or a hub name "owner/name[@revision][/file]" (by default its
+            model.safetensors).
         encoder_params: the parameters of a `uwm_jax.models.resnet.ResNet` of the same depth and width.
     Returns:
         new parameters of the same structure; float32 numpy where they changed.
@@ -37,12 +37,7 @@ def load_imagenet_resnet(path_or_hub: str | os.PathLike[str], encoder_params: Ma
         UserError: the file cannot be had or read, or a tensor is missing, extra or misshaped; each is named.
     """
     path = _locate(path_or_hub)
-    try:
-        tensors = load_file(path)
-    except safetensors.SafetensorError as error:
-        raise UserError(
-            f"{path}: not a readable safetensors file ({error}); save torch files (.pth) as safetensors first"
-        ) from None
+    tensors = read_safetensors(path, f"ImageNet weights: {path}")
 
     flat = dict(traverse_util.flatten_dict(encoder_params))
     unused = {name for name in tensors if not _NORM.search(name) and not name.startswith("fc.")}
@@ -82,7 +77,11 @@ def _locate(path_or_hub: str | os.PathLike[str]) -> Path:
         return path
     parts = name.split("/")
     is_file_name = parts[-1].endswith(".safetensors")
-    if path.is_absolute() or isinstance(path_or_hub, os.PathLike) or (is_file_name and len(parts) < 3):
-        raise UserError(f"{name!r}: there is no such file; expected a safetensors file with torchvision's ResNet names")
+    is_path = path.is_absolute() or isinstance(path_or_hub, os.PathLike) or (is_file_name and len(parts) < 3)
+    if is_path and not path.is_dir():
+        raise UserError(
+            f"{name!r}: there is no such file; expected safetensors with torchvision's ResNet names, or a folder "
+            f"with {DEFAULT_FILE}"
+        )
     folder, file = ("/".join(parts[:-1]), parts[-1]) if is_file_name else (name, DEFAULT_FILE)
     return fetch(folder, (file,), what="ImageNet weights")[0]

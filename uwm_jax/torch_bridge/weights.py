@@ -17,37 +17,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from uwm_jax.errors import UserError
+from uwm_jax.torch_bridge import state_dict
+from uwm_jax.torch_bridge.tensor_file import read_safetensors, refuse_other_kinds
 
 # key -> (scale (D,), offset (D,)) float32; raw = normalised * scale + offset
 Normalizers = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, np.ndarray], Normalizers]:
-    """Tensors by name, and the normalisers that a `.pt` checkpoint stores beside them.
+def read_weights(
+    path: str | Path, which: str = state_dict.MODEL
+) -> tuple[dict[str, np.ndarray], Normalizers, list[str]]:
+    """Tensors by official name, the normalisers that a `.pt` checkpoint stores next to them, and notes for people.
 
-    Raises UserError for a file that is absent, unreadable or of another kind.
+    Args:
+      which: `model`, or `ema` for the averaged weights that a file may hold as well.
+
+    Raises UserError for a file that is absent, unreadable, incomplete or of another kind.
     """
     path = Path(path)
+    where = f"--input: {path}"
     if not path.is_file():
         raise UserError(f"--input: there is no file {str(path)!r}.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path), {}
-        except (safetensors.SafetensorError, OSError) as e:
-            raise UserError(f"--input: {path} is not a readable safetensors file ({e}).") from e
-    if path.suffix in (".pt", ".pth"):
-        return _read_pt(path)
-    raise UserError(f"--input: expected a .safetensors or .pt file, found {str(path)!r}.")
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise UserError(f"--input: expected a .safetensors or .pt file, found {str(path)!r}.")
+    refuse_other_kinds(path, where)
+    tensors, normalizers = _read_pt(path) if path.suffix != ".safetensors" else (read_safetensors(path, where), {})
+    chosen, notes = state_dict.choose(tensors, which, where)
+    return chosen, normalizers, notes
 
 
 def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file, all of it or nothing."""
     with atomic(path) as temporary:
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary)
+        save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, temporary)
 
 
 def check_output(path: str | Path, flag: str) -> None:
@@ -210,18 +215,22 @@ def _read_pt(path: Path) -> tuple[dict[str, np.ndarray], Normalizers]:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as e:
-        found = re.search(r"GLOBAL (\S+)", str(e))
-        reason = f"it holds {found[1]}" if found else f"torch cannot read it ({type(e).__name__})"
+        refused = re.search(r"GLOBAL (\S+)", str(e))
+        reason = f"it holds {refused[1]}" if refused else f"torch cannot read it ({type(e).__name__})"
         raise UserError(f"--input: {path} is not a checkpoint of tensors and normalisers alone: {reason}.") from e
-    model = stored.get("model", stored) if isinstance(stored, dict) else None
-    if not isinstance(model, dict) or not model or not all(isinstance(t, torch.Tensor) for t in model.values()):
+    found = state_dict.flatten(state_dict.containers(stored), torch.Tensor) if isinstance(stored, dict) else {}
+    if not found:
         raise UserError(f"--input: {path} should hold a state dict, alone or under the key 'model'.")
     tensors = {}
-    for name, tensor in model.items():
-        tensor = tensor.detach().cpu()
-        tensors[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    for name, tensor in found.items():
+        try:
+            tensors[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+        except (TypeError, RuntimeError) as e:  # float8 and quantised types
+            raise UserError(
+                f"--input: {path}: {name} is {tensor.dtype}, which is not converted. Save it as float32."
+            ) from e
     normalizers: Normalizers = {}
-    if model is not stored:
+    if isinstance(stored, dict):
         where = f"--input: {path}"
         for key, leaf in _linear_normalizers(stored.get("action_normalizer"), "action"):
             normalizers[key] = _pair(where, key, leaf.scale, leaf.offset)

@@ -1,0 +1,78 @@
+"""The `.json` that `convert to-torch` writes next to the weights, read again: the run that they came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+from uwm_jax.system import DataFacts
+
+FORMAT = "uwm_jax.torch"
+FORMAT_VERSION = 1
+PCA = "obs_encoder.pca."  # prefix of the tensors of a `pca` codec
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A described checkpoint: its config, what it knows of its data, its step, and which parameters it holds
+    (`params` or `ema_params`)."""
+
+    config: ConfigDict
+    facts: DataFacts
+    step: int
+    parameters: str
+
+
+def read(path: str | Path, flag: str) -> Described:
+    """Reads a description.
+
+    Raises:
+      UserError: the file is absent, no JSON, no description of this version, or a field of it is not as written.
+    """
+    where = f"{flag}: {path}"
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{flag}: cannot read {str(path)!r} ({e.strerror}).") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where} is not JSON ({e}).") from e
+    found = (stored.get("format"), stored.get("format_version")) if isinstance(stored, Mapping) else (None, None)
+    if found != (FORMAT, FORMAT_VERSION):
+        raise UserError(
+            f"{where}: expected the description that `convert to-torch` writes, {(FORMAT, FORMAT_VERSION)}, found "
+            f"{found}. For an official run give its .hydra/config.yaml."
+        )
+    config = config_lib.from_json(json.dumps(stored.get("config")), where)
+    try:
+        facts = DataFacts.from_json(
+            {
+                "cameras": stored["cameras"],
+                "low_dim": stored["low_dim"],
+                "action_dim": stored["shapes"]["action"][-1],
+                "text_dim": stored["text_dim"],
+                "normalizer": stored["normalizers"],
+            }
+        )
+        return Described(config, facts, int(stored["step"]), str(stored["parameters"]))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+        raise UserError(
+            f"{where}: a field is missing or not as `convert to-torch` wrote it ({type(e).__name__}: {e})."
+        ) from e
+
+
+def is_description(path: str | Path) -> bool:
+    """Whether a path is called like one; official configurations are YAML."""
+    return Path(path).suffix == ".json"
+
+
+def split(tensors: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors whose names begin with `prefix`, without it, and the others."""
+    inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return inside, {name: t for name, t in tensors.items() if not name.startswith(prefix)}
