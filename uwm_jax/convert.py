@@ -33,7 +33,7 @@ from uwm_jax.torch_bridge import description, diffusers_vae, layout, state_dict,
 from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, PCA, Described
 from uwm_jax.torch_bridge.official_config import VAE, OfficialRun, read_official
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
-from uwm_jax.training import checkpoint, inference
+from uwm_jax.training import average, checkpoint, inference
 from uwm_jax.training.record import code_version
 
 FLAGS = flags.FLAGS
@@ -118,7 +118,7 @@ def from_torch(
         facts = dataclasses.replace(facts, normalizer=_fitting(pairs, given, facts.action_dim, facts.low_dim))
     else:
         run = read_official(OfficialYaml(official_config), {name: tuple(t.shape) for name, t in tensors.items()})
-        step, parameters, conflicts = 0, "params" if which == state_dict.MODEL else "ema_params", run.conflicts
+        step, parameters, conflicts = 0, average.RAW if which == state_dict.MODEL else average.AVERAGE, run.conflicts
         normalisers = _fitting({**stored, **given}, given, run.action_dim, run.low_dim_seen)
         facts = DataFacts(run.cameras, run.low_dim, run.action_dim, run.text_dim, normalisers)
 

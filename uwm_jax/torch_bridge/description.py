@@ -22,7 +22,7 @@ PCA = "obs_encoder.pca."  # prefix of the tensors of a `pca` codec
 @dataclasses.dataclass(frozen=True)
 class Described:
     """A described checkpoint: its config, what it knows of its data, its step, and which parameters it holds
-    (`params` or `ema_params`)."""
+    (`raw` or `average`)."""
 
     config: ConfigDict
     facts: DataFacts
