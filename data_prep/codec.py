@@ -11,6 +11,7 @@ from uwm_jax.data.fitted import content_digest
 from uwm_jax.data.records import Dataset, short_key
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
+from uwm_jax.files import writing
 
 MAX_FRAMES = 2000
 _MAX_BYTES = 1 << 26  # of decoded frames: bounds memory and seconds, and leaves patches enough
@@ -71,8 +72,8 @@ def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, c
     about = dict(patch=patch, channels=channels, image_size=size, val_ratio=val_ratio, num_frames=count)
     arrays |= {"scale": params["scale"], **about, "fingerprint": dataset.fingerprint}
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, allow_pickle=False, **arrays, digest=content_digest(arrays))
+    with writing(file, "wb") as out:
+        np.savez(out, allow_pickle=False, **arrays, digest=content_digest(arrays))
     return count
 
 

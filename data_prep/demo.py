@@ -34,7 +34,7 @@ from uwm_jax import cli
 from uwm_jax.envs.parallel import cores
 from uwm_jax.envs.pusht import Renderer, make_env, read_state
 from uwm_jax.errors import UserError
-from uwm_jax.files import write_text
+from uwm_jax.files import data_dir, write_text
 
 FLAGS = flags.FLAGS
 
@@ -85,8 +85,7 @@ def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     demo = Demo(FLAGS.episodes, FLAGS.image_size, FLAGS.seed, FLAGS.candidates)
-    default = Path(os.environ.get("UWM_DATA_DIR", "data")) / "pusht"
-    make(demo, FLAGS.output or default, FLAGS.workers, FLAGS.overwrite)
+    make(demo, cli.optional_path("output") or data_dir() / "pusht", FLAGS.workers, FLAGS.overwrite)
 
 
 def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite: bool = False) -> None:

@@ -21,6 +21,7 @@ from uwm_jax.data import example
 from uwm_jax.data.records import Dataset, read_manifest, short_key
 from uwm_jax.data.stats import counted_steps, is_action
 from uwm_jax.errors import UserError
+from uwm_jax.files import replacing
 
 FLAGS = flags.FLAGS
 
@@ -43,9 +44,12 @@ def inspect(dataset: Dataset, output: Path, num_episodes: int = 6, num_frames: i
     except OSError as e:
         raise UserError(f"{output} cannot be made: {e.filename}: {e.strerror}. Choose another --output.") from e
     sheet, remarks = contact_sheet(dataset, num_episodes, num_frames)
-    sheet.save(output / "contact_sheet.png")
-    remarks += _plot_actions(dataset, output / "actions.png")
-    _plot_lengths(dataset, output / "episode_lengths.png")
+    with replacing(output / "contact_sheet.png") as file:
+        sheet.save(file)
+    with replacing(output / "actions.png") as file:
+        remarks += _plot_actions(dataset, file)
+    with replacing(output / "episode_lengths.png") as file:
+        _plot_lengths(dataset, file)
     return remarks
 
 
@@ -181,10 +185,10 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
-    directory = cli.required("dataset")
+    directory = cli.required_path("dataset")
     manifest = read_manifest(directory)
     split = FLAGS.split or ("train" if "train" in manifest["splits"] else sorted(manifest["splits"])[0])
-    output = Path(FLAGS.output or Path(directory) / "inspect")
+    output = cli.optional_path("output") or directory / "inspect"
     remarks = inspect(Dataset(directory, split), output, FLAGS.episodes, FLAGS.frames)
     print(f"{directory}: {summary(manifest)}")
     for remark in remarks:

@@ -173,7 +173,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
-    source, output = cli.required("input"), cli.required("output")
+    source, output = cli.required_path("input"), cli.required_path("output")
     size = None
     if FLAGS.codec_size:
         if len(FLAGS.codec_size) != 2 or not all(n.isdigit() and int(n) > 0 for n in FLAGS.codec_size):

@@ -12,6 +12,7 @@ episodes (`uwm_jax.data.stats.key_stats`).
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from absl import flags
 from uwm_jax import cli
 from uwm_jax.data.normalize import is_constant
 from uwm_jax.data.records import Dataset, read_manifest
-from uwm_jax.data.stats import Stats, dataset_stats, write_json
+from uwm_jax.data.stats import Stats, dataset_stats
 from uwm_jax.errors import UserError
+from uwm_jax.files import write_text
 
 FLAGS = flags.FLAGS
 
@@ -45,7 +47,7 @@ def write_stats(directory: str | os.PathLike[str]) -> dict[str, dict[str, Stats]
     datasets = [Dataset(directory, split) for split in read_manifest(directory)["splits"]]
     splits = {dataset.split: dataset_stats(dataset) for dataset in datasets}
     described = {"fingerprint": datasets[0].fingerprint, "episodes": _EPISODES, "splits": splits}
-    write_json(Path(directory) / STATS_FILE, described)
+    write_text(Path(directory) / STATS_FILE, json.dumps(described, indent=1))
     return splits
 
 
@@ -85,7 +87,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
-    directory = cli.required("dataset")
+    directory = cli.required_path("dataset")
     for split, stats in write_stats(directory).items():
         steps = max((s["count"] for s in stats.values()), default=0)
         print("\n".join([f"{split}: {steps} steps of {_EPISODES}", table(stats), *warnings(stats)]))

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uwm_jax.files import data_dir
+
 # What a few steps need; a flag of the same name on the command line comes later and wins.
 SHORT = ("total_steps=6", "batch_size=8", "log_every=1", "checkpoint.every=3", "data.num_threads=1")
 TINY = (
@@ -154,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uwm_rehearsal_")))
         if "config" not in given and "config.data.path" not in given and not _demo_is_there():
-            print(f"no dataset in {_data_dir() / 'pusht'}: making a few demonstrations", flush=True)
+            print(f"no dataset in {data_dir() / 'pusht'}: making a few demonstrations", flush=True)
             made = temporary / "pusht"
             status = subprocess.run([*MAKE_DATA, f"--output={made}"], env=one_device(os.environ)).returncode
             if status:
@@ -226,12 +228,8 @@ def _take_processes(argv: Sequence[str]) -> tuple[int, list[str]]:
     return int(count), rest
 
 
-def _data_dir() -> Path:
-    return Path(os.environ.get("UWM_DATA_DIR", "data"))
-
-
 def _demo_is_there() -> bool:
-    return (_data_dir() / "pusht").is_dir()
+    return (data_dir() / "pusht").is_dir()
 
 
 def _free_port() -> int:

@@ -23,7 +23,7 @@ def main(argv):
     if "usage" in argv:
         raise UserError("FILE: expected that, found this.")
     if "workdir" in argv:
-        print(cli.required("workdir"))
+        print(cli.required_path("workdir"))
     if "path" in argv:
         open("/dev/null/x")
     if "full" in argv:

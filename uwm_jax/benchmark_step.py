@@ -23,7 +23,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -70,14 +69,15 @@ def main(argv: list[str]) -> None:
     config = config_lib.load(cli.required("config"), cli.config_overrides())
     rows = select(FLAGS.part)
     beside_torch, note = _torch_wanted(FLAGS.torch)
-    if FLAGS.json:
-        _check_writable(Path(FLAGS.json))
+    output = cli.optional_path("json")
+    if output:
+        files.check_output_file(output, "--json")
     results = benchmark(config, FLAGS.steps, FLAGS.action_dim, rows, beside_torch)
     print(table(results))
     if note:
         print(note)
-    if FLAGS.json:
-        files.write_text(FLAGS.json, json.dumps(results, indent=2) + "\n")
+    if output:
+        files.write_text(output, json.dumps(results, indent=2) + "\n")
 
 
 def select(parts: Sequence[str]) -> list[str]:
@@ -102,15 +102,6 @@ def _torch_wanted(flag: bool | None) -> tuple[bool, str]:
         raise UserError(f"--torch: {missing}")
     wanted = cpu and flag is not False
     return wanted and installed, missing if wanted and not installed else ""
-
-
-def _check_writable(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--json: cannot write {str(path)!r} ({e.strerror}).") from e
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--json: cannot write {str(path)!r}; name a file in a folder that may be written to.")
 
 
 # --- the benchmark -----------------------------------------------------------------------------------

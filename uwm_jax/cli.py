@@ -22,6 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from uwm_jax.errors import Preempted, RunError, UserError
+from uwm_jax.files import local_path
 
 FLAGS = flags.FLAGS
 
@@ -61,15 +62,27 @@ def command_line() -> list[str]:
 
 
 def required(name: str) -> str:
-    """The value of a text flag that must be given; `workdir` may not lead to or through a file."""
+    """The value of a string flag that must be given."""
     value = FLAGS[name].value
     if not value:
         raise UserError(f"--{name.replace('_', '-')} is required. Run with --help to see the flags.")
+    return value
+
+
+def required_path(name: str) -> Path:
+    """The path that a flag must give, as `files.local_path`; `workdir` may not lead to or through a file."""
+    value = required(name)
+    path = local_path(value, f"--{name.replace('_', '-')}")
     if name == "workdir":
-        there = next(p for p in (Path(value), *Path(value).absolute().parents) if p.exists())
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not there.is_dir():
             raise UserError(f"--workdir={value}: {there} is a file. Expected a directory, or one that can be made.")
-    return value
+    return path
+
+
+def optional_path(name: str) -> Path | None:
+    """The path of a flag, as `files.local_path`; None where the flag is not given."""
+    return required_path(name) if FLAGS[name].value else None
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -150,7 +163,10 @@ def _call(main: Main, argv: Sequence[str]) -> int:
             traceback.print_exc()
         if e.errno in _DISK_ERRORS:
             where = e.filename or "the output"
-            print(f"error: {where} cannot be written: {e.strerror}. Make room and start again.", file=sys.stderr)
+            print(
+                f"error: {where} cannot be written: {e.strerror}. Free some space and run the same command again.",
+                file=sys.stderr,
+            )
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

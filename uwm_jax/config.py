@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config_checks
 from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.errors import UserError
+from uwm_jax.files import local_path
 
 # What a continued run may change; every other field decides what the numbers mean.
 MAY_CHANGE = (
@@ -190,6 +191,7 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     Raises UserError for a missing file, a file without `get_config`, an unknown field or a bad value.
     """
     path, _, argument = spec.partition(":")
+    path = str(local_path(spec if argument.startswith("//") else path, "--config"))
     if not Path(path).is_file() or not path.endswith(".py"):
         shipped = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
         raise UserError(

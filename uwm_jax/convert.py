@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from uwm_jax import cli
+from uwm_jax import cli, files
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError
@@ -66,15 +66,15 @@ def main(argv: list[str]) -> None:
         if overrides:
             raise UserError(f"--config.{overrides[0][0]}: from-torch takes every field from --official-config.")
         from_torch(
-            cli.required("input"),
-            cli.required("official_config"),
-            cli.required("workdir"),
-            FLAGS.normalizer or None,
+            cli.required_path("input"),
+            cli.required_path("official_config"),
+            cli.required_path("workdir"),
+            cli.optional_path("normalizer"),
             no_normalizer=FLAGS.no_normalizer,
             which=FLAGS.weights,
         )
     elif argv == ["to-torch"]:
-        to_torch(cli.required("workdir"), cli.required("output"), FLAGS.step, overrides, FLAGS.parameters)
+        to_torch(cli.required_path("workdir"), cli.required_path("output"), FLAGS.step, overrides, FLAGS.parameters)
     else:
         found = " ".join(argv) or "nothing"
         raise UserError(f"expected one of the words from-torch and to-torch, found {found}. Run with --help.")
@@ -100,7 +100,7 @@ def from_torch(
       which: `model`, or `ema` for the averaged weights of a file that holds both.
     """
     workdir = Path(workdir)
-    weights.check_output(workdir, "--workdir")
+    files.check_output(workdir, "--workdir")
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(
             f"--workdir: {str(workdir)!r} is not empty; a converted checkpoint needs a directory of its own."
@@ -140,7 +140,7 @@ def from_torch(
     _warn_of_infinities(tensors)
 
     names = {"weights": Path(input_path).name, "config": Path(official_config).name, "parameters": parameters}
-    with weights.atomic_folder(workdir, "--workdir") as staging:
+    with files.new_folder(workdir) as staging:
         if isinstance(codec, VAECodec):
             diffusers_vae.write_folder(staging / "frozen" / "vae", _vae_config(codec_tensors), codec_tensors)
         arrays = codec_tensors if isinstance(codec, PCACodec) else None
@@ -200,15 +200,14 @@ def to_torch(
     if output.suffix != ".safetensors":
         raise UserError(f"--output: expected a name that ends in .safetensors, found {str(output)!r}.")
     for path in (output, output.with_suffix(".json")):
-        weights.check_output_file(path)
+        files.check_output_file(path)
     system, params, frozen, step = inference.load_for_inference(workdir, step, overrides, parameters)
     tensors = layout.to_official(params, system.config.model.patch)
     tensors |= _codec_tensors(system, frozen, Path(workdir))
     described = describe(system, tensors, step, Path(workdir))
     described |= inference.parameters_used(workdir, step, parameters)
     weights.write_weights(output, dict(sorted(tensors.items())))
-    with weights.atomic(output.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(described, indent=2) + "\n")
+    files.write_text(output.with_suffix(".json"), json.dumps(described, indent=2) + "\n")
     print(f"wrote {output}: {len(tensors)} tensors of step {step}, described in {output.with_suffix('.json').name}")
 
 

@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,7 +59,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
-    workdir = Path(cli.required("workdir"))
+    workdir = cli.required_path("workdir")
     compares = FLAGS.sampler is not None or FLAGS.steps is not None
     if FLAGS.env and not compares:
         raise UserError("--env belongs to --sampler or --steps; python -m uwm_jax.rollout is for one policy alone.")

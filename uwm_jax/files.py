@@ -1,14 +1,195 @@
-"""Writing small text files whole or not at all."""
+"""Paths that a user gives, and files that are written all of them or nothing.
+
+Every path of a flag, a config field or an environment variable goes through `local_path`; every file that a command
+writes goes through `replacing`, `writing`, `write_text` or `write_bytes`. Folders that appear complete: `new_folder`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
+
+from uwm_jax.errors import UserError
+
+READER_SECONDS = 10.0  # for somebody to open the other end of a FIFO
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_OPEN_FILES = ("/dev/fd/", "/dev/stdout", "/dev/stderr", "/proc/")  # names of what a process has open
+
+
+def local_path(value: str | os.PathLike[str], flag: str) -> Path:
+    """A path that a user gave, with `~` expanded.
+
+    Args:
+      flag: the flag, config field or variable that it comes from, for messages: `--output`, `config.init_from`.
+
+    Raises:
+      UserError: a URL (`gs://...`), the home of an unknown user, or a path that no file system takes.
+    """
+    text = os.fspath(value)
+    scheme = _SCHEME.match(text)
+    if scheme:
+        raise UserError(
+            f"{flag}={text}: {scheme.group()} is not supported. Expected a path on a local or mounted file system."
+        )
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as e:
+        raise UserError(f"{flag}={text}: the home of {text.split('/')[0]!r} is not known.") from e
+    try:
+        os.lstat(path)
+    except ValueError as e:
+        raise UserError(f"{flag}={text!r}: not a path ({e}).") from e
+    except OSError as e:
+        if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UserError(f"{flag}={_shortened(text)}: not a usable path: {e.strerror}.") from e
+    return path
+
+
+def data_dir() -> Path:
+    """$UWM_DATA_DIR, `data/` by default: where datasets of a relative path are looked for."""
+    return local_path(os.environ.get("UWM_DATA_DIR", "data"), "UWM_DATA_DIR")
+
+
+def _shortened(text: str, most: int = 120) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def check_output(path: str | os.PathLike[str], flag: str) -> None:
+    """Raises UserError where a file or folder could not be made at `path`; nothing is made."""
+    nearest = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{flag}: cannot write {str(path)!r}, because {str(nearest)!r} is not a folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}: cannot write {str(path)!r}, because {str(nearest)!r} may not be written to.")
+
+
+def check_output_file(path: str | os.PathLike[str], flag: str = "--output") -> None:
+    """Like `check_output`, for a file that may exist already, but not as a folder."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        return  # a FIFO or a device is written to, whatever its folder
+    check_output(path, flag)
+    if os.path.isdir(path):
+        raise UserError(f"{flag}: {str(path)!r} is a folder; name a file.")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file, with the ending of `path`, whose contents `path` gets if the block succeeds.
+
+    A regular file appears, or is replaced, by rename: a reader, or a crash, never sees half of it. A link stays, and
+    what it points at is replaced. What is neither (a FIFO, a device) is written to. Folders above it are made.
+
+    Raises:
+      OSError: names `path`, also where the disk is full.
+      UserError: `path` is a folder, or a FIFO that nobody reads.
+    """
+    path = Path(path)
+    target = _regular_target(path)
+    stem, suffix = path.stem[:40], path.suffix[-20:]
+    folder = target.parent if target else Path(tempfile.gettempdir())
+    temporary = folder / f".{stem}.{secrets.token_hex(4)}.tmp{suffix}"
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            yield temporary
+            if target:
+                os.replace(temporary, target)
+            else:
+                _copy_into(path, temporary)
+        except OSError as e:
+            if e.errno is None or not _lies_in(e.filename, temporary):
+                raise
+            raise OSError(e.errno, e.strerror, str(path)) from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _regular_target(path: Path) -> Path | None:
+    """The file that `path` is or leads to, which need not exist; None for what can only be written to."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return Path(os.path.realpath(path))
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path} is a folder; expected the name of a file.")
+    if not stat.S_ISREG(mode) or os.path.abspath(path).startswith(_OPEN_FILES):
+        return None
+    return Path(os.path.realpath(path))
+
+
+def _copy_into(path: Path, source: Path) -> None:
+    deadline = time.monotonic() + READER_SECONDS
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_TRUNC)
+            break
+        except OSError as e:
+            if e.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > deadline:
+                raise UserError(f"{path}: nobody reads this FIFO; start its reader, or name a file.") from e
+        time.sleep(0.1)
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "wb") as out, source.open("rb") as file:
+        shutil.copyfileobj(file, out)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """A file, open as text in UTF-8 (`w`) or bytes (`wb`), that takes its place as in `replacing`."""
+    with replacing(path) as temporary, temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+        file.close()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file by rename, so that a reader, or a crash, never sees half of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes a file of text in UTF-8, all of it or nothing, as `replacing` does."""
+    with writing(path) as file:
+        file.write(text)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file, all of it or nothing, as `replacing` does."""
+    with writing(path, "wb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder next to `path` that takes its place if the block succeeds; `path` is absent or empty.
+
+    A link to an empty folder stays, and the folder that it points at is replaced. Folders above it are made.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        os.replace(temporary, target)
+    except OSError as e:
+        if e.errno is None or not _lies_in(e.filename, temporary):
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _lies_in(name: Any, temporary: Path) -> bool:
+    """Whether an error's `filename` says no more than that the temporary file or folder could not be written."""
+    return name is None or str(name).startswith(str(temporary))

@@ -14,6 +14,7 @@ from absl import flags
 
 from uwm_jax import cli
 from uwm_jax.errors import UserError
+from uwm_jax.files import local_path
 from uwm_jax.reporting.comparison import compare
 from uwm_jax.reporting.run_page import write
 
@@ -27,10 +28,11 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     if not argv:
         raise UserError("expected the directory of a run, or of several to compare; found none.")
-    if len(argv) == 1:
-        print(f"wrote {write(Path(argv[0]), Path(FLAGS.output) if FLAGS.output else None)}")
+    runs, output = [local_path(a, "DIR") for a in argv], cli.optional_path("output")
+    if len(runs) == 1:
+        print(f"wrote {write(runs[0], output)}")
     else:
-        print(f"wrote {compare([Path(a) for a in argv], Path(FLAGS.output or 'comparison.html'))}")
+        print(f"wrote {compare(runs, output or Path('comparison.html'))}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
-    workdir, env = Path(cli.required("workdir")), cli.required("env")
+    workdir, env = cli.required_path("workdir"), cli.required("env")
     spec = get(env)
     system, params, frozen, step = inference.load_for_inference(
         workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from uwm_jax import cli
+from uwm_jax import cli, files
 from uwm_jax.diffusion.modes import MODALITIES, MODES, given
 from uwm_jax.errors import UserError
 from uwm_jax.system import System
@@ -52,10 +52,10 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
-    workdir, output = cli.required("workdir"), cli.required("output")
+    workdir, output = cli.required_path("workdir"), cli.required_path("output")
     modes = parse_modes(cli.required("mode"))
-    weights.check_output_file(output)
-    with weights.NpzArrays(cli.required("inputs"), "--inputs") as arrays:
+    files.check_output_file(output)
+    with weights.NpzArrays(cli.required_path("inputs"), "--inputs") as arrays:
         system, params, frozen, step = inference.load_for_inference(
             workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters
         )
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     for mode, made in run(system, params, frozen, inputs, FLAGS.seed).items():
         results |= {f"{mode}/{key}" if len(modes) > 1 else key: value for key, value in made.items()}
     check_results(results, ",".join(modes))
-    with weights.atomic(output) as temporary, temporary.open("wb") as file:
+    with files.writing(output, "wb") as file:
         np.savez(file, **results)  # type: ignore[arg-type]  # numpy's types take any keyword for allow_pickle
     shapes = ", ".join(f"{key} {value.shape}" for key, value in results.items())
     used = inference.parameters_used(workdir, step, FLAGS.parameters)["parameters"]

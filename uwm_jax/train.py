@@ -23,6 +23,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader, prefetch_to_device
 from uwm_jax.errors import Preempted, UserError
+from uwm_jax.files import local_path
 from uwm_jax.parallel import distributed, sharding
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     config = config_lib.load(cli.required("config"), cli.config_overrides())
-    workdir = Path(cli.required("workdir"))
+    workdir = cli.required_path("workdir")
     start = record.describe(cli.command_line(), cli.required("config"), config, cli.changed_fields())
     with distributed.session():
         train(config, workdir, FLAGS.profile, start)
@@ -77,7 +78,8 @@ def run(
     goodput = Goodput(config.total_steps, config.batch_size)
     if config.compilation_cache_dir:
         compilation_cache.reset_cache()  # else whatever compiled before this run decides where it lies
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+        cache = local_path(config.compilation_cache_dir, "config.compilation_cache_dir")
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
     # --- Config: the same in all processes, and as an earlier start of this run fixed it. ----------
     distributed.require_same("config", config_lib.flatten(config))

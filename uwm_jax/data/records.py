@@ -46,6 +46,7 @@ from uwm_jax.data import example
 from uwm_jax.data.columns import Column, WrongChecksum, open_column
 from uwm_jax.data.shards import Shards
 from uwm_jax.errors import UserError
+from uwm_jax.files import data_dir, local_path
 
 FORMAT = "uwm_jax/chunks"
 FORMAT_VERSION = 2
@@ -56,9 +57,9 @@ COLUMNS_IN_MEMORY = 1 << 31  # bytes of a split's columns, as far as they are us
 _BLOCK = 1 << 22
 
 
-def dataset_dir(path: str | os.PathLike[str]) -> epath.Path:
-    """Where a dataset lies: `path` itself if absolute (or a URL), else under $UWM_DATA_DIR (default `data/`)."""
-    return epath.Path(os.environ.get("UWM_DATA_DIR", "data")) / path
+def dataset_dir(path: str | os.PathLike[str], flag: str = "config.data.path") -> epath.Path:
+    """Where a dataset lies: `path` itself if absolute, else under $UWM_DATA_DIR; `flag` is where `path` comes from."""
+    return epath.Path(data_dir() / local_path(path, flag))
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:

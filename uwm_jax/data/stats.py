@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,6 +16,7 @@ from uwm_jax.data.records import Dataset
 from uwm_jax.data.transforms import Transform
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
+from uwm_jax.files import write_text
 
 Stats = dict[str, Any]
 
@@ -145,9 +144,8 @@ def key_stats(
     steps = counted_steps(dataset.episode_lengths, in_training)
     stats = column_stats(dataset.column(key), transform.apply, steps)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         value = meaning | {"stats": stats}
-        write_json(file, value | {"digest": _digest(value)})
+        write_text(file, json.dumps(value | {"digest": _digest(value)}, indent=1))
     except OSError:
         pass  # a read-only dataset: the next start computes them again
     return stats
@@ -173,13 +171,6 @@ def _read_derived(file: epath.Path) -> dict[str, Any]:
 
 def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def write_json(file: str | os.PathLike[str], value: Any) -> None:
-    """Writes a JSON file by rename, so that several processes may write it and none reads half of it."""
-    temporary = epath.Path(f"{os.fspath(file)}.{secrets.token_hex(4)}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(file)
 
 
 def join_stats(parts: Iterable[Stats]) -> Stats:

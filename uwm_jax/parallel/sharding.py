@@ -20,6 +20,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uwm_jax.errors import UserError
+from uwm_jax.files import local_path
 from uwm_jax.models.activations import NAMES
 from uwm_jax.parallel.mesh import AXES, replicated
 
@@ -51,7 +52,7 @@ def load_rules(name: str) -> Rules:
     Raises UserError for a missing or malformed file, an unknown mesh axis or an unknown activation name.
     """
     folder = Path(__file__).resolve().parents[2] / "configs" / "meshes"
-    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
+    path = local_path(name, "config.mesh.rules") if name.endswith(".py") else folder / f"{name}.py"
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
         raise UserError(

@@ -11,7 +11,6 @@ Numpy in, files out: nothing here runs a model.
 from __future__ import annotations
 
 import io
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from matplotlib.lines import Line2D
 from ml_collections import ConfigDict
 from PIL import Image
 
+from uwm_jax import files
 from uwm_jax.diffusion.modes import MODES, QUESTIONS, Role
 from uwm_jax.evaluation.metrics import CHANGED
 from uwm_jax.system import DataFacts
@@ -390,9 +390,8 @@ def spread(count: int, most: int) -> np.ndarray:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=DPI)
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=DPI)
     return path
 
 
@@ -410,9 +409,8 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: Sequence[i
         sheet.paste(frame, (0, i * frame.height))
     palette = sheet.quantize(256, method=Image.Quantize.MEDIANCUT)
     indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    temporary = path.with_suffix(".tmp.gif")
-    indexed[0].save(
-        temporary, save_all=True, append_images=indexed[1:], duration=list(milliseconds), loop=0, optimize=False
-    )
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        indexed[0].save(
+            temporary, save_all=True, append_images=indexed[1:], duration=list(milliseconds), loop=0, optimize=False
+        )
     return path

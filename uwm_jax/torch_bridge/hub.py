@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from uwm_jax.errors import UserError
+from uwm_jax.files import local_path
 
 # owner/name, @revision, /subfolder
 _HUB_NAME = re.compile(r"([^/@~\s]+/[^/@\s]+)(?:@([^/@\s]+))?(?:/([^@]*[^/@]))?")
@@ -25,7 +26,7 @@ def fetch(path_or_hub_name: str | os.PathLike[str], files: Sequence[str], what: 
         UserError: the folder lacks a file, the name is neither a folder nor a hub name, or the hub cannot serve it.
     """
     name = os.fspath(path_or_hub_name)
-    folder = Path(name).expanduser()
+    folder = local_path(name, what)
     if folder.is_dir():
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from uwm_jax.errors import UserError
+from uwm_jax.files import local_path
 from uwm_jax.torch_bridge.hub import fetch
 from uwm_jax.torch_bridge.tensor_file import read_safetensors
 
@@ -72,7 +73,7 @@ def load_imagenet_resnet(path_or_hub: str | os.PathLike[str], encoder_params: Ma
 
 def _locate(path_or_hub: str | os.PathLike[str]) -> Path:
     name = os.fspath(path_or_hub)
-    path = Path(name).expanduser()
+    path = local_path(name, "config.model.encoder.imagenet_weights")
     if path.is_file():
         return path
     parts = name.split("/")

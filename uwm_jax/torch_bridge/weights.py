@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from uwm_jax.errors import UserError
+from uwm_jax.files import replacing
 from uwm_jax.torch_bridge import state_dict
 from uwm_jax.torch_bridge.tensor_file import read_safetensors, refuse_other_kinds
 
@@ -51,72 +48,8 @@ def read_weights(
 
 def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file, all of it or nothing."""
-    with atomic(path) as temporary:
+    with replacing(path) as temporary:
         save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, temporary)
-
-
-def check_output(path: str | Path, flag: str) -> None:
-    """Raises UserError where a file or folder could not be made at `path`; nothing is made."""
-    parents = Path(path).absolute().parents
-    try:
-        nearest = next(parent for parent in parents if parent.exists())
-    except OSError as e:
-        raise UserError(f"{flag}: cannot write {str(path)!r} ({e.strerror or e}).") from e
-    if not nearest.is_dir():
-        raise UserError(f"{flag}: cannot write {str(path)!r}, because {str(nearest)!r} is not a folder.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: cannot write {str(path)!r}, because {str(nearest)!r} may not be written to.")
-
-
-def check_output_file(path: str | Path, flag: str = "--output") -> None:
-    """Like `check_output`, for a file that may exist already, but not as a folder."""
-    check_output(path, flag)
-    if Path(path).is_dir():
-        raise UserError(f"{flag}: {str(path)!r} is a folder; name a file.")
-
-
-@contextmanager
-def atomic(path: str | Path, flag: str = "--output") -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place if the block succeeds; folders are made."""
-    check_output_file(path, flag)
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"{flag}: cannot write {str(path)!r} ({e.strerror or e}).") from e
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: str | Path, flag: str) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place if the block succeeds; `path` is absent or empty."""
-    check_output(path, flag)
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        if path.exists():
-            path.rmdir()
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"{flag}: cannot make {str(path)!r} ({e.strerror or e}).") from e
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 class NpzArrays(Mapping[str, np.ndarray]):

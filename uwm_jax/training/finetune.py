@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
+from uwm_jax.files import local_path
 from uwm_jax.system import DataFacts
 from uwm_jax.training import average
 from uwm_jax.training import frozen as frozen_lib
@@ -88,11 +89,11 @@ def open_origin(spec: str, parameters: str = "auto") -> Origin:
 
 def _parse(spec: str) -> tuple[Path, int | None]:
     directory, at, step = spec.rpartition("@")
-    if not at or Path(spec).is_dir():
-        return Path(spec).absolute(), None
+    if not at or local_path(spec, "config.init_from").is_dir():
+        return local_path(spec, "config.init_from").absolute(), None
     if not step.isdecimal():
         raise UserError(f"config.init_from={spec!r}: expected DIR or DIR@STEP with a whole number, found {step!r}.")
-    return Path(directory).absolute(), int(step)
+    return local_path(directory, "config.init_from").absolute(), int(step)
 
 
 @dataclass(frozen=True)
