@@ -52,6 +52,7 @@ def base() -> ConfigDict:
     c.compilation_cache_dir = ""  # keeps compiled programs for the next start; "" = no cache
     c.init_from = ""  # DIR[@step]: finetuning starts from the parameters and normaliser of this workdir
     c.init_from_parameters = "auto"  # auto (average where the origin keeps one), average, raw
+    c.init_from_normalizer = "origin"  # or fresh: fitted to this run's data, for data in other units
     c.init_from_skip = ()  # patterns of parameters that start fresh, e.g. ("*/action_encoder/*",)
 
     c.model = ConfigDict()

@@ -34,6 +34,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.augment.draw": ("sample", "batch"),
     "optimizer.schedule": ("constant", "cosine"),
     "optimizer.ema_warmup": ("ramp", "none"),
+    "init_from_normalizer": ("origin", "fresh"),
     "init_from_parameters": ("auto", "average", "raw"),
 }
 
@@ -202,14 +203,12 @@ def _check_combinations(c: ConfigDict) -> None:
             f"config.eval.action_plane names the camera {plane[0]!r}, which is not one of "
             f"config.data.cameras={d.cameras}."
         )
-    check(
-        c.init_from_parameters == "auto" or bool(c.init_from),
-        f"config.init_from_parameters={c.init_from_parameters!r} means nothing without config.init_from.",
-    )
-    check(
-        not c.init_from_skip or bool(c.init_from),
-        f"config.init_from_skip={c.init_from_skip} means nothing without config.init_from.",
-    )
+    for name, default in (("parameters", "auto"), ("normalizer", "origin"), ("skip", ())):
+        value = c[f"init_from_{name}"]
+        check(
+            value == default or bool(c.init_from),
+            f"config.init_from_{name}={value!r} means nothing without config.init_from.",
+        )
 
 
 def _check_sources(d: ConfigDict, check: Callable[[bool, str], None]) -> None:

@@ -27,6 +27,7 @@ from absl import flags
 
 from uwm_jax import cli, report, rollout
 from uwm_jax.data.loader import Loader
+from uwm_jax.data.ranges import under
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError
@@ -73,6 +74,9 @@ def main(argv: list[str]) -> None:
     ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
     loader = Loader(system.config.data, batch_size=1, seed=system.config.seed, normalizer=system.facts.normalizer)
     own_data = refuse_other_data(system, loader, inference.datasets_of(workdir, step))
+    if own_data is not True:
+        for told in under(system.facts.normalizer, loader.ranges(), ("action", *system.facts.low_dim)):
+            print(f"warning: {told}. Are the units and the meaning of the columns the same?", file=sys.stderr)
     mesh = local_mesh(system.config)
     params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
     held_out = loader.held_out(system.config.eval.num_windows)

@@ -17,8 +17,8 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_system
 from uwm_jax.system import DataFacts, System
+from uwm_jax.training import compatibility
 from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
-from uwm_jax.training.compatibility import check
 from uwm_jax.training.finetune import open_origin
 from uwm_jax.training.frozen import open_codec
 from uwm_jax.training.patterns import INTERFACE
@@ -74,6 +74,15 @@ def shapes_of(config, action_dim=10):
 
 def with_facts(facts, **changed):
     return dataclasses.replace(facts, **changed)
+
+
+def check(origin, config, facts, ranges=None):
+    """What is told, of data whose ranges are those that the facts' normaliser, or another, maps onto [-1, 1]."""
+    return compatibility.check(origin, config, facts, {"data": ranges_of(ranges or facts.normalizer)})
+
+
+def ranges_of(normalizer):
+    return {key: (offset - scale, offset + scale) for key, (scale, offset) in normalizer.entries.items()}
 
 
 def zeros(shapes, sharding=None):
@@ -263,7 +272,7 @@ def test_what_the_origin_leaves_raw_stays_raw(origin, tiny_config):
     assert raw.normalizer_for(tiny_config, facts).to_json() == {}
     said = "\n".join(check(raw, tiny_config, facts))
     assert "(action, state: none, raw values)" in said
-    assert "warning: action of this run's data reaches 2.3 in" in said  # 0.1 + 2.2
+    assert "warning: action of this data reaches 2.3 where the model was trained within about 1" in said  # 0.1 + 2.2
 
 
 def test_a_person_is_told_of_quiet_differences(origin, tiny_config):
@@ -320,19 +329,46 @@ def test_data_that_stays_raw_is_compared_by_its_range(origin, tiny_config):
     raw = with_facts(facts, normalizer=Normalizer())
     wide = Normalizer({"action": (np.full(10, 4.0, np.float32), np.full(10, 0.5, np.float32))})
     said = check(origin, tiny_config, raw, wide)
-    assert any(line.startswith("warning: action of this run's data reaches 2 in") for line in said)
+    assert any(line.startswith("warning: action of this data reaches 2 where") for line in said)
     assert not any(line.startswith("warning") for line in check(origin, tiny_config, raw, OLD))
 
 
-def test_units_that_differ_are_noticed(origin, tiny_config):
-    """Twice the origin's range is suspicious; a constant column, whose scale is 1 by convention, is not."""
+def test_data_that_reach_far_out_of_the_origins_range_are_noticed(origin, tiny_config):
+    """Twice the origin's range is suspicious; data of exactly [-1, 1] are not taken for a constant."""
     _, facts = shapes_of(tiny_config)
-    wide = {"action": (np.float32([4.0, *[2.0] * 8, 1.0]), np.full(10, 0.5, np.float32))}
-    said = "\n".join(check(origin, tiny_config, with_facts(facts, normalizer=Normalizer(wide))))
-    assert "warning: action of this run's data reaches 2 in" in said
-    wide["action"][0][0] = 2.0
-    said = "\n".join(check(origin, tiny_config, with_facts(facts, normalizer=Normalizer(wide))))
-    assert "warning" not in said
+    half, middle = np.float32([4.0, *[2.0] * 9]), np.full(10, 0.5, np.float32)
+    wide = Normalizer({"action": (half, middle)})
+    assert "warning: action of this data reaches 2 where" in "\n".join(check(origin, tiny_config, facts, wide))
+    half[0] = 2.0
+    assert "warning" not in "\n".join(check(origin, tiny_config, facts, wide))
+    narrow = {"action": (np.full(10, 0.05, np.float32), np.zeros(10, np.float32)), "state": OLD.entries["state"]}
+    metres = dataclasses.replace(origin, facts=with_facts(origin.facts, normalizer=Normalizer(narrow)))
+    ones = Normalizer({"action": (np.ones(10, np.float32), np.zeros(10, np.float32))})
+    assert "warning: action of this data reaches 20 where" in "\n".join(check(metres, tiny_config, facts, ones))
+
+
+def test_data_of_a_narrower_range_are_noticed_and_a_fresh_normaliser_is_offered(origin, tiny_config):
+    """Metres under a normaliser of pixels, in some columns; a constant column tells nothing of units."""
+    _, facts = shapes_of(tiny_config)
+    half = np.float32([0.004, 0.19, 0.21, 0.0, *[2.0] * 6])  # of the origin's 2.0
+    metres = Normalizer({"action": (half, np.full(10, 0.5, np.float32)), "state": OLD.entries["state"]})
+    told = [line for line in check(origin, tiny_config, facts, metres) if line.startswith("warning")]
+    assert len(told) == 1 and "--config.init_from_normalizer=fresh" in told[0]
+    assert "action of this data uses little of the range" in told[0]
+    assert "column 0 (0.20%), column 1 (9.50%)." in told[0]
+    two = {"pixels": ranges_of(OLD), "metres": ranges_of(metres)}
+    told = [x for x in compatibility.check(origin, tiny_config, facts, two) if x.startswith("warning")]
+    assert len(told) == 1 and told[0].startswith("warning: action of 'metres' uses little")
+    tiny_config.init_from_normalizer = "fresh"
+    said = check(origin, tiny_config, facts, metres)
+    assert "normaliser: action, state from this run's data (minmax)" in said
+    assert not [line for line in said if line.startswith("warning")]
+    assert origin.normalizer_for(tiny_config, facts).to_json().keys() == {"action", "state"}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        origin.normalizer_for(tiny_config, facts).entries["action"],
+        NEW.entries["action"],
+    )
 
 
 def test_the_origins_codec_comes_along(origin_run, origin, tiny_config):

@@ -17,6 +17,7 @@ import numpy as np
 
 from uwm_jax.data.mixture import MixtureOrder, continued
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.ranges import Range, about_pool, ranges_of
 from uwm_jax.data.samples import Batch, Clip, RowSpec
 from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, pooled_stats, row_spec
 from uwm_jax.data.windows import Windows
@@ -145,9 +146,9 @@ class Loader:
             "normalizer": self.normalizer,
         }
 
-    def ranges(self) -> Normalizer:
-        """What maps the range of each key's training data onto [-1, 1], also where `config.normalize` is "none"."""
-        return fit_normalizer(self._robots, "minmax" if self.config.normalize == "none" else self.config.normalize)
+    def ranges(self) -> dict[str, dict[str, Range]]:
+        """{source with actions: {key: the range of its training data that a normaliser of it alone would have}}."""
+        return {source.name: ranges_of(source.stats(), self.config.normalize) for source in self._robots}
 
     def manifest(self) -> dict[str, Any]:
         """What the data is, for a checkpoint's assets: the dataset's manifest, or {source: its manifest}."""
@@ -156,7 +157,7 @@ class Loader:
         return {name: source.dataset.manifest for name, source in self.sources.items()}
 
     def summary(self) -> str:
-        """A line about each source, for people."""
+        """A line about each source, for people, and a warning where their units seem to differ."""
         action = f"action {self.spec.action_dim}-d"
         if not self.config.sources:
             return f"data: {self._robots[0].describe()}; {action}"
@@ -165,7 +166,8 @@ class Loader:
             f"  {name} ({source.weight / total:.1%} of the samples): {source.describe()}"
             for name, source in self.sources.items()
         ]
-        return "\n".join([f"data: {len(lines)} sources; cameras {', '.join(self.spec.cameras)}; {action}", *lines])
+        lines.insert(0, f"data: {len(lines)} sources; cameras {', '.join(self.spec.cameras)}; {action}")
+        return "\n".join([*lines, *about_pool(self.ranges())])
 
     def __iter__(self) -> Iterator[Batch]:
         threads = self.config.num_threads

@@ -47,11 +47,7 @@ class Normalizer:
                 )
             if kind == "none":
                 continue
-            low, high = np.asarray(s["min"], np.float64), np.asarray(s["max"], np.float64)
-            if kind == "quantile":
-                q01, q99 = np.asarray(s["q01"], np.float64), np.asarray(s["q99"], np.float64)
-                spread = ~is_constant(q01, q99)
-                low, high = np.where(spread, q01, low), np.where(spread, q99, high)
+            low, high = range_of(s, kind)
             scale = np.where(is_constant(low, high), 1.0, (high - low) / 2)
             entries[key] = (scale.astype(np.float32), ((high + low) / 2).astype(np.float32))
         return cls(entries)
@@ -84,6 +80,16 @@ class Normalizer:
                 for key, v in stored.items()
             }
         )
+
+
+def range_of(stats: Mapping[str, Any], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest value (D,) float64 that a normaliser of this kind maps onto [-1, 1]; "none": of all values."""
+    low, high = np.asarray(stats["min"], np.float64), np.asarray(stats["max"], np.float64)
+    if kind != "quantile":
+        return low, high
+    q01, q99 = np.asarray(stats["q01"], np.float64), np.asarray(stats["q99"], np.float64)
+    spread = ~is_constant(q01, q99)
+    return np.where(spread, q01, low), np.where(spread, q99, high)
 
 
 def is_constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
-from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.ranges import Range, under
 from uwm_jax.errors import UserError
 from uwm_jax.system import DataFacts
 from uwm_jax.training import average
@@ -31,18 +31,14 @@ _TOLD = (
     *("data.window.obs", "data.window.action", "data.window.next_obs"),
 )
 
-# Largest normalised value of new data that passes without a warning; the origin was trained within about 1.
-_REACH = 1.5
 
-
-def check(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Normalizer | None = None) -> list[str]:
+def check(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Mapping[str, Mapping[str, Range]]) -> list[str]:
     """What a person should be told before the run starts, line by line.
 
     Args:
       config: of the new run.
       facts: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
-      ranges: what maps this data onto [-1, 1] (`Loader.ranges()`), also where the run leaves it raw; None: the
-        normaliser does.
+      ranges: of its data by source and key (`Loader.ranges()`).
 
     Raises:
       UserError: a field, or a PCA codec, that gives the origin's parameters another meaning.
@@ -59,7 +55,7 @@ def check(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Normaliz
         f"starting from {origin.item} of step {origin.step} in {origin.directory}; optimizer and step are fresh",
         *_about_average(origin),
         *_about_codec(origin, config),
-        *_about_normalizer(origin, config, facts, ranges or facts.normalizer),
+        *_about_normalizer(origin, config, facts, ranges),
     ]
     keys_now, keys_before = _keys_read(config), _keys_read(origin.config)
     for kind, fields in keys_now.items():
@@ -101,7 +97,9 @@ def _about_codec(origin: Origin, config: ConfigDict) -> list[str]:
     return ["codec: the origin's PCA arrays"]
 
 
-def _about_normalizer(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Normalizer) -> list[str]:
+def _about_normalizer(
+    origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Mapping[str, Mapping[str, Range]]
+) -> list[str]:
     kept = origin.kept_keys(config, facts)
     own = [key for key in ("action", *facts.low_dim) if key not in kept]
     plain = [key for key in kept if key not in origin.normalizer.entries]
@@ -109,23 +107,13 @@ def _about_normalizer(origin: Origin, config: ConfigDict, facts: DataFacts, rang
     parts += [f"{', '.join(own)} from this run's data ({config.data.normalize})"] if own else []
     lines = [f"normaliser: {'; '.join(parts)}"]
     lines[0] += f" ({', '.join(plain)}: none, raw values)" if plain else ""
-    for key in kept:
-        if key in ranges.entries:
-            reach = _reach(origin, key, *ranges.entries[key])
-            if reach > _REACH:
-                lines.append(
-                    f"warning: {key} of this run's data reaches {reach:.3g} in the origin's units, which was "
-                    "trained within about 1. Are the units and the meaning of the columns the same? For action, "
-                    f"fresh layers and a fresh normaliser are {skip_flag(INTERFACE['action'])}"
-                )
+    for told in under(origin.normalizer, ranges, kept):
+        lines.append(
+            f"warning: {told}. Are the units and the meaning of the columns the same? A normaliser that fits this "
+            f"data is --config.init_from_normalizer=fresh; for action, fresh layers with one are "
+            f"{skip_flag(INTERFACE['action'])}"
+        )
     return lines
-
-
-def _reach(origin: Origin, key: str, scale: np.ndarray, offset: np.ndarray) -> float:
-    """Largest absolute value, normalised by the origin, of data whose range is offset +- scale."""
-    spread = np.where(scale == 1.0, 0.0, scale)  # a constant column has scale 1
-    ends = [origin.normalizer.normalize(key, offset + sign * spread) for sign in (-1, 1)]
-    return float(np.abs(ends).max())
 
 
 def _keys_read(config: ConfigDict) -> dict[str, dict[str, Any]]:

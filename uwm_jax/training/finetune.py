@@ -4,7 +4,8 @@ What is taken from the origin, a workdir of ours or a converted official checkpo
 
 - parameters: the averaged ones where the origin keeps them, as evaluation does, unless
   `config.init_from_parameters` says otherwise. The optimizer and the step are fresh;
-- the normaliser, key by key, because the parameters know values in the origin's units;
+- the normaliser, key by key, because the parameters know values in the origin's units, unless
+  `config.init_from_normalizer` is "fresh";
 - the frozen codec (the origin's own VAE folder or PCA arrays, whatever `config.model.codec.vae` says), because they
   know its latents.
 
@@ -223,6 +224,8 @@ class Origin:
 
     def kept_keys(self, config: ConfigDict, facts: DataFacts) -> list[str]:
         """The keys, `action` and low-dim, whose normaliser is the origin's; arguments as for `normalizer_for`."""
+        if config.init_from_normalizer == "fresh":
+            return []
         here = {"action": facts.action_dim, **facts.low_dim}
         there = {"action": self.facts.action_dim, **self.facts.low_dim}
 
