@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 
 from uwm_jax import cli, evaluate
 from uwm_jax.config import source
+from uwm_jax.data.loader import Loader
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_system
+from uwm_jax.system import DataFacts, System
 from uwm_jax.train import train
 
 PICTURES = {"idea.png", "modes.png", "actions.png"}
@@ -111,6 +114,16 @@ def test_other_data_than_the_runs_are_refused_unless_named(tiny_config, monkeypa
     facts["action_dim"] = 3
     with pytest.raises(UserError, match="action_dim is 3, but the run was trained with 10"):
         evaluate.refuse_other_data(system, loader, of_the_run)
+
+
+def test_the_runs_own_dataset_is_known_wherever_it_lies(tiny_config, tiny_dataset, tmp_path, capsys):
+    system, _ = make_up_system(tiny_config, 10)
+    trained = Loader(tiny_config.data, batch_size=1, seed=0)
+    system = System(tiny_config, DataFacts(**trained.facts()), system.codec)
+    tiny_config.data.path = str(shutil.copytree(tiny_dataset, tmp_path / "moved"))
+    loader = Loader(tiny_config.data, batch_size=1, seed=0)
+    assert evaluate.refuse_other_data(system, loader, trained.state(0)["datasets"]) is True
+    assert capsys.readouterr().err == ""
 
 
 def test_ways_of_sampling_that_do_not_exist_are_refused(tiny_config):

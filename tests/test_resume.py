@@ -189,13 +189,14 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(uninterrupted, config,
 # --- what may change when a run continues --------------------------------------------------------------
 
 
-MAY_CHANGE = {  # design.md: total steps, logging, evaluation and checkpoint cadence, mesh, compilation, mixture weights
+# design.md: total steps, logging, evaluation and checkpoint cadence, mesh, compilation, mixture weights, data's place
+MAY_CHANGE = {
     *("total_steps", "log_every", "hang_seconds", "eval.every", "eval.num_windows"),
     "eval.action_plane",  # of pictures
     *("checkpoint.every", "checkpoint.keep", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules"),
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
     *("data.num_threads", "data.prefetch"),  # how fast the same rows are read
-    "data.sources.robot.weight",
+    *("data.path", "data.sources.robot.path", "data.sources.robot.weight"),
 }
 
 

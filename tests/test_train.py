@@ -216,6 +216,17 @@ def test_a_changed_config_is_refused_by_field(finished, finished_config):
 
 
 @pytest.mark.slow
+def test_a_run_continues_where_its_dataset_has_moved(finished, finished_config, tiny_dataset, tmp_path, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    finished_config.data.path = str(shutil.copytree(tiny_dataset, tmp_path / "another name"))
+    train(finished_config, workdir)
+    assert "continuing from step 4" in capsys.readouterr().out
+    assert_same_lines(metrics_of(workdir), metrics_of(finished))
+    assert config_lib.read(workdir).data.path == finished_config.data.path
+
+
+@pytest.mark.slow
 def test_pretrained_image_weights_reach_a_fresh_state(tiny_config, tmp_path):
     from uwm_jax.torch_bridge.torchvision_resnet import load_imagenet_resnet
     from uwm_jax.training.state import create, make_optimizer, with_params

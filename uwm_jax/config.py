@@ -30,7 +30,8 @@ MAY_CHANGE = (
     *("data.num_threads", "data.prefetch"),
     # Compilation: the results are the same up to rounding.
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
-    "data.sources.*.weight",
+    # Where the datasets lie: that they are the same ones is told by their fingerprints.
+    *("data.path", "data.sources.*.path", "data.sources.*.weight"),
 )
 
 # What a stored config without the field meant, where that is not the field's default.

@@ -28,6 +28,7 @@ from absl import flags
 from uwm_jax import cli, report, rollout
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.ranges import under
+from uwm_jax.data.sources import renamed
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError
@@ -130,6 +131,7 @@ def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str
                 f"{loader.directory}: {name} is {found[name]}, but the run was trained with {trained[name]}."
             )
     here = {name: source.identity for name, source in loader.sources.items()}
+    datasets = renamed(datasets, list(here))
     changed = cli.changed_fields()
     may_be_known = "Episodes that are held out here may be among those it learned from."
     if not datasets:

@@ -297,6 +297,26 @@ def test_state_is_small_json_and_checked(config: ConfigDict) -> None:
         _loader(config, start_step=12, state=state)
 
 
+def test_a_dataset_that_moved_is_the_same(made, config: ConfigDict, tmp_path: Path) -> None:
+    """The one source of a run has its directory's name, which is not part of what it is."""
+    first = _loader(config)
+    state = json.loads(json.dumps(first.state(2)))
+    assert list(state["datasets"]) == [made[0].name]
+    config.path = str(shutil.copytree(made[0], tmp_path / "another name"))
+    moved = _loader(config, start_step=2, state=state)
+    for found, expected in zip(_take(moved, 2), _take(first, 4)[2:], strict=True):
+        for key in expected:
+            np.testing.assert_array_equal(found[key], expected[key])
+    again = moved.state(3)
+    assert list(again["datasets"]) == list(again["weights"][0][1]) == ["another name"]
+    _loader(config, start_step=3, state=again)
+    manifest = json.loads((tmp_path / "another name" / "manifest.json").read_text())
+    (tmp_path / "another name" / "manifest.json").write_text(json.dumps(manifest | {"version": "9"}))
+    shutil.rmtree(tmp_path / "another name" / "derived_stats")
+    with pytest.raises(UserError, match="has datasets/another name = .*this run has"):
+        _loader(config, start_step=3, state=again)
+
+
 def test_describe_names_the_place(made, config: ConfigDict) -> None:
     trace = _loader(config).describe(3)
     assert isinstance(trace, Trace)

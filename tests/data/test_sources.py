@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,21 @@ def test_other_sources_are_refused_by_name(config: ConfigDict, other: Path) -> N
     refused("datasets/video")
     del config.sources["video"]
     refused("it has the source 'video'")
+
+
+def test_sources_that_moved_keep_their_names_and_their_order(config: ConfigDict, other: Path, tmp_path: Path) -> None:
+    """Two sources of one dataset, of equal fingerprints, are told apart by their names in the config."""
+    config.sources = ConfigDict({"a": source(), "b": source(use_actions=False), "c": source(path=str(other), weight=2)})
+    first = _loader(config)
+    state = json.loads(json.dumps(first.state(2)))
+    config.path = str(shutil.copytree(config.path, tmp_path / "moved"))
+    config.sources.b.path = str(shutil.copytree(config.path, tmp_path / "copied"))
+    moved = _loader(config, start_step=2, state=state)
+    _assert_equal(_take(moved, 2), _take(first, 4)[2:])
+    assert moved.state(2) == state
+    config.sources.c.path, config.sources.b.path = str(tmp_path / "copied"), str(other)
+    with pytest.raises(UserError, match="datasets/b"):
+        _loader(config, start_step=2, state=state)
 
 
 def test_bad_weights_are_explained(config: ConfigDict) -> None:

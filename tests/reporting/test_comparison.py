@@ -68,7 +68,14 @@ def test_runs_on_other_data_are_compared_with_a_warning(make_run, tmp_path):
     config.data.val_ratio = 0.3
     (runs[1] / "config.json").write_text(to_json(config))
     page = comparison.compare(runs, tmp_path / "both.html").read_text()
-    assert "differ in data.path, data.val_ratio</b>" in page
+    assert "differ in data.val_ratio</b>" in page, "the data is the same, wherever it lies"
+    about = runs[1] / "eval" / "20" / "about.json"
+    moved = json.loads(about.read_text()) | {"datasets": {"another name": "1"}}
+    about.write_text(json.dumps(moved))
+    assert "differ in data.val_ratio</b>" in comparison.compare(runs, tmp_path / "both.html").read_text()
+    about.write_text(json.dumps(moved | {"datasets": {"a": "2"}}))
+    page = comparison.compare(runs, tmp_path / "both.html").read_text()
+    assert "differ in data.path, data.val_ratio, the files of their datasets</b>" in page
 
 
 def test_datasets_of_one_path_and_other_files_are_compared_with_a_warning(make_run, tmp_path):

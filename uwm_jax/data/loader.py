@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -19,7 +19,7 @@ from uwm_jax.data.mixture import MixtureOrder, continued
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.ranges import Range, about_pool, ranges_of
 from uwm_jax.data.samples import Batch, Clip, RowSpec
-from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, pooled_stats, row_spec
+from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, pooled_stats, renamed, row_spec
 from uwm_jax.data.windows import Windows
 from uwm_jax.errors import UserError
 
@@ -82,8 +82,8 @@ class Loader:
         process_index, process_count: this process among those that share every batch.
         normalizer: to be used as it is (a checkpoint's); None: made from the training episodes of all sources with
             actions.
-        state: what `state(start_step)` gave where the run stopped. Its history of weights is continued, with the
-            config's weights from here on where these differ.
+        state: what `state(start_step)` gave where the run stopped, wherever the datasets lay then. Its history of
+            weights is continued, with the config's weights from here on where these differ.
     Raises:
         UserError: data that does not fit the config or, if given, `state`.
 
@@ -126,6 +126,7 @@ class Loader:
         weights = {name: source.weight for name, source in self.sources.items()}
         history: list[Any] = [(0, weights)]
         if state is not None:
+            state = _under_our_names(state, self.sources)
             self._check_identity(state)
             history = [(at, w) for at, w in state["weights"]]
         try:
@@ -287,6 +288,12 @@ class Loader:
         """Closes the datasets' files."""
         for source in self.sources.values():
             source.dataset.close()
+
+
+def _under_our_names(state: Mapping[str, Any], ours: Iterable[str]) -> dict[str, Any]:
+    names = list(ours)
+    datasets = renamed(state.get("datasets") or {}, names)
+    return {**state, "datasets": datasets, "weights": [[at, renamed(w, names)] for at, w in state["weights"]]}
 
 
 class FixedWindows:

@@ -186,6 +186,15 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
     return sources
 
 
+def renamed(stored: Mapping[str, Any], ours: Sequence[str]) -> dict[str, Any]:
+    """{source: value} that a run stored, under our names of its sources.
+
+    The one dataset of a run without `config.data.sources` is named after its directory, so it may have another name
+    where it was moved; the names of several sources are the config's, and decide the order of samples.
+    """
+    return dict(zip(ours, stored.values(), strict=True)) if len(stored) == len(ours) == 1 else dict(stored)
+
+
 def row_spec(sources: Sequence[Source]) -> RowSpec:
     """What the rows of all sources hold: as the first one with actions has it.
 

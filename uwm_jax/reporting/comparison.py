@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,8 +60,11 @@ def _same_windows(runs: Sequence[Run]) -> str:
     """A warning where the numbers are not of the same windows or not in the same units."""
     names = [name for name in differing_fields(runs) if name.startswith(DECISIVE)]
     trained = [{source: m["splits"] for source, m in run.manifests.items()} for run in runs if run.manifests]
-    evaluated = [run.eval_how.get("datasets") for run in runs if run.metrics]
+    # A source is what it holds: its name and place may differ.
+    evaluated = [sorted((run.eval_how.get("datasets") or {}).values()) for run in runs if run.metrics]
     known = [found for found in evaluated if found]
+    if len(known) == len(runs) and all(found == known[0] for found in known):
+        names = [name for name in names if not fnmatch.fnmatchcase(name, "data.*path")]
     if any(found != trained[0] for found in trained[1:]) or any(found != known[0] for found in known[1:]):
         names.append("the files of their datasets")
     for what, found in (("held-out windows", [r.metrics for r in runs]), ("episodes", [r.rollout for r in runs])):
