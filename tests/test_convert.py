@@ -12,6 +12,7 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
+import safetensors
 from safetensors.numpy import load_file, save_file
 
 from uwm_jax import cli, convert
@@ -496,7 +497,9 @@ def test_averaged_weights_of_a_pt_file(tmp_path: Path, capsys: pytest.CaptureFix
         np.testing.assert_array_equal(params["noise_pred_net"]["registers"], expected)
 
 
-def test_no_description_is_left_without_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_description_is_left_without_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_lib.base()
     config.model.update(embed_dim=16, depth=1, num_heads=2, num_registers=1, timestep_embed_dim=8)
     config.model.encoder.update(stage_sizes=(1,), width=16)
@@ -507,9 +510,10 @@ def test_no_description_is_left_without_its_tensors(tmp_path: Path, monkeypatch:
     checkpoint.save_params_only(tmp_path / "run", config, facts, params)
 
     def full(*arguments: object, **keywords: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("uwm_jax.torch_bridge.weights.save_file", full)
     (tmp_path / "out").mkdir()
-    assert command("to-torch", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out' / 'm.safetensors'}") == 2
+    assert command("to-torch", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out' / 'm.safetensors'}") == 1
+    assert f"{tmp_path / 'out' / 'm.safetensors'} cannot be written: No space left" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

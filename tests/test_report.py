@@ -35,7 +35,9 @@ def test_the_command(make_run, tmp_path, capsys):
         ((tmp_path,), "not a run's directory"),
         ((run, tmp_path / "nowhere"), "not a run's directory"),
         ((run, run), "expected different runs"),
-        ((run, f"--output={tmp_path / 'no' / 'x.html'}"), "No such file"),
+        ((run, f"--output={tmp_path / 'one.html' / 'x.html'}"), "Not a directory"),
+        ((run, "--output=gs://bucket/x.html"), "--output=gs://bucket/x.html: gs:// is not supported"),
+        (("gs://bucket/run",), "gs:// is not supported"),
     ):
         status, error = call(*arguments)
         assert status == 2 and message in error, (status, error)

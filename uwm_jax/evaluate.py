@@ -39,7 +39,7 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
 from uwm_jax.policy import Policy
 from uwm_jax.system import DataFacts, System
-from uwm_jax.training import inference, record
+from uwm_jax.training import fixed_fields, inference, record
 
 FLAGS = flags.FLAGS
 
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     if FLAGS["execute"].present and not FLAGS.env:
         raise UserError("--execute belongs to --env: how much of a chunk is taken matters only where the policy acts.")
     system, params, frozen, step = inference.load_for_inference(
-        workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters
+        workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters, fixed_fields.EVALUATION
     )
     ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
     loader = Loader(system.config.data, batch_size=1, seed=system.config.seed, normalizer=system.facts.normalizer)

@@ -31,7 +31,7 @@ from uwm_jax.parallel.signals import Preemption
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
-from uwm_jax.training import compatibility, finetune, patterns, record
+from uwm_jax.training import compatibility, finetune, fixed_fields, patterns, record
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
@@ -101,6 +101,7 @@ def run(
         checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
         closing.callback(checkpoints.close)
         stored = checkpoints.newest_readable()
+        config_lib.refuse_changed(config, fixed_fields.stored_config(stored))
     elif config.init_from:
         origin = finetune.open_origin(config.init_from, config.init_from_parameters)
 
@@ -152,15 +153,17 @@ def run(
             state = state_lib.with_params(state, origin.params(state.params, config.init_from_skip)[0])
             say(origin.describe_skipped(like.params, skipped))
 
-    # --- Workdir: nothing is written before all of the above is known to be good. ------------------
+    # --- Workdir: locked first; nothing is written before all of the above is known to be good. ----
+    if not stored:
+        checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep, first_start=True)
+        closing.callback(checkpoints.close)
     if distributed.is_main():
+        checkpoint_lib.warn_of_room(workdir, like, config.checkpoint.keep)
         checkpoint_lib.write_config(workdir, config)
         if start:
             record.add_start(workdir, start)
     checkpoint_lib.require_shared(workdir, config)
     if not stored:
-        checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
-        closing.callback(checkpoints.close)
         frozen_lib.keep_vae(config, vae, workdir)
 
     # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pickle
 import re
 import zipfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 from safetensors.numpy import save_file
 
 from uwm_jax.errors import UserError
@@ -49,7 +51,13 @@ def read_weights(
 def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file, all of it or nothing."""
     with replacing(path) as temporary:
-        save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, temporary)
+        try:
+            save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, temporary)
+        except safetensors.SafetensorError as e:
+            failed = re.search(r"os error (\d+)", str(e))  # a full disk comes as text
+            if failed is None:
+                raise
+            raise OSError(int(failed.group(1)), os.strerror(int(failed.group(1)))) from e
 
 
 class NpzArrays(Mapping[str, np.ndarray]):

@@ -76,6 +76,25 @@ def require_shared(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
         )
 
 
+def warn_of_room(workdir: str | os.PathLike[str], state: Any, keep: int) -> None:
+    """Warns where the disk has less room than `keep` checkpoints, and the one that is being written, still need.
+
+    Args:
+      state: shapes and dtypes of what each of them holds.
+    """
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if hasattr(x.dtype, "itemsize"))
+    missing = max(1, keep + 1 - len(_steps(Path(workdir) / "checkpoints")))
+    try:
+        free = shutil.disk_usage(workdir).free
+    except OSError:  # a file system that does not tell
+        return
+    if free < missing * size:
+        warn(
+            f"{workdir}: {free / 1e9:.2f} GB are free, but {missing} more checkpoints of {size / 1e9:.2f} GB are "
+            f"written before old ones are deleted (config.checkpoint.keep={keep}). Free some space, or keep fewer."
+        )
+
+
 def make_assets(config: ConfigDict, facts: DataFacts, **extra: Any) -> dict[str, Any]:
     """The JSON item that makes a checkpoint describe itself."""
     return {
@@ -93,38 +112,64 @@ class Checkpoints:
       workdir: the run's directory.
       keep: how many of the newest to keep; None keeps all.
       read_only: changes nothing on disk, not even what looks left over: a run may be saving just now.
+      first_start: there must be no checkpoints.
 
     Raises:
       UserError: `read_only`, and there are no checkpoints.
-      RunError: not `read_only`, and another run is at work in this workdir. It stays locked until `close`.
+      RunError: not `read_only`, and another run is at work in this workdir, which stays locked until `close`; or
+        `first_start`, and another run has been at work. Nothing in it is changed then.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int | None = None, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        keep: int | None = None,
+        read_only: bool = False,
+        first_start: bool = False,
+    ):
         self.directory = Path(workdir).absolute() / "checkpoints"
         if read_only and latest_step(workdir) is None:
             raise UserError(f"--workdir: {str(workdir)!r} holds no checkpoint yet.")
         self._keep, self._read_only = keep, read_only
         self._passed_over: set[int] = set()
+        self._locked = False
         self._saving: threading.Thread | None = None
         self._failure: RunError | None = None
         self._failure_was_raised = False
         if not read_only:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._take_lock(first_start)
             if distributed.is_main():
                 for path in self.directory.iterdir():
                     if any(suffix in path.name for suffix in _UNFINISHED):
                         shutil.rmtree(path)
             self._writer = make_writer()
 
-    def _take_lock(self) -> None:
-        holder = distributed.agree(lock.hold(self.directory.parent) if distributed.is_main() else None)
-        self._locked = holder is None and distributed.is_main()
+    def _take_lock(self, first_start: bool) -> None:
+        workdir, holder, found = self.directory.parent, None, None
+        if distributed.is_main():
+            workdir.mkdir(parents=True, exist_ok=True)
+            holder = lock.hold(workdir)
+            self._locked = holder is None
+            if self._locked:
+                found = latest_step(workdir)
+                self.directory.mkdir(exist_ok=True)
+        holder, found = distributed.agree((holder, found))
         if holder is not None:
             raise RunError(
                 f"--workdir: another run is at work in {str(self.directory.parent)!r} ({holder}). Wait for its end, "
                 "end it with SIGTERM, or use another --workdir."
             )
+        if first_start and found is not None:
+            self._release()
+            raise RunError(
+                f"--workdir: another run has meanwhile saved step {found} in {str(workdir)!r}. Nothing of it was "
+                "changed; the same command continues from there, or use another --workdir."
+            )
+
+    def _release(self) -> None:
+        if self._locked:
+            self._locked = False
+            lock.release(self.directory.parent)
 
     def steps(self) -> list[int]:
         """The steps of finished checkpoints, without those that were found damaged."""
@@ -269,9 +314,7 @@ class Checkpoints:
             if self._failure is None:
                 raise
         finally:
-            if self._locked:
-                self._locked = False
-                lock.release(self.directory.parent)
+            self._release()
         if self._failure is not None and not self._failure_was_raised:
             if not another:
                 self.check()
@@ -359,8 +402,8 @@ def save_params_only(
     Args:
       frozen_arrays: arrays of a fitted codec, else None.
     """
-    write_config(workdir, config)
     checkpoints = Checkpoints(workdir)
+    write_config(workdir, config)
     checkpoints.save_params(step, params, frozen_arrays, make_assets(config, facts, **(extra_assets or {})))
     checkpoints.close()
 

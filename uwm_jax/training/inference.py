@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError, warn
 from uwm_jax.system import DataFacts, System
-from uwm_jax.training import average
+from uwm_jax.training import average, fixed_fields
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.stored import CorruptCheckpoint, Stored
@@ -35,6 +35,7 @@ def load_for_inference(
     step: int | None = None,
     overrides: Iterable[tuple[str, str]] = (),
     parameters: str | None = None,
+    may_change: Sequence[str] = fixed_fields.SAMPLING,
 ) -> tuple[System, Any, Any, int]:
     """A workdir as `(system, params, frozen, step)`. A warning tells where an average is still much of its start.
 
@@ -42,11 +43,13 @@ def load_for_inference(
       step: which checkpoint; None takes the newest that is not damaged.
       overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
       parameters: "raw" or "average"; None takes the average where the checkpoint has one.
+      may_change: patterns of the fields that `overrides` may change, as `fixed_fields` has them.
 
     Raises:
-      UserError: no such workdir, step or average, or a checkpoint that is damaged or does not fit its config.
+      UserError: no such workdir, step or average, an override of a field that is fixed, or a damaged checkpoint.
     """
-    config = config_lib.read(workdir, overrides)
+    overrides = list(overrides)
+    config_lib.read(workdir)  # before anything is said of checkpoints: is this a run's directory?
     checkpoints = Checkpoints(workdir, read_only=True)
     steps = checkpoints.steps()
     if step is not None and step not in steps:
@@ -54,6 +57,7 @@ def load_for_inference(
     while True:
         stored = Stored(checkpoints.directory, checkpoints.steps()[-1] if step is None else step)
         try:
+            config = fixed_fields.for_inference(workdir, stored, overrides, may_change)
             system, params, frozen = _load(config, workdir, stored, parameters)
             used = parameters_used(workdir, stored.step, parameters)
             break
@@ -76,10 +80,10 @@ def load_for_inference(
 def parameters_used(workdir: str | os.PathLike[str], step: int, parameters: str | None = None) -> dict[str, Any]:
     """What `load_for_inference` took, for the files of results: as `average.describe`; `step` is the one it returned.
 
-    The share of the start follows from the stored config, which no flag changes.
+    The share of the start follows from the checkpoint's config, which no flag changes.
     """
     stored = Stored(Path(workdir).absolute() / "checkpoints", step)
-    return average.describe(config_lib.read(workdir), step, parameters or _default_parameters(stored))
+    return average.describe(fixed_fields.stored_config(stored), step, parameters or _default_parameters(stored))
 
 
 def _default_parameters(stored: Stored) -> str:
@@ -102,7 +106,6 @@ def _load(
             "config.optimizer.ema_decay=0, or was converted). Leave the flag out."
         )
     facts = DataFacts.from_json(stored.assets["data_facts"])
-    _check_keys(config, facts)
     codec, frozen = frozen_lib.from_workdir(config, workdir, stored.codec)
     system = System(config, facts, codec)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -111,13 +114,3 @@ def _load(
         jax.eval_shape(system.init, jax.random.key(0)),
     )
     return system, stored.arrays(item, like), frozen
-
-
-def _check_keys(config: ConfigDict, facts: DataFacts) -> None:
-    """Inputs are those that the run was trained with; an override cannot change them."""
-    for field, trained in (("cameras", facts.cameras), ("low_dim", facts.low_dim)):
-        if set(config.data[field]) != set(trained):
-            raise UserError(
-                f"config.data.{field} is {tuple(config.data[field])}, but the run was trained with "
-                f"{tuple(sorted(trained))}."
-            )

@@ -1,0 +1,86 @@
+"""The fields of a config that a checkpoint fixes: what its parameters mean does not follow from flags or from files
+next to it.
+
+A run that continues may change `config.MAY_CHANGE`. A command that only uses the parameters may change how it samples
+(`SAMPLING`), and an evaluation also what it measures (`EVALUATION`); everything else is fixed, or has no effect there.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import os
+from collections.abc import Iterable, Sequence
+
+from ml_collections import ConfigDict
+
+from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError, warn
+from uwm_jax.training.stored import Stored
+
+SAMPLING = (
+    *("diffusion.spacing", "diffusion.num_inference_steps", "diffusion.hide_at", "diffusion.clip.*"),
+    # Precision and compilation of the same network.
+    *("model.dtype", "model.scan_blocks", "model.codec.dtype", "model.codec.microbatch"),
+)
+EVALUATION = (
+    *SAMPLING,
+    *("eval.num_windows", "eval.action_plane", "batch_size", "mesh.rules"),
+    # The data to evaluate on, which the command compares with the run's own.
+    *("data.path", "data.split", "data.val_ratio", "data.sources.*", "data.num_threads", "data.prefetch"),
+)
+
+# Where the run's data lie is not told by a checkpoint, which may be older than their last move.
+_MAY_DIFFER = (*config_lib.MAY_CHANGE, "data.path", "data.sources.*.path")
+
+
+def stored_config(stored: Stored) -> ConfigDict:
+    """The config that a checkpoint was saved with."""
+    return config_lib.from_json(json.dumps(stored.assets["config"]), f"{stored.path / 'assets'}: config")
+
+
+def for_inference(
+    workdir: str | os.PathLike[str],
+    stored: Stored,
+    overrides: Iterable[tuple[str, str]] = (),
+    may_change: Sequence[str] = SAMPLING,
+) -> ConfigDict:
+    """The config to use a checkpoint with: the workdir's `config.json`, but the checkpoint's in the fields it fixes.
+
+    One line on stderr names the fixed fields in which the file differs.
+
+    Args:
+      overrides: `("diffusion.spacing", "trailing")` pairs on top.
+      may_change: patterns of the fields that they may change; one that keeps a field's value is no change.
+
+    Raises:
+      UserError: there is no `config.json`, or an override changes another field.
+    """
+    config, own = config_lib.read(workdir), stored_config(stored)
+    flat, fixed = config_lib.flatten(config), config_lib.flatten(own)
+    differ = {
+        name: value for name, value in fixed.items() if flat.get(name) != value and not _matches(name, _MAY_DIFFER)
+    }
+    if differ or flat.keys() != fixed.keys():
+        for name in flat.keys() & fixed.keys():
+            if _matches(name, _MAY_DIFFER):
+                *parents, leaf = name.split(".")
+                functools.reduce(getattr, parents, own)[leaf] = flat[name]
+        config = own
+        fields = ", ".join(f"{name} ({flat.get(name, 'absent')!r}, there {value!r})" for name, value in differ.items())
+        warn(f"{workdir}/config.json differs from {stored.path}, whose own fields are used: {fields or 'sources'}.")
+    before = config_lib.flatten(config)
+    config_lib.apply_overrides(config, overrides)
+    for name, value in config_lib.flatten(config).items():
+        if value != before[name] and not _matches(name, may_change):
+            raise UserError(
+                f"--config.{name}={value!r}: the checkpoint fixes this field ({before[name]!r}), or the command does "
+                f"not use it. With these parameters only {', '.join(may_change)} may change."
+            )
+    config_lib.validate(config)
+    return config
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
