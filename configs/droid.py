@@ -1,8 +1,16 @@
-"""The paper's pretraining: three cameras, 2 + 2 frames, 16 actions of 10 dimensions, 12 layers of width 768.
+"""The paper's model on DROID: three cameras, 2 + 2 frames, 16 actions of 10 dimensions, 12 layers of width 768.
 
 Command:
     python -m data_prep.reshard --input=DROID_TFDS_DIR --output=$UWM_DATA_DIR/droid
     python -m uwm_jax.train --config=configs/droid.py --workdir=runs/droid
+    python -m uwm_jax.train --config=configs/droid.py:official --workdir=runs/droid_official
+
+Data: without an argument all successful episodes of DROID, which are those with "success" in their `file_path`; the
+others failed at their task. `:official` takes what the official code converts: 2,000 episodes with "WEIRD", one of the
+labs, in their `recording_folderpath`, whether they succeeded or not. Which 2,000 is
+`--config.data.sources.droid.max_episodes_seed=0`; the official ones are those that come first in its copy of the data.
+It also counts the last action of an episode and draws augmentations once a batch, as the official code does. The first
+lines of a run say how many episodes were found.
 
 Hardware: accelerators; the global batch of 144 (36 on each of 4 devices in the paper) spreads over all that
 are there. The VAE (stabilityai/sdxl-vae) and ImageNet weights come from the hub at the first start;
@@ -17,10 +25,16 @@ fits a machine, and what a step costs there, is what
 
 from ml_collections import ConfigDict
 
-from uwm_jax.config import base
+from uwm_jax.config import base, source
+
+SUCCESS = ("file_path", "success")
+LAB = ("recording_folderpath", "WEIRD")
+EPISODES = ("successes", "official")
 
 
-def get_config() -> ConfigDict:
+def get_config(episodes: str = "successes") -> ConfigDict:
+    if episodes not in EPISODES:
+        raise ValueError(f"unknown episodes {episodes!r}, expected one of {', '.join(EPISODES)}")
     c = base()
     c.batch_size = 144
     c.model.dtype = c.model.codec.dtype = "bfloat16"
@@ -30,4 +44,9 @@ def get_config() -> ConfigDict:
         ("action_dict/cartesian_velocity", "xyz_euler_to_rot6d"),
         ("action_dict/gripper_position", "identity"),
     )
+    if episodes == "official":
+        c.data.sources.droid = source(include=(LAB,), max_episodes=2_000)
+        c.data.last_action, c.data.augment.draw = "keep", "batch"
+    else:
+        c.data.sources.droid = source(include=(SUCCESS,))
     return c

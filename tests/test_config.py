@@ -142,6 +142,8 @@ def test_texts_that_look_like_numbers_stay_texts(path):
     for field in ("include", "exclude", "cameras"):
         config_lib.apply_overrides(config, [(f"data.sources.robot.{field}", "2")])
         assert config.data.sources.robot[field] == ("2",)
+    config_lib.apply_overrides(config, [("data.sources.robot.include", "('success',('lab','2'))")])
+    assert config.data.sources.robot.include == ("success", ("lab", "2"))
 
 
 def test_a_stored_config_from_before_a_field_keeps_what_it_had():
@@ -184,6 +186,8 @@ def test_sources_are_checked_and_survive_storage():
         ({"robot": {"fill_views": "black"}}, "data.sources.robot.fill_views: expected one of same, none, random"),
         ({"robot": {"path": "mine"}}, "config.data.path='droid' is used by no source"),
         ({"robot": {"cameras": ("one",)}}, "one key for each of"),
+        ({"robot": {"exclude": (("key", "a", "b"),)}}, r"robot.exclude: expected .* pairs \(key, text\) .*, found"),
+        ({"robot": {"max_episodes": -1}}, "robot.max_episodes: expected a number of at least 0"),
         ({"robot": {"include": (2,)}}, r"data.sources.robot.include: expected a list of texts .* found \(2,\)"),
         ({"robot": {"action": ("action", "identity")}}, r"robot.action: expected pairs .* such as \(\('action', 'ide"),
         ({"robot": {"wieght": 1.0}}, "robot.wieght: there is no such field. Did you mean data.sources.robot.weight"),

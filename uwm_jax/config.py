@@ -111,6 +111,7 @@ def base() -> ConfigDict:
     c.data.window.action = tuple(range(1, 17))
     c.data.window.next_obs = (17, 18)
     c.data.window.pad = "none"  # none: windows lie inside the episode; edge: repeat its first and last step
+    c.data.drop_nonfinite = False  # True leaves out episodes with NaN or infinity in what is read of them
     c.data.val_ratio = 0.05  # share of episodes held out
     c.data.last_action = "drop"  # where the data mark it by is_last (RLDS leaves it undefined), or keep (official)
     c.data.normalize = "minmax"  # minmax, quantile (1 % to 99 %), none
@@ -164,9 +165,12 @@ def source(**fields: Any) -> ConfigDict:
     s.split = ""  # as config.data.split, which "" takes
     s.weight = 1.0  # share of the samples, relative to the other sources'; may change when a run continues
     s.use_actions = True  # False: robot data or video that only shows; the rows have action_mask False
-    s.include = ()  # only episodes whose path holds one of these texts
-    s.exclude = ()  # no episode whose path holds one of these texts
-    s.path_key = "episode_metadata/file_path"  # the episode's path, for include and exclude
+    s.include = ()  # only episodes with one of these texts in their path; or (key, text): in that text of an episode.
+    # Of several texts of one key any will do, but each key must have one: ("success", ("recording_folderpath", "LAB"))
+    s.exclude = ()  # no episode with one of these texts in its path; or (key, text)
+    s.path_key = "episode_metadata/file_path"  # the episode's path, for texts without a key
+    s.max_episodes = 0  # at most so many of those that pass, held-out ones among them; 0 = all
+    s.max_episodes_seed = 0  # decides which
     s.cameras = ()  # this source's keys for config.data.cameras, in that order; () = the same keys
     s.fill_views = (
         "same"  # fewer cameras than the model has: same (copied), none (one random view), random (other clips)

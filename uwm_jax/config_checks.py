@@ -49,17 +49,15 @@ _AT_LEAST_ONE = (
 
 
 # Lists of texts; the other lists are of whole numbers, except for those below.
-_TEXTS = (
-    *("init_from_skip", "data.cameras", "data.low_dim"),
-    *("data.sources.*.include", "data.sources.*.exclude", "data.sources.*.cameras"),
-)
+_TEXTS = (*("init_from_skip", "data.cameras", "data.low_dim"), "data.sources.*.cameras")
+_CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # texts, or (key, text)
 _PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
 _PLANE = "eval.action_plane"  # a camera and four numbers
 
 
 def is_list_of_texts(name: str) -> bool:
     """Whether the elements of a list field are texts, so that `2` on the command line means "2"."""
-    return _matches(name, _TEXTS)
+    return _matches(name, _TEXTS + _CONDITIONS)
 
 
 def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
@@ -89,9 +87,14 @@ def _check_elements(name: str, value: tuple[Any, ...]) -> None:
     if _matches(name, _TEXTS):
         if not all(isinstance(v, str) for v in value):
             raise UserError(f"config.{name}: expected a list of texts such as ('one', 'two'), found {value!r}.")
+    elif _matches(name, _CONDITIONS):
+        if not all(isinstance(v, str) or _is_pair(v) for v in value):
+            raise UserError(
+                f"config.{name}: expected a list of texts or of pairs (key, text) such as "
+                f"('success', ('recording_folderpath', 'LAB')), found {value!r}."
+            )
     elif _matches(name, _PAIRS):
-        pairs = all(isinstance(v, tuple) and len(v) == 2 and all(isinstance(part, str) for part in v) for v in value)
-        if not pairs:
+        if not all(_is_pair(v) for v in value):
             raise UserError(
                 f"config.{name}: expected pairs (step key, transform) such as (('action', 'identity'),), "
                 f"found {value!r}."
@@ -106,6 +109,10 @@ def _check_elements(name: str, value: tuple[Any, ...]) -> None:
             )
     elif not all(type(v) is int for v in value):
         raise UserError(f"config.{name}: expected a list of whole numbers such as (1, 2), found {value!r}.")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -133,3 +133,11 @@ def test_each_task_of_libero_is_an_argument():
     assert len(includes) == 5
     with pytest.raises(UserError, match="unknown task 'cups', expected one of book_caddy"):
         config_lib.load(f"{path}:cups")
+
+
+def test_droids_episodes_are_an_argument():
+    for name in ("droid.py", "droid_cotrain.py"):
+        path = str(CONFIGS[0].with_name(name))
+        assert f"--config=configs/{name}:official" in ast.get_docstring(ast.parse(Path(path).read_text()))
+        with pytest.raises(UserError, match="unknown episodes 'all', expected one of successes, official"):
+            config_lib.load(f"{path}:all")

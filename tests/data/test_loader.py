@@ -468,27 +468,56 @@ def test_the_normaliser_knows_training_episodes_only(made, config: ConfigDict, t
 
     original = values(held_out[:0], 0.0)
     assert values(held_out, 1e6) == original
+    config.drop_nonfinite = True
     assert values(held_out, np.nan) == original
     changed = values(train[:1], 1e6)
     assert all(changed[key] != original[key] for key in original)
 
 
-def test_values_that_are_not_finite_are_named(made, config: ConfigDict, tmp_path: Path) -> None:
-    config.path = str(shutil.copytree(made[0], tmp_path / "copy", ignore=shutil.ignore_patterns("derived_stats")))
-    dataset = Dataset(config.path)
+def _with_nan(made, directory: Path, **episodes: list[int]) -> str:
+    """A copy of the dataset in which a value of these episodes is NaN, by the column's last name."""
+    shutil.copytree(made[0], directory, ignore=shutil.ignore_patterns("derived_stats"))
+    dataset = Dataset(directory)
+    for name, numbers in episodes.items():
+        key = next(k for k in dataset.column_keys if k.rpartition("/")[2] == name)
+        column = np.array(dataset.column(key))
+        column[dataset.episode_starts[numbers] + np.asarray(LENGTHS)[numbers] - 1] = np.nan
+        rlds_source.write_column(directory, key, column)
+    return str(directory)
+
+
+@pytest.mark.parametrize("place", ["training", "held out"])
+def test_values_that_are_not_finite_are_named(made, config: ConfigDict, tmp_path: Path, place: str) -> None:
     train, held_out = split_episodes(len(LENGTHS), config.val_ratio)
-    for episode in (held_out[0], train[2]):
-        column = np.array(Dataset(made[0]).column("action"))
-        column[dataset.episode_starts[episode] + 5] = np.nan
-        rlds_source.write_column(Path(config.path), "action", column)
-        shutil.rmtree(Path(config.path) / "derived_stats", ignore_errors=True)
-        if episode in train:
-            with pytest.raises(UserError, match="action: 1 of .* steps are NaN or infinite"):
-                _loader(config)
-        else:
-            chosen = _loader(config).held_out(10_000)
-            with pytest.raises(UserError, match=rf"action is NaN or infinite in episode {episode} .* at step 0"):
-                chosen.batch(0, 1)
+    e = int(train[2] if place == "training" else held_out[0])
+    config.path = _with_nan(made, tmp_path / "copy", action=[e], state=[0, 1, 2, 3, 4, 5], reward=[4])
+    told = (
+        rf"copy has values .*\n  action: 1 of 6 episodes \({e}\)\n  .*/state: 6 of 6 .*\(0, 1, 2, 3, 4 and 1 more\)\n"
+    )
+    with pytest.raises(UserError, match=told + r"--config.data.drop_nonfinite=true .* 6 of 6"):
+        _loader(config)
+    config.low_dim, config.action = ("gripper",), (("action_dict/gripper_position", "identity"),)
+    assert len(_take(_loader(config), 1)) == 1  # nothing of what is read is broken
+
+
+def test_episodes_that_are_not_finite_are_left_out(made, config: ConfigDict, tmp_path: Path) -> None:
+    config.val_ratio = 0.5
+    train, held_out = split_episodes(len(LENGTHS), 0.5)
+    bad = [int(train[0]), int(held_out[-1])]
+    config.path = _with_nan(made, tmp_path / "copy", action=bad[:1], state=bad, gripper=[])
+    config.drop_nonfinite = True
+    loader = _loader(config)
+    assert "6 episodes (2 left out, as NaN or infinite), " in loader.summary()
+    assert set(loader.training_windows(10_000).episodes) == {e for e in train if LENGTHS[e] > 9} - set(bad)
+    assert set(loader.held_out(10_000).episodes) == {e for e in held_out if LENGTHS[e] > 9} - set(bad)
+    raw = np.concatenate([_raw_actions(made[1][e]) for e in train if e not in bad])
+    np.testing.assert_allclose(loader.ranges().entries["action"][0], _minmax(raw)[0], rtol=1e-6)
+    # The order is that of these episodes: another choice of them is other data.
+    state = json.loads(json.dumps(loader.state(3)))
+    _loader(config, start_step=3, state=state)
+    config.low_dim = ("gripper",)
+    with pytest.raises(UserError, match=r"datasets/.*\(without 2 that .* this run has .*\(without 1 that are not"):
+        _loader(config, start_step=3, state=state)
 
 
 def test_statistics_follow_the_split(config: ConfigDict) -> None:

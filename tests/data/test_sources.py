@@ -104,10 +104,8 @@ def test_cotraining_shows_the_others_without_their_actions(config: ConfigDict) -
 def test_the_summary_tells_what_the_filters_keep(config: ConfigDict) -> None:
     text = _loader(config).summary()
     assert "robot (50.0% of the samples)" in text and "8 episodes (4 of them with " in text
-    assert (
-        "(4 of them with no 'WEIRD' in episode_metadata/recording_folderpath)" in text
-        and "used without actions" in text
-    )
+    assert "(4 of them with 'success' in file_path; no 'WEIRD' in recording_folderpath)" in text
+    assert "used without actions" in text
 
 
 def test_held_out_windows_are_of_robots_and_filtered(config: ConfigDict) -> None:
@@ -164,6 +162,32 @@ def test_filters(config: ConfigDict, include, exclude, kept) -> None:
     config.sources = ConfigDict({"robot": source(include=include, exclude=exclude)})
     robot = _loader(config).sources["robot"]
     assert set(robot.episodes) | set(robot.held_out) == kept
+
+
+def test_conditions_on_several_keys_and_a_largest_number(config: ConfigDict) -> None:
+    """As the paper's recipe has them; the short name of a key will do."""
+    lab = ("recording_folderpath", "WEIRD")
+    config.sources = ConfigDict({"robot": source(include=("success", lab), max_episodes=3, max_episodes_seed=1)})
+    robot = _loader(config).sources["robot"]
+    used = set(robot.episodes) | set(robot.held_out)
+    assert len(used) == 3 and used <= {1, 3, 5, 7}
+    assert set(robot.held_out) == used & set(split_episodes(8, 0.3)[1])
+    text = (
+        "8 episodes (4 of them with 'success' in episode_metadata/file_path; 'WEIRD' in recording_folderpath; 3 chosen"
+    )
+    assert f"{text} by seed 1), 198 steps" in _loader(config).summary()
+    rows = np.concatenate(
+        [
+            robot.dataset.column("observation/state")[robot.dataset.episode_starts[e] :][: LENGTHS[e]]
+            for e in robot.episodes
+        ]
+    )
+    np.testing.assert_allclose(robot.stats()["state"]["max"], rows.max(axis=0), rtol=1e-6)
+    state = json.loads(json.dumps(_loader(config).state(2)))
+    _loader(config, start_step=2, state=state)
+    config.sources.robot.max_episodes_seed = 0
+    with pytest.raises(UserError, match="datasets/robot = .*3 chosen by seed 1.*this run has .*3 chosen by seed 0"):
+        _loader(config, start_step=2, state=state)
 
 
 def test_filters_that_fit_nothing_are_explained(config: ConfigDict) -> None:
@@ -303,10 +327,10 @@ def test_other_sources_are_refused_by_name(config: ConfigDict, other: Path) -> N
     refused("started with robot, video; it has no source 'web'")
     del config.sources["web"]
     config.sources.robot.exclude = ("ép-3",)
-    refused("datasets/robot = .*'WEIRD'.*this run has .*'WEIRD' but no 'ép-3' in ")
+    refused("datasets/robot = .*'WEIRD'.*this run has .*'success' but no 'ép-3' in file_path; 'WEIRD' in ")
     config.sources.robot.exclude = ()
     config.sources.video.path = str(other)
-    config.sources.video.exclude = ()
+    config.sources.video.include = config.sources.video.exclude = ()
     refused("datasets/video")
     del config.sources["video"]
     refused("it has the source 'video'")
@@ -346,9 +370,37 @@ def test_sources_of_one_dataset_are_out_of_step(config: ConfigDict) -> None:
     assert plain.state(0)["weights"] == [[0, {"out": 1.0}]]
 
 
-def test_the_shipped_config_names_what_droid_has() -> None:
-    c = config_lib.load(str(Path(__file__).parents[2] / "configs" / "droid_cotrain.py"))
-    assert (c.data.sources.robot.include, c.data.sources.robot.use_actions) == (("WEIRD",), True)
-    assert (c.data.sources.video.exclude, c.data.sources.video.use_actions) == (("WEIRD",), False)
-    assert {s.path_key for s in c.data.sources.values()} == {"episode_metadata/recording_folderpath"}
-    assert c.data.path == base().data.path and c.loss.action_free == "kept"
+@pytest.mark.parametrize(
+    ("argument", "robot", "video", "most"),
+    [
+        ("", {1, 5}, {0, 2, 4}, 0),
+        (":official", {1, 3, 5, 7}, {0, 2, 4, 6}, 2000),
+    ],
+)
+def test_the_shipped_configs_choose_among_droids_episodes(tmp_path: Path, argument, robot, video, most) -> None:
+    """Episodes 3, 6 and 7 failed, which the folder of their recording does not tell."""
+    tree, episodes = rlds_source.features(), rlds_source.make_episodes([9] * 8)
+    for i, episode in enumerate(episodes):
+        outcome, lab = "failure" if i in (3, 6, 7) else "success", "WEIRD" if i % 2 else "AUTOLab"
+        episode["episode_metadata"] |= {"file_path": f"/{lab}/{outcome}/{i}.h5", "recording_folderpath": f"/{lab}/{i}"}
+    rlds_source.write(tmp_path / "source", {"train": [[rlds_source.serialize(tree, e) for e in episodes]]}, tree)
+    reshard(tmp_path / "source", tmp_path / "out", codec_size=(16, 16), pca_channels=4, workers=1)
+    for name, expected in (
+        ("droid", {"droid": robot if argument else robot | video}),
+        ("droid_cotrain", {"robot": robot, "video": video}),
+    ):
+        c = config_lib.load(str(Path(__file__).parents[2] / "configs" / f"{name}.py{argument}"))
+        assert c.data.path == base().data.path and c.loss.action_free == "kept"
+        assert (c.data.last_action, c.data.augment.draw) == (("keep", "batch") if argument else ("drop", "sample"))
+        assert {s.max_episodes for s in c.data.sources.values()} == {most}
+        c.data.path, c.data.cameras = str(tmp_path / "out"), ("wrist",)
+        c.data.window.action, c.data.window.next_obs, c.data.num_streams = (1, 2), (3, 4), 1
+        loader = _loader(c.data)
+        used = {name: set(s.episodes) | set(s.held_out) for name, s in loader.sources.items()}
+        assert used == expected
+        for name, episodes_of in expected.items():
+            assert f"8 episodes ({len(episodes_of)} of them with " in loader.sources[name].describe()
+    if most:
+        c.data.sources.robot.max_episodes = c.data.sources.video.max_episodes = 2
+        used = {name: set(s.episodes) | set(s.held_out) for name, s in _loader(c.data).sources.items()}
+        assert used["robot"] < robot and used["video"] < video and {len(u) for u in used.values()} == {2}

@@ -160,7 +160,7 @@ class Loader:
     def summary(self) -> str:
         """A line about each source, for people, and a warning where their units seem to differ."""
         action = f"action {self.spec.action_dim}-d"
-        if not self.config.sources:
+        if len(self.sources) == 1:
             return f"data: {self._robots[0].describe()}; {action}"
         total = sum(source.weight for source in self.sources.values())
         lines = [

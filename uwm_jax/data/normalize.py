@@ -43,7 +43,7 @@ class Normalizer:
             if s["nonfinite"]:
                 raise UserError(
                     f"{key}: {s['nonfinite']} of {s['count']} steps are NaN or infinite; "
-                    "remove these episodes from the source and reshard it."
+                    "config.data.drop_nonfinite=true leaves these episodes out."
                 )
             if kind == "none":
                 continue

@@ -209,7 +209,8 @@ class Dataset:
         return [k for k, f in self.manifest["step_features"].items() if f["dtype"].startswith("float")]
 
     def episode_texts(self, key: str) -> list[str]:
-        """The text of every episode under an episode-level key (for example `episode_metadata/file_path`).
+        """The text of every episode under an episode-level key, named in full (for example
+        `episode_metadata/file_path`) or without `episode_metadata/`.
 
         Raises:
             UserError: the dataset has no such text.
@@ -218,6 +219,7 @@ class Dataset:
         try:
             with np.load(io.BytesIO(self._read_file(text_file(self.split))), allow_pickle=False) as stored:
                 keys = sorted(k.removesuffix("/ends") for k in stored if k.endswith("/ends"))
+                key = f"episode_metadata/{key}" if f"episode_metadata/{key}" in keys else key
                 if key not in keys:
                     raise UserError(f"{self.directory}: no episode text {key!r}; it has: {', '.join(keys) or 'none'}.")
                 data, ends = stored[f"{key}/utf8"].tobytes(), stored[f"{key}/ends"].tolist()

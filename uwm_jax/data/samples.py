@@ -17,6 +17,7 @@ from PIL import Image
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import mix
 from uwm_jax.data.records import Dataset
+from uwm_jax.data.selection import not_finite
 from uwm_jax.data.transforms import get_transform
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
@@ -116,6 +117,19 @@ class Samples:
         """Windows that a row shows: its own, and with `fill_views` "random" one more for each view without camera."""
         return 1 + (len(self._views) - len(self.camera_keys) if self._fill == "random" else 0)
 
+    def not_finite(self, kept: np.ndarray) -> dict[str, np.ndarray]:
+        """{step key: numbers of the episodes, among those `kept` (E,) bool, whose values are NaN or infinite}, of
+        actions, low-dimensional keys and text, as far as these have columns."""
+        lengths = self.dataset.episode_lengths
+        counted = [(key, self.action_lengths) for key, _ in self.actions]
+        counted += [(key, lengths) for key in [*self.low_dim_keys.values(), self._text]]
+        found: dict[str, np.ndarray] = {}
+        for key, steps in counted:
+            if key in self.dataset.column_keys:
+                bad = not_finite(self.dataset.column(key), lengths, np.where(kept, steps, 0))
+                found[key] = np.union1d(bad, found.get(key, bad))
+        return {key: episodes for key, episodes in found.items() if len(episodes)}
+
     def row_spec(self) -> RowSpec:
         """The rows of a run of which this is the first source with actions."""
         return RowSpec(
@@ -155,6 +169,7 @@ class Samples:
         obs = window.steps(window.obs, origin, length)
         if spec.text_dim:
             batch["obs/text"][at] = dataset.values(episode, obs[-1], self._text) if self._text else 0
+            self._check_finite(batch, at, "obs/text", clips[0])
         batch["action_mask"][at] = self.use_actions
         batch["row"][at] = row
         if not self.use_actions:
@@ -166,12 +181,16 @@ class Samples:
             batch[f"obs/{name}"][at] = normalizer.normalize(name, self._rows(key, start, obs))
         batch["action"][at] = self.action(clips[0], window.action, normalizer)
         for name in ("action", *(f"obs/{name}" for name in self.low_dim_keys)):
-            # Training episodes are known to be finite from their statistics; held-out ones are met here.
-            if not np.isfinite(batch[name][at]).all():
-                raise UserError(
-                    f"{dataset.directory}: {name} is NaN or infinite in episode {episode} of split {dataset.split!r}, "
-                    f"in the window at step {origin}. Remove the episode from the source and reshard it."
-                )
+            self._check_finite(batch, at, name, clips[0])
+
+    def _check_finite(self, batch: Batch, at: int, name: str, clip: Clip) -> None:
+        """Columns are known to be finite; what they are mapped to, and what has no column, may not be."""
+        if not np.isfinite(batch[name][at]).all():
+            raise UserError(
+                f"{self.dataset.directory}: {name} is NaN or infinite in episode {clip.episode} of split "
+                f"{self.dataset.split!r}, in the window at step {clip.origin}. Remove the episode from the source and "
+                "reshard it."
+            )
 
     def action(self, clip: Clip, indices: tuple[int, ...], normalizer: Normalizer) -> np.ndarray:
         """(len(indices), Da) float32 normalised actions at steps relative to a window of a source with actions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import types
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import StreamOrder, mix
 from uwm_jax.data.records import Dataset, dataset_dir
 from uwm_jax.data.samples import Batch, Clip, RowSpec, Samples
+from uwm_jax.data.selection import select, tell_not_finite
 from uwm_jax.data.stats import Stats, join_stats, key_stats, pool_stats
 from uwm_jax.data.transforms import get_transform
 from uwm_jax.data.windows import Windows, split_episodes
@@ -21,45 +21,13 @@ from uwm_jax.errors import UserError
 
 # The fields of `uwm_jax.config.source` for a run that names no sources.
 _PLAIN = types.SimpleNamespace(
-    weight=1.0, use_actions=True, include=(), exclude=(), path_key="", cameras=(), fill_views="same", action=()
+    **dict(weight=1.0, use_actions=True, cameras=(), fill_views="same", action=()),
+    **dict(include=(), exclude=(), path_key="", max_episodes=0, max_episodes_seed=0),
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Filter:
-    """Which episodes of a source count, by the text that the dataset has of each under `key` (their path).
-
-    Attributes:
-        include: only episodes whose text holds one of these; () = all.
-        exclude: no episode whose text holds one of these.
-    """
-
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    key: str
-
-    def __bool__(self) -> bool:
-        return bool(self.include or self.exclude)
-
-    def __str__(self) -> str:
-        wanted = [" or ".join(map(repr, self.include))] if self.include else []
-        unwanted = ["no " + " and no ".join(map(repr, self.exclude))] if self.exclude else []
-        return f"{' but '.join(wanted + unwanted)} in {self.key}"
-
-    def keep(self, dataset: Dataset) -> np.ndarray:
-        """(E,) bool."""
-        if not self:
-            return np.ones(dataset.num_episodes, np.bool_)
-        kept = [
-            (not self.include or any(part in text for part in self.include))
-            and not any(part in text for part in self.exclude)
-            for text in dataset.episode_texts(self.key)
-        ]
-        return np.asarray(kept, np.bool_)
-
-
 class Source:
-    """One dataset of a run, with its filters, windows and order.
+    """One dataset of a run, with the episodes that it uses of it, their windows and order.
 
     Args:
         name: its name in the mixture.
@@ -67,10 +35,12 @@ class Source:
         dataset: an open split; config: `config.data`; fields: those of `uwm_jax.config.source`.
         seed: of its order.
     Raises:
-        UserError: as `Samples`; a filter that no episode passes; no training episode that is long enough.
+        UserError: as `Samples` and `select`; values that are not finite, unless `config.drop_nonfinite`; no training
+            episode that is long enough.
 
     Attributes:
-        episodes, held_out: numbers of its training and validation episodes that pass the filter.
+        selection: the episodes that it uses.
+        episodes, held_out: numbers of those that train and of those that validate.
     """
 
     def __init__(self, name: str, where: str, dataset: Dataset, config: Any, fields: Any, seed: int):
@@ -78,29 +48,27 @@ class Source:
         self.use_actions = bool(fields.use_actions)
         self.weight = float(fields.weight)
         self.seed = seed
-        self.filter = Filter(tuple(fields.include), tuple(fields.exclude), fields.path_key)
         self.samples = Samples(dataset, config, fields, where)
-        kept = self.filter.keep(dataset)
-        if not kept.any():
-            example = next(iter(dataset.episode_texts(self.filter.key)), "")
-            raise UserError(
-                f"{where}: none of {dataset.num_episodes} episodes has {self.filter}. "
-                f"The first episode has {example!r}."
-            )
-        self._num_kept = int(kept.sum())
-        # Held out first and filtered then, so that sources of one dataset agree about what is held out.
+        self.selection = select(dataset, fields, where)
+        broken = self.samples.not_finite(self.selection.kept)
+        if broken and not config.drop_nonfinite:
+            raise UserError(tell_not_finite(broken, dataset.num_episodes, where))
+        if broken:
+            self.selection = self.selection.without(np.unique(np.concatenate(list(broken.values()))))
+        # Held out first and chosen then, so that sources of one dataset agree about what is held out.
         train, held_out = split_episodes(dataset.num_episodes, config.val_ratio)
         self._num_held_out = len(held_out)
+        kept = self.selection.kept
         self.episodes, self.held_out = train[kept[train]], held_out[kept[held_out]]
         what = f"training episodes of {where}"
-        if self.filter:
-            what += f" with {self.filter}"
+        if self.selection.rules:
+            what += f" with {self.selection}"
         self.windows = self._windows(self.episodes, what)
         self.order = StreamOrder(len(self.windows), config.num_streams, seed)
         self._val_ratio = config.val_ratio
 
     def held_out_windows(self) -> Windows | None:
-        """All windows of the validation episodes that pass the filter; None if there are none."""
+        """All windows of the validation episodes; None if there are none."""
         lengths, actions = self.dataset.episode_lengths[self.held_out], self.samples.action_lengths[self.held_out]
         return self._windows(self.held_out) if self.samples.window.count(lengths, actions).any() else None
 
@@ -111,8 +79,8 @@ class Source:
     def about_held_out(self) -> str:
         """What becomes of its validation episodes, for a person who misses them."""
         text = f"{self.where}: {self._num_held_out} of {self.dataset.num_episodes} episodes are held out"
-        if self._num_held_out and self.filter:
-            text += f", {len(self.held_out)} of them with {self.filter}"
+        if self._num_held_out and self.selection.rules:
+            text += f", {len(self.held_out)} of them with {self.selection}"
         if len(self.held_out):
             longest = int(self.dataset.episode_lengths[self.held_out].max())
             text += f"; the longest has {longest} steps, and config.data.window spans {self.samples.window.span}"
@@ -121,7 +89,8 @@ class Source:
     @property
     def identity(self) -> str:
         """What must not change while a run continues: the dataset's content and which of it is used."""
-        return f"{self.dataset.fingerprint} ({self.filter})" if self.filter else self.dataset.fingerprint
+        used = f" ({self.selection})" if self.selection.rules else ""
+        return f"{self.dataset.fingerprint}{used}"
 
     def clip(self, position: int) -> Clip:
         """The window at a position of this source's order."""
@@ -136,8 +105,8 @@ class Source:
         self.samples.load(batch, at, row, clips, draw, normalizer, spec)
 
     def stats(self) -> dict[str, Stats]:
-        """Statistics of `action` and of each low-dim key over the training episodes that pass the filter."""
-        where = dict(val_ratio=self._val_ratio, episodes=self.episodes, selection=str(self.filter or ""))
+        """Statistics of `action` and of each low-dim key over the training episodes."""
+        where = dict(val_ratio=self._val_ratio, episodes=self.episodes, selection=str(self.selection))
         samples, identity = self.samples, get_transform("identity")
         stats = {name: key_stats(self.dataset, key, identity, **where) for name, key in samples.low_dim_keys.items()}
         steps = samples.action_lengths
@@ -147,12 +116,12 @@ class Source:
     def describe(self) -> str:
         """One line, for people."""
         lengths, dataset = self.dataset.episode_lengths, self.dataset
-        filtered = f" ({self._num_kept} of them with {self.filter})" if self.filter else ""
+        counts = f" ({'; '.join(self.selection.counts)})" if self.selection.counts else ""
         use = "" if self.use_actions else "; used without actions"
         if dropped := int((self.samples.action_lengths < lengths).sum()):
             use = f"; the last action of {dropped} episodes is left out (is_last)"
         return (
-            f"{dataset.directory} ({dataset.split}): {dataset.num_episodes} episodes{filtered}, "
+            f"{dataset.directory} ({dataset.split}): {dataset.num_episodes} episodes{counts}, "
             f"{int(lengths.sum())} steps; {len(self.windows)} training windows in {len(self.windows.episodes)} "
             f"episodes, {len(self.held_out)} episodes held out; cameras {', '.join(sorted(self.samples.camera_keys))}"
             f"{use}"
@@ -210,27 +179,18 @@ def row_spec(sources: Sequence[Source]) -> RowSpec:
 
 def pooled_stats(sources: Sequence[Source]) -> dict[str, Stats]:
     """Statistics of `action` and of each low-dim key over the training episodes of all sources with actions, whatever
-    their weights.
-
-    Raises:
-        UserError: values that are not finite.
-    """
+    their weights."""
     pooled: dict[str, list[Stats]] = {}
     for source in sources:
         if not source.use_actions:
             continue
         for key, values in source.stats().items():
-            if values["nonfinite"]:
-                raise UserError(
-                    f"{source.where}: {key}: {values['nonfinite']} of {values['count']} steps are NaN or infinite "
-                    "in training episodes; remove these episodes from the source and reshard it."
-                )
             pooled.setdefault(key, []).append(values)
     return {key: pool_stats(parts) for key, parts in pooled.items()}
 
 
 def fit_normalizer(sources: Sequence[Source], kind: str) -> Normalizer:
-    """One normaliser from the statistics of `pooled_stats`; raises UserError as it does."""
+    """One normaliser from the statistics of `pooled_stats`."""
     stats = pooled_stats(sources)
     return Normalizer.from_stats(stats, kind, stats)
 

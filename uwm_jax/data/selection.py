@@ -1,0 +1,164 @@
+"""Which episodes of a dataset a source uses: those that pass its conditions, at most so many, and only finite ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from uwm_jax.data.records import Dataset
+from uwm_jax.errors import UserError
+
+_NAMED = 5  # episodes that a message names of those that it counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What an episode's text under `key` (its path, for example) must hold.
+
+    Attributes:
+        include: one of these; () = whatever.
+        exclude: none of these.
+    """
+
+    key: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    def __str__(self) -> str:
+        wanted = [" or ".join(map(repr, self.include))] if self.include else []
+        unwanted = ["no " + " and no ".join(map(repr, self.exclude))] if self.exclude else []
+        return f"{' but '.join(wanted + unwanted)} in {self.key}"
+
+    def holds(self, texts: Iterable[str]) -> np.ndarray:
+        """(E,) bool, of the texts of E episodes."""
+        held = [
+            (not self.include or any(part in text for part in self.include))
+            and not any(part in text for part in self.exclude)
+            for text in texts
+        ]
+        return np.asarray(held, np.bool_)
+
+
+def conditions(fields: Any) -> tuple[Condition, ...]:
+    """Those of a source, one for each key, from `include` and `exclude` of `uwm_jax.config.source`."""
+    names: dict[str, str] = {}  # a key without `episode_metadata/` -> as it is spelled first
+    parts: dict[str, tuple[list[str], list[str]]] = {}
+    for place, entries in enumerate((fields.include, fields.exclude)):
+        for entry in entries:
+            key, text = (fields.path_key, entry) if isinstance(entry, str) else entry
+            short = key.removeprefix("episode_metadata/")
+            names.setdefault(short, key)
+            parts.setdefault(short, ([], []))[place].append(text)
+    return tuple(Condition(names[k], tuple(include), tuple(exclude)) for k, (include, exclude) in parts.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The episodes of a dataset that one source uses, held-out ones among them.
+
+    Attributes:
+        kept: (E,) bool.
+        rules: what limits them, in words; episodes and rules together are what must not change while a run continues.
+        counts: how many each of the rules leaves, or takes away, in words.
+    """
+
+    kept: np.ndarray
+    rules: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "; ".join(self.rules)
+
+    def without(self, episodes: np.ndarray) -> Selection:
+        """Less some episodes whose values are not finite."""
+        kept = self.kept.copy()
+        kept[episodes] = False
+        which = hashlib.sha256(np.sort(episodes).astype("<i8").tobytes()).hexdigest()[:8]
+        return Selection(
+            kept,
+            (*self.rules, f"without {len(episodes)} that are not finite ({which})"),
+            (*self.counts, f"{len(episodes)} left out, as NaN or infinite"),
+        )
+
+
+def select(dataset: Dataset, fields: Any, where: str) -> Selection:
+    """The episodes that pass the conditions of a source, and if these are too many, some of them.
+
+    Args:
+        fields: those of `uwm_jax.config.source`.
+        where: what to call the source in messages.
+    Raises:
+        UserError: no episode passes; a text that the dataset does not have.
+    """
+    selection = Selection(np.ones(dataset.num_episodes, np.bool_))
+    if asked := conditions(fields):
+        texts = {condition.key: dataset.episode_texts(condition.key) for condition in asked}
+        held = [condition.holds(texts[condition.key]) for condition in asked]
+        kept = np.logical_and.reduce(held)
+        rule = "; ".join(map(str, asked))
+        if not kept.any():
+            raise UserError(_nothing_passes(dataset, asked, texts, held, where))
+        selection = Selection(kept, (rule,), (f"{int(kept.sum())} of them with {rule}",))
+    if 0 < fields.max_episodes < selection.kept.sum():
+        generator = np.random.default_rng(fields.max_episodes_seed)
+        chosen = generator.choice(np.flatnonzero(selection.kept), fields.max_episodes, replace=False)
+        kept = np.zeros(dataset.num_episodes, np.bool_)
+        kept[chosen] = True
+        how = f"{fields.max_episodes} chosen by seed {fields.max_episodes_seed}"
+        selection = Selection(kept, (*selection.rules, how), (*selection.counts, how))
+    return selection
+
+
+def _nothing_passes(
+    dataset: Dataset,
+    asked: tuple[Condition, ...],
+    texts: Mapping[str, list[str]],
+    held: list[np.ndarray],
+    where: str,
+) -> str:
+    total = dataset.num_episodes
+    lines = [f"{where}: none of {total} episodes has {'; '.join(map(str, asked))}."]
+    if len(asked) > 1:
+        lines += [f"  {int(h.sum())} of {total} have {condition}" for condition, h in zip(asked, held, strict=True)]
+    examples = [repr(next(iter(texts[condition.key]), "")) for condition in asked]
+    return "\n".join([*lines, f"The first episode has {' and '.join(examples)}."]).replace(
+        ".\nThe first", ". The first"
+    )
+
+
+def not_finite(column: np.ndarray, lengths: np.ndarray, counted: np.ndarray, block: int = 1 << 18) -> np.ndarray:
+    """(n,) numbers of the episodes of which one of the first `counted` (E,) steps is NaN or infinite.
+
+    Args:
+        column: (steps, ...) of all episodes, one after another, possibly memory-mapped; read once, by blocks.
+        lengths: (E,) of the episodes.
+    """
+    if column.dtype.kind != "f":
+        return np.zeros(0, np.int64)
+    column = column.reshape(len(column), -1)
+    ends = np.cumsum(lengths)
+    bad: list[np.ndarray] = []
+    for start in range(0, len(column), block):
+        rows = start + np.flatnonzero(~np.isfinite(column[start : start + block]).all(axis=1))
+        episodes = np.searchsorted(ends, rows, side="right")
+        bad.append(episodes[rows - (ends - lengths)[episodes] < counted[episodes]])
+    return np.unique(np.concatenate(bad)) if bad else np.zeros(0, np.int64)
+
+
+def tell_not_finite(found: Mapping[str, np.ndarray], total: int, where: str) -> str:
+    """What is wrong and what to do, where these episodes of these keys are not finite."""
+    lines = [f"{where} has values that are NaN or infinite:"]
+    for key, episodes in found.items():
+        some = ", ".join(str(e) for e in episodes[:_NAMED])
+        more = f" and {len(episodes) - _NAMED} more" if len(episodes) > _NAMED else ""
+        lines.append(f"  {key}: {len(episodes)} of {total} episodes ({some}{more})")
+    every = len(np.unique(np.concatenate(list(found.values()))))
+    lines.append(
+        f"--config.data.drop_nonfinite=true leaves out what is not finite, here {every} of {total} episodes, in "
+        "training and held out; or remove them from the source and reshard it."
+    )
+    return "\n".join(lines)
