@@ -511,7 +511,7 @@ def test_episodes_that_are_not_finite_are_left_out(made, config: ConfigDict, tmp
     assert set(loader.training_windows(10_000).episodes) == {e for e in train if LENGTHS[e] > 9} - set(bad)
     assert set(loader.held_out(10_000).episodes) == {e for e in held_out if LENGTHS[e] > 9} - set(bad)
     raw = np.concatenate([_raw_actions(made[1][e]) for e in train if e not in bad])
-    np.testing.assert_allclose(loader.ranges().entries["action"][0], _minmax(raw)[0], rtol=1e-6)
+    np.testing.assert_allclose(loader.normalizer.entries["action"][0], _minmax(raw)[0], rtol=1e-6)
     # The order is that of these episodes: another choice of them is other data.
     state = json.loads(json.dumps(loader.state(3)))
     _loader(config, start_step=3, state=state)

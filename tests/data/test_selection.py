@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
+from etils import epath
 
 from uwm_jax.config import source
+from uwm_jax.data.columns import DiskColumn
 from uwm_jax.data.selection import Condition, Selection, conditions, not_finite, select, tell_not_finite
 from uwm_jax.errors import UserError
 
@@ -83,7 +87,7 @@ def test_what_is_left_out_is_part_of_what_a_selection_is() -> None:
     assert a.counts[-1] == "2 left out, as NaN or infinite"
 
 
-def test_broken_episodes_are_found_across_blocks() -> None:
+def test_broken_episodes_are_found_across_blocks(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 12, 40)
     counted = lengths - rng.integers(0, 2, 40)
@@ -91,10 +95,14 @@ def test_broken_episodes_are_found_across_blocks() -> None:
     broken = rng.choice(len(column), 25, replace=False)
     column[broken, rng.integers(0, 2, 25), rng.integers(0, 3, 25)] = rng.choice([np.nan, np.inf, -np.inf], 25)
     starts = np.cumsum(lengths) - lengths
+    np.save(tmp_path / "column.npy", column)
+    on_disk = DiskColumn(
+        epath.Path(tmp_path / "column.npy"), google_crc32c.value((tmp_path / "column.npy").read_bytes())
+    )
     for steps in (lengths, counted, np.zeros(40, int)):
         expected = [e for e in range(40) if any(not np.isfinite(column[starts[e] + t]).all() for t in range(steps[e]))]
         assert not_finite(column, lengths, steps, block=7).tolist() == expected
-        assert not_finite(column, lengths, steps).tolist() == expected
+        assert not_finite(on_disk, lengths, steps).tolist() == expected
     assert not_finite(np.zeros((5, 1), np.int64), np.array([5]), np.array([5])).tolist() == []
 
 

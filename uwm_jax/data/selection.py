@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from uwm_jax.data.columns import Column
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError
 
@@ -130,20 +131,20 @@ def _nothing_passes(
     )
 
 
-def not_finite(column: np.ndarray, lengths: np.ndarray, counted: np.ndarray, block: int = 1 << 18) -> np.ndarray:
+def not_finite(column: Column, lengths: np.ndarray, counted: np.ndarray, block: int = 1 << 18) -> np.ndarray:
     """(n,) numbers of the episodes of which one of the first `counted` (E,) steps is NaN or infinite.
 
     Args:
-        column: (steps, ...) of all episodes, one after another, possibly memory-mapped; read once, by blocks.
+        column: (steps, ...) of all episodes, one after another; read once, by blocks.
         lengths: (E,) of the episodes.
     """
     if column.dtype.kind != "f":
         return np.zeros(0, np.int64)
-    column = column.reshape(len(column), -1)
     ends = np.cumsum(lengths)
     bad: list[np.ndarray] = []
     for start in range(0, len(column), block):
-        rows = start + np.flatnonzero(~np.isfinite(column[start : start + block]).all(axis=1))
+        values = column[start : start + block]
+        rows = start + np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
         episodes = np.searchsorted(ends, rows, side="right")
         bad.append(episodes[rows - (ends - lengths)[episodes] < counted[episodes]])
     return np.unique(np.concatenate(bad)) if bad else np.zeros(0, np.int64)
