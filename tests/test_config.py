@@ -215,3 +215,26 @@ def test_a_config_that_was_stored_before_a_field_came_means_what_runs_did_then()
         config_lib.refuse_changed(config, old)
     config.optimizer.ema_decay = old.optimizer.ema_decay = 0.0  # nothing is averaged
     config_lib.refuse_changed(config, old)
+
+
+def test_the_clip_of_latents_follows_the_codec_until_it_is_set():
+    config = config_lib.base()
+    assert config.diffusion.clip.next_obs == 1.0
+    config.model.codec.name = "pca"
+    assert config.diffusion.clip.next_obs == 20.0 and config.diffusion.clip.action == 1.0
+    stored = config_lib.from_json(config_lib.to_json(config), "config.json")
+    assert stored == config and stored.diffusion.clip.next_obs == 20.0
+    config_lib.apply_overrides(config, [("diffusion.clip.next_obs", "3")])
+    config.model.codec.name = "vae"
+    assert config.diffusion.clip.next_obs == 3.0
+
+
+def test_another_spelling_of_an_origin_is_no_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    stored = config_lib.with_origin(config_lib.base(), f"{tmp_path}/runs/a@200")
+    for spec in ("runs/a", "runs/a/", "./runs/../runs/a@200", str(tmp_path / "runs" / "a")):
+        config_lib.refuse_changed(config_lib.with_origin(stored, spec), stored)
+    for spec in ("runs/a@100", "runs/b", ""):
+        with pytest.raises(UserError, match="config.init_from is .*but this workdir was started with"):
+            config_lib.refuse_changed(config_lib.with_origin(stored, spec), stored)

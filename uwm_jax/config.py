@@ -13,11 +13,11 @@ import fnmatch
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from uwm_jax import config_checks
 from uwm_jax.diffusion.modes import MODALITIES
@@ -92,6 +92,7 @@ def base() -> ConfigDict:
     c.diffusion.hide_at = "first"  # of these timesteps (official), or train: T - 1, as what is hidden in training
     c.diffusion.prediction = ConfigDict({m: "epsilon" for m in MODALITIES})  # epsilon, sample, v
     c.diffusion.clip = ConfigDict({m: 1.0 for m in MODALITIES})  # range of predicted x0; 0 = no clipping
+    c.diffusion.clip.next_obs = _follows(c.model.codec, "name", _clip_of_codec)  # 1; with the codec pca: 20
     c.diffusion.next_obs_timesteps = "uniform"  # or high_noise: half of the draws from the noisiest quarter
 
     c.loss = ConfigDict()
@@ -156,6 +157,23 @@ def base() -> ConfigDict:
     c.eval.action_plane = ()  # or (camera, x_low, x_high, y_low, y_high): the first two numbers of a raw action are a
     # position in the rectangle that this camera shows, and pictures draw them there
     return c
+
+
+class _Operation(NamedTuple):
+    """An operation of `ml_collections` on a reference: `fn(value, *args)`."""
+
+    fn: Callable[..., Any]
+    args: list[Any]
+
+
+def _follows(node: ConfigDict, field: str, value_of: Callable[[Any, Any], float]) -> FieldReference:
+    """A number that `value_of(None, node[field])` gives, whenever it is read and until it is set itself."""
+    return FieldReference(0.0, op=_Operation(value_of, [node.get_oneway_ref(field)]))
+
+
+def _clip_of_codec(_: Any, name: str) -> float:
+    """Latents of the PCA codec have unit standard deviation, those of the others lie within about 1."""
+    return 20.0 if name == "pca" else 1.0
 
 
 def source(**fields: Any) -> ConfigDict:
@@ -341,9 +359,34 @@ def read(workdir: str | os.PathLike[str], overrides: Iterable[tuple[str, str]] =
     return config
 
 
+def parse_origin(spec: str) -> tuple[Path, int | None]:
+    """`config.init_from`, DIR or DIR@STEP, as (absolute directory, step).
+
+    Raises:
+      UserError: the step is no number, or the place is none on a local disk.
+    """
+    directory, at, step = spec.rpartition("@")
+    if not at or local_path(spec, "config.init_from").is_dir():
+        return local_path(spec, "config.init_from").absolute(), None
+    if not step.isdecimal():
+        raise UserError(f"config.init_from={spec!r}: expected DIR or DIR@STEP with an integer, found {step!r}.")
+    return local_path(directory, "config.init_from").absolute(), int(step)
+
+
+def with_origin(config: ConfigDict, spec: str) -> ConfigDict:
+    """A copy whose `init_from` is `spec`: what a run keeps is a place with its step, however it was spelled."""
+    config = config.copy_and_resolve_references()
+    config.init_from = spec
+    return config
+
+
 def refuse_changed(config: ConfigDict, stored: ConfigDict) -> None:
     """Raises UserError for a field that differs from the run's stored config and is not one of `MAY_CHANGE`."""
     now, before = flatten(config), flatten(stored)
+    if now["init_from"] and before["init_from"]:  # which spellings of one place name one origin
+        (here, step), (there, stored_step) = parse_origin(now["init_from"]), parse_origin(before["init_from"])
+        if here.resolve() == there.resolve() and (step == stored_step or None in (step, stored_step)):
+            now["init_from"] = before["init_from"]
     for name in sorted(now.keys() | before.keys()):
         if now.get(name) == before.get(name) or any(fnmatch.fnmatchcase(name, p) for p in MAY_CHANGE):
             continue

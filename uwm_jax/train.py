@@ -85,7 +85,9 @@ def run(
     distributed.require_same("config", config_lib.flatten(config))
     last_step = distributed.agree(checkpoint_lib.latest_step(workdir))
     if last_step is not None:
-        config_lib.refuse_changed(config, config_lib.read(workdir))
+        before = config_lib.read(workdir)
+        config_lib.refuse_changed(config, before)
+        config = config_lib.with_origin(config, before.init_from)
         if last_step >= config.total_steps:
             say(f"nothing to do: {workdir} is at step {last_step} of {config.total_steps} already")
             return
@@ -104,6 +106,7 @@ def run(
         config_lib.refuse_changed(config, fixed_fields.stored_config(stored))
     elif config.init_from:
         origin = finetune.open_origin(config.init_from, config.init_from_parameters)
+        config = config_lib.with_origin(config, f"{origin.directory}@{origin.step}")
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
     loader = open_loader(config, mesh, stored)
@@ -143,14 +146,14 @@ def run(
         if stored.step != newest:  # whose arrays are damaged
             loader.close()
             loader = open_loader(config, mesh, stored)
-        say(f"continuing from step {stored.step}")
+        say(f"continuing from step {stored.step}{state_lib.change_of_rate(config, before, stored.step)}")
     else:
-        skipped = origin.skipped(like.params, config.init_from_skip) if origin else []
+        skipped = origin.skipped(like.params, config) if origin else []
         state = jax.jit(init_state, out_shardings=shardings)(rng)
         if config.model.encoder.imagenet_weights and (not origin or patterns.IMAGE_WEIGHTS in skipped):
             state = state_lib.with_params(state, load_pretrained_encoder(config, state.params, shardings.params))
         if origin:
-            state = state_lib.with_params(state, origin.params(state.params, config.init_from_skip)[0])
+            state = state_lib.with_params(state, origin.params(state.params, config)[0])
             say(origin.describe_skipped(like.params, skipped))
 
     # --- Workdir: locked first; nothing is written before all of the above is known to be good. ----

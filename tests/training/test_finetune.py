@@ -85,6 +85,11 @@ def ranges_of(normalizer):
     return {key: (offset - scale, offset + scale) for key, (scale, offset) in normalizer.entries.items()}
 
 
+def skipping(config, *patterns):
+    config.init_from_skip = patterns
+    return config
+
+
 def zeros(shapes, sharding=None):
     return jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), sharding), shapes)
 
@@ -92,7 +97,7 @@ def zeros(shapes, sharding=None):
 def test_the_average_of_the_newest_checkpoint_is_what_a_run_starts_from(origin_run, origin, tiny_config):
     _, state, frozen = origin_run
     assert (origin.step, origin.item) == (4, "ema_params")
-    params, skipped = origin.params(zeros(shapes_of(tiny_config)[0]), ())
+    params, skipped = origin.params(zeros(shapes_of(tiny_config)[0]), tiny_config)
     assert skipped == []
     jax.tree.map(np.testing.assert_array_equal, params, state.ema_params)
     jax.tree.map(np.testing.assert_array_equal, origin.codec_arrays, frozen)
@@ -102,7 +107,7 @@ def test_a_step_may_be_named(origin_run, tiny_config):
     workdir, state, _ = origin_run
     origin = open_origin(f"{workdir}@2")
     assert (origin.step, origin.item) == (2, "params")
-    params, _ = origin.params(zeros(shapes_of(tiny_config)[0]), ())
+    params, _ = origin.params(zeros(shapes_of(tiny_config)[0]), tiny_config)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y + 2), params, state.params)
 
 
@@ -110,7 +115,7 @@ def test_raw_parameters_may_be_asked_for(origin_run, tiny_config):
     workdir, state, _ = origin_run
     origin = open_origin(str(workdir), "raw")
     assert (origin.step, origin.parameters) == (4, "raw")
-    params, _ = origin.params(zeros(shapes_of(tiny_config)[0]), ())
+    params, _ = origin.params(zeros(shapes_of(tiny_config)[0]), tiny_config)
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
     with pytest.raises(UserError, match="init_from_parameters='average': step 2 of .* holds no average"):
         open_origin(f"{workdir}@2", "average")
@@ -131,7 +136,7 @@ def test_an_average_that_is_still_its_start_is_told(origin_run, origin, tiny_con
 def test_arrays_get_the_new_runs_shardings(origin, tiny_config):
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
     sharding = NamedSharding(mesh, PartitionSpec())
-    params, _ = origin.params(zeros(shapes_of(tiny_config)[0], sharding), ACTION_PATTERNS)
+    params, _ = origin.params(zeros(shapes_of(tiny_config)[0], sharding), skipping(tiny_config, *ACTION_PATTERNS))
     assert all(x.sharding == sharding for x in jax.tree.leaves(params))
 
 
@@ -140,7 +145,7 @@ def test_arrays_get_the_new_runs_shardings(origin, tiny_config):
     [
         ("nothing", "holds no config.json. Expected DIR or DIR@STEP"),
         ("origin@3", r"has checkpoints of steps \[2, 4\]"),
-        ("origin@last", "expected DIR or DIR@STEP with a whole number, found 'last'"),
+        ("origin@last", "expected DIR or DIR@STEP with an integer, found 'last'"),
         ("empty", "holds no checkpoint yet"),
     ],
 )
@@ -156,7 +161,7 @@ def test_every_misfit_is_listed_with_both_shapes_and_the_flag_that_helps(origin,
     tiny_config.model.num_registers = 3
     shapes, _ = shapes_of(tiny_config, action_dim=7)
     with pytest.raises(UserError) as caught:
-        origin.params(zeros(shapes), ())
+        origin.params(zeros(shapes), tiny_config)
     message = str(caught.value)
     for line in (
         "noise_pred_net/action_encoder/fc1/kernel: (10, 128) in the origin, (7, 128) here",
@@ -171,7 +176,7 @@ def test_every_misfit_is_listed_with_both_shapes_and_the_flag_that_helps(origin,
     flag = re.search(r"--config.init_from_skip='(.*)'", message).group(1)
     config_lib.apply_overrides(tiny_config, [("init_from_skip", flag)])
     fresh = zeros(shapes)
-    params, skipped = origin.params(fresh, tiny_config.init_from_skip)
+    params, skipped = origin.params(fresh, tiny_config)
     assert len(skipped) == 5
     flat, new = (traverse_util.flatten_dict(t, sep="/") for t in (params, fresh))
     untouched = [name for name in flat if flat[name] is new[name]]
@@ -183,11 +188,45 @@ def test_every_misfit_is_listed_with_both_shapes_and_the_flag_that_helps(origin,
 def test_more_views_cost_the_adaln_kernels_and_the_message_says_so(origin, tiny_config):
     tiny_config.data.cameras = ("exterior", "wrist")
     with pytest.raises(UserError) as caught:
-        origin.skipped(shapes_of(tiny_config)[0], ())
+        origin.skipped(shapes_of(tiny_config)[0], tiny_config)
     message = str(caught.value)
     for name in ("blocks/adaln/kernel", "head/adaln/kernel", "pos_embed"):
         assert f"noise_pred_net/{name}: (" in message
     assert "little of the origin is left" in message
+
+
+def test_the_refusal_names_the_fields_that_differ(origin, tiny_config):
+    """Language, say, is no change of views."""
+    tiny_config.data.text, tiny_config.model.encoder.use_language = "language_embedding", True
+    shapes, _ = shapes_of(tiny_config)
+    with pytest.raises(UserError) as caught:
+        origin.skipped(shapes, tiny_config)
+    message = str(caught.value)
+    assert "config.model.encoder.use_language is True, the origin's is False" in message
+    assert "Undo what changed the shapes" in message and "views" not in message.partition("The AdaLN")[0]
+
+
+def test_a_longer_action_window_costs_the_position_embedding_alone(origin, tiny_config):
+    tiny_config.data.window.action, tiny_config.data.window.next_obs = (1, 2, 3, 4, 5, 6), (7, 8)
+    shapes, facts = shapes_of(tiny_config)
+    with pytest.raises(UserError) as caught:
+        origin.skipped(shapes, tiny_config)
+    message = str(caught.value)
+    assert "noise_pred_net/pos_embed: (1, 7, 32) in the origin, (1, 9, 32) here" in message and "1 arrays" in message
+    assert "config.data.window.action is (1, 2, 3, 4, 5, 6), the origin's is (1, 2, 3, 4)" in message
+    assert "changes it alone" in message
+    flag = re.search(r"--config.init_from_skip='(.*)'", message).group(1)
+    params, skipped = origin.params(zeros(shapes), skipping(tiny_config, flag))
+    assert skipped == ["noise_pred_net/pos_embed"]
+    check(origin, tiny_config, facts)
+
+
+def test_image_weights_that_are_not_read_are_told(origin, tiny_config):
+    _, facts = shapes_of(tiny_config)
+    tiny_config.model.encoder.imagenet_weights = "timm/resnet18.tv_in1k"
+    assert [x for x in check(origin, tiny_config, facts) if "config.model.encoder.imagenet_weights is not read" in x]
+    skipping(tiny_config, "obs_encoder/img_encoder/*")
+    assert not [x for x in check(origin, tiny_config, facts) if "imagenet_weights" in x]
 
 
 def test_arrays_that_only_one_side_has(origin, tiny_config):
@@ -196,9 +235,9 @@ def test_arrays_that_only_one_side_has(origin, tiny_config):
     tiny_config.model.qkv_bias = False
     shapes, _ = shapes_of(tiny_config)
     with pytest.raises(UserError, match=r"noise_pred_net/registers: \(1, 2, 32\) in the origin, absent here"):
-        origin.skipped(shapes, ("*/pos_embed", "*/qkv/bias"))
-    patterns = ("*/pos_embed", "*/qkv/bias", "*/registers")
-    params, skipped = origin.params(zeros(shapes), patterns)
+        origin.skipped(shapes, skipping(tiny_config, "*/pos_embed", "*/qkv/bias"))
+    skipping(tiny_config, "*/pos_embed", "*/qkv/bias", "*/registers")
+    params, skipped = origin.params(zeros(shapes), tiny_config)
     assert jax.tree.structure(params) == jax.tree.structure(shapes)
     assert "the origin's noise_pred_net/blocks/qkv/bias, noise_pred_net/registers not used" in origin.describe_skipped(
         shapes, skipped
@@ -207,7 +246,7 @@ def test_arrays_that_only_one_side_has(origin, tiny_config):
 
 def test_a_pattern_that_matches_nothing_is_an_error(origin, tiny_config):
     with pytest.raises(UserError, match=r"'\*/action_enc/\*' matches none of the \d+ arrays"):
-        origin.skipped(shapes_of(tiny_config)[0], ("*/action_enc/*",))
+        origin.skipped(shapes_of(tiny_config)[0], skipping(tiny_config, "*/action_enc/*"))
 
 
 @pytest.mark.parametrize(
@@ -397,5 +436,5 @@ def test_parameters_alone_serve_as_an_origin(tmp_path, tiny_config):
     facts = DataFacts.from_json(system.facts.to_json())
     save_params_only(tmp_path / "run", tiny_config, facts, params, frozen)
     origin = open_origin(str(tmp_path / "run"))
-    found, _ = origin.params(zeros(jax.eval_shape(lambda: params)), ())
+    found, _ = origin.params(zeros(jax.eval_shape(lambda: params)), tiny_config)
     jax.tree.map(np.testing.assert_array_equal, found, params)

@@ -85,6 +85,21 @@ def test_schedules():
     np.testing.assert_allclose(factor(50), 0.5)
 
 
+def test_more_steps_that_raise_a_cosines_rate_again_are_told():
+    before = base()
+    before.total_steps, before.optimizer.learning_rate, before.optimizer.schedule = 100, 3e-4, "cosine"
+    config = before.copy_and_resolve_references()
+    assert state_lib.change_of_rate(config, before, 90) == ""
+    config.total_steps = 200
+    last, following = (1.5e-4 * (1 + np.cos(np.pi * t)) for t in (89 / 100, 90 / 200))
+    told = state_lib.change_of_rate(config, before, 90)
+    assert "config.total_steps is 200, was 100" in told
+    assert f"from {last:.2g} (the last step's) to {following:.2g}" in told
+    assert "from 7.4e-08 (the last step's) to 0.00015" in state_lib.change_of_rate(config, before, 100)
+    config.optimizer.schedule = before.optimizer.schedule = "constant"
+    assert state_lib.change_of_rate(config, before, 90) == ""
+
+
 def test_moving_average():
     step, state = make(learning_rate=0.1, ema_decay=0.9, ema_warmup="none")
     expected = jax.tree.map(np.asarray, state.params)

@@ -13,7 +13,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.system import DataFacts
 from uwm_jax.training import average
 from uwm_jax.training.finetune import Origin
-from uwm_jax.training.patterns import INTERFACE, is_fresh, skip_flag
+from uwm_jax.training.patterns import IMAGE_WEIGHTS, INTERFACE, is_fresh, matches, skip_flag
 
 # Fields that change what the parameters mean without changing a shape, and the interface that frees them, if any.
 _FIXED = {
@@ -55,6 +55,7 @@ def check(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Mapping[
         f"starting from {origin.item} of step {origin.step} in {origin.directory}; optimizer and step are fresh",
         *_about_average(origin),
         *_about_codec(origin, config),
+        *_about_image_weights(config),
         *_about_normalizer(origin, config, facts, ranges),
     ]
     keys_now, keys_before = _keys_read(config), _keys_read(origin.config)
@@ -78,6 +79,15 @@ def _about_average(origin: Origin) -> list[str]:
         return []
     told = average.warning(origin.config, origin.step, "--config.init_from_parameters=raw")
     return [f"warning: {told}"] if told else []
+
+
+def _about_image_weights(config: ConfigDict) -> list[str]:
+    if not config.model.encoder.imagenet_weights or matches(IMAGE_WEIGHTS, config.init_from_skip):
+        return []
+    return [
+        "note: config.model.encoder.imagenet_weights is not read, since the image encoder is the origin's; it starts "
+        f"from them with {skip_flag(['obs_encoder/img_encoder/*'])}"
+    ]
 
 
 def _about_codec(origin: Origin, config: ConfigDict) -> list[str]:

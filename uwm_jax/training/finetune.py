@@ -32,13 +32,20 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
-from uwm_jax.files import local_path
 from uwm_jax.system import DataFacts
 from uwm_jax.training import average
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
-from uwm_jax.training.patterns import INTERFACE, is_fresh, matches, share, skip_flag
+from uwm_jax.training.patterns import INTERFACE, POSITIONS, is_fresh, matches, share, skip_flag
 from uwm_jax.training.stored import CorruptCheckpoint
+
+# Fields that decide the shapes of parameters.
+_SHAPING = (
+    *("model.embed_dim", "model.depth", "model.mlp_ratio", "model.qkv_bias", "model.num_registers", "model.patch"),
+    *("model.timestep_embed_dim", "model.codec.name", "data.cameras", "data.low_dim", "data.text", "data.action"),
+    *("model.encoder.stage_sizes", "model.encoder.width", "model.encoder.pool", "model.encoder.use_*"),
+    *("data.window.obs", "data.window.action", "data.window.next_obs", "data.crop"),
+)
 
 
 def open_origin(spec: str, parameters: str = "auto") -> Origin:
@@ -51,7 +58,7 @@ def open_origin(spec: str, parameters: str = "auto") -> Origin:
     Raises:
       UserError: no such workdir or step, or a checkpoint that cannot be read.
     """
-    directory, step = _parse(spec)
+    directory, step = config_lib.parse_origin(spec)
     if not (directory / "config.json").is_file():
         raise UserError(
             f"config.init_from={spec!r}: {str(directory)!r} holds no config.json. Expected DIR or DIR@STEP, where DIR "
@@ -86,15 +93,6 @@ def open_origin(spec: str, parameters: str = "auto") -> Origin:
         raise UserError(f"config.init_from={spec!r}: {e}. Name another step of {steps}, as DIR@STEP.") from e
     finally:
         checkpoints.close()
-
-
-def _parse(spec: str) -> tuple[Path, int | None]:
-    directory, at, step = spec.rpartition("@")
-    if not at or local_path(spec, "config.init_from").is_dir():
-        return local_path(spec, "config.init_from").absolute(), None
-    if not step.isdecimal():
-        raise UserError(f"config.init_from={spec!r}: expected DIR or DIR@STEP with a whole number, found {step!r}.")
-    return local_path(directory, "config.init_from").absolute(), int(step)
 
 
 @dataclass(frozen=True)
@@ -155,14 +153,14 @@ class Origin:
         """The folder of its VAE."""
         return frozen_lib.vae_folder(self.directory)
 
-    def params(self, fresh: Any, skip: Sequence[str]) -> tuple[Any, list[str]]:
+    def params(self, fresh: Any, config: ConfigDict) -> tuple[Any, list[str]]:
         """The origin's parameters, in the places of fresh ones.
 
         Args:
           fresh: the new run's parameters as `jax.Array`s, whose shardings the result has; shapes with shardings do
             where nothing is skipped.
-          skip: `config.init_from_skip`: patterns of names such as `noise_pred_net/pos_embed`, where `*` stands for any
-            characters.
+          config: of the new run; `init_from_skip` are patterns of names such as `noise_pred_net/pos_embed`, where `*`
+            stands for any characters.
 
         Returns:
           the parameters, and the names of all arrays that were skipped: they are the fresh ones, or the origin's that
@@ -172,7 +170,7 @@ class Origin:
           UserError: arrays that do not fit and are not skipped (all of them are named), or a pattern without effect.
         """
         stored = self._shapes()
-        skipped = self.skipped(fresh, skip, stored)
+        skipped = self.skipped(fresh, config, stored)
         wanted = traverse_util.flatten_dict(fresh, sep="/")
         elsewhere = _replicated(next(iter(wanted.values())).sharding)
         # A checkpoint is read whole; what is skipped is let go of at once.
@@ -195,11 +193,12 @@ class Origin:
         result = {name: x if name in skipped else found[name] for name, x in wanted.items()}
         return traverse_util.unflatten_dict(result, sep="/"), skipped
 
-    def skipped(self, fresh: Any, skip: Sequence[str], stored: Mapping[str, Any] | None = None) -> list[str]:
+    def skipped(self, fresh: Any, config: ConfigDict, stored: Mapping[str, Any] | None = None) -> list[str]:
         """The names that `params` skips, from shapes alone; raises what it raises."""
         stored = self._shapes() if stored is None else stored
         wanted = traverse_util.flatten_dict(fresh, sep="/")
         names = sorted(stored.keys() | wanted.keys())
+        skip = config.init_from_skip
         for pattern in skip:
             if not fnmatch.filter(names, pattern):
                 raise UserError(
@@ -210,7 +209,7 @@ class Origin:
         there, here = ({n: tuple(x.shape) for n, x in tree.items()} for tree in (stored, wanted))
         misfits = [n for n in names if n not in skipped and there.get(n) != here.get(n)]
         if misfits:
-            raise UserError(self._refusal(misfits, there, here, skip))
+            raise UserError(self._refusal(misfits, there, here, config))
         return skipped
 
     def describe_skipped(self, fresh: Any, skipped: Sequence[str]) -> str:
@@ -247,14 +246,24 @@ class Origin:
             raise UserError(f"config.init_from={self.spec!r}: {folder} cannot be read ({e}).") from e
         return traverse_util.flatten_dict(tree, sep="/")
 
-    def _refusal(self, misfits: list[str], there: Mapping, here: Mapping, skip: Sequence[str]) -> str:
+    def _refusal(self, misfits: list[str], there: Mapping, here: Mapping, config: ConfigDict) -> str:
         lines = [f"config.init_from={self.spec!r} (step {self.step}): {len(misfits)} arrays do not fit this run:"]
         lines += [f"  {n}: {there.get(n, 'absent')} in the origin, {here.get(n, 'absent')} here" for n in misfits]
         sizes = {name: int(np.prod(shape)) for name, shape in here.items()}
+        now, before = config_lib.flatten(config), config_lib.flatten(self.config)
+        changed = [n for n in sorted(now) if matches(n, _SHAPING) and now[n] != before.get(n)]
+        for name in changed:
+            lines.append(f"  config.{name} is {now[name]}, the origin's is {before.get(name, 'absent')}")
         lines.append(
-            "Undo the change of views, action width, registers or sizes. To let these arrays start fresh instead "
-            f"({share([n for n in misfits if n in here], sizes)}):\n  {skip_flag([*skip, *misfits])}"
+            f"{'Undo what changed the shapes' if changed else 'The widths of the data differ'}. To let these arrays "
+            f"start fresh instead ({share([n for n in misfits if n in here], sizes)}):\n"
+            f"  {skip_flag([*config.init_from_skip, *misfits])}"
         )
+        if POSITIONS in misfits:
+            lines.append(
+                "The position embedding has a row for each action, video token and register, so that another number of "
+                "actions (config.data.window.action) changes it alone."
+            )
         if any(name in misfits for name in INTERFACE["low_dim"]):
             lines.append(
                 "The AdaLN kernels read the condition, whose width follows from views, frames, low-dim keys and text; "

@@ -15,6 +15,7 @@ INTERFACE = {
     "low_dim": ("noise_pred_net/blocks/adaln/kernel", "noise_pred_net/head/adaln/kernel"),
 }
 
+POSITIONS = "noise_pred_net/pos_embed"
 IMAGE_WEIGHTS = "obs_encoder/img_encoder/conv1/kernel"  # fresh when the image encoder starts fresh
 
 

@@ -82,6 +82,24 @@ def schedule_factor(config: ConfigDict, step: jax.Array) -> jax.Array:
     return jnp.where(step < warmup, step / max(warmup, 1), factor)
 
 
+def change_of_rate(config: ConfigDict, before: ConfigDict, step: int) -> str:
+    """What to add to "continuing from step ..." where another `total_steps` changes the learning rate; else "".
+
+    Args:
+      before: the config of the start before.
+      step: finished steps.
+    """
+    peak = config.optimizer.learning_rate
+    last = peak * float(schedule_factor(before, jnp.asarray(max(step - 1, 0))))
+    following = peak * float(schedule_factor(config, jnp.asarray(step)))
+    if config.total_steps == before.total_steps or abs(following - last) <= 0.05 * max(following, last):
+        return ""
+    return (
+        f"; config.total_steps is {config.total_steps}, was {before.total_steps}: under the "
+        f"{config.optimizer.schedule} schedule the learning rate goes from {last:.2g} (the last step's) to {following:.2g}"
+    )
+
+
 def create(config: ConfigDict, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state around parameters."""
     return TrainState(
