@@ -95,8 +95,8 @@ def change_of_rate(config: ConfigDict, before: ConfigDict, step: int) -> str:
     if config.total_steps == before.total_steps or abs(following - last) <= 0.05 * max(following, last):
         return ""
     return (
-        f"; config.total_steps is {config.total_steps}, was {before.total_steps}: under the "
-        f"{config.optimizer.schedule} schedule the learning rate goes from {last:.2g} (the last step's) to {following:.2g}"
+        f"; config.total_steps is {config.total_steps}, was {before.total_steps}, so that the learning rate goes from "
+        f"{last:.2g} (the last step's) to {following:.2g} (config.optimizer.schedule={config.optimizer.schedule})"
     )
 
 
