@@ -1,14 +1,24 @@
-"""Directories that the jobs make: whole or not at all, and nothing is deleted that a job did not make."""
+"""Directories that the jobs make: whole or not at all, and nothing is deleted that a job did not make.
+
+A job builds `.<name>.<id>.building` next to its output and renames it. In that directory lies a file that the job has
+locked and that names its host, so that a later job can tell what a killed one left behind from what is being built.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from uwm_jax.errors import UserError
+
+_LOCK = ".building.lock"
 
 
 def is_vacant(output: Path) -> bool:
@@ -25,6 +35,8 @@ def check_output(
         is_ours: whether a directory is one that the job makes, so that `overwrite` may replace it.
         what: names such directories in messages.
         source: what the job reads; neither may lie inside the other, as replacing one would delete both.
+    What a killed job left there is removed or put back first, and told.
+
     Raises:
         UserError: it may not.
     """
@@ -35,6 +47,7 @@ def check_output(
                 f"--output={output} and the input {source} are the same directory, or one lies inside the other. "
                 "Choose an --output beside the input."
             )
+    clear_leftovers(output)
     if is_vacant(output):
         return
     if not overwrite:
@@ -46,6 +59,17 @@ def check_output(
         )
 
 
+def tell_room(output: Path, needed: int, what: str) -> None:
+    """Says so where the disk of `output` has less room than `needed` bytes, the size of `what`."""
+    there = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        print(
+            f"warning: {_size(free)} are free for {output}, but {what} has {_size(needed)}, and the output is about as "
+            "large: the disk may run full. Free some space, or choose another --output."
+        )
+
+
 @contextlib.contextmanager
 def building(output: Path) -> Iterator[Path]:
     """A new directory beside `output` that takes its place when the block ends well.
@@ -54,30 +78,102 @@ def building(output: Path) -> Iterator[Path]:
 
     Raises:
         UserError: the directory cannot be made there.
+        OSError: of the block, naming the file as if it lay in `output`: the disk is full, say.
     """
     target = output.resolve()  # a link stays, and what it points at is replaced
+    clear_leftovers(output)
     new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.building")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        new.mkdir()
+        lock = _make_locked(new)
     except OSError as e:
         raise UserError(f"{output} cannot be made: {e.filename}: {e.strerror}. Choose another --output.") from e
     try:
         yield new
         _replace(target, new)
+    except OSError as e:
+        if e.errno is None:
+            raise
+        name = str(output) if e.filename is None else str(e.filename).replace(str(new), str(output))
+        raise OSError(e.errno, e.strerror, name) from e
     finally:
+        lock.close()
         shutil.rmtree(new, ignore_errors=True)
 
 
+def _make_locked(new: Path) -> IO[str]:
+    """Makes a directory that appears with its lock taken; returns the locked file."""
+    hidden = new.with_suffix(".new")
+    hidden.mkdir()
+    try:
+        lock = (hidden / _LOCK).open("w")
+        lock.write(socket.gethostname())
+        lock.flush()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # a file system without locks: nobody can tell later, so nobody may delete
+            (hidden / _LOCK).unlink()
+        hidden.rename(new)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    return lock
+
+
+def clear_leftovers(output: Path) -> None:
+    """Removes what killed jobs left next to `output`, puts back what one had moved away, and says so.
+
+    What a living job builds stays, and so does, with a note, what a job of another host or an unlocked one has left.
+    """
+    target = output.resolve()
+    names = glob.escape(f".{target.name}.") + "[0-9a-f]" * 8
+    for left in sorted(target.parent.glob(names + ".building")):
+        dead = _is_dead(left)
+        size = _size(sum(p.stat().st_size for p in left.rglob("*") if p.is_file())) if dead is not False else ""
+        if dead:
+            shutil.rmtree(left, ignore_errors=True)
+            print(f"removed {left} ({size}), which a job that was killed had left")
+        elif dead is None:
+            print(f"note: {left} ({size}) may be left of a job that was killed; if none is running, remove it")
+    for old in sorted(target.parent.glob(names + ".replaced")):
+        if old.with_suffix(".building").exists():
+            continue  # being replaced just now
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            print(f"removed {old}, which a job that was killed had replaced by {output}")
+        else:
+            old.rename(target)
+            print(f"put {old} back as {output}: a job that was killed had not yet replaced it")
+
+
+def _is_dead(directory: Path) -> bool | None:
+    """Whether the job that built a directory is over; None where that cannot be known."""
+    try:
+        with (directory / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True if lock.read() == socket.gethostname() else None
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None if directory.exists() else False
+
+
 def _replace(target: Path, new: Path) -> None:
+    lock = new / _LOCK
     if not target.exists():
+        lock.unlink(missing_ok=True)
         new.rename(target)
         return
     old = new.with_suffix(".replaced")
     target.rename(old)
     try:
+        lock.unlink(missing_ok=True)
         new.rename(target)
     except BaseException:
         old.rename(target)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from data_prep.output import building, check_output
+import data_prep.output
+from data_prep.output import building, check_output, clear_leftovers, tell_room
 from uwm_jax.errors import UserError
 
 
@@ -103,3 +110,96 @@ def test_a_place_where_no_directory_can_be(tmp_path: Path) -> None:
     ):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+_BUILD = """
+import sys, time
+from pathlib import Path
+from data_prep.output import building
+with building(Path(sys.argv[1])) as new:
+    (new / "data").write_bytes(bytes(3_000_000))
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def killed(tmp_path: Path):
+    """A process that builds `out`, and what it has made so far."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _BUILD, str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout and process.stdout.readline() == b"ready\n"
+    yield process, next(tmp_path.glob(".out.*.building"))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_what_a_killed_job_left_is_removed_and_told(killed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process, left = killed
+    clear_leftovers(tmp_path / "out")
+    assert (left / "data").exists() and not capsys.readouterr().out  # it lives
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (tmp_path / ".other.12345678.building").mkdir()
+    with building(tmp_path / "out") as new:
+        (new / "text").touch()
+        assert not left.exists()
+    assert f"removed {left} (3.0 MB), which a job that was killed had left" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.12345678.building", "out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["text"]
+
+
+def test_what_may_be_anothers_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unlocked, elsewhere = tmp_path / ".out.00000001.building", tmp_path / ".out.00000002.building"
+    unlocked.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / data_prep.output._LOCK).write_text("another host")
+    _check(tmp_path / "out")
+    printed = capsys.readouterr().out
+    for directory in (unlocked, elsewhere):
+        assert directory.exists() and f"note: {directory} (0.0 MB) may be left of a job that was killed" in printed
+
+
+def test_a_job_that_was_killed_while_it_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = tmp_path / ".out.00000001.replaced"
+    old.mkdir()
+    (old / "mark").touch()
+    with pytest.raises(UserError, match="replace it with --overwrite"):
+        _check(tmp_path / "out", overwrite=False)  # it is back
+    assert (tmp_path / "out" / "mark").exists() and not old.exists()
+    assert f"put {old} back as {tmp_path / 'out'}" in capsys.readouterr().out
+    old.mkdir()
+    (tmp_path / ".out.00000002.replaced").mkdir()
+    (tmp_path / ".out.00000002.building").mkdir()
+    _check(tmp_path / "out")
+    assert not old.exists() and f"removed {old}" in capsys.readouterr().out
+    assert (tmp_path / ".out.00000002.replaced").exists()  # its job may be at work
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    def fails(directory: Path, name: str | None) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name and str(directory / name))
+
+    for name, expected in ((None, tmp_path / "out"), ("index/train.npz", tmp_path / "out" / "index" / "train.npz")):
+        with pytest.raises(OSError, match="No space left") as caught, building(tmp_path / "out") as new:
+            fails(new, name)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(expected))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_room_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    asked = []
+    monkeypatch.setattr(
+        data_prep.output.shutil, "disk_usage", lambda path: asked.append(path) or usage(9e9, 8e9, 1_000_000_000)
+    )
+    tell_room(tmp_path / "a" / "b", 1_000_000_000, "the input x")
+    assert not capsys.readouterr().out and asked == [tmp_path]
+    tell_room(tmp_path / "a" / "b", 2_500_000_000, "the input x")
+    assert "1.00 GB are free for" in (printed := capsys.readouterr().out) and "the input x has 2.50 GB" in printed
