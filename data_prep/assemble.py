@@ -5,17 +5,32 @@ from __future__ import annotations
 import collections
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep import rlds
-from data_prep.chunks import Layout
+from data_prep.chunks import Layout, step_features, why_unusable
 from data_prep.cutting import MAX_NOTES, Result
-from data_prep.features import STEPS
+from data_prep.features import STEPS, Feature, as_images
 from uwm_jax.data import records
 from uwm_jax.errors import UserError
+
+
+def check_files(layout: Layout, splits: Iterable[str], where: Path) -> None:
+    """Checks that no two files of the dataset would have one name; raises UserError that names what they hold."""
+    owners: dict[str, str] = {}
+    for split in splits:
+        files = {f"index/{split}.npz": f"split {split!r}", records.text_file(split): f"the texts of split {split!r}"}
+        files |= {records.column_file(split, key): f"the feature {key!r}" for key in layout.columns}
+        for file, owner in files.items():
+            if file in owners:
+                raise UserError(
+                    f"{where}: {owners[file]} and {owner} would both become {file}. Rename one, or choose --split."
+                )
+            owners[file] = owner
 
 
 def assemble(building: Path, source: rlds.Source, layout: Layout, results: dict[str, list[Result]]) -> dict[str, Any]:
@@ -42,16 +57,7 @@ def assemble(building: Path, source: rlds.Source, layout: Layout, results: dict[
         raise UserError(f"{source.path}: no usable episode in {', '.join(map(repr, results))}.")
     shutil.rmtree(building / "parts")
 
-    step_features = {
-        name.removeprefix(STEPS): {
-            "shape": None if f.shape is None else list(f.shape),
-            "dtype": f.dtype,
-            "image": f.image,
-            "column": name.removeprefix(STEPS) in layout.columns,
-        }
-        for name, f in source.features.items()
-        if name.startswith(STEPS)
-    }
+    steps = step_features(source.features)
     manifest = {
         "format": records.FORMAT,
         "format_version": records.FORMAT_VERSION,
@@ -59,7 +65,8 @@ def assemble(building: Path, source: rlds.Source, layout: Layout, results: dict[
         "version": source.version,
         "source": {"path": str(source.path), "file_format": source.file_format, "splits": sorted(source.splits)},
         "chunk_steps": layout.chunk_steps,
-        "step_features": step_features,
+        "step_features": {key: _described(key, feature, layout) for key, feature in steps.items()},
+        "unusable_keys": {key: reason for key, feature in steps.items() if (reason := why_unusable(feature))},
         "episode_features": {
             name: {"shape": None if f.shape is None else list(f.shape), "dtype": f.dtype}
             for name, f in source.features.items()
@@ -70,7 +77,7 @@ def assemble(building: Path, source: rlds.Source, layout: Layout, results: dict[
     }
     info = source.info | {"fileFormat": "array_record", "splits": info_splits}
     (building / "dataset_info.json").write_text(json.dumps(info, indent=1))
-    (building / "features.json").write_text(json.dumps(_with_chunk_features(source.features_json), indent=1))
+    (building / "features.json").write_text(json.dumps(_stored_features(source, layout), indent=1))
     (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return manifest
 
@@ -127,8 +134,21 @@ def _assemble_split(
     }
 
 
-def _with_chunk_features(features: dict[str, Any]) -> dict[str, Any]:
-    """The feature tree with the place of a chunk in its episode, which every record states."""
+def _described(key: str, feature: Feature, layout: Layout) -> dict[str, Any]:
+    """Entry of `step_features`: how a key is stored."""
+    described: dict[str, Any] = {
+        "shape": None if feature.shape is None else list(feature.shape),
+        "dtype": feature.dtype,
+        "image": feature.image or key in layout.pixels,
+        "column": key in layout.columns,
+    }
+    if feature.encoding != "none" and key not in layout.pixels:
+        described["encoding"] = feature.encoding
+    return described
+
+
+def _stored_features(source: rlds.Source, layout: Layout) -> dict[str, Any]:
+    """The feature tree of the records: with the place of a chunk in its episode, and pixels stored as PNG."""
     scalar = {
         "pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar",
         "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},
@@ -137,5 +157,6 @@ def _with_chunk_features(features: dict[str, Any]) -> dict[str, Any]:
         "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
         "featuresDict": {"features": {"first_step": scalar, "episode_steps": scalar}},
     }
-    top = features["featuresDict"]
-    return features | {"featuresDict": top | {"features": top["features"] | {"chunk": chunk}}}
+    stored = as_images(source.features_json, {STEPS + key: shape for key, shape in layout.pixels.items()})
+    top = stored["featuresDict"]
+    return stored | {"featuresDict": top | {"features": top["features"] | {"chunk": chunk}}}

@@ -1,16 +1,20 @@
-"""Cuts one serialized RLDS episode into serialized chunks, without decoding what it carries."""
+"""Cuts one serialized RLDS episode into serialized chunks; encoded images are not decoded."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import math
 
 import numpy as np
+from PIL import Image
 
 from data_prep.features import STEPS, Feature
 from uwm_jax.data import example
 from uwm_jax.data.records import COLUMN_MAX_SIZE, image_size
+
+_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA: a camera's frames are decoded to RGB, without alpha
 
 _FLAT, _LENGTHS = b"/ragged_flat_values", b"/ragged_row_lengths_"
 
@@ -28,10 +32,12 @@ class Layout:
     """What the episodes of a dataset hold, without the prefix `steps/`.
 
     Attributes:
-        sizes: values per step of the step features whose shape is known (1 for an image).
+        sizes: values per step of the step features whose shape is known (1 for an image or an encoded tensor).
         columns: numeric step keys to keep as columns -> (shape, numpy dtype of the column).
         cameras: image keys that can be used as cameras -> (height, width).
         texts: full names of the features that are one text per episode.
+        decoded: keys among `columns` and `pixels` whose steps are encoded tensors -> their feature.
+        pixels: keys among `cameras` whose steps are tensors, stored as PNG -> (height, width, channels).
     """
 
     chunk_steps: int
@@ -39,6 +45,8 @@ class Layout:
     columns: dict[str, tuple[tuple[int, ...], str]]
     cameras: dict[str, tuple[int, int]]
     texts: tuple[str, ...] = ()
+    decoded: dict[str, Feature] = dataclasses.field(default_factory=dict)
+    pixels: dict[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,31 +60,81 @@ class Episode:
 
 
 def plan_layout(features: dict[str, Feature], chunk_steps: int, sizes: dict[str, tuple[int, int]]) -> Layout:
-    """The layout for features of `data_prep.rlds`; `sizes` gives the sizes of cameras."""
+    """The layout for features of `data_prep.features`; `sizes` gives the sizes of cameras."""
     known: dict[str, int] = {}
-    columns = {}
-    for name, feature in features.items():
-        if not name.startswith(STEPS) or feature.shape is None:
+    columns, decoded, pixels = {}, {}, {}
+    for key, feature in step_features(features).items():
+        if feature.shape is None or min(feature.shape, default=1) < 1 and not feature.image:
             continue
-        key = name.removeprefix(STEPS)
-        if feature.image or feature.dtype == "string":
-            # Images and encoded tensors are one value; a text feature may have a shape of its own.
-            known[key] = 1 if feature.image else math.prod(feature.shape)
-        elif min(feature.shape, default=1) > 0:
-            known[key] = math.prod(feature.shape)
-            if known[key] <= COLUMN_MAX_SIZE:
-                columns[key] = (feature.shape, "<f4" if feature.dtype.startswith(("float", "bfloat")) else "<i8")
+        # Images and encoded tensors are one value; a text feature may have a shape of its own.
+        known[key] = 1 if feature.image or feature.encoding != "none" else math.prod(feature.shape)
+        if is_column(feature):
+            columns[key] = (feature.shape, "<f4" if _is_float(feature) else "<i8")
+        elif _is_pixels(feature):
+            height, width, channels = feature.shape
+            pixels[key] = (height, width, channels)
+        if feature.encoding != "none" and (key in columns or key in pixels):
+            decoded[key] = feature
     texts = [k for k, f in features.items() if not k.startswith(STEPS) and f.dtype == "string" and f.shape == ()]
-    return Layout(chunk_steps, known, columns, dict(sizes), tuple(sorted(texts)))
+    return Layout(chunk_steps, known, columns, dict(sizes), tuple(sorted(texts)), decoded, pixels)
+
+
+def step_features(features: dict[str, Feature]) -> dict[str, Feature]:
+    """The step features by key without `steps/`."""
+    return {name.removeprefix(STEPS): f for name, f in features.items() if name.startswith(STEPS)}
 
 
 def camera_features(features: dict[str, Feature]) -> dict[str, Feature]:
-    """The step features that are 8-bit colour images, by key without `steps/`."""
-    return {
-        name.removeprefix(STEPS): f
-        for name, f in features.items()
-        if name.startswith(STEPS) and f.image and f.dtype == "uint8" and f.shape is not None and f.shape[-1:] == (3,)
-    }
+    """The step features that can be cameras, by key without `steps/`: 8-bit images, grey, RGB or RGBA, encoded or as
+    tensors of more values than a column has."""
+    return {key: f for key, f in step_features(features).items() if _is_frames(f) or _is_pixels(f)}
+
+
+def is_column(feature: Feature) -> bool:
+    """Whether a step feature is numeric and small enough for a column."""
+    if feature.image or feature.shape is None or feature.dtype in ("string", "unknown"):
+        return False
+    return min(feature.shape, default=1) > 0 and math.prod(feature.shape) <= COLUMN_MAX_SIZE
+
+
+def why_unusable(feature: Feature) -> str:
+    """Why a step feature is neither a camera nor a column; empty if it is one."""
+    shape, dtype = feature.shape, feature.dtype
+    if is_column(feature) or _is_frames(feature) or _is_pixels(feature):
+        return ""
+    if feature.image and shape is None:
+        return "a sequence of images in every step; a camera has one image per step"
+    if feature.image and dtype != "uint8":
+        return f"images of {dtype} (depth?); a camera has 8-bit images"
+    if feature.image:
+        return f"images of shape {shape}; a camera has 1, 3 or 4 channels, last"
+    if dtype == "string":
+        return "text: config.data.text wants an embedding of it, a vector of floats in every step"
+    if dtype == "unknown":
+        return "a kind of feature that is not read"
+    if shape is None or min(shape, default=1) < 1:
+        return "its number of values may differ from step to step (ragged); a key that is read has one shape"
+    many = f"{math.prod(shape)} values of {dtype} per step"
+    if _is_float(feature) and len(shape) == 1:
+        return f"{many}, more than {COLUMN_MAX_SIZE}: it can be config.data.text, not an action or low-dimensional key"
+    hint = "; an image has shape (height, width, channels) with 1, 3 or 4 channels" if dtype == "uint8" else ""
+    return f"{many}, more than the {COLUMN_MAX_SIZE} of an action or low-dimensional key{hint}"
+
+
+def _is_float(feature: Feature) -> bool:
+    return feature.dtype.startswith(("float", "bfloat"))
+
+
+def _is_frames(feature: Feature) -> bool:
+    if not feature.image or feature.dtype != "uint8" or feature.shape is None or len(feature.shape) != 3:
+        return False
+    return feature.shape[-1] in (*_CHANNELS, -1)
+
+
+def _is_pixels(feature: Feature) -> bool:
+    if feature.image or feature.dtype != "uint8" or feature.shape is None or len(feature.shape) != 3:
+        return False
+    return min(feature.shape) > 0 and feature.shape[-1] in _CHANNELS and not is_column(feature)
 
 
 def frame_size(record: bytes, camera: str) -> tuple[int, int]:
@@ -102,14 +160,9 @@ def cut_episode(record: bytes, layout: Layout) -> Episode:
         length = _length(view, steps, layout)
         _check_frames(view, steps, layout)
         edges = [*range(0, length, layout.chunk_steps), length]
-        parts = [
-            (name, _split_steps(view, name, field, fields, length, edges))
-            if name.startswith(STEPS.encode())
-            else (name, [example.whole_feature(view, field)] * (len(edges) - 1))
-            for name, field in fields.items()
-        ]
+        parts = [(name, _split(view, name, field, fields, length, edges, layout)) for name, field in fields.items()]
         columns = {
-            key: _column(view, steps[key], dtype).reshape(length, *shape)
+            key: _column(view, key, steps[key], dtype, layout).reshape(length, *shape)
             for key, (shape, dtype) in layout.columns.items()
         }
         texts = {name: _text(view, fields.get(name.encode())) for name in layout.texts}
@@ -139,6 +192,8 @@ def _length(view: memoryview, steps: dict[str, example.Field], layout: Layout) -
 
 def _check_frames(view: memoryview, steps: dict[str, example.Field], layout: Layout) -> None:
     for camera, size in layout.cameras.items():
+        if camera in layout.pixels:
+            continue
         for i, span in enumerate(example.bytes_spans(view, steps[camera])):
             try:
                 found = image_size(view[slice(*span)])[:2]
@@ -146,6 +201,25 @@ def _check_frames(view: memoryview, steps: dict[str, example.Field], layout: Lay
                 raise EpisodeError("unreadable image", f"{camera} at step {i}: {e}") from e
             if found != size:
                 raise EpisodeError("another image size", f"{camera} at step {i}: expected {size}, found {found}")
+
+
+def _split(
+    view: memoryview,
+    name: bytes,
+    field: example.Field,
+    fields: dict[bytes, example.Field],
+    length: int,
+    edges: list[int],
+    layout: Layout,
+) -> list[bytes]:
+    """A feature's values in each chunk, serialized."""
+    if not name.startswith(STEPS.encode()):
+        return [example.whole_feature(view, field)] * (len(edges) - 1)
+    key = name[len(STEPS) :].decode()
+    if key in layout.pixels:
+        frames = [_png(frame) for frame in _frames(view, key, field, length, layout)]
+        return [example.bytes_feature(frames[a:b]) for a, b in itertools.pairwise(edges)]
+    return _split_steps(view, name, field, fields, length, edges)
 
 
 def _split_steps(
@@ -179,5 +253,34 @@ def _text(view: memoryview, field: example.Field | None) -> bytes:
     return bytes(view[slice(*spans[0])]) if spans else b""
 
 
-def _column(view: memoryview, field: example.Field, dtype: str) -> np.ndarray:
+def _column(view: memoryview, key: str, field: example.Field, dtype: str, layout: Layout) -> np.ndarray:
+    if key in layout.decoded:
+        return _decoded(view, key, field, layout)
     return example.floats(view, field) if dtype == "<f4" else example.ints(view, field)
+
+
+def _decoded(view: memoryview, key: str, field: example.Field, layout: Layout) -> np.ndarray:
+    """Values of an encoded tensor, (length, ...)."""
+    feature = layout.decoded[key]
+    shape = feature.shape or ()
+    try:
+        spans = example.bytes_spans(view, field)
+        return np.stack([example.decode_tensor(view[a:b], feature.encoding, feature.dtype, shape) for a, b in spans])
+    except ValueError as e:
+        raise EpisodeError("unreadable tensor", f"{key}: {e}") from e
+
+
+def _frames(view: memoryview, key: str, field: example.Field, length: int, layout: Layout) -> np.ndarray:
+    """Pixels of a camera, (length, height, width, channels) uint8."""
+    if key in layout.decoded:
+        return _decoded(view, key, field, layout)
+    try:
+        return example.small_ints(view, field).reshape(length, *layout.pixels[key])
+    except ValueError as e:
+        raise EpisodeError("unreadable tensor", f"{key}: {e}") from e
+
+
+def _png(frame: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).save(out, "PNG", compress_level=1)
+    return out.getvalue()

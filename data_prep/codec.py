@@ -24,7 +24,11 @@ def check_options(size: tuple[int, int] | None, patch: int, channels: int, val_r
     if not 1 <= channels <= patch * patch * 3:
         raise UserError(f"--pca_channels={channels}: expected 1 to {patch * patch * 3} for --pca_patch={patch}.")
     if size is not None and (min(size) < 1 or any(n % patch for n in size)):
-        raise UserError(f"--codec_size={size[0]},{size[1]}: expected positive multiples of --pca_patch={patch}.")
+        near = ",".join(str(max(patch, round(n / patch) * patch)) for n in size)
+        raise UserError(
+            f"--codec_size={size[0]},{size[1]}: expected positive multiples of --pca_patch={patch}, such as {near} "
+            "(then config.data.resize and config.data.crop must be the same)."
+        )
     if not 0 <= val_ratio < 1:  # false for NaN too
         raise UserError(f"--val_ratio={val_ratio}: expected a share of the episodes, 0 <= ratio < 1.")
 
@@ -36,6 +40,19 @@ def common_size(cameras: dict[str, tuple[int, int]], patch: int) -> tuple[int, i
     height, width = next(iter(cameras.values()))
     size = height // patch * patch, width // patch * patch
     return size if min(size) > 0 else None
+
+
+def why_not_fitted(cameras: dict[str, tuple[int, int]], patch: int) -> str:
+    """Why `common_size` is None, and what helps."""
+    if not cameras:
+        return "there are no cameras"
+    shapes = ", ".join(f"{short_key(key)} {h}x{w}" for key, (h, w) in cameras.items())
+    height, width = (max(patch, min(size[axis] for size in cameras.values()) // patch * patch) for axis in (0, 1))
+    return (
+        f"the cameras have no common size of whole patches ({shapes}). A config with the `pca` codec needs it at the "
+        f"size of config.data.crop: reshard with --codec_size={height},{width} and set config.data.resize and "
+        "config.data.crop to the same, or choose another size"
+    )
 
 
 def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, channels: int, val_ratio: float) -> int:

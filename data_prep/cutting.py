@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import multiprocessing
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from data_prep.workers import pool
 # Riegeli's hashes detect damage; compressing encoded images would only cost reading time.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 MAX_NOTES = 20  # of skipped records that are described one by one
+_MISSING = "missing, though dataset_info.json promises it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Job:
     split: str
     number: int
     file: Path
+    promised: int | None  # episodes, by dataset_info.json
     file_format: str
     layout: Layout
     shard_bytes: int
@@ -50,6 +56,21 @@ class Result:
     skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     notes: list[str] = dataclasses.field(default_factory=list)
 
+    @property
+    def episodes(self) -> int:
+        """Those kept and those skipped."""
+        return len(self.lengths) + self.skipped.total()
+
+    def count_missing(self, where: str, found: int, promised: int | None) -> None:
+        """Counts as skipped what `dataset_info.json` promises and is not there."""
+        if promised is not None and found < promised:
+            self.skipped[_MISSING] += promised - found
+            self.notes.insert(
+                0, f"{where}: ends after {found} of the {promised} episodes that dataset_info.json promises"
+            )
+        elif promised is not None and found > promised:
+            self.notes.insert(0, f"{where}: has {found} episodes, though dataset_info.json promises {promised}")
+
 
 _done_bytes: Any = None  # shared counters of progress, set in every worker
 _done_episodes: Any = None
@@ -66,6 +87,7 @@ def _run_job(job: Job) -> Result:
     columns = {key: (job.parts / f"{i}.column").open("wb") for i, key in enumerate(job.layout.columns)}
     writer = _ShardWriter(job)
     bytes_left = job.file.stat().st_size
+    found = 0
     for number, (record, reason, size) in enumerate(read_records(job.file, job.file_format)):
         try:
             if record is None:
@@ -74,7 +96,8 @@ def _run_job(job: Job) -> Result:
         except EpisodeError as e:
             kept = 0
             result.skipped[e.reason] += 1
-            result.notes.append(f"{job.file.name}: record {number}: {e.reason}: {e}")
+            detail = "" if str(e) == e.reason else f": {e}"
+            result.notes.append(f"{job.file.name}: record {number}: {e.reason}{detail}")
         else:
             kept = 1
             for chunk in episode.chunks:
@@ -85,6 +108,7 @@ def _run_job(job: Job) -> Result:
             result.lengths.append(episode.length)
             for name, text in episode.texts.items():
                 result.texts.setdefault(name, []).append(text)
+        found += 1
         bytes_left -= size
         with _done_bytes.get_lock():
             _done_bytes.value += size
@@ -92,6 +116,7 @@ def _run_job(job: Job) -> Result:
     for column in columns.values():
         column.close()
     result.shards = writer.close()
+    result.count_missing(job.file.name, found, job.promised)
     with _done_bytes.get_lock():
         _done_bytes.value += bytes_left  # what follows a broken frame is not read
     del result.notes[MAX_NOTES:]
@@ -108,10 +133,11 @@ class _ShardWriter:
         self._size = self._records = 0
 
     def write(self, record: bytes) -> None:
-        if self._writer is None:
-            self._file = self._job.parts / f"{len(self._shards):05d}.array_record"
-            self._writer = array_record_module.ArrayRecordWriter(str(self._file), _WRITER_OPTIONS)
-        self._writer.write(record)
+        with self._disk_errors():
+            if self._writer is None:
+                self._file = self._job.parts / f"{len(self._shards):05d}.array_record"
+                self._writer = array_record_module.ArrayRecordWriter(str(self._file), _WRITER_OPTIONS)
+            self._writer.write(record)
         self._size += len(record)
         self._records += 1
         if self._size >= self._job.shard_bytes:
@@ -121,10 +147,20 @@ class _ShardWriter:
         self._finish()
         return self._shards
 
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """The library has one error for all, with the system's message in its text."""
+        try:
+            yield
+        except RuntimeError as e:
+            number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(n) in str(e)), errno.EIO)
+            raise OSError(number, os.strerror(number), str(self._file)) from e
+
     def _finish(self) -> None:
         if self._writer is None:
             return
-        self._writer.close()
+        with self._disk_errors():
+            self._writer.close()
         with self._file.open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
         self._shards.append(
@@ -133,7 +169,8 @@ class _ShardWriter:
         self._writer, self._size, self._records = None, 0, 0
 
 
-def run_jobs(jobs: list[Job], workers: int) -> list[Result]:
+def run_jobs(jobs: list[Job], workers: int, watch: Callable[[Result], None] = lambda result: None) -> list[Result]:
+    """Runs the jobs in `workers` processes (in this one if 1); what `watch` raises, told of each result, ends them."""
     context = multiprocessing.get_context("spawn")
     done_bytes, done_episodes = context.Value("q", 0), context.Value("q", 0)
     counters = (done_bytes, done_episodes)
@@ -150,7 +187,7 @@ def run_jobs(jobs: list[Job], workers: int) -> list[Result]:
             while pending:
                 done, pending = concurrent.futures.wait(pending, timeout=0.5)
                 for future in done:
-                    future.result()  # a failure ends the job now, not after all the others
+                    watch(future.result())  # a failure ends the job now, not after all the others
                 bar.set_postfix(episodes=done_episodes.value, refresh=False)
                 bar.update(done_bytes.value - bar.n)
         except BaseException:

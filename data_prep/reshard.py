@@ -10,28 +10,35 @@ is ready to train on.
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from data_prep import rlds
-from data_prep.assemble import assemble
+from data_prep.assemble import assemble, check_files
 from data_prep.chunks import EpisodeError, camera_features, frame_size, plan_layout
-from data_prep.codec import check_options, common_size, fit_codec
-from data_prep.cutting import Job, run_jobs
-from data_prep.output import building, check_output
+from data_prep.codec import check_options, common_size, fit_codec, why_not_fitted
+from data_prep.cutting import Job, Result, run_jobs
+from data_prep.output import building, check_output, tell_room
 from data_prep.source_files import read_records
 from data_prep.stats import write_stats
 from uwm_jax import cli
 from uwm_jax.data import records
 from uwm_jax.data.records import Dataset
-from uwm_jax.errors import UserError
+from uwm_jax.errors import RunError, UserError
 
 FLAGS = flags.FLAGS
+
+MAX_SKIPPED = 0.01
+_SIZED_EPISODES = 64  # whose images tell the size of a camera that features.json leaves open
+_NOTES = 5  # about skipped episodes, in the message that too many were
 
 
 def reshard(
@@ -47,6 +54,7 @@ def reshard(
     val_ratio: float = 0.05,
     workers: int = 0,
     overwrite: bool = False,
+    max_skipped: float = MAX_SKIPPED,
 ) -> dict[str, Any]:
     """Makes the training dataset `output` from the RLDS dataset `source`; all or nothing.
 
@@ -58,35 +66,91 @@ def reshard(
         val_ratio: share of episodes that the codec is not fitted on (`config.data.val_ratio`).
         workers: processes (one per core if 0), each on input files of its own.
         overwrite: replace an existing output.
+        max_skipped: largest share of the episodes, of each split and of all, that may be skipped; one always may.
     Returns:
         The manifest.
     Raises:
         UserError: an option no dataset could be made with, a source that cannot be read, an output that exists or
             (with `overwrite`) is no training dataset, or one that lies inside the source or around it.
+        RunError: more than `max_skipped` was skipped; nothing is left of the output.
     """
     source, output = Path(source), Path(output)
     check_options(codec_size, pca_patch, pca_channels, val_ratio)
+    if not 0 <= max_skipped <= 1:  # false for NaN too
+        raise UserError(f"--max_skipped={max_skipped}: expected a share of the episodes, 0 <= share <= 1.")
     check_output(output, is_training_dataset, "a training dataset", overwrite=overwrite, source=source)
     if (source / "manifest.json").exists():
         raise UserError(f"{source} is already in the training layout. Give --input the RLDS dataset it was made from.")
-    opened = rlds.open_source(source)
+    opened = rlds.open_source(source, splits)
     unknown = set(splits) - set(opened.splits)
     if unknown:
         raise UserError(f"{source}: no split {sorted(unknown)[0]!r}; it has {', '.join(sorted(opened.splits))}.")
     chosen = {split: files for split, files in opened.splits.items() if split in splits or not splits}
     layout = plan_layout(opened.features, chunk_steps, _camera_sizes(opened, chosen))
+    check_files(layout, chosen, source / "features.json")
+    tell_room(output, sum(file.stat().st_size for files in chosen.values() for file in files), f"the input {source}")
 
     with building(output) as new:
         jobs = [
-            Job(split, i, file, opened.file_format, layout, shard_mb << 20, new)
+            Job(split, i, file, promised, opened.file_format, layout, shard_mb << 20, new)
             for split, files in chosen.items()
-            for i, file in enumerate(files)
+            for i, (file, promised) in enumerate(zip(files, opened.lengths[split], strict=True))
         ]
-        results = run_jobs(jobs, workers or os.cpu_count() or 1)
+        limit = _SkipLimit(max_skipped, [opened.totals[split] for split in chosen])
+        results = run_jobs(jobs, workers or os.cpu_count() or 1, limit.watch)
         by_split = {split: [r for job, r in zip(jobs, results, strict=True) if job.split == split] for split in chosen}
+        for split, parts in by_split.items():
+            if None in opened.lengths[split]:
+                found = sum(part.episodes for part in parts)
+                parts[0].count_missing(f"split {split!r}", found, opened.totals[split])
+        limit.check(by_split)
         manifest = assemble(new, opened, layout, by_split)
         _derive(new, manifest, codec_size, pca_patch, pca_channels, val_ratio)
     return manifest
+
+
+class _SkipLimit:
+    """Ends the job where more than a share of the episodes is skipped; one may be skipped always.
+
+    Args:
+        totals: episodes that each split promises; None where it does not say.
+    """
+
+    def __init__(self, share: float, totals: Sequence[int | None]):
+        self._share = share
+        self._promised = None if any(n is None for n in totals) else sum(n or 0 for n in totals)
+        self._seen: list[Result] = []
+
+    def watch(self, result: Result) -> None:
+        """Told of each file's result; ends the job as soon as the promised episodes cannot make up for what is lost."""
+        self._seen.append(result)
+        if self._promised is not None:
+            self._check("", self._seen, max(self._promised, sum(r.episodes for r in self._seen)))
+
+    def check(self, by_split: Mapping[str, Sequence[Result]]) -> None:
+        """Checks each split and all of them together, when everything is read."""
+        for split, parts in by_split.items():
+            self._check(f" of split {split!r}", parts, sum(r.episodes for r in parts))
+        everything = [r for parts in by_split.values() for r in parts]
+        self._check("", everything, sum(r.episodes for r in everything))
+
+    def _check(self, of: str, results: Sequence[Result], total: int) -> None:
+        reasons: collections.Counter[str] = sum((r.skipped for r in results), collections.Counter())
+        skipped = reasons.total()
+        if skipped <= max(1, self._share * total):
+            return
+        counts = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common())
+        notes = "\n".join(f"    {note}" for r in results for note in r.notes[:_NOTES])
+        raise RunError(
+            f"nothing was published: {skipped} of {total} episodes{of} were skipped, more than "
+            f"--max_skipped={self._share:g} allows:\n{counts}\n{_first_lines(notes, _NOTES)}\nMend the source, or do "
+            f"without them by --max_skipped={min(1.0, math.ceil(100 * skipped / total) / 100):g}."
+        )
+
+
+def _first_lines(text: str, count: int) -> str:
+    lines = text.split("\n")
+    return "\n".join(lines[:count] + (["    ..."] if len(lines) > count else []))
 
 
 def is_training_dataset(directory: Path) -> bool:
@@ -99,24 +163,36 @@ def is_training_dataset(directory: Path) -> bool:
 
 
 def _camera_sizes(source: rlds.Source, splits: dict[str, list[Path]]) -> dict[str, tuple[int, int]]:
-    """Sizes of the cameras; where features.json leaves them open, those of the first readable episode."""
-    sizes, unknown = {}, []
+    """Sizes of the cameras; where features.json leaves one open, the one that most of the first episodes have."""
+    sizes: dict[str, tuple[int, int]] = {}
+    votes: dict[str, collections.Counter[tuple[int, int]]] = {}
     for key, feature in camera_features(source.features).items():
-        height, width, _ = feature.shape or (-1, -1, 3)
+        height, width = (feature.shape or (-1, -1))[:2]
         if height > 0 and width > 0:
             sizes[key] = (height, width)
         else:
-            unknown.append(key)
-    if not unknown:
+            votes[key] = collections.Counter()
+    if not votes:
         return sizes
-    for file in (f for files in splits.values() for f in files):
-        for record, _, _ in read_records(file, source.file_format):
+    everything = (r for files in splits.values() for f in files for r, _, _ in read_records(f, source.file_format))
+    for record in itertools.islice((r for r in everything if r is not None), _SIZED_EPISODES):
+        for key, counter in votes.items():
             try:
-                if record is not None:
-                    return sizes | {key: frame_size(record, key) for key in unknown}
+                counter[frame_size(record, key)] += 1
             except EpisodeError:
-                continue
-    raise UserError(f"{source.path}: no episode has readable images of {', '.join(unknown)}.")
+                pass  # cutting it tells
+    unread = [key for key, counter in votes.items() if not counter]
+    if unread:
+        raise UserError(
+            f"{source.path}: none of the first {_SIZED_EPISODES} episodes has readable images of {', '.join(unread)}, "
+            "whose size features.json leaves open."
+        )
+    for key, counter in votes.items():
+        sizes[key] = counter.most_common(1)[0][0]
+        if len(counter) > 1:
+            found = ", ".join(f"{h}x{w} in {n}" for (h, w), n in counter.most_common())
+            print(f"{key}: images of several sizes ({found} of the first episodes): the first of these is taken.")
+    return sizes
 
 
 def _derive(
@@ -132,7 +208,7 @@ def _derive(
     dataset = Dataset(directory, "train" if "train" in manifest["splits"] else next(iter(manifest["splits"])))
     size = codec_size or common_size(dataset.cameras, patch)
     if not dataset.cameras or size is None:
-        print("PCA codec: not fitted, as the cameras have no common size; fit it with --codec_size=H,W.")
+        print(f"PCA codec: not fitted, as {why_not_fitted(dataset.cameras, patch)}.")
         return
     frames = fit_codec(dataset, directory / "codec" / "pca.npz", size, patch, channels, val_ratio)
     print(f"PCA codec: fitted at {size[0]}x{size[1]} on {frames} steps of training episodes.")
@@ -153,6 +229,8 @@ def summary(manifest: dict[str, Any]) -> str:
     lines.append(f"  cameras: {', '.join(cameras) or 'none'}")
     columns = [f"{k} {v['shape']}" for k, v in manifest["step_features"].items() if v["column"]]
     lines.append(f"  columns: {', '.join(columns)}")
+    unusable = manifest.get("unusable_keys", {})
+    lines += ["  neither camera nor column:"] * bool(unusable) + [f"    {k}: {why}" for k, why in unusable.items()]
     return "\n".join(lines)
 
 
@@ -168,6 +246,7 @@ def define_flags() -> None:
     flags.DEFINE_float("val_ratio", 0.05, "share of episodes held out of the codec's fit, as config.data.val_ratio")
     flags.DEFINE_integer("workers", 0, "processes; 0 = one per core", lower_bound=0)
     flags.DEFINE_bool("overwrite", False, "replace an existing output")
+    flags.DEFINE_float("max_skipped", MAX_SKIPPED, "largest share of the episodes that may be skipped; one always may")
 
 
 def main(argv: list[str]) -> None:
@@ -191,6 +270,7 @@ def main(argv: list[str]) -> None:
         val_ratio=FLAGS.val_ratio,
         workers=FLAGS.workers,
         overwrite=FLAGS.overwrite,
+        max_skipped=FLAGS.max_skipped,
     )
     print(f"{output}: {summary(manifest)}")
 

@@ -1,4 +1,4 @@
-"""Reads RLDS datasets in TFDS layout as raw records, with neither TensorFlow nor tfds.
+"""Opens RLDS datasets in TFDS layout, with neither TensorFlow nor tfds.
 
 A directory holds `dataset_info.json` (splits and their files), `features.json` (what a record
 means) and the shards, TFRecord or ArrayRecord, one serialized episode per record.
@@ -8,70 +8,138 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep.features import STEPS, Feature, flatten
+from data_prep.features import STEPS, Feature, flatten, modern
+from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.errors import UserError
+
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An RLDS dataset on disk; `features` has flat keys, step features under `steps/`."""
+    """An RLDS dataset on disk; `features` has flat keys, step features under `steps/`.
+
+    Attributes:
+        splits: the files of each split.
+        lengths: how many episodes `dataset_info.json` promises in each file of a split; None where it does not say.
+        totals: the same for a split altogether; None where it does not say.
+        features_json: the feature tree in today's schema.
+    """
 
     path: Path
     name: str
     version: str
     file_format: str
     splits: dict[str, list[Path]]
+    lengths: dict[str, list[int | None]]
+    totals: dict[str, int | None]
     info: dict[str, Any]
     features_json: dict[str, Any]
     features: dict[str, Feature]
 
 
-def open_source(path: Path) -> Source:
-    """Reads the two JSON files and checks that every shard they name exists."""
-    info = _read_json(path, "dataset_info.json")
-    features_json = _read_json(path, "features.json")
-    file_format = info.get("fileFormat", "tfrecord")
+def open_source(path: Path, only: Iterable[str] = ()) -> Source:
+    """Reads the two JSON files and checks the shards that they name.
+
+    Args:
+        only: the splits whose files must be there; all if empty.
+    Raises:
+        UserError: it is no RLDS dataset, a file is missing or not the data, or a name leads out of the dataset.
+    """
+    info_file = path / "dataset_info.json"
+    info = _read_json(path, info_file.name)
+    features_json, features = _read_features(path)
+    file_format = info.get("fileFormat") or "tfrecord"
     if file_format not in ("tfrecord", "array_record"):
-        raise UserError(
-            f"{path / 'dataset_info.json'}: fileFormat is {file_format!r}; expected tfrecord or array_record."
-        )
-    splits = {}
-    for split in info.get("splits", []):
-        files = _shard_files(path, info, split, file_format, len(split.get("shardLengths", [])))
-        missing = [f.name for f in files if not f.exists()]
-        if missing:
-            raise UserError(
-                f"{path}: {len(missing)} of {len(files)} files of split {split['name']!r} are missing, "
-                f"the first is {missing[0]}. Complete the download."
-            )
-        splits[split["name"]] = files
+        raise UserError(f"{info_file}: fileFormat is {file_format!r}; expected tfrecord or array_record.")
+    check_name(info.get("name"), "the dataset's name", info_file)
+    splits: dict[str, list[Path]] = {}
+    lengths: dict[str, list[int | None]] = {}
+    totals: dict[str, int | None] = {}
+    only = set(only)
+    for split in _splits(info, info_file):
+        name = check_name(split.get("name"), "the name of a split", info_file)
+        lengths[name], totals[name] = _promised(split, info_file)
+        splits[name] = _shard_files(path, info, split, file_format, len(lengths[name]))
+        if not only or name in only:
+            _check_files(path, name, splits[name], f"{info['name']}-{name}.{file_format}")
     if not splits:
-        raise UserError(f"{path / 'dataset_info.json'} names no splits.")
-    features = dict(flatten(features_json, ""))
+        raise UserError(f"{info_file} names no splits.")
+    version = str(info.get("version", ""))
+    return Source(path, info["name"], version, file_format, splits, lengths, totals, info, features_json, features)
+
+
+def _read_features(path: Path) -> tuple[dict[str, Any], dict[str, Feature]]:
+    file = path / "features.json"
+    tree = _read_json(path, file.name)
+    try:
+        tree = modern(tree)
+        features = dict(flatten(tree))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+        raise UserError(f"{file} is not in the schema of TFDS ({type(e).__name__}: {str(e)[:200]}).") from e
     if not any(k.startswith(STEPS) for k in features):
-        raise UserError(
-            f"{path / 'features.json'} has no `steps`: not an RLDS dataset. Its keys: {', '.join(sorted(features))}."
-        )
-    return Source(path, info["name"], info.get("version", ""), file_format, splits, info, features_json, features)
+        raise UserError(f"{file} has no `steps`: not an RLDS dataset. Its keys: {', '.join(sorted(features))}.")
+    for key in features:
+        check_name(key, "the name of a feature", file, nested=True)
+    return tree, features
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     file = path / name
     if not file.is_file():
-        inside = sorted(p.parent.relative_to(path) for p in path.glob(f"*/{name}")) if path.is_dir() else []
-        hint = f" Did you mean {path / inside[-1]}?" if inside else ""
+        inside = [p.parent for p in path.glob(f"*/{name}")] if path.is_dir() else []
+        hint = f" Did you mean {max(inside, key=_version)}?" if inside else ""
         raise UserError(f"{file} does not exist: --input must be the directory that holds it.{hint}")
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{file} is not valid JSON: {e}") from e
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        if found := not_the_data(file):
+            raise UserError(f"{file} {found}.") from e
+        raise UserError(f"{file} is not valid JSON: {str(e)[:200]}") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def _version(path: Path) -> tuple[bool, list[int], str]:
+    """Orders folders: versions by their numbers (1.10.0 after 1.9.0), after everything else."""
+    numbers = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", path.name)
+    return numbers is not None, [int(n) for n in numbers.groups()] if numbers else [], path.name
+
+
+def _splits(info: dict[str, Any], file: Path) -> list[dict[str, Any]]:
+    """The entries of `splits`, which is a list, or a dictionary by name."""
+    splits = info.get("splits") or []
+    if isinstance(splits, dict):
+        splits = [{"name": name} | split if isinstance(split, dict) else split for name, split in splits.items()]
+    if not isinstance(splits, list) or not all(isinstance(split, dict) for split in splits):
+        raise UserError(f"{file}: `splits` is not a list of objects with `name` and `shardLengths`.")
+    return splits
+
+
+def _promised(split: dict[str, Any], file: Path) -> tuple[list[int | None], int | None]:
+    """Episodes of each file and of the split, as far as an entry of `splits` tells."""
+    name = split["name"]
+    try:
+        lengths = [int(n) for n in split.get("shardLengths") or split.get("shard_lengths") or []]
+        if lengths:
+            return [*lengths], sum(lengths)
+        # Before shardLengths there were the number of files, and statistics.
+        count = int(split.get("numShards") or split.get("num_shards") or 0)
+        told = (split.get("statistics") or {}).get("numExamples")
+        total = None if told is None else int(told)
+        return [total] if count == 1 else [None] * count, total
+    except (TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{file}: split {name!r}: shardLengths and numShards are expected to be integers ({e}).") from e
 
 
 def _shard_files(path: Path, info: dict, split: dict, file_format: str, num_shards: int) -> list[Path]:
-    template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    template = str(split.get("filepathTemplate") or split.get("filepath_template") or _TEMPLATE)
     fields = {"DATASET": info["name"], "SPLIT": split["name"], "FILEFORMAT": file_format}
     files = []
     for i in range(num_shards):
@@ -83,5 +151,29 @@ def _shard_files(path: Path, info: dict, split: dict, file_format: str, num_shar
         }
         for key, value in (fields | shard).items():
             name = name.replace("{" + key + "}", value)
-        files.append(path / name)
+        where = path / "dataset_info.json"
+        files.append(path / check_name(name, f"the name of a file of split {split['name']!r}", where))
     return files
+
+
+def _check_files(path: Path, split: str, files: list[Path], stem: str) -> None:
+    """Checks that the files of a split are there and are data."""
+    counts = {m[1] for p in path.iterdir() if (m := re.fullmatch(re.escape(stem) + r"-\d+-of-(\d+)", p.name))}
+    missing = [f.name for f in files if not f.exists()]
+    others = sorted(n for n in counts if int(n) != len(files))
+    if others and (missing or not files):
+        raise UserError(
+            f"{path / 'dataset_info.json'}: split {split!r} has {len(files)} files by its shardLengths (or numShards), "
+            f"but files here are named -of-{others[0]}. The JSON belongs to another version of the dataset: take both "
+            "from the same place."
+        )
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(files)} files of split {split!r} are missing, "
+            f"the first is {missing[0]}. Complete the download."
+        )
+    foreign = [(f, found) for f in files if (found := not_the_data(f))]
+    if foreign:
+        file, found = foreign[0]
+        others_too = f" ({len(foreign)} of the {len(files)} files of split {split!r} are)" if len(foreign) > 1 else ""
+        raise UserError(f"{file} {found}{others_too}.")

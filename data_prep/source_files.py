@@ -5,14 +5,19 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
+
+TRUNCATED = "file truncated"
+DAMAGED = "data checksum mismatch"
 
 
 def read_records(path: Path, file_format: str) -> Iterator[tuple[bytes | None, str, int]]:
     """Yields (record, "", size) per record, or (None, reason, size) for what cannot be read: a record with a wrong
     checksum is skipped, a broken frame ends the file. Sizes are shares of the file's bytes: their sum is the size
-    of the file, or less where a broken frame ends it."""
+    of the file, or less where a broken frame ends it. An ArrayRecord file that is cut off anywhere has no index, so
+    none of its records can be read."""
     if file_format == "tfrecord":
         yield from _read_tfrecord(path)
     else:
@@ -24,7 +29,7 @@ def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
     with path.open("rb") as f:
         while header := f.read(12):
             if len(header) < 12:
-                yield None, "file truncated", len(header)
+                yield None, TRUNCATED, len(header)
                 return
             length, check = struct.unpack("<QI", header)
             if check != _masked_crc(header[:8]):
@@ -34,10 +39,10 @@ def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
             footer = f.read(4)
             size = 12 + len(data) + len(footer)
             if len(data) < length or len(footer) < 4:
-                yield None, "file truncated", size
+                yield None, TRUNCATED, size
                 return
             if struct.unpack("<I", footer)[0] != _masked_crc(data):
-                yield None, "data checksum mismatch", size
+                yield None, DAMAGED, size
                 continue
             yield data, "", size
 
@@ -45,23 +50,30 @@ def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
 def _read_array_record(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
     from array_record.python import array_record_module
 
-    reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+    total = path.stat().st_size
+    if not total:
+        return
     try:
-        if not reader.ok():
-            yield None, "file truncated", path.stat().st_size
-            return
-        total, count = path.stat().st_size, reader.num_records()
-        for i in range(count):
-            # Records may be compressed, and a damaged one has no length: equal shares are as good as any.
-            size = total * (i + 1) // count - total * i // count
-            try:
-                record = reader.read([i])[0]
-            except RuntimeError:  # the format's own hashes disagree
-                yield None, "data checksum mismatch", size
-                continue
-            yield record, "", size
-    finally:
+        reader: Any = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+        count = reader.num_records() if reader.ok() else None
+    except (RuntimeError, ValueError):
+        count = None
+    if count is None:
+        yield None, TRUNCATED, total
+        return
+    for i in range(count):
+        # Records may be compressed, and a damaged one has no length: equal shares are as good as any.
+        size = total * (i + 1) // count - total * i // count
+        try:
+            record = reader.read([i])[0]
+        except (RuntimeError, IndexError, ValueError):  # the format's own hashes disagree
+            yield None, DAMAGED, size
+            continue
+        yield record, "", size
+    try:
         reader.close()
+    except RuntimeError:
+        pass  # it repeats what a read has told
 
 
 def _masked_crc(data: bytes) -> int:

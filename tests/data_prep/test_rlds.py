@@ -86,3 +86,133 @@ def test_a_dataset_without_steps(tmp_path: Path) -> None:
     rlds_source.write(tmp_path / "source", {"train": []}, tree)
     with pytest.raises(UserError, match=r"has no `steps`: not an RLDS dataset. Its keys: image, label"):
         open_source(tmp_path / "source")
+
+
+BAD_NAMES = ["../../outside", "/outside", "a/b", "..", "", "a\\b"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_lead_out_of_the_dataset_are_refused(source: Path, name: str) -> None:
+    """Whatever names a file of the output; nothing may be written for any of them."""
+    kept = (source / "dataset_info.json").read_text()
+    _change(source, name=name)
+    with pytest.raises(UserError, match=r"dataset_info.json: the dataset's name is .*cannot name a file"):
+        open_source(source)
+    (source / "dataset_info.json").write_text(kept)
+    _change(source, splits=[{"name": name, "shardLengths": ["2", "1"]}])
+    with pytest.raises(UserError, match=r"dataset_info.json: the name of a split is .*cannot name a file"):
+        open_source(source)
+    if name:
+        template = name + "/{SPLIT}"
+        _change(source, splits=[{"name": "train", "shardLengths": ["2", "1"], "filepathTemplate": template}])
+        with pytest.raises(UserError, match=r"dataset_info.json: the name of a file of split 'train' is .*cannot name"):
+            open_source(source)
+
+
+@pytest.mark.parametrize("name", ["..", "../../outside", "/outside", "a\\b", "", "."])
+@pytest.mark.parametrize("at", ["step", "episode", "observation"])
+def test_features_that_lead_out_of_the_dataset_are_refused(source: Path, name: str, at: str) -> None:
+    file = source / "features.json"
+    tree = json.loads(file.read_text())
+    features = tree["featuresDict"]["features"]
+    steps = features["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    place = {"step": steps, "episode": features, "observation": steps["observation"]["featuresDict"]["features"]}[at]
+    place[name] = steps["reward"]
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"features.json: the name of a feature is .*cannot name a file"):
+        open_source(source)
+
+
+def test_older_dataset_infos(source: Path) -> None:
+    expected = open_source(source)
+    assert expected.lengths == {"train": [2, 1]} and expected.totals == {"train": 3}
+    for splits, lengths, total in (
+        ({"train": {"shardLengths": ["2", "1"]}}, [2, 1], 3),
+        ({"train": {"name": "train", "shard_lengths": [2, 1], "num_bytes": 5}}, [2, 1], 3),
+        ([{"name": "train", "numShards": "2", "statistics": {"numExamples": "3"}}], [None, None], 3),
+        ({"train": {"numShards": 2}}, [None, None], None),
+    ):
+        _change(source, splits=splits)
+        found = open_source(source)
+        assert found.splits == expected.splits
+        assert (found.lengths["train"], found.totals["train"]) == (lengths, total)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ("train", "`splits` is not a list of objects"),
+        (["train"], "`splits` is not a list of objects"),
+        ({"train": 3}, "`splits` is not a list of objects"),
+        ([{"shardLengths": ["3"]}], "the name of a split is None; expected a string"),
+        (
+            [{"name": "train", "shardLengths": ["x"]}],
+            "split 'train': shardLengths and numShards are expected to be int",
+        ),
+        ([{"name": "train", "shardLengths": 3}], "split 'train': shardLengths and numShards are expected to be int"),
+        ([{"name": "train", "numShards": "two"}], "split 'train': shardLengths and numShards are expected"),
+    ],
+)
+def test_splits_of_no_known_form(source: Path, splits: Any, message: str) -> None:
+    _change(source, splits=splits)
+    with pytest.raises(UserError, match=message):
+        open_source(source)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[1]", "expected a JSON object, found list"),
+        (b"\xff\xfe{", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "is a Git LFS pointer"),
+        (b"\x1f\x8b\x08\0", "is compressed by gzip"),
+    ],
+)
+def test_json_that_is_none(source: Path, name: str, content: bytes, message: str) -> None:
+    (source / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}:? {message}"):
+        open_source(source)
+
+
+@pytest.mark.parametrize("tree", [{"featuresDict": 3}, {"featuresDict": {"features": {"a": 1}}}, {"sequence": {}}])
+def test_feature_trees_of_no_known_form(source: Path, tree: Any) -> None:
+    (source / "features.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"features.json is not in the schema of TFDS"):
+        open_source(source)
+
+
+def test_the_newest_version_is_meant(source: Path, tmp_path: Path) -> None:
+    for version in ("1.9.0", "1.10.0", "1.2.30", "old", "incomplete.ABC_2.0.0"):
+        (tmp_path / "set" / version).mkdir(parents=True)
+        (tmp_path / "set" / version / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match=r"Did you mean .*set/1\.10\.0\?"):
+        open_source(tmp_path / "set")
+
+
+def test_shards_of_another_count_are_named(source: Path) -> None:
+    _change(source, splits=[{"name": "train", "shardLengths": ["1", "1", "1"]}])
+    with pytest.raises(UserError, match=r"'train' has 3 files by its shardLengths .*files here are named -of-00002"):
+        open_source(source)
+    _change(source, splits=[{"name": "train"}])
+    with pytest.raises(UserError, match=r"'train' has 0 files by its shardLengths .*files here are named -of-00002"):
+        open_source(source)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "is a Git LFS pointer"),
+        (b"\x1f\x8b\x08\0", "is compressed by gzip"),
+    ],
+)
+def test_shards_that_are_not_the_data(source: Path, content: bytes, message: str) -> None:
+    first, second = open_source(source).splits["train"]
+    second.write_bytes(content)
+    with pytest.raises(UserError, match=f"{second.name} {message}[^(]*$"):
+        open_source(source)
+    first.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{first.name} {message}.* \(2 of the 2 files of split 'train' are\)"):
+        open_source(source)
+    assert open_source(source, ["val"]).splits["train"] == [first, second]  # what is not asked for is not looked at

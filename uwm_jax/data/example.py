@@ -12,6 +12,8 @@ All functions raise `ValueError` for bytes that are not such a message.
 from __future__ import annotations
 
 import itertools
+import math
+import zlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -105,6 +107,38 @@ def ints(record: Buffer, field: Field) -> np.ndarray:
     return out.view(np.int64)
 
 
+def small_ints(record: Buffer, field: Field) -> np.ndarray:
+    """Values of an INT64 feature that all lie in [0, 255], (n,) uint8, in a byte of memory each."""
+    raw = np.frombuffer(_packed_ints(record, field), np.uint8)
+    more = raw >= 128  # a value of 128 or more is its own low byte and then a 1
+    second = np.concatenate([[False], more[:-1]]) if len(raw) else more
+    if (raw[second] != 1).any() or (len(raw) and more[-1]):
+        raise ValueError("expected integers from 0 to 255")
+    return raw[~second]
+
+
+def decode_tensor(data: Buffer, encoding: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor that TFDS stored as one string: its `bytes`, or these compressed by `zlib`."""
+    try:
+        kind = np.dtype(dtype if dtype != "bfloat16" else _bfloat16())
+    except TypeError:
+        raise ValueError(f"an encoded tensor of dtype {dtype!r}, which numpy does not have") from None
+    size = kind.itemsize * math.prod(shape)
+    if encoding == "zlib":
+        try:
+            stream = zlib.decompressobj()
+            data = stream.decompress(data, size + 1)
+        except zlib.error as e:
+            raise ValueError(f"an encoded tensor that zlib cannot decompress ({e})") from e
+        if not stream.eof:
+            raise ValueError(f"an encoded tensor that is cut off or longer than {dtype} of shape {shape}")
+    elif encoding != "bytes":
+        raise ValueError(f"unknown encoding {encoding!r} of a tensor; expected bytes or zlib")
+    if len(data) != size:
+        raise ValueError(f"an encoded tensor of {len(data)} bytes; expected {size} for {dtype} of shape {shape}")
+    return np.frombuffer(data, kind).reshape(shape)
+
+
 def count(record: Buffer, field: Field) -> int:
     """Number of values of a feature."""
     if field.kind == FLOAT:
@@ -137,6 +171,11 @@ def whole_feature(record: Buffer, field: Field) -> bytes:
     return _tagged(field.kind, record[field.start : field.stop]) if field.kind else b""
 
 
+def bytes_feature(values: Iterable[bytes]) -> bytes:
+    """A serialized `Feature` with a list of bytes."""
+    return _tagged(BYTES, b"".join(_tagged(1, value) for value in values))
+
+
 def int_feature(values: Iterable[int]) -> bytes:
     """A serialized `Feature` with an int64 list of non-negative values."""
     return _tagged(INT64, _tagged(1, b"".join(_varint(v) for v in values)))
@@ -146,6 +185,12 @@ def serialize(features: Iterable[tuple[bytes, bytes]]) -> bytes:
     """A serialized `Example` from (name, serialized `Feature`) pairs."""
     entries = [_tagged(1, _tagged(1, name) + _tagged(2, feature)) for name, feature in features]
     return _tagged(1, b"".join(entries))
+
+
+def _bfloat16() -> type:
+    import ml_dtypes  # comes with JAX
+
+    return ml_dtypes.bfloat16
 
 
 def _varint(value: int) -> bytes:

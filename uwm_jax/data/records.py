@@ -4,8 +4,9 @@ A dataset directory is a TFDS-readable RLDS dataset in ArrayRecord (`dataset_inf
 `features.json`, shards with one record per group) whose records are chunks of up to `chunk_steps`
 consecutive steps of one episode, encoded images untouched. Beside it lie
 
-- `manifest.json`: format version, source, keys with shapes and dtypes, camera sizes, and per split
-  the counts, what was skipped, the shards with size and sha256, and the crc32c of every index and column file;
+- `manifest.json`: format version, source, keys with shapes and dtypes, why a key is neither camera nor column
+  (`unusable_keys`), camera sizes, and per split the counts, what was skipped, the shards with size and sha256, and the
+  crc32c of every index and column file;
 - `index/<split>.npz`: `episode_length` (E,), `episode_first_chunk` (E,), `chunk_shard` (K,),
   `chunk_record` (K,), all int64, and `chunk_crc32c` (K,) uint32 of the record, chunks of an episode being consecutive;
 - `index/<split>.texts.npz`: for every episode-level text, such as the path of the recording, `<key>/utf8` (bytes of
@@ -30,6 +31,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import threading
 import zipfile
@@ -44,6 +46,7 @@ from PIL import Image
 
 from uwm_jax.data import example
 from uwm_jax.data.columns import Column, WrongChecksum, open_column
+from uwm_jax.data.names import check_manifest_names
 from uwm_jax.data.shards import Shards
 from uwm_jax.errors import UserError
 from uwm_jax.files import data_dir, local_path
@@ -130,6 +133,10 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     missing = {"name", "chunk_steps", "step_features", "cameras", "splits"} - set(manifest)
     if missing:
         raise UserError(f"{file}: the fields {', '.join(sorted(missing))} are missing. Make the dataset again.")
+    try:
+        check_manifest_names(manifest, file)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{file} is not as data_prep.reshard wrote it ({e!r}). Make the dataset again.") from e
     return manifest
 
 
@@ -206,7 +213,13 @@ class Dataset:
 
     @property
     def _float_keys(self) -> list[str]:
-        return [k for k, f in self.manifest["step_features"].items() if f["dtype"].startswith("float")]
+        features = self.manifest["step_features"].items()
+        return [
+            k
+            for k, f in features
+            if f["dtype"].startswith(("float", "bfloat"))
+            if not f["image"] and f["shape"] is not None and min(f["shape"], default=1) > 0
+        ]
 
     def episode_texts(self, key: str) -> list[str]:
         """The text of every episode under an episode-level key, named in full (for example
@@ -301,15 +314,22 @@ class Dataset:
         chunk, offset = divmod(step, self.chunk_steps)
         record = self.record(episode, chunk)
         name = b"steps/" + key.encode()
-        fields = example.scan(record, {name})
-        size = int(np.prod(self.step_shape(key)))
-        values = example.floats(record, fields[name]) if name in fields else np.empty(0, np.float32)
-        if len(values) < (offset + 1) * size:
+        feature, shape = self.manifest["step_features"][key], self.step_shape(key)
+        size = math.prod(shape)
+        try:
+            field = example.scan(record, {name})[name]
+            if encoding := feature.get("encoding"):
+                data = record[slice(*example.bytes_spans(record, field, offset + 1)[offset])]
+                return example.decode_tensor(data, encoding, feature["dtype"], shape).reshape(-1).astype(np.float32)
+            values = example.floats(record, field)[offset * size : (offset + 1) * size]
+            if len(values) < size:
+                raise IndexError(f"{len(values)} of {size} numbers")
+        except (KeyError, IndexError, ValueError) as e:
             ref = self.locate(episode, step)
             raise UserError(
-                f"{self.directory / ref.shard}: record {ref.record} has no value of {key!r} at step {step}."
-            )
-        return values[offset * size : (offset + 1) * size]
+                f"{self.directory / ref.shard}: record {ref.record} has no value of {key!r} at step {step} ({e})."
+            ) from e
+        return values
 
     def close(self) -> None:
         """Closes the open shards; a later read opens them again."""
@@ -319,7 +339,12 @@ class Dataset:
         for key in (f"observation/{name}", name):
             if key in keys:
                 return key
-        raise UserError(f"{self.directory}: no {what} {name!r}; it has: {', '.join(sorted(keys)) or 'none'}.")
+        unusable = self.manifest.get("unusable_keys", {})
+        reason = unusable.get(f"observation/{name}") or unusable.get(name)
+        raise UserError(
+            f"{self.directory}: no {what} {name!r}; it has: {', '.join(sorted(keys)) or 'none'}."
+            + (f" {name!r} is there, but cannot be used so: {reason}." if reason else "")
+        )
 
     def _read_index(self, info: dict[str, Any]) -> None:
         file = self.directory / index_file(self.split)

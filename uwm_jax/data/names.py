@@ -1,0 +1,60 @@
+"""Checks of what others named: names that become files of a dataset, and files that are not what their name says."""
+
+from __future__ import annotations
+
+import os
+
+from etils import epath
+
+from uwm_jax.errors import UserError
+
+_MAX_NAME = 240  # bytes; file systems take 255, and a suffix is added
+_LFS, _GZIP = b"version https://git-lfs.github.com/spec", b"\x1f\x8b"
+
+
+def check_name(name: object, what: str, where: object, *, nested: bool = False) -> str:
+    """A name that becomes (part of) a file's name, and so may not lead out of the dataset's directory.
+
+    Args:
+        what: says what it names ("the split"); where: the file that has it.
+        nested: whether it may have several parts, separated by `/`, as keys of features and files in folders have.
+    Returns:
+        The name.
+    Raises:
+        UserError: it is no string, empty, absolute, has a part `.` or `..`, a `/` (unless nested), a backslash or a
+            control character, or is too long for a file.
+    """
+    if not isinstance(name, str):
+        raise UserError(f"{where}: {what} is {name!r}; expected a string.")
+    parts = name.split("/") if nested else [name]
+    bad = "\\" in name or any(ord(c) < 32 for c in name) or {"", ".", ".."} & set(parts) or "/" in parts[0]
+    if bad or len(name.encode(errors="replace")) > _MAX_NAME:
+        shown = name if len(name) <= 80 else name[:80] + "..."
+        raise UserError(
+            f"{where}: {what} is {shown!r}, which cannot name a file inside the dataset: expected at most {_MAX_NAME} "
+            f"bytes without `..`, backslashes{'' if nested else ', `/`'} or empty parts. Rename it there."
+        )
+    return name
+
+
+def check_manifest_names(manifest: dict, where: object) -> None:
+    """Checks every name of a manifest that is followed to a file; raises UserError as `check_name` does."""
+    for key in (*manifest["step_features"], *manifest["cameras"]):
+        check_name(key, "the step key", where, nested=True)
+    for split, info in manifest["splits"].items():
+        check_name(split, "the split", where)
+        for shard in info["shards"]:
+            check_name(shard["file"], f"the name of a shard of split {split!r}", where)
+        for file in info.get("files", {}):
+            check_name(file, f"the name of a file of split {split!r}", where, nested=True)
+
+
+def not_the_data(file: str | os.PathLike[str]) -> str:
+    """What a file is instead of data, with the remedy: a Git LFS pointer, or compressed by gzip; else empty."""
+    with epath.Path(file).open("rb") as f:
+        head = f.read(len(_LFS))
+    if head == _LFS:
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"
+    if head[:2] == _GZIP:
+        return "is compressed by gzip: decompress it with `gunzip`"
+    return ""
