@@ -23,6 +23,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader, prefetch_to_device
 from uwm_jax.errors import Preempted, UserError
+from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.files import local_path
 from uwm_jax.parallel import distributed, sharding
 from uwm_jax.parallel import mesh as mesh_lib
@@ -304,8 +305,9 @@ def load_pretrained_encoder(config: ConfigDict, params: Any, shardings: Any) -> 
 
 def print_summary(config: ConfigDict, loader: Loader, frozen: Any, mesh: Any, table: str) -> None:
     codec = sum(x.size for x in jax.tree.leaves(frozen)) / 1e6
+    data = "\n".join([loader.summary(), *loader.warnings(config.diffusion.clip.action, FEWEST)])
     say(
-        f"{loader.summary()}\n{table}\nfrozen codec {config.model.codec.name}: {codec:.2f} M parameters\n"
+        f"{data}\n{table}\nfrozen codec {config.model.codec.name}: {codec:.2f} M parameters\n"
         f"devices: {mesh.size} {jax.default_backend()}, processes: {jax.process_count()}; "
         f"batch {config.batch_size}, {config.total_steps} steps"
     )

@@ -18,6 +18,7 @@ import numpy as np
 from uwm_jax.data.mixture import MixtureOrder, continued
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.ranges import Range, about_pool, ranges_of
+from uwm_jax.data.remarks import far_out, few_held_out
 from uwm_jax.data.samples import Batch, Clip, RowSpec
 from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, pooled_stats, renamed, row_spec
 from uwm_jax.data.windows import Windows
@@ -169,6 +170,15 @@ class Loader:
         ]
         lines.insert(0, f"data: {len(lines)} sources; cameras {', '.join(self.spec.cameras)}; {action}")
         return "\n".join([*lines, *about_pool(self.ranges())])
+
+    def warnings(self, clip: float, fewest: int) -> list[str]:
+        """Lines for people about values that lie far out, and about too few held-out episodes.
+
+        Args:
+            clip: as `far_out` takes it; fewest: episodes that an interval needs.
+        """
+        far = far_out(self._robots, self.normalizer, clip)
+        return far + few_held_out(self._robots, self.config.val_ratio, fewest)
 
     def __iter__(self) -> Iterator[Batch]:
         threads = self.config.num_threads

@@ -69,8 +69,12 @@ class Source:
 
     def held_out_windows(self) -> Windows | None:
         """All windows of the validation episodes; None if there are none."""
-        lengths, actions = self.dataset.episode_lengths[self.held_out], self.samples.action_lengths[self.held_out]
-        return self._windows(self.held_out) if self.samples.window.count(lengths, actions).any() else None
+        return self._windows(self.held_out) if self.usable()[self.held_out].any() else None
+
+    def usable(self) -> np.ndarray:
+        """(E,) bool, the episodes of its dataset that it uses and that have a window."""
+        counts = self.samples.window.count(self.dataset.episode_lengths, self.samples.action_lengths)
+        return self.selection.kept & (counts > 0)
 
     def _windows(self, episodes: np.ndarray, what: str = "episodes") -> Windows:
         lengths, actions = self.dataset.episode_lengths, self.samples.action_lengths

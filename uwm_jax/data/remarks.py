@@ -1,0 +1,117 @@
+"""What a person should know of data before a run trains: values that no sample will have, too little to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.sources import Source
+from uwm_jax.data.stats import counted_steps
+from uwm_jax.data.windows import split_episodes
+
+_FAR = 1.5  # times the clip: values up to there lose little by it
+_RARE = 1e-3  # share of values farther out than that of which nothing is said, ...
+_HUGE = 3.0  # ... unless one of them is as far out as this
+_FAR_INPUT = 10.0  # normalised low-dimensional values up to there are what a network can read
+_ROWS = 1 << 22  # steps that shares are counted over: more are thinned evenly
+_BLOCK = 1 << 18
+_SHOWN = 6  # columns that a line names
+
+
+def far_out(sources: Sequence[Source], normalizer: Normalizer, clip: float) -> list[str]:
+    """A warning for each source and key of which values lie far beyond what is sampled, or read by the network.
+
+    Args:
+        sources: those with actions.
+        normalizer: the run's, wherever it comes from.
+        clip: range of a predicted action (`config.diffusion.clip.action`), normalised; 0 = unlimited.
+    """
+    lines = []
+    for source in sources:
+        for key, stats in source.stats().items():
+            limit = clip if key == "action" else _FAR_INPUT
+            ends = np.asarray([stats["min"], stats["max"]], np.float64)
+            reach = np.abs(normalizer.normalize(key, ends)).max(axis=0)
+            factor = _FAR if key == "action" else 1.0
+            if not limit or not (reach > factor * limit).any():
+                continue
+            beyond, far = _shares(source, key, normalizer, (limit, factor * limit))
+            columns = np.flatnonzero((reach > factor * limit) & ((far >= _RARE) | (reach > _HUGE * limit)))
+            if not len(columns):
+                continue
+            shown = [f"column {i} ({beyond[i]:.2%} of its values, up to {reach[i]:.4g})" for i in columns[:_SHOWN]]
+            if len(columns) > _SHOWN:
+                shown.append(f"{len(columns) - _SHOWN} more")
+            what = f"warning: {key} of {source.where} lies beyond +-{limit:g}, normalised: {', '.join(shown)}. "
+            if key == "action":
+                what += f"config.diffusion.clip.action={clip:g} cuts samples there: such values can never be sampled. "
+            else:
+                what += "The network reads them as they are, and is hard to train on such. "
+            other = ", or a larger diffusion.clip.action (0 = no clip)" if key == "action" else ""
+            lines.append(
+                f"{what}Take config.data.normalize=minmax (with init_from, init_from_normalizer=fresh){other}; where "
+                "the values are errors, leave out their episodes."
+            )
+    return lines
+
+
+def few_held_out(sources: Sequence[Source], val_ratio: float, fewest: int) -> list[str]:
+    """A warning where fewer than `fewest` episodes of the sources with actions are held out; none for a `val_ratio` of
+    0, which means that none should be."""
+
+    def held_out(ratio: float) -> tuple[int, int]:
+        """Episodes with windows: held out, and left for training."""
+        counts = [0, 0]
+        for source in sources:
+            train, validation = split_episodes(source.dataset.num_episodes, ratio)
+            counts[0] += int(usable[source.name][validation].sum())
+            counts[1] += int(usable[source.name][train].sum())
+        return counts[0], counts[1]
+
+    usable = {source.name: source.usable() for source in sources}
+    found, left = held_out(val_ratio)
+    if not val_ratio or found >= fewest:
+        return []
+    ratios = (round(percent / 100, 2) for percent in range(1, 100))
+    enough = next((r for r in ratios if r > val_ratio and held_out(r)[0] >= fewest and held_out(r)[1] > 0), None)
+    advice = f"--config.data.val_ratio={enough:g} in a new run holds out as many." if enough else "More data is needed."
+    return [
+        f"warning: {found} of {found + left} episodes with windows {'is' if found == 1 else 'are'} held out "
+        f"(config.data.val_ratio={val_ratio:g}): an evaluation gives no intervals and no verdict from fewer than "
+        f"{fewest}. {advice}"
+    ]
+
+
+def _shares(
+    source: Source, key: str, normalizer: Normalizer, limits: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(D,) shares of the normalised values of training steps that are larger than each of the limits."""
+    total, above = 0, [np.zeros(1), np.zeros(1)]
+    for values in _blocks(source, key):
+        size = np.abs(normalizer.normalize(key, values))
+        total += len(size)
+        above = [a + (size > limit).sum(axis=0) for a, limit in zip(above, limits, strict=True)]
+    return above[0] / max(total, 1), above[1] / max(total, 1)
+
+
+def _blocks(source: Source, key: str) -> Iterator[np.ndarray]:
+    """Raw values (n, D) of a key at the training steps, evenly thinned where there are many."""
+    dataset, samples = source.dataset, source.samples
+    in_training = np.zeros(dataset.num_episodes, np.int64)
+    counted = samples.action_lengths if key == "action" else dataset.episode_lengths
+    in_training[source.episodes] = counted[source.episodes]
+    steps = counted_steps(dataset.episode_lengths, in_training)
+    stride = max(1, -(-len(steps) // _ROWS))
+    for start in range(0, len(steps), _BLOCK):
+        rows = np.flatnonzero(steps[start : start + _BLOCK])[::stride]
+        if key == "action":
+            parts = [t.apply(_flat(dataset.column(k)[start : start + _BLOCK])[rows]) for k, t in samples.actions]
+            yield np.concatenate(parts, axis=-1)
+        else:
+            yield _flat(dataset.column(samples.low_dim_keys[key])[start : start + _BLOCK])[rows]
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    return values.reshape(len(values), -1)
