@@ -35,6 +35,7 @@ from uwm_jax.envs.parallel import cores
 from uwm_jax.envs.pusht import Renderer, make_env, read_state
 from uwm_jax.errors import UserError
 from uwm_jax.files import data_dir, write_text
+from uwm_jax.reading import read_json
 
 FLAGS = flags.FLAGS
 
@@ -129,8 +130,8 @@ def _fingerprint(output: Path) -> str | None:
     from uwm_jax.data.records import fingerprint
 
     try:
-        return fingerprint(json.loads((output / "manifest.json").read_text()))
-    except (OSError, ValueError, AttributeError):
+        return fingerprint(read_json(output / "manifest.json"))
+    except (OSError, UserError):
         return None
 
 
@@ -276,8 +277,8 @@ def _read_record(directory: Path) -> dict[str, Any] | None:
     """What `_write_record` wrote: the flags, `dataset` (the builder's directory), counts, and `fingerprint` of the
     training dataset once it is cut; None if the directory is no source of this command."""
     try:
-        record = json.loads((directory / RECORD).read_text())
-    except (OSError, ValueError):
+        record = read_json(directory / RECORD)
+    except (OSError, UserError):
         return None
     return record if isinstance(record, dict) and {"demo", "dataset"} <= record.keys() else None
 

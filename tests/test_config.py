@@ -111,7 +111,7 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match="returned None"):
         config_lib.load(str(broken))
     for text in ("[1]", '{"model": 3}', '{"data": {"sources": 3}}', '{"data": {"sources": null}}'):
-        with pytest.raises(UserError, match="config.json: expected fields under"):
+        with pytest.raises(UserError, match="config.json: expected a JSON object"):
             config_lib.from_json(text, "config.json")
     for text, message in (
         ('{"data": {"action": 3}}', "data.action: expected a list, found 3"),

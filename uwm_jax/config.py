@@ -23,6 +23,7 @@ from uwm_jax import config_checks
 from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.errors import UserError
 from uwm_jax.files import local_path
+from uwm_jax.reading import parse_json, read_json
 
 # What a continued run may change; every other field decides what the numbers mean.
 MAY_CHANGE = (
@@ -311,10 +312,11 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str, where: str) -> ConfigDict:
     """A stored `config.json`; fields that it lacks are what they were before they came, unknown ones are named."""
-    try:
-        stored = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not JSON ({e}).") from e
+    return from_dict(parse_json(text, where), where)
+
+
+def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
+    """The same of the object that `config.json` holds."""
     config = base()
     config.update_from_flattened_dict(_WHERE_ABSENT)
     if isinstance(stored, Mapping) and isinstance(stored.get("data"), Mapping):
@@ -353,7 +355,7 @@ def read(workdir: str | os.PathLike[str], overrides: Iterable[tuple[str, str]] =
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"--workdir: {str(workdir)!r} holds no config.json; it is not a run's directory.")
-    config = from_json(path.read_text(), str(path))
+    config = from_dict(read_json(path), str(path))
     apply_overrides(config, overrides)
     validate(config)
     return config

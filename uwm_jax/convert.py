@@ -28,6 +28,7 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError
 from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
+from uwm_jax.reading import read_json
 from uwm_jax.system import DataFacts, System
 from uwm_jax.torch_bridge import description, diffusers_vae, layout, state_dict, weights
 from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, PCA, Described
@@ -321,7 +322,7 @@ def _codec_json(system: System, workdir: Path) -> dict[str, Any]:
             "scaling_factor": codec.vae.scaling_factor,
             "shift_factor": codec.vae.shift_factor,
             "divisor": codec.divisor,
-            "diffusers_config": json.loads((workdir / "frozen" / "vae" / diffusers_vae.CONFIG_FILE).read_text()),
+            "diffusers_config": read_json(workdir / "frozen" / "vae" / diffusers_vae.CONFIG_FILE),
         }
     if isinstance(codec, PCACodec):
         return {

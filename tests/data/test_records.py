@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from data_prep.reshard import reshard
-from uwm_jax.data import columns, records
+from uwm_jax import reading
+from uwm_jax.data import columns, records, shards
 from uwm_jax.data.records import Dataset, dataset_dir, short_key
-from uwm_jax.errors import UserError
+from uwm_jax.errors import RunError, UserError
 
 _SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
 rlds_source = importlib.util.module_from_spec(_SPEC)
@@ -109,6 +110,52 @@ def test_a_flipped_bit_is_found_when_reading(copy: Path) -> None:
     with pytest.raises(UserError, match=rf"{_shard(copy).name}: record 0 cannot be read .*mismatch") as caught:
         _frames(dataset, 0, "observation/wrist", [0])
     assert "sha256" in str(caught.value)
+
+
+@pytest.mark.parametrize("fails_when", ["opened", "read"])
+def test_a_disk_that_fails_for_a_moment_is_read_again(copy: Path, monkeypatch: pytest.MonkeyPatch, fails_when) -> None:
+    expected = _frames(Dataset(copy), 0, "observation/wrist", [0])
+    waits: list[float] = []
+    monkeypatch.setattr(reading.time, "sleep", waits.append)
+    error = RuntimeError(f"pread() failed: Input/output error; reading {_shard(copy)}; at byte 200270")
+    opened = 0
+
+    class Reader:  # as array_record behaves where the system's read fails
+        def __init__(self, *arguments, **options):
+            nonlocal opened
+            opened += 1
+            self.fails, self.reader = opened <= times, real(*arguments, **options)
+
+        def ok(self):
+            return not (self.fails and fails_when == "opened")
+
+        def close(self):
+            if self.fails:
+                raise error
+
+        def read(self, records):
+            if self.fails:
+                raise error
+            return self.reader.read(records)
+
+    real = shards.array_record_module.ArrayRecordReader
+    monkeypatch.setattr(shards.array_record_module, "ArrayRecordReader", Reader)
+    times = 3
+    np.testing.assert_array_equal(_frames(Dataset(copy), 0, "observation/wrist", [0]), expected)
+    assert waits == [1.0, 4.0, 16.0] and opened == 4, "a new handle for every try"
+    opened, times = 0, 4
+    with pytest.raises(RunError, match=rf"{_shard(copy).name}: cannot be read.*Input/output error"):
+        _frames(Dataset(copy), 0, "observation/wrist", [0])
+
+
+def test_damage_is_not_read_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading.time, "sleep", lambda seconds: pytest.fail("waited for a damaged file"))
+    for file, at in ((_shard(copy), 5000), (copy / records.index_file("train"), 100)):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :])
+        with pytest.raises(UserError):
+            _frames(Dataset(copy), 0, "observation/wrist", [0])
+        file.write_bytes(whole)
 
 
 def test_a_flipped_bit_anywhere_is_found_or_harmless(copy: Path) -> None:

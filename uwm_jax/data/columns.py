@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from uwm_jax.errors import UserError
+from uwm_jax.reading import again
 
 BLOCK = 1 << 16  # bytes; a row costs the reading of one or two blocks
 
@@ -83,7 +84,7 @@ class DiskColumn:
             return np.empty((0, *self.shape[1:]), self.dtype)
         begin, end = (self._start + row * self._row_bytes for row in (start, stop))
         first, last = begin // BLOCK, -(-end // BLOCK)
-        data = os.pread(self._file.fileno(), (last - first) * BLOCK, first * BLOCK)
+        data = again(lambda: self._pread((last - first) * BLOCK, first * BLOCK), self._path)
         for i in range(first, last):
             if google_crc32c.value(data[(i - first) * BLOCK : (i - first + 1) * BLOCK]) != self._blocks[i]:
                 raise UserError(
@@ -92,6 +93,13 @@ class DiskColumn:
                 )
         values = np.frombuffer(data, self.dtype, (stop - start) * math.prod(self.shape[1:]), begin - first * BLOCK)
         return values.reshape(stop - start, *self.shape[1:])
+
+    def _pread(self, count: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._file.fileno(), count, offset)
+        except OSError:  # its handle may be stale; that it is the same file is told by the checksums
+            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115
+            raise
 
 
 Column = np.ndarray | DiskColumn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import zipfile
 import zlib
@@ -13,6 +14,7 @@ import numpy as np
 
 from uwm_jax.data.records import fingerprint, read_manifest, short_key
 from uwm_jax.errors import UserError
+from uwm_jax.reading import again
 
 
 def read_pca(
@@ -42,7 +44,7 @@ def read_pca(
             "reshard the dataset again, or use config.model.codec.name='pixels'."
         )
     try:
-        with np.load(path, allow_pickle=False) as npz:
+        with np.load(io.BytesIO(again(path.read_bytes, path)), allow_pickle=False) as npz:
             stored = {name: npz[name] for name in npz.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{path} cannot be read ({e}): copy it again, or reshard the dataset again.") from e

@@ -50,6 +50,7 @@ from uwm_jax.data.names import check_manifest_names
 from uwm_jax.data.shards import Shards
 from uwm_jax.errors import UserError
 from uwm_jax.files import data_dir, local_path
+from uwm_jax.reading import again, read_json
 
 FORMAT = "uwm_jax/chunks"
 FORMAT_VERSION = 2
@@ -119,10 +120,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
                 "that has moved, --config.data.path=DIR says where it is now."
             )
         raise UserError(f"{path}: no training dataset here (no manifest.json). {hint}")
-    try:
-        manifest = json.loads(file.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{file} is not valid JSON: {e}") from e
+    manifest = read_json(file)
     found = (manifest.get("format"), manifest.get("format_version"))
     if found != (FORMAT, FORMAT_VERSION):
         raise UserError(
@@ -372,7 +370,7 @@ class Dataset:
         loaded = sum(column.nbytes for column in self._columns.values() if isinstance(column, np.ndarray))
         try:
             in_memory = loaded + file.stat().length <= COLUMNS_IN_MEMORY
-            column = open_column(file, self._checksums[name], in_memory=in_memory)
+            column = again(lambda: open_column(file, self._checksums[name], in_memory=in_memory), file)
         except WrongChecksum as e:
             raise self._wrong_checksum(name) from e
         except (OSError, KeyError, ValueError) as e:
@@ -385,7 +383,7 @@ class Dataset:
     def _read_file(self, name: str) -> bytes:
         """A file of the index: one of another dataset of the same size would be read without complaint."""
         try:
-            data = (self.directory / name).read_bytes()
+            data = again((self.directory / name).read_bytes, self.directory / name)
         except OSError as e:
             raise UserError(f"{self.directory / name} cannot be read ({e}). Copy it again.") from e
         if google_crc32c.value(data) != self._checksums.get(name):

@@ -13,6 +13,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from uwm_jax.errors import UserError
+from uwm_jax.reading import again, is_fleeting
 
 # Open files are kept for this many shards; a reader holds a descriptor and its shard's index.
 _MAX_OPEN_SHARDS = 256
@@ -38,9 +39,11 @@ class Shards:
         self.names = [entry["file"] for entry in entries]
         for entry in entries:
             file = directory / entry["file"]
-            if not file.exists():
-                raise UserError(f"{file} is missing, though manifest.json names it. Copy it again.")
-            if (size := file.stat().length) != entry["bytes"]:
+            try:
+                size = again(lambda file=file: file.stat().length, file)  # type: ignore[misc]
+            except FileNotFoundError as e:
+                raise UserError(f"{file} is missing, though manifest.json names it. Copy it again.") from e
+            if size != entry["bytes"]:
                 raise UserError(f"{file}: expected {entry['bytes']} bytes, found {size}. Copy it again.")
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -49,11 +52,12 @@ class Shards:
         """A record of a shard.
 
         Raises:
-            UserError: it cannot be read, or its checksum is not the index's.
+            UserError: it is damaged, or its checksum is not the index's.
+            RunError: it cannot be read, nor some seconds later.
         """
         file = self._directory / self.names[shard]
         try:
-            data = self._reader(shard).read([record])[0]
+            data = again(lambda: self._read(shard, record), file)
         except (RuntimeError, IndexError, ValueError) as e:
             raise UserError(
                 f"{file}: record {record} cannot be read ({str(e)[:200]}). "
@@ -67,6 +71,14 @@ class Shards:
                 "its sha256) or make the dataset again."
             )
         return data
+
+    def _read(self, shard: int, record: int) -> bytes:
+        try:
+            return self._reader(shard).read([record])[0]
+        except RuntimeError:
+            with self._lock:  # opened again by the next try: the file's handle may be stale
+                self._readers.pop(shard, None)
+            raise
 
     def close(self) -> None:
         """Closes the open shards; a later read opens them again."""
@@ -85,6 +97,11 @@ class Shards:
                 os.fspath(file), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
             )
             if not reader.ok():
+                try:
+                    reader.close()  # tells why
+                except RuntimeError as e:
+                    if is_fleeting(e, file):
+                        raise
                 raise UserError(f"{file} is not a whole ArrayRecord file. Copy it again.")
             self._readers[shard] = reader
             # The evicted reader is closed by its last user, not here: another thread may be reading from it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import FEWEST, TOO_FEW
+from uwm_jax.reading import read_json
 from uwm_jax.reporting.curves import Curve
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.log import read_metrics
@@ -206,9 +206,9 @@ def _by_step(folder: Path, name: str) -> dict[int, dict[str, Any]]:
     found = {}
     for step, file in sorted(files.items()):
         try:
-            read = json.loads(file.read_text())
-        except ValueError as e:  # of JSON, and of bytes that are no text
-            raise _damaged(file, f"not JSON ({e})") from e
+            read = read_json(file, also=list)
+        except UserError as e:
+            raise _damaged(file, str(e).removeprefix(f"{file}: ")) from e
         if isinstance(read, list) and name == FEW_STEPS:  # an older version's
             read = {"rows": read}
         if not isinstance(read, dict):

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
+from uwm_jax.reading import read_json
 from uwm_jax.system import DataFacts
 
 FORMAT = "uwm_jax.torch"
@@ -38,12 +39,10 @@ def read(path: str | Path, flag: str) -> Described:
     """
     where = f"{flag}: {path}"
     try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        stored = read_json(path)
     except OSError as e:
         raise UserError(f"{flag}: cannot read {str(path)!r} ({e.strerror}).") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where} is not JSON ({e}).") from e
-    found = (stored.get("format"), stored.get("format_version")) if isinstance(stored, Mapping) else (None, None)
+    found = (stored.get("format"), stored.get("format_version"))
     if found != (FORMAT, FORMAT_VERSION):
         raise UserError(
             f"{where}: expected the description that `convert to-torch` writes, {(FORMAT, FORMAT_VERSION)}, found "

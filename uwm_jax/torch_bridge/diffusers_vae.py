@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from uwm_jax.errors import UserError
 from uwm_jax.models.vae import AutoencoderKL
+from uwm_jax.reading import again, read_json
 from uwm_jax.torch_bridge.hub import fetch
 from uwm_jax.torch_bridge.layout import is_float
 from uwm_jax.torch_bridge.tensor_file import read_safetensors
@@ -189,10 +190,7 @@ def load_vae(path_or_hub_name: str | os.PathLike[str], dtype: Any = jnp.float32)
     """
     config_path, weights_path = fetch(path_or_hub_name, (CONFIG_FILE, WEIGHTS_FILE), what="VAE")
     _check_sums(config_path.parent)
-    try:
-        config = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise UserError(f"{config_path}: not valid JSON ({error}); fetch the VAE again") from None
+    config = read_json(config_path)
     tensors = read_safetensors(weights_path, f"the VAE: {weights_path}")
     params = params_from_tensors(config, tensors, source=str(path_or_hub_name))
     source = {"config": config, "tensors": tensors, "origin": str(path_or_hub_name)}
@@ -256,8 +254,11 @@ def _current_name(name: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def read() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return again(read, path)
 
 
 def _check_sums(folder: Path) -> None:

@@ -14,7 +14,6 @@ float32; `torch.autocast` makes the large ones bfloat16.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uwm_jax.errors import UserError
+from uwm_jax.reading import read_json
 from uwm_jax.torch_bridge.torch_codecs import codec_from_description
 
 FORMAT = "uwm_jax.torch"
@@ -54,11 +54,8 @@ def load(path: str | os.PathLike[str]) -> tuple[UWM, dict[str, Any]]:
     for file in (path, beside):
         if not file.is_file():
             raise UserError(f"{file}: there is no such file; expected the .safetensors and .json of convert to-torch.")
-    try:
-        description = json.loads(beside.read_text())
-    except ValueError as e:
-        raise UserError(f"{beside}: not JSON ({e}).") from e
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    description = read_json(beside)
+    if description.get("format") != FORMAT:
         raise UserError(f"{beside}: expected the description that convert to-torch writes, with format {FORMAT!r}.")
     network = UWM.from_description(description)
     try:

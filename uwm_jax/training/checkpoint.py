@@ -35,10 +35,11 @@ from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
+from uwm_jax.reading import cause_of
 from uwm_jax.system import DataFacts
 from uwm_jax.training import lock, record
 from uwm_jax.training.state import TrainState
-from uwm_jax.training.stored import CorruptCheckpoint, Stored, array_digests, cause_of, with_digests
+from uwm_jax.training.stored import CorruptCheckpoint, Stored, array_digests, with_digests
 from uwm_jax.training.writer import make_writer
 
 READ_TIMEOUT_SECONDS = 20 * 60  # for all to have read one

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import json
 import os
 from collections.abc import Iterable, Sequence
 
@@ -37,7 +36,7 @@ _MAY_DIFFER = (*config_lib.MAY_CHANGE, "data.path", "data.sources.*.path")
 
 def stored_config(stored: Stored) -> ConfigDict:
     """The config that a checkpoint was saved with."""
-    return config_lib.from_json(json.dumps(stored.assets["config"]), f"{stored.path / 'assets'}: config")
+    return config_lib.from_dict(stored.assets["config"], f"{stored.path / 'assets'}: config")
 
 
 def for_inference(

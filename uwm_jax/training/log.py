@@ -173,13 +173,17 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl`, without what a crash left half-written; [] where there is no file."""
+    """The objects of a `metrics.jsonl`, without what a crash left half-written; [] where there is no file.
+
+    A line counts that has an integer `step` and otherwise numbers.
+    """
     lines = Path(path).read_text(errors="replace").splitlines() if Path(path).is_file() else []
     complete = []
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             read = json.loads(line)
-            if isinstance(read, dict):
+            numbers = isinstance(read, dict) and all(isinstance(value, int | float) for value in read.values())
+            if numbers and type(read.get("step")) is int:
                 complete.append(read)
     return complete
 

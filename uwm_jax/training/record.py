@@ -18,6 +18,7 @@ import uwm_jax
 from uwm_jax.config import flatten, load
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
+from uwm_jax.reading import read_json
 
 FILE = "run.json"
 
@@ -90,6 +91,6 @@ def add_start(workdir: Path, start: dict[str, Any]) -> None:
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
     """All starts of a run, the oldest first; [] where there is no `run.json`, or none that can be read."""
     try:
-        return list(json.loads((workdir / FILE).read_text())["starts"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return list(read_json(workdir / FILE)["starts"])
+    except (OSError, UserError, KeyError, TypeError):
         return []

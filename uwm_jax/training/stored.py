@@ -12,8 +12,6 @@ import functools
 import hashlib
 import json
 import math
-import re
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +25,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from uwm_jax.errors import RunError, UserError
+from uwm_jax.reading import again, cause_of, reason_of
 
 # Signs that reading failed for another reason than what the files hold: such a checkpoint is left where it is.
 _PASSING = ("permission", "resource_exhausted", "out of memory", "too many open files", "unavailable", "timed out")
-# The same, of network file systems and disks, which may do better the second time.
-_FLEETING = ("stale file handle", "transport endpoint is not connected", "connection reset", "input/output error")
-_AGAIN_SECONDS = 1.0
 
 _SMALL_BYTES = 2**16  # arrays up to this size are fetched faster than a program for their shape is compiled
 
@@ -310,26 +306,14 @@ def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
 
 
-def cause_of(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none; for `OSError` the path too."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:600] if lines else type(error).__name__
-
-
-def _reading(path: Path, read: Callable[[], _Value], again: bool = True) -> _Value:
+def _reading(path: Path, read: Callable[[], _Value]) -> _Value:
     """`read()`, of what lies at `path`; whatever a damaged file makes it raise becomes CorruptCheckpoint."""
     try:
-        return read()
-    except UserError:
+        return again(read, path)
+    except (UserError, RunError):
         raise
     except Exception as e:
-        # What the paths in the message are made of says nothing about the reason.
-        reason = re.sub(r"\S*/\S*/\S*", "", cause_of(e).replace(str(path.parent), "")).lower()
-        fleeting = any(sign in reason for sign in _FLEETING)
-        if not fleeting or not again:
-            if fleeting or isinstance(e, MemoryError) or any(sign in reason for sign in _PASSING):
-                hint = "Nothing was changed; mend this and start again."
-                raise RunError(f"{path}: cannot be read: {cause_of(e)}. {hint}") from e
-            raise CorruptCheckpoint(f"{path}: {cause_of(e)}") from e
-    time.sleep(_AGAIN_SECONDS)
-    return _reading(path, read, again=False)
+        if isinstance(e, MemoryError) or any(sign in reason_of(e, path.parent) for sign in _PASSING):
+            hint = "Nothing was changed; mend this and start again."
+            raise RunError(f"{path}: cannot be read: {cause_of(e)}. {hint}") from e
+        raise CorruptCheckpoint(f"{path}: {cause_of(e)}") from e

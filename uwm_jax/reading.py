@@ -1,0 +1,104 @@
+"""Reading files: again where a disk or the network fails for a moment, and JSON whatever it turns out to be."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from uwm_jax.errors import RunError, UserError, warn
+
+AGAIN_SECONDS = (1.0, 4.0, 16.0)  # waits before the second, third and fourth try
+MOST_JSON = 256 << 20  # bytes; the manifest of a thousand hours of video has a hundredth of that
+
+_Value = TypeVar("_Value")
+
+# Disks and network file systems that may do better a moment later: as errors of the system, and as libraries word them.
+_FLEETING: tuple[int, ...] = (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+_FLEETING += (errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+_SIGNS = tuple(os.strerror(number).lower() for number in _FLEETING)
+
+
+def again(read: Callable[[], _Value], path: str | os.PathLike[str]) -> _Value:
+    """`read()`, up to three times more, after 1, 4 and 16 s, where it fails for a reason that may pass.
+
+    Args:
+      path: what is read, for messages.
+
+    Raises:
+      RunError: it failed so each time. Any other exception of `read` is raised at once.
+    """
+    for seconds in (*AGAIN_SECONDS, None):
+        try:
+            return read()
+        except Exception as e:
+            if not is_fleeting(e, path):
+                raise
+            reason = cause_of(e)
+            if seconds is None:
+                raise RunError(
+                    f"{path}: cannot be read: {reason} ({len(AGAIN_SECONDS) + 1} times in "
+                    f"{sum(AGAIN_SECONDS):g} s). Nothing was changed; mend this and start again."
+                ) from e
+        warn(f"{path}: cannot be read: {reason}; once more in {seconds:g} s.")
+        time.sleep(seconds)
+    raise AssertionError
+
+
+def is_fleeting(error: BaseException, path: str | os.PathLike[str] = "") -> bool:
+    """Whether reading failed for a reason that may pass, and not for what the files hold."""
+    if isinstance(error, UserError | RunError):
+        return False
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FLEETING
+    return any(sign in reason_of(error, path) for sign in _SIGNS)
+
+
+def reason_of(error: BaseException, path: str | os.PathLike[str] = "") -> str:
+    """`cause_of` in lower case, without paths: what those are made of says nothing about the reason."""
+    return re.sub(r"\S*/\S*/\S*", "", cause_of(error).replace(os.fspath(path) or "\0", "")).lower()
+
+
+def cause_of(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none; for `OSError` the path too."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:600] if lines else type(error).__name__
+
+
+def read_json(path: str | os.PathLike[str], also: type | tuple[type, ...] = ()) -> Any:
+    """The object of a JSON file, or a value of the types `also`.
+
+    Raises:
+      UserError: the file is no JSON in UTF-8, too large, nested too deeply, or holds something else.
+      OSError: it cannot be opened.
+    """
+    path = Path(path)
+
+    def read() -> bytes:
+        with path.open("rb") as file:
+            return file.read(MOST_JSON + 1)
+
+    data = again(read, path)
+    if len(data) > MOST_JSON:
+        raise UserError(f"{path}: expected JSON of at most {MOST_JSON >> 20} MiB.")
+    return parse_json(data, str(path), also)
+
+
+def parse_json(text: str | bytes, where: str, also: type | tuple[type, ...] = ()) -> Any:
+    """The same of text; `where` it is from, for messages."""
+    try:
+        value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError as e:
+        raise UserError(f"{where}: not usable JSON: nested too deeply.") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not JSON: the text is not UTF-8.") from e
+    except ValueError as e:
+        raise UserError(f"{where}: not JSON ({e}).") from e
+    if not isinstance(value, dict) and not isinstance(value, also):
+        raise UserError(f"{where}: expected a JSON object {{...}}, found {str(value)[:60]!r}.")
+    return value
