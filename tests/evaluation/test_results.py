@@ -36,7 +36,7 @@ def put(workdir: Path, kind: str, step: int, metrics) -> None:
 
 @pytest.mark.parametrize(
     ("lo", "hi", "answer"),
-    [(0.1, 0.3, "yes"), (-0.3, -0.1, "no, it is worse"), (-0.1, 0.3, "not shown"), (0.0, 0.2, "not shown")],
+    [(0.1, 0.3, "yes"), (-0.3, -0.1, "no, it is worse"), (-0.1, 0.3, "undecided"), (0.0, 0.2, "undecided")],
 )
 def test_verdicts_come_from_whole_intervals(lo, hi, answer):
     assert verdict(Interval((lo + hi) / 2, lo, hi, 90, 6)) == answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,77 @@ def _make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: 
     )
     record.add_start(workdir, start)
     return workdir
+
+
+VOID = ("meta", "img", "br", "path", "rect", "use")
+
+
+class Page(HTMLParser):
+    """A page as a reader of HTML has it; elements that do not close, and the same id twice, are refused.
+
+    Attributes:
+        tags: (name, attributes) of every element.
+        rows: the text of every cell, {text of the first cell of a row: those of the others}, of rows alike the first.
+        text: all of it, without tags and style.
+    """
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: dict[str, list[str]] = {}
+        self.text = ""
+        self._open: list[str] = []
+        self._cells: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self._open, self._open
+        ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+        assert len(ids) == len(set(ids)), ids
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self._cells = []
+        elif tag in ("td", "th"):
+            self._cells.append("")
+        elif tag == "br":
+            self.handle_data("\n")
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        assert self._open and self._open.pop() == tag, (tag, self.getpos())
+        if tag == "tr" and self._cells:
+            self.rows.setdefault(self._cells[0], self._cells[1:])
+
+    def handle_data(self, data):
+        if "style" in self._open:
+            return
+        self.text += data
+        if self._cells and self._open[-1:] != ["tr"]:
+            self._cells[-1] += data
+
+
+@pytest.fixture
+def parse():
+    """A function that reads a page, and refuses one that is no HTML or reaches out of its file."""
+
+    def read(page: str) -> Page:
+        found = Page(page)
+        for tag, attributes in found.tags:
+            assert tag not in ("script", "iframe", "object", "link", "base", "form"), tag
+            for name, value in attributes.items():
+                assert not name.startswith("on"), (tag, name)
+                if name in ("src", "href", "xlink:href"):
+                    assert value and value.startswith(("data:image/", "#")), (tag, name, value)
+        return found
+
+    return read
 
 
 @pytest.fixture

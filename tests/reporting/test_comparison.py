@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 
@@ -37,15 +38,28 @@ def test_the_best_is_apart_from_every_other():
     assert _best([low, high._replace(episodes=5)], more=True) is None  # by chance
 
 
-def test_a_comparison_marks_what_is_apart_and_names_what_differs(make_run, tmp_path):
+def test_a_comparison_marks_what_is_apart_and_names_what_differs(make_run, parse, tmp_path):
     runs = [make_run(tmp_path / "a", policy=0.03), make_run(tmp_path / "b", policy=0.07, seed=1)]
     page = comparison.compare(runs, tmp_path / "both.html").read_text()
-    row = re.search(r"<tr><th>policy/action_mse</th>(.*?)</tr>", page).group(1)
+    parse(page)
+    row = marked(page, "policy: action error (MSE)")
     assert [("best" in cell) for cell in row.split("</td>")[:2]] == [True, False]
-    row = re.search(r"<tr><th>rollout/policy/max_coverage</th>(.*?)</tr>", page).group(1)
-    assert "best" not in row
-    assert "<tr><th>seed</th><td>0</td><td>1</td></tr>" in page
+    assert "best" not in marked(page, "in the simulator, policy: best coverage of an episode")
+    assert parse(page).rows["seed"] == ["0", "1"]
     assert "Held-out windows are the same" in page and "<svg" in page
+
+
+def marked(page: str, metric: str) -> str:
+    """The cells of a metric's row."""
+    found = re.search(rf"<tr><th[^>]*>{re.escape(html.escape(metric))}<br>.*?</th>(.*?)</tr>", page)
+    assert found, metric
+    return found.group(1)
+
+
+def test_no_name_of_a_file_is_a_name_of_a_metric(make_run, parse, tmp_path):
+    page = comparison.compare([make_run(tmp_path / "a"), make_run(tmp_path / "b")], tmp_path / "both.html").read_text()
+    metrics = [row for row in parse(page).rows if re.search(r"[a-z]_[a-z]|\w/\w", row)]
+    assert not metrics, metrics
 
 
 def test_closed_loops_that_were_run_otherwise_are_compared_with_a_warning(make_run, tmp_path):
@@ -81,14 +95,14 @@ def test_runs_on_other_data_are_compared_with_a_warning(make_run, tmp_path):
 def test_datasets_of_one_path_and_other_files_are_compared_with_a_warning(make_run, tmp_path):
     runs = [Run.read(make_run(tmp_path / name)) for name in ("a", "b", "c")]
     runs[0].manifests, runs[1].manifests = ({"": {"splits": {"train": digest}}} for digest in ("1", "1"))
-    assert "Held-out windows are the same" in comparison.body(runs)
+    assert "Held-out windows are the same" in comparison.same_windows(runs)
     runs[2].manifests = {"": {"splits": {"train": "2"}}}
-    assert "differ in the files of their datasets</b>" in comparison.body(runs)
+    assert "differ in the files of their datasets</b>" in comparison.same_windows(runs)
     runs[2].manifests = {}
     runs[2].eval_how = runs[2].eval_how | {"datasets": {"a": "2"}}
-    assert "differ in the files of their datasets</b>" in comparison.body(runs)
+    assert "differ in the files of their datasets</b>" in comparison.same_windows(runs)
     del runs[2].eval_how["datasets"]
-    assert "Whether their held-out windows are the same is not known" in comparison.body(runs)
+    assert "Whether their held-out windows are the same is not known" in comparison.same_windows(runs)
 
 
 def test_what_is_no_merit_is_not_marked(make_run, stored, tmp_path):
@@ -100,15 +114,18 @@ def test_what_is_no_merit_is_not_marked(make_run, stored, tmp_path):
             metrics[metric] = stored(0.9 if name == "a" else 0.1)
         file.write_text(json.dumps(metrics))
     page = comparison.compare(runs, tmp_path / "both.html").read_text()
-    rows = dict(re.findall(r"<tr><th>([\w/]+)</th>(.*?)</tr>", page))
-    assert "best" in rows["control/shuffle_gap"]
-    assert "best" not in rows["control/forward_shuffled/pixel_mse"] + rows["baseline/mean_action/action_mse"]
+    assert "best" in marked(page, "what wrong actions cost (MSE)")
+    assert "best" not in marked(page, "control, forward with another window's actions: frame error (MSE)")
+    (row,) = re.findall(r"<tr><th[^>]*>control, forward[^<]*<br>.*?</tr>", page)
+    assert "best" not in row
+    (row,) = re.findall(r"<tr><th[^>]*>baseline, the mean action[^<]*<br>.*?</tr>", page)
+    assert "best" not in row
 
 
 def test_runs_evaluated_on_other_numbers_of_windows_are_compared_with_a_warning(make_run, tmp_path):
     runs = [Run.read(make_run(tmp_path / name)) for name in ("a", "b")]
     runs[1].evaluations[20] = {name: m._replace(n=32) for name, m in runs[1].metrics.items()}
-    assert "differ in the number of held-out windows that were evaluated</b>" in comparison.body(runs)
+    assert "differ in the number of held-out windows that were evaluated</b>" in comparison.same_windows(runs)
 
 
 def test_runs_of_one_name_are_told_apart(make_run, tmp_path):

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 
 from uwm_jax.reporting import curves
 from uwm_jax.reporting.curves import Curve, Panel, curves_svg
+from uwm_jax.reporting.page import curves as curves_html
 
 
 def test_curves_take_the_page_colour_and_reach_nothing_outside():
-    panels = [
-        Panel("losses", [Curve("training & more", [1, 2, 3], [1.0, 0.5, 0.1])], logarithmic=True),
-        Panel("gap", [Curve("b", [1, 2], [1, 2], [0.5, 1.5], [1.5, 2.5], color="#123456")], zero=True),
-        Panel("third", [Curve("c", [1], [1])]),
+    losses = Panel("losses", [Curve("training & more", [1, 2, 3], [1.0, 0.5, 0.1])], logarithmic=True)
+    ends = ([0.5, None], [1.5, None])  # the second has too few episodes for an interval
+    gap = Panel("gap", [Curve("b", [1, 2], [1, 2], *ends, color="#123456", style="--")], zero=True)
+    for panel in (losses, gap):
+        svg = curves_svg(panel)
+        assert svg == curves_svg(panel)  # the same bytes each time
+        ElementTree.fromstring(svg)
+        assert "currentColor" in svg and curves._PAGE not in svg and "<image" not in svg and "<metadata" not in svg
+        texts = re.findall(r"<(?:text|tspan)[^>]*>([^<]+)<", svg)
+        assert texts and not [t for t in texts if re.search("[a-z]{2}", t)], "numbers of axes only"
+    assert "#123456" in curves_svg(gap)
+
+
+def test_two_panels_have_no_id_in_common():
+    used = [
+        set(re.findall(r' id="([^"]+)"', curves_svg(Panel(title, [Curve("a", [1, 2], [1.0, 0.5])]))))
+        for title in ("one", "two")
     ]
-    svg = curves_svg(panels)
-    assert svg == curves_svg(panels)  # the same bytes each time
-    ElementTree.fromstring(svg)
-    assert "currentColor" in svg and curves._PAGE not in svg and "#123456" in svg
-    assert svg.count(">step<") == 3  # the place that is left over stays empty
-    assert "training &amp; more" in svg and "<image" not in svg and "<metadata" not in svg
+    assert used[0] and not used[0] & used[1]
+
+
+def test_every_curve_is_in_the_key_with_its_dashes(parse):
+    curve = Curve("held out <1>", [1, 2], [1.0, 0.5], color="#123456", style="--")
+    page = parse(curves_html([Panel("loss", [curve, curve._replace(label="never evaluated", steps=[], values=[])])]))
+    assert "held out <1>" in page.text and "never evaluated" not in page.text
+    dashes = [a["stroke-dasharray"] for tag, a in page.tags if a.get("stroke") == "#123456"]
+    assert dashes == ["6 4"]

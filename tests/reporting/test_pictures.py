@@ -12,7 +12,8 @@ from uwm_jax.data.images import preprocess
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODES, generated
 from uwm_jax.reporting import pictures
-from uwm_jax.reporting.pictures import Plane, draw, formula, save_gif
+from uwm_jax.reporting.drawing import Plane, draw_outline, save_gif
+from uwm_jax.reporting.pictures import draw, formula
 from uwm_jax.system import DataFacts
 
 
@@ -91,7 +92,7 @@ def test_all_pictures_of_one_view_and_of_several(tmp_path, cameras, plane):
     windows = windows_of(len(cameras), 2 if plane else 10)
     files = draw(windows, facts_of(cameras, 2 if plane else 10), config_of(plane), tmp_path)
     assert {path.name for path in files.values()} == {"idea.png", "modes.png", "actions.png", "denoise.gif"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files.values())
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files.values()} | {"pictures.json"}
     for path in files.values():
         with Image.open(path) as image:
             assert min(image.size) > 400 and len(set(image.convert("L").get_flattened_data())) > 20
@@ -107,12 +108,12 @@ def test_crosses_are_where_the_actions_end():
     windows, facts, config = windows_of(1, 2), facts_of(("image",), 2), config_of(plane)
     raw = {name: facts.normalizer.unnormalize("action", x) for name, x in windows.items() if name.endswith("action")}
     place = Plane.of(facts, config.data, plane)
-    figure = pictures._modes(windows, raw, place, ["image"])
+    figure = pictures._modes(windows, raw, place, ["image"])[0].figure
     found = [line.get_xydata()[0] for axis in figure.axes for line in axis.lines if line.get_marker() == "+"]
     names = ("action", "joint/action", "shuffled_action")  # forward, joint, control
     expected = [place.to_pixels(raw[name][window, -1]) for window in range(3) for name in names]
     np.testing.assert_allclose(np.array(found)[::2], expected, atol=1e-4)  # each with its halo
-    unplaced = pictures._modes(windows, raw, None, ["image"])
+    unplaced = pictures._modes(windows, raw, None, ["image"])[0].figure
     assert not [line for axis in unplaced.axes for line in axis.lines if line.get_marker() == "+"]
 
 
@@ -134,7 +135,7 @@ def test_an_outline_follows_the_pixels_edges():
     axis = Figure().subplots()
     mask = np.zeros((5, 6), bool)
     mask[2, 3] = mask[2, 4] = True
-    pictures._outline(axis, mask)
+    draw_outline(axis, mask)
     found = {tuple(map(tuple, np.sort(segment, axis=0))) for segment in axis.collections[0].get_segments()}
     sides = {((x - 0.5, y), (x + 0.5, y)) for x in (3, 4) for y in (1.5, 2.5)}
     assert found == sides | {((x, 1.5), (x, 2.5)) for x in (2.5, 4.5)}

@@ -10,55 +10,68 @@ from uwm_jax.evaluation.results import Run
 from uwm_jax.reporting import run_page
 
 
-def answers(page: str) -> dict[str, str]:
+def answers(run: Run) -> dict[str, str]:
     """{question: answer} of the table of claims."""
-    return dict(re.findall(r'<tr><td>([^<]*)</td><td class="\w[^"]*">([^<]*)</td>', page))
-
-
-def assert_alone(page: str) -> None:
-    assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "<script" not in page and "url(http" not in page
+    return dict(re.findall(r'<tr><td>([^<]*)</td><td class="\w+">([^<]*)</td>', run_page._answers(run)))
 
 
 def test_the_words_follow_the_intervals(make_run, tmp_path):
-    for gain, answer in ((0.05, "yes"), (-0.05, "no, it is worse"), (0.005, "not shown")):
-        found = answers(run_page._answers(Run.read(make_run(tmp_path / str(gain), gain=gain))))
+    for gain, answer in ((0.05, "yes"), (-0.05, "no, it is worse"), (0.005, "undecided")):
+        found = answers(Run.read(make_run(tmp_path / str(gain), gain=gain)))
         for start in ("Does it act?", "Does it predict what actions do?", "In the simulator: does it"):
             assert [a for question, a in found.items() if question.startswith(start)] == [answer], start
         few = Run.read(tmp_path / str(gain))
         few.rollouts[20] = {name: m._replace(episodes=5) for name, m in few.rollout.items()}
-        assert [a for q, a in answers(run_page._answers(few)).items() if "random" in q] == ["too few episodes"] * 2
+        assert [a for q, a in answers(few).items() if "random" in q] == ["too few episodes"] * 2
         few.evaluations[20] = {name: m._replace(episodes=5) for name, m in few.metrics.items()}
-        assert set(answers(run_page._answers(few)).values()) == {"too few episodes"}
+        assert set(answers(few).values()) == {"too few episodes"}
         frames = [a for question, a in found.items() if question.startswith("Are ")]
-        assert frames == ["yes", "not shown"]  # against the copied frame, and against the mean image
+        assert frames == ["yes", "undecided"]  # against the copied frame, and against the mean image
 
 
-def test_a_full_run_has_all_sections_and_stands_alone(make_run, tmp_path):
+def test_a_full_run_has_all_sections_and_stands_alone(make_run, parse, tmp_path):
     workdir = make_run(tmp_path / "run")
-    page = run_page.write(workdir).read_text()
-    assert_alone(page)
-    assert page.count("data:image/png;base64,") == 3 and "not made yet" not in page
-    assert "python -m uwm_jax.train &#x27;--config=my file.py&#x27;" in page
-    changed = "<tr><th></th><th>the file</th><th>this run</th></tr><tr><th>total_steps</th><td>100000</td><td>123</td>"
-    assert changed in page
-    assert "<b>run</b>. It pushes a block &amp; wins." in page
-    assert "a&lt;b" in page and "a<b" not in page
-    assert "pusht, seeds 5 to 9, chunks of actions sampled in 4 evaluations of the network, of which 7 steps" in page
-    assert "19 steps of an episode: 2 frames" in page and "1 of 6 ways, since it was stopped; 32 windows of 7" in page
-    assert page.count("<pre>python -m uwm_jax.evaluate --step=20</pre>") == 2  # and of the comparison of samplers
-    assert "12.5 ms" in page and "closed loop<br>max coverage" in page  # few steps
-    assert "75.0 %" in page and "360 ms a step" in page and "13:20" in page  # 36 windows at 100 a second; 800 s
-    assert "forward, but with the actions of a window of another episode" in page
-    assert "means over 64 windows of 12 held-out episodes" in page
-    assert "<tr><th></th><th>training</th><th>here</th></tr><tr><th>diffusion.num_inference_steps</th>" in page
+    source = run_page.write(workdir).read_text()
+    page = parse(source)
+    assert source.count("data:image/png;base64,") == 3 and "not made yet" not in page.text
+    assert "python -m uwm_jax.train '--config=my file.py'" in page.text
+    assert page.rows["total_steps"] == ["100000", "123"]  # the file's, the flag's
+    assert "It pushes a block & wins." in page.text
+    assert "pusht, seeds 5 to 9, chunks of actions sampled in 4 evaluations of the network, of which 7" in page.text
+    assert "19 steps of an episode: 2 frames" in page.text
+    assert "1 of 6 ways, since it was stopped; 32 windows of 7" in page.text
+    assert source.count("<pre>python -m uwm_jax.evaluate --step=20</pre>") == 2  # and of the comparison of samplers
+    assert page.rows["trailing"][3].startswith("12.5")  # ms of a sample
+    assert "75.0 %" in page.text and "360 ms a step" in page.text and "13:20" in page.text  # 36 at 100 a second; 800 s
+    assert page.rows["control"][0] == "forward, but with the actions of a window of another episode"
+    assert "means over 64 windows of 12 held-out episodes" in page.text
+    assert "diffusion.num_inference_steps" in page.rows
     assert not list(workdir.glob("*.tmp"))
 
 
-def test_sections_without_files_say_which_command_makes_them(tmp_path):
+def test_date_data_steps_and_config_are_on_top_and_the_contents_lead_everywhere(make_run, parse, tmp_path):
+    source = run_page.write(make_run(tmp_path / "run")).read_text()
+    top = source[: source.index("<nav")]
+    for fact in (
+        "<dt>Trained</dt>",
+        "UTC",
+        "<dd>a&lt;b</dd>",
+        "20 of 100,000, 36 windows",
+        "my file.py",
+        "step 20",
+    ):
+        assert fact in top, fact
+    tags = parse(source).tags
+    links = [attributes["href"] for tag, attributes in tags if tag == "a"]
+    sections = [f"#{attributes['id']}" for tag, attributes in tags if tag == "section"]
+    assert links == sections and len(links) == 9
+
+
+def test_sections_without_files_say_which_command_makes_them(parse, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(to_json(base()))
     page = run_page.write(tmp_path / "run").read_text()
-    assert_alone(page)
+    parse(page)
     where = f"--workdir={tmp_path / 'run'}"
     for command in (
         f"python -m uwm_jax.evaluate {where}</code>",
@@ -84,3 +97,29 @@ def test_an_evaluation_of_other_data_says_so(make_run, tmp_path):
         assert run_page.write(run).read_text().count(words) == 2, "in both sections, each by its own record"
         stored_few["about"]["own_data"] = True
         few.write_text(json.dumps(stored_few))
+
+
+def test_what_is_told_more_than_the_model_is_no_defect(make_run, parse, stored, tmp_path):
+    workdir = make_run(tmp_path / "run")
+    file = workdir / "eval" / "20" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    for other in ("linear_interpolation", "mean_action"):
+        metrics[f"paired/inverse_vs_{other}/action_mse"] = stored(-0.05)
+    file.write_text(json.dumps(metrics))
+    html = run_page._answers(Run.read(workdir))
+    line = re.search(r"straight line[^<]*</td>(<td[^>]*>[^<]*</td>)", html).group(1)
+    mean = re.search(r"inverse mode against the mean action</td>(<td[^>]*>[^<]*</td>)", html).group(1)
+    assert line == '<td class="open">no, but that is told more</td>'
+    assert mean == '<td class="no">no, it is worse</td>'
+
+
+def test_numbers_of_a_column_have_one_format(make_run, parse, stored, tmp_path):
+    workdir = make_run(tmp_path / "run")
+    file = workdir / "eval" / "20" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics |= {"policy/action_mse": stored(0.0041, 0.001), "baseline/mean_action/action_mse": stored(12.5, 1.0)}
+    file.write_text(json.dumps(metrics))
+    rows = parse(run_page.write(workdir).read_text()).rows
+    assert rows["policy"][1] == "0.0041\n0.0031 to 0.0051" and rows["mean action"][1] == "12.5000\n11.5000 to 13.5000"
+    differences = [row for question, row in rows.items() if question.startswith(("Does it", "In the sim", "… than"))]
+    assert {len(difference.split(".")[1]) for _, difference, _ in differences} == {3}, differences

@@ -57,13 +57,13 @@ class Interval(NamedTuple):
 
 
 def verdict(difference: Interval) -> str:
-    """What the interval of a difference, positive = better, says: "yes", "no, it is worse", "not shown" or "too few
+    """What the interval of a difference, positive = better, says: "yes", "no, it is worse", "undecided" or "too few
     episodes"."""
     if not difference.tells:
         return "too few episodes"
     if difference.lo > 0:
         return "yes"
-    return "no, it is worse" if difference.hi < 0 else "not shown"
+    return "no, it is worse" if difference.hi < 0 else "undecided"
 
 
 def number(x: float) -> str:

@@ -1,9 +1,8 @@
-"""Several runs side by side, as a page's HTML: metrics, curves and the config fields that differ."""
+"""The page of several runs, `comparison.html`: metrics, curves and the config fields that differ."""
 
 from __future__ import annotations
 
 import fnmatch
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,12 @@ from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.results import Interval, Run, differing_fields
 from uwm_jax.files import write_text
+from uwm_jax.reporting import names
 from uwm_jax.reporting.curves import Curve, Panel
-from uwm_jax.reporting.page import cell, curves, fields, page
+from uwm_jax.reporting.markup import Html, fill
+from uwm_jax.reporting.numbers import Format
+from uwm_jax.reporting.page import NOTHING, Section, cell, curves, fields, head, page, table, two_lines
+from uwm_jax.reporting.provenance import facts
 
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#a0418f", "#e69f00", "#56b4e9", "#777777")
 
@@ -46,30 +49,35 @@ def compare(workdirs: Sequence[Path], output: Path) -> Path:
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.name = str(run.workdir)
-    write_text(output, page("UWM: " + ", ".join(run.name for run in runs), body(runs)))
+    top = fill("<h1>{} runs side by side</h1>{}", len(runs), same_windows(runs))
+    sections = [
+        Section("runs", "The runs", _facts(runs)),
+        *_metrics(runs),
+        Section("curves", "Curves", curves(_panels(runs))),
+        Section("configs", "Config fields that differ", _configs(runs)),
+    ]
+    write_text(output, page("UWM: " + ", ".join(run.name for run in runs), top, sections))
     return output
 
 
-def body(runs: Sequence[Run]) -> str:
-    """All of it; runs are told apart by their names."""
-    heading = f"<h1>{len(runs)} runs side by side</h1>"
-    return "\n".join([heading, _same_windows(runs), _metrics(runs), curves(_panels(runs)), _configs(runs)])
+def _facts(runs: Sequence[Run]) -> Html:
+    return fill("{}", [fill("<h3>{}</h3>{}", run.name, facts(run)) for run in runs])
 
 
-def _same_windows(runs: Sequence[Run]) -> str:
+def same_windows(runs: Sequence[Run]) -> Html:
     """A warning where the numbers are not of the same windows or not in the same units."""
-    names = [name for name in differing_fields(runs) if name.startswith(DECISIVE)]
+    reasons = [name for name in differing_fields(runs) if name.startswith(DECISIVE)]
     trained = [{source: m["splits"] for source, m in run.manifests.items()} for run in runs if run.manifests]
     # A source is what it holds: its name and place may differ.
     evaluated = [sorted((run.eval_how.get("datasets") or {}).values()) for run in runs if run.metrics]
     known = [found for found in evaluated if found]
     if len(known) == len(runs) and all(found == known[0] for found in known):
-        names = [name for name in names if not fnmatch.fnmatchcase(name, "data.*path")]
+        reasons = [name for name in reasons if not fnmatch.fnmatchcase(name, "data.*path")]
     if any(found != trained[0] for found in trained[1:]) or any(found != known[0] for found in known[1:]):
-        names.append("the files of their datasets")
+        reasons.append("the files of their datasets")
     for what, found in (("held-out windows", [r.metrics for r in runs]), ("episodes", [r.rollout for r in runs])):
         if len({max(m.n for m in metrics.values()) for metrics in found if metrics}) > 1:
-            names.append(f"the number of {what} that were evaluated")
+            reasons.append(f"the number of {what} that were evaluated")
     ways = {
         "evaluate": [_how(run.eval_how) for run in runs if run.metrics],
         "rollout": [_how(run.rollout_how) for run in runs if run.rollout],
@@ -79,17 +87,20 @@ def _same_windows(runs: Sequence[Run]) -> str:
         for name in sorted(set().union(*hows)):
             values = [how.get(name) for how in hows if name in how or name not in HOW]  # older records lack some of HOW
             differing += [name] if len(set(values)) > 1 else []
-        names += [f"{command}'s {name}" for name in differing]
-    if not names:
+        reasons += [f"{command}'s {name}" for name in differing]
+    if not reasons:
         if len(evaluated) < 2:
-            return ""
+            return NOTHING
         if len(known) < len(evaluated):
-            return (
+            return fill(
                 "<p>Whether their held-out windows are the same is not known: not all of them tell their datasets.</p>"
             )
-        return "<p>Held-out windows are the same for all of them.</p>"
-    return f"""<p><b>These runs differ in {html.escape(", ".join(names))}</b>: their metrics are of other windows or
-in other units, and a difference between them need not be one of the models.</p>"""
+        return fill("<p>Held-out windows are the same for all of them.</p>")
+    return fill(
+        "<p><b>These runs differ in {}</b>: their metrics are of other windows or in other units, and a difference "
+        "between them need not be one of the models.</p>",
+        ", ".join(reasons),
+    )
 
 
 def _how(record: Mapping[str, Any]) -> dict[str, str]:
@@ -101,33 +112,41 @@ def _how(record: Mapping[str, Any]) -> dict[str, str]:
     return how
 
 
-def _metrics(runs: Sequence[Run]) -> str:
+def _metrics(runs: Sequence[Run]) -> list[Section]:
     """A row per metric, a column per run; what is better than every other with intervals apart is marked."""
     by_run = [{**run.metrics, **{f"rollout/{name}": m for name, m in run.rollout.items()}} for run in runs]
-    names = list(dict.fromkeys(name for found in by_run for name in found))
-    heads = "".join(
-        f"<th>{html.escape(run.name)}<br><small>evaluated at step {run.eval_step}"
-        f"{f', in the simulator at {run.rollout_step}' if run.rollout else ''}</small></th>"
-        for run in runs
-    )
-    if not names:
-        return "<p>None of the runs was evaluated: <code>python -m uwm_jax.evaluate --workdir=DIR</code>.</p>"
+    found = list(dict.fromkeys(name for metrics in by_run for name in metrics))
+    if not found:
+        say = "<p>None of the runs was evaluated: <code>python -m uwm_jax.evaluate --workdir=DIR</code>.</p>"
+        return [Section("metrics", "Metrics", fill(say))]
+    heads = ["metric", *(two_lines(run.name, _steps(run)) for run in runs)]
 
-    def table(names: Sequence[str]) -> str:
-        rows = ""
-        for name in names:
-            found = [metrics.get(name) for metrics in by_run]
-            best = _best(found, _more_is_better(name)) if name.startswith(MARKED) else None
-            cells = "".join(cell(m, "best" if m is not None and m is best else "") for m in found)
-            rows += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
-        return f"<table><tr><th></th>{heads}</tr>{rows}</table>"
+    def rows(chosen: Sequence[str]) -> Html:
+        return table(heads, [_row(name, [metrics.get(name) for metrics in by_run]) for name in chosen], "metrics")
 
-    main = [name for name in names if name.startswith((*MODES, "control/", "rollout/policy/"))]
-    rest = [name for name in names if name not in main]
-    return f"""<h2>Metrics</h2><p>Mean and 95 % interval, by their names in <code>metrics.json</code>. Marked: better
-than all others, with intervals apart.</p>
-{table(main)}
-<details><summary>Baselines, and differences to them</summary>{table(rest)}</details>"""
+    main = [name for name in found if name.startswith((*(f"{mode}/" for mode in MODES), "control/", "rollout/policy/"))]
+    rest = [name for name in found if name not in main]
+    about = "<p>Mean, and below it the 95 % interval. Marked: better than all others, with intervals apart.</p>{}"
+    return [
+        Section("metrics", "Metrics", fill(about, rows(main))),
+        Section(
+            "differences",
+            "Baselines, and differences to them",
+            fill("<details><summary>{} rows</summary>{}</details>", len(rest), rows(rest)) if rest else NOTHING,
+        ),
+    ]
+
+
+def _steps(run: Run) -> str:
+    evaluated = f"evaluated at step {run.eval_step}" if run.metrics else "not evaluated"
+    return evaluated + (f", in the simulator at {run.rollout_step}" if run.rollout else "")
+
+
+def _row(name: str, found: Sequence[Interval | None]) -> list[Html]:
+    """Cells of a metric of all runs, in one format."""
+    best = _best(found, _more_is_better(name)) if name.startswith(MARKED) else None
+    form = Format.of(m and m.mean for m in found)
+    return [head(two_lines(*names.of(name))), *(cell(m, form, "best" if m and m is best else "") for m in found)]
 
 
 def _more_is_better(name: str) -> bool:
@@ -145,10 +164,9 @@ def _best(found: Sequence[Interval | None], more: bool) -> Interval | None:
     return None
 
 
-def _configs(runs: Sequence[Run]) -> str:
-    names = differing_fields(runs)
-    table = fields({run.name: flatten(run.config) for run in runs}, names) if names else "<p>None.</p>"
-    return f"<h2>Config fields that differ</h2>{table}"
+def _configs(runs: Sequence[Run]) -> Html:
+    found = differing_fields(runs)
+    return fields({run.name: flatten(run.config) for run in runs}, found) if found else fill("<p>None.</p>")
 
 
 def _panels(runs: Sequence[Run]) -> list[Panel]:
@@ -165,14 +183,14 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
         return [run.evaluated(name, run.name, color) for run, color in named]
 
     return [
-        Panel("loss of actions", losses("action"), logarithmic=True),
-        Panel("loss of later frames", losses("next_obs"), logarithmic=True),
-        Panel("error of the policy mode's actions", values("policy/action_mse")),
-        Panel("error of the inverse mode's actions", values("inverse/action_mse")),
-        Panel("error of forward frames where the picture changed", values("forward/changed_mse")),
-        Panel("what wrong actions cost, one evaluation", values("control/shuffle_gap"), zero=True),
+        Panel("Loss of actions", losses("action"), logarithmic=True),
+        Panel("Loss of later frames", losses("next_obs"), logarithmic=True),
+        Panel("Error of the policy mode's actions", values("policy/action_mse")),
+        Panel("Error of the inverse mode's actions", values("inverse/action_mse")),
+        Panel("Error of forward frames where the picture changed", values("forward/changed_mse")),
+        Panel("What wrong actions cost, one evaluation", values("control/shuffle_gap"), zero=True),
         Panel(
-            "the best of an episode in the simulator",
+            "The best of an episode in the simulator",
             [run.rolled_out(f"policy/{run.score}", run.name, c) for run, c in named],
         ),
     ]

@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.envs import EnvSpec
 from uwm_jax.envs.parallel import EpisodeResult
-from uwm_jax.reporting.pictures import SAMPLE, TRUTH, Plane, save_gif
+from uwm_jax.reporting.drawing import SAMPLE, TRACK, TRUTH, Plane, save_gif
+from uwm_jax.reporting.sheets import Labels, Mark, write_labels
 from uwm_jax.system import System
 
 BATCH = 16
 CELL = 256  # pixels of a frame's longer side, at least
+GAP, BELOW = 6, 28  # pixels around a frame, and below it, where the bar is
 FRAME_MS, LAST_MS = 450, 2500
 
 
@@ -109,7 +110,8 @@ def _forward(system: System) -> Callable[..., tuple[jax.Array, jax.Array, jax.Ar
 
 
 def draw(clips: Sequence[Clip], spec: EnvSpec, system: System, path: Path) -> bool:
-    """Writes a GIF with a row per clip and a picture per decision; a clip that has ended stays at its last one.
+    """Writes a GIF with a row per clip and a picture per decision, and its labels to the folder's `pictures.json`; a
+    clip that has ended stays at its last decision.
 
     Returns:
         whether there was a decision to show; if not, there is no such file afterwards.
@@ -118,71 +120,74 @@ def draw(clips: Sequence[Clip], spec: EnvSpec, system: System, path: Path) -> bo
     if not clips:
         path.unlink(missing_ok=True)  # of an earlier start
         return False
-    plane = Plane.of(system.facts, system.config.data, spec.action_plane)
-    window = system.config.data.window
-    later = max(window.next_obs) - max(window.obs)
-    sheet = _Sheet(
-        clips,
-        plane,
-        [
-            f"now: the next {len(window.action)} targets" if plane else "now",
-            f"imagined: {later} steps later",
-            "what really came",
-        ],
-        spec,
-    )
+    sheet = _Sheet(clips, Plane.of(system.facts, system.config.data, spec.action_plane))
     count = max(len(clip.steps) for clip in clips)
     save_gif([sheet.draw(i) for i in range(count)], path, [FRAME_MS] * (count - 1) + [LAST_MS])
+    write_labels(path.parent, {path.name: sheet.labels(spec.score, system.config.data.window)})
     return True
 
 
 class _Sheet:
-    """The layout of one picture: a title over each of three columns, a caption under each row."""
+    """The layout of one picture: a row of three tiles for each clip, and below it a bar of the score."""
 
-    def __init__(self, clips: Sequence[Clip], plane: Plane | None, titles: Sequence[str], spec: EnvSpec):
-        self._clips, self._plane, self._titles, self._spec = clips, plane, titles, spec
+    def __init__(self, clips: Sequence[Clip], plane: Plane | None):
+        self._clips, self._plane = clips, plane
         h, w = clips[0].current.shape[2:4]
         self._scale = -(-CELL // max(h, w))
         self._height, self._width = h * self._scale, w * self._scale
-        self._font, self._bold = (
-            ImageFont.truetype(font_manager.findfont(font_manager.FontProperties(weight=weight)), 17)
-            for weight in ("normal", "bold")
-        )
-        self._gap, self._top, self._line = 12, 34, 34
+        self._tile = (self._height + GAP + BELOW, self._width + 2 * GAP)
+        self._full = max(float(clip.episode.scores.max()) for clip in clips)
+
+    def labels(self, score: str, window: Any) -> Labels:
+        later = max(window.next_obs) - max(window.obs)
+        columns = [
+            ("now", f"with the next {len(window.action)} targets" if self._plane else "what is seen"),
+            ("imagined", f"{later} steps later"),
+            ("the truth", "what really came"),
+        ]
+        rows = []
+        for clip in self._clips:
+            end = "solved" if clip.episode.success else "ended"
+            scores = clip.episode.scores
+            rows.append(f"{clip.label}: {end} after {len(scores) - 1} steps, best {score} {scores.max():.2f}")
+        key = [Mark("-", SAMPLE, "the targets that are sent next (dot: the last one)")] if self._plane else []
+        key.append(Mark("bar", SAMPLE, f"{score} at the decision; its full width is {self._full:.2f}"))
+        key.append(Mark("tick", TRUTH, "the best so far"))
+        return Labels(columns, rows, (), key)
 
     def draw(self, i: int) -> Image.Image:
-        gap = self._gap
-        row_height = self._height + self._line
-        size = (3 * self._width + 4 * gap, self._top + len(self._clips) * (row_height + gap))
-        sheet = Image.new("RGB", size, "white")
+        height, width = self._tile
+        sheet = Image.new("RGB", (3 * width, len(self._clips) * height), "white")
         pen = ImageDraw.Draw(sheet)
-        for column, title in enumerate(self._titles):
-            middle = gap + column * (self._width + gap) + self._width // 2
-            pen.text((middle, self._top // 2), title, fill=TRUTH, font=self._bold, anchor="mm")
         for row, clip in enumerate(self._clips):
-            at, top = min(i, len(clip.steps) - 1), self._top + row * (row_height + gap)
+            at, top = min(i, len(clip.steps) - 1), row * height + GAP
             view = self._plane.view if self._plane else 0
             cells = (clip.current[at, view], clip.imagined[at, view], clip.truth[at, view])
             for column, (frame, color) in enumerate(zip(cells, (TRUTH, SAMPLE, TRUTH), strict=True)):
-                left = gap + column * (self._width + gap)
+                left = column * width + GAP
                 sheet.paste(self._enlarged(frame), (left, top))
                 pen.rectangle(
                     (left - 3, top - 3, left + self._width + 2, top + self._height + 2), outline=color, width=3
                 )
             if self._plane:
-                self._path(sheet, clip.actions[at], gap, top)
-            pen.text((gap, top + row_height - self._line // 2), self._caption(clip, at), fill=TRUTH, font=self._font,
-                     anchor="lm")  # fmt: skip
+                self._path(sheet, clip.actions[at], GAP, top)
+            self._bar(pen, clip, at, top + self._height + BELOW // 2)
         return sheet
 
-    def _caption(self, clip: Clip, at: int) -> str:
-        step, scores = int(clip.steps[at]), clip.episode.scores
-        name = self._spec.score
-        text = f"{clip.label}: step {step}, {name} {scores[step]:.2f}, best so far {scores[: step + 1].max():.2f}"
+    def _bar(self, pen: ImageDraw.ImageDraw, clip: Clip, at: int, middle: int) -> None:
+        """The score at a decision as a share of the best of all clips, and a tick at the best so far; at the end of an
+        episode the score of its end."""
+        scores, step = clip.episode.scores, int(clip.steps[at])
         if at == len(clip.steps) - 1:
-            end = "solved" if clip.episode.success else "ended"
-            text = f"{clip.label}: {end} after {len(scores) - 1} steps, best {name} {scores.max():.2f}"
-        return text
+            step = len(scores) - 1
+        left, full = GAP, 3 * self._tile[1] - 2 * GAP
+        now, best = (
+            left + full * min(max(float(score) / self._full, 0.0), 1.0) if self._full > 0 else left
+            for score in (scores[step], scores[: step + 1].max())
+        )
+        pen.rectangle((left, middle - 4, left + full, middle + 4), fill=TRACK)
+        pen.rectangle((left, middle - 4, now, middle + 4), fill=SAMPLE)
+        pen.rectangle((best - 2, middle - 7, best + 2, middle + 7), fill=TRUTH)
 
     def _enlarged(self, frame: np.ndarray) -> Image.Image:
         image = Image.fromarray(np.round(np.clip(frame, 0, 1) * 255).astype(np.uint8))

@@ -1,0 +1,81 @@
+"""Words of pages for what files call `policy/action_mse`."""
+
+from __future__ import annotations
+
+from uwm_jax.envs.parallel import HOLD
+from uwm_jax.evaluation.program import MEAN_IMAGE_WINDOWS
+
+METRICS = {  # a metric's name, and what its numbers are
+    "action_mse": ("action error (MSE)", "actions from -1 to 1"),
+    "pixel_mse": ("frame error (MSE)", "pixels from 0 to 1"),
+    "changed_mse": ("frame error where the picture changed (MSE)", "pixels from 0 to 1"),
+    "psnr": ("frame quality (PSNR)", "dB, more is better"),
+    "latent_mse": ("latent error (MSE)", ""),
+    "shuffle_gap": ("what wrong actions cost (MSE)", "one evaluation, more is better"),
+    "success": ("success", "share of episodes"),
+}
+BASELINES = {
+    "mean_action": "the mean action of the training episodes",
+    "last_action": "the last action, repeated",
+    "linear_interpolation": "a straight line from the last action to the chunk's true last one, which no model is told",
+    "copied_frame": "the current frame, copied",
+    "mean_image": f"the mean later frame of {MEAN_IMAGE_WINDOWS} windows of training episodes",
+    "codec": "not a baseline but the ceiling: the true frame through the image codec",
+}
+ACTORS = {
+    "policy": "the policy mode",
+    "expert": "the expert that made the demonstrations",
+    "random_held": f"random targets, each held for {HOLD} steps",
+    "random_uniform": "random targets, a new one each step",
+    "no_action": "doing nothing: how the episodes start",
+}
+KNOWS_MORE = ("linear_interpolation", "codec")  # these are told some of the truth, so that to be worse is no defect
+
+
+def of_metric(name: str) -> tuple[str, str]:
+    """A metric's name and what its numbers are, such as ("error of actions", "MSE, range -1 to 1")."""
+    if name in METRICS:
+        return METRICS[name]
+    if name.startswith("max_"):
+        return f"best {name.removeprefix('max_').replace('_', ' ')} of an episode", "mean over episodes, more is better"
+    return name.replace("_", " "), ""
+
+
+def of(name: str) -> tuple[str, str]:
+    """A name of `metrics.json` for people, and what its numbers are: `policy/action_mse` is ("policy: action error
+    (MSE)", "actions from -1 to 1"). Before names of a closed loop `rollout/` or `closed_loop/` stands."""
+    *before, metric = name.split("/")
+    says, unit = of_metric(metric)
+    simulated = before[:1] in (["rollout"], ["closed_loop"])
+    kind, who = (before[simulated:] or [""])[0], before[-1] if len(before) > simulated else ""
+    if kind == "paired":
+        first, _, second = who.partition("_vs_")
+        who, unit = f"{_plain(first)} against {_plain(second)}", "difference; positive: the first is better"
+    elif who == "control":
+        who = ""
+    elif kind in ("baseline", "control"):
+        who = f"{kind}, {_plain(who)}"
+    else:
+        who = _plain(who)
+    who = ", ".join(part for part in ("in the simulator" if simulated else "", who) if part)
+    return (f"{who}: {says}" if who else says), unit
+
+
+_PLAIN = {
+    "linear_interpolation": "a straight line to the true end",
+    "forward_shuffled": "forward with another window's actions",
+    "shuffled": "forward with another window's actions",
+    "random_held": f"random targets held for {HOLD} steps",
+    "random_uniform": "random targets",
+    "mean_action": "the mean action",
+    "last_action": "the last action repeated",
+    "copied_frame": "the current frame copied",
+    "mean_image": "the mean image",
+    "no_action": "doing nothing",
+    "expert": "the expert",
+    "codec": "the codec alone",
+}
+
+
+def _plain(who: str) -> str:
+    return _PLAIN.get(who, who.replace("_", " "))
