@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -20,24 +22,53 @@ def make_run():
     return make
 
 
-def test_the_command(make_run, tmp_path, capsys):
-    run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+@pytest.fixture
+def call(capsys):
+    """A function that runs the command; returns (status, stderr)."""
 
-    def call(*arguments: object) -> tuple[int, str]:
+    def run(*arguments: object) -> tuple[int, str]:
         status = cli.call(report.main, ["report", *map(str, arguments)], report.define_flags)
         return status, capsys.readouterr().err
 
+    return run
+
+
+def test_the_command(make_run, call, tmp_path):
+    run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     assert call(run) == (0, "") and (run / "report.html").is_file()
+    assert call(f"--workdir={other}") == (0, "") and (other / "report.html").is_file()
     assert call(run, f"--output={tmp_path / 'one.html'}") == (0, "") and (tmp_path / "one.html").is_file()
     assert call(run, other, f"--output={tmp_path / 'two.html'}") == (0, "") and (tmp_path / "two.html").is_file()
     for arguments, message in (
-        ((), "expected the directory of a run"),
+        ((), "--workdir is required, or the directories of several runs"),
         ((tmp_path,), "not a run's directory"),
+        ((f"--workdir={tmp_path}",), "not a run's directory"),
+        ((f"--workdir={run}", other), "give all without the flag"),
         ((run, tmp_path / "nowhere"), "not a run's directory"),
         ((run, run), "expected different runs"),
+        ((run, f"--output={tmp_path}"), "is a folder"),
         ((run, f"--output={tmp_path / 'one.html' / 'x.html'}"), "Not a directory"),
         ((run, "--output=gs://bucket/x.html"), "--output=gs://bucket/x.html: gs:// is not supported"),
         (("gs://bucket/run",), "gs:// is not supported"),
     ):
         status, error = call(*arguments)
-        assert status == 2 and message in error, (status, error)
+        assert status == 2 and message in error and error.count("\n") == 1, (status, error)
+
+
+def test_a_run_that_can_only_be_read_needs_a_page_elsewhere(make_run, call, tmp_path, monkeypatch):
+    run, real = make_run(tmp_path / "a"), os.open
+
+    def read_only(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT and str(path).startswith(str(run)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", read_only)
+    status, error = call(f"--workdir={run}")
+    assert status == 2
+    assert error == (
+        f"error: {run / 'report.html'} cannot be written: Read-only file system. --output=FILE writes the page "
+        "elsewhere.\n"
+    )
+    assert call(f"--workdir={run}", f"--output={tmp_path / 'page.html'}") == (0, "")
+    assert (tmp_path / "page.html").is_file() and sorted(p.name for p in run.iterdir()) == ["config.json"]

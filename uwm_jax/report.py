@@ -1,9 +1,10 @@
 """`report.html`: what a run did, in one offline file for someone who has never heard of it.
 
-    python -m uwm_jax.report DIR                         writes DIR/report.html again
-    python -m uwm_jax.report DIR DIR... [--output=FILE]  writes a comparison of the runs, comparison.html by default
+    python -m uwm_jax.report --workdir=DIR [--output=FILE]  writes DIR/report.html again
+    python -m uwm_jax.report DIR DIR... [--output=FILE]     writes a comparison of the runs, comparison.html by default
 
-Everything comes from the files of the workdirs, so that `evaluate` and `rollout` write the report again too.
+`report DIR` is the same as `report --workdir=DIR`. Everything comes from the files of the workdirs, so that `evaluate`
+and `rollout` write the report again too. `--output` writes it elsewhere, also for runs that can only be read.
 """
 
 from __future__ import annotations
@@ -22,17 +23,24 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "the run's directory; several runs are given without a flag")
     flags.DEFINE_string("output", None, "the page to write; DIR/report.html, or comparison.html for several runs")
 
 
 def main(argv: list[str]) -> None:
-    if not argv:
-        raise UserError("expected the directory of a run, or of several to compare; found none.")
-    runs, output = [local_path(a, "DIR") for a in argv], cli.optional_path("output")
-    if len(runs) == 1:
-        print(f"wrote {write(runs[0], output)}")
-    else:
-        print(f"wrote {compare(runs, output or Path('comparison.html'))}")
+    workdir = cli.optional_path("workdir")
+    if workdir and argv:
+        raise UserError(f"--workdir={FLAGS.workdir}: found {argv[0]!r} too. To compare, give all without the flag.")
+    runs = [workdir] if workdir else [local_path(a, "DIR") for a in argv]
+    if not runs:
+        raise UserError("--workdir is required, or the directories of several runs to compare; found none.")
+    output = cli.optional_path("output") or (Path("comparison.html") if runs[1:] else runs[0] / "report.html")
+    try:
+        print(f"wrote {compare(runs, output) if runs[1:] else write(runs[0], output)}")
+    except OSError as e:
+        if e.filename is None or Path(e.filename) not in (output, *output.parents):
+            raise
+        raise UserError(f"{output} cannot be written: {e.strerror}. --output=FILE writes the page elsewhere.") from e
 
 
 if __name__ == "__main__":

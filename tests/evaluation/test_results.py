@@ -12,6 +12,7 @@ from uwm_jax.config import base, to_json
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.results import Interval, Run, _curve, differing_fields, number, verdict, words
 from uwm_jax.reporting.curves import Panel, curves_svg
+from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import cell
 
 
@@ -56,10 +57,10 @@ def test_what_has_too_few_episodes_is_read_without_an_interval():
     none = {"mean": 0.5, "lo": None, "hi": None, "n": 90, "episodes": 5}
     assert Interval.of(none) == Interval(0.5, 0.5, 0.5, 90, 5)
     assert Interval.of({**none, "lo": -2.5, "hi": 3.2}) == Interval(0.5, 0.5, 0.5, 90, 5)  # older versions had one
-    assert ">0.500<br><small>too few (5)<" in cell(Interval.of(none))
+    assert ">0.500<br><small>too few (5)<" in cell(Interval.of(none), Format(3))
     curve = _curve({3: {"x": Interval.of(none)}}, "x", "label", "red", "-")
     assert (curve.values, curve.low, curve.high) == ([0.5], [0.5], [0.5])
-    assert "<svg" in curves_svg([Panel("title", [curve])])
+    assert "<svg" in curves_svg(Panel("title", [curve]))
 
 
 def test_an_empty_run_and_its_newest_results(tmp_path):

@@ -81,7 +81,7 @@ class Page(HTMLParser):
 
     Attributes:
         tags: (name, attributes) of every element.
-        rows: the text of every cell, {text of the first cell of a row: those of the others}, of rows alike the first.
+        rows: the text of every cell, {first line of a row's first cell: its other cells}, the first of equal ones.
         text: all of it, without tags and style.
     """
 
@@ -117,7 +117,7 @@ class Page(HTMLParser):
             return
         assert self._open and self._open.pop() == tag, (tag, self.getpos())
         if tag == "tr" and self._cells:
-            self.rows.setdefault(self._cells[0], self._cells[1:])
+            self.rows.setdefault(self._cells[0].split("\n")[0], self._cells[1:])
 
     def handle_data(self, data):
         if "style" in self._open:

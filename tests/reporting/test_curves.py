@@ -12,7 +12,7 @@ from uwm_jax.reporting.page import curves as curves_html
 
 def test_curves_take_the_page_colour_and_reach_nothing_outside():
     losses = Panel("losses", [Curve("training & more", [1, 2, 3], [1.0, 0.5, 0.1])], logarithmic=True)
-    ends = ([0.5, None], [1.5, None])  # the second has too few episodes for an interval
+    ends = ([0.5, 1.5], [1.5, 2.5])
     gap = Panel("gap", [Curve("b", [1, 2], [1, 2], *ends, color="#123456", style="--")], zero=True)
     for panel in (losses, gap):
         svg = curves_svg(panel)

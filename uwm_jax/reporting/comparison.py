@@ -16,7 +16,7 @@ from uwm_jax.reporting import names
 from uwm_jax.reporting.curves import Curve, Panel
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.numbers import Format
-from uwm_jax.reporting.page import NOTHING, Section, cell, curves, fields, head, page, table, two_lines
+from uwm_jax.reporting.page import NOTHING, Section, cell, curves, fields, head, number_head, page, table
 from uwm_jax.reporting.provenance import facts
 
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#a0418f", "#e69f00", "#56b4e9", "#777777")
@@ -119,7 +119,7 @@ def _metrics(runs: Sequence[Run]) -> list[Section]:
     if not found:
         say = "<p>None of the runs was evaluated: <code>python -m uwm_jax.evaluate --workdir=DIR</code>.</p>"
         return [Section("metrics", "Metrics", fill(say))]
-    heads = ["metric", *(two_lines(run.name, _steps(run)) for run in runs)]
+    heads = ["metric", *(number_head(run.name, _steps(run)) for run in runs)]
 
     def rows(chosen: Sequence[str]) -> Html:
         return table(heads, [_row(name, [metrics.get(name) for metrics in by_run]) for name in chosen], "metrics")
@@ -146,7 +146,7 @@ def _row(name: str, found: Sequence[Interval | None]) -> list[Html]:
     """Cells of a metric of all runs, in one format."""
     best = _best(found, _more_is_better(name)) if name.startswith(MARKED) else None
     form = Format.of(m and m.mean for m in found)
-    return [head(two_lines(*names.of(name))), *(cell(m, form, "best" if m and m is best else "") for m in found)]
+    return [head(*names.of(name)), *(cell(m, form, "best" if m and m is best else "") for m in found)]
 
 
 def _more_is_better(name: str) -> bool:

@@ -19,13 +19,13 @@ _PAGE_COLORS: dict[Any, Any] = {f"{part}.color": _PAGE for part in ("xtick", "yt
 
 
 class Curve(NamedTuple):
-    """A line over steps; with `low` and `high` an interval around every point, None where a point has none."""
+    """A line over steps; with `low` and `high` an interval around every point."""
 
     label: str
     steps: Sequence[float]
     values: Sequence[float]
-    low: Sequence[float | None] | None = None
-    high: Sequence[float | None] | None = None
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
     color: str = "#777777"
     style: str = "-"
 
@@ -46,10 +46,7 @@ def curves_svg(panel: Panel) -> str:
             marker = "" if len(curve.steps) > 20 else "o"
             axis.plot(curve.steps, curve.values, curve.style + marker, color=curve.color, markersize=4)
             if curve.low is not None and curve.high is not None:
-                ends = [e for e in zip(curve.steps, curve.low, curve.high, strict=True) if None not in e]
-                axis.vlines(
-                    *(zip(*ends, strict=True) if ends else ((), (), ())), color=curve.color, linewidth=2, alpha=0.6
-                )
+                axis.vlines(curve.steps, curve.low, curve.high, color=curve.color, linewidth=2, alpha=0.6)
         if panel.logarithmic:
             axis.set_yscale("log")
         if panel.zero:

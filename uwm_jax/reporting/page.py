@@ -65,8 +65,13 @@ def table(heads: Sequence[Any], rows: Iterable[Any], label: str) -> Html:
     body = [fill("<tr>{}</tr>\n", [_cell(cell) for cell in row]) for row in rows]
     if not body:
         return NOTHING
-    head = fill("<thead><tr>{}</tr></thead>", [fill('<th scope="col">{}</th>', h) for h in heads]) if heads else NOTHING
+    head = fill("<thead><tr>{}</tr></thead>", map(_head, heads)) if heads else NOTHING
     return scroll(fill("<table>{}<tbody>\n{}</tbody></table>", head, body), label)
+
+
+def _head(content: Any) -> Html:
+    is_head = isinstance(content, Html) and content.startswith("<th")
+    return content if is_head else fill('<th scope="col">{}</th>', content)
 
 
 def _cell(content: Any) -> Html:
@@ -74,12 +79,17 @@ def _cell(content: Any) -> Html:
     return content if is_cell else fill("<td>{}</td>", content)
 
 
-def head(name: Any) -> Html:
-    """A `<th>` of a row."""
-    return fill('<th scope="row">{}</th>', name)
+def head(name: Any, about: Any = "") -> Html:
+    """A `<th>` of a row, with a smaller line below it."""
+    return fill('<th scope="row">{}</th>', two_lines(name, about))
 
 
-def two_lines(first: str, second: str) -> Html:
+def number_head(name: str, about: str = "") -> Html:
+    """A `<th>` of a column of numbers."""
+    return fill('<th scope="col" class="number">{}</th>', two_lines(name, about))
+
+
+def two_lines(first: Any, second: Any) -> Html:
     """Text and a smaller line below it."""
     return fill("{}<br><small>{}</small>", first, second) if second else fill("{}", first)
 
@@ -104,11 +114,11 @@ def formats(rows: Sequence[Sequence[Interval | None]]) -> list[Format]:
 def fields(columns: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> Html:
     """A table of config fields: {heading of a column: {field: value}}, a row for each of `names`; a field that a column
     does not have is "-"."""
-    found = list(columns.values())
-    rows = [
-        [head(name), *(fill("<td><code>{}</code></td>", _json(v[name])) if name in v else "-" for v in found)]
-        for name in names
-    ]
+
+    def value(of: Mapping[str, Any], name: str) -> Any:
+        return fill('<td class="value"><code>{}</code></td>', _json(of[name])) if name in of else "-"
+
+    rows = [[head(fill("<code>{}</code>", name)), *(value(of, name) for of in columns.values())] for name in names]
     return table(["field", *columns], rows, "config fields")
 
 
@@ -160,15 +170,20 @@ def _tiles(picture: Image.Image, labels: Labels) -> Html:
             buffer = io.BytesIO()
             picture.crop((left, top, right, bottom)).convert("RGB").save(buffer, "png", optimize=True)
             size = [round(x / labels.scale) for x in (right - left, bottom - top)]
+            below = fill('<small style="width:{}px">{}</small>', size[0], caption) if caption else NOTHING
             alt = ": ".join(text for text in (column, row, caption) if text)
             cells.append(
                 fill(
-                    '<td><img alt="{}" width="{}" height="{}" src="{}"><br><small>{}</small></td>',
-                    alt, *size, _inline(buffer.getvalue(), ".png"), caption,
+                    '<td><img alt="{}" width="{}" height="{}" src="{}">{}</td>',
+                    alt, *size, _inline(buffer.getvalue(), ".png"), below,
                 )
             )  # fmt: skip
         body.append(fill("<tr>{}{}</tr>\n", head(row), cells))
-    heads = [fill('<th scope="col">{}</th>', two_lines(title, below)) for title, below in labels.columns]
+    wide = round(width / labels.scale)
+    heads = [
+        fill('<th scope="col"><div style="width:{}px">{}</div></th>', wide, two_lines(title, below))
+        for title, below in labels.columns
+    ]
     return fill('<table class="tiles"><thead><tr><td></td>{}</tr></thead><tbody>\n{}</tbody></table>', heads, body)
 
 
@@ -266,12 +281,16 @@ figure { margin: 1rem 0 2rem; } figcaption, small, .missing { color: var(--soft)
 table { border-collapse: collapse; }
 td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { vertical-align: bottom; } td code { white-space: pre-wrap; overflow-wrap: anywhere; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; } thead .number { min-width: 6rem; }
 td.number, .yes, .no, .open { white-space: nowrap; }
+tbody th { min-width: 9rem; max-width: 22rem; font-weight: normal; } th b { white-space: nowrap; }
+th small, thead small { font-weight: normal; } td:not([class]) { min-width: 6rem; }
 .yes, .best { color: var(--good); font-weight: bold; } .no { color: var(--bad); font-weight: bold; }
+.value { min-width: 8rem; max-width: 30rem; }
 .tiles td, .tiles th { border: 0; padding: .1rem; } .tiles thead th { font-weight: normal; padding-right: .5rem; }
-.tiles tbody th { font-weight: normal; min-width: 6rem; max-width: 9rem; vertical-align: middle; }
-.tiles img, .moving img { display: block; max-width: none; } .tiles td br { display: none; }
+.tiles td:not([class]) { min-width: 0; }
+.tiles tbody th { min-width: 6rem; max-width: 9rem; vertical-align: middle; }
+.tiles img, .moving img { display: block; max-width: none; } 
 .tiles td small { display: block; text-align: center; line-height: 1.2; }
 .moving { display: grid; width: max-content; gap: 0 .5rem; } .moving div { display: grid; }
 .heads span { padding: 0 .5rem .25rem 0; } .sides span { align-self: center; overflow-wrap: anywhere; }
@@ -286,7 +305,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var
 .bar i { display: block; height: 1rem; background: #0072b2; margin-top: .25rem; }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; } h1 { font-size: 1.6rem; } .lead { font-size: 1rem; }
-  td, th { padding: .3rem .5rem; } dl.facts { grid-template-columns: 1fr; gap: 0; }
+  td, th { padding: .3rem .5rem; } tbody th { max-width: 13rem; } dl.facts { grid-template-columns: 1fr; gap: 0; }
   dl.facts dd { margin-bottom: .4rem; }
   .bar { width: 8rem; }
 }

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from uwm_jax.config import base, flatten
 from uwm_jax.evaluation.results import Run
 from uwm_jax.reporting.markup import Html, fill
-from uwm_jax.reporting.page import NOTHING, fields, head, table
+from uwm_jax.reporting.page import NOTHING, fields, head, number_head, table
 from uwm_jax.training.goodput import CATEGORIES, duration
 from uwm_jax.training.record import code_version
 
@@ -100,7 +100,8 @@ def timing(run: Run) -> Html:
         ]
         for name, s in sorted(seconds.items(), key=lambda item: -item[1])
     ]
-    return fill("<p>{}.</p>{}", "; ".join(parts), table(["what", unit, "share", ""], rows, "time"))
+    heads = ["what", number_head(unit), number_head("share"), ""]
+    return fill("<p>{}.</p>{}", "; ".join(parts), table(heads, rows, "time"))
 
 
 def what_was_run(run: Run) -> Html:

@@ -30,9 +30,9 @@ from uwm_jax.reporting.page import (
     formats,
     head,
     interval,
+    number_head,
     page,
     table,
-    two_lines,
 )
 from uwm_jax.reporting.pictures import COLORS, formula
 from uwm_jax.reporting.provenance import facts, timing, what_was_run
@@ -74,38 +74,57 @@ noise it does without, so the same weights <b>act</b> (policy), <b>predict</b> (
 
 
 class Claim(NamedTuple):
-    """A question, and the metric whose interval answers it: positive is yes."""
+    """A question, and the metric whose interval answers it: positive is yes. Those of one group are in one unit."""
 
+    group: str
     question: str
     metric: str
 
 
+ACTIONS, FRAMES, SIMULATED = "Actions", "Frames", "In the simulator"
+
+
 CLAIMS = (
-    Claim("Does it act? The policy mode against the mean action", "paired/policy_vs_mean_action/action_mse"),
-    Claim("… against the last action, repeated", "paired/policy_vs_last_action/action_mse"),
-    Claim("Does it explain? The inverse mode against the mean action", "paired/inverse_vs_mean_action/action_mse"),
-    Claim("… against a straight line to the true last action", "paired/inverse_vs_linear_interpolation/action_mse"),
-    Claim("… against the policy mode, which does not see the later frame", "paired/inverse_vs_policy/action_mse"),
+    Claim(ACTIONS, "Does it act? The policy mode against the mean action", "paired/policy_vs_mean_action/action_mse"),
+    Claim(ACTIONS, "… against the last action, repeated", "paired/policy_vs_last_action/action_mse"),
     Claim(
+        ACTIONS,
+        "Does it explain? The inverse mode against the mean action",
+        "paired/inverse_vs_mean_action/action_mse",
+    ),
+    Claim(
+        ACTIONS,
+        "… against the policy mode, which does not see the later frame",
+        "paired/inverse_vs_policy/action_mse",
+    ),
+    Claim(
+        ACTIONS,
+        "… against a straight line to the true last action",
+        "paired/inverse_vs_linear_interpolation/action_mse",
+    ),
+    Claim(
+        FRAMES,
         "Does it predict what actions do? One evaluation with the true actions against another window's",
         "control/shuffle_gap",
     ),
-    Claim("… whole samples, all pixels", "paired/forward_vs_shuffled/pixel_mse"),
-    Claim("… whole samples, pixels that changed", "paired/forward_vs_shuffled/changed_mse"),
+    Claim(FRAMES, "… whole samples, all pixels", "paired/forward_vs_shuffled/pixel_mse"),
+    Claim(FRAMES, "… whole samples, pixels that changed", "paired/forward_vs_shuffled/changed_mse"),
     Claim(
+        FRAMES,
         "Do known actions help to predict? Forward against video, pixels that changed",
         "paired/forward_vs_video/changed_mse",
     ),
     Claim(
+        FRAMES,
         "Are the forward mode's frames better than the current frame, copied?",
         "paired/forward_vs_copied_frame/pixel_mse",
     ),
-    Claim("Are they better than the mean image?", "paired/forward_vs_mean_image/pixel_mse"),
-    Claim("… on pixels that changed", "paired/forward_vs_mean_image/changed_mse"),
+    Claim(FRAMES, "Are they better than the mean image?", "paired/forward_vs_mean_image/pixel_mse"),
+    Claim(FRAMES, "… on pixels that changed", "paired/forward_vs_mean_image/changed_mse"),
 )
 CLOSED_LOOP_CLAIMS = (
-    Claim("In the simulator: does it do better than random targets?", "random_uniform"),
-    Claim(f"… than random targets that are held for {HOLD} steps?", "random_held"),
+    Claim(SIMULATED, "Does it do better than random targets?", "random_uniform"),
+    Claim(SIMULATED, f"… than random targets that are held for {HOLD} steps?", "random_held"),
 )
 COLUMNS = ("action_mse", "pixel_mse", "changed_mse", "psnr", "latent_mse")
 
@@ -156,34 +175,39 @@ def _window(config: ConfigDict) -> Html:
 
 
 def _answers(run: Run) -> Html:
-    """Questions that the intervals answer, in words."""
-    found: list[tuple[str, str, Interval]] = []
-    for question, name in CLAIMS:
+    """Questions that the intervals answer, in words; a table for each unit."""
+    found: dict[str, list[tuple[str, str, Interval]]] = {}
+    for group, question, name in CLAIMS:
         if (m := run.metrics.get(name)) is not None:
-            found.append((question, name, m))
-    for question, other in CLOSED_LOOP_CLAIMS:
+            found.setdefault(group, []).append((question, name, m))
+    for group, question, other in CLOSED_LOOP_CLAIMS:
         if (m := run.rollout.get(name := f"paired/policy_vs_{other}/{run.score}")) is not None:
             step = "" if run.rollout_step == run.eval_step else f", step {run.rollout_step}"
-            found.append((f"{question} ({m.n} episodes{step})", name, m))
-    form = Format.of(m.mean for *_, m in found)
-    rows = [
-        [
-            question,
-            _answer(name, m),
-            fill('<td class="number">{}</td>', form(m.mean)),
-            fill('<td class="number">{}</td>', interval(m, form)),
-        ]
-        for question, name, m in found
-    ]
-    if not rows:
+            found.setdefault(group, []).append((f"{question} ({m.n} episodes{step})", name, m))
+    if not found:
         return NOTHING
     return fill(
         "<p>An answer is <i>yes</i> only where the whole 95 % interval is above zero, <i>no</i> where it is below, and "
         "<i>undecided</i> where zero is inside. The numbers are differences of errors (in the simulator: of scores), "
         "so counted that positive is better for the one that is named first, and paired: both did the same windows or "
         "episodes.</p>{}",
-        table(["question", "answer", "difference", "95 % interval"], rows, "what the numbers say"),
+        [_answers_table(group, claims) for group, claims in found.items()],
     )
+
+
+def _answers_table(group: str, claims: Sequence[tuple[str, str, Interval]]) -> Html:
+    form = Format.of(m.mean for *_, m in claims)
+    rows = [
+        [
+            head(question),
+            _answer(name, m),
+            fill('<td class="number">{}</td>', form(m.mean)),
+            fill('<td class="number">{}</td>', interval(m, form)),
+        ]
+        for question, name, m in claims
+    ]
+    heads = [group, "answer", number_head("difference"), number_head("95 % interval")]
+    return fill('<div class="answers">{}</div>', table(heads, rows, f"what the numbers say: {group}"))
 
 
 def _answer(name: str, m: Interval) -> Html:
@@ -227,8 +251,8 @@ def metrics_table(metrics: Mapping[str, Interval]) -> Html:
     rows = [row for row in rows if any(row[2])]
     form = formats([found for *_, found in rows])
     return table(
-        ["", "", *(two_lines(*names.of_metric(name)) for name in columns)],
-        [[head(label), about, *map(cell, found, form)] for label, about, found in rows],
+        ["", *(number_head(*names.of_metric(name)) for name in columns)],
+        [[head(fill("<b>{}</b>", label), about), *map(cell, found, form)] for label, about, found in rows],
         "every mode beside baselines",
     )
 
@@ -272,8 +296,8 @@ def _closed_loop(run: Run) -> Html:
         "{}<p><small>Step {}; {}{} episodes that start from the same seeds for all; 95 % intervals over "
         "episodes.</small></p>{}",
         table(
-            ["", "", *(two_lines(*names.of_metric(name)) for name in columns)],
-            [[head(actor), about, *map(cell, found, form)] for actor, about, found in rows],
+            ["", *(number_head(*names.of_metric(name)) for name in columns)],
+            [[head(fill("<b>{}</b>", actor), about), *map(cell, found, form)] for actor, about, found in rows],
             "closed loop",
         ),
         run.rollout_step,
@@ -294,15 +318,15 @@ def _few_steps(run: Run) -> Html:
     time, form = Format.of(milliseconds), formats(found)
     rows = [
         [
-            head(row["sampler"]),
+            head(fill("<b>{}</b>", row["sampler"])),
             *(fill('<td class="number">{}</td>', row.get(n)) for n in ("steps", "first_timestep", "hidden_timestep")),
             fill('<td class="number">{}</td>', time(ms)),
             *map(cell, metrics, form),
         ]
         for row, ms, metrics in zip(run.few_steps, milliseconds, found, strict=True)
     ]
-    heads = ["sampler", "evaluations", "first timestep", "hidden at", two_lines("time of a sample", "ms")]
-    heads += [two_lines(*names.of(n)) for n in wanted]
+    heads = ["sampler", *map(number_head, ("evaluations", "first timestep", "hidden at"))]
+    heads += [number_head("time of a sample", "ms"), *(number_head(*names.of(n)) for n in wanted)]
     return fill(
         "{}<p>Fewer evaluations of the network make a sample quicker. What does it cost? Leading timesteps end at 0, "
         "and so begin well below the noisiest when they are few; trailing ones begin at the noisiest. What a mode "
