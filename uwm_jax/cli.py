@@ -1,7 +1,8 @@
 """Flags and errors, wrapped once for every command.
 
 Exit status: 0 success; 2 for an unusable flag, config, file or shape, with one message and no
-traceback (unless `--debug`); 143 for a run that was told to end and saved itself; 1 for anything else.
+traceback (unless `--debug`); 143 (SIGTERM), 130 (Ctrl-C) or 129 (SIGHUP) for a run that was told to
+end and saved itself; 1 for anything else.
 
 Flags are absl's, which by itself exits with 1 on a bad flag. Config fields (`--config.model.depth=6`)
 are taken out of the command line first and applied by `config.apply_overrides`, so that they work
@@ -21,13 +22,14 @@ from pathlib import Path
 
 from absl import flags
 
+from uwm_jax.ending import drop_output, exit_process
 from uwm_jax.errors import Preempted, RunError, UserError
 from uwm_jax.files import local_path
 
 FLAGS = flags.FLAGS
 
 USAGE_STATUS = 2
-PREEMPTED_STATUS = 143
+INTERRUPTED_STATUS = 130
 
 # What the paths that a user gives can lead to; other OSErrors (a full disk) are no fault of the command line.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -97,7 +99,7 @@ Main = Callable[[list[str]], None]
 def run(main: Main, define_flags: Callable[[], None] | None = None) -> None:
     """Parses the flags, calls `main` with the positional arguments and exits the process."""
     _keep_freed_memory()
-    sys.exit(call(main, sys.argv, define_flags))
+    exit_process(call(main, sys.argv, define_flags))
 
 
 def _keep_freed_memory() -> None:
@@ -146,35 +148,40 @@ def _call(main: Main, argv: Sequence[str]) -> int:
         _command[:] = ["python", *started, *argv[1:]]
         main(_parse(argv))
     except Preempted as e:
-        print(e, file=sys.stderr)
-        return PREEMPTED_STATUS
+        _tell(str(e))
+        return e.status
     except (UserError, RunError) as e:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {e}", file=sys.stderr)
+        _tell(f"error: {e}", with_traceback=debug)
         return USAGE_STATUS if isinstance(e, UserError) else 1
     except _PATH_ERRORS as e:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {e.filename}: {e.strerror}. Check the paths of the flags.", file=sys.stderr)
+        _tell(f"error: {e.filename}: {e.strerror}. Check the paths of the flags.", with_traceback=debug)
         return USAGE_STATUS
+    except BrokenPipeError as e:
+        drop_output(sys.stdout)
+        _tell(f"error: the reader of the output is gone ({e.strerror}).", with_traceback=debug)
+        return 1
     except OSError as e:
-        if debug or e.errno not in _DISK_ERRORS:
-            traceback.print_exc()
-        if e.errno in _DISK_ERRORS:
-            where = e.filename or "the output"
-            print(
-                f"error: {where} cannot be written: {e.strerror}. Free some space and run the same command again.",
-                file=sys.stderr,
-            )
+        is_full = e.errno in _DISK_ERRORS
+        where = e.filename or "the output"
+        full = f"error: {where} cannot be written: {e.strerror}. Free some space and run the same command again."
+        _tell(full if is_full else "", with_traceback=debug or not is_full)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 1
+        _tell("interrupted")
+        return INTERRUPTED_STATUS
     except Exception:
-        traceback.print_exc()
+        _tell("", with_traceback=True)
         return 1
     return 0
+
+
+def _tell(message: str, with_traceback: bool = False) -> None:
+    """Prints to stderr, after the traceback of the exception that is being handled; nothing where stderr is gone."""
+    text = (traceback.format_exc() if with_traceback else "") + (message and f"{message}\n")
+    try:
+        print(text, end="", file=sys.stderr, flush=True)
+    except OSError:
+        drop_output(sys.stderr)
 
 
 def _module_name(main: Main) -> str:

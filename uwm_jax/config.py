@@ -50,7 +50,7 @@ def base() -> ConfigDict:
     c.batch_size = 36  # global, over all devices and processes
     c.accumulation_steps = 1  # parts that a batch is computed in, one after the other, to save memory
     c.log_every = 50
-    c.hang_seconds = 900.0  # a step that takes longer prints the stacks of all threads; 0 = no watchdog
+    c.hang_seconds = 900.0  # longer steps print all threads' stacks, a longer wait for data ends the run; 0 = off
     c.compilation_cache_dir = ""  # keeps compiled programs for the next start; "" = no cache
     c.init_from = ""  # DIR[@step]: finetuning starts from the parameters and normaliser of this workdir
     c.init_from_parameters = "auto"  # auto (average where the origin keeps one), average, raw
@@ -150,6 +150,7 @@ def base() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10_000
+    c.checkpoint.every_minutes = 30.0  # and after so much time since the last one; 0 = by steps alone
     c.checkpoint.keep = 3
 
     c.eval = ConfigDict()

@@ -20,7 +20,15 @@ class RunError(Exception):
 
 
 class Preempted(RunError):
-    """The process was told to end (SIGTERM) and did so in good order: exit status 143, nothing is lost."""
+    """The process was told to end by a signal and did so in good order: nothing is lost.
+
+    Args:
+      status: of the process, 128 and the signal's number: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP.
+    """
+
+    def __init__(self, message: str, status: int = 143):
+        super().__init__(message)
+        self.status = status
 
 
 def warn(message: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from ml_collections import ConfigDict
 
 from uwm_jax import cli
 from uwm_jax import config as config_lib
+from uwm_jax.data.ahead import Ahead, prefetch_to_device
 from uwm_jax.data.fitted import read_pca
-from uwm_jax.data.loader import Loader, prefetch_to_device
-from uwm_jax.errors import Preempted, UserError
+from uwm_jax.data.loader import Loader
+from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.files import local_path
-from uwm_jax.parallel import distributed, sharding
+from uwm_jax.parallel import distributed, sharding, signals
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
-from uwm_jax.parallel.signals import Preemption
+from uwm_jax.parallel.turns import Left, Turns
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
@@ -77,6 +79,7 @@ def run(
     closing: contextlib.ExitStack,
 ) -> None:
     goodput = Goodput(config.total_steps, config.batch_size)
+    closing.callback(signals.restore)
     if config.compilation_cache_dir:
         compilation_cache.reset_cache()  # else whatever compiled before this run decides where it lies
         cache = local_path(config.compilation_cache_dir, "config.compilation_cache_dir")
@@ -188,7 +191,7 @@ def run(
     assets = checkpoint_lib.make_assets(config, facts, dataset=loader.manifest())
     window, mfu = Window(), Mfu(system, list(mesh.devices.flat))
     log = MetricsLog(workdir, start_step, writes=distributed.is_main())
-    batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch)
+    batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch, loader.waits_for)
     progress = stored.assets.get("progress", {}) if stored else {}
     if progress:
         window.restore(progress["window"])
@@ -201,38 +204,46 @@ def run(
             arrays = frozen_lib.checkpointed_arrays(config, frozen)
             progress = {"window": window.state(), "goodput": goodput.state(step)}
             checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
+            turns.saved()
+            if log.behind:  # lines that are nowhere, for steps that no continued run makes again
+                checkpoints.wait()
+                log.check()
 
     def evaluate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
-        """Means over held-out windows, and pictures; neither where SIGTERM comes before the end."""
+        """Means over held-out windows, and pictures; neither where the run is to end before."""
 
-        def between_batches() -> None:
-            watchdog.beat(step)
-            if preemption.requested():
-                raise Preempted
+        def each(items: Iterator[Any]) -> Iterator[Any]:
+            for item in turns.each(items, lambda items: Ahead(items, 1, loader.waits_for)):
+                watchdog.beat(step)
+                yield item
 
-        with goodput.spend("evaluation"):
+        can_be_cut = signals.may_be_cut(Left()) if jax.process_count() == 1 else contextlib.nullcontext()
+        with goodput.spend("evaluation"), can_be_cut:
             try:
-                return held_out.evaluate(workdir, step, state, frozen, between_batches)
-            except Preempted:
+                return held_out.evaluate(workdir, step, state, frozen, each)
+            except Left:
                 again = f"python -m uwm_jax.evaluate --workdir={workdir} --step={step}"
-                say(f"told to end (SIGTERM): the evaluation of step {step} is left out; {again} makes up for it.")
+                say(f"the run is to end: the evaluation of step {step} is left out; {again} makes up for it.")
                 return {}, {}
 
     for resource in (batches, log, trace):
         closing.callback(resource.close)
-    preemption, watchdog = closing.enter_context(Preemption()), closing.enter_context(Watchdog(config.hang_seconds))
+    signals.take()
+    turns = closing.enter_context(Turns(config.hang_seconds, config.checkpoint.every_minutes))
+    watchdog = closing.enter_context(Watchdog(config.hang_seconds))
     # On CPUs a collective fails when another process comes to it half a minute later.
     distributed.barrier("all are ready for the first step", seconds=3600)
     saved_step = start_step
     for step in range(start_step + 1, config.total_steps + 1):
-        try:
-            with goodput.spend("data_wait"):
-                batch = next(batches)
-        except UserError:  # a damaged record; other processes wait in the step by now and cannot save
-            if step - 1 > saved_step and jax.process_count() == 1:
-                save(step - 1)
-                checkpoints.wait()
-            raise
+        with goodput.spend("data_wait"):
+            turn = turns.next(batches)  # the same on all processes, which hold the state after `step - 1`
+        if (turn.save or turn.end) and step - 1 > saved_step:
+            saved_step = step - 1
+            save(saved_step)
+        if turn.end:
+            checkpoints.wait()
+            raise turn.end(step - 1)
+        batch = next(batches)
         with trace.step(step, state.step):
             state, metrics = train_step(state, frozen, batch)
         window.add(step, metrics)
@@ -253,13 +264,9 @@ def run(
             del rates["eta_seconds"]
             with goodput.spend("other"):
                 log.write(step, {**means, **rates, **evaluated}, pictures)
-        stop = preemption.requested()
-        if due or stop:
+        if due:
             saved_step = step
             save(step)
-        if stop:
-            checkpoints.wait()
-            raise Preempted(f"told to end (SIGTERM): step {step} is saved; the same command continues from it.")
     with goodput.spend("checkpoint"):
         checkpoints.wait()
     say(goodput.summary())

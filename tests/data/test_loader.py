@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ml_collections import ConfigDict
 from data_prep.reshard import reshard
 from uwm_jax import config as config_lib
 from uwm_jax.config import base
-from uwm_jax.data.loader import Loader, Trace, prefetch_to_device, strangers
+from uwm_jax.data.ahead import prefetch_to_device
+from uwm_jax.data.loader import Loader, Trace, strangers
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.sources import Source
@@ -571,19 +573,32 @@ def test_prefetch_puts_the_same_batches_on_the_device(config: ConfigDict) -> Non
         next(batches)
 
 
-def test_prefetch_hands_on_errors_and_the_end() -> None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def test_a_read_that_hangs_is_named_and_left_behind(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, hangs, began = _loader(config), threading.Event(), threading.Event()
+    assert loader.waits_for() == "the threads that read"
+    monkeypatch.setattr("uwm_jax.data.loader.CLOSE_SECONDS", 0.1)
+    left: list[str] = []
+    monkeypatch.setattr("uwm_jax.data.loader.leave_behind", left.append)
+    record = Dataset.record
 
-    def failing():
-        yield {"x": np.zeros(2)}
-        raise UserError("shard 3 is damaged")
+    def hanging(*args: Any) -> bytes:
+        began.set()
+        hangs.wait()
+        return record(*args)
 
-    batches = prefetch_to_device(failing(), sharding, 4)
-    next(batches)
-    for _ in range(2):
-        with pytest.raises(UserError, match="shard 3 is damaged"):
-            next(batches)
-    assert len(list(prefetch_to_device(iter([{"x": np.zeros(2)}] * 3), sharding, 1))) == 3
+    monkeypatch.setattr(Dataset, "record", hanging)
+    thread = threading.Thread(target=lambda: loader.load(loader.spec.empty(1), 0, 0, 5), daemon=True)
+    thread.start()
+    try:
+        assert began.wait(10)
+        trace = loader.describe(5)
+        named = f"{trace.dataset}/{trace.shard}, record "
+        assert loader.waits_for().startswith(named) and f"(episode {trace.episode}, " in loader.waits_for()
+        loader.close()
+        assert left and left[0].startswith(named)
+    finally:
+        hangs.set()
+        thread.join()
 
 
 def test_a_damaged_record_reaches_the_caller_as_a_user_error(made, config: ConfigDict, tmp_path: Path) -> None:
@@ -610,7 +625,8 @@ import sys
 sys.modules["tensorflow"] = sys.modules["torch"] = None
 import jax
 from uwm_jax.config import base
-from uwm_jax.data.loader import Loader, prefetch_to_device
+from uwm_jax.data.ahead import prefetch_to_device
+from uwm_jax.data.loader import Loader
 c = base().data
 c.path, c.cameras, c.num_threads = {str(made[0])!r}, ("wrist", "exterior"), 2
 loader = Loader(c, batch_size=4, seed=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -14,7 +13,6 @@ from uwm_jax.errors import UserError
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel.company import place
 from uwm_jax.parallel.launch import find_launch
-from uwm_jax.parallel.signals import Preemption
 
 NO_FLAGS = {"coordinator_address": None, "num_processes": None, "process_id": None}
 SLURM = {
@@ -107,27 +105,17 @@ def test_alone_everything_is_trivial(capsys):
         raise KeyError("passes through")
 
 
-def test_sigterm_is_a_request_and_not_the_end():
-    before = signal.getsignal(signal.SIGTERM)
-    with Preemption() as preemption:
-        assert not preemption.requested()
-        signal.raise_signal(signal.SIGTERM)
-        assert preemption.requested()
-        signal.raise_signal(signal.SIGTERM)  # while it saves
-        assert preemption.requested()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a third one ends a process that hangs"
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
 # A command like the train command, whose "training" is what --scenario says.
 PROGRAM = """
 import os, signal, sys, time
 from absl import flags
 from uwm_jax import cli
 from uwm_jax.errors import Preempted, UserError
+from uwm_jax.data.ahead import Ahead
 from uwm_jax.parallel import distributed as d
+from uwm_jax.parallel import signals
 from uwm_jax.parallel.company import announce
-from uwm_jax.parallel.signals import Preemption
+from uwm_jax.parallel.turns import Left, Turns
 
 def define_flags():
     d.define_flags()
@@ -148,7 +136,9 @@ def main(argv):
             d.barrier("again")
         assert d.is_main() == first
         d.say("said by", flags.FLAGS.process_id)
-        with Preemption() as preemption:
+        signals.take()
+        data = Ahead(iter(int, 1))  # zeros, without an end
+        with Turns(0) as turns:
             for step in range(1, 1000):
                 time.sleep(0.02 if first else 0.03)
                 if step % 10 == 0:
@@ -167,12 +157,18 @@ def main(argv):
                     raise RuntimeError("gloo: connection closed") if first else UserError("this file is no good")
                 if scenario == "late" and first and step == 15:
                     d.barrier("a late one", seconds=1)
-                batches = 3 if step % 4 == 0 else 0  # an evaluation
-                told = [number for number in range(batches) if preemption.requested()]
-                if preemption.requested():
-                    print("told at", step, told, flush=True)
+                turn = turns.next(data)
+                if step % 4 == 0:  # an evaluation
+                    try:
+                        for number in turns.each(iter(range(3)), Ahead):
+                            time.sleep(0.001)
+                    except Left:
+                        turn = turns.next(data)
+                if turn.end:
+                    print("told at", step, flush=True)
                     os.kill(os.getpid(), signal.SIGTERM)  # once more, while it saves
-                    raise Preempted("saved")
+                    raise turn.end(step)
+                next(data)
         assert scenario == "plain"
 
 cli.run(main, define_flags)

@@ -6,13 +6,13 @@ lets grain's threads work ahead, and joins samples to batches. It keeps no state
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
-import jax
 import numpy as np
 
 from uwm_jax.data.mixture import MixtureOrder, continued
@@ -22,7 +22,10 @@ from uwm_jax.data.remarks import far_out, few_held_out
 from uwm_jax.data.samples import Batch, Clip, RowSpec
 from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, pooled_stats, renamed, row_spec
 from uwm_jax.data.windows import Windows
+from uwm_jax.ending import leave_behind
 from uwm_jax.errors import UserError
+
+CLOSE_SECONDS = 2.0  # for reads that are going on at the end
 
 
 class Trace(NamedTuple):
@@ -114,6 +117,7 @@ class Loader:
         self.start_step = start_step
         self.process_index, self.process_count = process_index, process_count
         self._check_processes()
+        self._reads = _Reads()
         self.sources = open_sources(config, seed)
         self._robots = [source for source in self.sources.values() if source.use_actions]
         self.directory = self._robots[0].dataset.directory
@@ -190,7 +194,17 @@ class Loader:
     def load(self, batch: Batch, at: int, row: int, position: int) -> None:
         """Writes the sample of a global position into place `at` of a batch, as row `row`."""
         name, place = self.order.locate(position)
-        self.sources[name].load(batch, at, row, place, self.normalizer, self.spec)
+        source = self.sources[name]
+        with self._reads.going_on(lambda: _where(source, source.clip(place))):
+            source.load(batch, at, row, place, self.normalizer, self.spec)
+
+    def reading(self, source: Source, clip: Clip) -> contextlib.AbstractContextManager[None]:
+        """Around the read of a window by others, so that `waits_for` knows of it."""
+        return self._reads.going_on(lambda: _where(source, clip))
+
+    def waits_for(self) -> str:
+        """Dataset, shard, record and episode of the read that has been going on for longest, for people."""
+        return self._reads.oldest()
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint after `step` steps must keep, JSON: no topology, only a position and what it counts."""
@@ -295,7 +309,10 @@ class Loader:
         return FixedWindows(self, sources, found)
 
     def close(self) -> None:
-        """Closes the datasets' files."""
+        """Closes the datasets' files, but for a read that hangs: its thread is left behind with them."""
+        if not self._reads.end(CLOSE_SECONDS):
+            leave_behind(self.waits_for())
+            return
         for source in self.sources.values():
             source.dataset.close()
 
@@ -304,6 +321,44 @@ def _under_our_names(state: Mapping[str, Any], ours: Iterable[str]) -> dict[str,
     names = list(ours)
     datasets = renamed(state.get("datasets") or {}, names)
     return {**state, "datasets": datasets, "weights": [[at, renamed(w, names)] for at, w in state["weights"]]}
+
+
+class _Reads:
+    """The reads that are going on, by thread."""
+
+    def __init__(self) -> None:
+        self._going_on: dict[int, tuple[float, Callable[[], str]]] = {}
+
+    @contextlib.contextmanager
+    def going_on(self, where: Callable[[], str]) -> Iterator[None]:
+        """Around a read; `where` tells what is read, for people."""
+        self._going_on[threading.get_ident()] = time.monotonic(), where
+        try:
+            yield
+        finally:
+            del self._going_on[threading.get_ident()]
+
+    def oldest(self) -> str:
+        reads = sorted(self._going_on.copy().values(), key=lambda read: read[0])
+        if not reads:
+            return "the threads that read"
+        began, where = reads[0]
+        return f"{where()}, which is being read for {time.monotonic() - began:.0f} s"
+
+    def end(self, seconds: float) -> bool:
+        """Waits for the reads to end; whether they did within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._going_on and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return not self._going_on
+
+
+def _where(source: Source, clip: Clip) -> str:
+    step = max(clip.origin, 0)
+    chunk = source.dataset.locate(clip.episode, step)
+    return (
+        f"{source.dataset.directory / chunk.shard}, record {chunk.record} (episode {clip.episode}, steps from {step})"
+    )
 
 
 class FixedWindows:
@@ -344,7 +399,8 @@ class FixedWindows:
         for at, r in enumerate(rows):
             number, *clip = self._windows[r]
             samples, window = self._sources[number].samples, Clip(*clip)
-            samples.load(batch, at, int(r), [window], 0, loader.normalizer, loader.spec)
+            with loader.reading(self._sources[number], window):
+                samples.load(batch, at, int(r), [window], 0, loader.normalizer, loader.spec)
             before = loader.spec.window.action[0] - 1
             batch["last_action"][at] = samples.action(window, (before,), loader.normalizer)[0]
             batch["has_last_action"][at] = window.origin + before >= 0
@@ -371,65 +427,3 @@ def strangers(episodes: np.ndarray) -> np.ndarray:
         others = candidates[episodes[candidates] != episodes[i]]
         found[i] = others[0] if len(others) else candidates[0]
     return found
-
-
-def prefetch_to_device(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int) -> DevicePrefetch:
-    """A loader's batches on the devices, `depth` of them ahead."""
-    return DevicePrefetch(batches, sharding, depth)
-
-
-class DevicePrefetch(Iterator[dict[str, jax.Array]]):
-    """Iterates over a loader's batches, already on the devices: a thread keeps `depth` batches ahead.
-
-    Every process gives its own rows of the global batch; `sharding` says how the batch axis lies on the devices.
-    An exception of the loader is raised where the batch would have come.
-    """
-
-    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int):
-        self._sharding = sharding
-        self._depth = max(depth, 1)
-        self._ready: collections.deque[Any] = collections.deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, args=(batches,), name="prefetch", daemon=True)
-        self._thread.start()
-
-    def __next__(self) -> dict[str, jax.Array]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._closed)
-            if not self._ready:
-                raise StopIteration
-            item = self._ready[0]
-            if isinstance(item, BaseException):
-                raise item  # stays first: it is the end of the iterator
-            self._ready.popleft()
-            self._changed.notify_all()
-        return item
-
-    def close(self) -> None:
-        """Stops the thread and lets go of the batches."""
-        with self._changed:
-            self._closed = True
-            self._ready.clear()
-            self._changed.notify_all()
-        self._thread.join()
-
-    def _work(self, batches: Iterator[Batch]) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
-                if self._closed:
-                    return
-            item: Any
-            try:
-                batch = next(batches)
-                item = {k: jax.make_array_from_process_local_data(self._sharding, x) for k, x in batch.items()}
-            except BaseException as e:  # noqa: BLE001 - handed to the consumer, StopIteration too
-                item = e
-            with self._changed:
-                if self._closed:
-                    return
-                self._ready.append(item)
-                self._changed.notify_all()
-            if isinstance(item, BaseException):
-                return

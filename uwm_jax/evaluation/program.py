@@ -30,6 +30,7 @@ from uwm_jax.system import System
 from uwm_jax.training.step import compile_for
 
 Arrays = dict[str, jax.Array]
+Each = Callable[[Iterator[Any]], Iterator[Any]]
 Windows = dict[str, np.ndarray]
 
 AT_A_TIME = 64  # windows in a batch, over all devices, or few more
@@ -122,13 +123,13 @@ class Evaluation:
         frozen: Any,
         *,
         progress: bool = False,
-        between_batches: Callable[[], None] = lambda: None,
+        each: Each = iter,
     ) -> tuple[Metrics, Windows]:
         """The metrics over all windows, and a few windows to be shown.
 
         Args:
           progress: whether to show a progress bar.
-          between_batches: called before each batch; what it raises ends the evaluation.
+          each: gives the batches of an iterator on, one by one; what it raises ends the evaluation.
 
         Returns:
           {metric: {mean, lo, hi, n, episodes}}, and numpy arrays of N windows for pictures: `episode` (N,), `action`,
@@ -143,11 +144,10 @@ class Evaluation:
         """
         total = len(self.held_out)
         if self._references is None:
-            self._references = self._make_references(between_batches)
+            self._references = self._make_references(each)
         scores, shown = [], []
         with tqdm(total=total, desc="sampling all modes", unit="window", disable=not progress) as bar:
-            for number, batch in enumerate(self.batches()):
-                between_batches()
+            for number, batch in enumerate(each(self.batches())):
                 found, rows = self._evaluate(params, frozen, batch, self._references, self._shown_of(number))
                 scores.append(jax.device_get(found))
                 if count := int(np.count_nonzero(self._shown // self._batch_size == number)):
@@ -205,12 +205,11 @@ class Evaluation:
     def _one_view(self, frozen: Any, latents: jax.Array) -> jax.Array:
         return make_decoder(self._system)(frozen, latents)[:, self._view, -1]
 
-    def _make_references(self, between_batches: Callable[[], None]) -> Arrays:
+    def _make_references(self, each: Each) -> Arrays:
         """What the baselines take from the training episodes: `mean_action` (Da,), `mean_image` (V, 1, h, w, 3)."""
         windows = self._loader.training_windows(MEAN_IMAGE_WINDOWS)
         total: Any = 0.0
-        for number, batch in enumerate(windows.batches(self._batch_size)):
-            between_batches()
+        for number, batch in enumerate(each(windows.batches(self._batch_size))):
             own = number * self._batch_size + np.arange(self._batch_size) < len(windows)  # the last batch starts over
             inputs = mesh_lib.place((batch, own.astype(np.float32)), self._by_rows)
             total = total + np.asarray(self._frame_sum(*inputs), np.float64)

@@ -86,6 +86,33 @@ class Company:
         if self.index == 0:
             self._client.key_value_delete(here)
 
+    def come(self, turn: int, report: Any) -> None:
+        """This process is at a turn, and says so once more whenever its report (JSON) changes."""
+        self._client.key_value_set(f"uwm/turn/{turn}/at/{self.index}", json.dumps(report), allow_overwrite=True)
+
+    def who_came(self, turn: int) -> list[Any]:
+        """The reports of those who are at a turn, by process."""
+        found = {key: text for key, text in self._client.key_value_dir_get(f"uwm/turn/{turn}/at/")}
+        return [json.loads(found[key]) for key in sorted(found, key=lambda key: int(key.rsplit("/", 1)[1]))]
+
+    def give(self, turn: int, verdict: Any) -> None:
+        """What is decided at a turn (JSON); the main process decides, once."""
+        self._client.key_value_set(f"uwm/turn/{turn}/verdict", json.dumps(verdict))
+        if turn > 2:  # whoever came to the turn before this one has read the one before that
+            self._client.key_value_delete(f"uwm/turn/{turn - 2}/")
+
+    def given(self, turn: int, seconds: float) -> Any:
+        """What was decided at a turn; None where nothing is within `seconds`."""
+        key = f"uwm/turn/{turn}/verdict"
+        try:
+            if seconds > 0:
+                return json.loads(self._client.blocking_key_value_get(key, timeout_in_ms=int(1000 * seconds)))
+            return json.loads(self._client.key_value_try_get(key))
+        except jax.errors.JaxRuntimeError as e:
+            if "NOT_FOUND" in str(e) or "DEADLINE_EXCEEDED" in str(e):
+                return None
+            raise
+
     def announce(self, error: BaseException) -> None:
         with self._lock:
             if self._failing.is_set():
@@ -229,7 +256,8 @@ def _is_lost_contact(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int:
-    return 2 if isinstance(error, UserError) else 1
+    """The exit status of a process that an error ends."""
+    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1
 
 
 def first_line(error: BaseException) -> str:

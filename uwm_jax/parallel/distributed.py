@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ import jax
 from absl import flags
 
 from uwm_jax.errors import Preempted, RunError, UserError
-from uwm_jax.parallel import company
+from uwm_jax.parallel import company, signals
 from uwm_jax.parallel.company import (
     AGREE_SECONDS,
     Company,
@@ -36,8 +37,6 @@ FLAGS = flags.FLAGS
 
 JOIN_SECONDS = 300  # for all processes to start
 SILENCE_SECONDS = 60.0  # after which a process that shows no life is taken for dead
-
-_PREEMPTED_STATUS = 143  # as `cli` has it
 
 
 def define_flags() -> None:
@@ -57,9 +56,9 @@ def session() -> Iterator[None]:
     initialize()
     try:
         yield
-    except Preempted:  # all processes end here, at the same step
+    except Preempted as preempted:  # all processes end here, at the same step
         with contextlib.suppress(RunError):  # all is saved; one that was killed while leaving takes nothing away
-            shutdown(_PREEMPTED_STATUS)
+            shutdown(preempted.status)
         raise
     except BaseException as error:
         announce(error)
@@ -101,6 +100,7 @@ def initialize(join_seconds: int = JOIN_SECONDS, silence_seconds: float = SILENC
                 "free on the machine of process 0?"
             ) from e
     company.current = Company(silence_seconds)
+    signals.take(signal.SIGTERM)  # one process that ends by itself would take the others with it
 
 
 def shutdown(status: int = 1) -> None:
@@ -126,9 +126,9 @@ def is_main() -> bool:
 
 
 def say(*args: Any) -> None:
-    """Prints on the main process only, at once."""
+    """Prints on the main process only, at once. Where stdout is gone nothing is raised: a run ends at its next turn."""
     if is_main():
-        print(*args, flush=True)
+        signals.say(*args)
 
 
 def agree(value: Any) -> Any:

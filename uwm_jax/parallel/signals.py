@@ -1,61 +1,79 @@
-"""Signals that tell a run to end, which all its processes do at the same step."""
+"""What tells a run to end: SIGTERM, Ctrl-C, SIGHUP, and a stdout that nobody reads any more.
+
+All of them are noted here, and obeyed where the run can be saved (`turns.py`). A signal that the process was started
+to ignore (SIGHUP under nohup) stays ignored.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
-from jax.experimental import multihost_utils
+from uwm_jax.ending import drop_output
 
-from uwm_jax.parallel import company
-from uwm_jax.parallel.company import announce
+NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}
+
+_previous: dict[int, Any] = {}  # handlers that `take` has replaced
+_received: list[int] = []
+_lost_output: list[str] = []
+_cut: list[BaseException] = []  # what a second signal raises, inside of `may_be_cut`
 
 
-class Preemption:
-    """Takes SIGTERM, so that the loop can save and end between two steps.
+def take(*numbers: int) -> None:
+    """From here on these signals are noted, however often they come, until `restore`; by default all of `NAMES`.
 
-        with Preemption() as preemption:
-            for step in ...:
-                ...
-                if preemption.requested():
-
-    Inside the context SIGTERM does nothing but to make `requested` true, twice; a third one ends the process at once,
-    for the case that no step comes to its end any more. With several processes JAX takes SIGTERM from `initialize` on,
-    however often it comes, and agrees on a step when any of them got it. An exception that leaves the context is
-    announced to the other processes.
+    Signals that are ignored stay ignored. Only the main thread can take signals; elsewhere nothing happens.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in numbers or NAMES:
+        if number not in _previous and signal.getsignal(number) != signal.SIG_IGN:
+            _previous[number] = signal.signal(number, _note)
 
-    def __init__(self) -> None:
-        self._times = 0
-        self._asked, self._agreed = 0, False
-        self._previous: Any = None
 
-    def __enter__(self) -> Preemption:
-        if company.current is None and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._take)
-        return self
+def restore() -> None:
+    """Gives back all that `take` took, and forgets what came."""
+    for number, handler in _previous.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
+    _previous.clear()
+    _received.clear()
+    _lost_output.clear()
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-        if error is not None:
-            announce(error)
 
-    def requested(self) -> bool:
-        """Whether to save and end now; the same on all processes, and true ever after.
+def received() -> int | None:
+    """The first signal that came since `take`."""
+    return _received[0] if _received else None
 
-        To be asked after every step, and within what takes longer than a step: all processes must ask at the same
-        places of the program, since they agree on the number of a question. Costs a lock; the agreement runs beside
-        the program, and one or two questions may pass before this is true.
-        """
-        if company.current is None:
-            return self._times > 0
-        self._asked += 1
-        self._agreed = self._agreed or bool(multihost_utils.reached_preemption_sync_point(self._asked))
-        return self._agreed
 
-    def _take(self, *_: Any) -> None:
-        self._times += 1
-        if self._times == 2:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def lost_output() -> str | None:
+    """Why stdout cannot be written, once that is so."""
+    return _lost_output[0] if _lost_output else None
+
+
+@contextlib.contextmanager
+def may_be_cut(error: BaseException) -> Iterator[None]:
+    """What is done inside may be left in the middle: the second of the signals raises `error` there."""
+    _cut.append(error)
+    try:
+        yield
+    finally:
+        _cut.clear()
+
+
+def say(*args: Any) -> None:
+    """Prints at once; a stdout that is gone (a closed pipe or terminal, a full disk) is noted, and nothing raised."""
+    try:
+        print(*args, flush=True)
+    except OSError as e:
+        _lost_output.append(e.strerror or str(e))
+        drop_output(sys.stdout)
+
+
+def _note(number: int, _: Any) -> None:
+    _received.append(number)
+    if len(_received) > 1 and _cut:
+        raise _cut.pop()

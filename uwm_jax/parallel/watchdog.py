@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import threading
@@ -61,5 +62,6 @@ class Watchdog:
         where = "before the first step" if self._step is None else f"since step {self._step}"
         silent = time.monotonic() - self._beaten
         header = f"watchdog: {company.place()}: nothing for {silent:.0f} s {where}. What all threads are doing:\n"
-        os.write(_STDERR, header.encode())
-        faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+        with contextlib.suppress(OSError):  # whoever read stderr is gone
+            os.write(_STDERR, header.encode())
+            faulthandler.dump_traceback(file=_STDERR, all_threads=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from uwm_jax import cli
 from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import warn
-from uwm_jax.evaluation.program import Evaluation, join, rows_at_a_time, write_results
+from uwm_jax.evaluation.program import Each, Evaluation, join, rows_at_a_time, write_results
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel.sharding import Rules
 from uwm_jax.system import System
@@ -45,21 +45,20 @@ class HeldOut:
         self._losses = compile_for(mesh, rules, make_eval_step(system), *inputs, updates_state=False)
 
     def evaluate(
-        self, workdir: Path, step: int, state: TrainState, frozen: Any, between_batches: Callable[[], None]
+        self, workdir: Path, step: int, state: TrainState, frozen: Any, each: Each
     ) -> tuple[dict[str, float], dict[str, Path]]:
         """Measures a state, and writes `<workdir>/eval/<step>/` but for the GIF, which takes long to draw.
 
         Args:
-          between_batches: called before each batch. What it raises ends the evaluation, and nothing is written.
+          each: gives the batches of an iterator on. What it raises ends the evaluation, and nothing is written.
 
         Returns:
           {`eval/loss/<modality>` or `eval/<metric>`: mean}, and {`eval/<picture>`: file} on the main process.
         """
         losses = []
-        for batch in self._modes.batches():
-            between_batches()
+        for batch in each(self._modes.batches()):
             losses.append(jax.device_get(self._losses(state, frozen, batch)))
-        metrics, shown = self._modes.run(state.eval_params, frozen, between_batches=between_batches)
+        metrics, shown = self._modes.run(state.eval_params, frozen, each=each)
         by_window = join(losses, len(self._modes.held_out))
         means = {name: float(values.mean(dtype=np.float64)) for name, values in by_window.items()}
         means |= {f"eval/{name}": value["mean"] for name, value in metrics.items()}

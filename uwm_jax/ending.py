@@ -1,0 +1,41 @@
+"""The end of a process whose output is gone, or of which a thread hangs in a read."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+from typing import Any, NoReturn
+
+EXIT_SECONDS = 15.0  # for what other modules do at exit
+
+_left: list[str] = []
+
+
+def leave_behind(what: str) -> None:
+    """Notes that a thread hangs, and in what: `exit_process` then does not wait for it."""
+    _left.append(what)
+
+
+def drop_output(stream: Any) -> None:
+    """Sends what is left in a broken stdout or stderr to nowhere, so that the interpreter's end does not fail on it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # none of the process's own: a notebook's, a test's
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def exit_process(status: int) -> NoReturn:
+    """`sys.exit`, also where threads hang."""
+    if not _left:
+        sys.exit(status)
+    timer = threading.Timer(EXIT_SECONDS, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    atexit._run_exitfuncs()
+    os._exit(status)
