@@ -139,6 +139,7 @@ def base() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 1e-6
     c.optimizer.clip_norm = 0.0  # global L2; 0 = no clipping
+    c.optimizer.freeze = ()  # patterns of parameters that stay as they are, e.g. ("obs_encoder/img_encoder/*",)
     c.optimizer.ema_decay = 0.0  # moving average of the parameters, for evaluation and sampling; 0 = none
     c.optimizer.ema_warmup = "ramp"  # decay min(ema_decay, (1 + t) / (10 + t)); or none: ema_decay from the start
 

@@ -49,7 +49,7 @@ _AT_LEAST_ONE = (
 
 
 # Lists of texts; the other lists are of whole numbers, except for those below.
-_TEXTS = (*("init_from_skip", "data.cameras", "data.low_dim"), "data.sources.*.cameras")
+_TEXTS = (*("init_from_skip", "optimizer.freeze", "data.cameras", "data.low_dim"), "data.sources.*.cameras")
 _CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # texts, or (key, text)
 _PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
 _PLANE = "eval.action_plane"  # a camera and four numbers

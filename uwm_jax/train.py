@@ -141,7 +141,7 @@ def run(
     shapes = jax.eval_shape(init_state, rng)
     shardings = sharding.state_sharding(mesh, rules, shapes)
     like = mesh_lib.with_sharding(shapes, shardings)
-    print_summary(config, loader, frozen, mesh, sharding.table(mesh, rules, shapes, shardings))
+    print_summary(config, loader, frozen, mesh, sharding.table(mesh, rules, shapes, shardings), shapes.params)
 
     # --- State: the checkpoint's, or fresh. --------------------------------------------------------
     if stored:
@@ -158,7 +158,7 @@ def run(
             state = state_lib.with_params(state, load_pretrained_encoder(config, state.params, shardings.params))
         if origin:
             state = state_lib.with_params(state, origin.params(state.params, config)[0])
-            say(origin.describe_skipped(like.params, skipped))
+            say(origin.describe_skipped(like.params, skipped, config.optimizer.freeze))
 
     # --- Workdir: locked first; nothing is written before all of the above is known to be good. ----
     if not stored:
@@ -310,11 +310,12 @@ def load_pretrained_encoder(config: ConfigDict, params: Any, shardings: Any) -> 
     return {**params, "obs_encoder": {**params["obs_encoder"], "img_encoder": encoder}}
 
 
-def print_summary(config: ConfigDict, loader: Loader, frozen: Any, mesh: Any, table: str) -> None:
+def print_summary(config: ConfigDict, loader: Loader, frozen: Any, mesh: Any, table: str, params: Any) -> None:
     codec = sum(x.size for x in jax.tree.leaves(frozen)) / 1e6
     data = "\n".join([loader.summary(), *loader.warnings(config.diffusion.clip.action, FEWEST)])
     say(
-        f"{data}\n{table}\nfrozen codec {config.model.codec.name}: {codec:.2f} M parameters\n"
+        f"{data}\n{table}\n{state_lib.about_frozen(config, params)}"
+        f"frozen codec {config.model.codec.name}: {codec:.2f} M parameters\n"
         f"devices: {mesh.size} {jax.default_backend()}, processes: {jax.process_count()}; "
         f"batch {config.batch_size}, {config.total_steps} steps"
     )

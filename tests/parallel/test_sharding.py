@@ -63,6 +63,21 @@ def test_moments_and_average_lie_with_their_parameters(droid, rules):
     assert placed.params["noise_pred_net"]["blocks"]["fc1"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
 
 
+def test_moments_of_what_is_trained_lie_with_their_parameters_where_the_rest_is_frozen(rules):
+    c = base()
+    c.optimizer.freeze = ("obs_encoder/*", "noise_pred_net/blocks/qkv/*")
+    facts = DataFacts(dict.fromkeys(c.data.cameras, (180, 320)), {}, 10, 0, Normalizer())
+    system, optimizer = System(c, facts, VAECodec(AutoencoderKL())), state_lib.make_optimizer(c)
+    shapes = jax.eval_shape(lambda key: state_lib.create(c, system.init(key), optimizer), jax.random.key(0))
+    placed = sharding.state_sharding(abstract(fsdp=2, tensor=4), rules, shapes)
+    adam = next(s for s in placed.opt_state if hasattr(s, "mu"))
+    blocks = placed.params["noise_pred_net"]["blocks"]
+    assert adam.mu.keys() == {"noise_pred_net"} and "qkv" not in adam.mu["noise_pred_net"]["blocks"]
+    assert blocks["fc1"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
+    for name, of_layer in adam.mu["noise_pred_net"]["blocks"].items():
+        assert of_layer == blocks[name], name
+
+
 def test_axis_that_does_not_divide_is_left_whole(droid, rules):
     placed = sharding.state_sharding(abstract(tensor=8), rules, droid)  # 12 heads
     blocks = placed.params["noise_pred_net"]["blocks"]

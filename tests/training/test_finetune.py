@@ -181,7 +181,10 @@ def test_every_misfit_is_listed_with_both_shapes_and_the_flag_that_helps(origin,
     flat, new = (traverse_util.flatten_dict(t, sep="/") for t in (params, fresh))
     untouched = [name for name in flat if flat[name] is new[name]]
     assert sorted(untouched) == skipped
+    frozen = origin.describe_skipped(fresh, skipped, ("*/registers",))
+    assert "warning: noise_pred_net/registers start fresh, and config.optimizer.freeze leaves them random" in frozen
     told = origin.describe_skipped(fresh, skipped)
+    assert "warning" not in told
     assert all(name in told for name in skipped) and "parameters" in told
 
 

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from uwm_jax.config import base
+from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.schedule import Schedule
+from uwm_jax.errors import UserError
+from uwm_jax.system import DataFacts
 from uwm_jax.training import state as state_lib
+from uwm_jax.training.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.step import gradient_norms, make_eval_step, make_train_step
 
 
@@ -70,6 +74,57 @@ def test_matches_torch_adamw_with_warmup_and_cosine():
         for k in params:
             np.testing.assert_allclose(state.params[k], params[k].detach().numpy(), rtol=1e-5)
     assert int(state.step) == 20
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_frozen_parameters_are_to_torch_as_if_they_needed_no_gradient(accumulation_steps):
+    """The norm that is clipped, decay, moments and the average: of what is trained alone."""
+    torch = pytest.importorskip("torch")
+    settings = {"learning_rate": 0.05, "weight_decay": 0.1, "clip_norm": 1.0, "ema_decay": 0.9, "freeze": ("b",)}
+    step, state = make(accumulation_steps, **settings)
+    assert sorted(x.shape for x in jax.tree.leaves(state.opt_state)) == [(), (2, 2), (2, 2)], "no moments of b"
+    w = torch.nn.Parameter(torch.tensor(START["w"]))
+    reference = torch.optim.AdamW([w], lr=0.05, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    for _ in range(10):
+        state, metrics = step(state, None, BATCH)
+        reference.zero_grad()
+        ((w - torch.tensor(np.asarray(BATCH["w"]))) ** 2).sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_([w], 1.0)
+        reference.step()
+        np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=1e-5)
+        np.testing.assert_allclose(state.params["w"], w.detach().numpy(), rtol=1e-5)
+    for tree in (state.params, state.ema_params):
+        np.testing.assert_array_equal(tree["b"], START["b"])
+    assert not np.array_equal(state.ema_params["w"], START["w"])
+
+
+def test_a_run_with_frozen_parameters_continues_exactly(tmp_path):
+    step, state = make(learning_rate=0.05, ema_decay=0.9, freeze=("b",))
+    state, _ = step(state, None, BATCH)
+    checkpoints = Checkpoints(tmp_path)
+    facts = DataFacts({"wrist": (16, 16)}, {}, 4, 0, Normalizer({}))
+    checkpoints.save(state, {}, None, make_assets(base(), facts))
+    checkpoints.wait()
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    again, stored = checkpoints.restore_latest(like)
+    checkpoints.close()
+    assert stored.step == 1
+    for _ in range(3):
+        (state, expected), (again, found) = step(state, None, BATCH), step(again, None, BATCH)
+        jax.tree.map(np.testing.assert_array_equal, (again, found), (state, expected))
+
+
+def test_freezing_nothing_or_everything_is_refused():
+    with pytest.raises(UserError, match=r"optimizer.freeze: 'obs/\*' matches none of the 2 arrays, such as b, w"):
+        make(freeze=("obs/*",))
+    with pytest.raises(UserError, match="matches all parameters: there is nothing to train"):
+        make(freeze=("*",))
+    config = base()
+    assert state_lib.about_frozen(config, START) == ""
+    config.optimizer.freeze = ("b",)
+    told = state_lib.about_frozen(config, START)
+    assert "1 arrays (2e-06 M of 6e-06 M parameters, 33.3%); trained: 4e-06 M parameters" in told
 
 
 def test_schedules():

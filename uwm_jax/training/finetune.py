@@ -16,7 +16,6 @@ its own normaliser for `action`, its own codec for `next_obs`.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from uwm_jax.system import DataFacts
 from uwm_jax.training import average
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
-from uwm_jax.training.patterns import INTERFACE, POSITIONS, is_fresh, matches, share, skip_flag
+from uwm_jax.training.patterns import INTERFACE, POSITIONS, is_fresh, matches, require_matches, share, skip_flag
 from uwm_jax.training.stored import CorruptCheckpoint
 
 # Fields that decide the shapes of parameters.
@@ -199,12 +198,7 @@ class Origin:
         wanted = traverse_util.flatten_dict(fresh, sep="/")
         names = sorted(stored.keys() | wanted.keys())
         skip = config.init_from_skip
-        for pattern in skip:
-            if not fnmatch.filter(names, pattern):
-                raise UserError(
-                    f"config.init_from_skip: {pattern!r} matches none of the {len(names)} arrays, such as "
-                    f"{', '.join([n for n in names if 'blocks' not in n][:3])}."
-                )
+        require_matches("init_from_skip", skip, names)
         skipped = [name for name in names if matches(name, skip)]
         there, here = ({n: tuple(x.shape) for n, x in tree.items()} for tree in (stored, wanted))
         misfits = [n for n in names if n not in skipped and there.get(n) != here.get(n)]
@@ -212,14 +206,18 @@ class Origin:
             raise UserError(self._refusal(misfits, there, here, config))
         return skipped
 
-    def describe_skipped(self, fresh: Any, skipped: Sequence[str]) -> str:
-        """One line for people about what starts fresh."""
+    def describe_skipped(self, fresh: Any, skipped: Sequence[str], freeze: Sequence[str] = ()) -> str:
+        """One line for people about what starts fresh; a second one where some of it is frozen, too."""
         sizes = {n: int(np.prod(x.shape)) for n, x in traverse_util.flatten_dict(fresh, sep="/").items()}
         mine = [name for name in skipped if name in sizes]
         unused = [name for name in skipped if name not in sizes]
         text = f"skipped: {', '.join(mine) or 'nothing'}"
         text += f" start fresh ({share(mine, sizes)})" if mine else ""
-        return text + (f"; the origin's {', '.join(unused)} not used" if unused else "")
+        text += f"; the origin's {', '.join(unused)} not used" if unused else ""
+        stuck = [name for name in mine if matches(name, freeze)]
+        if stuck:
+            text += f"\nwarning: {', '.join(stuck)} start fresh, and config.optimizer.freeze leaves them random"
+        return text
 
     def kept_keys(self, config: ConfigDict, facts: DataFacts) -> list[str]:
         """The keys, `action` and low-dim, whose normaliser is the origin's; arguments as for `normalizer_for`."""

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import traverse_util
+
+from uwm_jax.errors import UserError
 
 # The arrays that meet the raw values of an input or output: when all of them start fresh, its units are free.
 INTERFACE = {
@@ -22,6 +27,35 @@ IMAGE_WEIGHTS = "obs_encoder/img_encoder/conv1/kernel"  # fresh when the image e
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a name matches one of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def require_matches(field: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raises UserError for a pattern of a config field that matches none of the names."""
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(
+                f"config.{field}: {pattern!r} matches none of the {len(names)} arrays, such as "
+                f"{', '.join([n for n in names if 'blocks' not in n][:3])}."
+            )
+
+
+def split(tree: Any, patterns: Sequence[str]) -> tuple[Any, Any]:
+    """(what matches no pattern, the rest) of a nested dictionary of arrays, each with the nesting of the whole."""
+    if not patterns:
+        return tree, {}
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    parts: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    for name, x in flat.items():
+        parts[matches(name, patterns)][name] = x
+    return traverse_util.unflatten_dict(parts[0], sep="/"), traverse_util.unflatten_dict(parts[1], sep="/")
+
+
+def join(first: Any, rest: Any) -> Any:
+    """The tree that `split` took apart."""
+    if not rest:
+        return first
+    flat = traverse_util.flatten_dict(first, sep="/") | traverse_util.flatten_dict(rest, sep="/")
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def is_fresh(interface: str, skip: Sequence[str]) -> bool:

@@ -8,9 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from uwm_jax.diffusion.modes import MODALITIES
+from uwm_jax.errors import UserError
+from uwm_jax.training.patterns import matches, require_matches, share, split
 
 Params = Any
 
@@ -58,7 +61,8 @@ class TrainState(flax.struct.PyTreeNode):
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW without its learning rate, which the step applies (decay included, as torch does).
 
-    Weight decay acts on every trainable parameter, norms and biases too.
+    Weight decay acts on every trained parameter, norms and biases too. What `optimizer.freeze` matches is not given to
+    it: it has no moments, no decay, and no part in the norm that is clipped.
     """
     o = config.optimizer
     parts = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
@@ -101,14 +105,33 @@ def change_of_rate(config: ConfigDict, before: ConfigDict, step: int) -> str:
 
 
 def create(config: ConfigDict, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around parameters."""
+    """A fresh state around parameters.
+
+    Raises:
+      UserError: a pattern of `optimizer.freeze` matches nothing, or all together everything.
+    """
+    freeze = config.optimizer.freeze
+    require_matches("optimizer.freeze", freeze, sorted(traverse_util.flatten_dict(params, sep="/")))
+    trained, _ = split(params, freeze)
+    if not trained:
+        raise UserError(f"config.optimizer.freeze={freeze} matches all parameters: there is nothing to train.")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(trained),
         hparams=Hparams.from_config(config),
     )
+
+
+def about_frozen(config: ConfigDict, params: Params) -> str:
+    """A line, with its end, about what `optimizer.freeze` keeps as it is; "" without it."""
+    sizes = {name: int(x.size) for name, x in traverse_util.flatten_dict(params, sep="/").items()}
+    still = [name for name in sizes if matches(name, config.optimizer.freeze)]
+    if not still:
+        return ""
+    text = f"frozen by config.optimizer.freeze: {len(still)} arrays ({share(still, sizes)}); trained: "
+    return text + f"{sum(size for name, size in sizes.items() if name not in still) / 1e6:.4g} M parameters\n"
 
 
 def with_params(state: TrainState, params: Params) -> TrainState:

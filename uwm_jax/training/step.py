@@ -16,6 +16,7 @@ from uwm_jax.parallel.mesh import replicated
 from uwm_jax.parallel.sharding import Rules, activations
 from uwm_jax.system import System
 from uwm_jax.training import average
+from uwm_jax.training.patterns import join, split
 from uwm_jax.training.state import TrainState, schedule_factor
 
 Metrics = dict[str, jax.Array]
@@ -47,21 +48,22 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.hparams.seed), state.step)
         shares = row_weights(batch["action_mask"], action_free)
+        trained, still = split(state.params, config.optimizer.freeze)  # no gradients are made for what stays as it is
 
-        def objective(params: Any, rows: Any) -> tuple[jax.Array, Metrics]:
+        def objective(trained: Any, rows: Any) -> tuple[jax.Array, Metrics]:
             batch, shares = rows
-            errors, timestep = system.row_losses(params, frozen, batch, key)
+            errors, timestep = system.row_losses(join(trained, still), frozen, batch, key)
             parts = {m: (shares[m] * errors[m]).sum() for m in errors}
             total = sum((state.hparams.weights[m] * parts[m] for m in parts), jnp.zeros(()))
             named = parts | by_timestep(jax.lax.stop_gradient(errors), timestep, batch["action_mask"], system.schedule)
             return total, {f"loss/{name}": value for name, value in named.items()}
 
         (loss, parts), grads = value_and_grad(
-            objective, state.params, (dict(batch), shares), mesh=mesh, steps=config.accumulation_steps
+            objective, trained, (dict(batch), shares), mesh=mesh, steps=config.accumulation_steps
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         learning_rate = state.hparams.learning_rate * schedule_factor(config, state.step)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        params = join(jax.tree.map(lambda p, u: p - learning_rate * u, trained, updates), still)
         ema_params = state.ema_params
         if averages:
             rate = average.rate(config, state.step)
