@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 pytest.importorskip("gym_pusht")
 
@@ -22,6 +22,7 @@ from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, replay  # noqa: E
 from uwm_jax.errors import UserError  # noqa: E402
 from uwm_jax.policy import Policy  # noqa: E402
 from uwm_jax.reporting import film  # noqa: E402
+from uwm_jax.reporting.sheets import read_labels  # noqa: E402
 from uwm_jax.system import DataFacts  # noqa: E402
 from uwm_jax.train import train  # noqa: E402
 from uwm_jax.training.inference import load_for_inference  # noqa: E402
@@ -171,7 +172,31 @@ def test_the_film_shows_actions_and_outcome_of_each_decision(tmp_path):
     assert film.draw([clip._replace(steps=clip.steps[:3]), none], spec, stub, tmp_path / "film.gif")
     with Image.open(tmp_path / "film.gif") as gif:
         assert gif.n_frames == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["film.gif"]
+    assert {p.name for p in tmp_path.iterdir()} == {"film.gif", "pictures.json"}
+
+
+def test_the_film_has_its_labels_beside_it_and_no_text_inside(tmp_path, monkeypatch):
+    def no_text(*args, **kwargs):
+        raise AssertionError("text in a picture")
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", no_text)
+    spec, stub, episode = envs.get("pusht"), Stub(), walk()
+    seen = replay(spec.make({"image": (SIZE, SIZE)}), episode)
+    clip = film.imagine(stub, {}, {}, episode, seen, execute=8, label="best of 2")
+    assert film.draw([clip, clip._replace(label="worst of 2")], spec, stub, tmp_path / "film.gif")
+    labels = read_labels(tmp_path / "film.gif")
+    ends = f"ended after {len(episode.scores) - 1} steps, best coverage {episode.scores.max():.2f}"
+    assert labels.rows == [f"best of 2: {ends}", f"worst of 2: {ends}"]
+    assert [title for title, _ in labels.columns] == ["now", "imagined", "the truth"]
+    with Image.open(tmp_path / "film.gif") as gif:
+        width, height = gif.size[0] / 3, gif.size[1] / 2  # tiles are equal
+        assert width % 1 == height % 1 == 0
+        gif.seek(gif.n_frames - 1)
+        last = np.asarray(gif.convert("RGB"), int)
+    # The bar at the end of the episode: filled for the share that its last score is of the best one.
+    line = last[int(height) - film.BELOW // 2 + 3, film.GAP : -film.GAP]
+    filled = np.abs(line - np.array([0xD8, 0x1B, 0x60])).sum(-1) < 60
+    assert filled.mean() == pytest.approx(episode.scores[-1] / episode.scores.max(), abs=0.03)
 
 
 def test_metrics_are_paired_by_episode():

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from uwm_jax.config import base
@@ -13,7 +18,9 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODES, generated
 from uwm_jax.reporting import pictures
 from uwm_jax.reporting.drawing import Plane, draw_outline, save_gif
+from uwm_jax.reporting.page import figure
 from uwm_jax.reporting.pictures import draw, formula
+from uwm_jax.reporting.sheets import Labels, read_labels, write_labels
 from uwm_jax.system import DataFacts
 
 
@@ -88,7 +95,8 @@ def windows_of(views: int, action_dim: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cameras", "plane"), [(("image",), ("image", 0.0, 512.0, 0.0, 512.0)), (("a", "b"), ())])
-def test_all_pictures_of_one_view_and_of_several(tmp_path, cameras, plane):
+@pytest.mark.filterwarnings("error")  # at an evaluation, warnings are noise
+def test_all_pictures_of_one_view_and_of_several(parse, tmp_path, cameras, plane):
     windows = windows_of(len(cameras), 2 if plane else 10)
     files = draw(windows, facts_of(cameras, 2 if plane else 10), config_of(plane), tmp_path)
     assert {path.name for path in files.values()} == {"idea.png", "modes.png", "actions.png", "denoise.gif"}
@@ -101,6 +109,52 @@ def test_all_pictures_of_one_view_and_of_several(tmp_path, cameras, plane):
     (tmp_path / "fewer").mkdir()
     fewer = draw(windows, facts_of(cameras, 2 if plane else 10), config_of(plane), tmp_path / "fewer")
     assert set(fewer) == {"idea", "modes", "actions"}
+    for path in (*files.values(), *fewer.values()):
+        page = parse(figure(path, "about", "caption"))
+        labels = read_labels(path)
+        alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+        tiles = [text for row in labels.captions or [[""] * len(labels.columns)] * len(labels.rows) for text in row]
+        assert len(alts) == (1 if path.suffix == ".gif" else sum(text is not None for text in tiles))
+        for text in (*labels.rows, *(part for column in labels.columns for part in column), *filter(None, tiles)):
+            assert text in page.text, text
+        assert all(mark.text in page.text for mark in labels.key) and len(labels.key) >= 2
+        dashes = {attributes.get("stroke-dasharray", "none") for _, attributes in page.tags} - {"none"}
+        assert len(dashes) == (2 if not plane and path.stem in ("idea", "denoise") else 0), "a key for dashed lines"
+
+
+@pytest.mark.parametrize("plane", [("image", 0.0, 512.0, 0.0, 512.0), ()])
+def test_no_picture_holds_text_but_the_numbers_of_axes(plane):
+    windows, facts, config = windows_of(1, 2), facts_of(("image",), 2), config_of(plane)
+    raw = {name: facts.normalizer.unnormalize("action", x) for name, x in windows.items() if name.endswith("action")}
+    place = Plane.of(facts, config.data, plane)
+    drawn = [pictures._idea(windows, raw, place), pictures._modes(windows, raw, place, ["image"])]
+    drawn += (
+        [pictures._actions_on_frames(windows, raw, place)] if place else [pictures._actions_over_time(windows, raw)]
+    )
+    for tiles, labels in drawn:
+        assert (tiles.rows, tiles.columns) == (len(labels.rows), len(labels.columns))
+        texts = [text.get_text() for axis in tiles.figure.axes for text in axis.findobj(Text)]
+        assert not [text for text in texts if re.search("[A-Za-z]", text)] and not tiles.figure.legends
+        assert not tiles.figure.texts and tiles.figure.get_suptitle() == ""
+
+
+def test_a_page_cuts_a_picture_into_its_tiles(parse, tmp_path):
+    colors = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (9, 9, 9)], [(250, 250, 0), (0, 250, 250)]]
+    Image.fromarray(np.repeat(np.repeat(np.array(colors, np.uint8), 20, 0), 30, 1)).save(tmp_path / "x.png")
+    labels = Labels([("a", ""), ("b", "below")], ["1", "2", "3"], [["", "c"], [None, ""], ["", ""]], (), 2.0)
+    write_labels(tmp_path, {"x.png": labels})
+    page = parse(figure(tmp_path / "x.png", "about", "caption"))
+    found = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert [a["alt"] for a in found] == ["a: 1", "b: 1: c", "b: 2", "a: 3", "b: 3"]
+    assert {(a["width"], a["height"]) for a in found} == {("15", "10")}
+    shown = [Image.open(io.BytesIO(base64.b64decode(a["src"].split(",")[1]))) for a in found]
+    assert [image.getcolors() for image in shown] == [
+        [(600, color)] for color in (colors[0][0], colors[0][1], colors[1][1], colors[2][0], colors[2][1])
+    ]
+    (tmp_path / "pictures.json").unlink()  # a picture of an older version has its text inside
+    assert len([tag for tag, _ in parse(figure(tmp_path / "x.png", "about", "")).tags if tag == "img"]) == 1
+    (tmp_path / "x.png").write_bytes(b"half")
+    assert "cannot be read" in figure(tmp_path / "x.png", "about", "") and not figure(tmp_path / "y.png", "about", "")
 
 
 def test_crosses_are_where_the_actions_end():

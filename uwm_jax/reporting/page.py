@@ -286,6 +286,9 @@ td.number, .yes, .no, .open { white-space: nowrap; }
 tbody th { min-width: 9rem; max-width: 22rem; font-weight: normal; } th b { white-space: nowrap; }
 th small, thead small { font-weight: normal; } td:not([class]) { min-width: 6rem; }
 .yes, .best { color: var(--good); font-weight: bold; } .no { color: var(--bad); font-weight: bold; }
+.answers table { width: 100%; } .answers tbody th { max-width: none; width: 100%; }
+.answers td:not(.number), .answers thead th { min-width: 12rem; } .answers .number { min-width: 7rem; }
+.answers .number + .number { min-width: 13rem; }
 .value { min-width: 8rem; max-width: 30rem; }
 .tiles td, .tiles th { border: 0; padding: .1rem; } .tiles thead th { font-weight: normal; padding-right: .5rem; }
 .tiles td:not([class]) { min-width: 0; }
@@ -308,5 +311,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var
   td, th { padding: .3rem .5rem; } tbody th { max-width: 13rem; } dl.facts { grid-template-columns: 1fr; gap: 0; }
   dl.facts dd { margin-bottom: .4rem; }
   .bar { width: 8rem; }
+  .answers tr { display: grid; grid-template-columns: minmax(0, 1fr) 5.5rem 10.5rem; }
+  .answers tr > :first-child { grid-column: 1 / -1; border: 0; padding-bottom: 0; }
+  .answers tr > * { min-width: 0 !important; white-space: normal; padding-right: 0; font-size: .9rem; }
 }
 """
