@@ -83,8 +83,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     demo = Demo(FLAGS.episodes, FLAGS.image_size, FLAGS.seed, FLAGS.candidates)
     make(demo, cli.optional_path("output") or data_dir() / "pusht", FLAGS.workers, FLAGS.overwrite)
 

@@ -183,8 +183,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     directory = cli.required_path("dataset")
     manifest = read_manifest(directory)
     split = FLAGS.split or ("train" if "train" in manifest["splits"] else sorted(manifest["splits"])[0])

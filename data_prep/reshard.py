@@ -250,8 +250,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     source, output = cli.required_path("input"), cli.required_path("output")
     size = None
     if FLAGS.codec_size:

@@ -24,7 +24,6 @@ from uwm_jax import cli
 from uwm_jax.data.normalize import is_constant
 from uwm_jax.data.records import Dataset, read_manifest
 from uwm_jax.data.stats import Stats, dataset_stats
-from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
 
 FLAGS = flags.FLAGS
@@ -85,8 +84,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     directory = cli.required_path("dataset")
     for split, stats in write_stats(directory).items():
         steps = max((s["count"] for s in stats.values()), default=0)

@@ -19,6 +19,7 @@ flags.DEFINE_string("official_config", None, "a file")
 flags.DEFINE_integer("count", 3, "a number")
 flags.DEFINE_string("workdir", None, "a directory")
 cli.accept_config_overrides()
+cli.accept_arguments()
 def main(argv):
     if "usage" in argv:
         raise UserError("FILE: expected that, found this.")
@@ -55,6 +56,13 @@ def test_flags_with_hyphens_and_overrides():
         (["path"], 2, "/dev/null/x: Not a directory"),
         (["--official_confg=x"], 2, "official_config"),
         (["--count=many"], 2, "count"),
+        (["--count=" + "9" * 23], 2, "--count=99999999999999999999999: expected an integer of at most 63 bits"),
+        (["--count=" + "9" * 5000], 2, "count"),
+        (["--debug=maybe"], 2, "debug"),
+        (["--debug=maybe", "usage"], 2, "debug"),
+        (["--nodebug", "usage"], 2, "error: FILE: expected that, found this."),
+        (["workdir", "--workdir=gs://bucket/run"], 2, "--workdir=gs://bucket/run: gs:// is not supported"),
+        (["workdir", "--workdir=" + "a" * 5000], 2, "--workdir=aaa"),
         (["full"], 1, "error: metrics.jsonl cannot be written: No space left on device"),
         (["preempted"], 143, "stopped at step 3, which is saved."),
     ],
@@ -106,6 +114,7 @@ def main(argv):
         thread.start()
         thread.join()
 
+cli.accept_arguments()
 cli.run(main) if "kept" in __import__("sys").argv else main([])
 """
 

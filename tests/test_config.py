@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -107,11 +108,19 @@ def test_bad_files_are_named(tmp_path):
     broken.write_text("def get_config():\n  return undefined_name")
     with pytest.raises(UserError, match="does not load.*undefined_name"):
         config_lib.load(str(broken))
+    for code in (
+        "import sys\nsys.exit(0)",
+        "def get_config():\n  raise SystemExit(0)",
+        "def get_config():\n  get_config()",
+    ):
+        broken.write_text(code)
+        with pytest.raises(UserError, match="does not load"):
+            config_lib.load(str(broken))
     broken.write_text("def get_config():\n  return None")
     with pytest.raises(UserError, match="returned None"):
         config_lib.load(str(broken))
     for text in ("[1]", '{"model": 3}', '{"data": {"sources": 3}}', '{"data": {"sources": null}}'):
-        with pytest.raises(UserError, match="config.json: expected a JSON object"):
+        with pytest.raises(UserError, match="config.json: expected (fields under|a JSON object)"):
             config_lib.from_json(text, "config.json")
     for text, message in (
         ('{"data": {"action": 3}}', "data.action: expected a list, found 3"),
@@ -238,3 +247,33 @@ def test_another_spelling_of_an_origin_is_no_change(tmp_path, monkeypatch):
     for spec in ("runs/a@100", "runs/b", ""):
         with pytest.raises(UserError, match="config.init_from is .*but this workdir was started with"):
             config_lib.refuse_changed(config_lib.with_origin(stored, spec), stored)
+
+
+def test_shipped_configs_are_named_wherever_the_command_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no Python file 'configs/quickstart.py'") as e:
+        config_lib.load("configs/quickstart.py")
+    named = str(e.value).split("Shipped configs: ")[1].rstrip(".").split(", ")
+    assert len(named) > 5 and all(Path(name).is_file() for name in named)
+    monkeypatch.chdir(Path(config_lib.__file__).parents[1])
+    with pytest.raises(UserError, match="Shipped configs: configs/bridge.py, "):
+        config_lib.load("none.py")
+
+
+@pytest.mark.parametrize(
+    "spec", ["gs://bucket/mine.py", "~nobody_of_this_name/mine.py", "gs://bucket/mine.py:small", "a" * 5000 + ".py"]
+)
+def test_a_config_lies_on_a_local_path(spec):
+    with pytest.raises(UserError, match="--config=") as e:
+        config_lib.load(spec)
+    assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("total_steps", 10**22), ("data.resize", (10**22, 8)), ("mesh.data", 10**22), ("seed", 2**63)]
+)
+def test_integers_that_no_array_takes_are_refused(name, value):
+    config = config_lib.base()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=f"config.{name}"):
+        config_lib.validate(config)

@@ -26,7 +26,6 @@ from ml_collections import ConfigDict
 
 from uwm_jax import cli
 from uwm_jax import config as config_lib
-from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_batch, make_up_system
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
@@ -45,8 +44,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     config = config_lib.load(cli.required("config"), cli.config_overrides())
     print(json.dumps(benchmark(config, FLAGS.pairs, FLAGS.steps), indent=2))
 

@@ -64,8 +64,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     config = config_lib.load(cli.required("config"), cli.config_overrides())
     rows = select(FLAGS.part)
     beside_torch, note = _torch_wanted(FLAGS.torch)

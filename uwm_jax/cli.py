@@ -39,13 +39,19 @@ flags.DEFINE_bool("debug", False, "show the traceback behind an error message")
 
 _overrides: list[tuple[str, str]] = []
 _command: list[str] = []
-_takes_config = False
+_takes_config, _takes_arguments = False, False
 
 
 def accept_config_overrides() -> None:
     """Called by commands that read a config: `--config.any.field=value` becomes part of their flags."""
     global _takes_config
     _takes_config = True
+
+
+def accept_arguments() -> None:
+    """Called by commands that take arguments which are no flags; the others refuse them."""
+    global _takes_arguments
+    _takes_arguments = True
 
 
 def config_overrides() -> list[tuple[str, str]]:
@@ -124,7 +130,7 @@ def call(main: Main, argv: Sequence[str], define_flags: Callable[[], None] | Non
       define_flags: declares the command's flags; they are gone afterwards, so that several commands, which share
         names such as --workdir, can be called in one process.
     """
-    global _takes_config
+    global _takes_config, _takes_arguments
     before = set(FLAGS)
     try:
         if define_flags:
@@ -133,11 +139,11 @@ def call(main: Main, argv: Sequence[str], define_flags: Callable[[], None] | Non
     finally:
         for name in set(FLAGS) - before:
             delattr(FLAGS, name)
-        _takes_config = _takes_config and not define_flags
+        _takes_config, _takes_arguments = _takes_config and not define_flags, _takes_arguments and not define_flags
 
 
 def _call(main: Main, argv: Sequence[str]) -> int:
-    debug = any(a.lstrip("-").split("=")[0] == "debug" and not a.endswith("=false") for a in argv if a[:1] == "-")
+    debug = any(a.lower() in ("-debug", "--debug", "--debug=true", "--debug=t", "--debug=1") for a in argv)
     try:
         if {"--help", "-h", "-help"} & set(argv):
             flag_lines = FLAGS.main_module_help().strip().split("\n")[1:]  # the first one is the file's path
@@ -208,6 +214,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
         for f in flag:
             f.unparse()
     try:
-        return FLAGS(rest)[1:]
-    except flags.Error as e:
+        found = FLAGS(rest)[1:]
+    except (flags.Error, OverflowError) as e:
         raise UserError(f"{e}\nRun with --help to see the flags.") from e
+    if found and not _takes_arguments:
+        raise UserError(f"unexpected argument {found[0]!r}: flags are written --flag=value.")
+    for flag_name, value in FLAGS.flag_values_dict().items():
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"--{flag_name}={value}: expected an integer of at most 63 bits.")
+    return found

@@ -8,9 +8,7 @@ their combinations are judged (by `uwm_jax.config_checks`), so that no module be
 from __future__ import annotations
 
 import ast
-import difflib
 import fnmatch
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -21,9 +19,9 @@ from ml_collections import ConfigDict, FieldReference
 
 from uwm_jax import config_checks
 from uwm_jax.diffusion.modes import MODALITIES
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import local_path
-from uwm_jax.reading import parse_json, read_json
+from uwm_jax.reading import parse_json, read_json, run_python
 
 # What a continued run may change; every other field decides what the numbers mean.
 MAY_CHANGE = (
@@ -220,21 +218,16 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     path, _, argument = spec.partition(":")
     path = str(local_path(spec if argument.startswith("//") else path, "--config"))
     if not Path(path).is_file() or not path.endswith(".py"):
-        shipped = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
-        raise UserError(
-            f"--config: there is no Python file {path!r}. Shipped configs: {', '.join(shipped) or 'none here'}."
-        )
-    module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        config = module.get_config(argument) if argument else module.get_config()
-    except Exception as e:  # whatever a user's file does wrong
-        raise UserError(
-            f"--config: {path} does not load ({type(e).__name__}: {e}). Expected a Python file whose "
-            "get_config([argument]) returns an ml_collections ConfigDict made from uwm_jax.config.base()."
-        ) from e
+        folder = Path(__file__).resolve().parents[1] / "configs"  # wherever the command is started
+        place = Path("configs") if Path("configs").resolve() == folder else folder
+        shipped = [str(place / p.name) for p in sorted(folder.glob("*.py")) if p.stem != "__init__"]
+        raise UserError(f"--config: there is no Python file {path!r}. Shipped configs: {', '.join(shipped)}.")
+    expected = (
+        "a Python file whose get_config([argument]) returns an ml_collections ConfigDict made from "
+        "uwm_jax.config.base()"
+    )
+    arguments = [argument] if argument else []
+    config = run_python(path, f"--config: {path}", expected, lambda module: module.get_config(*arguments))
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config of {path} returned {config!r}, expected a ConfigDict.")
     _lists_to_tuples(config)  # as they come back from a stored config
@@ -248,7 +241,7 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]]) ->
     for name, text in overrides:
         flat = flatten(config)
         if name not in flat:
-            raise UserError(f"--config.{name}: there is no such field.{_suggest(name, flat)}")
+            raise UserError(f"--config.{name}: there is no such field.{suggest(name, flat)}")
         node = config
         *parents, leaf = name.split(".")
         for parent in parents:
@@ -289,13 +282,6 @@ def _type_name(value: Any) -> str:
     return names.get(type(value).__name__, type(value).__name__)
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    close = close or [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:2]
-    return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
@@ -334,7 +320,7 @@ def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
             raise UserError(f"{where}: expected fields under {prefix.rstrip('.') or 'the top'!r}, found {values!r}.")
         for key, value in values.items():
             if key not in node:
-                raise UserError(f"{where}: unknown field {prefix + key!r}.{_suggest(prefix + key, known)}")
+                raise UserError(f"{where}: unknown field {prefix + key!r}.{suggest(prefix + key, known)}")
             if isinstance(node[key], ConfigDict):
                 fill(node[key], value, f"{prefix}{key}.")
                 continue
@@ -415,7 +401,7 @@ def validate(config: ConfigDict) -> None:
         defaults.data.sources = ConfigDict({name: source() for name in config.data.sources})
     reference, flat = flatten(defaults), flatten(config)
     for name in flat.keys() - reference.keys():
-        raise UserError(f"config.{name}: there is no such field.{_suggest(name, reference)}")
+        raise UserError(f"config.{name}: there is no such field.{suggest(name, reference)}")
     for name, default in reference.items():
         if name not in flat:
             if name.startswith("data.sources."):

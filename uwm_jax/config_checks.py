@@ -72,6 +72,8 @@ def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
             lowest = 1 if name in _AT_LEAST_ONE else 0
             if not value >= lowest or value == float("inf"):
                 raise UserError(f"config.{name}: expected a number of at least {lowest}, found {value}.")
+        if type(value) is int and abs(value) >= 2**63:
+            raise UserError(f"config.{name}: expected an integer of at most 63 bits, found {value}.")
         elif isinstance(value, tuple):
             _check_elements(name, value)
     choices_of = dict(_CHOICES) | {
@@ -107,7 +109,7 @@ def _check_elements(name: str, value: tuple[Any, ...]) -> None:
                 f"config.{name}: expected () or (camera, x_low, x_high, y_low, y_high) such as "
                 f"('image', 0.0, 512.0, 0.0, 512.0), found {value!r}."
             )
-    elif not all(type(v) is int for v in value):
+    elif not all(type(v) is int and abs(v) < 2**63 for v in value):
         raise UserError(f"config.{name}: expected a list of whole numbers such as (1, 2), found {value!r}.")
 
 

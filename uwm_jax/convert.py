@@ -49,6 +49,7 @@ SDXL_PARTS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_ad
 
 
 def define_flags() -> None:
+    cli.accept_arguments()
     flags.DEFINE_string("input", None, "from-torch: weights under official names, .safetensors or .pt")
     flags.DEFINE_string("official_config", None, "from-torch: the run's .hydra/config.yaml, or a .json of to-torch")
     flags.DEFINE_string("normalizer", None, "from-torch: .npz with <key>/scale and <key>/offset")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -29,6 +31,14 @@ class Preempted(RunError):
     def __init__(self, message: str, status: int = 143):
         super().__init__(message)
         self.status = status
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean x?`, of what is spelt like `name` or ends in the same field; empty where nothing is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    close = close or [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:2]
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def warn(message: str) -> None:

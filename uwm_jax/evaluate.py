@@ -59,8 +59,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     workdir = cli.required_path("workdir")
     compares = FLAGS.sampler is not None or FLAGS.steps is not None
     if FLAGS.env and not compares:

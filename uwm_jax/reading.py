@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -68,6 +69,25 @@ def cause_of(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none; for `OSError` the path too."""
     lines = str(error).strip().splitlines()
     return lines[0][:600] if lines else type(error).__name__
+
+
+def run_python(path: str | os.PathLike[str], where: str, expected: str, use: Callable[[Any], _Value]) -> _Value:
+    """`use(module)` of a user's Python file.
+
+    Args:
+      where: flag or field and file, and `expected`: what it should be, for messages.
+
+    Raises:
+      UserError: the file, or `use`, raises anything or asks to exit.
+    """
+    spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return use(module)
+    except (Exception, SystemExit) as e:
+        raise UserError(f"{where} does not load ({type(e).__name__}: {e}). Expected {expected}.") from e
 
 
 def read_json(path: str | os.PathLike[str], also: type | tuple[type, ...] = ()) -> Any:

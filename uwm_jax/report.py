@@ -24,6 +24,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "the run's directory; several runs are given without a flag")
+    cli.accept_arguments()
     flags.DEFINE_string("output", None, "the page to write; DIR/report.html, or comparison.html for several runs")
 
 

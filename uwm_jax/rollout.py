@@ -55,8 +55,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     workdir, env = cli.required_path("workdir"), cli.required("env")
     spec = get(env)
     system, params, frozen, step = inference.load_for_inference(

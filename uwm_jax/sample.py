@@ -50,8 +50,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     workdir, output = cli.required_path("workdir"), cli.required_path("output")
     modes = parse_modes(cli.required("mode"))
     files.check_output_file(output)

@@ -56,8 +56,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     config = config_lib.load(cli.required("config"), cli.config_overrides())
     workdir = cli.required_path("workdir")
     start = record.describe(cli.command_line(), cli.required("config"), config, cli.changed_fields())

@@ -351,6 +351,19 @@ def test_sources_that_moved_keep_their_names_and_their_order(config: ConfigDict,
         _loader(config, start_step=2, state=state)
 
 
+def test_a_source_whose_dataset_is_absent_is_named_with_its_field(config: ConfigDict) -> None:
+    path = config.path
+    config.sources = ConfigDict({"robot": source(), "video": source(path="nowhere")})
+    with pytest.raises(UserError, match=r"config.data.sources.video.path=nowhere: source 'video': .*no training data"):
+        _loader(config)
+    config.path, config.sources.video.path = "nowhere", path
+    with pytest.raises(UserError, match=r"config.data.path=nowhere: source 'robot': .*no training dataset"):
+        _loader(config)
+    config.sources.robot.path = "gs://bucket/robot"
+    with pytest.raises(UserError, match=r"config.data.sources.robot.path=gs://bucket/robot: gs:// is not supported"):
+        _loader(config)
+
+
 def test_bad_weights_are_explained(config: ConfigDict) -> None:
     config.sources.video.weight = -1
     with pytest.raises(UserError, match=r"config.data.sources: the weight of video is -1"):

@@ -113,12 +113,13 @@ GOOD = 'PARAMS = (("*/kernel", ("fsdp", None)), ("*", ()))\nACTIVATIONS = (("bat
     "text, message",
     [
         ("PARAMS = (", "does not load .SyntaxError"),
+        ("import sys; sys.exit(0)", "does not load .SystemExit"),
         ("ACTIVATIONS = ()", "expected PARAMS = .*found nothing of that name"),
-        (GOOD.replace('"fsdp", None', '"fdsp", None'), r"'fdsp' is no axis of the mesh.*Did you mean 'fsdp'"),
+        (GOOD.replace('"fsdp", None', '"fdsp", None'), r"'fdsp' is no axis of the mesh.*Did you mean fsdp"),
         (GOOD.replace('("fsdp", None)', '"fsdp"'), r"the spec of '\*/kernel' is 'fsdp', expected a tuple"),
         (GOOD.replace('"fsdp", None', '"fsdp", "fsdp"'), "names a mesh axis twice"),
         (GOOD.replace('"fsdp", None', "3, None"), "3 is no axis of the mesh"),
-        (GOOD.replace('"batch"', '"bach"'), "names 'bach', expected one of batch.*Did you mean 'batch'"),
+        (GOOD.replace('"batch"', '"bach"'), "names 'bach', expected one of batch.*Did you mean batch"),
         (GOOD.replace('(("batch", ("data", "fsdp")),)', '("batch",)'), "expected ACTIVATIONS = "),
     ],
 )

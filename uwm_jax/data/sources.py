@@ -147,9 +147,13 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     opened: dict[tuple[str, str], Dataset] = {}
     for name, fields in sorted(config.sources.items()):
-        place = (str(dataset_dir(fields.path or config.path)), fields.split or config.split)
+        field = f"config.data.sources.{name}.path" if fields.path else "config.data.path"
+        place = (str(dataset_dir(fields.path or config.path, field)), fields.split or config.split)
         if place not in opened:
-            opened[place] = Dataset(*place)
+            try:
+                opened[place] = Dataset(*place)
+            except UserError as e:
+                raise UserError(f"{field}={fields.path or config.path}: source {name!r}: {e}") from e
         dataset = opened[place]
         # A source that stands alone keeps the run's seed. Else one dataset in two roles must not show the same
         # windows at the same time.

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import fnmatch
-import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +17,11 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import local_path
 from uwm_jax.models.activations import NAMES
 from uwm_jax.parallel.mesh import AXES, replicated
+from uwm_jax.reading import run_python
 
 Entry = tuple[str, ...]  # the mesh axes that cut one axis of an array, outermost first; () = whole
 
@@ -57,16 +56,10 @@ def load_rules(name: str) -> Rules:
         known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
         raise UserError(
             f"config.mesh.rules={name!r}: there is no file {path.name if not name.endswith('.py') else name}. Expected "
-            f"one of {', '.join(known)} (configs/meshes/), or the path of a FILE.py.{_suggest(name, known)}"
+            f"one of {', '.join(known)} (configs/meshes/), or the path of a FILE.py.{suggest(name, known)}"
         )
     where = f"config.mesh.rules: {path}"
-    spec = importlib.util.spec_from_file_location(f"mesh_rules_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:  # whatever a user's file does wrong
-        raise UserError(f"{where} does not load ({type(e).__name__}: {e}).") from e
+    module = run_python(path, where, "tables as in configs/meshes/uwm.py", lambda module: module)
     params = []
     for pattern, entries in _pairs(module, "PARAMS", where):
         if not isinstance(entries, tuple | list):
@@ -82,7 +75,7 @@ def load_rules(name: str) -> Rules:
     for logical, entry in _pairs(module, "ACTIVATIONS", where):
         if logical not in NAMES:
             raise UserError(
-                f"{where}: ACTIVATIONS names {logical!r}, expected one of {', '.join(NAMES)}.{_suggest(logical, NAMES)}"
+                f"{where}: ACTIVATIONS names {logical!r}, expected one of {', '.join(NAMES)}.{suggest(logical, NAMES)}"
             )
         activations.append((logical, _entry(entry, f"{where}: ACTIVATIONS {logical!r}")))
     return Rules(str(name), tuple(params), tuple(activations))
@@ -105,14 +98,9 @@ def _entry(entry: Any, where: str) -> Entry:
         if axis not in AXES:
             raise UserError(
                 f"{where}: {axis!r} is no axis of the mesh; expected None, or of {', '.join(AXES)}."
-                f"{_suggest(str(axis), AXES)}"
+                f"{suggest(str(axis), AXES)}"
             )
     return tuple(axes)
-
-
-def _suggest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def state_sharding(mesh: Mesh, rules: Rules, shapes: Any) -> Any:
