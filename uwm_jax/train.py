@@ -24,7 +24,6 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.ahead import Ahead, prefetch_to_device
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader
-from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.files import local_path
 from uwm_jax.parallel import distributed, sharding, signals
