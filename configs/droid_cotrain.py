@@ -10,9 +10,10 @@ Hardware: as `configs/droid.py`, whose model, batch and schedule this is: accele
 Data: the source `robot` is the successful episodes whose `recording_folderpath` contains "WEIRD", the source `video`
 the successful ones whose does not. `:official` takes at most 2,000 of each kind, successful or not, and else what
 `configs/droid.py:official` does. Rows of `video` have `action_mask` False: their action sits at the noisiest timestep,
-and the loss on it follows `config.loss.action_free` (the official code keeps it). The normaliser is that of `robot`,
-and so are all held-out windows. Both sources give half of the samples. The official code draws in proportion to sizes,
-which is half and half too for 2,000 of each; all of DROID has many more episodes without "WEIRD" than with it.
+and the loss on it follows `config.loss.action_free`, which keeps it with epsilon, as the official code does. The
+normaliser is that of `robot`, and so are all held-out windows. Both sources give half of the samples. The official code
+draws in proportion to sizes, which is half and half too for 2,000 of each; all of DROID has many more episodes without
+"WEIRD" than with it.
 `--config.data.sources.video.weight=3` and the like may also change when a run continues. The first lines of a run say
 how many episodes were found.
 

@@ -109,7 +109,10 @@ def why_unusable(feature: Feature) -> str:
     if feature.image:
         return f"images of shape {shape}; a camera has 1, 3 or 4 channels, last"
     if dtype == "string":
-        return "text: config.data.text wants an embedding of it, a vector of floats in every step"
+        return (
+            "text: config.data.text wants an embedding of it, a vector of floats in every step, made beforehand "
+            "(docs/training.md, Language)"
+        )
     if dtype == "unknown":
         return "a kind of feature that is not read"
     if shape is None or min(shape, default=1) < 1:

@@ -64,7 +64,8 @@ def test_stored_config_comes_back_equal(path, tmp_path):
         (("model.encoder.use_language", "true"), "config.data.text"),
         (("diffusion.num_inference_steps", "101"), "exceeds"),
         (("data.action", "action"), "pairs"),
-        (("data.cameras", "a,a"), "named twice"),
+        (("data.cameras", "a,a"), "with config.data.sources.NAME = source(cameras=('image', 'image'))"),
+        (("data.low_dim", "a,a"), "named twice"),
         (("seed", "-1"), "at least 0"),
         (("seed", "4294967296"), "less than 2"),
         (("model.encoder.width", "24"), "multiple of 16"),
@@ -224,6 +225,35 @@ def test_a_config_that_was_stored_before_a_field_came_means_what_runs_did_then()
         config_lib.refuse_changed(config, old)
     config.optimizer.ema_decay = old.optimizer.ema_decay = 0.0  # nothing is averaged
     config_lib.refuse_changed(config, old)
+
+
+def test_what_action_free_rows_count_follows_the_prediction_until_it_is_set(path):
+    found = {}
+    for prediction in ("epsilon", "sample", "v"):
+        found[prediction] = config_lib.load(path, [("diffusion.prediction.action", prediction)]).loss.action_free
+    assert found == {"epsilon": "kept", "sample": "dropped", "v": "dropped"}
+    fields = [("loss.action_free", "kept"), ("diffusion.prediction.action", "sample")]
+    kept = config_lib.load(path, fields)
+    assert kept.loss.action_free == "kept"
+    assert config_lib.from_json(config_lib.to_json(kept), "there").loss.action_free == "kept"
+    config_lib.apply_overrides(kept, [("loss.action_free", "dropped")])
+    with pytest.raises(UserError, match="loss.action_free"):
+        config_lib.load(path, [("loss.action_free", "halved")])
+
+
+def test_a_run_without_action_free_rows_goes_on_whatever_they_would_count():
+    """A run from before the default followed the prediction has `kept` in its config."""
+    now, before = config_lib.base(), config_lib.base()
+    now.diffusion.prediction.action = before.diffusion.prediction.action = "sample"
+    before.loss.action_free = "kept"
+    config_lib.refuse_changed(now, before)
+    for c in (now, before):
+        c.data.sources.robot = config_lib.source()
+    config_lib.refuse_changed(now, before)
+    for c in (now, before):
+        c.data.sources.video = config_lib.source(use_actions=False)
+    with pytest.raises(UserError, match="config.loss.action_free is 'dropped', but this workdir was .* with 'kept'"):
+        config_lib.refuse_changed(now, before)
 
 
 def test_the_clip_of_latents_follows_the_codec_until_it_is_set():

@@ -15,7 +15,7 @@ pytest.importorskip("gym_pusht")
 
 from data_prep import demo  # noqa: E402
 from uwm_jax import cli, envs, evaluate, rollout  # noqa: E402
-from uwm_jax.config import base  # noqa: E402
+from uwm_jax.config import base, source  # noqa: E402
 from uwm_jax.data.loader import Loader  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, replay  # noqa: E402
@@ -103,6 +103,43 @@ def same(a: EpisodeResult, b: EpisodeResult) -> bool:
         and np.array_equal(a.scores, b.scores)
         and np.array_equal(a.actions, b.actions)
     )
+
+
+class TwoViews(Stub):
+    """Acts as the stub, and is trained on two views of the environment's one camera."""
+
+    def __init__(self):
+        super().__init__()
+        self.config.data.cameras = ("wrist", "front")
+        self.config.data.sources.robot = source(cameras=("observation/image", "image"))
+        self.config.data.sources.another = source(use_actions=False, cameras=("web",))
+        self.facts = dataclasses.replace(self.facts, cameras={"front": (SIZE, SIZE), "wrist": (SIZE, SIZE)})
+        self.cameras = ("front", "wrist")
+
+    def sample(self, params, frozen, batch, mode, noise):
+        return super().sample(params, frozen, batch | {"obs/image": batch["obs/front"]}, mode, noise)
+
+
+def test_one_camera_in_several_views_can_be_rolled_out():
+    spec, system = envs.get("pusht"), TwoViews()
+    rollout.check_fits(spec, system)
+    assert rollout.views_of(spec, system) == {"front": "image", "wrist": "image"}
+    assert rollout.env_cameras(spec, system) == {"image": (SIZE, SIZE)}
+    image = np.arange(3)
+    seen = rollout.under_views({"image": image, "agent_pos": image + 1}, rollout.views_of(spec, system))
+    assert seen["front"] is seen["wrist"] is image and "agent_pos" in seen
+    assert rollout.with_views(spec, system).action_plane == ("front", *spec.action_plane[1:])
+    assert rollout.with_views(spec, Stub()) == spec
+    # Without the source's word for it, another name is another camera.
+    del system.config.data.sources["robot"]
+    with pytest.raises(UserError, match="camera 'front': pusht has image(.|\n)*camera 'wrist': pusht has image"):
+        rollout.check_fits(spec, system)
+
+
+@pytest.mark.slow
+def test_several_views_of_one_camera_act_as_one(episodes):
+    (alone,) = rollout.closed_loop(TwoViews(), {}, {}, "pusht", SEEDS[:1], workers=1)
+    assert same(alone, episodes[0])
 
 
 @pytest.fixture(scope="module")

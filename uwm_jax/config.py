@@ -34,10 +34,13 @@ MAY_CHANGE = (
 )
 
 # What a stored config without the field meant, where that is not the field's default.
-_WHERE_ABSENT = {"data.last_action": "keep", "optimizer.ema_warmup": "none"}
+_WHERE_ABSENT = {"data.last_action": "keep", "optimizer.ema_warmup": "none", "loss.action_free": "kept"}
 
-# Fields without effect while another one is 0.
-_IDLE = {"optimizer.ema_warmup": "optimizer.ema_decay"}
+# Fields that have no effect in some configs, which `flatten` gave.
+_IDLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "optimizer.ema_warmup": lambda flat: not flat["optimizer.ema_decay"],
+    "loss.action_free": lambda flat: all(use for name, use in flat.items() if name.endswith(".use_actions")),
+}
 
 
 def base() -> ConfigDict:
@@ -96,7 +99,9 @@ def base() -> ConfigDict:
 
     c.loss = ConfigDict()
     c.loss.weights = ConfigDict({m: 1.0 for m in MODALITIES})
-    c.loss.action_free = "kept"  # kept (official: they predict the noise they were given) or dropped
+    # Rows without actions: kept (official: with epsilon they predict the noise that they were given) or dropped. With
+    # sample and v, kept would teach the centre of the actions' range, and dilute loss/action with what is easy.
+    c.loss.action_free = _follows(c.diffusion.prediction, "action", _action_free_of_prediction)
 
     c.data = ConfigDict()
     c.data.path = "droid"  # under $UWM_DATA_DIR (default data/) unless absolute
@@ -167,9 +172,13 @@ class _Operation(NamedTuple):
     args: list[Any]
 
 
-def _follows(node: ConfigDict, field: str, value_of: Callable[[Any, Any], float]) -> FieldReference:
-    """A number that `value_of(None, node[field])` gives, whenever it is read and until it is set itself."""
-    return FieldReference(0.0, op=_Operation(value_of, [node.get_oneway_ref(field)]))
+def _follows(node: ConfigDict, field: str, value_of: Callable[[Any, Any], Any]) -> FieldReference:
+    """A value that `value_of(None, node[field])` gives, whenever it is read and until it is set itself."""
+    return FieldReference(value_of(None, node[field]), op=_Operation(value_of, [node.get_oneway_ref(field)]))
+
+
+def _action_free_of_prediction(_: Any, prediction: str) -> str:
+    return "kept" if prediction == "epsilon" else "dropped"
 
 
 def _clip_of_codec(_: Any, name: str) -> float:
@@ -380,7 +389,7 @@ def refuse_changed(config: ConfigDict, stored: ConfigDict) -> None:
     for name in sorted(now.keys() | before.keys()):
         if now.get(name) == before.get(name) or any(fnmatch.fnmatchcase(name, p) for p in MAY_CHANGE):
             continue
-        if name in _IDLE and not now[_IDLE[name]] and not before[_IDLE[name]]:
+        if name in _IDLE and _IDLE[name](now) and _IDLE[name](before):
             continue
         is_now, was = (repr(fields[name]) if name in fields else "absent" for fields in (now, before))
         raise UserError(

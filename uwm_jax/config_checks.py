@@ -176,8 +176,13 @@ def _check_combinations(c: ConfigDict) -> None:
         f"config.model.patch[0]={m.patch[0]} does not divide the {len(w.next_obs)} frames of next_obs.",
     )
     check(len(d.cameras) > 0, "config.data.cameras: expected at least one camera key.")
-    for name in ("cameras", "low_dim"):
-        check(len(set(d[name])) == len(d[name]), f"config.data.{name}: a key is named twice in {d[name]}.")
+    check(
+        len(set(d.cameras)) == len(d.cameras),
+        f"config.data.cameras: a key is named twice in {d.cameras}. Each view of the model needs its own name. One "
+        "camera is shown in two views by a source: config.data.cameras=('first', 'second') with "
+        "config.data.sources.NAME = source(cameras=('image', 'image')).",
+    )
+    check(len(set(d.low_dim)) == len(d.low_dim), f"config.data.low_dim: a key is named twice in {d.low_dim}.")
     check(len(d.action) > 0, "config.data.action: expected at least one pair (step key, transform).")
     check(0.0 <= d.val_ratio < 1.0, f"config.data.val_ratio: expected 0 <= ratio < 1, found {d.val_ratio}.")
     check(

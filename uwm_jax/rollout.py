@@ -12,6 +12,7 @@ An episode is a function of the parameters, its seed and the flags alone, whatev
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -23,6 +24,7 @@ from absl import flags
 from tqdm import tqdm
 
 from uwm_jax import cli, report
+from uwm_jax.data.records import short_key
 from uwm_jax.envs import EnvSpec, get
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, controllers, cores, replay
 from uwm_jax.errors import UserError
@@ -89,10 +91,10 @@ def main(argv: list[str]) -> None:
     clips = []
     for label, i in telling(results[POLICY]):
         episode = results[POLICY][i]
-        seen = replay(spec.make(system.facts.cameras), episode)
+        seen = under_views(replay(spec.make(env_cameras(spec, system)), episode), views_of(spec, system))
         clips.append(film.imagine(system, params, frozen, episode, seen, execute=FLAGS.execute, label=label))
     files = ["metrics.json", "episodes.json"]
-    if film.draw(clips, spec, system, folder / "episodes.gif"):
+    if film.draw(clips, with_views(spec, system), system, folder / "episodes.gif"):
         files.append("episodes.gif")
     print(f"{env}, {len(seeds)} episodes from seed {seeds[0]} on, {FLAGS.execute} steps of a chunk: {seconds:.0f} s")
     print(text_table(metrics, spec.score))
@@ -141,12 +143,12 @@ def closed_loop(
         check_fits(env.spec, system)
         bar = stack.enter_context(_bar(progress, env.spec.max_steps, "step"))
         policy.reset(seeds)
-        seen = env.reset(seeds)
+        views, seen = views_of(env.spec, system), env.reset(seeds)
         scores, actions = [[score] for score in seen.score], [[] for _ in seeds]  # type: ignore[var-annotated]
         success = np.zeros(len(seeds), bool)
         rows, observation = np.arange(len(seeds)), seen.observation
         while len(rows):
-            action = policy.act(observation, rows).astype(np.float64)
+            action = policy.act(under_views(observation, views), rows).astype(np.float64)
             seen = env.step(rows, action)
             for i, row in enumerate(rows):
                 scores[row].append(seen.score[i])
@@ -166,7 +168,7 @@ def open_envs(name: str, system: System, seeds: Sequence[int], workers: int = 0)
     Args and errors: as `closed_loop`.
     """
     check_fits(get(name), system)
-    return ParallelEnvs(name, system.facts.cameras, min(workers or cores(), len(seeds)))
+    return ParallelEnvs(name, env_cameras(get(name), system), min(workers or cores(), len(seeds)))
 
 
 def play(envs: ParallelEnvs, controller: str, seeds: Sequence[int]) -> list[EpisodeResult]:
@@ -179,11 +181,47 @@ def play(envs: ParallelEnvs, controller: str, seeds: Sequence[int]) -> list[Epis
     return [found[place] for place in range(len(seeds))]
 
 
+def views_of(spec: EnvSpec, system: System) -> dict[str, str]:
+    """{camera of the model: the environment's camera that it shows}: what the run's first source with actions has
+    there, which may be one camera for several views, or the environment's camera of the same name."""
+    data = system.config.data
+    keys: dict[str, str] = {}
+    if robots := [source for _, source in sorted(data.sources.items()) if source.use_actions]:
+        keys = dict(zip(data.cameras, map(short_key, robots[0].cameras or data.cameras), strict=True))
+    shown = {
+        view: next((c for c in (keys.get(view), view) if c in spec.cameras), None) for view in system.facts.cameras
+    }
+    return {view: camera for view, camera in shown.items() if camera}
+
+
+def env_cameras(spec: EnvSpec, system: System) -> dict[str, tuple[int, int]]:
+    """{the environment's camera: (height, width)} of the frames to draw."""
+    return {camera: system.facts.cameras[view] for view, camera in views_of(spec, system).items()}
+
+
+def under_views(observation: Mapping[str, np.ndarray], views: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The observation with what each of the model's views shows."""
+    return {**observation, **{view: observation[camera] for view, camera in views.items()}}
+
+
+def with_views(spec: EnvSpec, system: System) -> EnvSpec:
+    """The environment whose actions are drawn on the model's first view of that camera."""
+    if spec.action_plane is None:
+        return spec
+    camera, x_low, x_high, y_low, y_high = spec.action_plane
+    views = [view for view, shown in sorted(views_of(spec, system).items()) if shown == camera]
+    plane = (views[0] if views else camera, x_low, x_high, y_low, y_high)
+    return dataclasses.replace(spec, action_plane=plane)
+
+
 def check_fits(spec: EnvSpec, system: System) -> None:
     """Raises UserError where the model reads what the environment does not show, or acts in another space."""
-    facts = system.facts
+    facts, views = system.facts, views_of(spec, system)
     problems = [
-        *(f"camera {c!r}: {spec.name} has {', '.join(spec.cameras)}" for c in facts.cameras if c not in spec.cameras),
+        *(
+            f"camera {c!r}: {spec.name} has {', '.join(spec.cameras)}"
+            for c in sorted(facts.cameras.keys() - views.keys())
+        ),
         *(
             f"{key} ({dim} numbers): {spec.name} has {dict(spec.low_dim)}"
             for key, dim in facts.low_dim.items()

@@ -402,7 +402,13 @@ def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:
     config.action = (("action", "xyz_euler_to_rot6d"),)
     with pytest.raises(UserError, match="takes 6 numbers, but 'action' has 7"):
         _loader(config)
-    config.action = (("actions", "identity"),)
+    config.action, config.text = (("action", "identity"),), "language_instruction"
+    wanted = (
+        "no step key for config.data.text, which is a vector of floats, 'language_instruction'; it has: .*embedding.*"
+    )
+    with pytest.raises(UserError, match=wanted + r"made beforehand \(docs/training.md, Language\)"):
+        _loader(config)
+    config.text, config.action = "", (("actions", "identity"),)
     with pytest.raises(UserError, match="no low-dimensional key 'actions'"):
         _loader(config)
     config.action = (("action", "identity"),)

@@ -66,6 +66,14 @@ def test_each_record_is_read_once_per_call(made, monkeypatch: pytest.MonkeyPatch
 def test_values_too_wide_for_a_column_come_from_the_record(made) -> None:
     dataset = Dataset(made[0])
     assert dataset.float_key("embedding") == "embedding"
+    for ask, name, found in (
+        (dataset.float_key, "counter", "int64 of shape"),
+        (dataset.float_key, "language_instruction", "text: config.data.text wants an embedding of it"),
+        (dataset.camera_key, "state", r"float32 of shape \[3\]"),
+        (dataset.column_key, "wrist", r"uint8 of shape \[16, 16, 3\]"),
+    ):
+        with pytest.raises(UserError, match=f"it has: .*{name!r} is there, but cannot be used so: .*{found}"):
+            ask(name)
     np.testing.assert_array_equal(dataset.values(2, 19, "embedding"), np.full(300, 2 + 19 / 64, np.float32))
 
 

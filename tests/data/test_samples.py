@@ -17,7 +17,7 @@ from data_prep.reshard import reshard
 from uwm_jax.config import base, source
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset
-from uwm_jax.data.samples import cover
+from uwm_jax.data.samples import Clip, cover
 from uwm_jax.errors import UserError
 
 _SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
@@ -86,6 +86,22 @@ def test_same_copies_the_clip_to_every_view(config: ConfigDict, camera: str) -> 
         own = _frames(config, camera, trace)
         np.testing.assert_array_equal(frames["wrist"], _covered(own, (16, 16)))
         np.testing.assert_array_equal(frames["exterior"], _covered(own, (24, 32)))
+
+
+def test_a_robots_one_camera_fills_two_views(config: ConfigDict) -> None:
+    """The first of the two has the size of what it shows, and so has the other."""
+    config.sources = ConfigDict({"robot": source(cameras=("wrist", "wrist"))})
+    loader = Loader(config, batch_size=16, seed=5)
+    assert loader.spec.cameras == dict.fromkeys(sorted(VIEWS), (16, 16))
+    windows = loader.training_windows(8)
+    for batch in (next(iter(loader)), windows.batch(0, 8)):
+        assert batch["action_mask"].all()
+        for group in ("obs", "next_obs"):
+            np.testing.assert_array_equal(batch[f"{group}/wrist"], batch[f"{group}/exterior"])
+    np.testing.assert_array_equal(
+        np.concatenate([batch["obs/exterior"][0], batch["next_obs/exterior"][0]]),
+        _frames(config, "wrist", Clip(int(windows.episodes[0]), int(windows.origins[0]))),
+    )
 
 
 def test_none_shows_the_clip_in_one_random_view(config: ConfigDict) -> None:

@@ -203,7 +203,7 @@ class Dataset:
 
     def float_key(self, name: str) -> str:
         """Step key of a vector of floats of any size (for example a text embedding)."""
-        return self._resolve(name, self._float_keys, "step key with floats")
+        return self._resolve(name, self._float_keys, "step key for config.data.text, which is a vector of floats,")
 
     def has_float_key(self, name: str) -> bool:
         """Whether there is such a step key."""
@@ -337,8 +337,11 @@ class Dataset:
         for key in (f"observation/{name}", name):
             if key in keys:
                 return key
-        unusable = self.manifest.get("unusable_keys", {})
-        reason = unusable.get(f"observation/{name}") or unusable.get(name)
+        unusable, features = self.manifest.get("unusable_keys", {}), self.manifest["step_features"]
+        found = f"observation/{name}" if f"observation/{name}" in features else name
+        reason = unusable.get(found, "")
+        if not reason and found in features:
+            reason = f"it holds {features[found]['dtype']} of shape {features[found]['shape']}"
         raise UserError(
             f"{self.directory}: no {what} {name!r}; it has: {', '.join(sorted(keys)) or 'none'}."
             + (f" {name!r} is there, but cannot be used so: {reason}." if reason else "")

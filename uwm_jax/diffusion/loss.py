@@ -78,8 +78,9 @@ def row_weights(action_mask: jax.Array, action_free: str = "kept") -> dict[str, 
 
     Args:
       action_mask: (B,) bool.
-      action_free: `kept` (official: rows without actions still predict what they were given at T - 1) or
-        `dropped` (the action loss is the mean over rows that have actions; 0 if none has).
+      action_free: `dropped` (the action loss is the mean over rows that have actions; 0 if none has) or `kept`
+        (official): rows without actions predict from what they were given at T - 1, the noise. That is their target
+        with epsilon; with `sample` and `v` their target is the centre of the actions' range, which they would teach.
     """
     every = jnp.full(action_mask.shape, 1 / action_mask.shape[0])
     with_action = action_mask / jnp.maximum(action_mask.sum(), 1)
