@@ -285,5 +285,7 @@ def _is_source(directory: Path) -> bool:
     return _read_record(directory) is not None
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

@@ -194,5 +194,7 @@ def main(argv: list[str]) -> None:
     print(f"wrote contact_sheet.png, actions.png and episode_lengths.png of split {split!r} to {output}")
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

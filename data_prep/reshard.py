@@ -273,5 +273,7 @@ def main(argv: list[str]) -> None:
     print(f"{output}: {summary(manifest)}")
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

@@ -91,5 +91,7 @@ def main(argv: list[str]) -> None:
     print(f"wrote {Path(directory) / STATS_FILE}")
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

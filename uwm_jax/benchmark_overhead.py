@@ -152,5 +152,7 @@ def _overhead(bare: np.ndarray, full: np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 3) for name, value in named.items()}
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

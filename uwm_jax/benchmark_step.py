@@ -454,5 +454,7 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

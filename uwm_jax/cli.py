@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,6 +109,11 @@ def run(main: Main, define_flags: Callable[[], None] | None = None) -> None:
     exit_process(call(main, sys.argv, define_flags))
 
 
+def command(main: Main, define_flags: Callable[[], None] | None = None) -> Callable[[], None]:
+    """`run` of these, without arguments: what `python -m` and the console script of a command call."""
+    return functools.partial(run, main, define_flags)
+
+
 def _keep_freed_memory() -> None:
     """Where JAX has CPUs only, the memory that a step frees stays with the process for the next one.
 
@@ -135,19 +141,18 @@ def call(main: Main, argv: Sequence[str], define_flags: Callable[[], None] | Non
     try:
         if define_flags:
             define_flags()
-        return _call(main, argv)
+        return _call(main, argv, set(FLAGS) - before)
     finally:
         for name in set(FLAGS) - before:
             delattr(FLAGS, name)
         _takes_config, _takes_arguments = _takes_config and not define_flags, _takes_arguments and not define_flags
 
 
-def _call(main: Main, argv: Sequence[str]) -> int:
+def _call(main: Main, argv: Sequence[str], own: Set[str]) -> int:
     debug = any(a.lower() in ("-debug", "--debug", "--debug=true", "--debug=t", "--debug=1") for a in argv)
     try:
         if {"--help", "-h", "-help"} & set(argv):
-            flag_lines = FLAGS.main_module_help().strip().split("\n")[1:]  # the first one is the file's path
-            print(sys.modules[main.__module__].__doc__ or "", "Flags:", *flag_lines, sep="\n")
+            print(sys.modules[main.__module__].__doc__ or "", "Flags:", *_flag_lines(own), sep="\n")
             return 0
         module = _module_name(main)
         started = ["-m", module] if module != "__main__" else [argv[0]]  # `python uwm_jax/train.py`
@@ -188,6 +193,14 @@ def _tell(message: str, with_traceback: bool = False) -> None:
         print(text, end="", file=sys.stderr, flush=True)
     except OSError:
         drop_output(sys.stderr)
+
+
+def _flag_lines(own: Set[str]) -> list[str]:
+    """The help of a command's flags, whichever module declares them; of those of the main module where it has none."""
+    declared = FLAGS.flags_by_module_dict().items()
+    modules = [module for module, defined in declared if any(flag.name in own for flag in defined)]
+    texts = [FLAGS.module_help(module) for module in modules] or [FLAGS.main_module_help()]
+    return [line for text in texts for line in text.strip().split("\n")[1:]]  # the first one is the module's name
 
 
 def _module_name(main: Main) -> str:

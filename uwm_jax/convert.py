@@ -336,5 +336,7 @@ def _codec_json(system: System, workdir: Path) -> dict[str, Any]:
     return {"name": "pixels", "latents": "images * 2 - 1"}
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

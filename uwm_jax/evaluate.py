@@ -288,5 +288,7 @@ def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
     return cli.table(lines)
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

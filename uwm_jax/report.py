@@ -44,5 +44,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{output} cannot be written: {e.strerror}. --output=FILE writes the page elsewhere.") from e
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

@@ -312,5 +312,7 @@ def _bar(description: str, total: int, unit: str) -> tqdm:
     return tqdm(total=total, desc=description, unit=unit, mininterval=pause, disable=not description)
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

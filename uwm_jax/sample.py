@@ -240,5 +240,7 @@ def _pictures(system: System) -> Callable[..., Any]:
     return jax.jit(pictures)
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()

@@ -318,5 +318,7 @@ def print_summary(config: ConfigDict, loader: Loader, frozen: Any, mesh: Any, ta
     )
 
 
+command = cli.command(main, define_flags)
+
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    command()
