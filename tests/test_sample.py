@@ -257,11 +257,58 @@ def test_unused_keys_are_ignored() -> None:
         "next_obs/front": np.zeros(1),
         "noise/next_obs": np.zeros((2, 2, 2, 8, 8, 3)),
     }
-    inputs = sample.check_inputs(system, ["policy"], arrays | unused | {"other": np.zeros(1)})
+    unused |= {"timestep/action": np.zeros(2), "obs/pose": np.zeros(1), "action_mask": np.zeros(1)}
+    inputs = sample.check_inputs(system, ["policy"], arrays | unused, data_keys={"pose"})
     assert inputs.batch.keys() == {"obs/front", "obs/wrist", "obs/state"}
     assert inputs.noise.keys() == {"next_obs"}  # it hides the modality that the policy does not see
     given_actions = sample.check_inputs(system, ["forward"], arrays | {"noise/action": np.zeros(1)})
     assert given_actions.noise == {} and "action" in given_actions.batch
+
+
+def test_unknown_keys_are_refused_with_a_suggestion() -> None:
+    system, arrays = tiny_system(), tiny_inputs()
+    typos = ("noise/actoin", "timestep/nextobs", "obs/frnt", "next_obs/wrst", "actions", "obs/xyzzy", "notes")
+    with pytest.raises(UserError) as error:
+        sample.check_inputs(system, ["policy"], arrays | dict.fromkeys(typos, np.zeros(1)), "IN.npz", {"pose"})
+    for line in (
+        "IN.npz, for mode policy:",
+        "unknown key noise/actoin: did you mean noise/action?",
+        "unknown key timestep/nextobs: did you mean timestep/next_obs?",
+        "unknown key obs/frnt: did you mean obs/front?",
+        "unknown key next_obs/wrst: did you mean next_obs/wrist?",
+        "unknown key actions: did you mean action?",
+        "unknown key obs/xyzzy: known are obs/front, obs/pose, obs/state, obs/text, obs/wrist.",
+        "unknown key notes: known are action, action_mask, next_obs/front,",
+    ):
+        assert line in str(error.value)
+
+
+def test_observations_that_the_model_does_not_read_pass_where_the_data_is_not_known() -> None:
+    """That of a converted checkpoint; but not what seems to be a key of the model that is missing."""
+    system, arrays = tiny_system(), tiny_inputs()
+    more = {"obs/cartesian_position": np.zeros(1), "next_obs/gripper": np.zeros(1), "obs/wrist_2": np.zeros(1)}
+    assert sample.check_inputs(system, ["policy"], arrays | more, data_keys=None).batch_size == 2
+    for key, message in (("obs/wrsit", "obs/wrsit: did you mean obs/wrist"), ("noise/acton", "noise/acton: did you")):
+        given = {name: value for name, value in arrays.items() if name != "obs/wrist"} | {key: np.zeros(1)}
+        with pytest.raises(UserError, match=message):
+            sample.check_inputs(system, ["policy"], given, data_keys=None)
+
+
+def test_inputs_far_out_of_the_normalisers_range_are_told() -> None:
+    """Given actions and observations; those of the tiny model are of -1 to 3 and -5 to 3, the state of 1 to 5."""
+    system, arrays = tiny_system(), tiny_inputs()
+    arrays["action"] = np.float32([[[-1, 3], [3, -5], [1, 3.9]]] * 2)
+    arrays["obs/state"] = np.full((2, 2, 1), 5, np.float32)
+    assert sample.far_out_inputs(system, sample.check_inputs(system, ["forward"], arrays)) == []
+    arrays["action"][0, :2, 1] = 300
+    arrays["obs/state"][:, 0] = 7
+    action, state = sample.far_out_inputs(system, sample.check_inputs(system, ["forward"], arrays))[::-1]
+    assert "action is far out of the range that the model was trained on: column 1 (33.3% of its values)." in action
+    assert "Column 1 was within about -5 to 3 there." in action and "column 0" not in action
+    assert "state is far out" in state and "column 0 (50.0% of its values)" in state
+    assert len(sample.far_out_inputs(system, sample.check_inputs(system, ["policy"], arrays))) == 1, (
+        "it reads no action"
+    )
 
 
 def test_every_unfit_key_is_named() -> None:
@@ -332,7 +379,8 @@ def test_unreadable_inputs_end_with_status_2(tiny: Path, tmp_path: Path, capsys:
 
 def test_only_used_keys_are_read(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unreadable = np.array([{"a": 1}], dtype=object)
-    unused = {"action": unreadable, "next_obs_latent": unreadable, "noise/action": unreadable, "notes": unreadable}
+    unused = {"action": unreadable, "next_obs_latent": unreadable, "noise/action": unreadable}
+    unused["timestep/action"] = unreadable
     out = run_tiny(
         tiny, tmp_path, tiny_inputs() | {k: v for k, v in unused.items() if k != "noise/action"}, "--mode=policy"
     )

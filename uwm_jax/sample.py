@@ -6,7 +6,8 @@ IN holds `obs/<key>` (cameras uint8 (B, To, H, W, 3), low-dim float (B, To, D) i
 (B, E) where the model reads text) and what the mode needs beside: `action` (B, Ta, Da) in raw units for
 `forward`; `next_obs/<camera>` or `next_obs_latent` for `inverse`; optionally `noise/action` and
 `noise/next_obs`, else drawn from `--seed`. `denoise` is one evaluation of the network and needs
-`action`, `next_obs`, `noise/*` and `timestep/*`. Other keys are ignored.
+`action`, `next_obs`, `noise/*` and `timestep/*`. Known keys that a mode does not use are ignored, also those of the
+run's data that the model does not read; unknown ones are refused. `uwm_jax.sample_inputs` makes such a file.
 
 OUT holds `action` (raw units), `action_normalized`, `next_obs_latent` and `next_obs/<camera>` (uint8,
 cropped size), of these what the mode makes; for `denoise` `noise_pred/*`, `loss/*`, `obs_feat` and
@@ -15,8 +16,9 @@ cropped size), of these what the mode makes; for `denoise` `noise_pred/*`, `loss
 
 from __future__ import annotations
 
+import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +28,9 @@ import numpy as np
 from absl import flags
 
 from uwm_jax import cli, files
+from uwm_jax.data.ranges import far_out
 from uwm_jax.diffusion.modes import MODALITIES, MODES, given
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, warn
 from uwm_jax.system import System
 from uwm_jax.torch_bridge import weights
 from uwm_jax.training import inference
@@ -57,7 +60,9 @@ def main(argv: list[str]) -> None:
         system, params, frozen, step = inference.load_for_inference(
             workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters
         )
-        inputs = check_inputs(system, modes, arrays, arrays.where)
+        inputs = check_inputs(system, modes, arrays, arrays.where, inference.data_keys(workdir, step))
+    for told in far_out_inputs(system, inputs):
+        warn(f"{arrays.where}: {told}")
     results: dict[str, np.ndarray] = {}
     for mode, made in run(system, params, frozen, inputs, FLAGS.seed).items():
         results |= {f"{mode}/{key}" if len(modes) > 1 else key: value for key, value in made.items()}
@@ -96,17 +101,25 @@ class Inputs:
 
 
 def check_inputs(
-    system: System, modes: Sequence[str], arrays: Mapping[str, np.ndarray], where: str = "--inputs"
+    system: System,
+    modes: Sequence[str],
+    arrays: Mapping[str, np.ndarray],
+    where: str = "--inputs",
+    data_keys: Iterable[str] | None = (),
 ) -> Inputs:
     """Takes from `arrays` what `modes` read.
 
+    Args:
+      data_keys: what the run's data holds, without `obs/`: known keys, whether or not the model reads them. None where
+        that is not known: further observations are ignored, but for those that resemble a missing one.
+
     Raises:
-      UserError: naming every key that is missing, and every one with an unfit shape, dtype or value.
+      UserError: naming every key that is unknown or missing, and every one with an unfit shape, dtype or value.
     """
     facts, frames = system.facts, system.num_frames
     denoise = DENOISE in modes
     known = {m for mode in modes for m in (MODALITIES if mode == DENOISE else given(mode))}
-    problems: list[str] = []
+    problems = _unknown_keys(system, arrays, data_keys)
     batch_size: int | None = None
 
     def take(key: str, shape: tuple[int, ...], kind: str, needed: bool = True) -> np.ndarray | None:
@@ -178,6 +191,32 @@ def check_inputs(
         {m: v for m, v in noise.items() if v is not None},
         {m: t.astype(np.int32) for m, t in timestep.items() if t is not None},
     )
+
+
+def _unknown_keys(system: System, keys: Iterable[str], data_keys: Iterable[str] | None) -> list[str]:
+    """A line about every key that no mode knows, with the known one that it resembles."""
+    keys, facts = set(keys), system.facts
+    observed = {*facts.cameras, *facts.low_dim, *system.config.data.low_dim, "text", *(data_keys or ())}
+    known = {f"{group}/{key}" for group in ("obs", "next_obs") for key in observed}
+    known |= {f"{group}/{m}" for group in ("noise", "timestep") for m in MODALITIES}
+    known |= {"action", "action_mask", "next_obs_latent"}
+    lines = []
+    for key in sorted(keys - known):
+        group = key.partition("/")[0] + "/"
+        candidates = sorted(name for name in known if name.startswith(group)) or sorted(known)
+        close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.8)
+        if data_keys is None and group in ("obs/", "next_obs/") and not set(close) - keys:
+            continue
+        expected = f"did you mean {close[0]}?" if close else f"known are {', '.join(candidates)}."
+        lines.append(f"unknown key {key}: {expected}")
+    return lines
+
+
+def far_out_inputs(system: System, inputs: Inputs) -> list[str]:
+    """A sentence for each key in raw units that leaves the range of the run's normaliser by far."""
+    raw = {"action": "action", **{f"obs/{key}": key for key in system.facts.low_dim}}
+    found = [far_out(system.facts.normalizer, raw[key], x) for key, x in inputs.batch.items() if key in raw]
+    return [told for told in found if told]
 
 
 def run(system: System, params: Any, frozen: Any, inputs: Inputs, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:

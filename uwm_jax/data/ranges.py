@@ -67,6 +67,25 @@ def under(normalizer: Normalizer, ranges: Mapping[str, Mapping[str, Range]], key
     return lines
 
 
+def far_out(normalizer: Normalizer, key: str, values: np.ndarray) -> str:
+    """A sentence about the columns of raw `values` (..., D) that leave the normaliser's range by far, each with the
+    share of its values that do; "" if there are none, or the key is not normalised."""
+    if key not in normalizer.entries:
+        return ""
+    share = (np.abs(normalizer.normalize(key, values)) > _FAR).reshape(-1, values.shape[-1]).mean(axis=0)
+    columns = np.flatnonzero(share)
+    if not len(columns):
+        return ""
+    scale, offset = normalizer.entries[key]
+    shown = [f"column {i} ({share[i]:.1%} of its values)" for i in columns[:6]]
+    more = f" and {len(columns) - 6} more" if len(columns) > 6 else ""
+    low, high = offset[columns[0]] - abs(scale[columns[0]]), offset[columns[0]] + abs(scale[columns[0]])
+    return (
+        f"{key} is far out of the range that the model was trained on: {', '.join(shown)}{more}. Column {columns[0]} "
+        f"was within about {low:.4g} to {high:.4g} there. Are the units raw, and the columns in the same order?"
+    )
+
+
 def _narrow(part: Range, half: np.ndarray) -> str:
     """The columns that vary, but in less than a tenth of +-half, each with its share; "" if there are none."""
     low, high = part

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax.config import MAY_CHANGE
 from uwm_jax.errors import UserError, warn
 from uwm_jax.training.stored import Stored
 
@@ -29,9 +30,6 @@ EVALUATION = (
     # The data to evaluate on, which the command compares with the run's own.
     *("data.path", "data.split", "data.val_ratio", "data.sources.*", "data.num_threads", "data.prefetch"),
 )
-
-# Where the run's data lie is not told by a checkpoint, which may be older than their last move.
-_MAY_DIFFER = (*config_lib.MAY_CHANGE, "data.path", "data.sources.*.path")
 
 
 def stored_config(stored: Stored) -> ConfigDict:
@@ -59,11 +57,11 @@ def for_inference(
     config, own = config_lib.read(workdir), stored_config(stored)
     flat, fixed = config_lib.flatten(config), config_lib.flatten(own)
     differ = {
-        name: value for name, value in fixed.items() if flat.get(name) != value and not _matches(name, _MAY_DIFFER)
+        name: value for name, value in fixed.items() if flat.get(name) != value and not _matches(name, MAY_CHANGE)
     }
     if differ or flat.keys() != fixed.keys():
         for name in flat.keys() & fixed.keys():
-            if _matches(name, _MAY_DIFFER):
+            if _matches(name, MAY_CHANGE):
                 *parents, leaf = name.split(".")
                 functools.reduce(getattr, parents, own)[leaf] = flat[name]
         config = own

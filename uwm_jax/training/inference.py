@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax.data.records import short_key
 from uwm_jax.errors import UserError, warn
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import average, fixed_fields
@@ -94,6 +95,16 @@ def datasets_of(workdir: str | os.PathLike[str], step: int) -> dict[str, str]:
     """{source: identity} of the data that a checkpoint learned from; {} for a converted one, which knows none."""
     stored = Stored(Path(workdir).absolute() / "checkpoints", step)
     return dict(stored.data_iter.get("datasets") or {}) if "data_iter" in stored.items else {}
+
+
+def data_keys(workdir: str | os.PathLike[str], step: int) -> set[str] | None:
+    """Names of all that the data of a run holds per step, as `obs/` keys have them (without `observation/`); None for a
+    converted checkpoint, whose data is not known."""
+    dataset = Stored(Path(workdir).absolute() / "checkpoints", step).assets.get("dataset")
+    if not dataset:
+        return None
+    manifests = [dataset] if "step_features" in dataset else dataset.values()
+    return {short_key(key) for manifest in manifests for key in manifest["step_features"]}
 
 
 def _load(

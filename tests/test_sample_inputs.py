@@ -1,0 +1,75 @@
+"""Inputs from a run's held-out windows: what the loader reads, in raw units, and food for every mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from uwm_jax import cli, sample, sample_inputs
+from uwm_jax.data.loader import Loader
+from uwm_jax.errors import UserError
+from uwm_jax.made_up import make_codec
+from uwm_jax.system import DataFacts, System
+from uwm_jax.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory, make_tiny_config) -> Path:
+    """An untrained model for `tiny_dataset`."""
+    config = make_tiny_config()
+    config.model.codec.name = "pixels"
+    config.diffusion.num_inference_steps = 2
+    loader = Loader(config.data, batch_size=1, seed=0)
+    system = System(config, DataFacts(**loader.facts()), make_codec(config))
+    folder = tmp_path_factory.mktemp("untrained") / "run"
+    checkpoint.save_params_only(folder, config, system.facts, jax.jit(system.init)(jax.random.key(0)), step=3)
+    return folder
+
+
+def command(*arguments: str) -> int:
+    return cli.call(sample_inputs.main, ["sample_inputs", *arguments], sample_inputs.define_flags)
+
+
+def test_windows_are_those_of_an_evaluation_in_raw_units(workdir: Path, tmp_path: Path, tiny_config, capsys) -> None:
+    assert command(f"--workdir={workdir}", "--windows=1:4", f"--output={tmp_path / 'in.npz'}") == 0
+    printed = capsys.readouterr().out
+    assert "held-out windows 1 to 3 of 6, of the episodes" in printed and "action (3, 4, 10)" in printed
+    with np.load(tmp_path / "in.npz") as file:
+        found = dict(file)
+    loader = Loader(tiny_config.data, batch_size=1, seed=0)
+    expected = loader.held_out(6).batch(1, 4)
+    inputs = {"obs/wrist", "next_obs/wrist", "obs/state", "action"}
+    assert found.keys() == inputs | {f"{kind}/{m}" for kind in ("noise", "timestep") for m in ("action", "next_obs")}
+    for key in inputs:
+        raw = loader.normalizer.unnormalize(key.removeprefix("obs/"), expected[key])
+        np.testing.assert_allclose(found[key], raw, rtol=1e-5, atol=1e-6)
+    assert found["obs/wrist"].dtype == np.uint8
+    assert command(f"--workdir={workdir}", "--windows=0:6", f"--output={tmp_path / 'all.npz'}") == 0
+    with np.load(tmp_path / "all.npz") as file:
+        for key in found:  # also noise and timesteps are those of the window
+            np.testing.assert_array_equal(file[key][1:4], found[key])
+        assert len(set(file["timestep/action"].tolist())) > 2
+
+
+@pytest.mark.slow
+def test_every_mode_takes_them(workdir: Path, tmp_path: Path, capsys) -> None:
+    assert command(f"--workdir={workdir}", "--windows=0:2", f"--output={tmp_path / 'in.npz'}") == 0
+    modes = ",".join(sample.ALL_MODES)
+    arguments = [f"--workdir={workdir}", f"--mode={modes}", f"--inputs={tmp_path / 'in.npz'}"]
+    arguments = ["sample", *arguments, f"--output={tmp_path / 'out.npz'}"]
+    assert cli.call(sample.main, arguments, sample.define_flags) == 0
+    assert "far out" not in capsys.readouterr().err
+    with np.load(tmp_path / "out.npz") as out, np.load(tmp_path / "in.npz") as given:
+        assert {key.split("/")[0] for key in out} == set(sample.ALL_MODES)
+        assert out["policy/action"].shape == given["action"].shape
+        assert out["forward/next_obs/wrist"].shape == given["next_obs/wrist"].shape
+
+
+@pytest.mark.parametrize("text", ["", "8", "0:7", "3:3", "4:2", "-1:2", "0:6:2", "a:b", "0:99999999999999999999999"])
+def test_windows_that_are_not_there_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"expected START:STOP with 0 <= START < STOP <= 6, the number of held-out"):
+        sample_inputs.parse_windows(text, 6)
+    assert sample_inputs.parse_windows("5:6", 6) == (5, 6)
