@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 PROGRAM = """
-import errno
+import errno, os
 from absl import flags
 from uwm_jax import cli
 from uwm_jax.errors import Preempted, UserError
@@ -27,6 +27,9 @@ def main(argv):
         print(cli.required_path("workdir"))
     if "path" in argv:
         open("/dev/null/x")
+    if "os" in argv:
+        number = getattr(errno, argv[1])
+        raise OSError(number, os.strerror(number), *argv[2:])
     if "full" in argv:
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
     if "preempted" in argv:
@@ -64,6 +67,10 @@ def test_flags_with_hyphens_and_overrides():
         (["workdir", "--workdir=gs://bucket/run"], 2, "--workdir=gs://bucket/run: gs:// is not supported"),
         (["workdir", "--workdir=" + "a" * 5000], 2, "--workdir=aaa"),
         (["full"], 1, "error: metrics.jsonl cannot be written: No space left on device"),
+        (["os", "EROFS", "run/.lock"], 2, "error: run/.lock: Read-only file system. Check the paths"),
+        (["os", "ENAMETOOLONG", "aaa"], 2, "error: aaa: File name too long"),
+        (["os", "ENOSPC"], 1, "error: the output cannot be written: No space left on device"),
+        (["os", "EIO", "run/config.json"], 1, "error: run/config.json: Input/output error"),
         (["preempted"], 143, "stopped at step 3, which is saved."),
     ],
 )

@@ -33,7 +33,16 @@ USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
 
 # What the paths that a user gives can lead to; other OSErrors (a full disk) are no fault of the command line.
-_PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_PATH_ERRORS: tuple[int, ...] = (
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+)
+_PATH_ERRORS += (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.ENXIO)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 flags.DEFINE_bool("debug", False, "show the traceback behind an error message")
@@ -164,19 +173,14 @@ def _call(main: Main, argv: Sequence[str], own: Set[str]) -> int:
     except (UserError, RunError) as e:
         _tell(f"error: {e}", with_traceback=debug)
         return USAGE_STATUS if isinstance(e, UserError) else 1
-    except _PATH_ERRORS as e:
-        _tell(f"error: {e.filename}: {e.strerror}. Check the paths of the flags.", with_traceback=debug)
-        return USAGE_STATUS
     except BrokenPipeError as e:
         drop_output(sys.stdout)
         _tell(f"error: the reader of the output is gone ({e.strerror}).", with_traceback=debug)
         return 1
     except OSError as e:
-        is_full = e.errno in _DISK_ERRORS
-        where = e.filename or "the output"
-        full = f"error: {where} cannot be written: {e.strerror}. Free some space and run the same command again."
-        _tell(full if is_full else "", with_traceback=debug or not is_full)
-        return 1
+        message = _os_error(e)
+        _tell(message, with_traceback=debug or not message)
+        return USAGE_STATUS if e.errno in _PATH_ERRORS else 1
     except KeyboardInterrupt:
         _tell("interrupted")
         return INTERRUPTED_STATUS
@@ -184,6 +188,17 @@ def _call(main: Main, argv: Sequence[str], own: Set[str]) -> int:
         _tell("", with_traceback=True)
         return 1
     return 0
+
+
+def _os_error(error: OSError) -> str:
+    """What to say of it; empty for one that does not tell what went wrong with which file."""
+    if error.errno in _DISK_ERRORS:
+        where = error.filename or "the output"
+        return f"error: {where} cannot be written: {error.strerror}. Free some space and run the same command again."
+    if error.errno is None or error.filename is None:
+        return ""
+    rest = "Check the paths of the flags." if error.errno in _PATH_ERRORS else "Mend this and run the same command."
+    return f"error: {error.filename}: {error.strerror}. {rest}"
 
 
 def _tell(message: str, with_traceback: bool = False) -> None:

@@ -180,7 +180,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         if target.exists():
-            target.rmdir()
+            target.rmdir()  # fails where somebody else has put something into it
         os.replace(temporary, target)
     except OSError as e:
         if e.errno is None or not _lies_in(e.filename, temporary):
