@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uwm_jax
+from uwm_jax.ending import drop_output
 
 _FOLDER = Path(uwm_jax.__file__).parent
 
@@ -39,7 +40,10 @@ def overview() -> str:
 
 def main(arguments: list[str]) -> int:
     if not arguments or set(arguments) <= {"--help", "-h", "-help"}:
-        print(overview())
+        try:
+            print(overview(), flush=True)
+        except BrokenPipeError:  # `| head`
+            drop_output(sys.stdout)
         return 0
     names = {module.rpartition(".")[2]: module for module, _ in commands()}
     close = difflib.get_close_matches(arguments[0].replace("-", "_"), names, n=1)
