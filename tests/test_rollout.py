@@ -20,6 +20,7 @@ from uwm_jax.data.loader import Loader  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, replay  # noqa: E402
 from uwm_jax.errors import UserError  # noqa: E402
+from uwm_jax.evaluation import closed_loop  # noqa: E402
 from uwm_jax.policy import Policy  # noqa: E402
 from uwm_jax.reporting import film  # noqa: E402
 from uwm_jax.reporting.sheets import read_labels  # noqa: E402
@@ -122,29 +123,29 @@ class TwoViews(Stub):
 
 def test_one_camera_in_several_views_can_be_rolled_out():
     spec, system = envs.get("pusht"), TwoViews()
-    rollout.check_fits(spec, system)
-    assert rollout.views_of(spec, system) == {"front": "image", "wrist": "image"}
-    assert rollout.env_cameras(spec, system) == {"image": (SIZE, SIZE)}
+    closed_loop.check_fits(spec, system)
+    assert closed_loop.views_of(spec, system) == {"front": "image", "wrist": "image"}
+    assert closed_loop.env_cameras(spec, system) == {"image": (SIZE, SIZE)}
     image = np.arange(3)
-    seen = rollout.under_views({"image": image, "agent_pos": image + 1}, rollout.views_of(spec, system))
+    seen = closed_loop.under_views({"image": image, "agent_pos": image + 1}, closed_loop.views_of(spec, system))
     assert seen["front"] is seen["wrist"] is image and "agent_pos" in seen
-    assert rollout.with_views(spec, system).action_plane == ("front", *spec.action_plane[1:])
-    assert rollout.with_views(spec, Stub()) == spec
+    assert closed_loop.with_views(spec, system).action_plane == ("front", *spec.action_plane[1:])
+    assert closed_loop.with_views(spec, Stub()) == spec
     # Without the source's word for it, another name is another camera.
     del system.config.data.sources["robot"]
     with pytest.raises(UserError, match="camera 'front': pusht has image(.|\n)*camera 'wrist': pusht has image"):
-        rollout.check_fits(spec, system)
+        closed_loop.check_fits(spec, system)
 
 
 @pytest.mark.slow
 def test_several_views_of_one_camera_act_as_one(episodes):
-    (alone,) = rollout.closed_loop(TwoViews(), {}, {}, "pusht", SEEDS[:1], workers=1)
+    (alone,) = closed_loop.closed_loop(TwoViews(), {}, {}, "pusht", SEEDS[:1], workers=1)
     assert same(alone, episodes[0])
 
 
 @pytest.fixture(scope="module")
 def episodes():
-    return rollout.closed_loop(Stub(), {}, {}, "pusht", SEEDS, workers=2)
+    return closed_loop.closed_loop(Stub(), {}, {}, "pusht", SEEDS, workers=2)
 
 
 @pytest.mark.slow
@@ -152,8 +153,8 @@ def test_an_episode_does_not_depend_on_the_others(episodes):
     assert [e.seed for e in episodes] == SEEDS and [len(e.actions) for e in episodes] == [300, 300]
     assert all(len(e.scores) == len(e.actions) + 1 for e in episodes)
     with ParallelEnvs("pusht", {"image": (SIZE, SIZE)}, workers=1) as open_envs:
-        alone = rollout.closed_loop(Stub(), {}, {}, open_envs, SEEDS[1:])
-        again = rollout.closed_loop(Stub(), {}, {}, open_envs, SEEDS[::-1], seed=1)
+        alone = closed_loop.closed_loop(Stub(), {}, {}, open_envs, SEEDS[1:])
+        again = closed_loop.closed_loop(Stub(), {}, {}, open_envs, SEEDS[::-1], seed=1)
     assert same(alone[0], episodes[1])
     assert not same(again[1], episodes[0])
 
@@ -161,7 +162,7 @@ def test_an_episode_does_not_depend_on_the_others(episodes):
 @pytest.mark.slow
 def test_the_loop_is_that_of_one_policy_in_one_environment(episodes):
     env = envs.get("pusht").make({"image": (SIZE, SIZE)})
-    policy = Policy(Stub(), {}, {}, execute=8, batch_size=rollout.BATCH)
+    policy = Policy(Stub(), {}, {}, execute=8, batch_size=closed_loop.BATCH)
     policy.reset(SEEDS[:1])
     observation, info = env.reset(seed=SEEDS[0])
     for step in range(40):
@@ -242,7 +243,7 @@ def test_metrics_are_paired_by_episode():
 
     best = [0.5, 1.0, 0.7, 0.6, 0.6, 0.5, 0.9, 0.8]
     results = {"policy": made(best), "random_held": made([b - 0.2 for b in best])}
-    metrics = rollout.measure(results, envs.get("pusht"))
+    metrics = closed_loop.measure(results, envs.get("pusht"))
     assert metrics["policy/max_coverage"]["mean"] == pytest.approx(0.7) and metrics["policy/success"]["mean"] == 0.125
     assert 0.5 < metrics["policy/max_coverage"]["lo"] < 0.65 < 0.75 < metrics["policy/max_coverage"]["hi"] < 0.9
     paired = metrics["paired/policy_vs_random_held/max_coverage"]
@@ -255,7 +256,7 @@ def test_metrics_are_paired_by_episode():
     assert rollout.telling(results["policy"][:1]) == [("best of 1", 0)]
     table = rollout.text_table(metrics, "coverage")
     assert "0.700" in table and "+0.200 [+0.200, +0.200]" in table
-    two = rollout.measure({who: episodes[:2] for who, episodes in results.items()}, envs.get("pusht"))
+    two = closed_loop.measure({who: episodes[:2] for who, episodes in results.items()}, envs.get("pusht"))
     assert all(m["lo"] is m["hi"] is None for m in two.values()), "of two episodes"
     assert "0.750 [too few]" in rollout.text_table(two, "coverage")
 
@@ -264,7 +265,7 @@ def test_a_model_of_other_data_is_refused():
     stub = Stub()
     stub.facts = DataFacts({"wrist": (8, 8)}, {"agent_pos": 3}, 7, 4, Normalizer())
     with pytest.raises(UserError) as e:
-        rollout.closed_loop(stub, {}, {}, "pusht", SEEDS)
+        closed_loop.closed_loop(stub, {}, {}, "pusht", SEEDS)
     for part in ("camera 'wrist': pusht has image", "agent_pos (3 numbers)", "a text", "action: pusht takes 2"):
         assert part in str(e.value)
 
@@ -320,7 +321,7 @@ def test_the_command_writes_metrics_episodes_and_film(trained, capsys):
     assert (trained / "report.html").exists() and "random_held" in capsys.readouterr().out
 
     system, params, frozen, _ = load_for_inference(trained)
-    again = rollout.closed_loop(system, params, frozen, "pusht", [100_001])
+    again = closed_loop.closed_loop(system, params, frozen, "pusht", [100_001])
     assert again[0].max_score == stored["episodes"]["policy"][1]["max_coverage"]
 
 
@@ -328,12 +329,12 @@ def test_the_command_writes_metrics_episodes_and_film(trained, capsys):
 def test_evaluate_lets_every_way_of_sampling_act_in_the_same_processes(trained, monkeypatch, capsys):
     seen = []
 
-    def closed_loop(system, params, frozen, envs, seeds, execute, progress):
+    def act(system, params, frozen, envs, seeds, execute, progress):
         assert execute == 4
         seen.append((envs, system.schedule.num_inference_steps, list(seeds)))
         return [EpisodeResult(seed, np.array([0.0, len(seen) / 10]), np.zeros((1, 2)), seed % 2 == 0) for seed in seeds]
 
-    monkeypatch.setattr(rollout, "closed_loop", closed_loop)
+    monkeypatch.setattr(closed_loop, "closed_loop", act)
     arguments = ["evaluate", f"--workdir={trained}", "--steps=2,1", "--env=pusht", "--episodes=2", "--execute=4"]
     assert cli.call(evaluate.main, [*arguments, "--config.eval.num_windows=4"], evaluate.define_flags) == 0
     envs, again = seen[0][0], seen[1][0]

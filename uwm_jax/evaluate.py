@@ -25,19 +25,21 @@ from typing import Any
 import jax
 from absl import flags
 
-from uwm_jax import cli, report, rollout
+from uwm_jax import cli
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.ranges import under
 from uwm_jax.data.sources import renamed
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError
+from uwm_jax.evaluation import closed_loop
 from uwm_jax.evaluation.metrics import Metrics, text
 from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
 from uwm_jax.policy import Policy
+from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import fixed_fields, inference, record
 
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> None:
     seconds = time.perf_counter() - start
     print(f"{about['windows']} held-out windows of {about['episodes']} episodes, {len(MODES)} modes, {seconds:.1f} s")
     print(f"{table}\nwrote {file}", flush=True)
-    print(f"wrote {report.write(workdir)}")
+    print(f"wrote {write_report(workdir)}")
 
 
 def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str]) -> bool | None:
@@ -206,14 +208,14 @@ def open_acting(env: str | None, system: System, episodes: int, execute: int) ->
     """Opens the processes that simulate; None without an `env`.
 
     Raises:
-      UserError: as `rollout.closed_loop`.
+      UserError: as `closed_loop.closed_loop`.
     """
     if not env:
         yield None
         return
     Policy(system, None, None, execute=execute)  # refuses what does not fit before minutes of sampling
-    seeds = range(rollout.FIRST_SEED, rollout.FIRST_SEED + episodes)
-    with rollout.open_envs(env, system, seeds) as envs:
+    seeds = range(closed_loop.FIRST_SEED, closed_loop.FIRST_SEED + episodes)
+    with closed_loop.open_envs(env, system, seeds) as envs:
         yield Acting(envs, seeds, execute)
 
 
@@ -231,10 +233,10 @@ def compare(evaluation: Evaluation, way: System, params: Any, frozen: Any, actin
     metrics = evaluation.run_modes(way, params, frozen, name)
     if acting:
         envs, execute, progress = acting.envs, acting.execute, f"{name}, {acting.envs.spec.name}"
-        results = rollout.closed_loop(way, params, frozen, envs, acting.seeds, execute=execute, progress=progress)
-        acted = rollout.measure({rollout.POLICY: results}, envs.spec)
+        results = closed_loop.closed_loop(way, params, frozen, envs, acting.seeds, execute=execute, progress=progress)
+        acted = closed_loop.measure({closed_loop.POLICY: results}, envs.spec)
         for metric in (f"max_{envs.spec.score}", "success"):
-            metrics[f"closed_loop/{metric}"] = acted[f"{rollout.POLICY}/{metric}"]
+            metrics[f"closed_loop/{metric}"] = acted[f"{closed_loop.POLICY}/{metric}"]
     return {
         "sampler": diffusion.spacing,
         "steps": diffusion.num_inference_steps,
