@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from uwm_jax import cli, evaluate
-from uwm_jax.config import source
+from uwm_jax.config import apply_overrides, source
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import UserError
+from uwm_jax.evaluation import program
+from uwm_jax.evaluation.metrics import interval
+from uwm_jax.evaluation.program import Evaluation
+from uwm_jax.evaluation.results import doubt
 from uwm_jax.made_up import make_up_system
 from uwm_jax.system import DataFacts, System
 from uwm_jax.train import train
@@ -80,6 +84,53 @@ def test_ways_of_sampling_are_compared(trained, capsys):
     ]
 
 
+@pytest.fixture
+def sampled(monkeypatch):
+    """Commands sample nothing; the list gets the number of windows of each evaluation in their place."""
+    seen = []
+
+    def run(self, params, frozen, **_):
+        seen.append(len(self.held_out))
+        return {"policy/action_mse": interval(np.ones(seen[-1]), self.held_out.episodes)}, {}
+
+    monkeypatch.setattr(Evaluation, "compile", lambda *_: None)
+    monkeypatch.setattr(Evaluation, "run", run)
+    monkeypatch.setattr(program.pictures, "draw", lambda *_: {})
+    return seen
+
+
+@pytest.mark.slow
+def test_other_evaluations_leave_the_runs_own_alone(trained, sampled, tmp_path, capsys):
+    own, before = trained / "eval" / "2", {path.name for path in (trained / "eval" / "2").iterdir()}
+    files = {path: path.read_bytes() for path in own.iterdir() if path.is_file()}
+
+    def call(*flags):
+        status = cli.call(evaluate.main, ["evaluate", f"--workdir={trained}", *flags], evaluate.define_flags)
+        return status, capsys.readouterr()
+
+    def made():
+        return {path.name for path in own.iterdir()} - before
+
+    assert call("--config.eval.num_windows=3")[0] == 0
+    (digest,) = made()
+    about = json.loads((own / digest / "about.json").read_text())
+    assert (about["windows"], about["settings"]) == (3, {"eval.num_windows": 3}) and about["parameters"] == "average"
+    assert call("--config.eval.num_windows=3")[0] == 0 and made() == {digest}
+    assert call("--parameters=raw", "--name=raw")[0] == 0 and made() == {digest, "raw"}
+    assert json.loads((own / "raw" / "about.json").read_text())["settings"] == {"parameters": "raw"}
+    assert call("--parameters=average", "--name=raw")[0] == 2
+    assert files == {path: path.read_bytes() for path in files} and sampled == [3, 3, 6]
+
+    everything = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    output = tmp_path / "out"
+    assert call(f"--output={output}", "--config.eval.num_windows=6")[0] == 0
+    assert (output / "eval" / "2" / "metrics.json").exists() and (output / "report.html").exists()
+    assert everything == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    (tmp_path / "file").write_text("")
+    status, said = call(f"--output={tmp_path / 'file' / 'x'}")
+    assert status == 2 and "cannot be written" in said.err and len(sampled) == 4 and "compiling" not in said.out
+
+
 @pytest.mark.slow
 def test_flags_that_would_change_what_is_held_out_or_do_nothing_are_refused(trained, capsys):
     for flag, message in (
@@ -103,14 +154,12 @@ def test_other_data_than_the_runs_are_refused_unless_named(tiny_config, monkeypa
     with monkeypatch.context() as patch:  # a converted checkpoint: nothing is known, and the share is free
         patch.setattr(cli, "config_overrides", lambda: [("data.val_ratio", "0.5")])
         assert evaluate.refuse_other_data(system, loader, {}) is None
-        assert "warning: this checkpoint does not say what it was trained on" in capsys.readouterr().err
     of_the_run = {"robot": "a" * 40, "video": "c" * 40}
     with pytest.raises(UserError, match="there: .*source 'robot': fingerprint bbbbbbbbbbbb, the run's is aaaaaaaaaaaa"):
         evaluate.refuse_other_data(system, loader, of_the_run)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(cli, "config_overrides", lambda: [("data.path", "there")])
     assert evaluate.refuse_other_data(system, loader, of_the_run) is False
-    assert "warning: these are not the run's own datasets" in capsys.readouterr().err
     facts["action_dim"] = 3
     with pytest.raises(UserError, match="action_dim is 3, but the run was trained with 10"):
         evaluate.refuse_other_data(system, loader, of_the_run)
@@ -124,6 +173,67 @@ def test_the_runs_own_dataset_is_known_wherever_it_lies(tiny_config, tiny_datase
     loader = Loader(tiny_config.data, batch_size=1, seed=0)
     assert evaluate.refuse_other_data(system, loader, trained.state(0)["datasets"]) is True
     assert capsys.readouterr().err == ""
+
+
+class FakeLoader:
+    """Of one dataset with any split; a dataset at `elsewhere` is another one."""
+
+    def __init__(self, data, **_):
+        def made(split, path):
+            fingerprint = ("b" if path == "elsewhere" else "a") * 40
+            dataset = SimpleNamespace(split=split, fingerprint=fingerprint, directory=path)
+            return SimpleNamespace(dataset=dataset, identity=fingerprint)
+
+        sources = {name: (s.split or data.split, s.path or data.path) for name, s in data.sources.items()}
+        self.sources = {name: made(*of) for name, of in (sources or {"robot": (data.split, data.path)}).items()}
+        self.directory = data.path
+
+
+@pytest.fixture
+def opened(tiny_config, monkeypatch):
+    """A function from overrides to what `open_data` opens for a run of `tiny_config`, or of `sources`."""
+
+    def open_with(*overrides, datasets=None, leak="58 of 65 episodes", sources=None):
+        config = tiny_config.copy_and_resolve_references()
+        config.data.sources = sources or {}
+        names = list(config.data.sources) or ["robot"]
+        datasets = dict.fromkeys(names, "a" * 40) if datasets is None else datasets
+        monkeypatch.setattr(cli, "config_overrides", lambda: list(overrides))
+        monkeypatch.setattr(evaluate, "Loader", FakeLoader)
+        facts = make_up_system(tiny_config, 10)[0].facts
+        fields = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
+        FakeLoader.facts = lambda self: fields
+        now = config.copy_and_resolve_references()
+        apply_overrides(now, overrides)
+        return evaluate.open_data(SimpleNamespace(config=now, facts=facts), config, datasets, leak)
+
+    return open_with
+
+
+def test_a_split_of_its_own_is_evaluated_whole_with_the_runs_training_episodes_for_baselines(opened):
+    data = opened()
+    assert (data.own, data.whole, data.settings) == (True, (), {}) and data.references is data.loader
+    assert doubt(data.about()) == "58 of 65 episodes"
+    data = opened(("data.split", "val"))
+    assert (data.own, data.whole) == (True, ("robot",)) and data.about()["splits"] == {"robot": "val"}
+    assert [d.sources["robot"].dataset.split for d in (data.loader, data.references)] == ["val", "train"]
+    assert doubt(data.about()) == "", "nothing was trained on it, whatever reached the run's own episodes"
+    data = opened(("data.path", "elsewhere"), ("data.split", "val"))
+    assert data.whole == ("robot",) and data.references is data.loader and data.settings == {"datasets": ["b" * 40]}
+    assert doubt(data.about()).startswith("These are not the datasets that this run was trained on. Episodes that are")
+    data = opened(("data.path", "elsewhere"), datasets={})
+    assert (data.own, data.whole, data.settings) == (None, (), {"datasets": ["b" * 40]})
+    assert doubt(data.about()).startswith("It is not known what this run was trained on. Episodes that are held out")
+
+
+def test_in_a_mixture_the_sources_with_another_split_are_evaluated_whole(opened):
+    sources = {"one": source(), "two": source(split="test")}
+    data = opened(("data.split", "val"), sources=sources)
+    assert data.whole == ("one",) and doubt(data.about()) == "58 of 65 episodes"
+    data = opened(("data.sources.one.split", "val"), ("data.sources.two.split", "val"), sources=sources)
+    assert data.whole == ("one", "two") and doubt(data.about()) == ""
+    with pytest.raises(UserError, match="was trained on the split 'test', by another of its sources than 'one'"):
+        opened(("data.sources.one.split", "test"), sources=sources)
 
 
 def test_ways_of_sampling_that_do_not_exist_are_refused(tiny_config):

@@ -39,6 +39,8 @@ def test_the_command(make_run, call, tmp_path):
     assert call(f"--workdir={other}") == (0, "") and (other / "report.html").is_file()
     assert call(run, f"--output={tmp_path / 'one.html'}") == (0, "") and (tmp_path / "one.html").is_file()
     assert call(run, other, f"--output={tmp_path / 'two.html'}") == (0, "") and (tmp_path / "two.html").is_file()
+    assert call(run, f"--output={tmp_path / 'out'}") == (0, "") and (tmp_path / "out" / "report.html").is_file()
+    assert call(run, other, f"--output={tmp_path / 'out'}") == (0, "") and (tmp_path / "out/comparison.html").is_file()
     for arguments, message in (
         ((), "--workdir is required, or the directories of several runs"),
         ((tmp_path,), "not a run's directory"),
@@ -46,7 +48,6 @@ def test_the_command(make_run, call, tmp_path):
         ((f"--workdir={run}", other), "give all without the flag"),
         ((run, tmp_path / "nowhere"), "not a run's directory"),
         ((run, run), "expected different runs"),
-        ((run, f"--output={tmp_path}"), "is a folder"),
         ((run, f"--output={tmp_path / 'one.html' / 'x.html'}"), "Not a directory"),
         ((run, "--output=gs://bucket/x.html"), "--output=gs://bucket/x.html: gs:// is not supported"),
         (("gs://bucket/run",), "gs:// is not supported"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
@@ -323,6 +324,50 @@ def test_the_command_writes_metrics_episodes_and_film(trained, capsys):
     system, params, frozen, _ = load_for_inference(trained)
     again = closed_loop.closed_loop(system, params, frozen, "pusht", [100_001])
     assert again[0].max_score == stored["episodes"]["policy"][1]["max_coverage"]
+
+
+@pytest.mark.slow
+def test_other_closed_loops_leave_the_first_alone(trained, tmp_path, monkeypatch, capsys):
+    def act(*args, **_):
+        return [EpisodeResult(seed, np.array([0.0, 0.5]), np.zeros((1, 2)), False) for seed in args[-1]]
+
+    monkeypatch.setattr(rollout, "closed_loop", act)
+    monkeypatch.setattr(rollout, "play", act)
+    monkeypatch.setattr(rollout, "open_envs", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(rollout, "replay", lambda *_: {})
+    monkeypatch.setattr(film, "imagine", lambda *_, **__: None)
+    monkeypatch.setattr(film, "draw", lambda *_: False)
+    output = tmp_path / "out"
+
+    def call(*flags):
+        arguments = ["rollout", f"--workdir={trained}", "--env=pusht", "--episodes=3", f"--output={output}", *flags]
+        status = cli.call(rollout.main, arguments, rollout.define_flags)
+        return status, capsys.readouterr().err
+
+    def settings(folder):
+        return json.loads((folder / "episodes.json").read_text())["settings"]
+
+    first = output / "rollout" / "2"
+    flags = {"env": "pusht", "first_seed": 100_000, "episodes": 3, "execute": 8, "seed": 0}
+    assert call() == (0, "") and settings(first) == flags
+    content = (first / "episodes.json").read_bytes()
+    for flag, other in (
+        ("--first_seed=100009", {"first_seed": 100_009}),
+        ("--execute=4", {"execute": 4}),
+        ("--seed=1", {"seed": 1}),
+        ("--config.diffusion.hide_at=train", {"diffusion.hide_at": "train"}),
+    ):
+        before = set(first.glob("*/"))
+        assert call(flag)[0] == 0
+        (folder,) = set(first.glob("*/")) - before
+        assert settings(folder) == flags | other
+    assert call("--execute=4", "--name=four") == (0, "") and settings(first / "four") == flags | {"execute": 4}
+    assert (first / "episodes.json").read_bytes() == content and call() == (0, "")
+    assert (output / "report.html").exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(rollout, "open_envs", None)  # nothing is simulated before it is known
+    status, error = call(f"--output={tmp_path / 'file' / 'x'}")
+    assert status == 2 and "cannot be written" in error
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """Samples every mode on held-out windows: `eval/<step>/metrics.json`, pictures, and `report.html`.
 
-    python -m uwm_jax.evaluate --workdir=runs/quickstart [--step=N]
+    python -m uwm_jax.evaluate --workdir=runs/quickstart [--step=N] [--output=DIR]
     python -m uwm_jax.evaluate --workdir=runs/quickstart --sampler=leading,trailing --steps=10,4,2 \\
         [--env=pusht --episodes=50]
+
+With other data, another config or other parameters than the run's own, results go to `eval/<step>/<name>/`: --name, or
+a digest of what differs. A split that the run was not trained on is evaluated whole.
 
 The windows are a fixed, evenly spread set of validation windows, and a window's noise depends on its place in
 that set alone, so two checkpoints see the same inputs.
@@ -24,6 +27,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from uwm_jax import cli
 from uwm_jax.data.loader import Loader
@@ -32,9 +36,10 @@ from uwm_jax.data.sources import renamed
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation import closed_loop
+from uwm_jax.evaluation import closed_loop, places
 from uwm_jax.evaluation.metrics import Metrics, text
 from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
+from uwm_jax.evaluation.results import doubt
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
@@ -42,6 +47,7 @@ from uwm_jax.policy import Policy
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import fixed_fields, inference, record
+from uwm_jax.training.stored import Stored
 
 FLAGS = flags.FLAGS
 
@@ -57,6 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("episodes", 50, "with --env: episodes", lower_bound=1)
     flags.DEFINE_integer("execute", 8, "with --env: steps of each chunk of actions that are taken", lower_bound=1)
     inference.define_flags()
+    places.define_flags()
     cli.accept_config_overrides()
 
 
@@ -69,25 +76,46 @@ def main(argv: list[str]) -> None:
         raise UserError("--episodes belongs to --env: the number of held-out windows is --config.eval.num_windows.")
     if FLAGS["execute"].present and not FLAGS.env:
         raise UserError("--execute belongs to --env: how much of a chunk is taken matters only where the policy acts.")
+    root = places.root(cli.optional_path("output"), workdir)
     system, params, frozen, step = inference.load_for_inference(
         workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters, fixed_fields.EVALUATION
     )
     ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
-    loader = Loader(system.config.data, batch_size=1, seed=system.config.seed, normalizer=system.facts.normalizer)
-    own_data = refuse_other_data(system, loader, inference.datasets_of(workdir, step))
-    if own_data is not True:
-        for told in under(system.facts.normalizer, loader.ranges(), ("action", *system.facts.low_dim)):
+    stored = Stored(workdir.absolute() / "checkpoints", step)
+    own_config, _ = fixed_fields.config_of_run(workdir, stored)
+    data = open_data(system, own_config, inference.datasets_of(workdir, step), stored.assets.get("leak"))
+    if data.own is not True:
+        for told in under(system.facts.normalizer, data.loader.ranges(), ("action", *system.facts.low_dim)):
             print(f"warning: {told}. Are the units and the meaning of the columns the same?", file=sys.stderr)
+    used = inference.parameters_used(workdir, step, FLAGS.parameters)
+    default = inference.parameters_used(workdir, step)["parameters"]
+    settings = places.differences(system.config, own_config, cli.changed_fields(), used["parameters"], default)
+    own = not settings and data.own is not False
+    settings |= data.settings
+    if compares:
+        settings["ways"] = [[way.config.diffusion.spacing, way.config.diffusion.num_inference_steps] for way in ways]
+        settings |= {name: FLAGS[name].value for name in ("env", "episodes", "execute") if FLAGS.env}
+    folder = places.choose(
+        root / "eval" / str(step),
+        "few_steps.json" if compares else "about.json",
+        settings,
+        own=own,
+        shared=compares or data.own is None,
+        name=FLAGS.name,
+        run=places.of_run(root, workdir),
+    )
+
     mesh = local_mesh(system.config)
     params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
-    held_out = loader.held_out(system.config.eval.num_windows)
+    held_out = data.loader.held_out(system.config.eval.num_windows, whole=data.whole)
     rules = sharding.load_rules(system.config.mesh.rules)
     rows = rows_at_a_time(mesh, min(len(held_out), system.config.batch_size))  # as in training, which memory held
-    evaluation = Evaluation(system, loader, held_out, mesh, rules, rows)
-    about = evaluation.about() | {"own_data": own_data}
+    evaluation = Evaluation(system, data.references, held_out, mesh, rules, rows)
+    about = evaluation.about() | data.about()
     about |= record.describe_use(cli.command_line(), system.config, cli.changed_fields())
-    about |= inference.parameters_used(workdir, step, FLAGS.parameters)
-    folder = workdir / "eval" / str(step)
+    about |= used | {"settings": settings} | places.of_run(root, workdir)
+    if told := doubt(about):
+        print(f"warning: {told}", file=sys.stderr)
 
     start = time.perf_counter()
     if compares:
@@ -104,12 +132,89 @@ def main(argv: list[str]) -> None:
         print("compiling the samplers of all modes...", flush=True)
         evaluation.compile(params, frozen)
         metrics, windows = evaluation.run(params, frozen, progress=True)
-        write_results(workdir, step, system, metrics, windows, about)
+        write_results(folder, system, metrics, windows, about)
         table, file = text_table(metrics), folder / "metrics.json"
     seconds = time.perf_counter() - start
     print(f"{about['windows']} held-out windows of {about['episodes']} episodes, {len(MODES)} modes, {seconds:.1f} s")
     print(f"{table}\nwrote {file}", flush=True)
-    print(f"wrote {write_report(workdir)}")
+    print(f"wrote {write_report(workdir, results=root)}")
+
+
+# --- held-out data -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is evaluated.
+
+    Attributes:
+      loader: of the held-out windows.
+      references: of the training episodes that baselines are taken from.
+      own: whether the datasets are the run's; None where that is not known.
+      whole: sources whose split is not the run's, so that all of their episodes are held out of training.
+      leak: how training reached the run's held-out episodes by way of an earlier run; None where it did not.
+    """
+
+    loader: Loader
+    references: Loader
+    own: bool | None
+    whole: tuple[str, ...]
+    leak: str | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells the data apart from those of the run, without the splits, which are fields of the config."""
+        identities = sorted(source.identity for source in self.loader.sources.values())
+        return {} if self.own else {"datasets": identities}
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "own_data": self.own,
+            "splits": {name: source.dataset.split for name, source in self.loader.sources.items()},
+            "whole": list(self.whole),
+            "leak": self.leak,
+        }
+
+
+def open_data(system: System, own_config: ConfigDict, datasets: Mapping[str, str], leak: str | None) -> Data:
+    """The held-out data of a run, or those that flags name.
+
+    Args:
+      own_config: without what flags change.
+      datasets: as `refuse_other_data`.
+      leak: as in `Data`, of the run's own held-out episodes.
+
+    Raises:
+      UserError: as `refuse_other_data`; a split that the run was trained on, under another source's name.
+    """
+
+    def open_loader(config: ConfigDict) -> Loader:
+        return Loader(config.data, batch_size=1, seed=config.seed, normalizer=system.facts.normalizer)
+
+    loader = open_loader(system.config)
+    own = refuse_other_data(system, loader, datasets)
+    trained, before = system.config.copy_and_resolve_references(), own_config.data
+    trained.data.split = before.split
+    for name, fields in trained.data.sources.items():
+        fields.split = before.sources[name].split
+    split_of = {name: fields.split or before.split for name, fields in before.sources.items()}
+    whole = tuple(
+        name for name, source in loader.sources.items() if source.dataset.split != split_of.get(name, before.split)
+    )
+    if not whole:
+        return Data(loader, loader, own, (), leak)
+    if own is not True:
+        return Data(loader, loader, own, whole, None)
+    references = open_loader(trained)
+    learned = {(source.dataset.fingerprint, source.dataset.split) for source in references.sources.values()}
+    for name in whole:
+        dataset = loader.sources[name].dataset
+        if (dataset.fingerprint, dataset.split) in learned:
+            raise UserError(
+                f"{dataset.directory}: the run was trained on the split {dataset.split!r}, by another of its sources "
+                f"than {name!r}. Choose a split that it has not seen."
+            )
+    return Data(loader, references, own, whole, leak if len(whole) < len(loader.sources) else None)
 
 
 def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str]) -> bool | None:
@@ -119,7 +224,7 @@ def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str
       datasets: {source: identity} of the run's own data; {} where it is not known (a converted checkpoint).
 
     Returns:
-      Whether it was; None where that is not known. A warning is printed where it is not True.
+      Whether these are the run's own datasets; None where that is not known.
 
     Raises:
       UserError: the dataset is not of the kind that the run was trained on; or it is another one, and no flag names it.
@@ -133,9 +238,7 @@ def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str
     here = {name: source.identity for name, source in loader.sources.items()}
     datasets = renamed(datasets, list(here))
     changed = cli.changed_fields()
-    may_be_known = "Episodes that are held out here may be among those it learned from."
     if not datasets:
-        print(f"warning: this checkpoint does not say what it was trained on. {may_be_known}", file=sys.stderr)
         return None
     if here == datasets:
         if "data.val_ratio" in changed:
@@ -144,7 +247,6 @@ def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str
             )
         return True
     if any(name.startswith(("data.path", "data.sources")) for name in changed):
-        print(f"warning: these are not the run's own datasets. {may_be_known}", file=sys.stderr)
         return False
     name = min(name for name in {*here, *datasets} if here.get(name) != datasets.get(name))
     raise UserError(

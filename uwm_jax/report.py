@@ -25,7 +25,12 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "the run's directory; several runs are given without a flag")
     cli.accept_arguments()
-    flags.DEFINE_string("output", None, "the page to write; DIR/report.html, or comparison.html for several runs")
+    flags.DEFINE_string(
+        "output",
+        None,
+        "the page to write, FILE.html; DIR/report.html, or comparison.html for several runs, by default; or a folder "
+        "for it, which may hold results that --output of evaluate or rollout wrote",
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -35,13 +40,15 @@ def main(argv: list[str]) -> None:
     runs = [workdir] if workdir else [local_path(a, "DIR") for a in argv]
     if not runs:
         raise UserError("--workdir is required, or the directories of several runs to compare; found none.")
-    output = cli.optional_path("output") or (Path("comparison.html") if runs[1:] else runs[0] / "report.html")
+    output, name = cli.optional_path("output"), "comparison.html" if runs[1:] else "report.html"
+    results = output if output and (output.is_dir() or output.suffix.lower() not in (".html", ".htm")) else None
+    page = results / name if results else output or (Path(name) if runs[1:] else runs[0] / name)
     try:
-        print(f"wrote {compare(runs, output) if runs[1:] else write(runs[0], output)}")
+        print(f"wrote {compare(runs, page) if runs[1:] else write(runs[0], page, results)}")
     except OSError as e:
-        if e.filename is None or Path(e.filename) not in (output, *output.parents):
+        if e.filename is None or Path(e.filename) not in (page, *page.parents):
             raise
-        raise UserError(f"{output} cannot be written: {e.strerror}. --output=FILE writes the page elsewhere.") from e
+        raise UserError(f"{page} cannot be written: {e.strerror}. --output=FILE writes the page elsewhere.") from e
 
 
 command = cli.command(main, define_flags)

@@ -4,7 +4,8 @@
 
 Writes to `rollout/<step>` of the workdir: `metrics.json`, each `{mean, lo, hi, n, episodes}` with a 95 % interval over
 episodes; `episodes.json`, every episode by its seed; `episodes.gif`, three episodes beside what the model imagined.
-And `report.html` again.
+And `report.html` again. What was rolled out there first stays: one with another environment, other seeds, another
+--execute, config or parameters goes to `rollout/<step>/<name>`, --name or a digest of what differs.
 
 An episode is a function of the parameters, its seed and the flags alone, whatever runs beside it.
 """
@@ -23,6 +24,7 @@ from absl import flags
 from uwm_jax import cli
 from uwm_jax.envs import EnvSpec, get
 from uwm_jax.envs.parallel import EpisodeResult, controllers, replay
+from uwm_jax.evaluation import places
 from uwm_jax.evaluation.closed_loop import (
     FIRST_SEED,
     POLICY,
@@ -41,8 +43,9 @@ from uwm_jax.files import write_text
 from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.system import System
-from uwm_jax.training import inference
+from uwm_jax.training import fixed_fields, inference
 from uwm_jax.training.record import describe_use
+from uwm_jax.training.stored import Stored
 
 FLAGS = flags.FLAGS
 
@@ -57,17 +60,34 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
     flags.DEFINE_integer("workers", 0, "processes that simulate; 0 = all cores, at most one per episode", lower_bound=0)
     inference.define_flags()
+    places.define_flags()
     cli.accept_config_overrides()
 
 
 def main(argv: list[str]) -> None:
     workdir, env = cli.required_path("workdir"), cli.required("env")
-    spec = get(env)
+    spec, root = get(env), places.root(cli.optional_path("output"), workdir)
     system, params, frozen, step = inference.load_for_inference(
         workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters
     )
     check_fits(spec, system)
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.episodes)
+    used = inference.parameters_used(workdir, step, FLAGS.parameters)
+    default = inference.parameters_used(workdir, step)["parameters"]
+    fields = [name for name in cli.changed_fields() if not name.startswith("eval.")]
+    own_config, _ = fixed_fields.config_of_run(workdir, Stored(workdir.absolute() / "checkpoints", step))
+    settings = places.differences(system.config, own_config, fields, used["parameters"], default)
+    own = not settings
+    settings |= {name: FLAGS[name].value for name in ("env", "first_seed", "episodes", "execute", "seed")}
+    folder = places.choose(
+        root / "rollout" / str(step),
+        "episodes.json",
+        settings,
+        own=own,
+        shared=True,
+        name=FLAGS.name,
+        run=places.of_run(root, workdir),
+    )
     if seeds[0] < FIRST_SEED:
         say = "episodes may start as demonstrations did, which data_prep.demo numbers from 0 on."
         print(f"warning: --first_seed={seeds[0]}: {say}", file=sys.stderr)
@@ -84,13 +104,12 @@ def main(argv: list[str]) -> None:
     seconds = time.perf_counter() - start
 
     metrics = measure(results, spec)
-    folder = workdir / "rollout" / str(step)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "episodes.gif").unlink(missing_ok=True)  # an older closed loop's, until this one's is drawn
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     how = describe_use(cli.command_line(), system.config, cli.changed_fields())
     how |= record(spec, system, results, FLAGS.execute, FLAGS.seed)
-    how |= inference.parameters_used(workdir, step, FLAGS.parameters)
+    how |= used | {"settings": settings} | places.of_run(root, workdir)
     write_text(folder / "episodes.json", json.dumps(how, indent=1) + "\n")
     clips = []
     for label, i in telling(results[POLICY]):
@@ -103,7 +122,7 @@ def main(argv: list[str]) -> None:
     print(f"{env}, {len(seeds)} episodes from seed {seeds[0]} on, {FLAGS.execute} steps of a chunk: {seconds:.0f} s")
     print(text_table(metrics, spec.score))
     print(f"wrote {', '.join(str(folder / file) for file in files)}", flush=True)
-    print(f"wrote {write_report(workdir)}")
+    print(f"wrote {write_report(workdir, results=root)}")
 
 
 def record(

@@ -349,6 +349,15 @@ def test_held_out_windows_are_fixed_and_evenly_spread(made, config: ConfigDict) 
         np.testing.assert_array_equal(one[key][0], batches[0][key][3])
 
 
+def test_a_source_can_be_held_out_whole(made, config: ConfigDict) -> None:
+    config.val_ratio = 0.5
+    loader = _loader(config)
+    (name,) = loader.sources
+    every = loader.held_out(10_000, whole=[name])
+    assert set(every.episodes) == {e for e, length in enumerate(LENGTHS) if length > 9}
+    assert len(every) == sum(max(length - 9, 0) for length in LENGTHS) > len(loader.held_out(10_000, whole=["x"]))
+
+
 def test_held_out_windows_know_the_action_before_and_a_strangers_actions(made, config: ConfigDict) -> None:
     config.val_ratio = 0.5
     _, held_out = split_episodes(len(LENGTHS), 0.5)

@@ -10,7 +10,7 @@ import pytest
 
 from uwm_jax.config import base, to_json
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.results import Interval, Run, _curve, differing_fields, number, verdict, words
+from uwm_jax.evaluation.results import Interval, Run, _curve, differing_fields, doubt, verdict
 from uwm_jax.reporting.curves import Panel, curves_svg
 from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import cell
@@ -29,7 +29,7 @@ def make(workdir: Path, **fields) -> Path:
     return workdir
 
 
-def put(workdir: Path, kind: str, step: int, metrics) -> None:
+def put(workdir: Path, kind: str, step: int | str, metrics) -> None:
     folder = workdir / kind / str(step)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -42,15 +42,6 @@ def put(workdir: Path, kind: str, step: int, metrics) -> None:
 def test_verdicts_come_from_whole_intervals(lo, hi, answer):
     assert verdict(Interval((lo + hi) / 2, lo, hi, 90, 6)) == answer
     assert verdict(Interval((lo + hi) / 2, lo, hi, 90, 5)) == "too few episodes"
-
-
-def test_numbers_have_three_digits():
-    found = [number(x) for x in (0.0541239, 25.3521, 0.0000702, 0, -0.00149, 1234.5, 3e-9)]
-    assert found == ["0.0541", "25.4", "0.0000702", "0", "-0.00149", "1234", "3.00e-09"]
-    assert words(Interval(0.5, 0.25, 0.75, 6, 6)) == "0.500 [0.250, 0.750]"
-    assert words(Interval(2.7e-6, -1.15e-5, 1.67e-5, 6, 6)) == "2.70 [-11.5, 16.7] ×10⁻⁶"
-    assert words(Interval(0, 0, 0, 6, 6)) == "0 [0, 0]"
-    assert words(Interval(0.5, 0.5, 0.5, 90, 5)) == "0.500 [too few]"
 
 
 def test_what_has_too_few_episodes_is_read_without_an_interval():
@@ -88,6 +79,52 @@ def test_an_empty_run_and_its_newest_results(tmp_path):
     curve = run.rolled_out("policy/max_reward", "label", "red")
     assert (curve.low, curve.high) == ([0.9, 1.9], [1.1, 2.1])
     assert run.logged("loss", "label", "red").values == [3.0, 1.0] and run.logged("other", "l", "red").steps == [5]
+
+
+def test_results_with_names_of_their_own_are_told_apart(tmp_path):
+    run = make(tmp_path / "run")
+    put(run, "eval", 20, {"policy/action_mse": stored(1.0)})
+    put(run, "rollout", 20, {"policy/max_coverage": stored(1.0)})
+    row = {"sampler": "leading", "steps": 2, "seconds_per_sample": 0.5, "metrics": {}}
+    for kind, name, mean, file in (
+        ("eval", "20/val", 2.0, "about.json"),
+        ("eval", "10/val", 3.0, "about.json"),
+        ("rollout", "20/0123456789ab", 4.0, "episodes.json"),
+    ):
+        put(run, kind, name, {"policy/action_mse": stored(mean)})
+        (run / kind / name / file).write_text(json.dumps({"settings": {"data.split": name}}))
+    (run / "eval" / "20" / "val" / "few_steps.json").write_text(json.dumps({"about": {"windows": 9}, "rows": [row]}))
+    found = Run.read(run)
+    assert found.evaluations.keys() == found.rollouts.keys() == {20} and not found.few_steps
+    assert found.metrics["policy/action_mse"].mean == found.rollout["policy/max_coverage"].mean == 1.0
+    assert [(r.kind, r.step, r.name) for r in found.others] == [
+        ("eval", 10, "val"),
+        ("eval", 20, "val"),
+        ("rollout", 20, "0123456789ab"),
+        ("few_steps", 20, "val"),
+    ]
+    assert [r.metrics["policy/action_mse"].mean for r in found.others[:3]] == [3.0, 2.0, 4.0]
+    assert found.others[1].how["settings"] == {"data.split": "20/val"} and found.others[3].rows == [row]
+
+
+def test_results_elsewhere_are_read_where_they_are_of_the_run(tmp_path):
+    run, elsewhere = make(tmp_path / "run"), tmp_path / "out"
+    put(run, "eval", 10, {"x": stored(1.0)})
+    put(run, "eval", 20, {"x": stored(2.0)})
+    for step, workdir in ((20, run), (30, tmp_path / "another")):
+        put(elsewhere, "eval", step, {"x": stored(step)})
+        (elsewhere / "eval" / str(step) / "about.json").write_text(json.dumps({"workdir": str(workdir)}))
+    found = Run.read(run, elsewhere)
+    assert {step: metrics["x"].mean for step, metrics in found.evaluations.items()} == {10: 1.0, 20: 20}
+    assert found.picture("idea.png") == elsewhere / "eval" / "20" / "idea.png"
+    assert {step: metrics["x"].mean for step, metrics in Run.read(run).evaluations.items()} == {10: 1.0, 20: 2.0}
+
+
+def test_why_held_out_episodes_may_be_known():
+    assert doubt({}) == doubt({"own_data": True, "leak": None}) == ""
+    assert doubt({"own_data": True, "leak": "58 of 65"}) == "58 of 65"
+    for own, words_ in ((False, "not the datasets that this run was trained on."), (None, "It is not known what this")):
+        assert words_ in doubt({"own_data": own, "leak": None}) and "held out here may be" in doubt({"own_data": own})
 
 
 def test_a_run_has_its_directorys_name(tmp_path, monkeypatch):

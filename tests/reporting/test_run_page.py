@@ -86,7 +86,10 @@ def test_an_evaluation_of_other_data_says_so(make_run, tmp_path):
     run = make_run(tmp_path / "run")
     about = run / "eval" / "20" / "about.json"
     assert "may be among those that it learned from" not in run_page.write(run).read_text()
-    for own, words in ((False, "of other data than the run was trained on"), (None, "not known what this run was")):
+    for own, words in (
+        (False, "not the datasets that this run was trained on"),
+        (None, "not known what this run was trained on"),
+    ):
         about.write_text(json.dumps(json.loads(about.read_text()) | {"own_data": own}))
         page = run_page.write(run).read_text()
         assert page.count(words) == 1 and "an episode that was held out of training" not in page

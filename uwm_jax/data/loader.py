@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -279,14 +279,14 @@ class Loader:
         """At most `num_windows` windows of training episodes, chosen as those of `held_out` are."""
         return self._spread([(source, source.windows) for source in self._robots], num_windows, seed)
 
-    def held_out(self, num_windows: int, seed: int = 0) -> FixedWindows:
+    def held_out(self, num_windows: int, seed: int = 0, whole: Collection[str] = ()) -> FixedWindows:
         """At most `num_windows` windows of validation episodes of the sources with actions, evenly spread over all of
-        them, always the same.
+        them, always the same. The sources in `whole` give all their episodes.
 
         Raises:
             UserError: no source has a validation episode that passes its filter and is long enough.
         """
-        found_in = [(source, source.held_out_windows()) for source in self._robots]
+        found_in = [(source, source.held_out_windows(source.name in whole)) for source in self._robots]
         if not any(windows for _, windows in found_in):
             each = "\n".join(f"  {source.about_held_out()}" for source in self._robots)
             raise UserError(

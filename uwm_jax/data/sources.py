@@ -67,9 +67,11 @@ class Source:
         self.order = StreamOrder(len(self.windows), config.num_streams, seed)
         self._val_ratio = config.val_ratio
 
-    def held_out_windows(self) -> Windows | None:
-        """All windows of the validation episodes; None if there are none."""
-        return self._windows(self.held_out) if self.usable()[self.held_out].any() else None
+    def held_out_windows(self, all_episodes: bool = False) -> Windows | None:
+        """All windows of the validation episodes, or of all that it uses; None if there are none."""
+        usable = self.usable()
+        episodes = np.flatnonzero(usable) if all_episodes else self.held_out
+        return self._windows(episodes) if usable[episodes].any() else None
 
     def usable(self) -> np.ndarray:
         """(E,) bool, the episodes of its dataset that it uses and that have a window."""

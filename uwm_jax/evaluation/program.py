@@ -233,11 +233,10 @@ def join(parts: list[dict[str, np.ndarray]], total: int) -> dict[str, np.ndarray
 
 
 def write_results(
-    workdir: Path, step: int, system: System, metrics: Metrics, windows: Windows, about: Mapping[str, Any]
+    folder: Path, system: System, metrics: Metrics, windows: Windows, about: Mapping[str, Any]
 ) -> dict[str, Path]:
-    """Writes what `Evaluation.run` returned to `<workdir>/eval/<step>/`, and to `about.json` there how it was made;
-    returns {name of a picture: file}."""
-    folder = workdir / "eval" / str(step)
+    """Writes what `Evaluation.run` returned to a folder, and to `about.json` there how it was made; returns
+    {name of a picture: file}."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")

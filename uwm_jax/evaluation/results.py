@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.metrics import FEWEST, TOO_FEW
+from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.reading import read_json
 from uwm_jax.reporting.curves import Curve
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
@@ -22,7 +22,11 @@ from uwm_jax.training.log import read_metrics
 from uwm_jax.training.record import read_starts
 from uwm_jax.training.stored import CorruptCheckpoint
 
-FEW_STEPS = "few_steps.json"
+_FILES = {  # of each kind: its folder, the file of its numbers, and the file that tells how they were made
+    "eval": ("eval", "metrics.json", "about.json"),
+    "rollout": ("rollout", "metrics.json", "episodes.json"),
+    "few_steps": ("eval", "few_steps.json", None),
+}
 
 
 class Interval(NamedTuple):
@@ -66,20 +70,40 @@ def verdict(difference: Interval) -> str:
     return "no, it is worse" if difference.hi < 0 else "undecided"
 
 
-def number(x: float) -> str:
-    """Three significant digits, without an exponent where a reader can do without."""
-    if x == 0:
-        return "0"
-    return f"{x:.{max(0, 2 - math.floor(math.log10(abs(x))))}f}" if 1e-6 <= abs(x) < 1e5 else f"{x:.2e}"
+def doubt(how: Mapping[str, Any]) -> str:
+    """Why a model may know the episodes that an evaluation takes for held out, in a sentence or two; "" where it does
+    not.
+
+    Args:
+      how: the evaluation's `about.json`: `own_data`, whether the datasets are those of the run (None: not known), and
+        `leak`, how training on an earlier run's data reached them. Older files lack both.
+    """
+    may_be_known = "Episodes that are held out here may be among those that it learned from."
+    if (own := how.get("own_data", True)) is None:
+        return f"It is not known what this run was trained on. {may_be_known}"
+    return (
+        (how.get("leak") or "") if own else f"These are not the datasets that this run was trained on. {may_be_known}"
+    )
 
 
-def words(m: Interval) -> str:
-    """`0.0541 [0.0492, 0.0591]`, or `5.41 [4.92, 5.91] ×10⁻⁶` where all of it is small, or `0.0541 [too few]`."""
-    largest = max(abs(m.lo), abs(m.hi))
-    power = 3 * math.ceil(-math.log10(largest) / 3) if 0 < largest < 1e-3 else 0
-    mean, lo, hi = (number(x * 10**power) for x in m[:3])
-    unit = " ×10⁻" + str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")) if power else ""
-    return f"{mean} [{f'{lo}, {hi}' if m.tells else TOO_FEW}]{unit}"
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An evaluation, a closed loop or a comparison of samplers, as it lies in a folder.
+
+    Attributes:
+      kind: "eval", "rollout" or "few_steps".
+      name: of its folder below that of the step; "" where it lies in the step's.
+      metrics: of an evaluation or closed loop; rows: of a comparison of samplers.
+      how: how it was made; `settings` of it tell it apart from the run's own.
+    """
+
+    kind: str
+    step: int
+    name: str
+    folder: Path
+    metrics: dict[str, Interval]
+    rows: list[dict[str, Any]]
+    how: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -95,6 +119,9 @@ class Run:
       rollout_how: how the newest closed loop was run, by its `episodes.json`; {} where there is none.
       few_steps, few_steps_how, few_steps_step: rows of the newest `few_steps.json`, how they were made, and their
         step; [], {} and None where there is none.
+      folders: {"eval", "rollout", "few_steps": where the newest of the kind lies}.
+      others: results with a name of their own: of other data, another config or other parameters than the run's, or of
+        other seeds, simulators or samplers than the step's first.
       code_version, manifests: of the newest checkpoint, {source or "": manifest}; "" and {} where there is none.
     """
 
@@ -110,38 +137,49 @@ class Run:
     few_steps: list[dict[str, Any]]
     few_steps_how: dict[str, Any]
     few_steps_step: int | None
+    folders: dict[str, Path]
+    others: list[Result]
     code_version: str
     manifests: dict[str, dict[str, Any]]
 
     @classmethod
-    def read(cls, workdir: Path) -> Run:
-        """Raises UserError where `workdir` is no run's directory, or a file of it is damaged."""
+    def read(cls, workdir: Path, results: Path | None = None) -> Run:
+        """Reads a workdir.
+
+        Args:
+          results: where more of its results lie, `--output` of the commands that make them. Of two results of one
+            step and name, the one there is taken.
+
+        Raises:
+          UserError: `workdir` is no run's directory, or a file of it is damaged.
+        """
         config = config_lib.read(workdir)
         assets: dict[str, Any] = {}
         if (step := latest_step(workdir)) is not None:
             with contextlib.suppress(CorruptCheckpoint):  # a page without the data's manifest is better than none
                 assets = Checkpoints(workdir, read_only=True).assets(step)
         manifest = assets.get("dataset") or {}
-        few_steps = _by_step(workdir / "eval", FEW_STEPS)
-        newest_few = few_steps[max(few_steps)] if few_steps else {}
-        evaluations, about = (_by_step(workdir / "eval", f"{name}.json") for name in ("metrics", "about"))
-        rollouts, how = (_by_step(workdir / "rollout", f"{name}.json") for name in ("metrics", "episodes"))
+        found = {kind: _results(kind, workdir, results) for kind in _FILES}
+        own = {kind: {r.step: r for r in of_kind if not r.name} for kind, of_kind in found.items()}
+        newest = {kind: of_kind[max(of_kind)] for kind, of_kind in own.items() if of_kind}
+        how = {kind: result.how for kind, result in newest.items()}
         return cls(
             workdir=workdir,
             name=Path(os.path.abspath(workdir)).name,  # of "." and ".." too
             config=config,
             lines=read_metrics(workdir / "metrics.jsonl"),
             starts=read_starts(workdir),
-            evaluations={
-                step: _intervals(workdir / f"eval/{step}/metrics.json", found, about.get(step, {}).get("episodes"))
-                for step, found in evaluations.items()
-            },
-            rollouts={s: _intervals(workdir / f"rollout/{s}/metrics.json", found) for s, found in rollouts.items()},
-            eval_how=about.get(max(evaluations, default=-1), {}),
-            rollout_how=how.get(max(rollouts, default=-1), {}),
-            few_steps=_few_steps(workdir / "eval" / str(max(few_steps)) / FEW_STEPS, newest_few) if few_steps else [],
-            few_steps_how=newest_few.get("about", {}),
-            few_steps_step=max(few_steps, default=None),
+            evaluations={step: result.metrics for step, result in own["eval"].items()},
+            rollouts={step: result.metrics for step, result in own["rollout"].items()},
+            eval_how={"leak": assets.get("leak")} | how["eval"]
+            if "eval" in how
+            else {},  # the trainer does not know it
+            rollout_how=how.get("rollout", {}),
+            few_steps=newest["few_steps"].rows if "few_steps" in newest else [],
+            few_steps_how=how.get("few_steps", {}),
+            few_steps_step=max(own["few_steps"], default=None),
+            folders={kind: result.folder for kind, result in newest.items()},
+            others=[r for of_kind in found.values() for r in of_kind if r.name],
             code_version=assets.get("code_version", ""),
             manifests={"": manifest} if "splits" in manifest else manifest,
         )
@@ -171,7 +209,7 @@ class Run:
 
     def picture(self, name: str) -> Path:
         """A picture of the newest evaluation, which need not be there."""
-        return self.workdir / "eval" / str(self.eval_step) / name
+        return self.folders.get("eval", self.workdir) / name
 
     def logged(self, name: str, label: str, color: str, style: str = "-") -> Curve:
         """A metric of `metrics.jsonl` over steps."""
@@ -200,21 +238,39 @@ def _curve(found: Mapping[int, Mapping[str, Interval]], name: str, label: str, c
     return Curve(label, [s for s, _ in points], [m.mean for m in values], low, high, color, style)
 
 
-def _by_step(folder: Path, name: str) -> dict[int, dict[str, Any]]:
-    """{step: JSON object} of `<folder>/<step>/<name>`, by step."""
-    files = {int(p.parent.name): p for p in folder.glob(f"*/{name}") if p.parent.name.isdecimal()}
+def _results(kind: str, workdir: Path, elsewhere: Path | None) -> list[Result]:
+    """All results of a kind, by step and name."""
+    top, file, about = _FILES[kind]
     found = {}
-    for step, file in sorted(files.items()):
-        try:
-            read = read_json(file, also=list)
-        except UserError as e:
-            raise _damaged(file, str(e).removeprefix(f"{file}: ")) from e
-        if isinstance(read, list) and name == FEW_STEPS:  # an older version's
-            read = {"rows": read}
-        if not isinstance(read, dict):
-            raise _damaged(file, "not a JSON object")
-        found[step] = read
-    return found
+    for root in dict.fromkeys([workdir, elsewhere or workdir]):
+        for path in sorted([*(root / top).glob(f"*/{file}"), *(root / top).glob(f"*/*/{file}")]):
+            step, *below = path.parent.relative_to(root / top).parts
+            if not step.isdecimal():
+                continue
+            how = _read(path.with_name(about)) if about and path.with_name(about).exists() else {}
+            stored, rows = _read(path), []
+            if about is None:
+                rows, stored, how = _few_steps(path, stored), {}, stored.get("about", {})
+            if root != workdir and how.get("workdir") != str(workdir.resolve()):  # of another run
+                continue
+            windows = how.get("episodes") if kind == "eval" else None
+            name = "/".join(below)
+            metrics = _intervals(path, stored, windows)
+            found[int(step), name] = Result(kind, int(step), name, path.parent, metrics, rows, how)
+    return [found[place] for place in sorted(found)]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        read = read_json(file, also=list)
+    except UserError as e:
+        raise _damaged(file, str(e).removeprefix(f"{file}: ")) from e
+    if isinstance(read, list) and file.name == _FILES["few_steps"][1]:  # an older version's
+        read = {"rows": read}
+    if not isinstance(read, dict):
+        raise _damaged(file, "not a JSON object")
+    return read
 
 
 def _intervals(file: Path, metrics: Mapping[str, Any], episodes: int | None = None) -> dict[str, Interval]:

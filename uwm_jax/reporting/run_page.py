@@ -15,12 +15,13 @@ from ml_collections import ConfigDict
 
 from uwm_jax.diffusion.modes import MODES, QUESTIONS
 from uwm_jax.envs.parallel import HOLD
-from uwm_jax.evaluation.results import Interval, Run, verdict
+from uwm_jax.evaluation.results import Interval, Run, doubt, verdict
 from uwm_jax.files import write_text
 from uwm_jax.reporting import names
 from uwm_jax.reporting.curves import Panel
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.numbers import Format
+from uwm_jax.reporting.others import others
 from uwm_jax.reporting.page import (
     NOTHING,
     Section,
@@ -38,14 +39,18 @@ from uwm_jax.reporting.pictures import COLORS, formula
 from uwm_jax.reporting.provenance import facts, timing, what_was_run
 
 
-def write(workdir: Path, output: Path | None = None) -> Path:
-    """Writes a run's page from what lies in its workdir; returns where, `report.html` in the workdir by default.
+def write(workdir: Path, output: Path | None = None, results: Path | None = None) -> Path:
+    """Writes a run's page from what lies in its workdir; returns where.
+
+    Args:
+      output: the page; `report.html` in `results` by default.
+      results: where more of its results lie than in the workdir, which it is by default.
 
     Raises:
       UserError: `workdir` is no run's directory.
     """
-    run = Run.read(workdir)
-    output = output or workdir / "report.html"
+    run = Run.read(workdir, results)
+    output = output or (results or workdir) / "report.html"
     sections = [
         Section("idea", "One network that acts, predicts, explains and imagines", _idea(run)),
         Section("answers", "What the numbers say", _answers(run)),
@@ -53,6 +58,7 @@ def write(workdir: Path, output: Path | None = None) -> Path:
         Section("pictures", "Pictures", _pictures(run)),
         Section("simulator", "In the simulator", _closed_loop(run)),
         Section("few-steps", "Fewer steps", _few_steps(run)),
+        Section("others", "Other results", others(run)),
         Section("curves", "Curves", curves(_panels(run))),
         Section("time", "Time", timing(run)),
         Section("run", "What was run", what_was_run(run)),
@@ -128,16 +134,9 @@ CLOSED_LOOP_CLAIMS = (
 )
 COLUMNS = ("action_mse", "pixel_mse", "changed_mse", "psnr", "latent_mse")
 
-_MAY_BE_KNOWN = "Episodes that are held out here may be among those that it learned from."
-OTHER_DATA = {  # by whether an evaluation's data are the run's own
-    False: f"This evaluation is of other data than the run was trained on. {_MAY_BE_KNOWN}",
-    None: f"It is not known what this run was trained on. {_MAY_BE_KNOWN}",
-}
 
-
-def _other_data(how: Mapping[str, Any]) -> Html:
-    own = how.get("own_data", True)
-    return NOTHING if own else fill("<p><b>{}</b></p>", OTHER_DATA[False if own is False else None])
+def _doubt(how: Mapping[str, Any]) -> Html:
+    return fill("<p><b>{}</b></p>", told) if (told := doubt(how)) else NOTHING
 
 
 def _about(text: str) -> Html:
@@ -147,11 +146,10 @@ def _about(text: str) -> Html:
 
 
 def _idea(run: Run) -> Html:
-    own = run.eval_how.get("own_data", True)
     caption = fill(
         "One moment of {} (of some that are spread over these episodes, the one in which most moves). A mode, a column "
         "here, is nothing but the choice of what is given, what is hidden and what is sampled. Step {}.",
-        "an episode that was held out of training" if own else "a held-out episode",
+        "a held-out episode" if doubt(run.eval_how) else "an episode that was held out of training",
         run.eval_step,
     )
     about = "one held-out moment: what each mode is given and what it samples"
@@ -229,7 +227,7 @@ def _metrics(run: Run) -> Html:
         "is clustered by episode. o: what is seen now, a: the next actions, o&#x27;: what is seen after them. What "
         "changed are the values (of a pixel's red, green or blue, 0 to 1) that differ by more than 0.05 from the "
         "current frame; windows without any are left out there.</small></p>",
-        _other_data(run.eval_how),
+        _doubt(run.eval_how),
         metrics_table(run.metrics),
         run.eval_step,
         count,
@@ -287,7 +285,7 @@ def _closed_loop(run: Run) -> Html:
         else ""
     )
     gif = figure(
-        run.workdir / "rollout" / str(run.rollout_step) / "episodes.gif",
+        run.folders["rollout"] / "episodes.gif",
         "episodes in the simulator",
         "The policy mode acts; beside it what the forward mode, told the actions that were then taken, imagined would "
         "be seen, and what was seen.",
@@ -333,7 +331,7 @@ def _few_steps(run: Run) -> Html:
         "hides is pure noise; the network is told that it is as noisy as at the timestep <i>hidden "
         "at</i>.</p>{}<p><small>Step {}; {}means, and below them the 95 % interval over episodes. Time: one chunk of "
         "actions for one observation, without compilation.</small></p>",
-        _other_data(run.few_steps_how),
+        _doubt(run.few_steps_how),
         table(heads, rows, "what fewer steps cost"),
         run.few_steps_step,
         _few_steps_of(run.few_steps_how, run.few_steps),

@@ -54,19 +54,9 @@ def for_inference(
     Raises:
       UserError: there is no `config.json`, or an override changes another field.
     """
-    config, own = config_lib.read(workdir), stored_config(stored)
-    flat, fixed = config_lib.flatten(config), config_lib.flatten(own)
-    differ = {
-        name: value for name, value in fixed.items() if flat.get(name) != value and not _matches(name, MAY_CHANGE)
-    }
-    if differ or flat.keys() != fixed.keys():
-        for name in flat.keys() & fixed.keys():
-            if _matches(name, MAY_CHANGE):
-                *parents, leaf = name.split(".")
-                functools.reduce(getattr, parents, own)[leaf] = flat[name]
-        config = own
-        fields = ", ".join(f"{name} ({flat.get(name, 'absent')!r}, there {value!r})" for name, value in differ.items())
-        warn(f"{workdir}/config.json differs from {stored.path}, whose own fields are used: {fields or 'sources'}.")
+    config, told = config_of_run(workdir, stored)
+    if told:
+        warn(told)
     before = config_lib.flatten(config)
     config_lib.apply_overrides(config, overrides)
     for name, value in config_lib.flatten(config).items():
@@ -77,6 +67,28 @@ def for_inference(
             )
     config_lib.validate(config)
     return config
+
+
+def config_of_run(workdir: str | os.PathLike[str], stored: Stored) -> tuple[ConfigDict, str]:
+    """The workdir's `config.json`, but the checkpoint's own in the fields that it fixes; and a line that names the
+    fixed fields in which the file differs, "" where there are none.
+
+    Raises:
+      UserError: there is no `config.json`.
+    """
+    config, own = config_lib.read(workdir), stored_config(stored)
+    flat, fixed = config_lib.flatten(config), config_lib.flatten(own)
+    differ = {
+        name: value for name, value in fixed.items() if flat.get(name) != value and not _matches(name, MAY_CHANGE)
+    }
+    if not differ and flat.keys() == fixed.keys():
+        return config, ""
+    for name in flat.keys() & fixed.keys():
+        if _matches(name, MAY_CHANGE):
+            *parents, leaf = name.split(".")
+            functools.reduce(getattr, parents, own)[leaf] = flat[name]
+    fields = ", ".join(f"{name} ({flat.get(name, 'absent')!r}, there {value!r})" for name, value in differ.items())
+    return own, f"{workdir}/config.json differs from {stored.path}, whose own fields are used: {fields or 'sources'}."
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

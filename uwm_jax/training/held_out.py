@@ -71,7 +71,7 @@ class HeldOut:
             if used == average.AVERAGE and (told := average.warning(config, step, "evaluate --parameters=raw")):
                 distributed.say(f"warning: {told}")
             try:
-                files = write_results(workdir, step, self._system, metrics, shown, about)
+                files = write_results(workdir / "eval" / str(step), self._system, metrics, shown, about)
             except OSError as e:  # a full disk: no reason to end a run
                 again = f"python -m uwm_jax.evaluate --workdir={workdir} --step={step}"
                 warn(
