@@ -17,6 +17,7 @@ from data_prep.cutting import MAX_NOTES, Result
 from data_prep.features import STEPS, Feature, as_images
 from uwm_jax.data import records
 from uwm_jax.errors import UserError
+from uwm_jax.files import write_text, writing
 
 
 def check_files(layout: Layout, splits: Iterable[str], where: Path) -> None:
@@ -76,9 +77,9 @@ def assemble(building: Path, source: rlds.Source, layout: Layout, results: dict[
         "splits": splits,
     }
     info = source.info | {"fileFormat": "array_record", "splits": info_splits}
-    (building / "dataset_info.json").write_text(json.dumps(info, indent=1))
-    (building / "features.json").write_text(json.dumps(_stored_features(source, layout), indent=1))
-    (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    stored = _stored_features(source, layout)
+    for name, value in (("dataset_info", info), ("features", stored), ("manifest", manifest)):
+        write_text(building / f"{name}.json", json.dumps(value, indent=1))
     return manifest
 
 
@@ -93,26 +94,26 @@ def _assemble_split(
     chunks = -(-lengths // layout.chunk_steps)
     sizes = np.asarray([shard["records"] for shard in shards], np.int64)
     first_of_shard = np.cumsum(sizes) - sizes
-    (building / "index").mkdir(exist_ok=True)
-    np.savez(
-        building / records.index_file(split),
-        allow_pickle=False,
-        episode_length=lengths,
-        episode_first_chunk=np.cumsum(chunks) - chunks,
-        chunk_shard=np.repeat(np.arange(len(shards)), sizes),
-        chunk_record=np.arange(sizes.sum()) - np.repeat(first_of_shard, sizes),
-        chunk_crc32c=np.asarray([crc for part in parts for crc in part.checksums], np.uint32),
-    )
+    with writing(building / records.index_file(split), "wb") as out:
+        np.savez(
+            out,
+            allow_pickle=False,
+            episode_length=lengths,
+            episode_first_chunk=np.cumsum(chunks) - chunks,
+            chunk_shard=np.repeat(np.arange(len(shards)), sizes),
+            chunk_record=np.arange(sizes.sum()) - np.repeat(first_of_shard, sizes),
+            chunk_crc32c=np.asarray([crc for part in parts for crc in part.checksums], np.uint32),
+        )
     texts: dict[str, np.ndarray] = {}
     for name in layout.texts:
         values = [text for part in parts for text in part.texts.get(name, [])]
         texts[f"{name}/utf8"] = np.frombuffer(b"".join(values), np.uint8)
         texts[f"{name}/ends"] = np.cumsum([len(text) for text in values], dtype=np.int64)
-    np.savez(building / records.text_file(split), allow_pickle=False, **texts)
-    (building / "columns" / split).mkdir(parents=True)
+    with writing(building / records.text_file(split), "wb") as out:
+        np.savez(out, allow_pickle=False, **texts)
     for i, (key, (shape, dtype)) in enumerate(layout.columns.items()):
         header = {"descr": dtype, "fortran_order": False, "shape": (int(lengths.sum()), *shape)}
-        with (building / records.column_file(split, key)).open("wb") as out:
+        with writing(building / records.column_file(split, key), "wb") as out:
             np.lib.format.write_array_header_1_0(out, header)
             for number in range(len(parts)):
                 with (building / "parts" / f"{split}.{number:05d}" / f"{i}.column").open("rb") as part:

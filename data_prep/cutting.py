@@ -19,6 +19,7 @@ from array_record.python import array_record_module
 from tqdm import tqdm
 
 from data_prep.chunks import EpisodeError, Layout, cut_episode
+from data_prep.output import naming
 from data_prep.source_files import read_records
 from data_prep.workers import pool
 
@@ -104,7 +105,8 @@ def _run_job(job: Job) -> Result:
                 writer.write(chunk)
                 result.checksums.append(google_crc32c.value(chunk))
             for key, values in episode.columns.items():
-                columns[key].write(values.astype(job.layout.columns[key][1]).tobytes())
+                with naming(Path(columns[key].name)):
+                    columns[key].write(values.astype(job.layout.columns[key][1]).tobytes())
             result.lengths.append(episode.length)
             for name, text in episode.texts.items():
                 result.texts.setdefault(name, []).append(text)
@@ -114,7 +116,8 @@ def _run_job(job: Job) -> Result:
             _done_bytes.value += size
             _done_episodes.value += kept
     for column in columns.values():
-        column.close()
+        with naming(Path(column.name)):
+            column.close()
     result.shards = writer.close()
     result.count_missing(job.file.name, found, job.promised)
     with _done_bytes.get_lock():

@@ -1,6 +1,6 @@
 """Shows what a training dataset holds: a contact sheet, histograms, and a summary.
 
-    python -m data_prep.inspect --dataset=DIR [--output=DIR/inspect]
+    python -m data_prep.inspect --dataset=DIR [--output=DIR/inspect]     (or its name in $UWM_DATA_DIR)
 
 Writes `contact_sheet.png` (a few episodes, every camera, frames evenly spaced in time), `actions.png`
 (a histogram per action dimension) and `episode_lengths.png`.
@@ -8,8 +8,10 @@ Writes `contact_sheet.png` (a few episodes, every camera, frames evenly spaced i
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
@@ -18,10 +20,13 @@ from PIL import Image, ImageDraw, ImageFont
 from data_prep.reshard import summary
 from uwm_jax import cli
 from uwm_jax.data import example
-from uwm_jax.data.records import Dataset, read_manifest, short_key
+from uwm_jax.data.records import Dataset, find_dataset, read_manifest, short_key
 from uwm_jax.data.stats import counted_steps, is_action
 from uwm_jax.errors import UserError
 from uwm_jax.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FLAGS = flags.FLAGS
 
@@ -59,7 +64,7 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
     if not cameras:
         return _note("this dataset has no cameras"), ["no cameras"]
     episodes = _spread(dataset.num_episodes, num_episodes)
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    font, small = _font(13), _font(11)
     widths = {c: round(_TILE_HEIGHT * dataset.cameras[c][1] / dataset.cameras[c][0]) for c in cameras}
     line = _TILE_HEIGHT + 18
     block = 24 + len(cameras) * line + 10
@@ -74,11 +79,11 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
         dataset.frames(episode, dict.fromkeys(cameras, steps), frames)
         top = row * block
         draw.line([(0, top), (size[0], top)], fill="black", width=2)
-        text = language(dataset, episode)
-        draw.text((6, top + 4), f"episode {episode}: {length} steps   {text[:140]}", "black", font)
+        text = f"episode {episode}: {length} steps: {language(dataset, episode)}"
+        draw.text((6, top + 4), fitting(text, font, size[0] - 12), "black", font)
         for i, camera in enumerate(cameras):
             y = top + 24 + i * line
-            name = textwrap.wrap(short_key(camera), 20)
+            name = textwrap.wrap(printable(short_key(camera)), 20)
             height, width = dataset.cameras[camera]
             draw.multiline_text((6, y + 18), "\n".join([*name, f"{height} x {width}"]), "black", font)
             for j, (step, frame) in enumerate(zip(steps, frames[camera], strict=True)):
@@ -98,12 +103,51 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
 def language(dataset: Dataset, episode: int) -> str:
     """The episode's instruction: the first non-empty text whose key speaks of language, at its first step."""
     record = dataset.record(episode, 0)
+    features = {f"steps/{key}": feature for key, feature in dataset.manifest["step_features"].items()}
+    features |= dataset.manifest["episode_features"]
     for name, field in sorted(example.scan(record).items()):
-        if field.kind == example.BYTES and (b"language" in name or b"instruction" in name):
+        key = name.decode(errors="replace").removesuffix("/ragged_flat_values")
+        text = features.get(key, {}).get("dtype") == "string"
+        if field.kind == example.BYTES and text and ("language" in key or "instruction" in key):
             spans = example.bytes_spans(record, field, 1)
             if spans and record[slice(*spans[0])]:
                 return record[slice(*spans[0])].decode(errors="replace")
     return ""
+
+
+@functools.cache
+def _font_file() -> str:
+    # Of the fonts that come with the project's dependencies, the one with the most scripts.
+    from matplotlib.font_manager import findfont
+
+    return findfont("DejaVu Sans")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(_font_file(), size)
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(_font_file()).get_charmap())
+
+
+def printable(text: str) -> str:
+    """One line of text in which characters that the pictures' font lacks are escaped, as in a Python string."""
+    kept = (c if ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return "".join(kept)
+
+
+def fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """As much of `printable` text as fits into a width in pixels, with an ellipsis where it is cut."""
+    text = printable(text)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
 
 
 def _spread(total: int, count: int) -> list[int]:
@@ -112,7 +156,7 @@ def _spread(total: int, count: int) -> list[int]:
 
 def _note(text: str) -> Image.Image:
     image = Image.new("RGB", (480, 60), "white")
-    ImageDraw.Draw(image).text((10, 20), text, "black", ImageFont.load_default(15))
+    ImageDraw.Draw(image).text((10, 20), text, "black", _font(13))
     return image
 
 
@@ -128,6 +172,13 @@ def _plot_actions(dataset: Dataset, file: Path) -> list[str]:
         # A few hundred thousand rows show the shape of any distribution.
         values = np.asarray(dataset.column(key)[shown], np.float64).reshape(len(shown), -1)
         panels += [(f"{key}[{i}]" if values.shape[1] > 1 else key, values[:, i]) for i in range(values.shape[1])]
+    figure, remarks = _histograms(panels)
+    figure.savefig(file, dpi=100)
+    return remarks
+
+
+def _histograms(panels: list[tuple[str, np.ndarray]]) -> tuple[Figure, list[str]]:
+    """A panel for each (name, values); and remarks on values that are never finite or always the same."""
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = _figure(4 * columns, 2.4 * rows)
@@ -140,22 +191,25 @@ def _plot_actions(dataset: Dataset, file: Path) -> list[str]:
             continue
         axis.hist(column, bins=_BINS)
         axis.set_yscale("log")
-        axis.set_title(f"{name}: mean {column.mean():.3g}, std {column.std():.3g}", fontsize=9)
+        title = [*textwrap.wrap(printable(name), 40), f"mean {column.mean():.3g}, std {column.std():.3g}"]
+        axis.set_title("\n".join(title), fontsize=9, parse_math=False)
         axis.tick_params(labelsize=8)
         axis.locator_params(axis="x", nbins=5)
         if np.ptp(column) == 0:
             remarks.append(f"{name}: always {column[0]:g}")
     figure.supylabel("steps (log scale)")
-    figure.savefig(file, dpi=100)
-    return remarks
+    return figure, remarks
 
 
 def _plot_lengths(dataset: Dataset, file: Path) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     lengths = dataset.episode_lengths
     figure = _figure(8, 4)
     axis = figure.add_subplot()
-    axis.hist(lengths, bins=np.arange(lengths.min(), lengths.max() + 2) - 0.5 if np.ptp(lengths) < _BINS else _BINS)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    single = [n - 0.5 for n in range(lengths.min(), lengths.max() + 2)]  # edges of a bar for each length
+    axis.hist(lengths, bins=single if len(single) <= _BINS + 1 else _BINS)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("steps in an episode")
     axis.set_ylabel("episodes")
     axis.set_title(
@@ -164,7 +218,7 @@ def _plot_lengths(dataset: Dataset, file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float) -> Figure:
     # Without pyplot there is no global state and no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -175,7 +229,7 @@ def _figure(width: float, height: float):
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("dataset", None, "directory of a training dataset, as data_prep.reshard makes it")
+    flags.DEFINE_string("dataset", None, "training dataset: a directory, or what is called so in $UWM_DATA_DIR")
     flags.DEFINE_string("output", "", "directory for the pictures; default DATASET/inspect")
     flags.DEFINE_string("split", "", "which split; default train, or the only one")
     flags.DEFINE_integer("episodes", 6, "rows of the contact sheet", lower_bound=1)
@@ -183,7 +237,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    directory = cli.required_path("dataset")
+    directory = find_dataset(cli.required_path("dataset"))
     manifest = read_manifest(directory)
     split = FLAGS.split or ("train" if "train" in manifest["splits"] else sorted(manifest["splits"])[0])
     output = cli.optional_path("output") or directory / "inspect"

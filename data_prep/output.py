@@ -101,6 +101,17 @@ def building(output: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Gives the errors of writing a file its name, which those of an open file lack."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno is None or e.filename is not None:
+            raise
+        raise OSError(e.errno, e.strerror, str(file)) from e
+
+
 def _make_locked(new: Path) -> IO[str]:
     """Makes a directory that appears with its lock taken; returns the locked file."""
     hidden = new.with_suffix(".new")

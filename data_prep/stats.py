@@ -1,6 +1,6 @@
 """Computes the statistics of a training dataset's low-dimensional columns: `stats.json`.
 
-    python -m data_prep.stats --dataset=DIR
+    python -m data_prep.stats --dataset=DIR     (or its name in $UWM_DATA_DIR)
 
 Reads the columns only, no record and no image, so it takes seconds. `data_prep.reshard` has already done
 it; this computes them again, shows them, and warns of constant dimensions and of values that are not finite.
@@ -22,7 +22,7 @@ from absl import flags
 
 from uwm_jax import cli
 from uwm_jax.data.normalize import is_constant
-from uwm_jax.data.records import Dataset, read_manifest
+from uwm_jax.data.records import Dataset, find_dataset, read_manifest
 from uwm_jax.data.stats import Stats, dataset_stats
 from uwm_jax.files import write_text
 
@@ -80,11 +80,11 @@ def warnings(stats: dict[str, Stats]) -> list[str]:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("dataset", None, "directory of a training dataset, as data_prep.reshard makes it")
+    flags.DEFINE_string("dataset", None, "training dataset: a directory, or what is called so in $UWM_DATA_DIR")
 
 
 def main(argv: list[str]) -> None:
-    directory = cli.required_path("dataset")
+    directory = find_dataset(cli.required_path("dataset"))
     for split, stats in write_stats(directory).items():
         steps = max((s["count"] for s in stats.values()), default=0)
         print("\n".join([f"{split}: {steps} steps of {_EPISODES}", table(stats), *warnings(stats)]))

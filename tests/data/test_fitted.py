@@ -24,7 +24,8 @@ def test_cameras_are_sorted_and_short_names_serve(tiny_dataset):
     ("arguments", "message"),
     [
         ((("front",), (16, 16), 0.3), "no codec for camera 'front'; it has exterior, wrist"),
-        ((("wrist",), (24, 24), 0.3), r"fitted on 16x16 images, but config.data.crop is \(24, 24\)"),
+        ((("wrist",), (24, 24), 0.3), r"fitted on 16x16 images, but config.data.crop is \(24, 24\).*codec_size=24,24"),
+        ((("wrist",), (27, 24), 0.3), r"set config.data.crop to \(24, 24\) and reshard .*--codec_size=24,24\."),
         ((("wrist",), (16, 16), 0.1), "fitted with 0.3 of the episodes held out, but config.data.val_ratio is 0.1"),
     ],
 )
@@ -49,8 +50,9 @@ def test_cameras_may_have_names_of_their_own(tiny_dataset):
 
 
 def test_a_dataset_without_a_codec(tmp_path):
-    with pytest.raises(UserError, match="pca.npz"):
-        read_pca(tmp_path, ("wrist",), (16, 16), 0.3)
+    for crop, message in (((16, 24), "--codec_size=16,24"), ((116, 4), r"crop to \(112, 8\) .*--codec_size=112,8")):
+        with pytest.raises(UserError, match=f"pca.npz.*{message}"):
+            read_pca(tmp_path, ("wrist",), crop, 0.3)
 
 
 def test_a_damaged_or_edited_codec_is_refused(tiny_dataset, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep.reshard import reshard
 from uwm_jax import reading
 from uwm_jax.data import columns, records, shards
-from uwm_jax.data.records import Dataset, dataset_dir, short_key
+from uwm_jax.data.records import Dataset, dataset_dir, find_dataset, short_key
 from uwm_jax.errors import RunError, UserError
 
 _SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
@@ -104,6 +104,9 @@ def test_a_truncated_shard_is_found_when_opening(copy: Path) -> None:
     data = _shard(copy).read_bytes()
     _shard(copy).write_bytes(data[:-1000])
     with pytest.raises(UserError, match=rf"{_shard(copy).name}: expected {len(data)} bytes, found {len(data) - 1000}"):
+        Dataset(copy)
+    _shard(copy).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    with pytest.raises(UserError, match=rf"{_shard(copy).name} is a Git LFS pointer, not the file itself"):
         Dataset(copy)
     _shard(copy).unlink()
     with pytest.raises(UserError, match="is missing"):
@@ -339,3 +342,17 @@ def test_where_datasets_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UWM_DATA_DIR", "/mnt/sets")
     assert str(dataset_dir("pusht")) == "/mnt/sets/pusht"
     assert str(dataset_dir("/elsewhere/pusht")) == "/elsewhere/pusht"
+
+
+def test_a_dataset_is_found_here_and_where_configs_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UWM_DATA_DIR", str(tmp_path / "sets"))
+    assert find_dataset("mine") == tmp_path / "sets" / "mine"
+    for directory in ("sets/mine", "sets/both", "both", "here"):
+        (tmp_path / directory).mkdir(parents=True)
+        (tmp_path / directory / "manifest.json").write_text("{}")
+    assert find_dataset("mine") == tmp_path / "sets" / "mine"
+    assert find_dataset("here") == Path("here") and find_dataset("both") == Path("both")
+    assert find_dataset(tmp_path / "sets" / "mine") == tmp_path / "sets" / "mine"
+    with pytest.raises(UserError, match="--dataset=gs://x: gs:// is not supported"):
+        find_dataset("gs://x")

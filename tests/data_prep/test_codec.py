@@ -85,3 +85,16 @@ def test_options_are_checked_here_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--pca_channels=49: expected 1 to 48"):
         _fit(_Frames([3, 5]), tmp_path, channels=49)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_advice_for_cameras_of_two_sizes_can_be_followed() -> None:
+    cameras = {"observation/front": (481, 640), "observation/wrist": (128, 130)}
+    advice = codec.why_not_fitted(cameras, 8)
+    assert "front 481x640, wrist 128x130" in advice and "--codec_size=128,128" in advice
+    assert codec.common_size(cameras, 8) is None
+    codec.check_options((128, 128), 8, 12, 0.05)
+    with pytest.raises(UserError, match="--codec_size=116,120: .*multiples of --pca_patch=8, such as 112,120"):
+        codec.check_options((116, 120), 8, 12, 0.05)
+    small = codec.why_not_fitted({"observation/a": (4, 30), "observation/b": (30, 30)}, 8)
+    assert "--codec_size=8,24" in small
+    assert codec.why_not_fitted({}, 8) == "there are no cameras"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.inspect import contact_sheet, inspect, language
+import data_prep.inspect
+from data_prep.inspect import contact_sheet, fitting, inspect, language, printable
 from data_prep.reshard import reshard
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError
@@ -99,3 +101,44 @@ def test_command_line(out: Path) -> None:
     assert (out / "inspect" / "contact_sheet.png").exists()
     bad = run(f"--dataset={out}", "--split=test")
     assert bad.returncode == 2 and "no split 'test'" in bad.stderr and "Traceback" not in bad.stderr
+
+
+@pytest.mark.filterwarnings("error")
+def test_titles_of_histograms_do_not_overlap() -> None:
+    rng = np.random.default_rng(0)
+    names = [
+        "action",
+        "action_dict/cartesian_velocity[0]",
+        "action/" + "very_long_name_" * 6 + "[11]",
+        "action/$x_1$ 动作",
+    ]
+    figure, _ = data_prep.inspect._histograms([(name, rng.normal(size=50) * 1e-7) for name in names * 2])
+    figure.canvas.draw()
+    titles = [axis.title.get_window_extent() for axis in figure.axes]
+    frames = [axis.get_window_extent() for axis in figure.axes]
+    assert len(titles) == 8
+    for i, box in enumerate(titles):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in titles[:i] + frames), names[i % 4]
+
+
+def test_what_the_font_lacks_is_escaped() -> None:
+    font = data_prep.inspect._font(13)
+    assert printable("Nimm die Tasse über\n den Löffel, возьми") == "Nimm die Tasse über den Löffel, возьми"
+    assert printable("拿 🤖\x07") == "\\u62ff \\U0001f916\\x07"
+    missing = font.getmask("\uffff").getbbox(), bytes(font.getmask("\uffff"))  # what is drawn for a missing character
+    for c in "aü�возьмиكوب☕":
+        drawn = printable(c)
+        assert drawn == c and (font.getmask(c).getbbox(), bytes(font.getmask(c))) != missing, c
+    assert fitting("short", font, 500) == "short"
+    cut = fitting("拿" * 500, font, 300)
+    assert cut.endswith("…") and 250 < font.getlength(cut) <= 300
+
+
+def test_language_is_text_not_an_encoded_embedding(out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert language(Dataset(copy), 2) == "do thing 2"
+    manifest["step_features"]["language_instruction"] |= {"dtype": "float32", "encoding": "zlib"}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert language(Dataset(copy), 2) == ""

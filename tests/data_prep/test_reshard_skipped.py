@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,23 @@ FORMATS = ["tfrecord", "array_record"]
 MISSING = "missing, though dataset_info.json promises it"
 
 
-def _tree(size: tuple[int | None, int | None] = (8, 8)) -> Any:
+def _tree(size: tuple[int | None, int | None] = (8, 8), width: int = 2) -> Any:
     import tensorflow_datasets as tfds
 
     f = tfds.features
     step = {
         "observation": f.FeaturesDict({"image": f.Image(shape=(*size, 3), encoding_format="png")}),
-        "action": f.Tensor(shape=(2,), dtype=np.float32),
+        "action": f.Tensor(shape=(width,), dtype=np.float32),
     }
     return f.FeaturesDict({"steps": f.Dataset(step)})
 
 
-def _record(tree: Any, number: int, length: int = 3, size: tuple[int, int] = (8, 8)) -> bytes:
+def _record(tree: Any, number: int, length: int = 3, size: tuple[int, int] = (8, 8), width: int = 2) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", size[::-1], (number, 0, 0)).save(out, "PNG")
     steps = [
-        {"observation": {"image": out.getvalue()}, "action": np.array([number, t], np.float32)} for t in range(length)
+        {"observation": {"image": out.getvalue()}, "action": np.resize(np.float32([number, t]), width)}
+        for t in range(length)
     ]
     return rlds_source.serialize(tree, {"steps": steps})
 
@@ -183,3 +186,27 @@ def test_several_processes_count_the_same(tmp_path: Path) -> None:
     assert (info["episodes"], info["skipped"]) == (6, {"file truncated": 1, MISSING: 2})
     with pytest.raises(RunError, match="3 of 9 episodes were skipped"):
         _reshard(tmp_path, workers=2, max_skipped=0.1, overwrite=True)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize(
+    ("room", "width", "shard_mb", "file"),
+    [(140_000, 256, 0, "parts/train.00000/0.column"), (40_000, 2, 256, "00000.array_record")],
+)
+def test_a_full_disk_is_told_by_the_name_of_the_file(
+    tmp_path: Path, file_format: str, room: int, width: int, shard_mb: int, file: str
+) -> None:
+    """Here a file may only grow to `room` bytes, which the system tells as it tells a full disk."""
+    tree = _tree(width=width)
+    records = [_record(tree, i, length=100, width=width) for i in range(3)]
+    _write(tmp_path / "source", {"train": [records]}, tree, file_format)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        with pytest.raises(OSError, match="File too large") as caught:
+            _reshard(tmp_path, shard_mb=shard_mb)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert Path(caught.value.filename).is_relative_to(tmp_path / "out") and caught.value.filename.endswith(file)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]

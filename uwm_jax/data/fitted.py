@@ -16,6 +16,8 @@ from uwm_jax.data.records import fingerprint, read_manifest, short_key
 from uwm_jax.errors import UserError
 from uwm_jax.reading import again
 
+_PATCH = 8  # of data_prep.reshard, unless --pca_patch says otherwise
+
 
 def read_pca(
     dataset: str | os.PathLike[str],
@@ -40,8 +42,9 @@ def read_pca(
     path = Path(dataset) / "codec" / "pca.npz"
     if not path.is_file():
         raise UserError(
-            f"config.model.codec.name='pca' needs {path}, which data_prep.reshard fits on the training episodes: "
-            "reshard the dataset again, or use config.model.codec.name='pixels'."
+            f"config.model.codec.name='pca' needs {path}, which data_prep.reshard fits on the training episodes, by "
+            "itself where all cameras have one size. "
+            f"{_codec_size(crop, _PATCH)}, or use config.model.codec.name='pixels'."
         )
     try:
         with np.load(io.BytesIO(again(path.read_bytes, path)), allow_pickle=False) as npz:
@@ -72,8 +75,8 @@ def read_pca(
     size = arrays["mean"].shape[1:3]
     if size != tuple(crop):
         raise UserError(
-            f"{path} was fitted on {size[0]}x{size[1]} images, but config.data.crop is {tuple(crop)}: set "
-            f"config.data.resize and config.data.crop to {size}, or reshard with --codec_size={crop[0]},{crop[1]}."
+            f"{path} was fitted on {size[0]}x{size[1]} images, but config.data.crop is {tuple(crop)}. Set "
+            f"config.data.resize and config.data.crop to {size}. Or: {_codec_size(crop, int(stored['patch']))}."
         )
     if not np.isclose(fitted_ratio, val_ratio):
         raise UserError(
@@ -82,6 +85,15 @@ def read_pca(
             f"or reshard with --val_ratio={val_ratio:g}."
         )
     return arrays
+
+
+def _codec_size(crop: tuple[int, int], patch: int) -> str:
+    """What to do for a codec of the frames that a model sees; it consists of patches of `patch` pixels."""
+    size = tuple(max(patch, n // patch * patch) for n in crop)
+    reshard = f"reshard the dataset again with --codec_size={size[0]},{size[1]}"
+    if size == tuple(crop):
+        return f"Make one of this size: {reshard}"
+    return f"A codec has whole patches of {patch} pixels: set config.data.crop to {size} and {reshard}"
 
 
 def content_digest(arrays: Mapping[str, np.ndarray]) -> str:

@@ -36,6 +36,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -64,6 +65,17 @@ _BLOCK = 1 << 22
 def dataset_dir(path: str | os.PathLike[str], flag: str = "config.data.path") -> epath.Path:
     """Where a dataset lies: `path` itself if absolute, else under $UWM_DATA_DIR; `flag` is where `path` comes from."""
     return epath.Path(data_dir() / local_path(path, flag))
+
+
+def find_dataset(path: str | os.PathLike[str], flag: str = "--dataset") -> Path:
+    """The dataset that a command is given: where `path` leads from here, else, as for a config, under $UWM_DATA_DIR.
+
+    A path that leads to a dataset in neither place is returned as the config would take it.
+    """
+    here = local_path(path, flag)
+    if (here / "manifest.json").exists():
+        return here
+    return Path(os.fspath(dataset_dir(path, flag)))
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import google_crc32c
 from array_record.python import array_record_module
 from etils import epath
 
+from uwm_jax.data.names import not_the_data
 from uwm_jax.errors import UserError
 from uwm_jax.reading import again, is_fleeting
 
@@ -44,6 +45,8 @@ class Shards:
             except FileNotFoundError as e:
                 raise UserError(f"{file} is missing, though manifest.json names it. Copy it again.") from e
             if size != entry["bytes"]:
+                if found := not_the_data(file):
+                    raise UserError(f"{file} {found}.")
                 raise UserError(f"{file}: expected {entry['bytes']} bytes, found {size}. Copy it again.")
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
