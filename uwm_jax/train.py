@@ -33,7 +33,7 @@ from uwm_jax.parallel.turns import Left, Turns
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
-from uwm_jax.training import compatibility, finetune, fixed_fields, patterns, record
+from uwm_jax.training import compatibility, finetune, fixed_fields, latents, lineage, patterns, record
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
@@ -126,6 +126,11 @@ def run(
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
     vae, arrays = where_codec(config, workdir, loader, stored, origin)
     codec, frozen = frozen_lib.open_codec(config, vae, arrays)
+    if stored:
+        past = lineage.kept(stored.assets)
+    else:
+        past = lineage.begin(loader, origin.learned_from if origin else None, bool(origin))
+        past |= latents.look(config, codec, frozen, loader, origin)
     frozen = mesh_lib.place(frozen, replicated)
     system = System(config, facts, codec)
     optimizer = state_lib.make_optimizer(config)
@@ -185,7 +190,7 @@ def run(
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.
     start_step = stored.step if stored else 0
-    assets = checkpoint_lib.make_assets(config, facts, dataset=loader.manifest())
+    assets = checkpoint_lib.make_assets(config, facts, dataset=loader.manifest(), **past)
     window, mfu = Window(), Mfu(system, list(mesh.devices.flat))
     log = MetricsLog(workdir, start_step, writes=distributed.is_main())
     batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch, loader.waits_for)

@@ -32,7 +32,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
 from uwm_jax.system import DataFacts
-from uwm_jax.training import average
+from uwm_jax.training import average, lineage
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.patterns import INTERFACE, POSITIONS, is_fresh, matches, require_matches, share, skip_flag
@@ -79,14 +79,18 @@ def open_origin(spec: str, parameters: str = "auto") -> Origin:
                 f"config.init_from_parameters={parameters!r}: step {step} of {str(directory)!r} holds no average of "
                 "the parameters (config.optimizer.ema_decay was 0). Leave the field out."
             )
+        config, assets = config_lib.read(directory), checkpoints.assets(step)
+        data_iter = checkpoints.data_iter(step) if "data_iter" in items else {}
         return Origin(
             spec=spec,
             directory=directory,
             step=step,
             parameters=parameters,
-            config=config_lib.read(directory),
-            facts=DataFacts.from_json(checkpoints.assets(step)["data_facts"]),
+            config=config,
+            facts=DataFacts.from_json(assets["data_facts"]),
             codec_arrays=checkpoints.restore_arrays(step, "codec") if "codec" in items else None,
+            learned_from=lineage.of_checkpoint(assets, data_iter, config),
+            latent_sizes=assets.get("latent_sizes"),
         )
     except CorruptCheckpoint as e:
         raise UserError(f"config.init_from={spec!r}: {e}. Name another step of {steps}, as DIR@STEP.") from e
@@ -105,6 +109,8 @@ class Origin:
       config: of the origin's run.
       facts: of its data, with its normaliser.
       codec_arrays: of its PCA codec, else None.
+      learned_from: all data that its parameters learned from; None where that is not known.
+      latent_sizes: of its latents by source, as `latents.sizes`, where they were measured.
     """
 
     spec: str
@@ -114,6 +120,8 @@ class Origin:
     config: ConfigDict
     facts: DataFacts
     codec_arrays: Any
+    learned_from: lineage.Learned | None
+    latent_sizes: Mapping[str, float] | None
 
     @property
     def item(self) -> str:

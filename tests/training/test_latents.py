@@ -1,0 +1,73 @@
+"""Latents of pictures that a codec was not made for."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from uwm_jax import config as config_lib
+from uwm_jax.data.fitted import read_pca
+from uwm_jax.data.images import preprocess
+from uwm_jax.data.loader import Loader
+from uwm_jax.models.codecs import PCACodec, PixelsCodec, VAECodec
+from uwm_jax.models.vae import AutoencoderKL
+from uwm_jax.training import latents
+
+
+@pytest.fixture
+def parts(tiny_config):
+    """Config, codec and arrays of a mixture of the tiny dataset with itself as video, and its loader."""
+    tiny_config.data.sources = ConfigDict({"robot": config_lib.source(), "video": config_lib.source(use_actions=False)})
+    loader = Loader(tiny_config.data, batch_size=4, seed=0)
+    data = tiny_config.data
+    arrays = read_pca(loader.directory, loader.camera_keys, data.crop, data.val_ratio)
+    yield tiny_config, PCACodec.from_params(arrays), {k: jnp.asarray(v) for k, v in arrays.items()}, loader
+    loader.close()
+
+
+def test_sizes_against_numpy(parts):
+    """Unit standard deviation where the codec was fitted, and what a projection in float64 gives for these frames."""
+    config, codec, arrays, loader = parts
+    found = latents.sizes(config, codec, arrays, loader)
+    assert found.keys() == {"robot", "video"} and all(0.5 < size < 2 for size in found.values())
+    source, batch = loader.sources["video"], loader.spec.empty(latents.WINDOWS)
+    for row in range(latents.WINDOWS):
+        place = row * len(source.windows) // latents.WINDOWS
+        source.load(batch, row, row, place, loader.normalizer, loader.spec)
+    frames, _ = preprocess({"wrist": batch["next_obs/wrist"]}, None, resize=config.data.resize, crop=config.data.crop)
+    centred = np.asarray(frames, np.float64)[:, 0] - np.asarray(arrays["mean"], np.float64)[0]
+    n, p = len(centred) * 2, codec.patch
+    patches = centred.reshape(n, 16 // p, p, 16 // p, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * 3)
+    values = patches @ np.asarray(arrays["components"], np.float64)[0] / float(arrays["scale"])
+    np.testing.assert_allclose(found["video"], np.sqrt(np.mean(values**2)), rtol=1e-4)
+
+
+def test_pictures_of_another_kind_are_told_with_what_mends_it(parts, capsys):
+    config, codec, arrays, loader = parts
+    assert latents.look(config, codec, arrays, loader, None)["latent_sizes"].keys() == {"robot", "video"}
+    assert "warning" not in capsys.readouterr().out
+    found = {"robot": 1.1, "video": 17.0}
+    (told,) = latents.about(codec, found, 1.0, from_origin=False)
+    assert "latents of 'video' have a root mean square of 17 under the pca codec of this run" in told
+    assert "--config.model.codec.name=vae" in told and "--config.data.sources.video.weight=0" in told
+    (told,) = latents.about(codec, {"mine": 0.2}, 1.0, from_origin=True)
+    assert "of the origin, where the model expects 1" in told
+    assert "--config.init_from_skip='noise_pred_net/patch_encoder/kernel,noise_pred_net/patch_decoder/kernel'" in told
+    tenth = arrays | {"scale": arrays["scale"] / 10}
+    latents.look(config, codec, tenth, loader, None)
+    assert capsys.readouterr().out.count("warning: latents of") == 2
+
+
+def test_what_is_expected_and_when_nothing_is_measured(parts):
+    config, codec, arrays, loader = parts
+    vae = VAECodec(AutoencoderKL())
+    assert latents.expected(codec, None) == 1.0 and latents.expected(vae, None) == pytest.approx(1 / 3)
+    assert latents.expected(vae, {"a": 0.5, "b": 0.7}) == pytest.approx(0.6)
+    assert latents.look(config, PixelsCodec(), {}, loader, None) == {}
+    plain = config.copy_and_resolve_references()
+    plain.data.sources = ConfigDict()
+    alone = Loader(plain.data, batch_size=4, seed=0)
+    assert latents.look(plain, codec, arrays, alone, None) == {}
+    alone.close()

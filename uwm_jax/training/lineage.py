@@ -1,0 +1,107 @@
+"""All data that a run's parameters ever learned from, its own and that of the runs it goes back to.
+
+A run's held-out episodes may be training episodes of its origin: of the same dataset with another
+`config.data.val_ratio`, other episodes are held out. A checkpoint's assets keep what was learned from
+(`learned_from`), and a text about held-out episodes that were not held out of it (`leak`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from uwm_jax.data.loader import Loader
+from uwm_jax.data.windows import split_episodes
+from uwm_jax.parallel.distributed import say
+
+KEYS = ("learned_from", "leak", "latent_sizes")  # entries of the assets that a run keeps from its start
+
+# One dataset: {"fingerprint", "split", "val_ratio"}
+Learned = Sequence[Mapping[str, Any]]
+
+UNKNOWN = (
+    "the origin does not say what it was trained on, so that episodes which are held out here may be among those it "
+    "learned from"
+)
+
+
+def kept(assets: Mapping[str, Any]) -> dict[str, Any]:
+    """What the next checkpoint of a run takes over from one before."""
+    return {key: assets[key] for key in KEYS if key in assets}
+
+
+def begin(loader: Loader, learned: Learned | None, has_origin: bool) -> dict[str, Any]:
+    """The entries `learned_from` and `leak` of the assets of a run that starts; a leak is said.
+
+    Args:
+      loader: of its data.
+      learned: what its parameters learned from before; None where an origin does not tell.
+    """
+    if not has_origin:
+        return {"learned_from": of_loader(loader), "leak": None}
+    told = leak(learned, loader)
+    if told:
+        say(f"warning: {told}")
+    return {"learned_from": None if learned is None else [*learned, *of_loader(loader)], "leak": told}
+
+
+def of_loader(loader: Loader) -> list[dict[str, Any]]:
+    """What a run learns from its own data."""
+    return [
+        {"fingerprint": s.dataset.fingerprint, "split": s.dataset.split, "val_ratio": float(loader.config.val_ratio)}
+        for s in loader.sources.values()
+    ]
+
+
+def of_checkpoint(assets: Mapping[str, Any], data_iter: Mapping[str, Any], config: ConfigDict) -> Learned | None:
+    """What a checkpoint's parameters learned from; None where it does not tell (a converted one).
+
+    Args:
+      assets: of the checkpoint.
+      data_iter: its position in its data; {} for none.
+      config: of its run.
+    """
+    if "learned_from" in assets:
+        return assets["learned_from"]
+    if not data_iter.get("datasets") or config.init_from:  # older ones do not tell what their origin knew
+        return None
+    splits = {name: s.split or config.data.split for name, s in config.data.sources.items()}
+    return [
+        {
+            "fingerprint": identity.partition(" (")[0],  # a filter may follow
+            "split": splits.get(name, config.data.split),
+            "val_ratio": float(config.data.val_ratio),
+        }
+        for name, identity in data_iter["datasets"].items()
+    ]
+
+
+def leak(learned: Learned | None, loader: Loader) -> str | None:
+    """A sentence about held-out episodes that parameters learned from; None where there are none.
+
+    Args:
+      learned: what they learned from before this run, as `of_checkpoint` gives it.
+      loader: of this run's data.
+    """
+    if learned is None:
+        return f"Held out of this run's own training; {UNKNOWN}."
+    parts = []
+    for name, source in loader.sources.items():
+        dataset, here = source.dataset, set(source.held_out.tolist())
+        seen: set[int] = set()
+        ratios = []
+        for entry in learned:
+            if (entry["fingerprint"], entry["split"]) == (dataset.fingerprint, dataset.split):
+                trained, _ = split_episodes(dataset.num_episodes, entry["val_ratio"])
+                if here & set(trained.tolist()):
+                    seen |= here & set(trained.tolist())
+                    ratios.append(f"{entry['val_ratio']:g}")
+        if seen:
+            parts.append(
+                f"{len(seen)} of {len(here)} held-out episodes of {name!r} were training episodes of the run that this "
+                f"one started from (config.data.val_ratio={loader.config.val_ratio:g} here, {' and '.join(ratios)} "
+                "there)"
+            )
+    return "; ".join(parts) + "." if parts else None
