@@ -153,6 +153,8 @@ def test_more_steps_that_raise_a_cosines_rate_again_are_told():
     assert "from 7.4e-08 (the last step's) to 0.00015" in state_lib.change_of_rate(config, before, 100)
     config.optimizer.schedule = before.optimizer.schedule = "constant"
     assert state_lib.change_of_rate(config, before, 90) == ""
+    config.optimizer.warmup_steps = before.optimizer.warmup_steps = 1000  # capped by 100 steps, then by 200
+    assert "from 0.0003 (the last step's) to 0.00015" in state_lib.change_of_rate(config, before, 100)
 
 
 def test_moving_average():

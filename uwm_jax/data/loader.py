@@ -163,7 +163,7 @@ class Loader:
         return {name: source.dataset.manifest for name, source in self.sources.items()}
 
     def summary(self) -> str:
-        """A line about each source, for people, and a warning where their units seem to differ."""
+        """A line about each source, for people."""
         action = f"action {self.spec.action_dim}-d"
         if len(self.sources) == 1:
             return f"data: {self._robots[0].describe()}; {action}"
@@ -172,17 +172,16 @@ class Loader:
             f"  {name} ({source.weight / total:.1%} of the samples): {source.describe()}"
             for name, source in self.sources.items()
         ]
-        lines.insert(0, f"data: {len(lines)} sources; cameras {', '.join(self.spec.cameras)}; {action}")
-        return "\n".join([*lines, *about_pool(self.ranges())])
+        return "\n".join([f"data: {len(lines)} sources; cameras {', '.join(self.spec.cameras)}; {action}", *lines])
 
     def warnings(self, clip: float, fewest: int) -> list[str]:
-        """Lines for people about values that lie far out, and about too few held-out episodes.
+        """Lines for people about values that lie far out, sources in other units, and too few held-out episodes.
 
         Args:
             clip: as `far_out` takes it; fewest: episodes that an interval needs.
         """
         far = far_out(self._robots, self.normalizer, clip)
-        return far + few_held_out(self._robots, self.config.val_ratio, fewest)
+        return far + about_pool(self.ranges()) + few_held_out(self._robots, self.config.val_ratio, fewest)
 
     def __iter__(self) -> Iterator[Batch]:
         threads = self.config.num_threads
