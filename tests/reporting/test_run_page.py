@@ -126,3 +126,18 @@ def test_numbers_of_a_column_have_one_format(make_run, parse, stored, tmp_path):
     assert rows["policy"][0] == "0.0041\n0.0031 to 0.0051" and rows["mean action"][0] == "12.5000\n11.5000 to 13.5000"
     assert rows["Are the forward mode's frames better than the current frame, copied?"][1] == "0.1000"
     assert rows["Are they better than the mean image?"][1] == "0.0050"
+
+
+def test_a_page_tells_how_much_of_an_average_is_still_the_start(make_run, tmp_path):
+    workdir = make_run(tmp_path / "run")
+    about = workdir / "eval" / "20" / "about.json"
+    for used, words in (
+        ({"parameters": "raw", "share_of_start": None}, "held-out episodes, parameters as trained last<"),
+        ({"parameters": "average", "share_of_start": 0.0001}, "held-out episodes, averaged parameters<"),
+        (
+            {"parameters": "average", "share_of_start": 0.96},
+            "averaged parameters, of which 96.0% are still those of the ",
+        ),
+    ):
+        about.write_text(json.dumps(json.loads(about.read_text()) | used))
+        assert words in run_page.write(workdir).read_text()

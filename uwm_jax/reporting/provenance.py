@@ -12,6 +12,7 @@ from uwm_jax.config import base, flatten
 from uwm_jax.evaluation.results import Run
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.page import NOTHING, fields, head, number_head, table
+from uwm_jax.training import average
 from uwm_jax.training.goodput import CATEGORIES, duration
 from uwm_jax.training.record import code_version
 
@@ -35,19 +36,26 @@ def facts(run: Run) -> Html:
     if run.metrics:
         windows, episodes = (max(getattr(m, of) for m in run.metrics.values()) for of in ("n", "episodes"))
         when = f", {_date(run.eval_how)}" if run.eval_how.get("time") else ""
-        found.append(("Evaluated", f"step {run.eval_step}{when}: {windows} windows of {episodes} held-out episodes"))
+        text = f"step {run.eval_step}{when}: {windows} windows of {episodes} held-out episodes"
+        found.append(("Evaluated", text + parameters(run.eval_how)))
     if run.rollout:
         count = max(m.n for m in run.rollout.values())
         when = f", {_date(run.rollout_how)}" if run.rollout_how.get("time") else ""
-        found.append(
-            (
-                "In the simulator",
-                f"step {run.rollout_step}{when}: {count} episodes of {run.rollout_how.get('env', '?')}",
-            )
-        )
+        acted = f"step {run.rollout_step}{when}: {count} episodes of {run.rollout_how.get('env', '?')}"
+        found.append(("In the simulator", acted + parameters(run.rollout_how)))
     trained = f"trained by uwm_jax {run.code_version}, " if run.code_version else ""
     found.append(("Code", f"{trained}page by {code_version()}"))
     return fill('<dl class="facts">{}</dl>', [fill("<dt>{}</dt><dd>{}</dd>", name, value) for name, value in found])
+
+
+def parameters(how: Mapping[str, Any]) -> str:
+    """ ", averaged parameters", and how much of these is still the start; "" where a result does not tell."""
+    kind, share = how.get("parameters"), how.get("share_of_start")
+    if kind == average.RAW:
+        return ", parameters as trained last"
+    told = isinstance(share, float) and share > average.MUCH
+    still = f", of which {share:.1%} are still those of the start" if told else ""
+    return f", averaged parameters{still}" if kind == average.AVERAGE else ""
 
 
 def _date(record: Mapping[str, Any]) -> str:
@@ -144,9 +152,10 @@ def use(what: str, step: Any, how: Mapping[str, Any], config: ConfigDict) -> Htm
         return NOTHING
     changed = how.get("changed", {})
     return fill(
-        "<p>{} of step {}, {}, uwm_jax {}:</p><pre>{}</pre>{}",
+        "<p>{} of step {}{}, {}, uwm_jax {}:</p><pre>{}</pre>{}",
         what,
         step,
+        parameters(how),
         how.get("time", ""),
         how.get("code_version", ""),
         _command(how),
