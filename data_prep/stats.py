@@ -23,6 +23,7 @@ from absl import flags
 from uwm_jax import cli
 from uwm_jax.data.normalize import is_constant
 from uwm_jax.data.records import Dataset, find_dataset, read_manifest
+from uwm_jax.data.selection import some_episodes
 from uwm_jax.data.stats import Stats, dataset_stats
 from uwm_jax.files import write_text
 
@@ -73,7 +74,8 @@ def warnings(stats: dict[str, Stats]) -> list[str]:
             what = "constant" if len(low) == 1 else f"{len(constant)} of {len(low)} dimensions are constant"
             found.append(f"{what} ({', '.join(f'[{i}] = {low[i]:g}' for i in constant)})")
         if s["nonfinite"]:
-            found.append(f"{s['nonfinite']} of {s['count']} steps are NaN or infinite")
+            where = some_episodes(s["nonfinite_episodes"])
+            found.append(f"{s['nonfinite']} of {s['count']} steps are NaN or infinite, in {where}")
         if found:
             lines.append(f"warning: {key}: {'; '.join(found)}")
     return lines

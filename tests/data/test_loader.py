@@ -508,9 +508,7 @@ def test_values_that_are_not_finite_are_named(made, config: ConfigDict, tmp_path
     train, held_out = split_episodes(len(LENGTHS), config.val_ratio)
     e = int(train[2] if place == "training" else held_out[0])
     config.path = _with_nan(made, tmp_path / "copy", action=[e], state=[0, 1, 2, 3, 4, 5], reward=[4])
-    told = (
-        rf"copy has values .*\n  action: 1 of 6 episodes \({e}\)\n  .*/state: 6 of 6 .*\(0, 1, 2, 3, 4 and 1 more\)\n"
-    )
+    told = rf"copy has values .*\n  action: 1 episode \({e}\)\n  .*/state: 6 episodes \(0, 1, 2, 3, 4 and 1 more\)\n"
     with pytest.raises(UserError, match=told + r"--config.data.drop_nonfinite=true .* 6 of 6"):
         _loader(config)
     config.low_dim, config.action = ("gripper",), (("action_dict/gripper_position", "identity"),)

@@ -108,5 +108,5 @@ def test_broken_episodes_are_found_across_blocks(tmp_path: Path) -> None:
 
 def test_the_first_few_broken_episodes_are_named() -> None:
     text = tell_not_finite({"action": np.arange(2, 9), "observation/state": np.array([8, 20])}, 30, "here")
-    assert "action: 7 of 30 episodes (2, 3, 4, 5, 6 and 2 more)" in text
-    assert "observation/state: 2 of 30 episodes (8, 20)" in text and "here 8 of 30 episodes" in text
+    assert "action: 7 episodes (2, 3, 4, 5, 6 and 2 more)" in text
+    assert "observation/state: 2 episodes (8, 20)" in text and "here 8 of 30 episodes" in text

@@ -56,12 +56,13 @@ def test_constant_and_broken_values_are_warned_of_once_per_key(tmp_path: Path) -
     column[[3, 8], 0] = np.nan, np.inf
     rlds_source.write_column(tmp_path / "out", "action", column)
     lines = warnings(write_stats(tmp_path / "out")["train"])
-    expected = "warning: action: 1 of 7 dimensions are constant ([6] = 0.5); 2 of 53 steps are NaN or infinite"
+    expected = "warning: action: 1 of 7 dimensions are constant ([6] = 0.5); 2 of 53 steps are NaN or infinite, "
+    expected += "in 1 episode (0)"
     assert [line for line in lines if "action:" in line] == [expected]
     column[:] = np.nan
     rlds_source.write_column(tmp_path / "out", "action", column)
     lines = warnings(write_stats(tmp_path / "out")["train"])
-    assert "warning: action: 53 of 53 steps are NaN or infinite" in lines
+    assert "warning: action: 53 of 53 steps are NaN or infinite, in 3 episodes (0, 1, 2)" in lines
 
 
 def test_actions_are_described_without_what_rlds_leaves_undefined(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,15 +151,19 @@ def not_finite(column: Column, lengths: np.ndarray, counted: np.ndarray, block: 
 
 
 def tell_not_finite(found: Mapping[str, np.ndarray], total: int, where: str) -> str:
-    """What is wrong and what to do, where these episodes of these keys are not finite."""
+    """What is wrong and what to do, where these episodes of these keys are not finite, of so many in all."""
     lines = [f"{where} has values that are NaN or infinite:"]
-    for key, episodes in found.items():
-        some = ", ".join(str(e) for e in episodes[:_NAMED])
-        more = f" and {len(episodes) - _NAMED} more" if len(episodes) > _NAMED else ""
-        lines.append(f"  {key}: {len(episodes)} of {total} episodes ({some}{more})")
+    lines += [f"  {key}: {some_episodes(episodes)}" for key, episodes in found.items()]
     every = len(np.unique(np.concatenate(list(found.values()))))
     lines.append(
         f"--config.data.drop_nonfinite=true leaves out what is not finite, here {every} of {total} episodes, in "
         "training and held out; or remove them from the source and reshard it."
     )
     return "\n".join(lines)
+
+
+def some_episodes(episodes: Sequence[int] | np.ndarray) -> str:
+    """How many these are, and the numbers of the first."""
+    some = ", ".join(str(e) for e in episodes[:_NAMED])
+    more = f" and {len(episodes) - _NAMED} more" if len(episodes) > _NAMED else ""
+    return f"{len(episodes)} episode{'s' if len(episodes) != 1 else ''} ({some}{more})"

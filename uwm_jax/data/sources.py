@@ -129,7 +129,7 @@ class Source:
         return (
             f"{dataset.directory} ({dataset.split}): {dataset.num_episodes} episodes{counts}, "
             f"{int(lengths.sum())} steps; {len(self.windows)} training windows in {len(self.windows.episodes)} "
-            f"episodes, {len(self.held_out)} episodes held out; cameras {', '.join(sorted(self.samples.camera_keys))}"
+            f"episodes, {len(self.held_out)} held out; cameras {', '.join(sorted(self.samples.camera_keys))}"
             f"{use}"
         )
 

@@ -13,6 +13,7 @@ from etils import epath
 
 from uwm_jax.data.columns import Column
 from uwm_jax.data.records import Dataset
+from uwm_jax.data.selection import not_finite
 from uwm_jax.data.transforms import Transform
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
@@ -79,11 +80,15 @@ def column_stats(
 
 def dataset_stats(dataset: Dataset) -> dict[str, Stats]:
     """Statistics of every column of a split, by step key, over all its episodes; those of actions without the last step
-    of an episode where `is_last` marks it."""
-    acting = counted_steps(dataset.episode_lengths, dataset.action_lengths())
-    return {
-        key: column_stats(dataset.column(key), None, acting if is_action(key) else None) for key in dataset.column_keys
-    }
+    of an episode where `is_last` marks it. Where values are not finite, `nonfinite_episodes` lists the episodes."""
+    found = {}
+    for key in dataset.column_keys:
+        counted = dataset.action_lengths() if is_action(key) else dataset.episode_lengths
+        found[key] = column_stats(dataset.column(key), None, counted_steps(dataset.episode_lengths, counted))
+        if found[key]["nonfinite"]:
+            broken = not_finite(dataset.column(key), dataset.episode_lengths, counted)
+            found[key]["nonfinite_episodes"] = broken.tolist()
+    return found
 
 
 def is_action(key: str) -> bool:

@@ -28,7 +28,8 @@ EVALUATION = (
     *SAMPLING,
     *("eval.num_windows", "eval.action_plane", "batch_size", "mesh.rules"),
     # The data to evaluate on, which the command compares with the run's own.
-    *("data.path", "data.split", "data.val_ratio", "data.sources.*", "data.num_threads", "data.prefetch"),
+    *("data.path", "data.split", "data.val_ratio", "data.drop_nonfinite", "data.sources.*"),
+    *("data.num_threads", "data.prefetch"),
 )
 
 
