@@ -85,7 +85,12 @@ def test_how_to_sample_may_change_and_what_to_evaluate_too(workdir, stored, caps
     ]
     flat = config_lib.flatten(fixed_fields.for_inference(workdir, stored, sampling))
     assert flat["diffusion.clip.next_obs"] == 4.0 and flat["diffusion.num_inference_steps"] == 3
-    evaluation = [("eval.num_windows", "5"), ("data.split", "val"), ("batch_size", "8"), ("data.drop_nonfinite", "true")]
+    evaluation = [
+        ("eval.num_windows", "5"),
+        ("data.split", "val"),
+        ("batch_size", "8"),
+        ("data.drop_nonfinite", "true"),
+    ]
     for name, value in evaluation:
         with pytest.raises(UserError, match=f"--config.{name}="):
             fixed_fields.for_inference(workdir, stored, [(name, value)])
