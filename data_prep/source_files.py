@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+
+from uwm_jax.reading import again, is_fleeting
 
 TRUNCATED = "file truncated"
 DAMAGED = "data checksum mismatch"
@@ -17,7 +20,11 @@ def read_records(path: Path, file_format: str) -> Iterator[tuple[bytes | None, s
     """Yields (record, "", size) per record, or (None, reason, size) for what cannot be read: a record with a wrong
     checksum is skipped, a broken frame ends the file. Sizes are shares of the file's bytes: their sum is the size
     of the file, or less where a broken frame ends it. An ArrayRecord file that is cut off anywhere has no index, so
-    none of its records can be read."""
+    none of its records can be read. A disk or network that fails for a moment is asked again, as `reading.again`.
+
+    Raises:
+        RunError: it failed each time.
+    """
     if file_format == "tfrecord":
         yield from _read_tfrecord(path)
     else:
@@ -27,7 +34,12 @@ def read_records(path: Path, file_format: str) -> Iterator[tuple[bytes | None, s
 def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
     # Frame: uint64 length, uint32 masked crc of it, data, uint32 masked crc of the data.
     with path.open("rb") as f:
-        while header := f.read(12):
+
+        def read(count: int) -> bytes:
+            at = f.tell()
+            return again(lambda: f.read(count) if f.seek(at) == at else b"", path)
+
+        while header := read(12):
             if len(header) < 12:
                 yield None, TRUNCATED, len(header)
                 return
@@ -35,8 +47,7 @@ def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
             if check != _masked_crc(header[:8]):
                 yield None, "length checksum mismatch (rest of the file lost)", 12
                 return
-            data = f.read(length)
-            footer = f.read(4)
+            data, footer = read(length), read(4)
             size = 12 + len(data) + len(footer)
             if len(data) < length or len(footer) < 4:
                 yield None, TRUNCATED, size
@@ -48,32 +59,46 @@ def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
 
 
 def _read_array_record(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
-    from array_record.python import array_record_module
-
     total = path.stat().st_size
     if not total:
         return
     try:
-        reader: Any = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-        count = reader.num_records() if reader.ok() else None
+        reader = again(lambda: _open_array_record(path), path)
+        count = reader.num_records()
     except (RuntimeError, ValueError):
-        count = None
-    if count is None:
         yield None, TRUNCATED, total
         return
+
+    def read(number: int) -> bytes:
+        nonlocal reader
+        try:
+            return reader.read([number])[0]
+        except RuntimeError as e:
+            if is_fleeting(e, path):
+                reader = _open_array_record(path)  # the file's handle may be stale
+            raise
+
     for i in range(count):
         # Records may be compressed, and a damaged one has no length: equal shares are as good as any.
         size = total * (i + 1) // count - total * i // count
         try:
-            record = reader.read([i])[0]
+            record = again(lambda i=i: read(i), path)  # type: ignore[misc]
         except (RuntimeError, IndexError, ValueError):  # the format's own hashes disagree
             yield None, DAMAGED, size
             continue
         yield record, "", size
-    try:
+    with contextlib.suppress(RuntimeError):  # it repeats what a read has told
         reader.close()
-    except RuntimeError:
-        pass  # it repeats what a read has told
+
+
+def _open_array_record(path: Path) -> Any:
+    from array_record.python import array_record_module
+
+    reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+    if not reader.ok():
+        reader.close()  # tells why
+        raise RuntimeError("not a whole ArrayRecord file")
+    return reader
 
 
 def _masked_crc(data: bytes) -> int:
