@@ -7,7 +7,6 @@ means) and the shards, TFRecord or ArrayRecord, one serialized episode per recor
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from data_prep.features import STEPS, Feature, flatten, modern
 from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.errors import UserError
+from uwm_jax.reading import read_json
 
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
@@ -67,7 +67,7 @@ def open_source(path: Path, only: Iterable[str] = ()) -> Source:
         lengths[name], totals[name] = _promised(split, info_file)
         splits[name] = _shard_files(path, info, split, file_format, len(lengths[name]))
         if not only or name in only:
-            _check_files(path, name, splits[name], f"{info['name']}-{name}.{file_format}")
+            _check_files(path, name, splits[name], _name_pattern(info, split, file_format))
     if not splits:
         raise UserError(f"{info_file} names no splits.")
     version = str(info.get("version", ""))
@@ -95,15 +95,9 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         inside = [p.parent for p in path.glob(f"*/{name}")] if path.is_dir() else []
         hint = f" Did you mean {max(inside, key=_version)}?" if inside else ""
         raise UserError(f"{file} does not exist: --input must be the directory that holds it.{hint}")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        if found := not_the_data(file):
-            raise UserError(f"{file} {found}.") from e
-        raise UserError(f"{file} is not valid JSON: {str(e)[:200]}") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}.")
-    return value
+    if found := not_the_data(file):
+        raise UserError(f"{file} {found}.")
+    return read_json(file)
 
 
 def _version(path: Path) -> tuple[bool, list[int], str]:
@@ -139,26 +133,41 @@ def _promised(split: dict[str, Any], file: Path) -> tuple[list[int | None], int 
 
 
 def _shard_files(path: Path, info: dict, split: dict, file_format: str, num_shards: int) -> list[Path]:
-    template = str(split.get("filepathTemplate") or split.get("filepath_template") or _TEMPLATE)
-    fields = {"DATASET": info["name"], "SPLIT": split["name"], "FILEFORMAT": file_format}
     files = []
     for i in range(num_shards):
-        name = template
+        name = _named(info, split, file_format)
         shard = {
             "SHARD_X_OF_Y": f"{i:05d}-of-{num_shards:05d}",
             "SHARD_INDEX": f"{i:05d}",
             "NUM_SHARDS": f"{num_shards:05d}",
         }
-        for key, value in (fields | shard).items():
+        for key, value in shard.items():
             name = name.replace("{" + key + "}", value)
         where = path / "dataset_info.json"
         files.append(path / check_name(name, f"the name of a file of split {split['name']!r}", where))
     return files
 
 
-def _check_files(path: Path, split: str, files: list[Path], stem: str) -> None:
+def _name_pattern(info: dict, split: dict, file_format: str) -> re.Pattern[str]:
+    """Matches the names of a split's files, whatever their number; the first group, if any, is that number."""
+    pattern = re.escape(_named(info, split, file_format))
+    for key, digits in (("SHARD_X_OF_Y", r"\d+-of-(\d+)"), ("NUM_SHARDS", r"(\d+)"), ("SHARD_INDEX", r"\d+")):
+        pattern = pattern.replace(re.escape("{" + key + "}"), digits)
+    return re.compile(pattern)
+
+
+def _named(info: dict, split: dict, file_format: str) -> str:
+    """The template of a split's file names, with all filled in but the shard."""
+    name = str(split.get("filepathTemplate") or split.get("filepath_template") or _TEMPLATE)
+    for key, value in (("DATASET", info["name"]), ("SPLIT", split["name"]), ("FILEFORMAT", file_format)):
+        name = name.replace("{" + key + "}", value)
+    return name
+
+
+def _check_files(path: Path, split: str, files: list[Path], pattern: re.Pattern[str]) -> None:
     """Checks that the files of a split are there and are data."""
-    counts = {m[1] for p in path.iterdir() if (m := re.fullmatch(re.escape(stem) + r"-\d+-of-(\d+)", p.name))}
+    matches = [m for p in path.iterdir() if (m := pattern.fullmatch(p.name)) and pattern.groups]
+    counts = {m[1] for m in matches}
     missing = [f.name for f in files if not f.exists()]
     others = sorted(n for n in counts if int(n) != len(files))
     if others and (missing or not files):

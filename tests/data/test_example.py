@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
@@ -78,3 +80,43 @@ def test_damaged_records_raise() -> None:
         with pytest.raises(ValueError):
             fields = example.scan(broken)
             raise AssertionError(f"read {fields}")
+
+
+def test_small_ints_are_the_ints() -> None:
+    values = list(np.random.default_rng(0).integers(0, 256, 999)) + [0, 127, 128, 255]
+    for wrong in ([], [256], [-1], [1 << 40]):
+        message = tf_example_pb2.Example()
+        message.features.feature["x"].int64_list.value.extend([*values, *wrong])
+        record = message.SerializeToString()
+        field = example.scan(record)[b"x"]
+        if wrong:
+            with pytest.raises(ValueError, match="integers from 0 to 255"):
+                example.small_ints(record, field)
+        else:
+            found = example.small_ints(record, field)
+            assert found.dtype == np.uint8 and found.tolist() == values
+    assert len(example.small_ints(b"", example.Field(0, 0, 0))) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int8", "uint64", "bool"])
+@pytest.mark.parametrize("encoding", ["bytes", "zlib"])
+def test_encoded_tensors(dtype: str, encoding: str) -> None:
+    import ml_dtypes
+
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    values = np.arange(6).reshape(2, 3).astype(kind)
+    data = values.tobytes() if encoding == "bytes" else zlib.compress(values.tobytes())
+    found = example.decode_tensor(data, encoding, dtype, (2, 3))
+    assert found.dtype == kind
+    np.testing.assert_array_equal(found, values)
+    bomb = bytes(50_000_000) if encoding == "bytes" else zlib.compress(bytes(50_000_000))
+    for wrong in (data[:-1], data + b"\1" if encoding == "bytes" else data[1:], bomb, b""):
+        with pytest.raises(ValueError, match="encoded tensor"):
+            example.decode_tensor(wrong, encoding, dtype, (2, 3))
+
+
+def test_encodings_and_dtypes_that_are_not_known() -> None:
+    with pytest.raises(ValueError, match="unknown encoding 'gzip'"):
+        example.decode_tensor(b"", "gzip", "float32", ())
+    with pytest.raises(ValueError, match="dtype 'qint8'"):
+        example.decode_tensor(b"", "bytes", "qint8", ())

@@ -75,7 +75,7 @@ def test_what_is_no_rlds_dataset(source: Path) -> None:
     with pytest.raises(UserError, match="names no splits"):
         open_source(source)
     (source / "dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match=r"dataset_info.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"dataset_info.json: not JSON"):
         open_source(source)
 
 
@@ -163,9 +163,9 @@ def test_splits_of_no_known_form(source: Path, splits: Any, message: str) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[1]", "expected a JSON object, found list"),
-        (b"\xff\xfe{", "is not valid JSON"),
-        (b"[" * 100_000, "is not valid JSON"),
+        (b"[1]", "expected a JSON object"),
+        (b"\xff\xfe{", "not JSON: the text is not UTF-8"),
+        (b"[" * 100_000, "not usable JSON: nested too deeply"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "is a Git LFS pointer"),
         (b"\x1f\x8b\x08\0", "is compressed by gzip"),
     ],
@@ -194,6 +194,11 @@ def test_the_newest_version_is_meant(source: Path, tmp_path: Path) -> None:
 def test_shards_of_another_count_are_named(source: Path) -> None:
     _change(source, splits=[{"name": "train", "shardLengths": ["1", "1", "1"]}])
     with pytest.raises(UserError, match=r"'train' has 3 files by its shardLengths .*files here are named -of-00002"):
+        open_source(source)
+    template = {"filepathTemplate": "{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"}
+    _change(source, splits=[{"name": "train", "shardLengths": ["1", "1", "1"]} | template])
+    (source / "train.tfrecord-00003-of-00005").touch()
+    with pytest.raises(UserError, match=r"files here are named -of-00005"):
         open_source(source)
     _change(source, splits=[{"name": "train"}])
     with pytest.raises(UserError, match=r"'train' has 0 files by its shardLengths .*files here are named -of-00002"):
