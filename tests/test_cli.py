@@ -34,6 +34,8 @@ def main(argv):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
     if "preempted" in argv:
         raise Preempted("stopped at step 3, which is saved.")
+    if "library" in argv:
+        raise RuntimeError("write() failed: No space left on device; writing /a/b; at byte 3")
     if "bug" in argv:
         raise RuntimeError("a defect of ours")
     print(argv, flags.FLAGS.official_config, flags.FLAGS.count, cli.config_overrides())
@@ -71,6 +73,7 @@ def test_flags_with_hyphens_and_overrides():
         (["os", "ENAMETOOLONG", "aaa"], 2, "error: aaa: File name too long"),
         (["os", "ENOSPC"], 1, "error: the output cannot be written: No space left on device"),
         (["os", "EIO", "run/config.json"], 1, "error: run/config.json: Input/output error"),
+        (["library"], 1, "error: write() failed: No space left on device; writing /a/b; at byte 3. Free some space"),
         (["preempted"], 143, "stopped at step 3, which is saved."),
     ],
 )

@@ -26,6 +26,7 @@ from absl import flags
 from uwm_jax.ending import drop_output, exit_process
 from uwm_jax.errors import Preempted, RunError, UserError
 from uwm_jax.files import local_path
+from uwm_jax.reading import cause_of, no_room
 
 FLAGS = flags.FLAGS
 
@@ -43,7 +44,6 @@ _PATH_ERRORS: tuple[int, ...] = (
     errno.EROFS,
 )
 _PATH_ERRORS += (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.ENXIO)
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 flags.DEFINE_bool("debug", False, "show the traceback behind an error message")
 
@@ -184,15 +184,16 @@ def _call(main: Main, argv: Sequence[str], own: Set[str]) -> int:
     except KeyboardInterrupt:
         _tell("interrupted")
         return INTERRUPTED_STATUS
-    except Exception:
-        _tell("", with_traceback=True)
+    except Exception as e:
+        full = no_room(e) and f"error: {cause_of(e)}. Free some space and run the same command again."
+        _tell(full, with_traceback=debug or not full)
         return 1
     return 0
 
 
 def _os_error(error: OSError) -> str:
     """What to say of it; empty for one that does not tell what went wrong with which file."""
-    if error.errno in _DISK_ERRORS:
+    if no_room(error):
         where = error.filename or "the output"
         return f"error: {where} cannot be written: {error.strerror}. Free some space and run the same command again."
     if error.errno is None or error.filename is None:

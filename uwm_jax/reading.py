@@ -22,6 +22,7 @@ _Value = TypeVar("_Value")
 # Disks and network file systems that may do better a moment later: as errors of the system, and as libraries word them.
 _FLEETING: tuple[int, ...] = (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 _FLEETING += (errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SIGNS = tuple(os.strerror(number).lower() for number in _FLEETING)
 
 
@@ -69,6 +70,17 @@ def cause_of(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none; for `OSError` the path too."""
     lines = str(error).strip().splitlines()
     return lines[0][:600] if lines else type(error).__name__
+
+
+def no_room(error: BaseException) -> str:
+    """The system's words where an error is that of a full disk, also where a library has wrapped it; else empty."""
+    found: BaseException | None = error
+    while found is not None:
+        for number in _NO_ROOM:
+            if getattr(found, "errno", None) == number or os.strerror(number) in str(found):
+                return os.strerror(number)
+        found = found.__cause__ or found.__context__
+    return ""
 
 
 def run_python(path: str | os.PathLike[str], where: str, expected: str, use: Callable[[Any], _Value]) -> _Value:

@@ -230,6 +230,7 @@ def test_a_failed_save_is_raised_at_the_next_step(small_run, workdir, full_disk,
             method()
     checkpoints.close()  # it is known already
     assert checkpoints.steps() == [4, 6], "nothing is deleted for a checkpoint that is not there"
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "6"], "half of one only takes room"
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -35,7 +35,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
-from uwm_jax.reading import cause_of
+from uwm_jax.reading import cause_of, no_room
 from uwm_jax.system import DataFacts
 from uwm_jax.training import lock, record
 from uwm_jax.training.state import TrainState
@@ -91,7 +91,7 @@ def warn_of_room(workdir: str | os.PathLike[str], state: Any, keep: int) -> None
         return
     if free < missing * size:
         warn(
-            f"{workdir}: {free / 1e9:.2f} GB are free, but {missing} more checkpoints of {size / 1e9:.2f} GB are "
+            f"{workdir}: {free / 1e6:,.1f} MB are free, but {missing} more checkpoints of {size / 1e6:,.1f} MB are "
             f"written before old ones are deleted (config.checkpoint.keep={keep}). Free some space, or keep fewer."
         )
 
@@ -140,9 +140,7 @@ class Checkpoints:
         if not read_only:
             self._take_lock(first_start)
             if distributed.is_main():
-                for path in self.directory.iterdir():
-                    if any(suffix in path.name for suffix in _UNFINISHED):
-                        shutil.rmtree(path)
+                self._remove_unfinished()
             self._writer = make_writer()
 
     def _take_lock(self, first_start: bool) -> None:
@@ -166,6 +164,11 @@ class Checkpoints:
                 f"--workdir: another run has meanwhile saved step {found} in {str(workdir)!r}. Nothing of it was "
                 "changed; the same command continues from there, or use another --workdir."
             )
+
+    def _remove_unfinished(self) -> None:
+        for path in self.directory.iterdir():
+            if any(suffix in path.name for suffix in _UNFINISHED):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _release(self) -> None:
         if self._locked:
@@ -319,6 +322,8 @@ class Checkpoints:
             if self._failure is None:
                 raise
         finally:
+            if self._failure is not None and self._locked:  # what was half-written only takes room
+                self._remove_unfinished()
             self._release()
         if self._failure is not None and not self._failure_was_raised:
             if not another:
@@ -371,9 +376,11 @@ class Checkpoints:
         warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
         whole = [s for s in self.steps() if s != step]
         continued = f"continues from step {whole[-1]}" if whole else "starts anew"
+        full = no_room(error)
+        todo = "Free some space" if full else "Check the space and the permissions there"
         failure = RunError(
-            f"{self.directory / str(step)}: this checkpoint could not be saved: {cause_of(error)}. The run stops here. "
-            f"Check the space and the permissions there; the same command then {continued}."
+            f"{self.directory / str(step)}: this checkpoint could not be saved: {full or cause_of(error)}. The run "
+            f"stops here. {todo}; the same command then {continued}."
         )
         failure.__cause__ = error
         return failure
