@@ -4,18 +4,15 @@ than those that the rest of a run's page shows."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 
-from uwm_jax.diffusion.modes import MODES
-from uwm_jax.evaluation.results import Interval, Result, Run, doubt
-from uwm_jax.reporting import names
+from uwm_jax.evaluation.results import Result, Run, doubt
+from uwm_jax.reporting import tables
+from uwm_jax.reporting.answers import answers
 from uwm_jax.reporting.markup import Html, fill
-from uwm_jax.reporting.numbers import Format
-from uwm_jax.reporting.page import NOTHING, cell, formats, head, number_head, table, two_lines
+from uwm_jax.reporting.page import NOTHING, head, table
 from uwm_jax.reporting.provenance import use
 
 _TITLES = {"eval": "Evaluation", "rollout": "Closed loop", "few_steps": "Comparison of samplers"}
-_MAIN = (*(f"{mode}/" for mode in MODES), "control/", "policy/", "expert/")  # the rest is folded away
 
 
 def others(run: Run) -> Html:
@@ -49,31 +46,16 @@ def _one(result: Result, run: Run) -> Html:
         fill("<p><b>{}</b></p>", told) if told else NOTHING,
         result.folder,
         table(["setting", "value"], settings, "settings"),
-        _samplers(result) if result.kind == "few_steps" else _metrics(result.metrics),
+        _tables(result),
         fill("<details><summary>Command</summary>{}</details>", command) if command else NOTHING,
     )
 
 
-def _metrics(metrics: Mapping[str, Interval]) -> Html:
-    main = [name for name in metrics if name.startswith(_MAIN)]
-    rest = [name for name in metrics if name not in main]
-    fold = fill("<details><summary>{} more</summary>{}</details>", len(rest), _rows(metrics, rest)) if rest else NOTHING
-    return fill("{}{}", _rows(metrics, main), fold)
-
-
-def _rows(metrics: Mapping[str, Interval], shown: Sequence[str]) -> Html:
-    rows = [[head(two_lines(*names.of(name))), cell(metrics[name], Format.of([metrics[name].mean]))] for name in shown]
-    return table(["metric", number_head("mean", "95 % interval")], rows, "metrics")
-
-
-def _samplers(result: Result) -> Html:
-    every = dict.fromkeys(name for row in result.rows for name in row["metrics"])
-    shown = [name for name in every if name.endswith(("/action_mse", "/psnr")) or name.startswith("closed_loop/")]
-    found = [[row["metrics"].get(name) for name in shown] for row in result.rows]
-    forms = formats(found)
-    rows = [
-        [head(row["sampler"]), fill('<td class="number">{}</td>', row["steps"]), *map(cell, metrics, forms)]
-        for row, metrics in zip(result.rows, found, strict=True)
-    ]
-    heads = ["sampler", number_head("evaluations"), *(number_head(*names.of(name)) for name in shown)]
-    return table(heads, rows, "samplers")
+def _tables(result: Result) -> Html:
+    if result.kind == "few_steps":
+        return tables.samplers(result.rows)
+    if result.kind == "rollout":
+        return fill("{}{}", tables.closed_loop(result.metrics), answers({}, result.metrics))
+    told = answers(result.metrics, {})
+    fold = fill("<details><summary>What the numbers say</summary>{}</details>", told) if told else NOTHING
+    return fill("{}{}", tables.evaluation(result.metrics), fold)

@@ -9,33 +9,20 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from uwm_jax.diffusion.modes import MODES, QUESTIONS
-from uwm_jax.envs.parallel import HOLD
-from uwm_jax.evaluation.results import Interval, Run, doubt, verdict
+from uwm_jax.diffusion.modes import MODES
+from uwm_jax.evaluation.results import Run, doubt
 from uwm_jax.files import write_text
-from uwm_jax.reporting import names
+from uwm_jax.reporting import tables
+from uwm_jax.reporting.answers import answers
 from uwm_jax.reporting.curves import Panel
 from uwm_jax.reporting.markup import Html, fill
-from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.others import others
-from uwm_jax.reporting.page import (
-    NOTHING,
-    Section,
-    cell,
-    curves,
-    figure,
-    formats,
-    head,
-    interval,
-    number_head,
-    page,
-    table,
-)
-from uwm_jax.reporting.pictures import COLORS, formula
+from uwm_jax.reporting.page import NOTHING, Section, curves, figure, page
+from uwm_jax.reporting.pictures import COLORS
 from uwm_jax.reporting.provenance import facts, timing, what_was_run
 
 
@@ -79,62 +66,6 @@ noise it does without, so the same weights <b>act</b> (policy), <b>predict</b> (
 (inverse) and <b>imagine</b> (joint).</p>""")
 
 
-class Claim(NamedTuple):
-    """A question, and the metric whose interval answers it: positive is yes. Those of one group are in one unit."""
-
-    group: str
-    question: str
-    metric: str
-
-
-ACTIONS, FRAMES, SIMULATED = "Actions", "Frames", "In the simulator"
-
-
-CLAIMS = (
-    Claim(ACTIONS, "Does it act? The policy mode against the mean action", "paired/policy_vs_mean_action/action_mse"),
-    Claim(ACTIONS, "… against the last action, repeated", "paired/policy_vs_last_action/action_mse"),
-    Claim(
-        ACTIONS,
-        "Does it explain? The inverse mode against the mean action",
-        "paired/inverse_vs_mean_action/action_mse",
-    ),
-    Claim(
-        ACTIONS,
-        "… against the policy mode, which does not see the later frame",
-        "paired/inverse_vs_policy/action_mse",
-    ),
-    Claim(
-        ACTIONS,
-        "… against a straight line to the true last action",
-        "paired/inverse_vs_linear_interpolation/action_mse",
-    ),
-    Claim(
-        FRAMES,
-        "Does it predict what actions do? One evaluation with the true actions against another window's",
-        "control/shuffle_gap",
-    ),
-    Claim(FRAMES, "… whole samples, all pixels", "paired/forward_vs_shuffled/pixel_mse"),
-    Claim(FRAMES, "… whole samples, pixels that changed", "paired/forward_vs_shuffled/changed_mse"),
-    Claim(
-        FRAMES,
-        "Do known actions help to predict? Forward against video, pixels that changed",
-        "paired/forward_vs_video/changed_mse",
-    ),
-    Claim(
-        FRAMES,
-        "Are the forward mode's frames better than the current frame, copied?",
-        "paired/forward_vs_copied_frame/pixel_mse",
-    ),
-    Claim(FRAMES, "Are they better than the mean image?", "paired/forward_vs_mean_image/pixel_mse"),
-    Claim(FRAMES, "… on pixels that changed", "paired/forward_vs_mean_image/changed_mse"),
-)
-CLOSED_LOOP_CLAIMS = (
-    Claim(SIMULATED, "Does it do better than random targets?", "random_uniform"),
-    Claim(SIMULATED, f"… than random targets that are held for {HOLD} steps?", "random_held"),
-)
-COLUMNS = ("action_mse", "pixel_mse", "changed_mse", "psnr", "latent_mse")
-
-
 def _doubt(how: Mapping[str, Any]) -> Html:
     return fill("<p><b>{}</b></p>", told) if (told := doubt(how)) else NOTHING
 
@@ -173,15 +104,8 @@ def _window(config: ConfigDict) -> Html:
 
 
 def _answers(run: Run) -> Html:
-    """Questions that the intervals answer, in words; a table for each unit."""
-    found: dict[str, list[tuple[str, str, Interval]]] = {}
-    for group, question, name in CLAIMS:
-        if (m := run.metrics.get(name)) is not None:
-            found.setdefault(group, []).append((question, name, m))
-    for group, question, other in CLOSED_LOOP_CLAIMS:
-        if (m := run.rollout.get(name := f"paired/policy_vs_{other}/{run.score}")) is not None:
-            step = "" if run.rollout_step == run.eval_step else f", step {run.rollout_step}"
-            found.setdefault(group, []).append((f"{question} ({m.n} episodes{step})", name, m))
+    step = "" if run.rollout_step == run.eval_step else f", step {run.rollout_step}"
+    found = answers(run.metrics, run.rollout, step)
     if not found:
         return NOTHING
     return fill(
@@ -189,32 +113,8 @@ def _answers(run: Run) -> Html:
         "<i>undecided</i> where zero is inside. The numbers are differences of errors (in the simulator: of scores), "
         "so counted that positive is better for the one that is named first, and paired: both did the same windows or "
         "episodes.</p>{}",
-        [_answers_table(group, claims) for group, claims in found.items()],
+        found,
     )
-
-
-def _answers_table(group: str, claims: Sequence[tuple[str, str, Interval]]) -> Html:
-    form = Format.of(m.mean for *_, m in claims)
-    rows = [
-        [
-            head(question),
-            _answer(name, m),
-            fill('<td class="number">{}</td>', form(m.mean)),
-            fill('<td class="number">{}</td>', interval(m, form)),
-        ]
-        for question, name, m in claims
-    ]
-    heads = [group, "answer", number_head("difference"), number_head("95 % interval")]
-    return fill('<div class="answers">{}</div>', table(heads, rows, f"what the numbers say: {group}"))
-
-
-def _answer(name: str, m: Interval) -> Html:
-    """A `<td>`: green for yes, red for what is worse than something that knows no more."""
-    answer = verdict(m)
-    if answer.startswith("no") and any(f"_vs_{other}/" in name for other in names.KNOWS_MORE):
-        return Html('<td class="open">no, but that is told more</td>')
-    kind = {"yes": "yes", "no, it is worse": "no"}.get(answer, "open")
-    return fill('<td class="{}">{}</td>', kind, answer)
 
 
 def _metrics(run: Run) -> Html:
@@ -228,30 +128,10 @@ def _metrics(run: Run) -> Html:
         "changed are the values (of a pixel's red, green or blue, 0 to 1) that differ by more than 0.05 from the "
         "current frame; windows without any are left out there.</small></p>",
         _doubt(run.eval_how),
-        metrics_table(run.metrics),
+        tables.evaluation(run.metrics),
         run.eval_step,
         count,
         held_out,
-    )
-
-
-def metrics_table(metrics: Mapping[str, Interval]) -> Html:
-    """Modes, the control and the baselines of an evaluation as rows, kinds of errors as columns."""
-    columns = [name for name in COLUMNS if any(key.endswith("/" + name) for key in metrics)]
-    heads = [(mode, mode, fill("<code>{}</code> {}", formula(mode), QUESTIONS[mode])) for mode in MODES]
-    heads.append(
-        ("control", "control/forward_shuffled", fill("forward, but with the actions of a window of another episode"))
-    )
-    heads += [
-        (name.replace("_", " "), f"baseline/{name}", fill("{}", about)) for name, about in names.BASELINES.items()
-    ]
-    rows = [(label, about, [metrics.get(f"{prefix}/{name}") for name in columns]) for label, prefix, about in heads]
-    rows = [row for row in rows if any(row[2])]
-    form = formats([found for *_, found in rows])
-    return table(
-        ["", *(number_head(*names.of_metric(name)) for name in columns)],
-        [[head(fill("<b>{}</b>", label), about), *map(cell, found, form)] for label, about, found in rows],
-        "every mode beside baselines",
     )
 
 
@@ -269,13 +149,6 @@ def _pictures(run: Run) -> Html:
 def _closed_loop(run: Run) -> Html:
     if not run.rollout:
         return _missing("Closed loop (for models of PushT demonstrations)", run, "rollout --env=pusht")
-    columns = (run.score, "success")
-    rows = [
-        (actor.replace("_", " "), about, [run.rollout.get(f"{actor}/{name}") for name in columns])
-        for actor, about in names.ACTORS.items()
-        if f"{actor}/{run.score}" in run.rollout
-    ]
-    form = formats([found for *_, found in rows])
     count, how = max(m.n for m in run.rollout.values()), run.rollout_how
     seeds = [episode["seed"] for episode in how.get("episodes", {}).get("policy", [])]
     how_words = (
@@ -293,11 +166,7 @@ def _closed_loop(run: Run) -> Html:
     return fill(
         "{}<p><small>Step {}; {}{} episodes that start from the same seeds for all; 95 % intervals over "
         "episodes.</small></p>{}",
-        table(
-            ["", *(number_head(*names.of_metric(name)) for name in columns)],
-            [[head(fill("<b>{}</b>", actor), about), *map(cell, found, form)] for actor, about, found in rows],
-            "closed loop",
-        ),
+        tables.closed_loop(run.rollout),
         run.rollout_step,
         how_words,
         count,
@@ -308,23 +177,6 @@ def _closed_loop(run: Run) -> Html:
 def _few_steps(run: Run) -> Html:
     if not run.few_steps:
         return _missing("Comparison of samplers", run, "evaluate --sampler=leading,trailing --steps=10,4,2")
-    wanted = ["policy/action_mse", "inverse/action_mse", "forward/changed_mse", "video/psnr"]
-    wanted += sorted({key for row in run.few_steps for key in row["metrics"] if key.startswith("closed_loop/")})
-    wanted = [n for n in wanted if any(n in row["metrics"] for row in run.few_steps)]
-    found = [[row["metrics"].get(n) for n in wanted] for row in run.few_steps]
-    milliseconds = [1000 * row["seconds_per_sample"] for row in run.few_steps]
-    time, form = Format.of(milliseconds), formats(found)
-    rows = [
-        [
-            head(fill("<b>{}</b>", row["sampler"])),
-            *(fill('<td class="number">{}</td>', row.get(n)) for n in ("steps", "first_timestep", "hidden_timestep")),
-            fill('<td class="number">{}</td>', time(ms)),
-            *map(cell, metrics, form),
-        ]
-        for row, ms, metrics in zip(run.few_steps, milliseconds, found, strict=True)
-    ]
-    heads = ["sampler", *map(number_head, ("evaluations", "first timestep", "hidden at"))]
-    heads += [number_head("time of a sample", "ms"), *(number_head(*names.of(n)) for n in wanted)]
     return fill(
         "{}<p>Fewer evaluations of the network make a sample quicker. What does it cost? Leading timesteps end at 0, "
         "and so begin well below the noisiest when they are few; trailing ones begin at the noisiest. What a mode "
@@ -332,7 +184,7 @@ def _few_steps(run: Run) -> Html:
         "at</i>.</p>{}<p><small>Step {}; {}means, and below them the 95 % interval over episodes. Time: one chunk of "
         "actions for one observation, without compilation.</small></p>",
         _doubt(run.few_steps_how),
-        table(heads, rows, "what fewer steps cost"),
+        tables.samplers(run.few_steps),
         run.few_steps_step,
         _few_steps_of(run.few_steps_how, run.few_steps),
     )

@@ -1,0 +1,73 @@
+"""Tables of an evaluation, of a closed loop and of a comparison of samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uwm_jax.diffusion.modes import MODES, QUESTIONS
+from uwm_jax.evaluation.results import Interval
+from uwm_jax.reporting import names
+from uwm_jax.reporting.markup import Html, fill
+from uwm_jax.reporting.numbers import Format
+from uwm_jax.reporting.page import cell, formats, head, number_head, table
+from uwm_jax.reporting.pictures import formula
+
+COLUMNS = ("action_mse", "pixel_mse", "changed_mse", "psnr", "latent_mse")
+FEW_STEPS = ("policy/action_mse", "inverse/action_mse", "forward/changed_mse", "video/psnr")
+
+
+def evaluation(metrics: Mapping[str, Interval]) -> Html:
+    """Modes, the control and the baselines of an evaluation as rows, kinds of errors as columns."""
+    columns = [name for name in COLUMNS if any(key.endswith("/" + name) for key in metrics)]
+    heads = [(mode, mode, fill("<code>{}</code> {}", formula(mode), QUESTIONS[mode])) for mode in MODES]
+    heads.append(
+        ("control", "control/forward_shuffled", fill("forward, but with the actions of a window of another episode"))
+    )
+    heads += [
+        (name.replace("_", " "), f"baseline/{name}", fill("{}", about)) for name, about in names.BASELINES.items()
+    ]
+    rows = [(label, about, [metrics.get(f"{prefix}/{name}") for name in columns]) for label, prefix, about in heads]
+    return _table(columns, [row for row in rows if any(row[2])], "every mode beside baselines")
+
+
+def closed_loop(metrics: Mapping[str, Interval]) -> Html:
+    """Actors in a simulator as rows, their best scores and successes as columns."""
+    columns = [*dict.fromkeys(m for name in metrics if (m := name.rpartition("/")[2]).startswith("max_")), "success"]
+    rows = [
+        (actor.replace("_", " "), about, [metrics.get(f"{actor}/{name}") for name in columns])
+        for actor, about in names.ACTORS.items()
+    ]
+    return _table(columns, [row for row in rows if any(row[2])], "closed loop")
+
+
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, Any, list[Interval | None]]], about: str) -> Html:
+    """Rows of (name, what it is, a value for each column) under the names of metrics."""
+    form = formats([found for *_, found in rows])
+    return table(
+        ["", *(number_head(*names.of_metric(name)) for name in columns)],
+        [[head(fill("<b>{}</b>", label), says), *map(cell, found, form)] for label, says, found in rows],
+        about,
+    )
+
+
+def samplers(few_steps: Sequence[Mapping[str, Any]]) -> Html:
+    """Samplers as rows: how many evaluations of the network, how long a sample takes, and some errors."""
+    every = {name for row in few_steps for name in row["metrics"]}
+    shown = [name for name in FEW_STEPS if name in every]
+    shown += sorted(name for name in every if name.startswith("closed_loop/"))
+    found = [[row["metrics"].get(name) for name in shown] for row in few_steps]
+    milliseconds = [1000 * row["seconds_per_sample"] for row in few_steps]
+    time, form = Format.of(milliseconds), formats(found)
+    rows = [
+        [
+            head(fill("<b>{}</b>", row["sampler"])),
+            *(fill('<td class="number">{}</td>', row.get(n)) for n in ("steps", "first_timestep", "hidden_timestep")),
+            fill('<td class="number">{}</td>', time(ms)),
+            *map(cell, metrics, form),
+        ]
+        for row, ms, metrics in zip(few_steps, milliseconds, found, strict=True)
+    ]
+    heads = ["sampler", *map(number_head, ("evaluations", "first timestep", "hidden at"))]
+    heads += [number_head("time of a sample", "ms"), *(number_head(*names.of(name)) for name in shown)]
+    return table(heads, rows, "what fewer steps cost")
