@@ -150,9 +150,10 @@ def test_what_is_no_run_or_is_damaged_is_named(tmp_path):
         with pytest.raises(UserError, match=rf"eval/3/metrics\.json: {message}"):
             Run.read(run)
     put(run, "eval", 3, {})
-    (run / "eval" / "3" / "few_steps.json").write_text('{"rows": [{"steps": 2}]}')
-    with pytest.raises(UserError, match=r"eval/3/few_steps\.json: not all of its rows are whole"):
-        Run.read(run)
+    for row in ({"steps": 2}, {"sampler": "leading", "steps": 2, "seconds_per_sample": "soon", "metrics": {}}):
+        (run / "eval" / "3" / "few_steps.json").write_text(json.dumps({"rows": [row]}))
+        with pytest.raises(UserError, match=r"eval/3/few_steps\.json: not all of its rows are whole"):
+            Run.read(run)
     (run / "eval" / "3" / "few_steps.json").unlink()
     (run / "metrics.jsonl").write_bytes(b'{"step": 1}\n7\n\xff\n{"st')
     assert Run.read(run).lines == [{"step": 1}]

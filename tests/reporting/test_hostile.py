@@ -17,6 +17,7 @@ from uwm_jax.reporting.sheets import Labels, Mark, write_labels
 
 EVIL = "\"'><b class=evil onclick=x>&amp;</td></style><script>alert(1)</script>{0}$\\frac$\x00\u202e\udcff`"
 NAME = EVIL.replace("/", "_").replace("\x00", "")  # as a file may be called
+SHOWN_NAME = NAME.replace("\u202e", "\\u202e").replace("\udcff", "\\udcff")
 
 
 def poison(value: object) -> object:
@@ -44,6 +45,12 @@ def poison_files(workdir: Path) -> None:
         found = json.loads((workdir / file).read_text())
         found |= {f"{start}{EVIL}": next(iter(found.values())) for start in ("policy/", "paired/a_vs_", "policy/max_")}
         (workdir / file).write_text(json.dumps(found))
+    other = workdir / "eval" / "20" / f"other{NAME}"
+    other.mkdir()
+    for file in ("metrics.json", "about.json", "few_steps.json"):
+        (other / file).write_text((workdir / "eval/20" / file).read_text())
+    about = json.loads((other / "about.json").read_text())
+    (other / "about.json").write_text(json.dumps(about | {"settings": {f"setting{EVIL}": f"set{EVIL}"}}))
     labels = Labels([(f"title{EVIL}", f"below{EVIL}")], [f"row{EVIL}"], [[f"caption{EVIL}"]])
     key = [Mark(kind, f"#000{EVIL}", f"mark{EVIL}") for kind in ("-", "frame", f"kind{EVIL}")]
     write_labels(workdir / "eval/20", dict.fromkeys(("idea.png", "modes.png"), labels._replace(key=key)))
@@ -87,14 +94,16 @@ def assert_harmless(page, source: str, words: tuple[str, ...]) -> None:
 def test_a_page_of_hostile_files_is_text(poisoned, parse):
     source = run_page.write(poisoned[0]).read_text()
     words = ("path0", "vae0", "field", "value", "source", "name", "version", "camera", "split", "code", "pusht")
-    words += ("steps", "first", "hidden", "trailing", "title", "below", "row", "caption", "mark")
-    assert_harmless(parse(source), source, words)
+    words += ("steps", "first", "hidden", "trailing", "title", "below", "row", "caption", "mark", "setting", "set")
+    page = parse(source)
+    assert_harmless(page, source, words)
+    assert page.text.count(f"other{SHOWN_NAME}, step 20") == 2  # the evaluation, the comparison of samplers
 
 
 def test_a_comparison_of_hostile_files_is_text(poisoned, parse, tmp_path):
     source = comparison.compare(poisoned, tmp_path / "both.html").read_text()
     assert_harmless(parse(source), source, ("path0", "path1", "vae1", "name"))
-    assert f"{NAME}1".replace("\u202e", "\\u202e").replace("\udcff", "\\udcff") in parse(source).text
+    assert f"{SHOWN_NAME}1" in parse(source).text
 
 
 def test_a_name_that_is_no_text_is_shown(make_run, parse, tmp_path):

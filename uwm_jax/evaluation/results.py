@@ -284,8 +284,12 @@ def _intervals(file: Path, metrics: Mapping[str, Any], episodes: int | None = No
 def _few_steps(file: Path, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows, with intervals as metrics."""
     try:
-        rows = [{name: row[name] for name in ("sampler", "steps", "seconds_per_sample")} | row for row in found["rows"]]
-        return [row | {"metrics": _intervals(file, row["metrics"])} for row in rows]
+        rows = [{name: row[name] for name in ("sampler", "steps")} | row for row in found["rows"]]
+        times = [float(row["seconds_per_sample"]) for row in rows]
+        return [
+            row | {"metrics": _intervals(file, row["metrics"]), "seconds_per_sample": time}
+            for row, time in zip(rows, times, strict=True)
+        ]
     except (KeyError, TypeError, ValueError) as e:
         raise _damaged(file, "not all of its rows are whole") from e
 
