@@ -82,6 +82,7 @@ def test_round_trip_is_bit_equal(official: Path, tmp_path: Path, name: str) -> N
     assert described["config"] == config
     assert described["cameras"].keys() == set(config["data"]["cameras"])
     assert (described["format"], described["format_version"]) == ("uwm_jax.torch", 1)
+    assert (described["parameters"], described["share_of_start"]) == ("raw", None)
     stored = described["normalizers"]["action"]
     for part in ("scale", "offset"):  # JSON numbers give back the float32 exactly
         assert np.array_equal(np.float32(stored[part]), g[f"action_{part}"])

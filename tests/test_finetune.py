@@ -88,6 +88,10 @@ def test_a_run_starts_from_the_averaged_parameters_with_the_rest_fresh(config, o
     old, new = (read(workdir, step, "assets")["data_facts"] for workdir, step in ((origin, 2), (tmp_path / "run", 1)))
     assert new["normalizer"] == old["normalizer"]
     jax.tree.map(np.testing.assert_array_equal, read(tmp_path / "run", 1, "codec"), read(origin, 2, "codec"))
+    past = read(tmp_path / "run", 1, "assets")
+    assert past["leak"] is None and past["latent_sizes"].keys() == {config.data.path.split("/")[-1]}
+    assert [x["val_ratio"] for x in past["learned_from"]] == [0.3, 0.3], "the origin's data, and its own"
+    assert config_lib.read(tmp_path / "run").init_from == f"{origin}@2"
     said = capsys.readouterr().out
     for part in (
         "starting from ema_params of step 2",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,21 @@ def test_raw_parameters_may_be_asked_for(origin_run, tiny_config):
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
     with pytest.raises(UserError, match="init_from_parameters='average': step 2 of .* holds no average"):
         open_origin(f"{workdir}@2", "average")
+
+
+def test_what_a_checkpoint_says_of_itself_counts_not_the_files_next_to_it(origin_run, tiny_config, tmp_path, capsys):
+    """An edited config.json, and an average that was deleted."""
+    workdir = shutil.copytree(origin_run[0], tmp_path / "origin")
+    tiny_config.diffusion.prediction.action = "sample"
+    write_config(workdir, tiny_config)
+    origin = open_origin(str(workdir))
+    assert origin.config.diffusion.prediction.action == "epsilon"
+    assert "diffusion.prediction.action ('sample', there 'epsilon')" in capsys.readouterr().out
+    shutil.rmtree(workdir / "checkpoints" / "4" / "ema_params")
+    origin = open_origin(str(workdir))
+    assert origin.parameters == "average"
+    with pytest.raises(UserError, match=r"ema_params.*"):
+        origin.params(zeros(shapes_of(tiny_config)[0]), tiny_config)
 
 
 def test_an_average_that_is_still_its_start_is_told(origin_run, origin, tiny_config):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from uwm_jax import convert
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_system
 from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
@@ -53,3 +56,13 @@ def test_an_average_that_is_not_there(run, tmp_path, make_tiny_config):
     assert parameters_used(tmp_path / "converted", 0)["parameters"] == "raw"
     with pytest.raises(UserError, match="--parameters=average: .*0 holds no average of the parameters"):
         load_for_inference(tmp_path / "converted", parameters="average")
+
+
+@pytest.mark.parametrize(("parameters", "more", "share"), [("average", 1, 0.99**4), ("raw", 0, None)])
+def test_to_torch_writes_and_records_what_was_asked_for(run, tmp_path, parameters, more, share):
+    workdir, params = run
+    convert.to_torch(workdir, tmp_path / "out.safetensors", parameters=parameters)
+    described = json.loads((tmp_path / "out.json").read_text())
+    assert described["parameters"] == parameters and described["share_of_start"] == pytest.approx(share)
+    registers = load_file(tmp_path / "out.safetensors")["noise_pred_net.registers"]
+    np.testing.assert_allclose(registers, np.asarray(params["noise_pred_net"]["registers"]) + more, rtol=1e-6)

@@ -237,10 +237,6 @@ class Checkpoints:
     def assets(self, step: int) -> dict[str, Any]:
         return Stored(self.directory, step).assets
 
-    def data_iter(self, step: int) -> dict[str, Any]:
-        """Where the data order stood."""
-        return Stored(self.directory, step).data_iter
-
     def items(self, step: int) -> frozenset[str]:
         """The names of the items that a step holds."""
         return Stored(self.directory, step).items

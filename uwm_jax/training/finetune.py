@@ -31,12 +31,13 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
+from uwm_jax.parallel.distributed import say
 from uwm_jax.system import DataFacts
-from uwm_jax.training import average, lineage
+from uwm_jax.training import average, fixed_fields, lineage
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.patterns import INTERFACE, POSITIONS, is_fresh, matches, require_matches, share, skip_flag
-from uwm_jax.training.stored import CorruptCheckpoint
+from uwm_jax.training.stored import CorruptCheckpoint, Stored
 
 # Fields that decide the shapes of parameters.
 _SHAPING = (
@@ -71,26 +72,29 @@ def open_origin(spec: str, parameters: str = "auto") -> Origin:
         if step is not None and step not in steps:
             raise UserError(f"config.init_from={spec!r}: {str(directory)!r} has checkpoints of steps {steps}.")
         step = steps[-1] if step is None else step
-        items = checkpoints.items(step)
-        if parameters == "auto":
-            parameters = average.AVERAGE if average.ITEMS[average.AVERAGE] in items else average.RAW
-        if average.ITEMS[parameters] not in items:
+        stored = Stored(checkpoints.directory, step)
+        averaged = stored.holds(average.ITEMS[average.AVERAGE])
+        if parameters == average.AVERAGE and not averaged:
             raise UserError(
                 f"config.init_from_parameters={parameters!r}: step {step} of {str(directory)!r} holds no average of "
                 "the parameters (config.optimizer.ema_decay was 0). Leave the field out."
             )
-        config, assets = config_lib.read(directory), checkpoints.assets(step)
-        data_iter = checkpoints.data_iter(step) if "data_iter" in items else {}
+        if parameters == "auto":
+            parameters = average.AVERAGE if averaged else average.RAW
+        config, told = fixed_fields.config_of_run(directory, stored)
+        if told:
+            say(f"warning: {told}")
+        data_iter = stored.data_iter if "data_iter" in stored.items else {}
         return Origin(
             spec=spec,
             directory=directory,
             step=step,
             parameters=parameters,
             config=config,
-            facts=DataFacts.from_json(assets["data_facts"]),
-            codec_arrays=checkpoints.restore_arrays(step, "codec") if "codec" in items else None,
-            learned_from=lineage.of_checkpoint(assets, data_iter, config),
-            latent_sizes=assets.get("latent_sizes"),
+            facts=DataFacts.from_json(stored.assets["data_facts"]),
+            codec_arrays=stored.codec,
+            learned_from=lineage.of_checkpoint(stored.assets, data_iter, config),
+            latent_sizes=stored.assets.get("latent_sizes"),
         )
     except CorruptCheckpoint as e:
         raise UserError(f"config.init_from={spec!r}: {e}. Name another step of {steps}, as DIR@STEP.") from e
