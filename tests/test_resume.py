@@ -203,7 +203,8 @@ MAY_CHANGE = {
 
 def config_with_a_source():
     config = config_lib.base()
-    config.data.sources = {"robot": config_lib.source()}
+    config.data.sources = {"robot": config_lib.source(use_actions=False)}  # else loss.action_free has no effect
+    config.optimizer.ema_decay = 0.9  # else optimizer.ema_warmup has none
     return config
 
 
