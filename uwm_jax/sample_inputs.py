@@ -12,6 +12,7 @@ spread over the held-out episodes. The file holds `obs/<camera>` and `next_obs/<
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -20,13 +21,15 @@ import numpy as np
 from absl import flags
 
 from uwm_jax import cli, files
-from uwm_jax.data.loader import FixedWindows, Loader
+from uwm_jax.data.loader import FixedWindows
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODALITIES
-from uwm_jax.errors import UserError
-from uwm_jax.evaluate import refuse_other_data
+from uwm_jax.errors import UserError, warn
+from uwm_jax.evaluate import open_data
+from uwm_jax.evaluation.results import doubt
 from uwm_jax.system import System
 from uwm_jax.training import fixed_fields, inference
+from uwm_jax.training.stored import Stored
 
 FLAGS = flags.FLAGS
 
@@ -41,20 +44,22 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags are written --flag=value.")
     workdir, output = cli.required_path("workdir"), cli.required_path("output")
     files.check_output_file(output)
     system, _, _, step = inference.load_for_inference(
         workdir, FLAGS.step, cli.config_overrides(), may_change=fixed_fields.EVALUATION
     )
     # A normaliser without entries leaves actions and low-dimensional keys in raw units.
-    loader = Loader(system.config.data, batch_size=1, seed=system.config.seed, normalizer=Normalizer())
-    refuse_other_data(system, loader, inference.datasets_of(workdir, step))
-    held_out = loader.held_out(system.config.eval.num_windows)
+    system = System(system.config, dataclasses.replace(system.facts, normalizer=Normalizer()), system.codec)
+    stored = Stored(workdir.absolute() / "checkpoints", step)
+    own_config, _ = fixed_fields.config_of_run(workdir, stored)
+    data = open_data(system, own_config, inference.datasets_of(workdir, step), stored.assets.get("leak"))
+    if told := doubt(data.about()):
+        warn(told)
+    held_out = data.loader.held_out(system.config.eval.num_windows, whole=data.whole)
     start, stop = parse_windows(FLAGS.windows, len(held_out))
     arrays = sample_inputs(system, held_out, start, stop, FLAGS.seed)
-    loader.close()
+    data.loader.close()
     with files.writing(output, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's types take any keyword for allow_pickle
     episodes = sorted(set(held_out.episodes[start:stop].tolist()))
