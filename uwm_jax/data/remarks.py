@@ -76,7 +76,7 @@ def few_held_out(sources: Sequence[Source], val_ratio: float, fewest: int) -> li
         return []
     ratios = (round(percent / 100, 2) for percent in range(1, 100))
     enough = next((r for r in ratios if r > val_ratio and held_out(r)[0] >= fewest and held_out(r)[1] > 0), None)
-    advice = f"--config.data.val_ratio={enough:g} in a new run holds out as many." if enough else "More data is needed."
+    advice = f"--config.data.val_ratio={enough:g} in a new run holds out enough." if enough else "More data is needed."
     return [
         f"warning: {found} of {found + left} episodes with windows {'is' if found == 1 else 'are'} held out "
         f"(config.data.val_ratio={val_ratio:g}): an evaluation gives no intervals and no verdict from fewer than "
