@@ -182,7 +182,7 @@ class FakeLoader:
         def made(split, path):
             fingerprint = ("b" if path == "elsewhere" else "a") * 40
             dataset = SimpleNamespace(split=split, fingerprint=fingerprint, directory=path)
-            return SimpleNamespace(dataset=dataset, identity=fingerprint)
+            return SimpleNamespace(dataset=dataset, identity=f"{fingerprint} (2000 chosen of {split})")
 
         sources = {name: (s.split or data.split, s.path or data.path) for name, s in data.sources.items()}
         self.sources = {name: made(*of) for name, of in (sources or {"robot": (data.split, data.path)}).items()}
@@ -197,7 +197,9 @@ def opened(tiny_config, monkeypatch):
         config = tiny_config.copy_and_resolve_references()
         config.data.sources = sources or {}
         names = list(config.data.sources) or ["robot"]
-        datasets = dict.fromkeys(names, "a" * 40) if datasets is None else datasets
+        if datasets is None:
+            splits = {name: s.split or config.data.split for name, s in config.data.sources.items()}
+            datasets = {name: f"{'a' * 40} (2000 chosen of {splits.get(name, config.data.split)})" for name in names}
         monkeypatch.setattr(cli, "config_overrides", lambda: list(overrides))
         monkeypatch.setattr(evaluate, "Loader", FakeLoader)
         facts = make_up_system(tiny_config, 10)[0].facts
@@ -219,10 +221,14 @@ def test_a_split_of_its_own_is_evaluated_whole_with_the_runs_training_episodes_f
     assert [d.sources["robot"].dataset.split for d in (data.loader, data.references)] == ["val", "train"]
     assert doubt(data.about()) == "", "nothing was trained on it, whatever reached the run's own episodes"
     data = opened(("data.path", "elsewhere"), ("data.split", "val"))
-    assert data.whole == ("robot",) and data.references is data.loader and data.settings == {"datasets": ["b" * 40]}
+    assert (
+        data.whole == ("robot",)
+        and data.references is data.loader
+        and data.settings == {"datasets": ["b" * 40 + " (2000 chosen of val)"]}
+    )
     assert doubt(data.about()).startswith("These are not the datasets that this run was trained on. Episodes that are")
     data = opened(("data.path", "elsewhere"), datasets={})
-    assert (data.own, data.whole, data.settings) == (None, (), {"datasets": ["b" * 40]})
+    assert (data.own, data.whole, data.settings) == (None, (), {"datasets": ["b" * 40 + " (2000 chosen of train)"]})
     assert doubt(data.about()).startswith("It is not known what this run was trained on. Episodes that are held out")
 
 

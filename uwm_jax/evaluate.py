@@ -192,7 +192,6 @@ def open_data(system: System, own_config: ConfigDict, datasets: Mapping[str, str
         return Loader(config.data, batch_size=1, seed=config.seed, normalizer=system.facts.normalizer)
 
     loader = open_loader(system.config)
-    own = refuse_other_data(system, loader, datasets)
     trained, before = system.config.copy_and_resolve_references(), own_config.data
     trained.data.split = before.split
     for name, fields in trained.data.sources.items():
@@ -201,6 +200,7 @@ def open_data(system: System, own_config: ConfigDict, datasets: Mapping[str, str
     whole = tuple(
         name for name, source in loader.sources.items() if source.dataset.split != split_of.get(name, before.split)
     )
+    own = refuse_other_data(system, loader, datasets, whole)
     if not whole:
         return Data(loader, loader, own, (), leak)
     if own is not True:
@@ -217,11 +217,14 @@ def open_data(system: System, own_config: ConfigDict, datasets: Mapping[str, str
     return Data(loader, references, own, whole, leak if len(whole) < len(loader.sources) else None)
 
 
-def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str]) -> bool | None:
+def refuse_other_data(
+    system: System, loader: Loader, datasets: Mapping[str, str], whole: Sequence[str] = ()
+) -> bool | None:
     """Checks that what is held out here was held out of training.
 
     Args:
       datasets: {source: identity} of the run's own data; {} where it is not known (a converted checkpoint).
+      whole: sources with another split than the run's, of which other episodes are chosen: their content counts alone.
 
     Returns:
       Whether these are the run's own datasets; None where that is not known.
@@ -237,6 +240,10 @@ def refuse_other_data(system: System, loader: Loader, datasets: Mapping[str, str
             )
     here = {name: source.identity for name, source in loader.sources.items()}
     datasets = renamed(datasets, list(here))
+    for name in whole:
+        here[name] = loader.sources[name].dataset.fingerprint
+        if name in datasets:
+            datasets[name] = datasets[name].partition(" ")[0]  # without the choice of episodes
     changed = cli.changed_fields()
     if not datasets:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 
 import pytest
 
@@ -47,6 +48,13 @@ def test_a_comparison_marks_what_is_apart_and_names_what_differs(make_run, parse
     assert "best" not in marked(page, "in the simulator, policy: best coverage of an episode")
     assert parse(page).rows["seed"] == ["0", "1"]
     assert "Held-out windows are the same" in page and "<svg" in page
+
+
+def test_a_run_without_an_evaluation_has_no_step_of_one(make_run, tmp_path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    shutil.rmtree(runs[1] / "eval")
+    page = comparison.compare(runs, tmp_path / "both.html").read_text()
+    assert "not evaluated, in the simulator at 20" in page and "step None" not in page
 
 
 def marked(page: str, metric: str) -> str:

@@ -88,9 +88,10 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as e:
+        why = str(e.strerror) if there == folder else f"{there}: {e.strerror}"
         raise UserError(
-            f"{folder}: results cannot be written there ({there}: {e.strerror}). --output=DIR writes them and the "
-            "report to another directory; the run is only read then."
+            f"{folder}: results cannot be written there ({why}). --output=DIR writes them and the report to another "
+            "directory; the run is only read then."
         ) from e
 
 
