@@ -27,7 +27,7 @@ from uwm_jax.made_up import make_up_system
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.reporting import pictures
 from uwm_jax.train import load_pretrained_encoder, train
-from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.checkpoint import Checkpoints, latest_step, write_config
 from uwm_jax.training.goodput import CATEGORIES
 from uwm_jax.training.inference import load_for_inference
 from uwm_jax.training.log import NotFinite
@@ -214,6 +214,14 @@ def test_a_changed_config_is_refused_by_field(finished, finished_config):
     with pytest.raises(UserError, match=r"config.optimizer.learning_rate is 0.5.*started with 0.001"):
         train(finished_config, finished)
     assert config_lib.read(finished).optimizer.learning_rate == 1e-3
+
+
+def test_a_run_continues_as_its_checkpoint_says_and_not_as_config_json_does(finished, finished_config, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    finished_config.seed, finished_config.total_steps = 9, 8
+    write_config(workdir, finished_config)  # as another start in this workdir might have
+    with pytest.raises(UserError, match=r"config.seed is 9.*started with 0"):
+        train(finished_config, workdir)
 
 
 @pytest.mark.slow

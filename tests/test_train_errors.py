@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -61,6 +62,12 @@ def refused(result: tuple[int, str], *expected: str) -> None:
         (["--config.mesh.data=3"], ["config.mesh.data=3", "device"]),
         (["--config.mesh.tensor=5"], ["config.mesh.tensor=5", "device"]),
         (["--config.mesh.rules=umw"], ["config.mesh.rules", "uwm"]),
+        (["--config.data.path=gs://bucket/set"], ["config.data.path=gs://bucket/set: gs:// is not supported"]),
+        (["--config.init_from=gs://bucket/run"], ["config.init_from=gs://bucket/run: gs:// is not supported"]),
+        (["--config.compilation_cache_dir=gs://b/c"], ["config.compilation_cache_dir=gs://b/c: gs:// is not"]),
+        (["--config.mesh.rules=gs://bucket/rules.py"], ["config.mesh.rules=gs://bucket/rules.py: gs:// is not"]),
+        (["--workdir=s3://bucket/run"], ["--workdir=s3://bucket/run: s3:// is not supported"]),
+        (["--config.total_steps=" + "9" * 23], ["config.total_steps", "63 bits"]),
         (["--config.init_from=nowhere"], ["config.init_from='nowhere'"]),
         (["--profile=soon"], ["--profile=soon", "START:STEPS"]),
         (["--num-processes=2"], ["--coordinator-address", "--process-id"]),
@@ -72,6 +79,19 @@ def refused(result: tuple[int, str], *expected: str) -> None:
 def test_impossible_wishes(run, tmp_path, arguments, expected):
     refused(run(*arguments), *expected)
     assert not (tmp_path / "run").exists(), "nothing may be written before a run is known to be possible"
+
+
+def test_a_workdir_of_a_run_that_has_not_saved_yet_is_left_as_it_is(run, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for name in ("config.json", "run.json"):
+        (workdir / name).write_text("theirs")
+    with (workdir / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        status, message = run("--config.eval.every=0")
+    assert status == 1 and "another run is at work" in message and "Traceback" not in message, message
+    assert sorted(p.name for p in workdir.iterdir()) == [".lock", "config.json", "run.json"]
+    assert {(workdir / name).read_text() for name in ("config.json", "run.json")} == {"theirs"}
 
 
 def test_a_shard_that_was_cut_short(run, copied):

@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from uwm_jax.errors import UserError
+from uwm_jax.files import new_folder, write_bytes, write_text
 from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.reading import again, read_json
 from uwm_jax.torch_bridge.hub import fetch
@@ -216,23 +215,21 @@ def write_folder(
         UserError: the folder exists with other contents.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        (staging / CONFIG_FILE).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, staging / WEIGHTS_FILE)
-        sums = {name: _sha256(staging / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-        (staging / SUMS_FILE).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-        staging.chmod(0o755)  # mkdtemp makes it private, but a workdir is for everyone who may read its parent
-        if folder.exists():
-            found = {name: _sha256(folder / name) for name in sums if (folder / name).is_file()}
-            if found != sums:
-                raise UserError(f"{folder} already holds another VAE; remove the folder or choose another workdir")
-        else:
-            staging.rename(folder)
+    content = {
+        CONFIG_FILE: (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode(),
+        WEIGHTS_FILE: save({name: np.ascontiguousarray(value) for name, value in tensors.items()}),
+    }
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    if folder.exists():
+        found = {name: _sha256(folder / name) for name in sums if (folder / name).is_file()}
+        if found != sums:
+            raise UserError(f"{folder} already holds another VAE; remove the folder or choose another workdir")
         return sums
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with new_folder(folder) as staging:
+        for name, data in content.items():
+            write_bytes(staging / name, data)
+        write_text(staging / SUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    return sums
 
 
 # torch (out, in, ...) <-> flax (..., in, out); the permutation of 4 axes is not its own inverse
