@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 STEPS = "steps/"
 
+_MAX_VALUES = 1 << 40  # of one step
 _STRINGS = {"string", "object", "str", "bytes"}
 # The field of the schema (tensorflow_datasets/core/proto/feature.proto) that describes a feature of each class.
 _KINDS = {
@@ -105,6 +107,10 @@ def flatten(node: dict[str, Any], prefix: str = "", ragged: bool = False) -> Ite
         yield from flatten(node["sequence"]["feature"], prefix, prefix + "/" != STEPS)
     else:
         leaf = _leaf(node)
+        if not isinstance(leaf.dtype, str):
+            raise TypeError(f"{prefix}: the dtype is {leaf.dtype!r}")
+        if math.prod(leaf.shape or ()) > _MAX_VALUES:
+            raise ValueError(f"{prefix}: the shape is {leaf.shape}")
         yield prefix, dataclasses.replace(leaf, shape=None) if ragged else leaf
 
 

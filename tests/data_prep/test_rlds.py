@@ -176,7 +176,21 @@ def test_json_that_is_none(source: Path, name: str, content: bytes, message: str
         open_source(source)
 
 
-@pytest.mark.parametrize("tree", [{"featuresDict": 3}, {"featuresDict": {"features": {"a": 1}}}, {"sequence": {}}])
+def _tensor(**fields: Any) -> dict[str, Any]:
+    return {"featuresDict": {"features": {"a": {"tensor": fields}}}}
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"featuresDict": 3},
+        {"featuresDict": {"features": {"a": 1}}},
+        {"sequence": {}},
+        _tensor(dtype=True),
+        _tensor(shape={"dimensions": ["9" * 24]}),
+        _tensor(shape={"dimensions": ["two"]}),
+    ],
+)
 def test_feature_trees_of_no_known_form(source: Path, tree: Any) -> None:
     (source / "features.json").write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"features.json is not in the schema of TFDS"):
