@@ -186,6 +186,17 @@ def _clip_of_codec(_: Any, name: str) -> float:
     return 20.0 if name == "pca" else 1.0
 
 
+def about_clip(config: ConfigDict) -> str:
+    """A sentence where `diffusion.clip.next_obs` cuts off latents of the PCA codec, which no error tells; else ""."""
+    clip = config.diffusion.clip.next_obs
+    if config.model.codec.name != "pca" or not 0 < clip < 4:
+        return ""
+    return (
+        f"config.diffusion.clip.next_obs={clip:g} cuts off latents of the codec pca, whose standard deviation is 1: "
+        "sampled frames lose detail. --config.diffusion.clip.next_obs=20 does not, also with a trained model."
+    )
+
+
 def source(**fields: Any) -> ConfigDict:
     """One source of `config.data.sources`; `fields` change the defaults."""
     s = ConfigDict()
