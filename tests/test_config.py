@@ -265,12 +265,12 @@ def test_the_clip_of_latents_follows_the_codec_until_it_is_set():
     assert stored == config and stored.diffusion.clip.next_obs == 20.0
     config_lib.apply_overrides(config, [("diffusion.clip.next_obs", "3")])
     config.model.codec.name = "vae"
-    assert config.diffusion.clip.next_obs == 3.0 and config_lib.about_clip(config) == []
+    assert config.diffusion.clip.next_obs == 3.0 and config_lib.about_clip(config) == ""
     config.model.codec.name = "pca"
-    (told,) = config_lib.about_clip(config)
+    told = config_lib.about_clip(config)
     assert "config.diffusion.clip.next_obs=3 cuts off latents" in told and "--config.diffusion.clip.next_obs=20" in told
     config.diffusion.clip.next_obs = 0.0  # nothing is clipped
-    assert config_lib.about_clip(config) == []
+    assert config_lib.about_clip(config) == ""
 
 
 def test_another_spelling_of_an_origin_is_no_change(tmp_path, monkeypatch):

@@ -314,9 +314,9 @@ def load_pretrained_encoder(config: ConfigDict, params: Any, shardings: Any) -> 
 
 def print_summary(config: ConfigDict, loader: Loader, frozen: Any, mesh: Any, table: str, params: Any) -> None:
     codec = sum(x.size for x in jax.tree.leaves(frozen)) / 1e6
-    data = "\n".join(
-        [loader.summary(), *loader.warnings(config.diffusion.clip.action, FEWEST), *config_lib.about_clip(config)]
-    )
+    lines = [loader.summary(), *loader.warnings(config.diffusion.clip.action, FEWEST)]
+    lines += [f"warning: {told}"] if (told := config_lib.about_clip(config)) else []
+    data = "\n".join(lines)
     say(
         f"{data}\n{table}\n{state_lib.about_frozen(config, params)}"
         f"frozen codec {config.model.codec.name}: {codec:.2f} M parameters\n"
