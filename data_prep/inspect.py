@@ -238,9 +238,9 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     directory = find_dataset(cli.required_path("dataset"))
+    output = cli.optional_path("output") or directory / "inspect"
     manifest = read_manifest(directory)
     split = FLAGS.split or ("train" if "train" in manifest["splits"] else sorted(manifest["splits"])[0])
-    output = cli.optional_path("output") or directory / "inspect"
     remarks = inspect(Dataset(directory, split), output, FLAGS.episodes, FLAGS.frames)
     print(f"{directory}: {summary(manifest)}")
     for remark in remarks:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+
+from uwm_jax import cli
 
 PROGRAM = """
 import errno, os
@@ -81,6 +85,41 @@ def test_expected_ends_have_a_status_and_no_traceback(arguments, status, message
     result = run(*arguments)
     assert result.returncode == status
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
+
+
+@pytest.mark.parametrize(
+    ("module", "paths", "others"),
+    [
+        ("uwm_jax.train", ["workdir"], [CONFIG]),
+        ("uwm_jax.train", ["config"], []),
+        ("uwm_jax.evaluate", ["workdir", "output"], []),
+        ("uwm_jax.rollout", ["workdir", "output"], ["--env=pusht"]),
+        ("uwm_jax.sample", ["workdir", "output", "inputs"], ["--mode=policy"]),
+        ("uwm_jax.sample_inputs", ["workdir", "output"], []),
+        ("uwm_jax.report", ["workdir", "output"], []),
+        ("uwm_jax.convert", ["input", "official_config", "workdir", "normalizer"], ["from-torch"]),
+        ("uwm_jax.convert", ["workdir", "output"], ["to-torch"]),
+        ("uwm_jax.benchmark_step", ["json"], [CONFIG]),
+        ("data_prep.reshard", ["input", "output"], []),
+        ("data_prep.demo", ["output"], []),
+        ("data_prep.stats", ["dataset"], []),
+        ("data_prep.inspect", ["dataset", "output"], []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_path_is_local_and_no_scheme_becomes_a_folder(tmp_path, monkeypatch, capsys, module, paths, others):
+    monkeypatch.chdir(tmp_path)
+    command = import_module(module)
+    for path in paths:
+        for bad, message in (("s3://bucket/x", "s3:// is not supported"), ("~nobody_of_this_name/x", "is not known")):
+            flags = [f"--{p}={bad if p == path else p}" for p in paths]
+            assert cli.call(command.main, [module, *others, *flags], command.define_flags) == 2
+            error = capsys.readouterr().err
+            assert f"--{path.replace('_', '-')}={bad}: " in error and message in error
+            assert not list(tmp_path.iterdir()), error
 
 
 def test_a_workdir_is_a_directory_or_none_yet(tmp_path):
