@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from uwm_jax import cli, evaluate
-from uwm_jax.config import apply_overrides, source
-from uwm_jax.data.loader import Loader
+from uwm_jax.config import source
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation import program
 from uwm_jax.evaluation.metrics import interval
 from uwm_jax.evaluation.program import Evaluation
-from uwm_jax.evaluation.results import doubt
 from uwm_jax.made_up import make_up_system
-from uwm_jax.system import DataFacts, System
 from uwm_jax.train import train
 
 PICTURES = {"idea.png", "modes.png", "actions.png"}
@@ -141,105 +135,6 @@ def test_flags_that_would_change_what_is_held_out_or_do_nothing_are_refused(trai
     ):
         assert cli.call(evaluate.main, ["evaluate", f"--workdir={trained}", flag], evaluate.define_flags) == 2
         assert message in capsys.readouterr().err
-
-
-def test_other_data_than_the_runs_are_refused_unless_named(tiny_config, monkeypatch, capsys):
-    """Their held-out episodes are not those of the run."""
-    system, _ = make_up_system(tiny_config, 10)
-    facts = {field.name: getattr(system.facts, field.name) for field in dataclasses.fields(system.facts)}
-    sources = {"robot": SimpleNamespace(identity="b" * 40), "video": SimpleNamespace(identity="c" * 40)}
-    loader = SimpleNamespace(facts=lambda: facts, sources=sources, directory="there")
-    assert evaluate.refuse_other_data(system, loader, {"robot": "b" * 40, "video": "c" * 40}) is True
-    assert capsys.readouterr().err == ""
-    with monkeypatch.context() as patch:  # a converted checkpoint: nothing is known, and the share is free
-        patch.setattr(cli, "config_overrides", lambda: [("data.val_ratio", "0.5")])
-        assert evaluate.refuse_other_data(system, loader, {}) is None
-    of_the_run = {"robot": "a" * 40, "video": "c" * 40}
-    with pytest.raises(UserError, match="there: .*source 'robot': fingerprint bbbbbbbbbbbb, the run's is aaaaaaaaaaaa"):
-        evaluate.refuse_other_data(system, loader, of_the_run)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(cli, "config_overrides", lambda: [("data.path", "there")])
-    assert evaluate.refuse_other_data(system, loader, of_the_run) is False
-    facts["action_dim"] = 3
-    with pytest.raises(UserError, match="action_dim is 3, but the run was trained with 10"):
-        evaluate.refuse_other_data(system, loader, of_the_run)
-
-
-def test_the_runs_own_dataset_is_known_wherever_it_lies(tiny_config, tiny_dataset, tmp_path, capsys):
-    system, _ = make_up_system(tiny_config, 10)
-    trained = Loader(tiny_config.data, batch_size=1, seed=0)
-    system = System(tiny_config, DataFacts(**trained.facts()), system.codec)
-    tiny_config.data.path = str(shutil.copytree(tiny_dataset, tmp_path / "moved"))
-    loader = Loader(tiny_config.data, batch_size=1, seed=0)
-    assert evaluate.refuse_other_data(system, loader, trained.state(0)["datasets"]) is True
-    assert capsys.readouterr().err == ""
-
-
-class FakeLoader:
-    """Of one dataset with any split; a dataset at `elsewhere` is another one."""
-
-    def __init__(self, data, **_):
-        def made(split, path):
-            fingerprint = ("b" if path == "elsewhere" else "a") * 40
-            dataset = SimpleNamespace(split=split, fingerprint=fingerprint, directory=path)
-            return SimpleNamespace(dataset=dataset, identity=f"{fingerprint} (2000 chosen of {split})")
-
-        sources = {name: (s.split or data.split, s.path or data.path) for name, s in data.sources.items()}
-        self.sources = {name: made(*of) for name, of in (sources or {"robot": (data.split, data.path)}).items()}
-        self.directory = data.path
-
-
-@pytest.fixture
-def opened(tiny_config, monkeypatch):
-    """A function from overrides to what `open_data` opens for a run of `tiny_config`, or of `sources`."""
-
-    def open_with(*overrides, datasets=None, leak="58 of 65 episodes", sources=None):
-        config = tiny_config.copy_and_resolve_references()
-        config.data.sources = sources or {}
-        names = list(config.data.sources) or ["robot"]
-        if datasets is None:
-            splits = {name: s.split or config.data.split for name, s in config.data.sources.items()}
-            datasets = {name: f"{'a' * 40} (2000 chosen of {splits.get(name, config.data.split)})" for name in names}
-        monkeypatch.setattr(cli, "config_overrides", lambda: list(overrides))
-        monkeypatch.setattr(evaluate, "Loader", FakeLoader)
-        facts = make_up_system(tiny_config, 10)[0].facts
-        fields = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
-        FakeLoader.facts = lambda self: fields
-        now = config.copy_and_resolve_references()
-        apply_overrides(now, overrides)
-        return evaluate.open_data(SimpleNamespace(config=now, facts=facts), config, datasets, leak)
-
-    return open_with
-
-
-def test_a_split_of_its_own_is_evaluated_whole_with_the_runs_training_episodes_for_baselines(opened):
-    data = opened()
-    assert (data.own, data.whole, data.settings) == (True, (), {}) and data.references is data.loader
-    assert doubt(data.about()) == "58 of 65 episodes"
-    data = opened(("data.split", "val"))
-    assert (data.own, data.whole) == (True, ("robot",)) and data.about()["splits"] == {"robot": "val"}
-    assert [d.sources["robot"].dataset.split for d in (data.loader, data.references)] == ["val", "train"]
-    assert doubt(data.about()) == "", "nothing was trained on it, whatever reached the run's own episodes"
-    data = opened(("data.path", "elsewhere"), ("data.split", "val"))
-    assert (
-        data.whole == ("robot",)
-        and data.references is data.loader
-        and data.settings == {"datasets": ["b" * 40 + " (2000 chosen of val)"]}
-    )
-    assert doubt(data.about()).startswith("These are not the datasets that this run was trained on. Episodes that are")
-    data = opened(("data.path", "elsewhere"), datasets={})
-    assert (data.own, data.whole, data.settings) == (None, (), {"datasets": ["b" * 40 + " (2000 chosen of train)"]})
-    assert doubt(data.about()).startswith("It is not known what this run was trained on. Episodes that are held out")
-
-
-def test_in_a_mixture_the_sources_with_another_split_are_evaluated_whole(opened):
-    sources = {"one": source(), "two": source(split="test")}
-    data = opened(("data.split", "val"), sources=sources)
-    assert data.whole == ("one",) and doubt(data.about()) == "58 of 65 episodes"
-    data = opened(("data.sources.one.split", "val"), ("data.sources.two.split", "val"), sources=sources)
-    assert data.whole == ("one", "two") and doubt(data.about()) == ""
-    with pytest.raises(UserError, match="was trained on the split 'test', by another of its sources than 'one'"):
-        opened(("data.sources.one.split", "test"), sources=sources)
 
 
 def test_ways_of_sampling_that_do_not_exist_are_refused(tiny_config):

@@ -25,10 +25,10 @@ from uwm_jax.data.loader import FixedWindows
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.errors import UserError, warn
-from uwm_jax.evaluate import open_data
+from uwm_jax.evaluation.data import open_data
 from uwm_jax.evaluation.results import doubt
 from uwm_jax.system import System
-from uwm_jax.training import fixed_fields, inference
+from uwm_jax.training import fixed_fields, inference, lineage
 from uwm_jax.training.stored import Stored
 
 FLAGS = flags.FLAGS
@@ -53,7 +53,9 @@ def main(argv: list[str]) -> None:
     system = System(system.config, dataclasses.replace(system.facts, normalizer=Normalizer()), system.codec)
     stored = Stored(workdir.absolute() / "checkpoints", step)
     own_config, _ = fixed_fields.config_of_run(workdir, stored)
-    data = open_data(system, own_config, inference.datasets_of(workdir, step), stored.assets.get("leak"))
+    data = open_data(
+        system, own_config, inference.datasets_of(workdir, step), lineage.kept(stored.assets), cli.changed_fields()
+    )
     if told := doubt(data.about()):
         warn(told)
     held_out = data.loader.held_out(system.config.eval.num_windows, whole=data.whole)
