@@ -24,9 +24,10 @@ def check_files(layout: Layout, splits: Iterable[str], where: Path) -> None:
     """Checks that no two files of the dataset would have one name; raises UserError that names what they hold."""
     owners: dict[str, str] = {}
     for split in splits:
-        files = {f"index/{split}.npz": f"split {split!r}", records.text_file(split): f"the texts of split {split!r}"}
-        files |= {records.column_file(split, key): f"the feature {key!r}" for key in layout.columns}
-        for file, owner in files.items():
+        files = [(records.index_file(split), f"split {split!r}")]
+        files += [(records.text_file(split), f"the texts of split {split!r}")]
+        files += [(records.column_file(split, key), f"the feature {key!r}") for key in layout.columns]
+        for file, owner in files:
             if file in owners:
                 raise UserError(
                     f"{where}: {owners[file]} and {owner} would both become {file}. Rename one, or choose --split."
