@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+from PIL import Image
+
 from uwm_jax.config import base, to_json
 from uwm_jax.evaluation.results import Run
 from uwm_jax.reporting import run_page
+from uwm_jax.reporting.sheets import Labels, write_labels
 
 
 def answers(run: Run) -> dict[str, str]:
@@ -47,6 +50,21 @@ def test_a_full_run_has_all_sections_and_stands_alone(make_run, parse, tmp_path)
     assert "means over 64 windows of 12 held-out episodes" in page.text
     assert "diffusion.num_inference_steps" in page.rows
     assert not list(workdir.glob("*.tmp"))
+
+
+def test_all_that_can_be_wider_than_a_phone_scrolls_in_a_box_of_its_own(make_run, parse, tmp_path):
+    workdir = make_run(tmp_path / "run")
+    write_labels(workdir / "eval" / "20", {"idea.png": Labels([("a", "")], ["b"])})
+    with Image.open(workdir / "eval" / "20" / "idea.png") as image:
+        image.save(workdir / "rollout" / "20" / "episodes.gif")
+        image.save(workdir / "eval" / "20" / "denoise.gif")
+    write_labels(workdir / "rollout" / "20", {"episodes.gif": Labels([("a", "")], ["b"])})
+    source = run_page.write(workdir).read_text()
+    boxes = re.findall(r'<div class="scroll" tabindex="0"[^>]*>(<table|<div class="moving"|<img)', source)
+    assert boxes.count("<table") == source.count("<table") > 8
+    assert boxes.count("<img") == 3 and boxes.count('<div class="moving"') == 1  # of pictures without labels, and with
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in source
+    assert "overflow-x: auto" in source and "-webkit-scrollbar-thumb" in source, "a bar that is seen"
 
 
 def test_date_data_steps_and_config_are_on_top_and_the_contents_lead_everywhere(make_run, parse, tmp_path):
