@@ -82,3 +82,38 @@ def test_a_disk_that_is_full_for_one_process_ends_all_with_its_message(full, tmp
     for text in output:
         assert text.count("error:") == 1 and "could not be saved" in text and "Traceback" not in text, output
     assert f"process {full} of 2 failed" in output[1 - full]
+
+
+# What a start does between processes before its barrier, on a backend whose programs cannot talk to each other.
+NO_COLLECTIVES = """
+import jax, numpy as np
+from absl import flags
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from uwm_jax import cli
+from uwm_jax.parallel import distributed as d
+from uwm_jax.training.stored import array_digests
+from uwm_jax.training.writer import make_writer
+
+def main(argv):
+    jax.config.update("jax_cpu_collectives_implementation", None)
+    with d.session():
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+        host = np.arange(12, dtype=np.float32).reshape(4, 3)
+        spread = {
+            name: jax.make_array_from_callback((4, 3), NamedSharding(mesh, spec), lambda i: host[i])
+            for name, spec in (("rows", P("data")), ("whole", P()))
+        }
+        assert array_digests(spread) == array_digests({"rows": host, "whole": host})
+        d.require_same("the config", {"seed": 0})
+        make_writer().close()
+        print("no collective needed")
+
+cli.run(main, d.define_flags)
+"""
+
+
+def test_a_start_needs_no_collective_before_all_wait_for_each_other():
+    """On a busy host one process may start or compile for a minute longer, and a collective waits for half a one."""
+    statuses, output = run(NO_COLLECTIVES)
+    assert statuses == [0, 0], output
+    assert all("no collective needed" in text for text in output), output

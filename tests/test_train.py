@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
+from uwm_jax import train as train_lib
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import Preempted, UserError
 from uwm_jax.evaluation.program import Evaluation
@@ -97,6 +98,8 @@ def test_what_a_run_leaves_behind(finished, finished_config):
     assert 1.5 < lines[0]["loss"] < 2.5
     assert config_lib.read(finished) == finished_config
     assert list((finished / "tensorboard").iterdir())
+    (start,) = read_starts(finished)  # a call from Python
+    assert start["command"] == ["python", *sys.orig_argv[1:]] and start["changed"] == {} and start["code_version"]
     assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [4, 6], "the newest two of three"
     items = {p.name for p in (finished / "checkpoints" / "6").iterdir() if p.is_dir()}
     assert items == {"params", "ema_params", "train_state", "data_iter", "assets", "codec"}
@@ -178,6 +181,31 @@ def test_an_evaluation_is_left_when_the_run_is_told_to_end(
     assert_same_lines(metrics_of(workdir), expected[:3])
     train(finished_config, workdir)
     assert_same_lines(metrics_of(workdir), expected)
+
+
+def test_a_config_from_python_is_judged_like_a_file(tiny_config, tmp_path):
+    tiny_config.data.crop = (32, 16)
+    with pytest.raises(UserError, match=r"config\.data\.crop=\(32, 16\) is larger than config\.data\.resize"):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_checkpoints_by_time_change_nothing_but_what_a_kill_costs(finished, finished_config, tmp_path, monkeypatch):
+    """A save before every step, though the config asks for one after every second alone; killed before step 4 is told."""
+    finished_config.checkpoint.every_minutes = 1e-9
+    workdir = tmp_path / "run"
+
+    def killed(*_):
+        raise KeyError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lib, "progress_line", lambda step, *rest: killed() if step == 4 else "")
+        with pytest.raises(KeyError, match="killed"):
+            train(finished_config, workdir)
+    assert latest_step(workdir) == 3
+    train(finished_config, workdir)
+    assert_same_lines(metrics_of(workdir), metrics_of(finished))
 
 
 @pytest.mark.slow

@@ -3,18 +3,23 @@ status that tells why, and the last finished step is saved."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from tensorboardX.record_writer import RecordWriter
 
 from launch.rehearse import Processes
 from uwm_jax import config as config_lib
+from uwm_jax.train import train
 from uwm_jax.training.checkpoint import latest_step
 
 pytestmark = pytest.mark.slow
@@ -147,6 +152,29 @@ def test_a_lost_reader_of_stdout_saves(command, tmp_path):
     step = latest_step(tmp_path / "run")
     assert step >= last and f"stdout can no longer be written (Broken pipe). Step {step} is saved" in told
     assert "Traceback" not in told and "Exception" not in told
+
+
+def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config, tmp_path, monkeypatch, capfd):
+    """Of every event after the first few none can be written; TensorBoard's own writer then blocks for ever."""
+    config = make_tiny_config()
+    config.total_steps, config.log_every = 30, 1
+    written, original = [], RecordWriter.write
+
+    def fail_later(self, data):
+        written.append(data)
+        if len(written) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", fail_later)
+    timer = threading.Timer(120, os._exit, (1,))  # instead of a test that never ends
+    timer.start()
+    train(config, tmp_path / "run")
+    timer.cancel()
+    assert latest_step(tmp_path / "run") == 30
+    assert [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").open()] == list(range(1, 31))
+    warned = [line for line in capfd.readouterr().err.splitlines() if "TensorBoard" in line]
+    assert len(warned) == 1 and "No space left on device" in warned[0] and "events.out.tfevents" in warned[0]
 
 
 @pytest.mark.multihost

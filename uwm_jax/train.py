@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,18 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: ConfigDict, workdir: Path, profile: str | None = None, start: dict[str, Any] | None = None) -> None:
-    """Runs `config` in `workdir` up to `config.total_steps`; `profile` is the flag, `start` what `run.json` gets."""
+    """Runs `config` in `workdir` up to `config.total_steps`.
+
+    Args:
+      profile: as the flag.
+      start: what `run.json` gets of this start, of `record.describe`; None: what is known of a call from Python.
+
+    Raises:
+      UserError: a config, data or a workdir that cannot be used.
+      Preempted: told to end by a signal, and saved.
+    """
+    config_lib.validate(config)
+    start = start or record.describe_use(["python", *sys.orig_argv[1:]], config, ())
     with contextlib.ExitStack() as closing:  # what is open is closed in reverse, all of it, whatever happens
         run(config, workdir, profile, start, closing)
 
@@ -72,7 +84,7 @@ def run(
     config: ConfigDict,
     workdir: Path,
     profile: str | None,
-    start: dict[str, Any] | None,
+    start: dict[str, Any],
     closing: contextlib.ExitStack,
 ) -> None:
     goodput = Goodput(config.total_steps, config.batch_size)
@@ -155,7 +167,9 @@ def run(
         say(f"continuing from step {stored.step}{state_lib.change_of_rate(config, before, stored.step)}")
     else:
         skipped = origin.skipped(like.params, config) if origin else []
-        state = jax.jit(init_state, out_shardings=shardings)(rng)
+        init = jax.jit(init_state, out_shardings=shardings).lower(rng).compile()
+        distributed.barrier("all have compiled the state", distributed.LATE_SECONDS)
+        state = init(rng)
         if config.model.encoder.imagenet_weights and (not origin or patterns.IMAGE_WEIGHTS in skipped):
             state = state_lib.with_params(state, load_pretrained_encoder(config, state.params, shardings.params))
         if origin:
@@ -169,8 +183,7 @@ def run(
     if distributed.is_main():
         checkpoint_lib.warn_of_room(workdir, like, config.checkpoint.keep)
         checkpoint_lib.write_config(workdir, config)
-        if start:
-            record.add_start(workdir, start)
+        record.add_start(workdir, start)
     checkpoint_lib.require_shared(workdir, config)
     if not stored:
         frozen_lib.keep_vae(config, vae, workdir)
@@ -233,8 +246,8 @@ def run(
     signals.take()
     turns = closing.enter_context(Turns(config.hang_seconds, config.checkpoint.every_minutes))
     watchdog = closing.enter_context(Watchdog(config.hang_seconds))
-    # On CPUs a collective fails when another process comes to it half a minute later.
-    distributed.barrier("all are ready for the first step", seconds=3600)
+    # On CPUs a collective fails when another process comes to it half a minute later: there is none before.
+    distributed.barrier("all are ready for the first step", distributed.LATE_SECONDS)
     saved_step = start_step
     for step in range(start_step + 1, config.total_steps + 1):
         with goodput.spend("data_wait"):

@@ -137,7 +137,12 @@ def main(argv):
         assert d.is_main() == first
         d.say("said by", flags.FLAGS.process_id)
         signals.take()
-        data = Ahead(iter(int, 1))  # zeros, without an end
+        def items():
+            for number in range(1000):
+                if number == 20 and scenario == "damaged" and not first:
+                    raise UserError("shard 3 is damaged")
+                yield number
+        data = Ahead(items())
         with Turns(0) as turns:
             for step in range(1, 1000):
                 time.sleep(0.02 if first else 0.03)
@@ -190,6 +195,16 @@ def test_a_sigterm_to_one_process_stops_all_at_the_same_step():
     told = {line for text in output for line in text.splitlines() if line.startswith("told at")}
     assert len(told) == 1 and all("told at" in text for text in output)
     assert ["said by 0" in text for text in output] == [True, False, False]
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_data_that_one_process_cannot_read_ends_all_at_the_same_step():
+    statuses, output = run("damaged")
+    assert statuses == [2, 2], output
+    assert all("told at 21" in text and text.count("error:") == 1 for text in output), output
+    assert "error: shard 3 is damaged" in output[1]
+    assert "error: process 1 of 2 failed: shard 3 is damaged" in output[0]
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ from uwm_jax.parallel.launch import LAUNCH_FLAGS, find_launch
 FLAGS = flags.FLAGS
 
 JOIN_SECONDS = 300  # for all processes to start
+LATE_SECONDS = 3600.0  # for all to come to a barrier before which some may compile or write for long
 SILENCE_SECONDS = 60.0  # after which a process that shows no life is taken for dead
 
 

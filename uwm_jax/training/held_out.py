@@ -79,7 +79,7 @@ class HeldOut:
                     f"({e.strerror or e}). Its means are in metrics.jsonl; {again} makes up for the rest."
                 )
         # Drawing takes seconds, and on CPUs a collective fails when another process comes to it half a minute later.
-        distributed.barrier(f"the evaluation of step {step} is written", seconds=3600)
+        distributed.barrier(f"the evaluation of step {step} is written", distributed.LATE_SECONDS)
         return means, {f"eval/{name}": file for name, file in files.items()}
 
 

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from uwm_jax.errors import RunError, UserError
+from uwm_jax.parallel import distributed
 from uwm_jax.reading import again, cause_of, reason_of
 
 # Signs that reading failed for another reason than what the files hold: such a checkpoint is left where it is.
@@ -204,6 +204,8 @@ def array_digests(tree: Any) -> dict[str, list[Any]]:
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
     arrays = list(named.values())
+    if not all(x.is_fully_addressable for x in arrays):  # a collective would not wait for long for those who are late
+        distributed.barrier("the digests", distributed.LATE_SECONDS)
     # Compiling a small program for each shape takes a CPU longer than the pass itself.
     on_cpu = all(device.platform == "cpu" for x in arrays for device in x.sharding.device_set)
     numbers = digests_on_host(arrays) if on_cpu else _digests_by_size(arrays)
@@ -245,7 +247,8 @@ def digests_on_host(arrays: list[jax.Array]) -> list[int]:
     partial = np.array([n % 2**32 for n in sums], np.uint32)
     spread = np.array([not x.is_fully_addressable for x in arrays], bool)
     if spread.any():
-        partial = np.where(spread, multihost_utils.process_allgather(partial).sum(axis=0, dtype=np.uint32), partial)
+        total = np.asarray(distributed.gather(partial.tolist()), np.uint32).sum(axis=0, dtype=np.uint32)
+        partial = np.where(spread, total, partial)
     return [int(n) for n in partial]
 
 
