@@ -192,7 +192,7 @@ def test_a_config_from_python_is_judged_like_a_file(tiny_config, tmp_path):
 
 @pytest.mark.slow
 def test_checkpoints_by_time_change_nothing_but_what_a_kill_costs(finished, finished_config, tmp_path, monkeypatch):
-    """A save before every step, though the config asks for one after every second alone; killed before step 4 is told."""
+    """A save before every step, where the config asks for one after every second; killed before step 4 is told."""
     finished_config.checkpoint.every_minutes = 1e-9
     workdir = tmp_path / "run"
 
