@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +100,8 @@ def test_how_to_sample_may_change_and_what_to_evaluate_too(workdir, stored, caps
     )
     assert flat["data.split"] == "val" and flat["eval.num_windows"] == 5
     assert capsys.readouterr().err == ""
+
+
+def test_the_docs_list_what_may_change():
+    page = (Path(config_lib.__file__).parents[1] / "docs" / "training.md").read_text()
+    assert [name for name in fixed_fields.EVALUATION if f"`{name}`" not in page] == []
