@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import sys
 from collections.abc import Iterable
+
+from uwm_jax.ending import drop_output
 
 
 class UserError(Exception):
@@ -43,5 +44,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def warn(message: str) -> None:
     """A line on stderr, at once; raises nothing where nobody can read it any more."""
-    with contextlib.suppress(OSError, ValueError):
+    try:
         print(f"warning: {message}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        drop_output(sys.stderr)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,14 @@ from ml_collections import ConfigDict
 
 from uwm_jax import cli
 from uwm_jax import config as config_lib
-from uwm_jax.data.ahead import Ahead, prefetch_to_device
 from uwm_jax.data.fitted import read_pca
-from uwm_jax.data.loader import Loader
+from uwm_jax.data.loader import Loader, prefetch_to_device
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.files import local_path
 from uwm_jax.parallel import distributed, sharding, signals
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
-from uwm_jax.parallel.turns import Left, Turns
+from uwm_jax.parallel.turns import Turns
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
@@ -122,15 +120,13 @@ def run(
         config = config_lib.with_origin(config, f"{origin.directory}@{origin.step}")
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
-    loader = open_loader(config, mesh, stored)
-    closing.callback(lambda: loader.close())  # whichever it is by then
+    loader = open_loader(config, mesh, stored, closing)
     distributed.require_same("the data", loader.state(loader.start_step))
     facts = DataFacts(**loader.facts())
     if origin:
         say("\n".join(compatibility.check(origin, config, facts, loader.ranges())))
         facts = dataclasses.replace(facts, normalizer=origin.normalizer_for(config, facts))
-        loader.close()
-        loader = open_loader(config, mesh, None, facts.normalizer)
+        loader = open_loader(config, mesh, None, closing, facts.normalizer)
     if config.eval.every:
         loader.held_out(config.eval.num_windows)  # raises here where there is none
     trace = Profile.parse(profile, workdir, stored.step if stored else 0, config.total_steps)
@@ -162,8 +158,7 @@ def run(
         newest = stored.step
         state, stored = checkpoints.restore_latest(like)
         if stored.step != newest:  # whose arrays are damaged
-            loader.close()
-            loader = open_loader(config, mesh, stored)
+            loader = open_loader(config, mesh, stored, closing)
         say(f"continuing from step {stored.step}{state_lib.change_of_rate(config, before, stored.step)}")
     else:
         skipped = origin.skipped(like.params, config) if origin else []
@@ -214,7 +209,13 @@ def run(
     if mfu.note:
         say(mfu.note)
 
-    def save(step: int) -> None:
+    for resource in (batches, log, trace):
+        closing.callback(resource.close)
+    signals.take()
+    turns = closing.enter_context(Turns(config.hang_seconds, config.checkpoint.every_minutes))
+    watchdog = closing.enter_context(Watchdog(config.hang_seconds))
+
+    def save(step: int, state: state_lib.TrainState) -> None:
         with goodput.spend("checkpoint"):
             arrays = frozen_lib.checkpointed_arrays(config, frozen)
             progress = {"window": window.state(), "goodput": goodput.state(step)}
@@ -224,28 +225,6 @@ def run(
                 checkpoints.wait()
                 log.check()
 
-    def evaluate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
-        """Means over held-out windows, and pictures; neither where the run is to end before."""
-
-        def each(items: Iterator[Any]) -> Iterator[Any]:
-            for item in turns.each(items, lambda items: Ahead(items, 1, loader.waits_for)):
-                watchdog.beat(step)
-                yield item
-
-        can_be_cut = signals.may_be_cut(Left()) if jax.process_count() == 1 else contextlib.nullcontext()
-        with goodput.spend("evaluation"), can_be_cut:
-            try:
-                return held_out.evaluate(workdir, step, state, frozen, each)
-            except Left:
-                again = f"python -m uwm_jax.evaluate --workdir={workdir} --step={step}"
-                say(f"the run is to end: the evaluation of step {step} is left out; {again} makes up for it.")
-                return {}, {}
-
-    for resource in (batches, log, trace):
-        closing.callback(resource.close)
-    signals.take()
-    turns = closing.enter_context(Turns(config.hang_seconds, config.checkpoint.every_minutes))
-    watchdog = closing.enter_context(Watchdog(config.hang_seconds))
     # On CPUs a collective fails when another process comes to it half a minute later: there is none before.
     distributed.barrier("all are ready for the first step", distributed.LATE_SECONDS)
     saved_step = start_step
@@ -254,7 +233,7 @@ def run(
             turn = turns.next(batches)  # the same on all processes, which hold the state after `step - 1`
         if (turn.save or turn.end) and step - 1 > saved_step:
             saved_step = step - 1
-            save(saved_step)
+            save(saved_step, state)
         if turn.end:
             checkpoints.wait()
             raise turn.end(step - 1)
@@ -270,7 +249,10 @@ def run(
         evaluates = config.eval.every > 0 and (step % config.eval.every == 0 or last)
         if step % config.log_every == 0 or step == 1 or due or evaluates:
             means = window.means()  # raises on NaN, so that none is ever saved
-            evaluated, pictures = evaluate(step) if evaluates else ({}, {})
+            with goodput.spend("evaluation"):
+                evaluated, pictures = (
+                    held_out.evaluate(workdir, step, state, frozen, turns, watchdog) if evaluates else ({}, {})
+                )
             rates = goodput.rates(step)
             rates |= mfu(rates["samples_per_second"])
             say(progress_line(step, config.total_steps, {**means, **rates}))
@@ -281,19 +263,21 @@ def run(
                 log.write(step, {**means, **rates, **evaluated}, pictures)
         if due:
             saved_step = step
-            save(step)
+            save(step, state)
     with goodput.spend("checkpoint"):
         checkpoints.wait()
     say(goodput.summary())
     say(f"done: {config.total_steps} steps in {workdir}")
 
 
-def open_loader(config: ConfigDict, mesh: Any, stored: Any, normalizer: Any = None) -> Loader:
+def open_loader(
+    config: ConfigDict, mesh: Any, stored: Any, closing: contextlib.ExitStack, normalizer: Any = None
+) -> Loader:
     """The loader of this process's rows, where a checkpoint left off; with the checkpoint's normaliser."""
     index, count = mesh_lib.data_group(mesh)
     if stored:
         normalizer = DataFacts.from_json(stored.assets["data_facts"]).normalizer
-    return Loader(
+    loader = Loader(
         config.data,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -303,6 +287,8 @@ def open_loader(config: ConfigDict, mesh: Any, stored: Any, normalizer: Any = No
         normalizer=normalizer,
         state=stored.data_iter if stored else None,
     )
+    closing.callback(loader.close)
+    return loader
 
 
 def where_codec(config: ConfigDict, workdir: Path, loader: Loader, stored: Any, origin: Any) -> tuple[Any, Any]:

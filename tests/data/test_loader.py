@@ -21,8 +21,7 @@ from ml_collections import ConfigDict
 from data_prep.reshard import reshard
 from uwm_jax import config as config_lib
 from uwm_jax.config import base
-from uwm_jax.data.ahead import prefetch_to_device
-from uwm_jax.data.loader import Loader, Trace, strangers
+from uwm_jax.data.loader import Loader, Trace, prefetch_to_device, strangers
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.sources import Source
@@ -638,8 +637,7 @@ import sys
 sys.modules["tensorflow"] = sys.modules["torch"] = None
 import jax
 from uwm_jax.config import base
-from uwm_jax.data.ahead import prefetch_to_device
-from uwm_jax.data.loader import Loader
+from uwm_jax.data.loader import Loader, prefetch_to_device
 c = base().data
 c.path, c.cameras, c.num_threads = {str(made[0])!r}, ("wrist", "exterior"), 2
 loader = Loader(c, batch_size=4, seed=0)

@@ -111,7 +111,7 @@ import os, signal, sys, time
 from absl import flags
 from uwm_jax import cli
 from uwm_jax.errors import Preempted, UserError
-from uwm_jax.data.ahead import Ahead
+from uwm_jax.parallel.ahead import Ahead
 from uwm_jax.parallel import distributed as d
 from uwm_jax.parallel import signals
 from uwm_jax.parallel.company import announce
@@ -165,7 +165,7 @@ def main(argv):
                 turn = turns.next(data)
                 if step % 4 == 0:  # an evaluation
                     try:
-                        for number in turns.each(iter(range(3)), Ahead):
+                        for number in turns.each(iter(range(3))):
                             time.sleep(0.001)
                     except Left:
                         turn = turns.next(data)

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from uwm_jax.data.ahead import Ahead
 from uwm_jax.errors import Preempted, RunError, UserError
 from uwm_jax.parallel import signals, turns
+from uwm_jax.parallel.ahead import Ahead
 from uwm_jax.parallel.turns import Left, Turns
 
 
@@ -113,14 +113,14 @@ def test_an_error_of_the_data_ends_the_run_with_it():
 def test_an_evaluation_is_left_by_all_that_ends_a_run(hanging):
     signals.take()
     with Turns(0) as run:
-        assert list(run.each(iter("abc"), Ahead)) == ["a", "b", "c"]
+        assert list(run.each(iter("abc"))) == ["a", "b", "c"]
         with pytest.raises(Left):
-            for _ in run.each(iter("abc"), Ahead):
+            for _ in run.each(iter("abc")):
                 signal.raise_signal(signal.SIGINT)
         assert run.next(hanging()).end is not None
     signals.restore()
     with Turns(0.2) as run, pytest.raises(Left):
-        list(run.each(iter(lambda: threading.Event().wait(60), 1), Ahead))
+        list(run.each(iter(lambda: threading.Event().wait(60), 1)))
 
 
 def test_a_second_signal_cuts_what_may_be_cut():

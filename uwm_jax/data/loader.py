@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from uwm_jax.data.mixture import MixtureOrder, continued
@@ -24,6 +25,7 @@ from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_
 from uwm_jax.data.windows import Windows
 from uwm_jax.ending import leave_behind
 from uwm_jax.errors import UserError
+from uwm_jax.parallel.ahead import Ahead
 
 CLOSE_SECONDS = 2.0  # for reads that are going on at the end
 
@@ -426,3 +428,17 @@ def strangers(episodes: np.ndarray) -> np.ndarray:
         others = candidates[episodes[candidates] != episodes[i]]
         found[i] = others[0] if len(others) else candidates[0]
     return found
+
+
+def prefetch_to_device(
+    batches: Iterator[Batch],
+    sharding: jax.sharding.Sharding,
+    depth: int,
+    waits_for: Callable[[], str] = lambda: "data",
+) -> Ahead[dict[str, jax.Array]]:
+    """A loader's batches on the devices, `depth` of them ahead.
+
+    Every process gives its own rows of the global batch; `sharding` says how the batch axis lies on the devices.
+    """
+    placed = ({k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()} for batch in batches)
+    return Ahead(placed, depth, waits_for)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
 from uwm_jax.errors import Preempted, RunError, UserError
 from uwm_jax.parallel import company, signals
+from uwm_jax.parallel.ahead import Ahead
 from uwm_jax.parallel.company import Company, announce, status_of
 
 NAMED_AFTER_SECONDS = 5.0  # a process that has waited so long for data is named when the run ends
@@ -26,20 +27,6 @@ _LOOK_SECONDS = 0.1  # how often a process that waits for its own data looks whe
 _KINDS = ("signal", "error", "output", "hang")  # of the reasons of several processes the first kind is told
 
 _Item = TypeVar("_Item")
-
-
-class Source(Protocol):
-    """Where the data of a turn comes from: `uwm_jax.data.ahead.Ahead`."""
-
-    @property
-    def error(self) -> Exception | None:
-        """What comes instead of the next item."""
-
-    def ready(self, seconds: float) -> bool:
-        """Waits at most so long for the next item, its error or the end; whether it is there."""
-
-    def waits_for(self) -> str:
-        """What is being read, for people."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +79,26 @@ class Turns:
         if error is not None:
             announce(error)
 
-    def next(self, source: Source) -> Turn:
+    def next(self, source: Ahead[Any]) -> Turn:
         """Waits until all processes have their next item, or one has a reason to end. All must call it."""
-        return self._next(source)
+        if self._end is None:
+            wait = _Wait(source, self._hang_seconds)
+            self._number += 1
+            verdict = self._alone(wait) if company.current is None else self._together(company.current, wait)
+            if not verdict["end"]:
+                return Turn(save=verdict["save"])
+            self._end = Turn(end=lambda step: _error(verdict, wait.source, step))
+        return self._end
 
-    def each(self, items: Iterator[_Item], ahead: Callable[[Iterator[_Item]], Any]) -> Iterator[_Item]:
-        """The items of all processes, a turn for each, read through `ahead` (`uwm_jax.data.ahead.Ahead`).
+    def each(self, items: Iterator[_Item], waits_for: Callable[[], str] = lambda: "data") -> Iterator[_Item]:
+        """The items of all processes, a turn for each; a thread makes them, one ahead.
 
         Raises:
           Left: the run is to end.
         """
-        source = ahead(items)
+        source = Ahead(items, 1, waits_for)
         try:
-            while not self._next(source).end:
+            while not self.next(source).end:
                 try:
                     item = next(source)
                 except StopIteration:
@@ -117,16 +111,6 @@ class Turns:
     def saved(self) -> None:
         """A checkpoint is being saved: `every_minutes` start anew."""
         self._saved = time.monotonic()
-
-    def _next(self, source: Source) -> Turn:
-        if self._end is None:
-            wait = _Wait(source, self._hang_seconds)
-            self._number += 1
-            verdict = self._alone(wait) if company.current is None else self._together(company.current, wait)
-            if not verdict["end"]:
-                return Turn(save=verdict["save"])
-            self._end = Turn(end=lambda step: _error(verdict, wait.source, step))
-        return self._end
 
     def _alone(self, wait: _Wait) -> dict[str, Any]:
         pause = 0.0
@@ -171,7 +155,7 @@ class Turns:
 class _Wait:
     """One process's wait for its own data at a turn."""
 
-    def __init__(self, source: Source, hang_seconds: float):
+    def __init__(self, source: Ahead[Any], hang_seconds: float):
         self.source, self._hang_seconds = source, hang_seconds
         self._began = time.monotonic()
 
@@ -216,7 +200,7 @@ def _who() -> str:
     return company.place() if company.current else "the run"
 
 
-def _error(verdict: dict[str, Any], source: Source, step: int) -> Exception:
+def _error(verdict: dict[str, Any], source: Ahead[Any], step: int) -> Exception:
     """What ends a run after `step`."""
     reason = verdict["end"]
     here = company.current is None or reason["process"] == company.current.index

@@ -7,9 +7,12 @@ import faulthandler
 import os
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from uwm_jax.parallel import company
+
+_Item = TypeVar("_Item")
 
 _STDERR = 2  # by number: a thread that hangs may hold the lock of sys.stderr
 
@@ -48,6 +51,12 @@ class Watchdog:
         """`step` is done. Costs the reading of a clock."""
         self._step = step
         self._beaten = time.monotonic()
+
+    def each(self, step: int, items: Iterator[_Item]) -> Iterator[_Item]:
+        """The items, of which each that comes is a beat: what takes longer than a step, after `step`."""
+        for item in items:
+            self.beat(step)
+            yield item
 
     def _watch(self) -> None:
         quiet_since = self._beaten

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from uwm_jax.data.loader import Loader
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import warn
 from uwm_jax.evaluation.program import Each, Evaluation, join, rows_at_a_time, write_results
-from uwm_jax.parallel import distributed
+from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel.sharding import Rules
+from uwm_jax.parallel.turns import Left, Turns
+from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.system import System
 from uwm_jax.training import average
 from uwm_jax.training.record import describe_use
@@ -38,23 +41,43 @@ class HeldOut:
         config = system.config
         windows = loader.held_out(config.eval.num_windows)
         rows = rows_at_a_time(mesh, min(len(windows), config.batch_size))
-        self._system = system
+        self._system, self._loader = system, loader
         self._modes = Evaluation(system, loader, windows, mesh, rules, rows, denoising=False)
         self._modes.compile(state.eval_params, frozen)
         inputs = state, frozen, self._modes.example()
         self._losses = compile_for(mesh, rules, make_eval_step(system), *inputs, updates_state=False)
 
     def evaluate(
-        self, workdir: Path, step: int, state: TrainState, frozen: Any, each: Each
+        self, workdir: Path, step: int, state: TrainState, frozen: Any, turns: Turns, watchdog: Watchdog
     ) -> tuple[dict[str, float], dict[str, Path]]:
         """Measures a state, and writes `<workdir>/eval/<step>/` but for the GIF, which takes long to draw.
 
+        Where the run is to end before the last batch, nothing is written, and a line says so.
+
         Args:
-          each: gives the batches of an iterator on. What it raises ends the evaluation, and nothing is written.
+          turns, watchdog: the trainer's; every batch is a turn of all processes, and a beat.
 
         Returns:
-          {`eval/loss/<modality>` or `eval/<metric>`: mean}, and {`eval/<picture>`: file} on the main process.
+          {`eval/loss/<modality>` or `eval/<metric>`: mean}, and {`eval/<picture>`: file} on the main process; {}, {}
+          where the evaluation was left out.
         """
+
+        def each(items: Iterator[Any]) -> Iterator[Any]:
+            return watchdog.each(step, turns.each(items, self._loader.waits_for))
+
+        # One of several processes would leave the others alone in a batch.
+        can_be_cut = signals.may_be_cut(Left()) if jax.process_count() == 1 else contextlib.nullcontext()
+        try:
+            with can_be_cut:
+                return self._evaluate(workdir, step, state, frozen, each)
+        except Left:
+            again = f"python -m uwm_jax.evaluate --workdir={workdir} --step={step}"
+            distributed.say(f"the run is to end: the evaluation of step {step} is left out; {again} makes up for it.")
+            return {}, {}
+
+    def _evaluate(
+        self, workdir: Path, step: int, state: TrainState, frozen: Any, each: Each
+    ) -> tuple[dict[str, float], dict[str, Path]]:
         losses = []
         for batch in each(self._modes.batches()):
             losses.append(jax.device_get(self._losses(state, frozen, batch)))

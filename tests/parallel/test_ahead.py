@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from uwm_jax.data import ahead
-from uwm_jax.data.ahead import Ahead, prefetch_to_device
+from uwm_jax.data.loader import prefetch_to_device
 from uwm_jax.errors import UserError
+from uwm_jax.parallel import ahead
+from uwm_jax.parallel.ahead import Ahead
 
 
 def test_errors_and_the_end_come_in_their_place():

@@ -7,10 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-import jax
-
-from uwm_jax.data.samples import Batch
-
 CLOSE_SECONDS = 2.0  # for the item that is being made at the end
 
 _Item = TypeVar("_Item")
@@ -83,17 +79,3 @@ class Ahead(Iterator[_Item], Generic[_Item]):
                 self._changed.notify_all()
             if isinstance(item, BaseException):
                 return
-
-
-def prefetch_to_device(
-    batches: Iterator[Batch],
-    sharding: jax.sharding.Sharding,
-    depth: int,
-    waits_for: Callable[[], str] = lambda: "data",
-) -> Ahead[dict[str, jax.Array]]:
-    """A loader's batches on the devices, `depth` of them ahead.
-
-    Every process gives its own rows of the global batch; `sharding` says how the batch axis lies on the devices.
-    """
-    placed = ({k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()} for batch in batches)
-    return Ahead(placed, depth, waits_for)
