@@ -165,7 +165,8 @@ def test_the_messages_are_those_of_the_code():
     """What the table of errors quotes is in the source, but for what `...` leaves out."""
     known = [
         node.value
-        for file in (ROOT / "uwm_jax").rglob("*.py")
+        for package in ("uwm_jax", "data_prep")
+        for file in (ROOT / package).rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
