@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from uwm_jax import cli
 from uwm_jax.data import records
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import RunError, UserError
+from uwm_jax.reading import read_json
 
 FLAGS = flags.FLAGS
 
@@ -156,10 +156,10 @@ def _first_lines(text: str, count: int) -> str:
 def is_training_dataset(directory: Path) -> bool:
     """Whether a directory is in the training layout, of this or another version."""
     try:
-        manifest = json.loads((directory / "manifest.json").read_text())
-    except (OSError, ValueError):
+        manifest = read_json(directory / "manifest.json")
+    except (OSError, UserError):
         return False
-    return isinstance(manifest, dict) and manifest.get("format") == records.FORMAT
+    return manifest.get("format") == records.FORMAT
 
 
 def _camera_sizes(source: rlds.Source, splits: dict[str, list[Path]]) -> dict[str, tuple[int, int]]:

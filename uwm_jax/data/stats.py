@@ -18,6 +18,7 @@ from uwm_jax.data.transforms import Transform
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
+from uwm_jax.reading import read_json
 
 Stats = dict[str, Any]
 
@@ -158,17 +159,13 @@ def key_stats(
 
 def _read_derived(file: epath.Path) -> dict[str, Any]:
     """What `key_stats` wrote; {} where there is nothing, or no longer what was written."""
-    try:
-        text = file.read_text()
-    except (OSError, ValueError):
-        text = "" if not file.exists() else "not readable"
-    if not text:
+    if not file.exists():
         return {}
     try:
-        stored = json.loads(text)
+        stored = read_json(file)
         if stored.pop("digest", None) == _digest(stored):
             return stored
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (OSError, UserError, TypeError):
         pass
     print(f"{file}: edited, damaged or of an older version; the statistics are computed again.", file=sys.stderr)
     return {}

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
+from uwm_jax.reading import read_json
 
 Settings = Mapping[str, Any]  # what tells a result apart from the run's own, JSON; {} for the run's own
 
@@ -148,8 +149,8 @@ def _other(file: Path, settings: Settings) -> bool:
 
 def _record(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(file)
+    except (OSError, UserError):
         return {}
-    found = found.get("about", found) if isinstance(found, dict) else {}
+    found = found.get("about", found)
     return found if isinstance(found, dict) else {}

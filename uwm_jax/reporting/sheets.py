@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
+from uwm_jax.reading import read_json
 
 FILE = "pictures.json"
 
@@ -57,9 +59,9 @@ def write_labels(folder: Path, labels: Mapping[str, Labels]) -> None:
 def read_labels(picture: Path) -> Labels | None:
     """The labels of a picture; None where its folder keeps none of it, as older versions left it."""
     try:
-        found = json.loads((picture.parent / FILE).read_text(encoding="utf-8"))[picture.name]
+        found = read_json(picture.parent / FILE)[picture.name]
         return _labels(found)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, ValueError, KeyError, TypeError):
         return None
 
 
