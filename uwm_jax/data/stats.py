@@ -159,7 +159,7 @@ def key_stats(
 
 def _read_derived(file: epath.Path) -> dict[str, Any]:
     """What `key_stats` wrote; {} where there is nothing, or no longer what was written."""
-    if not file.exists():
+    if not file.exists() or not file.stat().length:
         return {}
     try:
         stored = read_json(file)
