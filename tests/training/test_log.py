@@ -108,13 +108,16 @@ def test_a_bad_step_ends_the_run_before_the_next_line():
         window.add(3, metrics(1.0))
 
 
-def test_lines_that_are_not_ours_do_not_count(tmp_path):
+def test_lines_that_are_not_ours_do_not_count(tmp_path, capsys):
     ours = {"step": 2, "loss": 0.5}
     lines = ['{"loss": 1}', '{"step": "2"}', '{"step": 1.5}', '{"step": true}', '{"step": 2, "loss": "x"}', "[1]"]
     lines += ["[" * 100_000, '{"step": ' + "1" * 9_999 + "}", json.dumps(ours), '{"step": 3, "lo']
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff\n")
     assert read_metrics(tmp_path / "metrics.jsonl") == [ours]
     MetricsLog(tmp_path, 2).close()  # a run that continues keeps what it can read
+    assert "metrics.jsonl: 9 lines are not what a run writes" in capsys.readouterr().err
+    MetricsLog(tmp_path, 2).close()
+    assert not capsys.readouterr().err
     assert read_metrics(tmp_path / "metrics.jsonl") == [ours]
 
 

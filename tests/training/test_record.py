@@ -41,6 +41,21 @@ def test_starts_are_appended_and_unreadable_files_are_none(tmp_path):
         assert record.read_starts(tmp_path) == []
 
 
+def test_a_damaged_record_of_starts_is_kept(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"starts": [{"com')
+    record.add_start(tmp_path, {"command": ["python"]})
+    assert record.read_starts(tmp_path) == [{"command": ["python"]}]
+    assert (tmp_path / "run.json.damaged").read_text() == '{"starts": [{"com'
+    assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_a_config_in_the_home_directory_is_described(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.py").write_text('"""Ours."""')
+    start = record.describe(["python", "x"], "~/a.py:b", base(), [])
+    assert start["about"] == "Ours." and start["config_file"] == "~/a.py:b"
+
+
 def test_the_code_version_names_the_commit_of_a_clone(tmp_path, monkeypatch):
     package = tmp_path / "uwm_jax" / "__init__.py"
     package.parent.mkdir()

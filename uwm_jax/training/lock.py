@@ -7,6 +7,8 @@ import os
 import socket
 from pathlib import Path
 
+from uwm_jax.errors import warn
+
 _held: dict[Path, tuple[int, int]] = {}  # by this process: {file: (descriptor, how many times)}
 
 
@@ -31,8 +33,8 @@ def hold(workdir: Path) -> str | None:
         holder = os.read(descriptor, 500).decode(errors="replace").strip()
         os.close(descriptor)
         return holder or "another process"
-    except OSError:
-        pass  # no locks here
+    except OSError as e:
+        warn(f"{workdir}: this file system has no locks ({e.strerror}): nothing keeps a second run out.")
     else:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -18,6 +18,7 @@ import numpy as np
 
 from uwm_jax.errors import RunError, warn
 from uwm_jax.files import write_text
+from uwm_jax.reading import again
 from uwm_jax.training.goodput import duration
 from uwm_jax.training.tensorboard import Board
 
@@ -119,6 +120,8 @@ class MetricsLog:
             return
         if self._path.is_file():
             lines = read_metrics(self._path)
+            if (unusable := len(_lines(self._path)) - len(lines)) > 1:  # one may be what a crash left half-written
+                warn(f"{self._path}: {unusable} lines are not what a run writes; they are left out from now on.")
             kept = [json.dumps(x) for x in lines if x["step"] <= step]
             self.cut = next((x for x in reversed(lines) if x["step"] > step), None)
             write_text(self._path, "".join(line + "\n" for line in kept))
@@ -177,15 +180,18 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     A line counts that has an integer `step` and otherwise numbers.
     """
-    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).is_file() else []
     complete = []
-    for line in lines:
+    for line in _lines(Path(path)):
         with contextlib.suppress(ValueError, RecursionError):
             read = json.loads(line)
             numbers = isinstance(read, dict) and all(isinstance(value, int | float) for value in read.values())
             if numbers and type(read.get("step")) is int:
                 complete.append(read)
     return complete
+
+
+def _lines(path: Path) -> list[str]:
+    return again(path.read_bytes, path).decode(errors="replace").splitlines() if path.is_file() else []
 
 
 def progress_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 import uwm_jax
 from uwm_jax.config import flatten, load
-from uwm_jax.errors import UserError
-from uwm_jax.files import write_text
+from uwm_jax.errors import UserError, warn
+from uwm_jax.files import local_path, write_text
 from uwm_jax.reading import read_json
 
 FILE = "run.json"
@@ -40,7 +40,7 @@ def describe(command: Sequence[str], config_file: str, config: ConfigDict, overr
     in_file = _in_file(config_file) if use["changed"] else {}  # the file is run once more for it
     return use | {
         "config_file": config_file,
-        "about": _about(Path(config_file.partition(":")[0])),
+        "about": _about(local_path(config_file.partition(":")[0], "--config")),
         "in_file": {name: in_file[name] for name in use["changed"] if name in in_file},
     }
 
@@ -84,7 +84,15 @@ def _about(file: Path) -> str:
 
 
 def add_start(workdir: Path, start: dict[str, Any]) -> None:
-    """Appends what `describe` returned to `run.json`, which is made where there is none."""
+    """Appends what `describe` returned to `run.json`, which is made where there is none.
+
+    One that cannot be read is kept as `run.json.damaged`, and a warning says so.
+    """
+    file = workdir / FILE
+    if file.exists() and not read_starts(workdir):
+        kept = file.with_name(f"{FILE}.damaged")
+        file.replace(kept)
+        warn(f"{file} is damaged: earlier starts of this run are not known. It is kept as {kept.name}.")
     write_text(workdir / FILE, json.dumps({"starts": [*read_starts(workdir), start]}, indent=2) + "\n")
 
 
