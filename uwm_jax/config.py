@@ -294,9 +294,9 @@ def _parse(name: str, text: str, like: Any) -> Any:
 def _type_name(value: Any) -> str:
     names = {
         "bool": "true or false",
-        "int": "a whole number",
+        "int": "an integer",
         "float": "a number",
-        "str": "a text",
+        "str": "a string",
         "tuple": "a list",
     }
     return names.get(type(value).__name__, type(value).__name__)

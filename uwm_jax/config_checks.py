@@ -48,7 +48,7 @@ _AT_LEAST_ONE = (
 ).split()
 
 
-# Lists of texts; the other lists are of whole numbers, except for those below.
+# Lists of strings; the other lists are of integers, except for those below.
 _TEXTS = (*("init_from_skip", "optimizer.freeze", "data.cameras", "data.low_dim"), "data.sources.*.cameras")
 _CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # texts, or (key, text)
 _PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
@@ -56,7 +56,7 @@ _PLANE = "eval.action_plane"  # a camera and four numbers
 
 
 def is_list_of_texts(name: str) -> bool:
-    """Whether the elements of a list field are texts, so that `2` on the command line means "2"."""
+    """Whether the elements of a list field are strings, so that `2` on the command line means "2"."""
     return _matches(name, _TEXTS + _CONDITIONS)
 
 
@@ -88,11 +88,11 @@ def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
 def _check_elements(name: str, value: tuple[Any, ...]) -> None:
     if _matches(name, _TEXTS):
         if not all(isinstance(v, str) for v in value):
-            raise UserError(f"config.{name}: expected a list of texts such as ('one', 'two'), found {value!r}.")
+            raise UserError(f"config.{name}: expected a list of strings such as ('one', 'two'), found {value!r}.")
     elif _matches(name, _CONDITIONS):
         if not all(isinstance(v, str) or _is_pair(v) for v in value):
             raise UserError(
-                f"config.{name}: expected a list of texts or of pairs (key, text) such as "
+                f"config.{name}: expected a list of strings or of pairs (key, text) such as "
                 f"('success', ('recording_folderpath', 'LAB')), found {value!r}."
             )
     elif _matches(name, _PAIRS):
@@ -110,7 +110,7 @@ def _check_elements(name: str, value: tuple[Any, ...]) -> None:
                 f"('image', 0.0, 512.0, 0.0, 512.0), found {value!r}."
             )
     elif not all(type(v) is int and abs(v) < 2**63 for v in value):
-        raise UserError(f"config.{name}: expected a list of whole numbers such as (1, 2), found {value!r}.")
+        raise UserError(f"config.{name}: expected a list of integers such as (1, 2), found {value!r}.")
 
 
 def _is_pair(value: Any) -> bool:
@@ -150,11 +150,11 @@ def _check_combinations(c: ConfigDict) -> None:
     for name, (value, length) in sizes.items():
         check(
             len(value) == length and min(value) > 0,
-            f"config.{name}: expected {length} positive whole numbers, found {value}.",
+            f"config.{name}: expected {length} positive integers, found {value}.",
         )
     check(
         len(m.encoder.stage_sizes) > 0 and min(m.encoder.stage_sizes) > 0,
-        f"config.model.encoder.stage_sizes: expected positive whole numbers, found {m.encoder.stage_sizes}.",
+        f"config.model.encoder.stage_sizes: expected positive integers, found {m.encoder.stage_sizes}.",
     )
     check(
         d.crop[0] <= d.resize[0] and d.crop[1] <= d.resize[1],

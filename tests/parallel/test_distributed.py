@@ -83,7 +83,7 @@ def test_a_slurm_task_alone_on_its_node_takes_all_gpus():
         (
             NO_FLAGS,
             {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "four", "JAX_PROCESS_ID": "1"},
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID: expected whole numbers",
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID: expected integers",
         ),
     ],
 )

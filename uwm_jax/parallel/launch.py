@@ -62,7 +62,7 @@ def _explicit(given: Mapping[str, Any], names: Mapping[str, str]) -> Launch | No
     try:
         count, index = int(given["num_processes"]), int(given["process_id"])
     except ValueError as e:
-        raise UserError(f"{names['num_processes']} and {names['process_id']}: expected whole numbers ({e}).") from e
+        raise UserError(f"{names['num_processes']} and {names['process_id']}: expected integers ({e}).") from e
     if not 0 <= index < count:
         raise UserError(
             f"{names['process_id']}={index}: expected 0 to {count - 1}, as {names['num_processes']}={count}."
