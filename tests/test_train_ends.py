@@ -19,6 +19,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from launch.rehearse import Processes
 from uwm_jax import config as config_lib
+from uwm_jax.reporting import pictures
 from uwm_jax.train import train
 from uwm_jax.training.checkpoint import latest_step
 
@@ -69,9 +70,16 @@ def until(happens, seconds=240.0) -> None:
         time.sleep(0.02)
 
 
+def obey():
+    """As a terminal starts a process, also where these tests run in the background of a script, deaf to Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Run:
     def __init__(self, command, folder: Path, **options):
         self.output = folder / "output"
+        options = {"preexec_fn": obey} | options
         with self.output.open("w") as output:
             self.process = subprocess.Popen(command, **{"stdout": output, "stderr": subprocess.STDOUT} | options)
 
@@ -111,7 +119,7 @@ def test_a_read_that_hangs_makes_nobody_deaf(command, tmp_path, number, times, n
         assert time.monotonic() - began < 20
     last = steps_of(run.text())[-1]
     assert latest_step(tmp_path / "run") == last
-    said = f"told to end ({name}): step {last} is saved; the same command continues from it. the run had waited for "
+    said = f"told to end ({name}): step {last} is saved; the same command continues from it. The run had waited for "
     assert said in run.text() and ".array_record" in run.text().split(said)[1]
     assert "Traceback" not in run.text() and "Exception" not in run.text()
 
@@ -155,9 +163,10 @@ def test_a_lost_reader_of_stdout_saves(command, tmp_path):
 
 
 def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config, tmp_path, monkeypatch, capfd):
-    """Of every event after the first few none can be written; TensorBoard's own writer then blocks for ever."""
+    """Of every event after the first few none can be written (TensorBoard's own writer then blocks for ever), and no
+    picture of the evaluation."""
     config = make_tiny_config()
-    config.total_steps, config.log_every = 30, 1
+    config.total_steps, config.log_every, config.eval.every = 30, 1, 30
     written, original = [], RecordWriter.write
 
     def fail_later(self, data):
@@ -166,15 +175,20 @@ def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(self, data)
 
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "modes.png"))
+
     monkeypatch.setattr(RecordWriter, "write", fail_later)
+    monkeypatch.setattr(pictures, "draw", full)
     timer = threading.Timer(120, os._exit, (1,))  # instead of a test that never ends
     timer.start()
     train(config, tmp_path / "run")
     timer.cancel()
     assert latest_step(tmp_path / "run") == 30
     assert [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").open()] == list(range(1, 31))
-    warned = [line for line in capfd.readouterr().err.splitlines() if "TensorBoard" in line]
-    assert len(warned) == 1 and "No space left on device" in warned[0] and "events.out.tfevents" in warned[0]
+    warned = [line for line in capfd.readouterr().err.splitlines() if "No space left on device" in line]
+    assert len(warned) == 2 and "events.out.tfevents" in warned[0]
+    assert "modes.png: the evaluation of step 30 cannot be written" in warned[1]
 
 
 @pytest.mark.multihost
@@ -206,6 +220,6 @@ def test_of_several_processes_the_one_that_hangs_is_named_and_all_save(command, 
         last = done
         for lines in processes.lines:
             text = "\n".join(lines)
-            assert "process 1 of 2 got no data in 6 s" in text or "process 1 of 2 had waited for" in text, text
+            assert "process 1 of 2 got no data in 6 s" in text or "Process 1 of 2 had waited for" in text, text
             assert ".array_record" in text and f"tep {last} is saved" in text
             assert text.count("error:") == (status == 1) and "Traceback (most" not in text

@@ -31,10 +31,12 @@ def hanging():
 
 @pytest.fixture(autouse=True)
 def handlers():
-    before = {number: signal.getsignal(number) for number in signals.NAMES}
+    """Those of a process that ignores none, also where these tests run in the background of a script."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in signals.NAMES}
     yield
     signals.restore()
-    assert {number: signal.getsignal(number) for number in signals.NAMES} == before
+    for number, handler in before.items():
+        assert signal.signal(number, handler) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(
@@ -58,13 +60,11 @@ def test_a_signal_is_a_request_however_often_it_comes(number, name, status):
 
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        signals.take()
-        signal.raise_signal(signal.SIGHUP)
-        assert signals.received() is None
-    finally:
-        signals.restore()
-        assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+    signals.take()
+    signal.raise_signal(signal.SIGHUP)
+    assert signals.received() is None
+    signals.restore()
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_a_signal_ends_a_wait_for_data_that_never_comes(hanging, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_signal_ends_a_wait_for_data_that_never_comes(hanging, monkeypatch):
         began = time.monotonic()
         end = run.next(data).end
         assert end is not None and time.monotonic() - began < 5
-    assert "the run had waited for shard 7, record 3." in str(end(3))
+    assert "The run had waited for shard 7, record 3." in str(end(3))
 
 
 def test_data_that_does_not_come_ends_the_run_by_itself(hanging):

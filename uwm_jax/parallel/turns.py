@@ -211,6 +211,6 @@ def _error(verdict: dict[str, Any], source: Ahead[Any], step: int) -> Exception:
         return kind(f"process {reason['process']} of {jax.process_count()} failed: {reason['message']}")
     saved = f"step {step} is saved; the same command continues from it." if step else "before the first step was done."
     if reason["kind"] == "signal":
-        waited = "".join(f" {waits}." for waits in verdict["waits"])
+        waited = "".join(f" {waits[0].upper()}{waits[1:]}." for waits in verdict["waits"])
         return Preempted(f"{reason['message']}: {saved}{waited}", reason["status"])
     return RunError(f"{reason['message']}. {saved[0].upper()}{saved[1:]}")
