@@ -60,7 +60,7 @@ def test_every_cut_is_refused(tmp_path: Path) -> None:
         (b"<html>", "a web page"),
         (b"<?xml version='1.0'?><Error/>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-LFS pointer"),
-        (gzip.compress(b"tensors"), "compressed with gzip"),
+        (gzip.compress(b"tensors", mtime=0), "compressed with gzip"),
         (b'{"error": "Repository not found"}', "JSON text"),
     ],
 )
