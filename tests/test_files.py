@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -149,3 +150,13 @@ def test_a_new_folder_appears_complete_or_not_at_all(tmp_path):
     with new_folder(tmp_path / "link") as staging:
         (staging / "x").touch()
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "x").exists()
+
+
+def test_a_new_folder_does_not_replace_what_came_meanwhile(tmp_path):
+    target = tmp_path / "run"
+    with pytest.raises(OSError, match=str(target)) as e, new_folder(target) as staging:
+        (staging / "ours").touch()
+        target.mkdir()
+        (target / "theirs").touch()
+    assert e.value.errno == errno.ENOTEMPTY
+    assert os.listdir(tmp_path) == ["run"] and os.listdir(target) == ["theirs"]
