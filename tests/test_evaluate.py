@@ -16,7 +16,7 @@ from uwm_jax.evaluation.program import Evaluation
 from uwm_jax.made_up import make_up_system
 from uwm_jax.train import train
 
-PICTURES = {"idea.png", "modes.png", "actions.png"}
+PICTURES = {"idea.png", "modes.png", "actions.png", "pictures.json"}
 
 
 @pytest.fixture(scope="module")
