@@ -334,7 +334,7 @@ def test_other_closed_loops_leave_the_first_alone(trained, tmp_path, monkeypatch
     monkeypatch.setattr(rollout, "closed_loop", act)
     monkeypatch.setattr(rollout, "play", act)
     monkeypatch.setattr(rollout, "open_envs", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(rollout, "replay", lambda *_: {})
+    monkeypatch.setattr(rollout, "replay", lambda *_: {"image": None})
     monkeypatch.setattr(film, "imagine", lambda *_, **__: None)
     monkeypatch.setattr(film, "draw", lambda *_: False)
     output = tmp_path / "out"
