@@ -38,10 +38,11 @@ def test_only_what_is_not_the_runs_own_and_changes_a_number_is_a_difference():
     assert places.differences(own, own, names, "raw", "average") == {"parameters": "raw"}
 
 
-def test_the_steps_own_folder_is_for_the_runs_own_evaluation(tmp_path):
+def test_the_steps_own_folder_is_for_the_runs_own_evaluation(tmp_path, capsys):
     step = tmp_path / "eval" / "20"
-    assert choose(step, {}, own=True) == choose(step, {}, own=True) == ""
+    assert choose(step, {}, own=True) == choose(step, {}, own=True) == "" == capsys.readouterr().out
     val = choose(step, {"data.split": "val"})
+    assert capsys.readouterr().out == f'results go to {step}/{val}: settings {{"data.split": "val"}}\n'
     assert len(val) == 12 and val == choose(step, {"data.split": "val"})  # the same again replaces it
     others = [{"data.split": "val", "parameters": "raw"}, {"datasets": ["a"]}, {"eval.num_windows": 8}]
     assert len({"", val, *(choose(step, settings) for settings in others)}) == 5

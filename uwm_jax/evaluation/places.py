@@ -2,9 +2,9 @@
 
 `eval/<step>/` is the run's own held-out set, evaluated with the run's own config. `rollout/<step>/` and
 `eval/<step>/few_steps.json` are a closed loop and a comparison of samplers under the run's own config: those that were
-made first, since a run does not say which simulator, seeds or samplers are its own. Anything else goes to a folder
-below, `<step>/<name>/`, named by `--name` or by a digest of the settings that tell it apart. The same settings again
-replace what they made.
+made first, since a run does not say which simulator, seeds or samplers are its own. So is the first evaluation of a
+converted checkpoint, which does not tell its data. Anything else goes to a folder below, `<step>/<name>/`, named by
+`--name` or by a digest of the settings that tell it apart. The same settings again replace what they made.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def choose(
     name: str | None,
     run: Mapping[str, str],
 ) -> Path:
-    """The folder of a result, in which files can be written.
+    """The folder of a result, in which files can be written; a line says so where it is not the step's.
 
     Args:
       step_folder: `eval/<step>` or `rollout/<step>`.
@@ -139,6 +139,8 @@ def choose(
     if run and record and (there := record.get("workdir")) != run["workdir"]:
         raise UserError(f"{folder} holds results of another run, {there}. Choose another --output.")
     require_writable(folder)
+    if folder != step_folder:
+        print(f"results go to {folder}: settings {json.dumps(settings)}", flush=True)
     return folder
 
 
