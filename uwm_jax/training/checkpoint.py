@@ -45,6 +45,8 @@ from uwm_jax.training.writer import make_writer
 READ_TIMEOUT_SECONDS = 20 * 60  # for all to have read one
 SHARED_SECONDS = 40.0  # for a file that one host wrote to be seen on another: NFS clients look every 30 s
 
+REMOVE_SECONDS = 5.0  # for what is left of a checkpoint that could not be saved
+
 _Value = TypeVar("_Value")
 
 _UNFINISHED = (".orbax-checkpoint-tmp", ".deleted")
@@ -165,10 +167,19 @@ class Checkpoints:
                 "changed; the same command continues from there, or use another --workdir."
             )
 
-    def _remove_unfinished(self) -> None:
-        for path in self.directory.iterdir():
-            if any(suffix in path.name for suffix in _UNFINISHED):
-                shutil.rmtree(path, ignore_errors=True)
+    def _remove_unfinished(self) -> bool:
+        """Returns whether there was anything to remove."""
+        found = [path for path in self.directory.iterdir() if any(suffix in path.name for suffix in _UNFINISHED)]
+        for path in found:
+            shutil.rmtree(path, ignore_errors=True)
+        return bool(found)
+
+    def _remove_half_written(self) -> None:
+        """After a failed save, whose other writes may go on for a moment; what is left then goes at the next start."""
+        nothing, deadline = 0, time.monotonic() + REMOVE_SECONDS
+        while nothing < 3 and time.monotonic() < deadline:
+            nothing = 0 if self._remove_unfinished() else nothing + 1
+            time.sleep(0.05)
 
     def _release(self) -> None:
         if self._locked:
@@ -318,8 +329,8 @@ class Checkpoints:
             if self._failure is None:
                 raise
         finally:
-            if self._failure is not None and self._locked:  # what was half-written only takes room
-                self._remove_unfinished()
+            if self._failure is not None and self._locked:
+                self._remove_half_written()
             self._release()
         if self._failure is not None and not self._failure_was_raised:
             if not another:

@@ -73,7 +73,7 @@ def load_for_inference(
             if step is not None:
                 raise UserError(f"--step={step}: {e}. There are checkpoints of steps {steps}.") from e
             checkpoints.pass_over(stored.step, e)
-    if told := config_lib.about_clip(system.config):
+    if told := config_lib.about_clip(config):
         warn(told)
     if used["parameters"] == average.AVERAGE and (told := average.warning(config, stored.step, "--parameters=raw")):
         warn(told)
