@@ -163,7 +163,7 @@ def cut_episode(record: bytes, layout: Layout) -> Episode:
         length = _length(view, steps, layout)
         _check_frames(view, steps, layout)
         edges = [*range(0, length, layout.chunk_steps), length]
-        parts = [(name, _split(view, name, field, fields, length, edges, layout)) for name, field in fields.items()]
+        parts = [(name, _split(view, name, fields, edges, layout)) for name in fields]
         columns = {
             key: _column(view, key, steps[key], dtype, layout).reshape(length, *shape)
             for key, (shape, dtype) in layout.columns.items()
@@ -207,32 +207,21 @@ def _check_frames(view: memoryview, steps: dict[str, example.Field], layout: Lay
 
 
 def _split(
-    view: memoryview,
-    name: bytes,
-    field: example.Field,
-    fields: dict[bytes, example.Field],
-    length: int,
-    edges: list[int],
-    layout: Layout,
+    view: memoryview, name: bytes, fields: dict[bytes, example.Field], edges: list[int], layout: Layout
 ) -> list[bytes]:
-    """A feature's values in each chunk, serialized."""
+    """A feature's values in each chunk, serialized; `edges` are the steps between chunks, from 0 to the last."""
+    field = fields[name]
     if not name.startswith(STEPS.encode()):
         return [example.whole_feature(view, field)] * (len(edges) - 1)
     key = name[len(STEPS) :].decode()
     if key in layout.pixels:
-        frames = [_png(frame) for frame in _frames(view, key, field, length, layout)]
+        frames = [_png(frame) for frame in _frames(view, key, field, edges[-1], layout)]
         return [example.bytes_feature(frames[a:b]) for a, b in itertools.pairwise(edges)]
-    return _split_steps(view, name, field, fields, length, edges)
+    return _split_steps(view, name, fields, edges)
 
 
-def _split_steps(
-    view: memoryview,
-    name: bytes,
-    field: example.Field,
-    fields: dict[bytes, example.Field],
-    length: int,
-    edges: list[int],
-) -> list[bytes]:
+def _split_steps(view: memoryview, name: bytes, fields: dict[bytes, example.Field], edges: list[int]) -> list[bytes]:
+    field, length = fields[name], edges[-1]
     base, mark, level = name.rpartition(_LENGTHS)
     ragged = base if mark else name.removesuffix(_FLAT) if name.endswith(_FLAT) else None
     if ragged is None:

@@ -31,11 +31,12 @@ def check_output(
 ) -> None:
     """Checks that a job may put a new directory at `output`.
 
+    What a killed job left there is removed or put back first, and told.
+
     Args:
         is_ours: whether a directory is one that the job makes, so that `overwrite` may replace it.
         what: names such directories in messages.
         source: what the job reads; neither may lie inside the other, as replacing one would delete both.
-    What a killed job left there is removed or put back first, and told.
 
     Raises:
         UserError: it may not.
@@ -45,7 +46,7 @@ def check_output(
         if a == b or a in b.parents or b in a.parents:
             raise UserError(
                 f"--output={output} and the input {source} are the same directory, or one lies inside the other. "
-                "Choose an --output beside the input."
+                "Choose an --output outside the input."
             )
     clear_leftovers(output)
     if is_vacant(output):
@@ -72,7 +73,7 @@ def tell_room(output: Path, needed: int, what: str) -> None:
 
 @contextlib.contextmanager
 def building(output: Path) -> Iterator[Path]:
-    """A new directory beside `output` that takes its place when the block ends well.
+    """A new directory next to `output` that takes its place when the block ends well.
 
     What was there stays until then, and stays if the block fails: then the new directory is removed.
 

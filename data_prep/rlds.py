@@ -18,6 +18,8 @@ from uwm_jax.errors import UserError
 from uwm_jax.reading import read_json
 
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+_MOST_FILES = 1_000_000  # of a split
+_MOST_EPISODES = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,8 @@ def open_source(path: Path, only: Iterable[str] = ()) -> Source:
     only = set(only)
     for split in _splits(info, info_file):
         name = check_name(split.get("name"), "the name of a split", info_file)
+        if name in splits:
+            raise UserError(f"{info_file}: two entries of `splits` have the name {name!r}. Keep the one that is right.")
         lengths[name], totals[name] = _promised(split, info_file)
         splits[name] = _shard_files(path, info, split, file_format, len(lengths[name]))
         if not only or name in only:
@@ -120,20 +124,34 @@ def _promised(split: dict[str, Any], file: Path) -> tuple[list[int | None], int 
     """Episodes of each file and of the split, as far as an entry of `splits` tells."""
     name = split["name"]
     try:
-        lengths = [int(n) for n in split.get("shardLengths") or split.get("shard_lengths") or []]
+        stored = split.get("shardLengths") or split.get("shard_lengths") or []
+        if not isinstance(stored, list):
+            raise TypeError(f"shardLengths is {str(stored)[:60]!r}, not a list")
+        lengths: list[int | None] = [_count(n, "shardLengths", _MOST_EPISODES) for n in stored]
         if lengths:
-            return [*lengths], sum(lengths)
+            return lengths, sum(n or 0 for n in lengths)
         # Before shardLengths there were the number of files, and statistics.
-        count = int(split.get("numShards") or split.get("num_shards") or 0)
+        count = _count(split.get("numShards") or split.get("num_shards") or 0, "numShards", _MOST_FILES)
         told = (split.get("statistics") or {}).get("numExamples")
-        total = None if told is None else int(told)
+        total = None if told is None else _count(told, "numExamples", _MOST_EPISODES)
         return [total] if count == 1 else [None] * count, total
-    except (TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{file}: split {name!r}: shardLengths and numShards are expected to be integers ({e}).") from e
+    except (TypeError, ValueError, OverflowError, AttributeError) as e:
+        raise UserError(
+            f"{file}: split {name!r}: shardLengths, numShards and numExamples are expected to be integers ({e})."
+        ) from e
+
+
+def _count(value: Any, field: str, most: int) -> int:
+    """A count that is stored as an integer or, as protobuf's JSON has it, as a string of digits."""
+    count = int(value)
+    if isinstance(value, bool | float) or not 0 <= count <= most:
+        raise ValueError(f"{field} has {str(value)[:60]}; expected 0 to {most}")
+    return count
 
 
 def _shard_files(path: Path, info: dict, split: dict, file_format: str, num_shards: int) -> list[Path]:
     files = []
+    where = path / "dataset_info.json"
     for i in range(num_shards):
         name = _named(info, split, file_format)
         shard = {
@@ -143,8 +161,12 @@ def _shard_files(path: Path, info: dict, split: dict, file_format: str, num_shar
         }
         for key, value in shard.items():
             name = name.replace("{" + key + "}", value)
-        where = path / "dataset_info.json"
         files.append(path / check_name(name, f"the name of a file of split {split['name']!r}", where))
+    if len(set(files)) < len(files):
+        raise UserError(
+            f"{where}: the {len(files)} files of split {split['name']!r} have one name, {files[0].name!r}. "
+            "filepathTemplate is expected to hold the number of the file, as {SHARD_X_OF_Y} or {SHARD_INDEX}."
+        )
     return files
 
 

@@ -13,7 +13,7 @@ from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.data.records import read_manifest
 from uwm_jax.errors import UserError
 
-BAD = ["..", ".", "", "../x", "/etc", "a/..", "a\\b", "..\\x", "a\x00b", "a\n", "x" * 300]
+BAD = ["..", ".", "", "../x", "/etc", "a/..", "a\\b", "..\\x", "a\x00b", "a\n", "a\ud800", "x" * 300]
 
 
 @pytest.mark.parametrize("name", [*BAD, "a/b"])

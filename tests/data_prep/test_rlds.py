@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_a_dataset_without_steps(tmp_path: Path) -> None:
         open_source(tmp_path / "source")
 
 
-BAD_NAMES = ["../../outside", "/outside", "a/b", "..", "", "a\\b"]
+BAD_NAMES = ["../../outside", "/outside", "a/b", "..", "", "a\\b", "a\ud800"]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -109,7 +110,7 @@ def test_names_that_lead_out_of_the_dataset_are_refused(source: Path, name: str)
             open_source(source)
 
 
-@pytest.mark.parametrize("name", ["..", "../../outside", "/outside", "a\\b", "", "."])
+@pytest.mark.parametrize("name", ["..", "../../outside", "/outside", "a\\b", "a\ud800", "", "."])
 @pytest.mark.parametrize("at", ["step", "episode", "observation"])
 def test_features_that_lead_out_of_the_dataset_are_refused(source: Path, name: str, at: str) -> None:
     file = source / "features.json"
@@ -147,10 +148,27 @@ def test_older_dataset_infos(source: Path) -> None:
         ([{"shardLengths": ["3"]}], "the name of a split is None; expected a string"),
         (
             [{"name": "train", "shardLengths": ["x"]}],
-            "split 'train': shardLengths and numShards are expected to be int",
+            "split 'train': shardLengths, numShards and numExamples are expected to be int",
         ),
-        ([{"name": "train", "shardLengths": 3}], "split 'train': shardLengths and numShards are expected to be int"),
-        ([{"name": "train", "numShards": "two"}], "split 'train': shardLengths and numShards are expected"),
+        ([{"name": "train", "shardLengths": 3}], "shardLengths is '3', not a list"),
+        (
+            [{"name": "train", "numShards": "two"}],
+            "split 'train': shardLengths, numShards and numExamples are expected",
+        ),
+        ([{"name": "train", "numShards": "9" * 23}], "numShards has 9{23}; expected 0 to 1000000"),
+        ([{"name": "train", "numShards": 30_000_000}], "numShards has 30000000; expected 0 to 1000000"),
+        ([{"name": "train", "numShards": -1}], "numShards has -1; expected 0"),
+        ([{"name": "train", "numShards": 2, "statistics": {"numExamples": "-3"}}], "numExamples has -3; expected 0"),
+        ([{"name": "train", "shardLengths": ["-2", "5"]}], "shardLengths has -2; expected 0"),
+        ([{"name": "train", "shardLengths": ["9" * 23, "1"]}], "shardLengths has 9{23}; expected 0"),
+        ([{"name": "train", "shardLengths": [math.inf]}], "are expected to be integers"),
+        ([{"name": "train", "shardLengths": [1.5, 1.5]}], "shardLengths has 1.5; expected 0"),
+        ([{"name": "train", "shardLengths": "21"}], "shardLengths is '21', not a list"),
+        ([{"name": "train", "shardLengths": ["2", "1"]}] * 2, "two entries of `splits` have the name 'train'"),
+        (
+            [{"name": "train", "shardLengths": ["2", "1"], "filepathTemplate": "{SPLIT}.{FILEFORMAT}"}],
+            r"the 2 files of split 'train' have one name, 'train.tfrecord'",
+        ),
     ],
 )
 def test_splits_of_no_known_form(source: Path, splits: Any, message: str) -> None:

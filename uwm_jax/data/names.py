@@ -21,18 +21,20 @@ def check_name(name: object, what: str, where: object, *, nested: bool = False) 
     Returns:
         The name.
     Raises:
-        UserError: it is no string, empty, absolute, has a part `.` or `..`, a `/` (unless nested), a backslash or a
-            control character, or is too long for a file.
+        UserError: it is no string, empty, absolute, has a part `.` or `..`, a `/` (unless nested), a backslash, a
+            control character or half a surrogate pair, or is too long for a file.
     """
     if not isinstance(name, str):
         raise UserError(f"{where}: {what} is {name!r}; expected a string.")
     parts = name.split("/") if nested else [name]
-    bad = "\\" in name or any(ord(c) < 32 for c in name) or {"", ".", ".."} & set(parts) or "/" in parts[0]
+    bad = "\\" in name or any(ord(c) < 32 or "\ud800" <= c <= "\udfff" for c in name)
+    bad = bad or {"", ".", ".."} & set(parts) or "/" in parts[0]
     if bad or len(name.encode(errors="replace")) > _MAX_NAME:
         shown = name if len(name) <= 80 else name[:80] + "..."
         raise UserError(
             f"{where}: {what} is {shown!r}, which cannot name a file inside the dataset: expected at most {_MAX_NAME} "
-            f"bytes without `..`, backslashes{'' if nested else ', `/`'} or empty parts. Rename it there."
+            f"bytes of UTF-8 without `..`, backslashes, control characters{'' if nested else ', `/`'} or empty parts. "
+            "Rename it there."
         )
     return name
 
