@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from uwm_jax.data.names import check_name, not_the_data
-from uwm_jax.data.records import read_manifest
 from uwm_jax.errors import UserError
 
 BAD = ["..", ".", "", "../x", "/etc", "a/..", "a\\b", "..\\x", "a\x00b", "a\n", "a\ud800", "x" * 300]
@@ -37,49 +34,6 @@ def test_names_that_are_kept(name: str) -> None:
 def test_a_name_that_is_no_string() -> None:
     with pytest.raises(UserError, match="FILE: the split is 3; expected a string"):
         check_name(3, "the split", "FILE")
-
-
-MANIFEST: dict[str, Any] = {
-    "format": "uwm_jax/chunks",
-    "name": "toy",
-    "chunk_steps": 16,
-    "step_features": {"action": {}},
-    "cameras": {"observation/image": {}},
-    "splits": {"train": {"shards": [{"file": "toy-train.array_record"}], "files": {"columns/train/action.npy": {}}}},
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        (lambda m, name: m["splits"]["train"]["shards"][0].update(file=name), "the name of a shard of split 'train'"),
-        (lambda m, name: m["splits"].update({name: m["splits"]["train"]}), "the split"),
-        (lambda m, name: m["step_features"].update({name: {}}), "the step key"),
-        (lambda m, name: m["cameras"].update({name: {}}), "the step key"),
-        (lambda m, name: m["splits"]["train"]["files"].update({name: {}}), "the name of a file of split 'train'"),
-    ],
-)
-@pytest.mark.parametrize("name", ["../../outside", "/outside", "a/../../outside", "..\\outside"])
-def test_a_manifest_is_not_followed_out_of_its_dataset(tmp_path: Path, change: Any, what: str, name: str) -> None:
-    from uwm_jax.data.records import FORMAT_VERSION
-
-    manifest = json.loads(json.dumps(MANIFEST)) | {"format_version": FORMAT_VERSION}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert read_manifest(tmp_path) == manifest
-    change(manifest, name)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError) as caught:
-        read_manifest(tmp_path)
-    assert f"manifest.json: {what} is {name!r}, which cannot name a file inside the dataset" in str(caught.value)
-
-
-def test_a_manifest_of_another_form(tmp_path: Path) -> None:
-    from uwm_jax.data.records import FORMAT_VERSION
-
-    manifest = MANIFEST | {"format_version": FORMAT_VERSION, "splits": {"train": []}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest.json is not as data_prep.reshard wrote it"):
-        read_manifest(tmp_path)
 
 
 def test_files_that_are_not_the_data(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from PIL import Image
 
 from uwm_jax.data import example
 from uwm_jax.data.columns import Column, WrongChecksum, open_column
-from uwm_jax.data.names import check_manifest_names
+from uwm_jax.data.manifest import check_manifest
 from uwm_jax.data.shards import Shards
 from uwm_jax.errors import UserError
 from uwm_jax.files import data_dir, local_path
@@ -140,13 +140,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"dataset. Make it again with `python -m data_prep.reshard --input=RLDS_DIR --output={path} --overwrite`, "
             "or with `python -m data_prep.demo` if it is the demonstration data."
         )
-    missing = {"name", "chunk_steps", "step_features", "cameras", "splits"} - set(manifest)
-    if missing:
-        raise UserError(f"{file}: the fields {', '.join(sorted(missing))} are missing. Make the dataset again.")
-    try:
-        check_manifest_names(manifest, file)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{file} is not as data_prep.reshard wrote it ({e!r}). Make the dataset again.") from e
+    check_manifest(manifest, file)
     return manifest
 
 
