@@ -227,7 +227,7 @@ def test_official_predictions_latents_and_gradients(official, reference):
 
 def tiny_config(codec: str):
     c = config_lib.base()
-    c.model.update(model_fields(patch=(2, 2, 2)))
+    c.model.update(model_fields(patch=(2, 2, 2)).to_dict())
     c.model.encoder.update(stage_sizes=(1,), width=16, pool="flatten", use_low_dim=True)
     c.model.codec.name = codec
     c.data.update(cameras=("b", "a"), low_dim=("state",), resize=(24, 32), crop=(16, 32))
