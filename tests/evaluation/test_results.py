@@ -145,6 +145,7 @@ def test_what_is_no_run_or_is_damaged_is_named(tmp_path):
         (b'{"policy/action_mse": 1.0}', "not all of it is"),
         (b'{"policy/action_mse": {"mean": 1.0}}', "not all of it is"),
         (b'{"policy/action_mse": {"mean": "x", "lo": 0, "hi": 1, "n": 2}}', "not all of it is"),
+        (b'{"policy/action_mse": {"mean": 1%s, "lo": 0, "hi": 1, "n": 2}}' % (b"0" * 400), "not all of it is"),
     ):
         (run / "eval" / "3" / "metrics.json").write_bytes(damaged)
         with pytest.raises(UserError, match=rf"eval/3/metrics\.json: {message}"):
@@ -152,10 +153,10 @@ def test_what_is_no_run_or_is_damaged_is_named(tmp_path):
     put(run, "eval", 3, {})
     for row in ({"steps": 2}, {"sampler": "leading", "steps": 2, "seconds_per_sample": "soon", "metrics": {}}):
         (run / "eval" / "3" / "few_steps.json").write_text(json.dumps({"rows": [row]}))
-        with pytest.raises(UserError, match=r"eval/3/few_steps\.json: not all of its rows are whole"):
+        with pytest.raises(UserError, match=r"eval/3/few_steps\.json: not all of its rows are complete"):
             Run.read(run)
     (run / "eval" / "3" / "few_steps.json").unlink()
-    (run / "metrics.jsonl").write_bytes(b'{"step": 1}\n7\n\xff\n{"st')
+    (run / "metrics.jsonl").write_bytes(b'{"step": 1}\n7\n\xff\n{"step": 2, "x": 1%s}\n{"st' % (b"0" * 400))
     assert Run.read(run).lines == [{"step": 1}]
 
 

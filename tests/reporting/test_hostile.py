@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from uwm_jax.errors import UserError
 from uwm_jax.evaluation.results import Run
 from uwm_jax.reporting import comparison, run_page
 from uwm_jax.reporting.markup import Html, fill
@@ -109,6 +110,35 @@ def test_a_comparison_of_hostile_files_is_text(poisoned, parse, tmp_path):
 def test_a_name_that_is_no_text_is_shown(make_run, parse, tmp_path):
     workdir = make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
     assert "caf\\udce9" in parse(run_page.write(workdir).read_text()).text
+
+
+@pytest.mark.parametrize("file", ["eval/20/about.json", "eval/20/few_steps.json", "rollout/20/episodes.json"])
+def test_fields_of_another_type_are_named_or_shown(make_run, tmp_path, monkeypatch, file):
+    monkeypatch.setattr("uwm_jax.reporting.page.curves_svg", lambda panel: "")  # which reads none of these files
+    runs = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    record, refused = json.loads((runs[0] / file).read_text()), set()
+    about = record.get("about", record)
+    about |= {"settings": {}, "leak": None, "workdir": "w", "datasets": {"a": "1"}, "command": []} | about
+    about |= {"changed": {}, "time": "", "code_version": ""} | about
+    for name, value in list(about.items()):
+        for other in (3, "x", [1], [{}], {"a": 1}, {"policy": [{"seed": "x"}]}, None, 10**400):
+            about[name] = other
+            (runs[0] / file).write_text(json.dumps(record))
+            try:
+                run_page.write(runs[0])
+                comparison.compare(runs, tmp_path / "both.html")
+            except UserError as e:
+                refused.add(name)
+                assert str(runs[0] / file) in str(e) and "Delete it, and make it again" in str(e)
+        about[name] = value
+    assert {"command", "changed", "time", "settings", "datasets", "workdir", "leak"} <= refused
+
+
+def test_a_damaged_record_of_starts_is_told(make_run, tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    (run / "run.json").write_text('{"starts": [{"changed": 3}]}')
+    assert "Trained</dt>" not in run_page.write(run).read_text()
+    assert "run.json is damaged, so how the run was started is not shown" in capsys.readouterr().err
 
 
 def test_values_are_escaped_and_html_is_not():

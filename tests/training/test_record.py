@@ -36,7 +36,8 @@ def test_starts_are_appended_and_unreadable_files_are_none(tmp_path):
     assert first["in_file"] == {}, "it is no config by itself"
     assert first["config_file"] == f"{file}:b" and first["about"] == "" and first["command"] == ["python", "x"]
     assert first["time"].endswith("+00:00") and first["code_version"]
-    for text in ("{", "[]", '{"starts": 3}'):
+    unfit = ("3", '"ab"', "[3]", '[{"changed": [1]}]', '[{"command": "python"}]', '[{"time": "now"}, {"about": null}]')
+    for text in ("{", "[]", *(f'{{"starts": {starts}}}' for starts in unfit)):
         (tmp_path / "run.json").write_text(text)
         assert record.read_starts(tmp_path) == []
 

@@ -5,27 +5,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.reading import read_json
 from uwm_jax.reporting.curves import Curve
+from uwm_jax.training import record
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.log import read_metrics
-from uwm_jax.training.record import read_starts
 from uwm_jax.training.stored import CorruptCheckpoint
 
 _FILES = {  # of each kind: its folder, the file of its numbers, and the file that tells how they were made
     "eval": ("eval", "metrics.json", "about.json"),
     "rollout": ("rollout", "metrics.json", "episodes.json"),
     "few_steps": ("eval", "few_steps.json", None),
+}
+
+# Types of what is read of the records of how results were made, besides the fields of every command's use.
+_HOW: dict[str, type | tuple[type, ...]] = {
+    "settings": dict,
+    "datasets": (dict, NoneType),
+    "leak": (str, NoneType),
+    "own_data": (bool, NoneType),
+    "workdir": str,
 }
 
 
@@ -159,6 +170,8 @@ class Run:
             with contextlib.suppress(CorruptCheckpoint):  # a page without the data's manifest is better than none
                 assets = Checkpoints(workdir, read_only=True).assets(step)
         manifest = assets.get("dataset") or {}
+        if not (starts := record.read_starts(workdir)) and (workdir / record.FILE).exists():
+            warn(f"{workdir / record.FILE} is damaged, so how the run was started is not shown.")
         found = {kind: _results(kind, workdir, results) for kind in _FILES}
         own = {kind: {r.step: r for r in of_kind if not r.name} for kind, of_kind in found.items()}
         newest = {kind: of_kind[max(of_kind)] for kind, of_kind in own.items() if of_kind}
@@ -168,7 +181,7 @@ class Run:
             name=Path(os.path.abspath(workdir)).name,  # of "." and ".." too
             config=config,
             lines=read_metrics(workdir / "metrics.jsonl"),
-            starts=read_starts(workdir),
+            starts=starts,
             evaluations={step: result.metrics for step, result in own["eval"].items()},
             rollouts={step: result.metrics for step, result in own["rollout"].items()},
             eval_how={"leak": assets.get("leak")} | how["eval"]
@@ -247,10 +260,12 @@ def _results(kind: str, workdir: Path, elsewhere: Path | None) -> list[Result]:
             step, *below = path.parent.relative_to(root / top).parts
             if not step.isdecimal():
                 continue
-            how = _read(path.with_name(about)) if about and path.with_name(about).exists() else {}
+            told = path.with_name(about) if about else path
+            how = _read(told) if told != path and told.exists() else {}
             stored, rows = _read(path), []
-            if about is None:
+            if told == path:
                 rows, stored, how = _few_steps(path, stored), {}, stored.get("about", {})
+            _check_how(told, how, kind)
             if root != workdir and how.get("workdir") != str(workdir.resolve()):  # of another run
                 continue
             windows = how.get("episodes") if kind == "eval" else None
@@ -273,10 +288,30 @@ def _read(file: Path) -> dict[str, Any]:
     return read
 
 
+def _check_how(file: Path, how: Any, kind: str) -> None:
+    """Raises UserError where a record of how a result was made has a field of another type than commands write."""
+    if not isinstance(how, dict):
+        raise _damaged(file, "its `about` is not a JSON object")
+    if told := record.misfit(how) or record.misfit(how, _HOW | {"episodes": dict if kind == "rollout" else int}):
+        raise _damaged(file, told)
+    if not all(isinstance(identity, str) for identity in (how.get("datasets") or {}).values()):
+        raise _damaged(file, "not all of its datasets are {source: identity}")
+    try:
+        seeds_of(how)
+    except (KeyError, TypeError) as e:
+        raise _damaged(file, "not all of its episodes have a seed") from e
+
+
+def seeds_of(how: Mapping[str, Any]) -> list[int]:
+    """Seeds of a closed loop's episodes by its `episodes.json`; [] of anything else."""
+    episodes = how.get("episodes")
+    return [operator.index(e["seed"]) for e in episodes.get("policy", [])] if isinstance(episodes, dict) else []
+
+
 def _intervals(file: Path, metrics: Mapping[str, Any], episodes: int | None = None) -> dict[str, Interval]:
     try:
         found = {name: Interval.of(stored, episodes) for name, stored in metrics.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as e:
         raise _damaged(file, "not all of it is {metric: {mean, lo, hi, n, episodes}}") from e
     return {name: m for name, m in found.items() if m is not None}
 
@@ -290,8 +325,8 @@ def _few_steps(file: Path, found: Mapping[str, Any]) -> list[dict[str, Any]]:
             row | {"metrics": _intervals(file, row["metrics"]), "seconds_per_sample": time}
             for row, time in zip(rows, times, strict=True)
         ]
-    except (KeyError, TypeError, ValueError) as e:
-        raise _damaged(file, "not all of its rows are whole") from e
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        raise _damaged(file, "not all of its rows are complete") from e
 
 
 def _damaged(file: Path, what: str) -> UserError:

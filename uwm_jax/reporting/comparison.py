@@ -10,7 +10,7 @@ from typing import Any
 from uwm_jax.config import flatten
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.results import Interval, Run, differing_fields
+from uwm_jax.evaluation.results import Interval, Run, differing_fields, seeds_of
 from uwm_jax.files import write_text
 from uwm_jax.reporting import names
 from uwm_jax.reporting.curves import Curve, Panel
@@ -107,8 +107,8 @@ def _how(record: Mapping[str, Any]) -> dict[str, str]:
     """How an evaluation or a closed loop was run, as far as its numbers depend on it, by name."""
     how = {name: str(record[name]) for name in HOW if name in record}
     how |= {f"--config.{name}": str(value) for name, value in record.get("changed", {}).items()}
-    if isinstance(episodes := record.get("episodes"), dict):  # of a closed loop; an evaluation has their number
-        how["seeds"] = str([episode["seed"] for episode in episodes["policy"]])
+    if seeds := seeds_of(record):
+        how["seeds"] = str(seeds)
     return how
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from uwm_jax.diffusion.modes import MODES
-from uwm_jax.evaluation.results import Run, doubt
+from uwm_jax.evaluation.results import Run, doubt, seeds_of
 from uwm_jax.files import write_text
 from uwm_jax.reporting import tables
 from uwm_jax.reporting.answers import answers
@@ -150,7 +150,7 @@ def _closed_loop(run: Run) -> Html:
     if not run.rollout:
         return _missing("Closed loop (for models of PushT demonstrations)", run, "rollout --env=pusht")
     count, how = max(m.n for m in run.rollout.values()), run.rollout_how
-    seeds = [episode["seed"] for episode in how.get("episodes", {}).get("policy", [])]
+    seeds = seeds_of(how)
     how_words = (
         f"{how.get('env')}, seeds {min(seeds)} to {max(seeds)}, chunks of actions sampled in "
         f"{how.get('sampler_steps')} evaluations of the network, of which {how.get('execute')} steps are taken; "

@@ -61,7 +61,7 @@ def read_labels(picture: Path) -> Labels | None:
     try:
         found = read_json(picture.parent / FILE)[picture.name]
         return _labels(found)
-    except (OSError, UserError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
@@ -74,7 +74,11 @@ def _labels(found: Mapping[str, Any]) -> Labels:
         float(found["scale"]),
     )
     captions, size = labels.captions, (len(labels.rows), len(labels.columns))
-    if not all(size) or labels.scale <= 0 or (captions and (len(captions), *map(len, captions)) != _shape(*size)):
+    if (
+        not all(size)
+        or not 0.01 <= labels.scale <= 100
+        or (captions and (len(captions), *map(len, captions)) != _shape(*size))
+    ):
         raise ValueError("the labels do not fit each other")
     return labels
 

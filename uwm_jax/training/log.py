@@ -184,10 +184,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for line in _lines(Path(path)):
         with contextlib.suppress(ValueError, RecursionError):
             read = json.loads(line)
-            numbers = isinstance(read, dict) and all(isinstance(value, int | float) for value in read.values())
-            if numbers and type(read.get("step")) is int:
+            numbers = isinstance(read, dict) and all(_is_number(value) for value in read.values())
+            if numbers and type(read.get("step")) is int and abs(read["step"]) < 2**63:
                 complete.append(read)
     return complete
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a float can hold; JSON has integers of any size."""
+    return isinstance(value, int | float) and not (isinstance(value, int) and abs(value) > sys.float_info.max)
 
 
 def _lines(path: Path) -> list[str]:

@@ -8,7 +8,7 @@ import datetime
 import functools
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from uwm_jax.files import local_path, write_text
 from uwm_jax.reading import read_json
 
 FILE = "run.json"
+
+_USE: dict[str, type] = {"command": list, "changed": dict, "code_version": str, "time": str}
+_START = _USE | {"config_file": str, "about": str, "in_file": dict}
 
 
 def describe(command: Sequence[str], config_file: str, config: ConfigDict, overrides: Sequence[str]) -> dict[str, Any]:
@@ -96,9 +99,24 @@ def add_start(workdir: Path, start: dict[str, Any]) -> None:
     write_text(workdir / FILE, json.dumps({"starts": [*read_starts(workdir), start]}, indent=2) + "\n")
 
 
+def misfit(record: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]] = _USE) -> str:
+    """The first field of a record with a value of another type than it is written with, in words; "" for none.
+
+    Args:
+      kinds: {field: its types}; fields that are absent are not looked for. By default those of `describe_use`.
+    """
+    for name, kind in kinds.items():
+        if name in record and not isinstance(record[name], kind):
+            names = " or ".join(t.__name__ for t in (kind if isinstance(kind, tuple) else (kind,)))
+            return f"{name}: expected {names}, found {record[name]!r:.60}"
+    return ""
+
+
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
-    """All starts of a run, the oldest first; [] where there is no `run.json`, or none that can be read."""
+    """All starts of a run, the oldest first; [] where there is no `run.json`, or none that `describe` can have made."""
     try:
-        return list(read_json(workdir / FILE)["starts"])
-    except (OSError, UserError, KeyError, TypeError):
+        starts = read_json(workdir / FILE)["starts"]
+    except (OSError, UserError, KeyError):
         return []
+    fit = isinstance(starts, list) and all(isinstance(s, dict) and not misfit(s, _START) for s in starts)
+    return starts if fit else []
