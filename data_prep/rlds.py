@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.features import STEPS, Feature, flatten, modern
+from data_prep.source_files import starts_with_record
 from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.errors import UserError
 from uwm_jax.reading import read_json
@@ -203,7 +204,8 @@ def _check_files(path: Path, split: str, files: list[Path], pattern: re.Pattern[
             f"{path}: {len(missing)} of {len(files)} files of split {split!r} are missing, "
             f"the first is {missing[0]}. Complete the download."
         )
-    foreign = [(f, found) for f in files if (found := not_the_data(f))]
+    # The length of a file's first record may begin with the same bytes as gzip.
+    foreign = [(f, found) for f in files if (found := not_the_data(f)) and not starts_with_record(f)]
     if foreign:
         file, found = foreign[0]
         others_too = f" ({len(foreign)} of the {len(files)} files of split {split!r} are)" if len(foreign) > 1 else ""

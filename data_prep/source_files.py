@@ -31,6 +31,13 @@ def read_records(path: Path, file_format: str) -> Iterator[tuple[bytes | None, s
         yield from _read_array_record(path)
 
 
+def starts_with_record(path: Path) -> bool:
+    """Whether a file begins as TFRecord files do: with a length and its checksum."""
+    with path.open("rb") as f:
+        header = f.read(12)
+    return len(header) == 12 and struct.unpack("<I", header[8:])[0] == _masked_crc(header[:8])
+
+
 def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
     # Frame: uint64 length, uint32 masked crc of it, data, uint32 masked crc of the data.
     with path.open("rb") as f:

@@ -253,3 +253,13 @@ def test_shards_that_are_not_the_data(source: Path, content: bytes, message: str
     with pytest.raises(UserError, match=rf"{first.name} {message}.* \(2 of the 2 files of split 'train' are\)"):
         open_source(source)
     assert open_source(source, ["val"]).splits["train"] == [first, second]  # what is not asked for is not looked at
+
+
+def test_a_record_whose_length_looks_like_gzip_is_no_gzip(source: Path) -> None:
+    import tensorflow as tf
+
+    first, _ = open_source(source).splits["train"]
+    with tf.io.TFRecordWriter(str(first)) as writer:
+        writer.write(bytes(0x088B1F))
+    assert first.read_bytes()[:3] == b"\x1f\x8b\x08"
+    assert first in open_source(source).splits["train"]
