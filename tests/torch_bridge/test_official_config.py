@@ -248,3 +248,20 @@ def test_every_conflict_is_named(tmp_path: Path) -> None:
     text = _yaml().replace("depth: 3", "depth: 4").replace("num_registers: 8", "num_registers: 9")
     conflicts = "\n".join(_read(tmp_path, text).conflicts)
     assert "model.depth is 4" in conflicts and "model.num_registers is 9" in conflicts
+
+
+@pytest.mark.parametrize(
+    ("levels", "each", "message"),
+    [
+        (40, "{r}{r}", "unfolds to more than 1000000 values"),  # 2**40 of them
+        (40, "['{r}', '{r}']", "unfolds to more than 1000000 values"),
+        (3000, "{r}", "leads through more than 50 references"),
+    ],
+)
+def test_references_that_unfold_without_end(tmp_path: Path, levels: int, each: str, message: str) -> None:
+    lines = ["a0: xx", *(f"a{i}: {each.format(r=f'${{a{i - 1}}}')}" for i in range(1, levels + 1))]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    official = OfficialYaml(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=message):
+        official.get(f"a{levels}")
+    assert official.get("a3") is not None and official.optional(f"a{levels}", "default") == "default"

@@ -29,6 +29,7 @@ _REQUIRED = object()
 MAX_BYTES = 4 << 20
 MAX_DEPTH = 50
 MAX_NODES = 100_000  # with every alias written out
+MAX_UNFOLDED = 1_000_000  # values, and characters of strings, that following the references of a field may visit
 MEANT = "The file meant is .hydra/config.yaml in the output folder of the official run."
 
 
@@ -68,8 +69,9 @@ class OfficialYaml:
         """The value at `a.b.c` with every reference inside it followed.
 
         Raises UserError for an absent field without a default, a reference to nothing, a reference
-        cycle, and a resolver (`${name:...}`), which only Hydra can run.
+        cycle, references that unfold beyond the limits, and a resolver (`${name:...}`), which only Hydra can run.
         """
+        self._unfolded = 0
         try:
             return self._resolve(self._find(field, ()), ())
         except KeyError as e:
@@ -103,6 +105,9 @@ class OfficialYaml:
         return node
 
     def _resolve(self, value: Any, seen: tuple[str, ...]) -> Any:
+        self._unfolded += len(value) if isinstance(value, str) else 1
+        if self._unfolded > MAX_UNFOLDED:
+            raise self.error(f"${{{seen[0]}}}" if seen else "a field", f"unfolds to more than {MAX_UNFOLDED} values")
         if isinstance(value, dict):
             return {k: self._resolve(v, seen) for k, v in value.items()}
         if isinstance(value, list):
@@ -113,6 +118,8 @@ class OfficialYaml:
                 raise self.error(
                     f"${{{reference}}}", "is a resolver or relative reference; save the configuration resolved instead"
                 )
+            if len(seen) >= MAX_DEPTH:
+                raise self.error(f"${{{seen[0]}}}", f"leads through more than {MAX_DEPTH} references")
             if reference in seen:
                 raise self.error(f"${{{reference}}}", "refers to itself")
             target = self._resolve(self._find(reference, seen + (reference,)), seen + (reference,))
