@@ -38,6 +38,11 @@ def test_another_share_of_held_out_episodes_leaks(loader):
     assert lineage.leak([entry(loader, val_ratio=0.0)], loader).startswith("3 of 3")
 
 
+def test_an_origin_that_chose_among_the_episodes_may_have_seen_fewer(loader):
+    told = lineage.leak([entry(loader, val_ratio=0.0, selection="'a' in path")], loader)
+    assert told is not None and told.startswith("up to 3 of 3 held-out episodes of ")
+
+
 def test_what_does_not_leak(loader):
     for other in ({}, {"val_ratio": 0.17, "fingerprint": "another"}, {"val_ratio": 0.17, "split": "val"}):
         assert lineage.leak([entry(loader, **other)], loader) is None
@@ -62,7 +67,7 @@ def test_older_checkpoints_tell_by_their_config_and_position(loader, tiny_config
     tiny_config.data.sources = ConfigDict({"robot": config_lib.source(split="val")})
     data_iter = {"datasets": {"robot": "abc (with 'x' in path)"}}
     assert lineage.of_checkpoint({}, data_iter, tiny_config) == [
-        {"fingerprint": "abc", "split": "val", "val_ratio": 0.5}
+        {"fingerprint": "abc", "split": "val", "val_ratio": 0.5, "selection": "with 'x' in path"}
     ]
     tiny_config.init_from = "runs/a@3"  # whose own data these checkpoints do not tell
     assert lineage.of_checkpoint({}, data_iter, tiny_config) is None

@@ -18,7 +18,7 @@ from uwm_jax.parallel.distributed import say
 
 KEYS = ("learned_from", "leak", "latent_sizes")  # entries of the assets that a run keeps from its start
 
-# One dataset: {"fingerprint", "split", "val_ratio"}
+# One dataset: {"fingerprint", "split", "val_ratio", "selection": which of its episodes, in words; "" for all}
 Learned = Sequence[Mapping[str, Any]]
 
 UNKNOWN = (
@@ -50,8 +50,13 @@ def begin(loader: Loader, learned: Learned | None, has_origin: bool) -> dict[str
 def of_loader(loader: Loader) -> list[dict[str, Any]]:
     """What a run learns from its own data."""
     return [
-        {"fingerprint": s.dataset.fingerprint, "split": s.dataset.split, "val_ratio": float(loader.config.val_ratio)}
-        for s in loader.sources.values()
+        {
+            "fingerprint": source.dataset.fingerprint,
+            "split": source.dataset.split,
+            "val_ratio": float(loader.config.val_ratio),
+            "selection": str(source.selection),
+        }
+        for source in loader.sources.values()
     ]
 
 
@@ -70,9 +75,10 @@ def of_checkpoint(assets: Mapping[str, Any], data_iter: Mapping[str, Any], confi
     splits = {name: s.split or config.data.split for name, s in config.data.sources.items()}
     return [
         {
-            "fingerprint": identity.partition(" (")[0],  # a filter may follow
+            "fingerprint": identity.partition(" (")[0],
             "split": splits.get(name, config.data.split),
             "val_ratio": float(config.data.val_ratio),
+            "selection": identity.partition(" (")[2].removesuffix(")"),
         }
         for name, identity in data_iter["datasets"].items()
     ]
@@ -91,17 +97,20 @@ def leak(learned: Learned | None, loader: Loader) -> str | None:
     for name, source in loader.sources.items():
         dataset, here = source.dataset, set(source.held_out.tolist())
         seen: set[int] = set()
-        ratios = []
+        ratios, some = [], ""
         for entry in learned:
             if (entry["fingerprint"], entry["split"]) == (dataset.fingerprint, dataset.split):
                 trained, _ = split_episodes(dataset.num_episodes, entry["val_ratio"])
                 if here & set(trained.tolist()):
                     seen |= here & set(trained.tolist())
                     ratios.append(f"{entry['val_ratio']:g}")
+                    # Of those that it chose, no more is known than the rule.
+                    if entry.get("selection", "") not in ("", str(source.selection)):
+                        some = "up to "
         if seen:
+            here_and_there = f"{loader.config.val_ratio:g} here, {' and '.join(ratios)} there"
             parts.append(
-                f"{len(seen)} of {len(here)} held-out episodes of {name!r} were training episodes of the run that this "
-                f"one started from (config.data.val_ratio={loader.config.val_ratio:g} here, {' and '.join(ratios)} "
-                "there)"
+                f"{some}{len(seen)} of {len(here)} held-out episodes of {name!r} were training episodes of the run "
+                f"that this one started from (config.data.val_ratio={here_and_there})"
             )
     return "; ".join(parts) + "." if parts else None
