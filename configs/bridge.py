@@ -39,7 +39,6 @@ def get_config() -> ConfigDict:
     c.model.codec.name = "pca"
 
     c.diffusion.prediction.action = c.diffusion.prediction.next_obs = "sample"
-    c.diffusion.clip.next_obs = 20.0  # PCA latents have unit standard deviation
 
     c.data.path = "bridge"
     c.data.cameras = ("image_0",)

@@ -55,7 +55,6 @@ def get_config() -> ConfigDict:
     # Short runs want x0 prediction: noise prediction is still worse than the mean after a few hundred steps.
     c.diffusion.prediction.action = c.diffusion.prediction.next_obs = "sample"
     c.diffusion.spacing = "trailing"  # the first timestep is the one of what is hidden in training (docs/benchmarks.md)
-    c.diffusion.clip.next_obs = 20.0  # PCA latents have unit standard deviation
 
     c.loss.weights.action = 5.0  # the loss of frames is ten times that of actions, and the inverse mode learns late
 

@@ -141,3 +141,9 @@ def test_droids_episodes_are_an_argument():
         assert f"--config=configs/{name}:official" in ast.get_docstring(ast.parse(Path(path).read_text()))
         with pytest.raises(UserError, match="unknown episodes 'all', expected one of successes, official"):
             config_lib.load(f"{path}:all")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_clip_of_latents_is_that_of_the_codec_that_a_flag_chooses(path):
+    for codec, clip in (("pca", 20.0), ("pixels", 1.0), ("vae", 1.0)):
+        assert config_lib.load(str(path), [("model.codec.name", codec)]).diffusion.clip.next_obs == clip
