@@ -16,6 +16,7 @@ from uwm_jax.data.records import COLUMN_MAX_SIZE, image_size
 
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA: a camera's frames are decoded to RGB, without alpha
 
+_ENCODINGS = ("none", "bytes", "zlib")
 _FLAT, _LENGTHS = b"/ragged_flat_values", b"/ragged_row_lengths_"
 
 
@@ -92,7 +93,7 @@ def camera_features(features: dict[str, Feature]) -> dict[str, Feature]:
 
 def is_column(feature: Feature) -> bool:
     """Whether a step feature is numeric and small enough for a column."""
-    if feature.image or feature.shape is None or feature.dtype in ("string", "unknown"):
+    if feature.image or feature.shape is None or not _is_numeric(feature):
         return False
     return min(feature.shape, default=1) > 0 and math.prod(feature.shape) <= COLUMN_MAX_SIZE
 
@@ -115,6 +116,10 @@ def why_unusable(feature: Feature) -> str:
         )
     if dtype == "unknown":
         return "a kind of feature that is not read"
+    if feature.encoding not in _ENCODINGS:
+        return f"a tensor encoded by {feature.encoding!r}; expected {' or '.join(_ENCODINGS)}"
+    if not _is_numeric(feature):
+        return f"values of {dtype}; a key that is read holds floats, integers or booleans"
     if shape is None or min(shape, default=1) < 1:
         return "its number of values may differ from step to step (ragged); a key that is read has one shape"
     many = f"{math.prod(shape)} values of {dtype} per step"
@@ -122,6 +127,11 @@ def why_unusable(feature: Feature) -> str:
         return f"{many}, more than {COLUMN_MAX_SIZE}: it can be config.data.text, not an action or low-dimensional key"
     hint = "; an image has shape (height, width, channels) with 1, 3 or 4 channels" if dtype == "uint8" else ""
     return f"{many}, more than the {COLUMN_MAX_SIZE} of an action or low-dimensional key{hint}"
+
+
+def _is_numeric(feature: Feature) -> bool:
+    """Whether the values of a feature that is no image are numbers, in an encoding that is known."""
+    return feature.dtype.startswith(("float", "bfloat", "int", "uint", "bool")) and feature.encoding in _ENCODINGS
 
 
 def _is_float(feature: Feature) -> bool:
@@ -137,7 +147,9 @@ def _is_frames(feature: Feature) -> bool:
 def _is_pixels(feature: Feature) -> bool:
     if feature.image or feature.dtype != "uint8" or feature.shape is None or len(feature.shape) != 3:
         return False
-    return min(feature.shape) > 0 and feature.shape[-1] in _CHANNELS and not is_column(feature)
+    if feature.encoding not in _ENCODINGS or is_column(feature):
+        return False
+    return min(feature.shape) > 0 and feature.shape[-1] in _CHANNELS
 
 
 def frame_size(record: bytes, camera: str) -> tuple[int, int]:

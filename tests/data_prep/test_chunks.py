@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_prep.chunks import EpisodeError, Layout, camera_features, cut_episode, frame_size, plan_layout
+from data_prep.chunks import (
+    EpisodeError,
+    Layout,
+    camera_features,
+    cut_episode,
+    frame_size,
+    plan_layout,
+    why_unusable,
+)
 from data_prep.features import Feature
 
 LAYOUT = Layout(chunk_steps=4, sizes={"x": 2, "n": 1}, columns={"x": ((2,), "<f4"), "n": ((), "<i8")}, cameras={})
@@ -110,3 +118,18 @@ def test_texts_of_an_episode_may_be_missing() -> None:
     layout = dataclasses.replace(LAYOUT, texts=("meta/path", "meta/none"))
     record = _record(steps__x=[0.0, 1.0, 2.0, 3.0], steps__n=[5, 6], meta__path=["/a/ü".encode()])
     assert cut_episode(record, layout).texts == {"meta/path": "/a/ü".encode(), "meta/none": b""}
+
+
+@pytest.mark.parametrize(
+    ("feature", "reason"),
+    [
+        (Feature((3,), "complex64"), "values of complex64; a key that is read holds floats, integers or booleans"),
+        (Feature((3,), "float32", encoding="lz4"), "a tensor encoded by 'lz4'; expected none or bytes or zlib"),
+        (Feature((20, 20, 3), "uint8", encoding="lz4"), "a tensor encoded by 'lz4'; expected none or bytes or zlib"),
+    ],
+)
+def test_values_of_unknown_kinds_are_left_to_the_records(feature: Feature, reason: str) -> None:
+    """Not a reason to skip every episode that has them."""
+    layout = plan_layout({"steps/odd": feature, "steps/action": Feature((2,), "float32")}, 16, {})
+    assert set(layout.columns) == {"action"} and not layout.pixels and not layout.decoded
+    assert why_unusable(feature) == reason and camera_features({"steps/odd": feature}) == {}
