@@ -55,6 +55,8 @@ def test_home_is_expanded(monkeypatch):
 def test_a_scheme_is_refused_by_name(scheme):
     with pytest.raises(UserError, match=f"--workdir=.*{scheme}:// is not supported"):
         local_path(f"{scheme}://bucket/run", "--workdir")
+    with pytest.raises(UserError, match=f"workdir=.*{scheme}:// is not supported"):
+        local_path(Path(f"{scheme}://bucket/run"), "workdir")  # which has one slash
 
 
 @pytest.mark.parametrize("bad", ["a" * 5000, "a/" * 2500, "a\0b", "~nobody_of_this_name/x"])

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
 from uwm_jax import train as train_lib
+from uwm_jax.convert import to_torch
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import Preempted, UserError
 from uwm_jax.evaluation.program import Evaluation
@@ -190,6 +192,21 @@ def test_a_config_from_python_is_judged_like_a_file(tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_workdir_from_python_is_a_path_like_that_of_the_flag(tiny_config, tmp_path, monkeypatch):
+    """A URL makes no folder called `gs:`, a home no folder called `~`; also of what reads and exports a run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for place in ("gs://bucket/run", Path("gs://bucket/run")):
+        for use in (lambda w: train(tiny_config, w), load_for_inference, lambda w: to_torch(w, "a.safetensors")):
+            with pytest.raises(UserError, match=r"workdir=gs:/+bucket/run: gs:// is not supported"):
+                use(place)
+    with pytest.raises(UserError, match=r"--output=gs:/+bucket"):
+        to_torch(tmp_path, Path("gs://bucket/a.safetensors"))
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "home" / "run"))):
+        load_for_inference("~/run")
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.slow
 def test_checkpoints_by_time_change_nothing_but_what_a_kill_costs(finished, finished_config, tmp_path, monkeypatch):
     """A save before every step, where the config asks for one after every second; killed before step 4 is told."""
@@ -244,12 +261,18 @@ def test_a_changed_config_is_refused_by_field(finished, finished_config):
     assert config_lib.read(finished).optimizer.learning_rate == 1e-3
 
 
-def test_a_run_continues_as_its_checkpoint_says_and_not_as_config_json_does(finished, finished_config, tmp_path):
+def test_a_run_continues_as_its_checkpoint_says_and_not_as_config_json_does(
+    finished, finished_config, tmp_path, capsys
+):
     workdir = shutil.copytree(finished, tmp_path / "run")
     finished_config.seed, finished_config.total_steps = 9, 8
     write_config(workdir, finished_config)  # as another start in this workdir might have
     with pytest.raises(UserError, match=r"config.seed is 9.*started with 0"):
         train(finished_config, workdir)
+    finished_config.seed, finished_config.total_steps = 0, 6
+    train(finished_config, workdir)
+    told = capsys.readouterr()
+    assert "nothing to do" in told.out and told.err.count("own fields are used: seed (9, there 0)") == 2
 
 
 @pytest.mark.slow

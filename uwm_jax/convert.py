@@ -101,7 +101,7 @@ def from_torch(
       no_normalizer: whether a key that the run normalised may go without a normaliser.
       which: `model`, or `ema` for the averaged weights of a file that holds both.
     """
-    workdir = Path(workdir)
+    workdir = files.local_path(workdir, "--workdir")
     files.check_output(workdir, "--workdir")
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(
@@ -198,15 +198,15 @@ def to_torch(
       overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
       parameters: "raw" or "average"; None takes the average where the checkpoint has one.
     """
-    output = Path(output)
+    workdir, output = files.local_path(workdir, "--workdir"), files.local_path(output, "--output")
     if output.suffix != ".safetensors":
         raise UserError(f"--output: expected a name that ends in .safetensors, found {str(output)!r}.")
     for path in (output, output.with_suffix(".json")):
         files.check_output_file(path)
     system, params, frozen, step = inference.load_for_inference(workdir, step, overrides, parameters)
     tensors = layout.to_official(params, system.config.model.patch)
-    tensors |= _codec_tensors(system, frozen, Path(workdir))
-    described = describe(system, tensors, step, Path(workdir))
+    tensors |= _codec_tensors(system, frozen, workdir)
+    described = describe(system, tensors, step, workdir)
     described |= inference.parameters_used(workdir, step, parameters)
     weights.write_weights(output, dict(sorted(tensors.items())))
     files.write_text(output.with_suffix(".json"), json.dumps(described, indent=2) + "\n")

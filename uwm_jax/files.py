@@ -23,7 +23,7 @@ from uwm_jax.errors import UserError
 
 READER_SECONDS = 10.0  # for somebody to open the other end of a FIFO
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # a `Path` keeps one slash of the two
 _OPEN_FILES = ("/dev/fd/", "/dev/stdout", "/dev/stderr", "/proc/")  # names of what a process has open
 
 
@@ -40,7 +40,7 @@ def local_path(value: str | os.PathLike[str], flag: str) -> Path:
     scheme = _SCHEME.match(text)
     if scheme:
         raise UserError(
-            f"{flag}={text}: {scheme.group()} is not supported. Expected a path on a local or mounted file system."
+            f"{flag}={text}: {scheme.group()}/ is not supported. Expected a path on a local or mounted file system."
         )
     try:
         path = Path(text).expanduser()

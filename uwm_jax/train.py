@@ -73,6 +73,7 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None, start: 
       Preempted: told to end by a signal, and saved.
     """
     config_lib.validate(config)
+    workdir = local_path(workdir, "workdir")
     start = start or record.describe_use(["python", *sys.orig_argv[1:]], config, ())
     with contextlib.ExitStack() as closing:  # what is open is closed in reverse, all of it, whatever happens
         run(config, workdir, profile, start, closing)
@@ -96,7 +97,7 @@ def run(
     distributed.require_same("config", config_lib.flatten(config))
     last_step = distributed.agree(checkpoint_lib.latest_step(workdir))
     if last_step is not None:
-        before = config_lib.read(workdir)
+        before = fixed_fields.started_with(workdir, last_step)
         config_lib.refuse_changed(config, before)
         config = config_lib.with_origin(config, before.init_from)
         if last_step >= config.total_steps:

@@ -45,6 +45,16 @@ def test_the_checkpoint_wins_with_one_line_where_the_file_differs(workdir, store
     assert found.total_steps == 77 and found.data.path == "/moved", "what may change is the file's"
 
 
+def test_a_run_that_continues_was_started_with_what_its_checkpoint_holds(workdir, stored, capsys):
+    rewrite(workdir, seed=9, total_steps=77)
+    started = fixed_fields.started_with(workdir, 6)
+    assert started.seed == 0 and started.total_steps == 77
+    assert "seed (9, there 0)" in capsys.readouterr().err
+    next((workdir / "checkpoints" / "6" / "assets").iterdir()).unlink()
+    assert fixed_fields.started_with(workdir, 6).seed == 9, "all that is left"
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -65,6 +75,7 @@ def test_the_checkpoint_wins_with_one_line_where_the_file_differs(workdir, store
         ("total_steps", "7"),
         ("seed", "7"),
         ("checkpoint.keep", "9"),
+        ("data.num_threads", "9"),
         ("init_from", "elsewhere"),
     ],
 )

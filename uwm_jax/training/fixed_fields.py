@@ -11,13 +11,15 @@ import fnmatch
 import functools
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.config import MAY_CHANGE
 from uwm_jax.errors import UserError, warn
-from uwm_jax.training.stored import Stored
+from uwm_jax.parallel import distributed
+from uwm_jax.training.stored import CorruptCheckpoint, Stored
 
 SAMPLING = (
     *("diffusion.spacing", "diffusion.num_inference_steps", "diffusion.hide_at", "diffusion.clip.*"),
@@ -29,7 +31,6 @@ EVALUATION = (
     *("eval.num_windows", "eval.action_plane", "batch_size", "mesh.rules"),
     # The data to evaluate on, which the command compares with the run's own.
     *("data.path", "data.split", "data.val_ratio", "data.drop_nonfinite", "data.sources.*"),
-    *("data.num_threads", "data.prefetch"),
 )
 
 
@@ -67,6 +68,23 @@ def for_inference(
                 f"not use it. With these parameters only {', '.join(may_change)} may change."
             )
     config_lib.validate(config)
+    return config
+
+
+def started_with(workdir: str | os.PathLike[str], step: int) -> ConfigDict:
+    """The config that a run which continues was started with: `config_of_run` of its checkpoint `step`, so that a
+    `config.json` that another start has overwritten keeps nobody out; `config.json` alone where that checkpoint is
+    damaged.
+
+    Raises:
+      UserError: there is no `config.json`.
+    """
+    try:
+        config, told = config_of_run(workdir, Stored(Path(workdir).absolute() / "checkpoints", step))
+    except CorruptCheckpoint:  # which is told of where it is passed over
+        return config_lib.read(workdir)
+    if told and distributed.is_main():
+        warn(told)
     return config
 
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.data.records import short_key
 from uwm_jax.errors import UserError, warn
+from uwm_jax.files import local_path
 from uwm_jax.system import DataFacts, System
 from uwm_jax.training import average, fixed_fields
 from uwm_jax.training import frozen as frozen_lib
@@ -49,7 +50,7 @@ def load_for_inference(
     Raises:
       UserError: no such workdir, step or average, an override of a field that is fixed, or a damaged checkpoint.
     """
-    overrides = list(overrides)
+    workdir, overrides = local_path(workdir, "workdir"), list(overrides)
     config_lib.read(workdir)  # before anything is said of checkpoints: is this a run's directory?
     checkpoints = Checkpoints(workdir, read_only=True)
     steps = checkpoints.steps()
