@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from uwm_jax import reading
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.made_up import make_up_codec, make_up_system
 from uwm_jax.training.checkpoint import (
@@ -250,6 +253,36 @@ def test_closing_does_not_hide_another_error(small_run, workdir, full_disk, capf
         finally:
             checkpoints.close()
     assert "warning: " in (message := capfd.readouterr().err) and "No space left on device" in message
+
+
+def test_a_directory_that_cannot_be_read_hides_no_failed_save(small_run, workdir, full_disk, monkeypatch, capfd):
+    """The thread that deletes old checkpoints, and tells of failures, must not die of it."""
+
+    def steps(_):
+        raise OSError(errno.EIO, "Input/output error", str(workdir))
+
+    checkpoints = Checkpoints(workdir, keep=1)
+    monkeypatch.setattr(Checkpoints, "steps", steps)
+    checkpoints.save(small_run.state_at(8), {}, small_run.CODEC, small_run.assets_of())
+    with pytest.raises(RunError, match=r"checkpoints/8: .*No space left on device"):
+        checkpoints.wait()
+    checkpoints.close()
+    told = capfd.readouterr().err
+    assert "checkpoints cannot be read: [Errno 5] Input/output error" in told and "Traceback" not in told
+
+
+def test_a_directory_is_listed_again_where_a_disk_fails_for_a_moment(workdir, monkeypatch):
+    listed, original, slept = [], os.listdir, []
+
+    def fail_once(path):
+        listed.append(path)
+        if len(listed) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "listdir", fail_once)
+    monkeypatch.setattr(reading.time, "sleep", slept.append)
+    assert latest_step(workdir) == 6 and slept == [1.0]
 
 
 def test_a_save_that_cannot_start(small_run, workdir):

@@ -35,7 +35,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
-from uwm_jax.reading import cause_of, no_room
+from uwm_jax.reading import again, cause_of, no_room
 from uwm_jax.system import DataFacts
 from uwm_jax.training import lock, record
 from uwm_jax.training.state import TrainState
@@ -370,7 +370,7 @@ class Checkpoints:
             self._failure = self._failed(step, e)
             return
         if self._keep is not None and distributed.is_main():
-            for old in self.steps()[: -self._keep]:
+            for old in self._listed()[: -self._keep]:
                 gone = self.directory / f"{old}.deleted"  # renamed first: half of a checkpoint never looks like one
                 try:
                     (self.directory / str(old)).rename(gone)
@@ -378,10 +378,18 @@ class Checkpoints:
                 except OSError as e:
                     warn(f"{self.directory / str(old)}: an old checkpoint could not be deleted: {cause_of(e)}")
 
+    def _listed(self) -> list[int]:
+        """`steps`, for the thread that must tell how a save went; none, with a warning, where they cannot be read."""
+        try:
+            return self.steps()
+        except (OSError, RunError) as e:
+            warn(f"{self.directory} cannot be read: {cause_of(e)}")
+            return []
+
     def _failed(self, step: int, error: BaseException) -> RunError:
         # What orbax no longer writes would be told by the interpreter as it ends, below the one message.
         warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
-        whole = [s for s in self.steps() if s != step]
+        whole = [s for s in self._listed() if s != step]
         continued = f"continues from step {whole[-1]}" if whole else "starts anew"
         full = no_room(error)
         todo = "Free some space" if full else "Check the space and the permissions there"
@@ -433,7 +441,8 @@ def latest_step(workdir: str | os.PathLike[str]) -> int | None:
 
 
 def _steps(directory: Path) -> list[int]:
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+    names = again(lambda: os.listdir(directory) if directory.is_dir() else [], directory)
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _text(path: Path) -> str | None:
