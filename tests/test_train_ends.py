@@ -166,8 +166,12 @@ def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config
     """Of every event after the first few none can be written (TensorBoard's own writer then blocks for ever), and no
     picture of the evaluation."""
     config = make_tiny_config()
-    config.total_steps, config.log_every, config.eval.every = 30, 1, 30
+    config.total_steps, config.log_every, config.eval.every = 30, 1, 15
     written, original = [], RecordWriter.write
+    errors = [
+        OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "modes.png")),
+        ValueError("cannot draw"),
+    ]
 
     def fail_later(self, data):
         written.append(data)
@@ -176,7 +180,7 @@ def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config
         return original(self, data)
 
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "modes.png"))
+        raise errors.pop(0)
 
     monkeypatch.setattr(RecordWriter, "write", fail_later)
     monkeypatch.setattr(pictures, "draw", full)
@@ -186,9 +190,11 @@ def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config
     timer.cancel()
     assert latest_step(tmp_path / "run") == 30
     assert [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").open()] == list(range(1, 31))
-    warned = [line for line in capfd.readouterr().err.splitlines() if "No space left on device" in line]
-    assert len(warned) == 2 and "events.out.tfevents" in warned[0]
-    assert "modes.png: the evaluation of step 30 cannot be written" in warned[1]
+    lines = capfd.readouterr().err.splitlines()
+    warned = [line for line in lines if "No space left on device" in line or "cannot draw" in line]
+    assert len(warned) == 3 and "events.out.tfevents" in warned[0]
+    assert "modes.png: the evaluation of step 15 cannot be written" in warned[1]
+    assert "the evaluation of step 30 cannot be written (ValueError('cannot draw'))" in warned[2]
 
 
 @pytest.mark.multihost

@@ -95,11 +95,12 @@ class HeldOut:
                 distributed.say(f"warning: {told}")
             try:
                 files = write_results(workdir / "eval" / str(step), self._system, metrics, shown, about)
-            except OSError as e:  # a full disk: no reason to end a run
+            except Exception as e:  # a full disk, a picture that cannot be drawn: no reason to end a run
                 again = f"python -m uwm_jax.evaluate --workdir={workdir} --step={step}"
+                where = getattr(e, "filename", None) or workdir / "eval" / str(step)
                 warn(
-                    f"{e.filename or workdir / 'eval' / str(step)}: the evaluation of step {step} cannot be written "
-                    f"({e.strerror or e}). Its means are in metrics.jsonl; {again} makes up for the rest."
+                    f"{where}: the evaluation of step {step} cannot be written ({getattr(e, 'strerror', None) or e!r}). "
+                    f"Its means are in metrics.jsonl; {again} makes up for the rest."
                 )
         # Drawing takes seconds, and on CPUs a collective fails when another process comes to it half a minute later.
         distributed.barrier(f"the evaluation of step {step} is written", distributed.LATE_SECONDS)
