@@ -27,6 +27,14 @@ def drop_output(stream: Any) -> None:
         os.close(nowhere)
 
 
+def last_words(message: str = "") -> None:
+    """Prints to stderr and flushes, before a process ends without the interpreter; raises nothing where nobody reads."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, message and f"{message}\n")):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, or closed from the start
+            stream.write(text)
+            stream.flush()
+
+
 def exit_process(status: int) -> NoReturn:
     """`sys.exit`, also where threads hang."""
     if not _left:
@@ -34,8 +42,6 @@ def exit_process(status: int) -> NoReturn:
     timer = threading.Timer(EXIT_SECONDS, os._exit, (status,))
     timer.daemon = True
     timer.start()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    last_words()
     atexit._run_exitfuncs()
     os._exit(status)

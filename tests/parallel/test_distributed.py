@@ -136,6 +136,10 @@ def main(argv):
             d.barrier("again")
         assert d.is_main() == first
         d.say("said by", flags.FLAGS.process_id)
+        if scenario == "early":
+            if not first:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
         signals.take()
         def items():
             for number in range(1000):
@@ -195,6 +199,16 @@ def test_a_sigterm_to_one_process_stops_all_at_the_same_step():
     told = {line for text in output for line in text.splitlines() if line.startswith("told at")}
     assert len(told) == 1 and all("told at" in text for text in output)
     assert ["said by 0" in text for text in output] == [True, False, False]
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_a_sigterm_to_one_process_while_the_run_starts_ends_all():
+    """Also where one of them hangs: there is nothing that would have to be saved first."""
+    statuses, output = run("early")
+    assert statuses == [143] * 2, output
+    assert "process 1 of 2 was told to end (SIGTERM) before the first step." in output[1]
+    assert "error: process 1 of 2 failed: told to end (SIGTERM) before the first step" in output[0]
 
 
 @pytest.mark.slow

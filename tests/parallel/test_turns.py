@@ -58,6 +58,15 @@ def test_a_signal_is_a_request_however_often_it_comes(number, name, status):
     assert "before the first step" in str(end(0))
 
 
+def test_a_signal_that_comes_before_the_turns_is_unheeded():
+    signals.take(signal.SIGTERM)
+    assert signals.unheeded() is None
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.unheeded() == signals.received() == signal.SIGTERM
+    signals.take()
+    assert signals.unheeded() is None and signals.received() == signal.SIGTERM
+
+
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signals.take()

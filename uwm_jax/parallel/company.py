@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import threading
 import time
 import traceback
@@ -25,13 +24,16 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed  # the coordination client has no public name (orbax does the same)
 
+from uwm_jax.ending import last_words
 from uwm_jax.errors import Preempted, RunError, UserError
+from uwm_jax.parallel import signals
 
 AGREE_SECONDS = 600.0  # for all processes to reach the same line
 
 _POLL_SECONDS = 1.0
 _POLLS_PER_BEAT = 5
 _OWN_ERROR_SECONDS = 3.0  # how long a process that hears of a failure may take to meet the same error itself
+_STOP_SECONDS = 5.0  # for a question to the service that is under way when this process leaves
 _CLOSE_SECONDS = 20.0  # how long a failing process may take to close its files
 _CLOSE_SECONDS_LOST = 4.0  # the same when it fails because of another, which it can only wait for in vain
 _LEAVE_SECONDS = 8.0  # how long a failing process 0 keeps the service up for the others to read why
@@ -165,7 +167,7 @@ class Company:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(_STOP_SECONDS)
 
     def _listen(self) -> None:
         beats: dict[int, tuple[str, float]] = {}  # of each process, and since when it is the same
@@ -189,6 +191,9 @@ class Company:
                     }
             if record is not None and not self._stopped.is_set():
                 self._follow(record)
+                return
+            if (number := signals.unheeded()) is not None:
+                self._obey(number)
                 return
             if self._stopped.wait(_POLL_SECONDS):
                 return
@@ -215,6 +220,14 @@ class Company:
             if not self._failing.is_set():
                 text = f"error: {self._tell(record)}\n{place()} ends too, since none can go on without the others."
                 end_process(text, record["status"])
+
+    def _obey(self, number: int) -> None:
+        """Ends all processes because of a signal that came while the run starts, which may take long, or hang."""
+        message = f"told to end ({signals.NAMES[number]}) before the first step"
+        self._publish({"process": self.index, "status": 128 + number, "lost": False, "message": message})
+        with _ending:
+            if not self._failing.is_set():
+                end_process(f"{place()} was {message}.", 128 + number)
 
     def _tell(self, record: Mapping[str, Any]) -> str:
         return f"process {record['process']} of {self.count} failed: {record['message']}"
@@ -286,10 +299,7 @@ _ending = threading.RLock()  # one thread ends the process and says why; the oth
 
 def end_process(message: str, status: int) -> None:
     with _ending:
-        if message:
-            print(message, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        last_words(message)
         if current is not None:
             current.leave()
         os._exit(status)

@@ -20,16 +20,20 @@ NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", sig
 _previous: dict[int, Any] = {}  # handlers that `take` has replaced
 _received: list[int] = []
 _lost_output: list[str] = []
+_heeded = False  # whether turns look for what came
 _cut: list[BaseException] = []  # what a second signal raises, inside of `may_be_cut`
 
 
 def take(*numbers: int) -> None:
     """From here on these signals are noted, however often they come, until `restore`; by default all of `NAMES`.
 
-    Signals that are ignored stay ignored. Only the main thread can take signals; elsewhere nothing happens.
+    Signals that are ignored stay ignored. Only the main thread can take signals; elsewhere nothing happens. Without
+    `numbers` they are for the turns of a run; before that they are `unheeded`.
     """
+    global _heeded
     if threading.current_thread() is not threading.main_thread():
         return
+    _heeded = _heeded or not numbers
     for number in numbers or NAMES:
         if number not in _previous and signal.getsignal(number) != signal.SIG_IGN:
             _previous[number] = signal.signal(number, _note)
@@ -37,8 +41,10 @@ def take(*numbers: int) -> None:
 
 def restore() -> None:
     """Gives back all that `take` took, and forgets what came."""
+    global _heeded
     for number, handler in _previous.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
+    _heeded = False
     _previous.clear()
     _received.clear()
     _lost_output.clear()
@@ -47,6 +53,11 @@ def restore() -> None:
 def received() -> int | None:
     """The first signal that came since `take`."""
     return _received[0] if _received else None
+
+
+def unheeded() -> int | None:
+    """The same, as long as no turn would see it: while a run starts, when there is nothing to be saved."""
+    return None if _heeded else received()
 
 
 def lost_output() -> str | None:
