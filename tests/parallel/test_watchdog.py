@@ -74,3 +74,13 @@ def test_zero_switches_it_off():
     with Watchdog(0) as watchdog:
         watchdog.beat(1)
         assert threading.active_count() == before
+
+
+def test_a_watchdog_may_have_as_much_patience_as_a_config_says(monkeypatch):
+    """An end of the thread would be a traceback in the middle of a run."""
+    ended = []
+    monkeypatch.setattr(threading, "excepthook", ended.append)
+    with Watchdog(1e300) as watchdog:
+        watchdog.beat(1)
+        time.sleep(0.1)
+    assert ended == []

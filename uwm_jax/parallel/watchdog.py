@@ -14,6 +14,9 @@ from uwm_jax.parallel import company
 
 _Item = TypeVar("_Item")
 
+_LONGEST_WAIT = 3600.0  # seconds; the system's waits take no number of any size
+_CLOSE_SECONDS = 5.0  # for a stderr that nobody reads
+
 _STDERR = 2  # by number: a thread that hangs may hold the lock of sys.stderr
 
 
@@ -45,7 +48,7 @@ class Watchdog:
     def __exit__(self, *_: Any) -> None:
         self._done.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_CLOSE_SECONDS)
 
     def beat(self, step: int) -> None:
         """`step` is done. Costs the reading of a clock."""
@@ -60,7 +63,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         quiet_since = self._beaten
-        while not self._done.wait(max(quiet_since + self._seconds - time.monotonic(), 0.01)):
+        while not self._done.wait(min(max(quiet_since + self._seconds - time.monotonic(), 0.01), _LONGEST_WAIT)):
             if self._beaten > quiet_since:
                 quiet_since = self._beaten
             elif time.monotonic() >= quiet_since + self._seconds:

@@ -98,8 +98,9 @@ class HeldOut:
             except Exception as e:  # a full disk, a picture that cannot be drawn: no reason to end a run
                 again = f"python -m uwm_jax.evaluate --workdir={workdir} --step={step}"
                 where = getattr(e, "filename", None) or workdir / "eval" / str(step)
+                reason = getattr(e, "strerror", None) or repr(e)
                 warn(
-                    f"{where}: the evaluation of step {step} cannot be written ({getattr(e, 'strerror', None) or e!r}). "
+                    f"{where}: the evaluation of step {step} cannot be written ({reason}). "
                     f"Its means are in metrics.jsonl; {again} makes up for the rest."
                 )
         # Drawing takes seconds, and on CPUs a collective fails when another process comes to it half a minute later.
