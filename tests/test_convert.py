@@ -303,6 +303,20 @@ def test_the_words_of_the_command(capsys: pytest.CaptureFixture[str], words: tup
     assert "from-torch and to-torch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "flag"),
+    [("from-torch", f) for f in ("output=a.safetensors", "step=3", "parameters=raw")]
+    + [
+        ("to-torch", f)
+        for f in ("input=a.pt", "official-config=c.yaml", "normalizer=n.npz", "no_normalizer", "weights=ema")
+    ],
+)
+def test_flags_of_the_other_word_are_refused(word: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(word, f"--{flag}") == 2
+    name, other = flag.partition("=")[0].replace("_", "-"), {"from-torch": "to-torch", "to-torch": "from-torch"}[word]
+    assert f"--{name} is a flag of {other}; {word} does not take it" in capsys.readouterr().err
+
+
 # --- our own workdirs -------------------------------------------------------------------------------
 
 

@@ -47,6 +47,12 @@ LATENT_SHIFT, LATENT_SCALE = "obs_encoder.vae.shift", "obs_encoder.vae.scale"
 # What the official VAE always has; without this a missing layer would pass for another architecture.
 SDXL_PARTS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
 
+# The flags that only one of the words takes.
+_FLAGS_OF = {
+    "from-torch": ("input", "official_config", "normalizer", "no_normalizer", "weights"),
+    "to-torch": ("output", "step", "parameters"),
+}
+
 
 def define_flags() -> None:
     cli.accept_arguments()
@@ -64,6 +70,10 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     overrides = cli.config_overrides()
+    for word, names in _FLAGS_OF.items():
+        for name in names if argv and argv != [word] and argv[0] in _FLAGS_OF else ():
+            if FLAGS[name].present:
+                raise UserError(f"--{name.replace('_', '-')} is a flag of {word}; {argv[0]} does not take it.")
     if argv == ["from-torch"]:
         if overrides:
             raise UserError(f"--config.{overrides[0][0]}: from-torch takes every field from --official-config.")
