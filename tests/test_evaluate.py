@@ -129,9 +129,9 @@ def test_other_evaluations_leave_the_runs_own_alone(trained, sampled, tmp_path, 
 def test_flags_that_would_change_what_is_held_out_or_do_nothing_are_refused(trained, capsys):
     for flag, message in (
         ("--config.data.val_ratio=0.5", "the run decided which episodes"),
-        ("--episodes=3", "--episodes belongs to --env"),
-        ("--execute=4", "--execute belongs to --env"),
-        ("--env=pusht", "--env belongs to --sampler"),
+        ("--episodes=3", "--episodes requires --env"),
+        ("--execute=4", "--execute requires --env"),
+        ("--env=pusht", "--env requires --sampler"),
     ):
         assert cli.call(evaluate.main, ["evaluate", f"--workdir={trained}", flag], evaluate.define_flags) == 2
         assert message in capsys.readouterr().err

@@ -69,11 +69,11 @@ def main(argv: list[str]) -> None:
     workdir = cli.required_path("workdir")
     compares = FLAGS.sampler is not None or FLAGS.steps is not None
     if FLAGS.env and not compares:
-        raise UserError("--env belongs to --sampler or --steps; python -m uwm_jax.rollout is for one policy alone.")
+        raise UserError("--env requires --sampler or --steps; python -m uwm_jax.rollout evaluates one policy alone.")
     if FLAGS["episodes"].present and not FLAGS.env:
-        raise UserError("--episodes belongs to --env: the number of held-out windows is --config.eval.num_windows.")
+        raise UserError("--episodes requires --env: the number of held-out windows is --config.eval.num_windows.")
     if FLAGS["execute"].present and not FLAGS.env:
-        raise UserError("--execute belongs to --env: how much of a chunk is taken matters only where the policy acts.")
+        raise UserError("--execute requires --env: only a policy that acts takes a part of each chunk.")
     root = places.root(cli.optional_path("output"), workdir)
     system, params, frozen, step = inference.load_for_inference(
         workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters, fixed_fields.EVALUATION

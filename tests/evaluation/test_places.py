@@ -69,7 +69,7 @@ def test_a_name_is_not_given_to_other_settings(tmp_path):
     assert choose(tmp_path, {"data.split": "val"}, name="mine") == "mine"
     with pytest.raises(UserError, match=r"--name=mine: .*\{\"data.split\": \"val\"\}. These are \{\}. Choose another"):
         choose(tmp_path, {}, own=True, name="mine")
-    for name in ("", ".", "..", "../x", "a/b", ".hidden", "x" * 65, "a b"):
+    for name in ("", ".", "..", "../x", "a/b", ".hidden", "x" * 65, "a b", "about.json", "a.png"):
         with pytest.raises(UserError, match="--name=.*expected up to 64 letters"):
             choose(tmp_path, {}, own=True, name=name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]

@@ -33,7 +33,7 @@ _IMMATERIAL = (
     *(name for name in config_lib.MAY_CHANGE if not name.startswith("eval.")),
     *("eval.every", "eval.action_plane", "batch_size", "data.path", "data.sources.*.path"),
 )
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,63}")
+_NAME = re.compile(r"(?!.*\.(?:json|png|gif)$)[A-Za-z0-9][A-Za-z0-9._=-]{0,63}")  # not that of a result's file
 
 
 def define_flags() -> None:
@@ -123,8 +123,8 @@ def choose(
     """
     if name is not None and not _NAME.fullmatch(name):
         raise UserError(
-            f"--name={name}: expected up to 64 letters, digits and . _ = - that start with a letter or digit, such as "
-            "--name=val."
+            f"--name={name}: expected up to 64 letters, digits and . _ = - that start with a letter or digit and do "
+            "not end in .json, .png or .gif, such as --name=val."
         )
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = step_folder / (name or digest)
