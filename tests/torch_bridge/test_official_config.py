@@ -239,8 +239,9 @@ def test_one_bad_tensor_does_not_hide_the_sizes(tmp_path: Path) -> None:
 
 
 def test_names_behind_a_wrapper_are_refused(tmp_path: Path) -> None:
-    wrapped = {f"module.{name}": shape for name, shape in _shapes().items()}
-    with pytest.raises(UserError, match=r"starts with noise_pred_net\.; its first are module\.noise_pred_net\."):
+    wrapped = {f"policy.{name}": shape for name, shape in _shapes().items()}
+    message = r"starts with noise_pred_net\.; its first are policy\.noise_pred_net\..* were taken off; remove any other"
+    with pytest.raises(UserError, match=message):
         _read(tmp_path, _yaml(), wrapped)
 
 

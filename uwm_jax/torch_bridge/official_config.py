@@ -142,7 +142,7 @@ def _refuse_unsupported(official: OfficialYaml, shapes: Mapping[str, Shape]) -> 
         raise UserError(
             f"--input: expected the names of an official state dict, such as {NET}pos_embed and {RESNET}fc.weight, but "
             f"none of its {len(shapes)} names starts with {NET}; its first are {', '.join(sorted(shapes)[:3])}. "
-            "A prefix that a wrapper put before every name ('module.', '_orig_mod.') has to be removed first."
+            "Prefixes of wrappers ('module.', '_orig_mod.', 'model.') were taken off; remove any other first."
         )
 
 
