@@ -13,7 +13,7 @@ from uwm_jax.data.loader import Loader
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_codec
 from uwm_jax.system import DataFacts, System
-from uwm_jax.training import checkpoint
+from uwm_jax.training import checkpoint, inference
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,18 @@ def test_windows_are_those_of_an_evaluation_in_raw_units(workdir: Path, tmp_path
         for key in found:  # also noise and timesteps are those of the window
             np.testing.assert_array_equal(file[key][1:4], found[key])
         assert len(set(file["timestep/action"].tolist())) > 2
+
+
+def test_parameters_have_no_part_in_them(workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, asked = inference.load_for_inference, []
+
+    def loads(*arguments):  # the average would bring the warning that it is still much of the start
+        asked.append(arguments[3])
+        return load(*arguments)
+
+    monkeypatch.setattr(inference, "load_for_inference", loads)
+    assert command(f"--workdir={workdir}", "--windows=0:1", f"--output={tmp_path / 'in.npz'}") == 0
+    assert asked == ["raw"]
 
 
 @pytest.mark.slow

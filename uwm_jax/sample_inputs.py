@@ -28,7 +28,7 @@ from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation.data import open_data
 from uwm_jax.evaluation.results import doubt
 from uwm_jax.system import System
-from uwm_jax.training import fixed_fields, inference, lineage
+from uwm_jax.training import average, fixed_fields, inference, lineage
 from uwm_jax.training.stored import Stored
 
 FLAGS = flags.FLAGS
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     workdir, output = cli.required_path("workdir"), cli.required_path("output")
     files.check_output_file(output)
     system, _, _, step = inference.load_for_inference(
-        workdir, FLAGS.step, cli.config_overrides(), may_change=fixed_fields.EVALUATION
+        workdir, FLAGS.step, cli.config_overrides(), average.RAW, fixed_fields.EVALUATION
     )
     # A normaliser without entries leaves actions and low-dimensional keys in raw units.
     system = System(system.config, dataclasses.replace(system.facts, normalizer=Normalizer()), system.codec)

@@ -293,7 +293,7 @@ th small, thead small { font-weight: normal; } td:not([class]) { min-width: 6rem
 .tiles td, .tiles th { border: 0; padding: .1rem; } .tiles thead th { font-weight: normal; padding-right: .5rem; }
 .tiles td:not([class]) { min-width: 0; }
 .tiles tbody th { min-width: 6rem; max-width: 9rem; vertical-align: middle; }
-.tiles img, .moving img { display: block; max-width: none; } 
+.tiles img, .moving img { display: block; max-width: none; }
 .tiles td small { display: block; text-align: center; line-height: 1.2; }
 .moving { display: grid; width: max-content; gap: 0 .5rem; } .moving div { display: grid; }
 .heads span { padding: 0 .5rem .25rem 0; } .sides span { align-self: center; overflow-wrap: anywhere; }
@@ -311,7 +311,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var
   td, th { padding: .3rem .5rem; } tbody th { max-width: 13rem; } dl.facts { grid-template-columns: 1fr; gap: 0; }
   dl.facts dd { margin-bottom: .4rem; }
   .bar { width: 8rem; }
-  .answers tr { display: grid; grid-template-columns: minmax(0, 1fr) 5.6rem 9.9rem; }
+  .answers tr { display: grid; grid-template-columns: minmax(0, 1fr) 5.2rem 10.4rem; }
   .answers tr > :first-child { grid-column: 1 / -1; border: 0; padding-bottom: 0; }
   .answers tr > * { min-width: 0 !important; padding-right: 0; font-size: .8rem; }
   .answers tr > .number { overflow-wrap: normal; padding-left: .25rem; }
