@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import struct
@@ -11,9 +12,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
+from uwm_jax import reading
 from uwm_jax.errors import UserError
+from uwm_jax.torch_bridge import tensor_file
 from uwm_jax.torch_bridge.tensor_file import read_safetensors, refuse_other_kinds
 
 
@@ -81,3 +85,20 @@ def test_half_of_an_archive(tmp_path: Path) -> None:
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="its end is missing, so the download is incomplete"):
         refuse_other_kinds(tmp_path / "half.pt", "x")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), SafetensorError("Stale file handle")])
+def test_a_disk_that_fails_for_a_moment_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    path, failures, slept = tmp_path / "a.safetensors", [error], []
+    save_file({"a": np.ones(2)}, path)
+
+    def load(place: Path) -> dict[str, np.ndarray]:
+        if failures:
+            raise failures.pop()
+        return load_file(place)
+
+    monkeypatch.setattr(tensor_file, "load_file", load)
+    monkeypatch.setattr(reading.time, "sleep", slept.append)
+    assert list(read_safetensors(path, "x")) == ["a"] and slept == [1.0]

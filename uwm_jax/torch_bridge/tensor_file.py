@@ -12,6 +12,7 @@ import safetensors
 from safetensors.numpy import load_file
 
 from uwm_jax.errors import UserError
+from uwm_jax.reading import again, is_fleeting
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
@@ -46,7 +47,12 @@ def read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
 
     Raises:
       UserError: as `refuse_other_kinds`; the file is incomplete, or no safetensors; a tensor is of a quantised type.
+      RunError: it cannot be read, nor some seconds later.
     """
+    return again(lambda: _read_safetensors(path, where), path)
+
+
+def _read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
     refuse_other_kinds(path, where)
     size = path.stat().st_size
     try:
@@ -71,4 +77,6 @@ def read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (safetensors.SafetensorError, OSError) as e:
+        if is_fleeting(e, path):
+            raise
         raise UserError(f"{where} is not a readable safetensors file ({e}).") from e
