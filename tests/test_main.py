@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import re
 import subprocess
 import sys
@@ -51,6 +52,18 @@ def test_the_overview_is_quick_and_tells_a_line_about_each() -> None:
 def test_arguments_are_refused(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert overview.main([argument]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_overview_that_cannot_be_written_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert overview.main([]) == 1
+    assert capfd.readouterr().err == "error: the output cannot be written: No space left on device.\n"
 
 
 @pytest.mark.parametrize("name", [module for module, _ in overview.commands()])

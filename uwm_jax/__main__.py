@@ -42,8 +42,11 @@ def main(arguments: list[str]) -> int:
     if not arguments or set(arguments) <= {"--help", "-h", "-help"}:
         try:
             print(overview(), flush=True)
-        except BrokenPipeError:  # `| head`
+        except OSError as e:  # `| head`, or a full disk
             drop_output(sys.stdout)
+            if not isinstance(e, BrokenPipeError):
+                print(f"error: the output cannot be written: {e.strerror}.", file=sys.stderr)
+                return 1
         return 0
     names = {module.rpartition(".")[2]: module for module, _ in commands()}
     close = difflib.get_close_matches(arguments[0].replace("-", "_"), names, n=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import sys
@@ -169,3 +171,24 @@ def test_a_stdout_that_nobody_reads_ends_a_run_in_good_order(monkeypatch, capfd)
         monkeypatch.undo()
         error = run.next(data).end(7)
     assert type(error) is RunError and "stdout can no longer be written (Broken pipe). Step 7 is saved" in str(error)
+
+
+def test_a_stdout_on_a_disk_that_is_full_for_a_while_ends_no_run(monkeypatch, capsys):
+    class Full(io.StringIO):
+        room = False
+
+        def flush(self):
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = Full()
+    with Turns(0) as run:
+        monkeypatch.setattr(sys, "stdout", log)
+        for _ in range(3):
+            signals.say("lost, or late")
+        log.room = True
+        signals.say("step 8")
+        monkeypatch.undo()
+        assert run.next(Ahead(iter(int, 1))).end is None
+    assert log.getvalue().endswith("step 8\n")
+    assert capsys.readouterr().err.count("stdout cannot be written (No space left on device)") == 1

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 
+import pytest
+
 from uwm_jax.training import lock
 
 
@@ -33,4 +35,18 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", flock)
     assert lock.hold(tmp_path) is None
     assert "has no locks (No locks available): nothing keeps a second run out" in capsys.readouterr().err
+    lock.release(tmp_path)
+
+
+def test_a_full_disk_takes_no_lock_away(tmp_path, monkeypatch):
+    """The name of the holder is for people; what a run cannot write is told with its name where it matters."""
+
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", write)
+    assert lock.hold(tmp_path) is None
+    monkeypatch.undo()
+    with (tmp_path / ".lock").open("r+") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     lock.release(tmp_path)

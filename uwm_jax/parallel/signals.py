@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from uwm_jax.ending import drop_output
+from uwm_jax.errors import warn
+from uwm_jax.reading import no_room
 
 NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}
 
 _previous: dict[int, Any] = {}  # handlers that `take` has replaced
 _received: list[int] = []
 _lost_output: list[str] = []
+_full_output: list[OSError] = []  # the first one
 _heeded = False  # whether turns look for what came
 _cut: list[BaseException] = []  # what a second signal raises, inside of `may_be_cut`
 
@@ -48,6 +51,7 @@ def restore() -> None:
     _previous.clear()
     _received.clear()
     _lost_output.clear()
+    _full_output.clear()
 
 
 def received() -> int | None:
@@ -76,10 +80,19 @@ def may_be_cut(error: BaseException) -> Iterator[None]:
 
 
 def say(*args: Any) -> None:
-    """Prints at once; a stdout that is gone (a closed pipe or terminal, a full disk) is noted, and nothing raised."""
+    """Prints at once, and raises nothing.
+
+    A stdout that is gone (a closed pipe or terminal) is noted. A file on a full disk lacks lines until there is room,
+    which is told once.
+    """
     try:
         print(*args, flush=True)
     except OSError as e:
+        if no_room(e):
+            if not _full_output:
+                _full_output.append(e)
+                warn(f"stdout cannot be written ({e.strerror}): lines are missing in it. The run goes on.")
+            return
         _lost_output.append(e.strerror or str(e))
         drop_output(sys.stdout)
 

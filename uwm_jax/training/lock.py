@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -36,8 +37,9 @@ def hold(workdir: Path) -> str | None:
     except OSError as e:
         warn(f"{workdir}: this file system has no locks ({e.strerror}): nothing keeps a second run out.")
     else:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk; the words are for people, the lock is the kernel's
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     _held[file] = descriptor, 1
     return None
 
