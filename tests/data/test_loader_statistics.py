@@ -133,6 +133,19 @@ def test_episodes_that_are_not_finite_are_left_out(made, config: ConfigDict, tmp
         _loader(config, start_step=3, state=state)
 
 
+def test_episodes_that_are_left_out_may_be_all(made, config: ConfigDict, tmp_path: Path) -> None:
+    config.val_ratio, config.drop_nonfinite = 0.5, True
+    train, held_out = (e.tolist() for e in split_episodes(len(LENGTHS), 0.5))
+    config.path = _with_nan(made, tmp_path / "validation", action=held_out)
+    with pytest.raises(
+        UserError, match=r"3 of 6 episodes are held out, 0 of them used \(without 3 that are not finite"
+    ):
+        _loader(config).held_out(4)
+    config.path = _with_nan(made, tmp_path / "training", action=train)
+    with pytest.raises(UserError, match=r"there are no training episodes of .* \(without 3 .*: all that .* left out"):
+        _loader(config)
+
+
 def test_statistics_follow_the_split(config: ConfigDict) -> None:
     """Cached ones of another share of held-out episodes are never taken."""
     found = {}

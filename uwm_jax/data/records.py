@@ -128,8 +128,9 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
             hint = (
                 f"Make it with `python -m data_prep.reshard --input=RLDS_DIR --output={path}`, or the demonstration "
                 "data `pusht` with `python -m data_prep.demo`. A config's relative path is looked up under "
-                f"$UWM_DATA_DIR, which is {os.environ.get('UWM_DATA_DIR', 'not set (default data/)')}. Of a dataset "
-                "that has moved, --config.data.path=DIR says where it is now."
+                f"$UWM_DATA_DIR, which is {os.environ.get('UWM_DATA_DIR', 'not set (default data/)')}. Where a run's "
+                "dataset has moved, --config.data.path=DIR (for a source: --config.data.sources.NAME.path=DIR) tells "
+                "its new place."
             )
         raise UserError(f"{path}: no training dataset here (no manifest.json). {hint}")
     manifest = read_json(file)

@@ -62,7 +62,7 @@ class Source:
         self.episodes, self.held_out = train[kept[train]], held_out[kept[held_out]]
         what = f"training episodes of {where}"
         if self.selection.rules:
-            what += f" with {self.selection}"
+            what += f" ({self.selection})"
         self.windows = self._windows(self.episodes, what)
         self.order = StreamOrder(len(self.windows), config.num_streams, seed)
         self._val_ratio = config.val_ratio
@@ -86,7 +86,7 @@ class Source:
         """What becomes of its validation episodes, for a person who misses them."""
         text = f"{self.where}: {self._num_held_out} of {self.dataset.num_episodes} episodes are held out"
         if self._num_held_out and self.selection.rules:
-            text += f", {len(self.held_out)} of them with {self.selection}"
+            text += f", {len(self.held_out)} of them used ({self.selection})"
         if len(self.held_out):
             longest = int(self.dataset.episode_lengths[self.held_out].max())
             text += f"; the longest has {longest} steps, and config.data.window spans {self.samples.window.span}"

@@ -70,7 +70,7 @@ class Windows:
         what: names the set in the error message.
         action_lengths: (E,) numbers of actions of all episodes, if these differ from `lengths`.
     Raises:
-        UserError: no episode is long enough.
+        UserError: there are no episodes, or none is long enough.
     """
 
     def __init__(
@@ -87,6 +87,11 @@ class Windows:
         self.spec = spec
         self.episodes = np.asarray(episodes)[counts > 0]
         self._ends = np.cumsum(counts[counts > 0])
+        if not len(episodes):
+            raise UserError(
+                f"there are no {what}: all that would do are held out (config.data.val_ratio) or left out "
+                "(config.data.drop_nonfinite)."
+            )
         if not len(self.episodes):
             longest = int(np.max(lengths[episodes], initial=0))
             if spec.count(lengths[episodes]).any():
