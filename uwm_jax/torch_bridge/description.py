@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.reading import read_json
 from uwm_jax.system import DataFacts
+from uwm_jax.training import average
 
 FORMAT = "uwm_jax.torch"
 FORMAT_VERSION = 1
@@ -59,11 +61,32 @@ def read(path: str | Path, flag: str) -> Described:
                 "normalizer": stored["normalizers"],
             }
         )
-        return Described(config, facts, int(stored["step"]), str(stored["parameters"]))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+        _check(facts, stored)
+        return Described(config, facts, stored["step"], stored["parameters"])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
         raise UserError(
             f"{where}: a field is missing or not as `convert to-torch` wrote it ({type(e).__name__}: {e})."
         ) from e
+
+
+def _check(facts: DataFacts, stored: Mapping[str, Any]) -> None:
+    """Raises ValueError for values that no run can have."""
+    cameras, low_dim = stored["cameras"], stored["low_dim"]
+    sizes = [*(n for size in cameras.values() for n in size), *low_dim.values(), stored["shapes"]["action"][-1]]
+    if (
+        not cameras
+        or any(len(size) != 2 for size in cameras.values())
+        or not all(type(n) is int and 0 < n < 2**31 for n in sizes)
+    ):
+        raise ValueError("the sizes of cameras, low_dim and the action should be positive integers")
+    for name in ("text_dim", "step"):
+        if type(stored[name]) is not int or not 0 <= stored[name] < 2**31:
+            raise ValueError(f"{name} should be an integer from 0 on, found {stored[name]!r:.60}")
+    if stored["parameters"] not in average.ITEMS:
+        raise ValueError(f"parameters should be {' or '.join(average.ITEMS)}, found {stored['parameters']!r:.60}")
+    for key, pair in facts.normalizer.entries.items():
+        if not all(np.isfinite(part).all() for part in pair):
+            raise ValueError(f"the normaliser of {key} holds values that are not finite")
 
 
 def is_description(path: str | Path) -> bool:

@@ -1,0 +1,67 @@
+"""The description next to exported weights, read again or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+from uwm_jax.torch_bridge import description
+
+
+def _description() -> dict[str, Any]:
+    return {
+        "format": description.FORMAT,
+        "format_version": description.FORMAT_VERSION,
+        "config": json.loads(config_lib.to_json(config_lib.base())),
+        "cameras": {"front": [45, 80]},
+        "low_dim": {"state": 7},
+        "shapes": {"action": [16, 2]},
+        "text_dim": 0,
+        "normalizers": {"action": {"scale": [0.5, 2.0], "offset": [1.0, 0.0]}},
+        "step": 20,
+        "parameters": "average",
+    }
+
+
+def test_a_description_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text(json.dumps(_description()))
+    found = description.read(tmp_path / "model.json", "--official-config")
+    assert (found.step, found.parameters, found.config.model.depth) == (20, "average", config_lib.base().model.depth)
+    facts = found.facts
+    assert (facts.cameras, facts.low_dim, facts.action_dim) == ({"front": (45, 80)}, {"state": 7}, 2)
+    assert facts.normalizer.entries["action"][0].tolist() == [0.5, 2.0]
+
+
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        (("cameras",), [3, "x", [], {}, None, {"front": 3}, {"front": [45]}, {"front": [45, 80, 3]}]),
+        (("cameras", "front", 0), [-1, 0, 1.5, True, "4", None, INFINITE, 10**400]),
+        (("low_dim",), [3, [1], None]),
+        (("low_dim", "state"), [-1, 0, 1.5, "7", INFINITE, 10**400]),
+        (("shapes", "action"), [None, [], [16, 0], [16, 1.5], [16, INFINITE]]),
+        (("text_dim",), [-1, 1.5, True, None, INFINITE, 10**400]),
+        (("normalizers", "action", "scale", 0), [None, "x", INFINITE, 10**400, {}]),
+        (("normalizers", "action"), [3, None, {"scale": [1.0]}]),
+        (("step",), [-1, 1.5, True, "20", None, INFINITE, 10**400]),
+        (("parameters",), ["other", None, [1], 3]),
+    ],
+)
+def test_values_that_no_run_has_are_refused(tmp_path: Path, field: tuple[str | int, ...], values: list[Any]) -> None:
+    for value in values:
+        stored = _description()
+        place: Any = stored
+        for part in field[:-1]:
+            place = place[part]
+        place[field[-1]] = value
+        (tmp_path / "model.json").write_text(json.dumps(stored))
+        with pytest.raises(UserError, match=r"model\.json: a field is missing or not as `convert to-torch` wrote it"):
+            description.read(tmp_path / "model.json", "--official-config")
