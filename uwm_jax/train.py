@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,12 @@ def main(argv: list[str]) -> None:
         train(config, workdir, FLAGS.profile, start)
 
 
-def train(config: ConfigDict, workdir: Path, profile: str | None = None, start: dict[str, Any] | None = None) -> None:
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    profile: str | None = None,
+    start: dict[str, Any] | None = None,
+) -> None:
     """Runs `config` in `workdir` up to `config.total_steps`.
 
     Args:
@@ -73,10 +79,10 @@ def train(config: ConfigDict, workdir: Path, profile: str | None = None, start: 
       Preempted: told to end by a signal, and saved.
     """
     config_lib.validate(config)
-    workdir = local_path(workdir, "workdir")
+    place = local_path(workdir, "workdir")
     start = start or record.describe_use(["python", *sys.orig_argv[1:]], config, ())
     with contextlib.ExitStack() as closing:  # what is open is closed in reverse, all of it, whatever happens
-        run(config, workdir, profile, start, closing)
+        run(config, place, profile, start, closing)
 
 
 def run(

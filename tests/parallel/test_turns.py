@@ -134,6 +134,21 @@ def test_an_evaluation_is_left_by_all_that_ends_a_run(hanging):
         list(run.each(iter(lambda: threading.Event().wait(60), 1)))
 
 
+@pytest.mark.parametrize("error", [UserError("shard 3 is damaged"), ZeroDivisionError("a defect")])
+def test_an_error_of_the_data_of_an_evaluation_ends_the_run_with_it(error):
+    """Itself, with its traceback if it is a defect, though the evaluation's data is closed by then."""
+
+    def items():
+        yield 1
+        raise error
+
+    with Turns(0) as run:
+        with pytest.raises(Left):
+            list(run.each(items()))
+        end = run.next(Ahead(iter(int, 1))).end
+        assert end is not None and end(3) is error
+
+
 def test_a_second_signal_cuts_what_may_be_cut():
     signals.take()
     with pytest.raises(Left), signals.may_be_cut(Left()):

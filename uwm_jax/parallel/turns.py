@@ -87,7 +87,8 @@ class Turns:
             verdict = self._alone(wait) if company.current is None else self._together(company.current, wait)
             if not verdict["end"]:
                 return Turn(save=verdict["save"])
-            self._end = Turn(end=lambda step: _error(verdict, wait.source, step))
+            error = source.error  # now: a source that is closed forgets it
+            self._end = Turn(end=lambda step: _error(verdict, error, step))
         return self._end
 
     def each(self, items: Iterator[_Item], waits_for: Callable[[], str] = lambda: "data") -> Iterator[_Item]:
@@ -200,13 +201,13 @@ def _who() -> str:
     return company.place() if company.current else "the run"
 
 
-def _error(verdict: dict[str, Any], source: Ahead[Any], step: int) -> Exception:
-    """What ends a run after `step`."""
+def _error(verdict: dict[str, Any], error: Exception | None, step: int) -> Exception:
+    """What ends a run after `step`; `error` is that of this process's own data."""
     reason = verdict["end"]
     here = company.current is None or reason["process"] == company.current.index
     if reason["kind"] == "error":
-        if here and source.error is not None:
-            return source.error
+        if here and error is not None:
+            return error
         kind = UserError if reason["status"] == 2 else RunError
         return kind(f"process {reason['process']} of {jax.process_count()} failed: {reason['message']}")
     saved = f"step {step} is saved; the same command continues from it." if step else "before the first step was done."
