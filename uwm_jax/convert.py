@@ -62,7 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("no_normalizer", False, "from-torch: keys that no normaliser is given for stay in raw units")
     flags.DEFINE_enum("weights", "model", ["model", "ema"], "from-torch: which of the weights that a file holds")
     flags.DEFINE_string("workdir", None, "from-torch: the directory to make; to-torch: the one to read")
-    flags.DEFINE_string("output", None, "to-torch: the .safetensors file to write; a .json goes beside it")
+    flags.DEFINE_string("output", None, "to-torch: the .safetensors file to write; a .json goes next to it")
     flags.DEFINE_integer("step", None, "to-torch: which checkpoint; the newest by default", lower_bound=0)
     inference.define_flags()
     cli.accept_config_overrides()
@@ -203,7 +203,7 @@ def to_torch(
 
     Args:
       workdir: any of our workdirs.
-      output: the `.safetensors` file; the description goes beside it with the ending `.json`.
+      output: the `.safetensors` file; the description goes next to it with the ending `.json`.
       step: which checkpoint; None takes the newest.
       overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
       parameters: "raw" or "average"; None takes the average where the checkpoint has one.

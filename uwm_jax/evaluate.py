@@ -178,7 +178,7 @@ def parse_ways(system: System, spacings: str | None, steps: str | None) -> list[
 
 @dataclasses.dataclass(frozen=True)
 class Acting:
-    """Where and how the policy acts beside an evaluation: one episode from each of `seeds`."""
+    """The environment that the policy acts in during an evaluation, one episode from each of `seeds`."""
 
     envs: ParallelEnvs
     seeds: range
@@ -259,7 +259,7 @@ def text_table(metrics: Metrics) -> str:
 
 
 def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
-    """What `compare` found, a way of sampling a line: the main metric of each modality of each mode."""
+    """The rows of `compare` as text, one line per way of sampling: the main metric of each modality of each mode."""
     shown = [f"{mode}/{metric}" for mode in MODES for metric in ("action_mse", "psnr")]
     names = [name for name in rows[0]["metrics"] if name in shown or name.startswith("closed_loop/")]
     lines = [("sampler", "steps", "first t", "hidden t", "policy ms", *names)]

@@ -1,13 +1,13 @@
-"""Closed loop: the policy of a run acts in a simulator, beside random policies and an expert on the same starts.
+"""Closed loop: the policy of a run acts in a simulator, compared with random policies and an expert on the same starts.
 
     python -m uwm_jax.rollout --workdir=runs/quickstart --env=pusht --episodes=50 [--first_seed=100000 --execute=8]
 
 Writes to `rollout/<step>` of the workdir: `metrics.json`, each `{mean, lo, hi, n, episodes}` with a 95 % interval over
-episodes; `episodes.json`, every episode by its seed; `episodes.gif`, three episodes beside what the model imagined.
+episodes; `episodes.json`, every episode by its seed; `episodes.gif`, three episodes next to what the model imagined.
 And `report.html` again. What was rolled out there first stays: one with another environment, other seeds, another
 --execute, config or parameters goes to `rollout/<step>/<name>`, --name or a digest of what differs.
 
-An episode is a function of the parameters, its seed and the flags alone, whatever runs beside it.
+An episode is a function of the parameters, its seed and the flags alone, whatever else runs.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
 def record(
     spec: EnvSpec, system: System, results: Mapping[str, Sequence[EpisodeResult]], execute: int, seed: int
 ) -> dict[str, Any]:
-    """What `episodes.json` holds: how it was run, and each episode's seed, best and last score, steps and success."""
+    """Contents of `episodes.json`: how it was run; each episode's seed, best and last score, steps and success."""
     return {
         "env": spec.name,
         "execute": execute,

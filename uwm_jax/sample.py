@@ -3,14 +3,14 @@
     python -m uwm_jax.sample --workdir=DIR --mode=policy,forward --inputs=IN.npz --output=OUT.npz
 
 IN holds `obs/<key>` (cameras uint8 (B, To, H, W, 3), low-dim float (B, To, D) in raw units, `obs/text`
-(B, E) where the model reads text) and what the mode needs beside: `action` (B, Ta, Da) in raw units for
+(B, E) where the model reads text) and what else the mode needs: `action` (B, Ta, Da) in raw units for
 `forward`; `next_obs/<camera>` or `next_obs_latent` for `inverse`; optionally `noise/action` and
 `noise/next_obs`, else drawn from `--seed`. `denoise` is one evaluation of the network and needs
 `action`, `next_obs`, `noise/*` and `timestep/*`. Known keys that a mode does not use are ignored, also those of the
 run's data that the model does not read; unknown ones are refused. `uwm_jax.sample_inputs` makes such a file.
 
 OUT holds `action` (raw units), `action_normalized`, `next_obs_latent` and `next_obs/<camera>` (uint8,
-cropped size), of these what the mode makes; for `denoise` `noise_pred/*`, `loss/*`, `obs_feat` and
+cropped size), those that the mode makes; for `denoise` `noise_pred/*`, `loss/*`, `obs_feat` and
 `next_obs_latent`. With several modes every key starts with `<mode>/`.
 """
 
@@ -87,10 +87,10 @@ def parse_modes(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What some modes read, checked.
+    """Checked inputs of some modes.
 
     batch: `obs/*`, `next_obs/*` or `next_obs_latent`, `action`, as the file has them (raw units).
-    noise: {modality: float32}, of these what the file gives. timestep: {modality: (B,) int32} for `denoise`.
+    noise: {modality: float32}, those that the file gives. timestep: {modality: (B,) int32} for `denoise`.
     """
 
     modes: tuple[str, ...]

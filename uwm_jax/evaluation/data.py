@@ -16,7 +16,7 @@ from uwm_jax.system import DataFacts, System
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What is evaluated.
+    """The data of an evaluation.
 
     Attributes:
       loader: of the held-out windows.
@@ -34,7 +34,7 @@ class Data:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells the data apart from those of the run, without the splits, which are fields of the config."""
+        """Settings that tell the data apart from the run's, without the splits, which are fields of the config."""
         identities = sorted(source.identity for source in self.loader.sources.values())
         return {} if self.own else {"datasets": identities}
 

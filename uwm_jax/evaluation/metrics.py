@@ -1,6 +1,6 @@
 """Errors of a window's actions and frames, and their means over windows with intervals.
 
-What is measured in each window runs on the devices (`errors`); means, intervals and comparisons are taken on the
+Errors of each window are computed on the devices (`errors`); means, intervals and comparisons are taken on the
 host (`summarize`), where all windows are at hand.
 """
 
@@ -62,7 +62,7 @@ _NEEDED = {
 
 
 def errors(made: Mapping[str, jax.Array], truth: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """What is wrong with the actions and frames of a batch of windows, of these what there is.
+    """Errors of the actions and frames of a batch of windows, of those present.
 
     Args:
       made: `action` (B, Ta, Da) normalised; `next_obs_latent` (B, V, T, h, w, C); `next_obs` (B, V, T, H, W, 3) in

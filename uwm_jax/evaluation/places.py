@@ -1,4 +1,4 @@
-"""Where results are written, so that no result takes the place of another one.
+"""The folders of results, chosen so that no result takes the place of another one.
 
 `eval/<step>/` is the run's own held-out set, evaluated with the run's own config. `rollout/<step>/` and
 `eval/<step>/few_steps.json` are a closed loop and a comparison of samplers under the run's own config: those that were
@@ -44,7 +44,7 @@ def define_flags() -> None:
 def differences(
     config: ConfigDict, own: ConfigDict, overrides: Iterable[str], parameters: str, default: str
 ) -> dict[str, Any]:
-    """What a result can differ by from one of the run's own config: {field: value} of overrides, and "parameters".
+    """Differences between a result and one of the run's own config: {field: value} of overrides, and "parameters".
 
     Args:
       config, own: with the overrides, and as the run has it.

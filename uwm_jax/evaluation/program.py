@@ -156,7 +156,7 @@ class Evaluation:
         return summarize(join(scores, total), self.held_out.episodes), self._windows(shown, frozen)
 
     def about(self) -> dict[str, Any]:
-        """What the metrics are of: {"windows": their number, "episodes": of how many, "datasets": {source: identity}},
+        """Provenance of the metrics: {"windows": number, "episodes": of how many, "datasets": {source: identity}},
         and how it samples."""
         return {
             "windows": len(self.held_out),
@@ -206,7 +206,7 @@ class Evaluation:
         return make_decoder(self._system)(frozen, latents)[:, self._view, -1]
 
     def _make_references(self, each: Each) -> Arrays:
-        """What the baselines take from the training episodes: `mean_action` (Da,), `mean_image` (V, 1, h, w, 3)."""
+        """Quantities of the training episodes for the baselines: `mean_action` (Da,), `mean_image` (V, 1, h, w, 3)."""
         windows = self._loader.training_windows(MEAN_IMAGE_WINDOWS)
         total: Any = 0.0
         for number, batch in enumerate(each(windows.batches(self._batch_size))):
@@ -333,7 +333,7 @@ def _inputs(system: System, frozen: Any, batch: Arrays) -> tuple[Arrays, Arrays,
 
 
 def _decoded(system: System, frozen: Any, made: Mapping[str, Arrays]) -> dict[str, Arrays]:
-    """Samples, with frames in [0, 1] beside latents."""
+    """Samples, with frames in [0, 1] next to latents."""
     decode = make_decoder(system)
     return {
         name: parts | ({"next_obs": decode(frozen, parts["next_obs_latent"])} if "next_obs_latent" in parts else {})
@@ -344,7 +344,7 @@ def _decoded(system: System, frozen: Any, made: Mapping[str, Arrays]) -> dict[st
 def _baselines(
     system: System, frozen: Any, batch: Arrays, truth: Arrays, references: Mapping[str, jax.Array]
 ) -> dict[str, Arrays]:
-    """What needs no model, in the form of samples."""
+    """Baselines, which need no model, in the form of samples."""
     last = batch["last_action"][:, None]
     steps = np.asarray(system.config.data.window.action, np.float32)
     way = ((steps - steps[0] + 1) / (steps[-1] - steps[0] + 1))[:, None]  # from the step before the chunk to its end

@@ -1,4 +1,4 @@
-"""What lies in a run's workdir, read for reports: metrics with their intervals, curves, and where it all comes from."""
+"""A run's workdir, read for reports: metrics with their intervals, curves, and provenance."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Interval(NamedTuple):
 
 
 def verdict(difference: Interval) -> str:
-    """What the interval of a difference, positive = better, says: "yes", "no, it is worse", "undecided" or "too few
+    """The verdict of a difference's interval, positive = better: "yes", "no, it is worse", "undecided" or "too few
     episodes"."""
     if not difference.tells:
         return "too few episodes"

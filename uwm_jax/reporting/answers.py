@@ -69,7 +69,7 @@ CLOSED_LOOP_CLAIMS = (
 
 
 def answers(metrics: Mapping[str, Interval], closed_loop: Mapping[str, Interval], step: str = "") -> Html:
-    """What the intervals of an evaluation and of a closed loop say, a table for each unit; "" where they say nothing.
+    """Verdicts of the intervals of an evaluation and of a closed loop, a table for each unit; "" for none.
 
     Args:
       step: of the closed loop, in words, where it is another one than the evaluation's.

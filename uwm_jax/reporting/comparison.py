@@ -104,7 +104,7 @@ def same_windows(runs: Sequence[Run]) -> Html:
 
 
 def _how(record: Mapping[str, Any]) -> dict[str, str]:
-    """How an evaluation or a closed loop was run, as far as its numbers depend on it, by name."""
+    """Settings of an evaluation or a closed loop that its numbers depend on, by name."""
     how = {name: str(record[name]) for name in HOW if name in record}
     how |= {f"--config.{name}": str(value) for name, value in record.get("changed", {}).items()}
     if seeds := seeds_of(record):

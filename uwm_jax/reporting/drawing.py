@@ -29,7 +29,7 @@ BAR = 8  # pixels of the height of a bar
 
 
 class Plane(NamedTuple):
-    """Where the first two columns of a raw action lie on the frames of one view."""
+    """Position of the first two columns of a raw action on the frames of one view."""
 
     view: int
     low: np.ndarray  # (2,) x, y of the raw frame's left and upper edge

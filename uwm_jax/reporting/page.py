@@ -221,7 +221,7 @@ _LINE = '<path d="M1 8h26" stroke="{color}" stroke-width="2.5" stroke-dasharray=
 
 
 def key(marks: Sequence[Mark]) -> Html:
-    """What lines, frames and colours stand for; "" for none."""
+    """Key of lines, frames and colours; "" for none."""
     entries = []
     for mark in marks:
         shape = fill(_SWATCHES.get(mark.kind, _LINE), color=mark.color, dashes=_DASHES.get(mark.kind, "none"))

@@ -1,8 +1,8 @@
-"""Pictures of what a model samples on held-out windows, beside the truth and beside honest baselines.
+"""Pictures of what a model samples on held-out windows, next to the truth and to baselines.
 
   idea.png     one window: every mode as a role for each modality (given, hidden, sampled)
   modes.png    later frames of all modes, the shuffled control and the baselines, and where each is wrong
-  actions.png  sampled actions beside the true ones, on the frame where they are positions in it, else over time
+  actions.png  sampled actions and the true ones, on the frame where they are positions in it, else over time
   denoise.gif  the joint mode's sample on its way from noise
 
 They hold no text: `pictures.json` next to them has their labels, which a page writes around them. Numpy in, files out:
@@ -73,7 +73,7 @@ def draw(windows: Windows, facts: DataFacts, config: ConfigDict, folder: Path) -
         (N, V, T, h, w, 3) float32 in [0, 1]; `<mode>/action`, `<mode>/next_obs` of what each mode samples. Where
         they are there, also `forward_shuffled/next_obs` (N, V, T, h, w, 3) and `shuffled_action` (N, Ta, Da);
         `mean_image` (V, 1, h, w, 3); and the joint mode's states `denoise/action` (S+1, N, Ta, Da) and
-        `denoise/next_obs` (S+1, D, h, w, 3), of these what `denoised` names, without which there is no denoise.gif.
+        `denoise/next_obs` (S+1, D, h, w, 3), those that `denoised` names, without which there is no denoise.gif.
       facts: of the model: names of the cameras (views are sorted by name) and the normaliser of actions.
       config: the run's; `eval.action_plane` and `data` say where on a frame an action lies.
 
@@ -242,7 +242,7 @@ def _actions_over_time(windows: Windows, raw: Windows, most: int = 5) -> tuple[T
 def _denoise(
     windows: Windows, raw: Windows, plane: Plane | None, picked: np.ndarray, view: int
 ) -> tuple[list[Image.Image], Labels]:
-    """What the joint mode has at the start and after each of its steps, beside what really came; one picture each."""
+    """The joint mode's sample at the start and after each of its steps, next to the truth; one picture each."""
     count = len(windows["denoise/next_obs"])
     tiles = Tiles(len(picked), 3, windows["next_obs"].shape[3:5], longer=200, bottom=22)
     axes = [[tiles.axis(row, column) for column in range(3)] for row in range(len(picked))]
@@ -273,7 +273,7 @@ def _denoise(
 
 
 def _key_of_actions(windows: Windows, plane: Plane | None) -> list[Mark]:
-    """What the lines of actions stand for, on frames or over time."""
+    """Key of the lines of actions, on frames or over time."""
     if plane:
         truth = Mark("-", TRUTH, "target positions that were really sent (dot: the last one)")
         return [truth, Mark("-", SAMPLE, "sampled by the model")]
@@ -285,7 +285,7 @@ def _key_of_actions(windows: Windows, plane: Plane | None) -> list[Mark]:
 
 
 def _traced(windows: Windows) -> tuple[list[int], Sequence[str]]:
-    """Which dimensions of an action are drawn over time where it is no position on a frame, and their line styles."""
+    """Dimensions of an action that are drawn over time, where it is no position, and their line styles."""
     dims = spread(windows["action"].shape[-1], len(_LINE_STYLES)).tolist()
     return dims, _LINE_STYLES[: len(dims)]
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: its facts in short, the commands and configs that made them, data and time."""
+"""Provenance of a run's numbers: its facts in short, the commands and configs that made them, data and time."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _data_in_short(run: Run) -> str:
 
 
 def timing(run: Run) -> Html:
-    """What the wall time went to; "" where nothing of it was logged."""
+    """Wall time by category; "" where nothing of it was logged."""
     last = run.lines[-1] if run.lines else {}
     seconds = {name: last[f"time/{name}"] for name in CATEGORIES if last.get(f"time/{name}")}
     if not seconds:
@@ -147,7 +147,7 @@ def _start(start: Mapping[str, Any]) -> Html:
 
 
 def use(what: str, step: Any, how: Mapping[str, Any], config: ConfigDict) -> Html:
-    """With which command an evaluation or closed loop was made; "" where that is not recorded."""
+    """Command, code version and changed fields of an evaluation or closed loop; "" where that is not recorded."""
     if not how.get("command"):
         return NOTHING
     changed = how.get("changed", {})

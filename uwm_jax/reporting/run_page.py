@@ -41,7 +41,7 @@ def write(workdir: Path, output: Path | None = None, results: Path | None = None
     sections = [
         Section("idea", "One network that acts, predicts, explains and imagines", _idea(run)),
         Section("answers", "What the numbers say", _answers(run)),
-        Section("modes", "Every mode beside baselines", _metrics(run)),
+        Section("modes", "All modes and baselines", _metrics(run)),
         Section("pictures", "Pictures", _pictures(run)),
         Section("simulator", "In the simulator", _closed_loop(run)),
         Section("few-steps", "Fewer steps", _few_steps(run)),
@@ -137,9 +137,9 @@ def _metrics(run: Run) -> Html:
 
 def _pictures(run: Run) -> Html:
     captions = {
-        "modes.png": "Predicted frames beside what really came, and below each where it is wrong. Error: the root of "
+        "modes.png": "Predicted frames next to what really came, and below each where it is wrong. Error: the root of "
         "the mean square over all pixels.",
-        "actions.png": "Sampled actions beside those that were really done.",
+        "actions.png": "Sampled actions and those that were really done.",
         "denoise.gif": "The joint mode at work: from pure noise to actions and the frame that they lead to.",
     }
     found = [figure(run.picture(name), caption, caption) for name, caption in captions.items()]
@@ -160,7 +160,7 @@ def _closed_loop(run: Run) -> Html:
     gif = figure(
         run.folders["rollout"] / "episodes.gif",
         "episodes in the simulator",
-        "The policy mode acts; beside it what the forward mode, told the actions that were then taken, imagined would "
+        "The policy mode acts; next to it what the forward mode, told the actions that were then taken, imagined would "
         "be seen, and what was seen.",
     )
     return fill(

@@ -33,7 +33,7 @@ class Mark(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What a page writes around a picture of `len(rows)` x `len(columns)` tiles of one size.
+    """Labels that a page writes around a picture of `len(rows)` x `len(columns)` tiles of one size.
 
     Attributes:
         columns: (title, what is below it) of each column.

@@ -28,7 +28,7 @@ def evaluation(metrics: Mapping[str, Interval]) -> Html:
         (name.replace("_", " "), f"baseline/{name}", fill("{}", about)) for name, about in names.BASELINES.items()
     ]
     rows = [(label, about, [metrics.get(f"{prefix}/{name}") for name in columns]) for label, prefix, about in heads]
-    return _table(columns, [row for row in rows if any(row[2])], "every mode beside baselines")
+    return _table(columns, [row for row in rows if any(row[2])], "all modes and baselines")
 
 
 def closed_loop(metrics: Mapping[str, Interval]) -> Html:

@@ -1,6 +1,6 @@
 """Reading and writing image autoencoders as diffusers-format folders: `config.json` and one safetensors file.
 
-Tensors are kept as they were found (names and bits) beside the parameters made of them, so that what was read
+Tensors are kept as they were found (names and bits) next to the parameters made of them, so that what was read
 can be written back bit for bit. Neither torch nor diffusers is imported.
 """
 

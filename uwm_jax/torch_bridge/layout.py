@@ -1,4 +1,4 @@
-"""The official state dict's names and layouts beside our parameter tree, exact in both directions.
+"""The official state dict's names and layouts, and our parameter tree, exact in both directions.
 
 Every official tensor is one parameter of ours, or one slice of a stacked one, with its axes split,
 permuted and joined again; no value is touched, so going there and back is bit-equal. The same map

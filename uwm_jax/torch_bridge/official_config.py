@@ -35,7 +35,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class OfficialRun:
-    """What the converter needs to know beside the tensors.
+    """An official run as the converter needs it in addition to the tensors.
 
     cameras: raw (height, width) per camera key. low_dim: size of each low-dim key that the model
     reads. low_dim_seen: of each key that the run stored. text_dim: 0 without a text head.
@@ -158,7 +158,7 @@ def _shape_meta(official: OfficialYaml) -> tuple[dict[str, tuple[int, int]], dic
     if not isinstance(observations, dict) or not observations:
         raise official.error(f"{field}.obs", "should map observation keys to shapes")
     if odd := [key for key in observations if not isinstance(key, str)]:
-        raise official.error(f"{field}.obs", f"should have texts as keys, found {odd[0]!r}")
+        raise official.error(f"{field}.obs", f"should have strings as keys, found {odd[0]!r}")
     for key in sorted(observations):  # not read as a field, because a key may have a dot
         entry = observations[key] if isinstance(observations[key], dict) else {}
         kind: Any = entry.get("type", "low_dim")

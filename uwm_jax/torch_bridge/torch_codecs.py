@@ -18,7 +18,7 @@ VAE_DIVISOR = 3.0  # the official code's scale on top of the VAE's own
 
 
 def codec_from_description(description: Mapping[str, Any]) -> nn.Module:
-    """The codec that the `.json` beside a `to-torch` export describes, without its weights."""
+    """The codec that the `.json` of a `to-torch` export describes, without its weights."""
     codec = description["codec"]
     if codec["name"] == "vae":
         return VAECodec(codec["diffusers_config"], description["config"]["model"]["codec"]["microbatch"])

@@ -1,4 +1,4 @@
-"""A plain eager PyTorch training loop of the same network: what `benchmark_step` sets our step beside.
+"""A plain eager PyTorch training loop of the same network: the reference of `benchmark_step`.
 
 It is the loop that one writes first: a forward pass, `backward`, `torch.optim.AdamW`. Images are resized and
 cropped; unlike our step it draws no colour jitter, which is to its advantage.

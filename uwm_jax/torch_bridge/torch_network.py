@@ -42,7 +42,7 @@ def load(path: str | os.PathLike[str]) -> tuple[UWM, dict[str, Any]]:
     """The network and image codec of a `to-torch` export, in eval mode on the CPU, and its description.
 
     Args:
-      path: the `.safetensors` file; its `.json` lies beside it.
+      path: the `.safetensors` file; its `.json` lies next to it.
 
     Raises:
       UserError: a file is missing, or is not such an export.
@@ -102,7 +102,7 @@ class UWM(nn.Module):
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> UWM:
-        """The network that the `.json` beside a `to-torch` export describes, with fresh weights."""
+        """The network that the `.json` of a `to-torch` export describes, with fresh weights."""
         return cls(
             description["config"]["model"],
             action_shape=description["shapes"]["action"],

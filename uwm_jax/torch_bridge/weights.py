@@ -151,7 +151,7 @@ def _read_pt(path: Path) -> tuple[dict[str, np.ndarray], Normalizers]:
             f"--input: reading {path} needs torch, which is not installed: pip install 'torch>=2.4', or save the "
             "checkpoint's `model` as .safetensors and its normalisers as an .npz for --normalizer."
         ) from e
-    # Only what an official checkpoint holds beside tensors; anything else in the file is refused, not run.
+    # Only what an official checkpoint holds in addition to tensors; anything else in the file is refused, not run.
     torch.serialization.add_safe_globals(_safe_globals())
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -194,7 +194,7 @@ def _linear_normalizers(stored: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 @functools.cache
 def _safe_globals() -> list[Any]:
-    """What `torch.load(weights_only=True)` may make beside tensors, each found by its name in the file."""
+    """Types that `torch.load(weights_only=True)` may make besides tensors, each found by its name in the file."""
 
     def named(module: str, name: str, value: Any) -> Any:
         value.__module__, value.__name__, value.__qualname__ = module, name, name

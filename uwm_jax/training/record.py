@@ -1,4 +1,4 @@
-"""With which command, config and code something was made; `run.json` of a workdir holds it of each start of a run."""
+"""Provenance: command, config and code version; `run.json` of a workdir holds it of each start of a run."""
 
 from __future__ import annotations
 
