@@ -68,6 +68,13 @@ def test_parameters_have_no_part_in_them(workdir: Path, tmp_path: Path, monkeypa
     assert asked == ["raw"]
 
 
+@pytest.mark.parametrize("field", ["diffusion.spacing=trailing", "batch_size=8", "model.dtype=bfloat16"])
+def test_fields_without_a_part_in_them_are_refused(workdir: Path, tmp_path: Path, capsys, field: str) -> None:
+    output = tmp_path / "in.npz"
+    assert command(f"--workdir={workdir}", f"--config.{field}", f"--output={output}") == 2
+    assert f"--config.{field.partition('=')[0]}=" in capsys.readouterr().err and not output.exists()
+
+
 @pytest.mark.slow
 def test_every_mode_takes_them(workdir: Path, tmp_path: Path, capsys) -> None:
     assert command(f"--workdir={workdir}", "--windows=0:2", f"--output={tmp_path / 'in.npz'}") == 0

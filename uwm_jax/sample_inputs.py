@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     workdir, output = cli.required_path("workdir"), cli.required_path("output")
     files.check_output_file(output)
     system, _, _, step = inference.load_for_inference(
-        workdir, FLAGS.step, cli.config_overrides(), average.RAW, fixed_fields.EVALUATION
+        workdir, FLAGS.step, cli.config_overrides(), average.RAW, fixed_fields.WINDOWS
     )
     # A normaliser without entries leaves actions and low-dimensional keys in raw units.
     system = System(system.config, dataclasses.replace(system.facts, normalizer=Normalizer()), system.codec)

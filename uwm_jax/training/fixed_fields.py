@@ -2,7 +2,8 @@
 next to it.
 
 A run that continues may change `config.MAY_CHANGE`. A command that only uses the parameters may change how it samples
-(`SAMPLING`), and an evaluation also what it measures (`EVALUATION`); everything else is fixed, or has no effect there.
+(`SAMPLING`), which held-out windows it takes (`WINDOWS`), or both and how they are shown (`EVALUATION`); everything
+else is fixed, or has no effect there.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ SAMPLING = (
     # Precision and compilation of the same network.
     *("model.dtype", "model.scan_blocks", "model.codec.dtype", "model.codec.microbatch"),
 )
-EVALUATION = (
-    *SAMPLING,
-    *("eval.num_windows", "eval.action_plane", "batch_size", "mesh.rules"),
-    # The data to evaluate on, which the command compares with the run's own.
+# Which held-out windows, of which data, which the commands compare with the run's own.
+WINDOWS = (
+    "eval.num_windows",
     *("data.path", "data.split", "data.val_ratio", "data.drop_nonfinite", "data.sources.*"),
 )
+EVALUATION = (*SAMPLING, *WINDOWS, "eval.action_plane", "batch_size", "mesh.rules")
 
 
 def stored_config(stored: Stored) -> ConfigDict:
