@@ -58,6 +58,9 @@ def test_pictures_of_another_kind_are_told_with_what_mends_it(parts, capsys):
     tenth = arrays | {"scale": arrays["scale"] / 10}
     latents.look(config, codec, tenth, loader, None)
     assert capsys.readouterr().out.count("warning: latents of") == 2
+    loader.sources["video"].weight = 0.0  # as the warning advises: it is not drawn
+    latents.look(config, codec, tenth, loader, None)
+    assert capsys.readouterr().out.count("warning: latents of") == 1
 
 
 def test_what_is_expected_and_when_nothing_is_measured(parts):

@@ -39,9 +39,9 @@ def look(config: ConfigDict, codec: Codec, frozen: Any, loader: Loader, origin: 
     if isinstance(codec, PixelsCodec) or not (from_origin or len(loader.sources) > 1):
         return {}
     found = sizes(config, codec, frozen, loader)
-    for line in about(
-        codec, found, expected(codec, origin.latent_sizes if origin and from_origin else None), from_origin
-    ):
+    drawn = {name: size for name, size in found.items() if loader.sources[name].weight}
+    known = expected(codec, origin.latent_sizes if origin and from_origin else None)
+    for line in about(codec, drawn, known, from_origin):
         say(line)
     return {"latent_sizes": found}
 
