@@ -30,7 +30,7 @@ class EpisodeError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the episodes of a dataset hold, without the prefix `steps/`.
+    """Contents of the episodes of a dataset, without the prefix `steps/`.
 
     Attributes:
         sizes: values per step of the step features whose shape is known (1 for an image or an encoded tensor).

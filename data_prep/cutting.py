@@ -47,7 +47,7 @@ class Job:
 
 @dataclasses.dataclass
 class Result:
-    """What one input file became: shards in order (temporary name, records, bytes, sha256), the crc32c of each record,
+    """One input file, cut: shards in order (temporary name, records, bytes, sha256), the crc32c of each record,
     lengths and texts of its episodes, and what was skipped."""
 
     shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)

@@ -46,7 +46,7 @@ VAL_RATIO = 0.1  # of configs/quickstart.py: the codec is fitted on the other ep
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """What determines the dataset."""
+    """Everything that determines the dataset."""
 
     episodes: int = 216
     image_size: int = 64
@@ -272,8 +272,8 @@ def _write_record(directory: Path, record: dict[str, Any]) -> None:
 
 
 def _read_record(directory: Path) -> dict[str, Any] | None:
-    """What `_write_record` wrote: the flags, `dataset` (the builder's directory), counts, and `fingerprint` of the
-    training dataset once it is cut; None if the directory is no source of this command."""
+    """The record that `_write_record` wrote: the flags, `dataset` (the builder's directory), counts, and `fingerprint`
+    of the training dataset once it is cut; None if the directory is no source of this command."""
     try:
         record = read_json(directory / RECORD)
     except (OSError, UserError):

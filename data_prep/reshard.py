@@ -203,7 +203,7 @@ def _derive(
     channels: int,
     val_ratio: float,
 ) -> None:
-    """What is computed from the finished records: statistics, and the PCA codec of the (first or) `train` split."""
+    """Computes statistics from the finished records, and fits the PCA codec on the (first or) `train` split."""
     write_stats(directory)
     dataset = Dataset(directory, "train" if "train" in manifest["splits"] else next(iter(manifest["splits"])))
     size = codec_size or common_size(dataset.cameras, patch)
@@ -215,7 +215,7 @@ def _derive(
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    """What a dataset holds and what was skipped in making it, for people."""
+    """Describes the contents of a dataset, and what was skipped in making it, for people."""
     lines = [f"{manifest['name']} {manifest['version']}, {manifest['chunk_steps']} steps per record"]
     for split, s in manifest["splits"].items():
         size = sum(shard["bytes"] for shard in s["shards"]) / 1e6

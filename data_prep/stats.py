@@ -63,7 +63,7 @@ def table(stats: dict[str, Stats]) -> str:
 
 
 def warnings(stats: dict[str, Stats]) -> list[str]:
-    """What a run on one split would stumble over, one line per key: constant dimensions (as the normaliser sees
+    """Obstacles to a run on one split, one line per key: constant dimensions (as the normaliser sees
     them) and values that are not finite."""
     lines = []
     for key, s in stats.items():

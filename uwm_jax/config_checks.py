@@ -1,4 +1,4 @@
-"""Which values the fields of a config may have, alone and together.
+"""The values that the fields of a config may have, alone and together.
 
 `uwm_jax.config` knows the fields and their types; it calls `check` on a config in which all of them are there.
 """

@@ -1,4 +1,4 @@
-"""Where the arrays of a Unified World Model lie on the mesh (`data`, `fsdp`, `tensor`).
+"""Layout of the arrays of a Unified World Model on the mesh (`data`, `fsdp`, `tensor`).
 
     python -m uwm_jax.train --config=configs/droid.py --workdir=runs/droid --config.mesh.fsdp=8
 

@@ -26,7 +26,7 @@ BYTES, FLOAT, INT64 = 1, 2, 3
 
 
 class Field(NamedTuple):
-    """Where the values of a feature lie: `kind` (BYTES, FLOAT, INT64, or 0 for an empty feature) and
+    """Place of the values of a feature: `kind` (BYTES, FLOAT, INT64, or 0 for an empty feature) and
     the byte range of the list message inside the record."""
 
     kind: int

@@ -1,4 +1,4 @@
-"""What the data jobs fit on a dataset's training episodes and training reads: the PCA image codec."""
+"""The PCA image codec, which the data jobs fit on a dataset's training episodes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def read_pca(
 
 
 def _codec_size(crop: tuple[int, int], patch: int) -> str:
-    """What to do for a codec of the frames that a model sees; it consists of patches of `patch` pixels."""
+    """Advice for a codec of the frames that a model sees; it consists of patches of `patch` pixels."""
     size = tuple(max(patch, n // patch * patch) for n in crop)
     reshard = f"reshard the dataset again with --codec_size={size[0]},{size[1]}"
     if size == tuple(crop):

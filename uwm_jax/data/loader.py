@@ -31,7 +31,7 @@ CLOSE_SECONDS = 2.0  # for reads that are going on at the end
 
 
 class Trace(NamedTuple):
-    """Where a sample comes from: `origin` is the step of the episode at which its window begins."""
+    """The place of a sample: `origin` is the step of the episode at which its window begins."""
 
     source: str
     dataset: str
@@ -41,7 +41,7 @@ class Trace(NamedTuple):
 
 
 class _Rows:
-    """What grain indexes: this process's rows of all batches from `start_step` on, in order.
+    """The sequence that grain indexes: this process's rows of all batches from `start_step` on, in order.
 
     A row is decoded straight into the arrays of its batch, which saves a copy of every frame; the element that
     grain carries to the end of the pipeline is only the batch's number. Each iterator has rows of its own.
@@ -145,7 +145,7 @@ class Loader:
         self.local_batch_size = batch_size // process_count
 
     def facts(self) -> dict[str, Any]:
-        """What a model must know: cameras {name: (H, W)}, low_dim {name: D}, action_dim, text_dim, normalizer."""
+        """Facts that a model needs: cameras {name: (H, W)}, low_dim {name: D}, action_dim, text_dim, normalizer."""
         return {
             "cameras": dict(self.spec.cameras),
             "low_dim": dict(self.spec.low_dim),
@@ -159,7 +159,7 @@ class Loader:
         return {source.name: ranges_of(source.stats(), self.config.normalize) for source in self._robots}
 
     def manifest(self) -> dict[str, Any]:
-        """What the data is, for a checkpoint's assets: the dataset's manifest, or {source: its manifest}."""
+        """The manifest of the data, for a checkpoint's assets: the dataset's manifest, or {source: its manifest}."""
         if not self.config.sources:
             return self._robots[0].dataset.manifest
         return {name: source.dataset.manifest for name, source in self.sources.items()}
@@ -208,7 +208,7 @@ class Loader:
         return self._reads.oldest()
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps must keep, JSON: no topology, only a position and what it counts."""
+        """State that a checkpoint after `step` steps keeps, JSON: no topology, only a position and what it counts."""
         return {
             "position": step * self.batch_size,
             "seed": self.seed,
@@ -264,7 +264,7 @@ class Loader:
                 )
 
     def describe(self, position: int) -> Trace:
-        """Where the sample at a global position (step * batch_size + row) comes from."""
+        """The place of the sample at a global position (step * batch_size + row)."""
         name, place = self.order.locate(position)
         source = self.sources[name]
         episode, origin = source.clip(place)

@@ -79,7 +79,7 @@ def check_manifest(manifest: dict[str, Any], where: object) -> None:
 
 
 def _unfit(value: Any, form: Any, at: str) -> str:
-    """What is not of a form: its place, what was expected and what was found; empty if nothing is."""
+    """The first value that is not of a form: its place, what was found, what was expected; empty if there is none."""
 
     def within(parts: Any) -> str:
         return next((found for part, of_part, name in parts if (found := _unfit(part, of_part, f"{at}/{name}"))), "")

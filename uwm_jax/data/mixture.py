@@ -29,7 +29,7 @@ _ONE = 1 << _BITS  # shares and phases are whole multiples of 2**-64
 
 
 class Draw(NamedTuple):
-    """What a position of the mixture is: a source, and the position in that source's own order."""
+    """The meaning of a position of the mixture: a source, and the position in that source's own order."""
 
     source: str
     position: int

@@ -40,7 +40,7 @@ def check_name(name: object, what: str, where: object, *, nested: bool = False) 
 
 
 def not_the_data(file: str | os.PathLike[str]) -> str:
-    """What a file is instead of data, with the remedy: a Git LFS pointer, or compressed by gzip; else empty."""
+    """The kind of a file that is no data, with the remedy: a Git LFS pointer, or compressed by gzip; else empty."""
     with epath.Path(file).open("rb") as f:
         head = f.read(len(_LFS))
     if head == _LFS:

@@ -63,7 +63,7 @@ _BLOCK = 1 << 22
 
 
 def dataset_dir(path: str | os.PathLike[str], flag: str = "config.data.path") -> epath.Path:
-    """Where a dataset lies: `path` itself if absolute, else under $UWM_DATA_DIR; `flag` is where `path` comes from."""
+    """A dataset's directory: `path` itself if absolute, else under $UWM_DATA_DIR; `flag` is where `path` comes from."""
     return epath.Path(data_dir() / local_path(path, flag))
 
 
@@ -147,7 +147,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkRef:
-    """Where a step is stored: the shard's file name, the record in it, and the step's place in the record."""
+    """The place of a step: the shard's file name, the record in it, and the step's place in the record."""
 
     shard: str
     record: int
@@ -267,7 +267,7 @@ class Dataset:
             return self._columns[key]
 
     def locate(self, episode: int, step: int) -> ChunkRef:
-        """Where a step of an episode is stored."""
+        """The place of a step of an episode."""
         chunk, offset = divmod(step, self.chunk_steps)
         chunk += int(self._first_chunk[episode])
         return ChunkRef(self._shards.names[self._chunk_shard[chunk]], int(self._chunk_record[chunk]), offset)

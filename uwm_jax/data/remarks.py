@@ -1,4 +1,4 @@
-"""What a person should know of data before a run trains: values that no sample will have, too little to judge by."""
+"""Warnings about data before a run trains: values that no sample will have, too little to judge by."""
 
 from __future__ import annotations
 

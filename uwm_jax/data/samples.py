@@ -27,7 +27,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class RowSpec:
-    """What a row of a batch holds, in all sources alike.
+    """The contents of a row of a batch, in all sources alike.
 
     Attributes:
         window: the steps of a sample.

@@ -1,4 +1,4 @@
-"""Which episodes of a dataset a source uses: those that pass its conditions, at most so many, and only finite ones."""
+"""Episodes of a dataset that a source uses: those that pass its conditions, at most so many, only finite ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED = 5  # episodes that a message names of those that it counts
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What an episode's text under `key` (its path, for example) must hold.
+    """A condition on an episode's text under `key`, its path for example.
 
     Attributes:
         include: one of these; () = whatever.
@@ -151,7 +151,7 @@ def not_finite(column: Column, lengths: np.ndarray, counted: np.ndarray, block: 
 
 
 def tell_not_finite(found: Mapping[str, np.ndarray], total: int, where: str) -> str:
-    """What is wrong and what to do, where these episodes of these keys are not finite, of so many in all."""
+    """The message, with the remedy, where these episodes of these keys are not finite, of so many in all."""
     lines = [f"{where} has values that are NaN or infinite:"]
     lines += [f"  {key}: {some_episodes(episodes)}" for key, episodes in found.items()]
     every = len(np.unique(np.concatenate(list(found.values()))))

@@ -83,7 +83,7 @@ class Source:
         return Windows(self.samples.window, lengths, episodes, what, actions)
 
     def about_held_out(self) -> str:
-        """What becomes of its validation episodes, for a person who misses them."""
+        """The fate of its validation episodes, for a person who misses them."""
         text = f"{self.where}: {self._num_held_out} of {self.dataset.num_episodes} episodes are held out"
         if self._num_held_out and self.selection.rules:
             text += f", {len(self.held_out)} of them used ({self.selection})"
@@ -94,7 +94,7 @@ class Source:
 
     @property
     def identity(self) -> str:
-        """What must not change while a run continues: the dataset's content and which of it is used."""
+        """Identifies what must not change while a run continues: the dataset's content and which of it is used."""
         used = f" ({self.selection})" if self.selection.rules else ""
         return f"{self.dataset.fingerprint}{used}"
 
@@ -175,7 +175,7 @@ def renamed(stored: Mapping[str, Any], ours: Sequence[str]) -> dict[str, Any]:
 
 
 def row_spec(sources: Sequence[Source]) -> RowSpec:
-    """What the rows of all sources hold: as the first one with actions has it.
+    """The contents of the rows of all sources: as the first one with actions has it.
 
     Raises:
         UserError: another source has another width of the action or of a low-dimensional key.

@@ -158,7 +158,7 @@ def key_stats(
 
 
 def _read_derived(file: epath.Path) -> dict[str, Any]:
-    """What `key_stats` wrote; {} where there is nothing, or no longer what was written."""
+    """The content of a file that `key_stats` wrote; {} where there is none, or where it was changed."""
     if not file.exists() or not file.stat().length:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What a person is told, or refused, before a run starts from the parameters of another (`finetune.Origin`)."""
+"""Notes, warnings and refusals before a run starts from the parameters of another (`finetune.Origin`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TOLD = (
 
 
 def check(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Mapping[str, Mapping[str, Range]]) -> list[str]:
-    """What a person should be told before the run starts, line by line.
+    """Lines for people before the run starts.
 
     Args:
       config: of the new run.

@@ -1,4 +1,4 @@
-"""Where the frozen codec of a run comes from, and where it is kept."""
+"""The frozen codec of a run: its origin, and where it is kept."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def keep_vae(config: ConfigDict, vae: str | os.PathLike[str], workdir: str | os.
 
 
 def vae_folder(workdir: str | os.PathLike[str]) -> Path:
-    """Where a workdir keeps its VAE."""
+    """The folder in which a workdir keeps its VAE."""
     return Path(workdir) / "frozen" / "vae"
 
 
 def checkpointed_arrays(config: ConfigDict, frozen: Any) -> Any:
-    """What of the codec a checkpoint carries: a fitted codec's arrays, None for the others."""
+    """The part of the codec that a checkpoint carries: a fitted codec's arrays, None for the others."""
     return frozen if config.model.codec.name == "pca" else None

@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes: every second since `train` was called has one name.
+"""Accounting of a run's wall time: every second since `train` was called has one name.
 
   start       from the call to the first step: data, model, restoring
   compile     programs compiled ahead of the loop
@@ -81,7 +81,7 @@ class Goodput:
             self._stack.pop()
 
     def rates(self, step: int) -> dict[str, float]:
-        """What a log line says of time, after `step` steps.
+        """Fields of a log line about time, after `step` steps.
 
         `samples_per_second` and `data_wait_fraction` are those since the last call, without pauses for evaluation,
         saves and compilation; `goodput` is the share of the run's wall time in steps; `time/<category>` are the

@@ -1,4 +1,4 @@
-"""What the trainer measures on held-out windows every `config.eval.every` steps: losses, and all modes."""
+"""Measurements of the trainer on held-out windows every `config.eval.every` steps: losses, and all modes."""
 
 from __future__ import annotations
 

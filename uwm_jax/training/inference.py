@@ -82,7 +82,8 @@ def load_for_inference(
 
 
 def parameters_used(workdir: str | os.PathLike[str], step: int, parameters: str | None = None) -> dict[str, Any]:
-    """What `load_for_inference` took, for the files of results: as `average.describe`; `step` is the one it returned.
+    """The parameters that `load_for_inference` took, for the files of results: as `average.describe`; `step` is the one
+    that it returned.
 
     The share of the start follows from the checkpoint's config, which no flag changes.
     """

@@ -28,7 +28,7 @@ UNKNOWN = (
 
 
 def kept(assets: Mapping[str, Any]) -> dict[str, Any]:
-    """What the next checkpoint of a run takes over from one before."""
+    """Entries that the next checkpoint of a run takes over from one before."""
     return {key: assets[key] for key in KEYS if key in assets}
 
 
@@ -48,7 +48,7 @@ def begin(loader: Loader, learned: Learned | None, has_origin: bool) -> dict[str
 
 
 def of_loader(loader: Loader) -> list[dict[str, Any]]:
-    """What a run learns from its own data."""
+    """Datasets that a run itself learns from."""
     return [
         {
             "fingerprint": source.dataset.fingerprint,
@@ -61,7 +61,7 @@ def of_loader(loader: Loader) -> list[dict[str, Any]]:
 
 
 def of_checkpoint(assets: Mapping[str, Any], data_iter: Mapping[str, Any], config: ConfigDict) -> Learned | None:
-    """What a checkpoint's parameters learned from; None where it does not tell (a converted one).
+    """Datasets that a checkpoint's parameters learned from; None where it does not tell (a converted one).
 
     Args:
       assets: of the checkpoint.

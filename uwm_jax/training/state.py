@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and the optimizer that changes it."""
+"""The state that a run carries from step to step, and the optimizer that changes it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def eval_params(self) -> Params:
-        """What is evaluated and sampled from: the average where there is one."""
+        """The parameters for evaluation and sampling: the average where there is one."""
         return self.params if self.ema_params is None else self.ema_params
 
 
@@ -87,7 +87,7 @@ def schedule_factor(config: ConfigDict, step: jax.Array) -> jax.Array:
 
 
 def change_of_rate(config: ConfigDict, before: ConfigDict, step: int) -> str:
-    """What to add to "continuing from step ..." where another `total_steps` changes the learning rate; else "".
+    """An addition to "continuing from step ..." where another `total_steps` changes the learning rate; else "".
 
     Args:
       before: the config of the start before.

@@ -62,7 +62,7 @@ class Stored:
 
     @functools.cached_property
     def assets(self) -> dict[str, Any]:
-        """What `make_assets` made, with the `digests` of all items (absent in checkpoints of early versions)."""
+        """The assets of `make_assets`, with the `digests` of all items (absent in checkpoints of early versions)."""
         assets = self._json("assets")
         if not isinstance(assets, dict) or not {"config", "data_facts"} <= assets.keys():
             raise CorruptCheckpoint(f"{self.path / 'assets'} is not what was saved")
@@ -74,7 +74,7 @@ class Stored:
 
     @functools.cached_property
     def data_iter(self) -> dict[str, Any]:
-        """Where the data order stands."""
+        """The position in the data order."""
         value = self._json("data_iter")
         recorded = self._digests()["json"].get("data_iter")
         if not isinstance(value, dict) or recorded not in (None, json_digest(value)):
