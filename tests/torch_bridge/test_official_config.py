@@ -189,7 +189,7 @@ def test_a_resolved_file_with_other_anchors_reads_the_same(tmp_path: Path) -> No
         ("algo: uwm", "algo: uwm\noptimizer: {lr: .nan}", ["optimizer.lr", "finite number", "nan"]),
         ("normalize_action: true", "normalize_action: maybe", ["dataset.normalize_action", "true or false", "'maybe'"]),
         ("imagenet_norm: false", "imagenet_norm: maybe", ["imagenet_norm", "true or false", "'maybe'"]),
-        ("      wrist_image_left:\n", "      7:\n", ["shape_meta.obs", "texts", "7"]),
+        ("      wrist_image_left:\n", "      7:\n", ["shape_meta.obs", "strings", "7"]),
         (
             "      wrist_image_left:\n",
             "      wrist_image_left: {}\n      x:\n",
