@@ -9,6 +9,7 @@ import pytest
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
+from uwm_jax.evaluation.results import Run
 from uwm_jax.training import fixed_fields
 from uwm_jax.training.checkpoint import write_config
 from uwm_jax.training.stored import Stored
@@ -53,6 +54,12 @@ def test_a_run_that_continues_was_started_with_what_its_checkpoint_holds(workdir
     next((workdir / "checkpoints" / "6" / "assets").iterdir()).unlink()
     assert fixed_fields.started_with(workdir, 6).seed == 9, "all that is left"
     assert capsys.readouterr().err == ""
+
+
+def test_a_page_tells_of_the_config_that_the_checkpoint_holds(workdir, stored):
+    rewrite(workdir, seed=9, total_steps=77)
+    config = Run.read(workdir).config
+    assert config.seed == 0 and config.total_steps == 77
 
 
 @pytest.mark.parametrize(

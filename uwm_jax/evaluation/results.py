@@ -19,10 +19,10 @@ from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.reading import read_json
 from uwm_jax.reporting.curves import Curve
-from uwm_jax.training import record
-from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training import fixed_fields, record
+from uwm_jax.training.checkpoint import latest_step
 from uwm_jax.training.log import read_metrics
-from uwm_jax.training.stored import CorruptCheckpoint
+from uwm_jax.training.stored import CorruptCheckpoint, Stored
 
 _FILES = {  # of each kind: its folder, the file of its numbers, and the file that tells how they were made
     "eval": ("eval", "metrics.json", "about.json"),
@@ -168,7 +168,9 @@ class Run:
         assets: dict[str, Any] = {}
         if (step := latest_step(workdir)) is not None:
             with contextlib.suppress(CorruptCheckpoint):  # a page without the data's manifest is better than none
-                assets = Checkpoints(workdir, read_only=True).assets(step)
+                stored = Stored(workdir.absolute() / "checkpoints", step)
+                assets = stored.assets
+                config, _ = fixed_fields.config_of_run(workdir, stored)
         manifest = assets.get("dataset") or {}
         if not (starts := record.read_starts(workdir)) and (workdir / record.FILE).exists():
             warn(f"{workdir / record.FILE} is damaged, so how the run was started is not shown.")
