@@ -48,7 +48,18 @@ def test_the_average_is_taken_where_asked_for() -> None:
     assert list(found) == list(NAMES) and any("averaged" in note for note in notes)
 
 
+@pytest.mark.parametrize("outer", ["", "state_dict.", "module.", "model._orig_mod."])
+@pytest.mark.parametrize("key", state_dict.EMA_KEYS)
+def test_an_average_inside_of_containers_is_one(outer: str, key: str) -> None:
+    names = [f"{outer}model.{name}" for name in NAMES] + [f"{outer}{key}.module.{name}" for name in NAMES]
+    for which, expected in (("model", names[:3]), ("ema", names[3:])):
+        found, _ = state_dict.choose({name: name for name in names}, which, "x")
+        assert list(found) == list(NAMES) and list(found.values()) == expected
+
+
 def test_what_cannot_be_chosen() -> None:
+    with pytest.raises(UserError, match="two of its tensors are called"):
+        choose([f"{key}.{NAMES[0]}" for key in state_dict.EMA_KEYS[:2]], "ema")
     with pytest.raises(UserError, match="--weights=ema: it holds no tensors under ema"):
         choose(list(NAMES), "ema")
     with pytest.raises(UserError, match="two of its tensors are called noise_pred_net.pos_embed"):

@@ -41,7 +41,8 @@ def choose(tensors: Mapping[str, _Tensor], which: str, where: str) -> tuple[dict
     """The tensors of one set of weights, without the prefixes of wrappers.
 
     Args:
-      tensors: all tensors of a file; those of an average have a name that begins with one of `EMA_KEYS`.
+      tensors: all tensors of a file; those of an average have one of `EMA_KEYS` before their name, which containers'
+        prefixes may precede.
       which: `MODEL` or `EMA`.
       where: names the file in messages.
 
@@ -51,7 +52,7 @@ def choose(tensors: Mapping[str, _Tensor], which: str, where: str) -> tuple[dict
     Raises:
       UserError: there is no average, or two tensors have one name without the prefixes.
     """
-    averaged = [name for name in tensors if name.partition(".")[0] in EMA_KEYS]
+    averaged = {name: key for name in tensors if (key := _average_key(name.split(".")))}
     if which == EMA and not averaged:
         heads = ", ".join(sorted({name.partition(".")[0] for name in tensors})[:8])
         raise UserError(
@@ -62,15 +63,15 @@ def choose(tensors: Mapping[str, _Tensor], which: str, where: str) -> tuple[dict
         which = EMA  # nothing else is there
     notes = []
     if which == EMA:
-        chosen = {name.partition(".")[2]: tensors[name] for name in averaged}
-        notes.append(f"took the averaged weights, which the file holds under {averaged[0].partition('.')[0]!r}")
+        chosen = [(name.replace(f"{key}.", "", 1), tensors[name]) for name, key in averaged.items()]
+        notes.append(f"took the averaged weights, which the file holds under {next(iter(averaged.values()))!r}")
     else:
-        chosen = {name: tensor for name, tensor in tensors.items() if name not in set(averaged)}
+        chosen = [(name, tensor) for name, tensor in tensors.items() if name not in averaged]
         if averaged:
             notes.append("the file also holds averaged weights; --weights=ema takes them")
     found: dict[str, _Tensor] = {}
     removed: dict[str, int] = {}
-    for name, tensor in chosen.items():
+    for name, tensor in chosen:
         parts, gone = _unwrap(name.split("."))
         bare = ".".join(parts)
         if bare in found:
@@ -83,6 +84,12 @@ def choose(tensors: Mapping[str, _Tensor], which: str, where: str) -> tuple[dict
         taken = ", ".join(f"{part + '.'!r} from {count}" for part, count in removed.items())
         notes.append(f"took prefixes of wrappers off the tensors' names: {taken}")
     return found, notes
+
+
+def _average_key(parts: list[str]) -> str:
+    """The one of `EMA_KEYS` that a name has, first or after containers' prefixes; "" for none."""
+    bare = next((i for i, part in enumerate(parts) if part not in _CONTAINERS), 0)
+    return parts[bare] if parts[bare] in EMA_KEYS and bare + 1 < len(parts) else ""
 
 
 def _unwrap(parts: list[str]) -> tuple[list[str], Iterable[str]]:
