@@ -311,7 +311,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var
   td, th { padding: .3rem .5rem; } tbody th { max-width: 13rem; } dl.facts { grid-template-columns: 1fr; gap: 0; }
   dl.facts dd { margin-bottom: .4rem; }
   .bar { width: 8rem; }
-  .answers tr { display: grid; grid-template-columns: minmax(0, 1fr) 5.2rem 10.4rem; }
+  .answers tr { display: grid; grid-template-columns: minmax(0, 1fr) 5rem 10.8rem; }
   .answers tr > :first-child { grid-column: 1 / -1; border: 0; padding-bottom: 0; }
   .answers tr > * { min-width: 0 !important; padding-right: 0; font-size: .8rem; }
   .answers tr > .number { overflow-wrap: normal; padding-left: .25rem; }
