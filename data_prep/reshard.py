@@ -141,10 +141,14 @@ class _SkipLimit:
             return
         counts = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common())
         notes = "\n".join(f"    {note}" for r in results for note in r.notes[:_NOTES])
+        share = min(1.0, math.ceil(100 * skipped / total) / 100)
+        at_least, more = "", ""
+        if sum(r.episodes for r in results) < total:
+            at_least, more = "at least ", ", or more: not all files were read"
         raise RunError(
-            f"nothing was published: {skipped} of {total} episodes{of} were skipped, more than "
+            f"nothing was published: {at_least}{skipped} of {total} episodes{of} were skipped, more than "
             f"--max_skipped={self._share:g} allows:\n{counts}\n{_first_lines(notes, _NOTES)}\nMend the source, or do "
-            f"without them by --max_skipped={min(1.0, math.ceil(100 * skipped / total) / 100):g}."
+            f"without them by --max_skipped={share:g}{more}."
         )
 
 
