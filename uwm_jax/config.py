@@ -8,7 +8,6 @@ their combinations are judged (by `uwm_jax.config_checks`), so that no module be
 from __future__ import annotations
 
 import ast
-import fnmatch
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -398,7 +397,7 @@ def refuse_changed(config: ConfigDict, stored: ConfigDict) -> None:
         if here.resolve() == there.resolve() and (step == stored_step or None in (step, stored_step)):
             now["init_from"] = before["init_from"]
     for name in sorted(now.keys() | before.keys()):
-        if now.get(name) == before.get(name) or any(fnmatch.fnmatchcase(name, p) for p in MAY_CHANGE):
+        if now.get(name) == before.get(name) or config_checks.matches(name, MAY_CHANGE):
             continue
         if name in _IDLE and _IDLE[name](now) and _IDLE[name](before):
             continue

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -57,7 +57,7 @@ _PLANE = "eval.action_plane"  # a camera and four numbers
 
 def is_list_of_texts(name: str) -> bool:
     """Whether the elements of a list field are strings, so that `2` on the command line means "2"."""
-    return _matches(name, _TEXTS + _CONDITIONS)
+    return matches(name, _TEXTS + _CONDITIONS)
 
 
 def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
@@ -86,16 +86,16 @@ def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
 
 
 def _check_elements(name: str, value: tuple[Any, ...]) -> None:
-    if _matches(name, _TEXTS):
+    if matches(name, _TEXTS):
         if not all(isinstance(v, str) for v in value):
             raise UserError(f"config.{name}: expected a list of strings such as ('one', 'two'), found {value!r}.")
-    elif _matches(name, _CONDITIONS):
+    elif matches(name, _CONDITIONS):
         if not all(isinstance(v, str) or _is_pair(v) for v in value):
             raise UserError(
                 f"config.{name}: expected a list of strings or of pairs (key, text) such as "
                 f"('success', ('recording_folderpath', 'LAB')), found {value!r}."
             )
-    elif _matches(name, _PAIRS):
+    elif matches(name, _PAIRS):
         if not all(_is_pair(v) for v in value):
             raise UserError(
                 f"config.{name}: expected pairs (step key, transform) such as (('action', 'identity'),), "
@@ -117,7 +117,8 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name matches one of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 from uwm_jax import cli, files
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.modes import MODES
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, warn
 from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.reading import read_json
 from uwm_jax.system import DataFacts, System
@@ -272,7 +272,7 @@ def _check_normalized(run: OfficialRun, normalizer: Normalizer, no_normalizer: b
             "--normalizer=FILE.npz with <key>/scale and <key>/offset; --no_normalizer converts the weights without."
         )
     if unsaid := [key for key in absent if run.normalized[key] is not False]:
-        print(f"warning: no normaliser for {', '.join(unsaid)}; raw and normalised values are equal.", file=sys.stderr)
+        warn(f"no normaliser for {', '.join(unsaid)}; raw and normalised values are equal.")
 
 
 def _fitting(
@@ -286,17 +286,14 @@ def _fitting(
         if key in sizes and not scale.all():
             raise UserError(f"--normalizer: {key}/scale has zeros, so {key} cannot be normalised; put 1 there.")
     if unknown := [key for key in given if key not in sizes]:
-        print(
-            f"warning: --normalizer has {', '.join(unknown)}, but the run's keys are {', '.join(sizes)}.",
-            file=sys.stderr,
-        )
+        warn(f"--normalizer has {', '.join(unknown)}, but the run's keys are {', '.join(sizes)}.")
     return Normalizer(pairs)
 
 
 def _warn_of_infinities(tensors: Mapping[str, np.ndarray]) -> None:
     bad = [name for name in sorted(tensors) if not np.isfinite(tensors[name]).all()]
     if bad:
-        print(f"warning: {len(bad)} tensors hold values that are not finite, first {bad[0]}.", file=sys.stderr)
+        warn(f"{len(bad)} tensors hold values that are not finite, first {bad[0]}.")
 
 
 def _faults_of_latents(tensors: Mapping[str, np.ndarray], channels: int) -> list[str]:

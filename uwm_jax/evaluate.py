@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,7 +31,7 @@ from uwm_jax import cli
 from uwm_jax.data.ranges import under
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.envs.parallel import ParallelEnvs
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation import closed_loop, places
 from uwm_jax.evaluation.data import open_data
 from uwm_jax.evaluation.metrics import Metrics, text
@@ -86,7 +85,7 @@ def main(argv: list[str]) -> None:
     )
     if data.own is not True:
         for told in under(system.facts.normalizer, data.loader.ranges(), ("action", *system.facts.low_dim)):
-            print(f"warning: {told}. Are the units and the meaning of the columns the same?", file=sys.stderr)
+            warn(f"{told}. Are the units and the meaning of the columns the same?")
     used = inference.parameters_used(workdir, step, FLAGS.parameters)
     default = inference.parameters_used(workdir, step)["parameters"]
     settings = places.differences(system.config, own_config, cli.changed_fields(), used["parameters"], default)
@@ -115,7 +114,7 @@ def main(argv: list[str]) -> None:
     about |= record.describe_use(cli.command_line(), system.config, cli.changed_fields())
     about |= used | {"settings": settings} | places.of_run(root, workdir)
     if told := doubt(about):
-        print(f"warning: {told}", file=sys.stderr)
+        warn(told)
 
     start = time.perf_counter()
     if compares:

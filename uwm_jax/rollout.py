@@ -13,7 +13,6 @@ An episode is a function of the parameters, its seed and the flags alone, whatev
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from absl import flags
 from uwm_jax import cli
 from uwm_jax.envs import EnvSpec, get
 from uwm_jax.envs.parallel import EpisodeResult, controllers, replay
+from uwm_jax.errors import warn
 from uwm_jax.evaluation import places
 from uwm_jax.evaluation.closed_loop import (
     FIRST_SEED,
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     )
     if seeds[0] < FIRST_SEED:
         say = "episodes may start as demonstrations did, which data_prep.demo numbers from 0 on."
-        print(f"warning: --first_seed={seeds[0]}: {say}", file=sys.stderr)
+        warn(f"--first_seed={seeds[0]}: {say}")
 
     start = time.perf_counter()
     with open_envs(env, system, seeds, FLAGS.workers) as envs:

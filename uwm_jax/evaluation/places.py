@@ -9,7 +9,6 @@ converted checkpoint, which does not tell its data. Anything else goes to a fold
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import re
@@ -22,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax.config_checks import matches
 from uwm_jax.errors import UserError
 from uwm_jax.reading import read_json
 
@@ -55,9 +55,7 @@ def differences(
     found = {
         name: now[name]
         for name in sorted(set(overrides))
-        if name in now
-        and now[name] != before.get(name)
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in _IMMATERIAL)
+        if name in now and now[name] != before.get(name) and not matches(name, _IMMATERIAL)
     }
     return found if parameters == default else found | {"parameters": parameters}
 

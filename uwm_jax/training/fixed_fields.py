@@ -8,7 +8,6 @@ else is fixed, or has no effect there.
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import os
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.config import MAY_CHANGE
+from uwm_jax.config_checks import matches
 from uwm_jax.errors import UserError, warn
 from uwm_jax.parallel import distributed
 from uwm_jax.training.stored import CorruptCheckpoint, Stored
@@ -63,7 +63,7 @@ def for_inference(
     before = config_lib.flatten(config)
     config_lib.apply_overrides(config, overrides)
     for name, value in config_lib.flatten(config).items():
-        if value != before[name] and not _matches(name, may_change):
+        if value != before[name] and not matches(name, may_change):
             raise UserError(
                 f"--config.{name}={value!r}: the checkpoint fixes this field ({before[name]!r}), or the command does "
                 f"not use it. With these parameters only {', '.join(may_change)} may change."
@@ -98,18 +98,12 @@ def config_of_run(workdir: str | os.PathLike[str], stored: Stored) -> tuple[Conf
     """
     config, own = config_lib.read(workdir), stored_config(stored)
     flat, fixed = config_lib.flatten(config), config_lib.flatten(own)
-    differ = {
-        name: value for name, value in fixed.items() if flat.get(name) != value and not _matches(name, MAY_CHANGE)
-    }
+    differ = {name: value for name, value in fixed.items() if flat.get(name) != value and not matches(name, MAY_CHANGE)}
     if not differ and flat.keys() == fixed.keys():
         return config, ""
     for name in flat.keys() & fixed.keys():
-        if _matches(name, MAY_CHANGE):
+        if matches(name, MAY_CHANGE):
             *parents, leaf = name.split(".")
             functools.reduce(getattr, parents, own)[leaf] = flat[name]
     fields = ", ".join(f"{name} ({flat.get(name, 'absent')!r}, there {value!r})" for name, value in differ.items())
     return own, f"{workdir}/config.json differs from {stored.path}, whose own fields are used: {fields or 'sources'}."
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
