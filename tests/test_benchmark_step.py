@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 
 from uwm_jax import benchmark_step, cli
 from uwm_jax import config as config_lib
+from uwm_jax.benchmarking import rows, timing
+from uwm_jax.benchmarking.rows import Model
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_codec, make_up_system
 from uwm_jax.training import flops
@@ -59,7 +61,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 @pytest.fixture(scope="module")
 def results() -> dict:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark_step, "BLOCK_SECONDS", 0.0)  # one call each
+        patch.setattr(timing, "BLOCK_SECONDS", 0.0)  # one call each
         return benchmark_step.benchmark(tiny("pca"), 3, ACTION_DIM, ROWS, beside_torch=HAS_TORCH)
 
 
@@ -110,7 +112,7 @@ def test_made_up_codecs_have_the_arrays_of_real_ones(codec: str, count: int) -> 
 
 def test_gradients_are_results_of_their_row() -> None:
     # What a compiled function does not return is not computed.
-    model = benchmark_step._Model(tiny("pixels"), ACTION_DIM, needs_codec=False)
+    model = Model(tiny("pixels"), ACTION_DIM, needs_codec=False)
     (_, _), grads = jax.eval_shape(model._forward_backward, model.state.params, {}, model.batches["latents"])
     assert jax.tree.map(lambda x: x.shape, grads) == jax.tree.map(lambda x: x.shape, model.state.params)
 
@@ -118,7 +120,7 @@ def test_gradients_are_results_of_their_row() -> None:
 def test_mfu_is_the_time_at_peak_over_the_time_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny("pca")
     config.model.dtype = "bfloat16"
-    model = benchmark_step._Model(config, ACTION_DIM, needs_codec=False)
+    model = Model(config, ACTION_DIM, needs_codec=False)
     monkeypatch.setattr(flops, "peak_flops", lambda kind, dtype: {"bfloat16": 2e12, "float32": 1e12}[dtype])
     sample = flops.count(model.system)
     trained = sample.network + sample.encoder
@@ -130,10 +132,10 @@ def test_mfu_is_the_time_at_peak_over_the_time_taken(monkeypatch: pytest.MonkeyP
 
 def test_a_row_that_does_not_fit_says_what_to_change() -> None:
     with pytest.raises(UserError, match=r"latents/step does not fit.*config.batch_size.*config.model.remat"):
-        with benchmark_step._fitting("latents/step"):
+        with rows.fitting("latents/step"):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes")
     with pytest.raises(jax.errors.JaxRuntimeError):
-        with benchmark_step._fitting("latents/step"):
+        with rows.fitting("latents/step"):
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
@@ -141,7 +143,7 @@ def test_a_state_that_does_not_fit_says_so_too(monkeypatch: pytest.MonkeyPatch) 
     def full(*_: object, **__: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes")
 
-    monkeypatch.setattr(benchmark_step, "_Model", full)
+    monkeypatch.setattr(benchmark_step, "Model", full)
     with pytest.raises(UserError, match=r"^the training state .* does not fit.*config.batch_size"):
         benchmark_step.benchmark(tiny("pixels"), 1, ACTION_DIM)
 
@@ -191,14 +193,14 @@ def test_the_table_says_what_torch_lacks() -> None:
 
 
 def test_parts_select_rows() -> None:
-    assert benchmark_step.select(["latents", "policy"]) == [
+    assert rows.select(["latents", "policy"]) == [
         "latents/forward", "latents/forward_backward", "latents/step", "policy",
     ]  # fmt: skip
-    assert benchmark_step.select(["pixels/step"]) == ["pixels/step"]
-    assert benchmark_step.select(["policy", "pixels", "latents"]) == list(benchmark_step.ROWS)
+    assert rows.select(["pixels/step"]) == ["pixels/step"]
+    assert rows.select(["policy", "pixels", "latents"]) == list(rows.ROWS)
     for bad in (["latent"], []):
         with pytest.raises(UserError, match="--part: expected .*latents, pixels, "):
-            benchmark_step.select(bad)
+            rows.select(bad)
 
 
 def command(*arguments: str) -> int:

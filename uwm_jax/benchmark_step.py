@@ -14,15 +14,9 @@ what a step costs there. Compilation is reported apart from the steps.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import importlib.util
 import json
-import math
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,25 +26,11 @@ from ml_collections import ConfigDict
 
 from uwm_jax import cli, files
 from uwm_jax import config as config_lib
+from uwm_jax.benchmarking import timing
+from uwm_jax.benchmarking.rows import POLICY, ROWS, SOURCES, Model, fitting, select
 from uwm_jax.errors import UserError
-from uwm_jax.made_up import make_codec, make_up_arrays, make_up_batch, make_up_facts
-from uwm_jax.models.codecs import PCACodec, VAECodec
-from uwm_jax.parallel.accumulate import value_and_grad
-from uwm_jax.system import System
-from uwm_jax.training import flops
-from uwm_jax.training import state as state_lib
-from uwm_jax.training.step import make_train_step
 
 FLAGS = flags.FLAGS
-
-SOURCES = ("latents", "pixels")
-STAGES = ("forward", "forward_backward", "step")
-POLICY = "policy"
-ROWS = (*(f"{source}/{stage}" for source in SOURCES for stage in STAGES), POLICY)
-
-BLOCK_SECONDS = 0.2  # what is timed is repeated within a block until about this long
-
-Batch = dict[str, jax.Array]
 
 
 def define_flags() -> None:
@@ -76,18 +56,6 @@ def main(argv: list[str]) -> None:
         print(note)
     if output:
         files.write_text(output, json.dumps(results, indent=2) + "\n")
-
-
-def select(parts: Sequence[str]) -> list[str]:
-    """The rows that `--part` names: `latents`, `pixels`, `policy`, or single rows."""
-    known = (*SOURCES, *ROWS)
-    for part in parts:
-        if part not in known:
-            raise UserError(f"--part: expected some of {', '.join(known)}, joined by commas; found {part!r}.")
-    rows = [row for row in ROWS if row in parts or row.split("/")[0] in parts]
-    if not rows:
-        raise UserError(f"--part: expected at least one of {', '.join(known)}.")
-    return rows
 
 
 def _torch_wanted(flag: bool | None) -> tuple[bool, str]:
@@ -131,21 +99,24 @@ def benchmark(
     Raises:
       UserError: the model or a row does not fit into the device's memory.
     """
-    with _fitting("the training state with its made-up batches"):
-        model = _Model(config, action_dim, needs_codec=any(row.startswith("pixels") for row in rows))
-    torch_rows = _torch_rows(model, rows) if beside_torch else {}
+    with fitting("the training state with its made-up batches"):
+        model = Model(config, action_dim, needs_codec=any(row.startswith("pixels") for row in rows))
     results: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "batch_size": config.batch_size,
         "dtype": config.model.dtype,
         **{f"{name}_parameters_m": count / 1e6 for name, count in model.parameters.items()},
     }
+    torch_calls: dict[str, Callable[[], Any]] = {}
     if beside_torch:
-        results["torch_threads"] = _threads()
+        from uwm_jax.benchmarking import torch_rows
+
+        torch_calls = torch_rows.calls(model, rows)
+        results["torch_threads"] = torch_rows.threads()
     for row in rows:
-        with _fitting(row):
-            timing = _time(model.runner(row), torch_rows.get(row), steps)
-        results |= {f"{row}/{name}": value for name, value in _numbers(model, row, timing).items()}
+        with fitting(row):
+            timed = timing.measure(model.runner(row), torch_calls.get(row), steps)
+        results |= {f"{row}/{name}": value for name, value in _numbers(model, row, timed).items()}
     if model.loss is not None:
         results["loss_after_steps"] = float(model.loss)
     results |= _summary(results)
@@ -165,62 +136,8 @@ def _summary(results: Mapping[str, Any]) -> dict[str, float]:
     return {name: results[key] for key, name in short.items() if key in results}
 
 
-@dataclasses.dataclass
-class _Runner:
-    """What a row repeats: `call` starts one repetition and returns its results, which need not be there yet."""
-
-    call: Callable[[], Any]
-    compile_seconds: float
-    memory_bytes: float | None
-
-    def repeat(self, count: int) -> None:
-        result = None
-        for _ in range(count):
-            result = self.call()
-            # XLA's CPU client would run independent calls side by side.
-            if jax.default_backend() == "cpu":
-                jax.block_until_ready(result)
-        jax.block_until_ready(result)
-
-
-@dataclasses.dataclass
-class _Timing:
-    """Seconds per repetition, one number per block."""
-
-    runner: _Runner
-    first: float
-    ours: list[float]
-    torch: list[float]
-
-
-def _time(runner: _Runner, torch_call: Callable[[], Any] | None, blocks: int) -> _Timing:
-    """Warms up, then times blocks of ours and of torch in turns."""
-
-    def torch_repeat(count: int) -> None:
-        assert torch_call is not None
-        for _ in range(count):
-            torch_call()
-
-    first = _seconds(runner.repeat, 1)
-    timing = _Timing(runner, first, [], [])
-    sides = [(runner.repeat, timing.ours)] + ([(torch_repeat, timing.torch)] if torch_call else [])
-    if torch_call:
-        torch_call()  # allocates its buffers
-    counts = [max(1, min(100, math.ceil(BLOCK_SECONDS / _seconds(repeat, 1)))) for repeat, _ in sides]
-    for _ in range(blocks):
-        for (repeat, seconds), count in zip(sides, counts, strict=True):
-            seconds.append(_seconds(repeat, count) / count)
-    return timing
-
-
-def _seconds(run: Callable[[int], None], count: int) -> float:
-    start = time.perf_counter()
-    run(count)
-    return time.perf_counter() - start
-
-
-def _numbers(model: _Model, row: str, timing: _Timing) -> dict[str, Any]:
-    seconds = float(np.median(timing.ours))
+def _numbers(model: Model, row: str, timed: timing.Timing) -> dict[str, Any]:
+    seconds = float(np.median(timed.ours))
     rate = (1 if row == POLICY else model.config.batch_size) / seconds
     operations, ideal_seconds = model.operations(row)
     numbers: dict[str, Any] = {
@@ -231,181 +148,15 @@ def _numbers(model: _Model, row: str, timing: _Timing) -> dict[str, Any]:
     }
     if ideal_seconds is not None:
         numbers["mfu"] = ideal_seconds * rate
-    if timing.runner.memory_bytes is not None:
-        numbers["memory_gib"] = timing.runner.memory_bytes / 2**30
-    numbers["compile_and_first_s"] = timing.runner.compile_seconds + timing.first
-    if timing.torch:
-        ratios = [ours / torch for ours, torch in zip(timing.ours, timing.torch, strict=True)]
-        numbers["torch_seconds"] = float(np.median(timing.torch))
+    if timed.runner.memory_bytes is not None:
+        numbers["memory_gib"] = timed.runner.memory_bytes / 2**30
+    numbers["compile_and_first_s"] = timed.runner.compile_seconds + timed.first
+    if timed.torch:
+        ratios = [ours / torch for ours, torch in zip(timed.ours, timed.torch, strict=True)]
+        numbers["torch_seconds"] = float(np.median(timed.torch))
         numbers["torch_ratio"] = float(np.median(ratios))
         numbers["torch_ratio_range"] = [min(ratios), max(ratios)]
     return numbers
-
-
-@contextlib.contextmanager
-def _fitting(what: str) -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        raise UserError(
-            f"{what} does not fit into the memory of {jax.devices()[0].device_kind}: lower config.batch_size or "
-            "config.model.codec.microbatch, raise config.accumulation_steps, or set config.model.remat "
-            f"({str(e).splitlines()[0]})."
-        ) from e
-
-
-class _Model:
-    """The model, its state and its batches, and the compiled functions that the rows run."""
-
-    def __init__(self, config: ConfigDict, action_dim: int, needs_codec: bool):
-        self.config = config
-        self.loss: jax.Array | None = None  # of the last step
-        codec = make_codec(config)
-        self.system = System(config, make_up_facts(config, action_dim), codec)
-        arrays = jax.eval_shape(lambda: make_up_arrays(config, codec))
-        self.frozen = make_up_arrays(config, codec) if needs_codec else {}
-        self.optimizer = state_lib.make_optimizer(config)
-        create = jax.jit(lambda key: state_lib.create(config, self.system.init(key), self.optimizer))
-        self.state = create(jax.random.key(config.seed))
-        trees = {"network": "noise_pred_net", "encoder": "obs_encoder"}
-        self.parameters = {
-            **{name: _size(self.state.params[key]) for name, key in trees.items()},
-            "codec": _size(arrays),
-        }
-        pixels = make_up_batch(self.system, config.batch_size)
-        latents = {name: x for name, x in pixels.items() if not name.startswith("next_obs/")}
-        latents["next_obs_latent"] = self.system.draw_noise(jax.random.key(1), pixels["row"])["next_obs"] / 3
-        self.batches = {"pixels": pixels, "latents": latents}
-
-    def runner(self, row: str) -> _Runner:
-        """Compiles a row's function."""
-        source, _, stage = row.partition("/")
-        if row == POLICY:
-            return self._runner(self._policy, lambda: self.state.params, make_up_batch(self.system, 1))
-        batch = self.batches[source]
-        if stage == "step":
-            return self._step_runner(batch)
-        function = self._forward if stage == "forward" else self._forward_backward
-        return self._runner(function, lambda: self.state.params, batch)
-
-    def _runner(self, function: Callable[..., Any], params: Callable[[], Any], batch: Batch) -> _Runner:
-        compiled, seconds = _compile(jax.jit(function), params(), self.frozen, batch)
-        return _Runner(lambda: compiled(params(), self.frozen, batch), seconds, _planned_bytes(compiled))
-
-    def _step_runner(self, batch: Batch) -> _Runner:
-        step = jax.jit(make_train_step(self.config, self.system, self.optimizer), donate_argnums=0)
-        compiled, seconds = _compile(step, self.state, self.frozen, batch)
-
-        def call() -> Any:
-            self.state, metrics = compiled(self.state, self.frozen, batch)
-            self.loss = metrics["loss"]
-            return self.state, metrics
-
-        return _Runner(call, seconds, _planned_bytes(compiled))
-
-    def _objective(self, frozen: Any) -> Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]:
-        """The training loss as a sum over rows."""
-        weights = self.config.loss.weights
-
-        def objective(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            errors, _ = self.system.row_losses(params, frozen, batch, jax.random.key(0))
-            return sum(weights[m] * errors[m].sum() for m in errors) / self.config.batch_size, {}
-
-        return objective
-
-    def _forward(self, params: Any, frozen: Any, batch: Batch) -> jax.Array:
-        return self._objective(frozen)(params, batch)[0]
-
-    def _forward_backward(self, params: Any, frozen: Any, batch: Batch) -> Any:
-        steps = self.config.accumulation_steps
-        return value_and_grad(self._objective(frozen), params, batch, mesh=None, steps=steps)
-
-    def _policy(self, params: Any, frozen: Any, batch: Batch) -> jax.Array:
-        noise = self.system.draw_noise(jax.random.key(0), batch["row"])
-        return self.system.sample(params, frozen, batch, "policy", noise)["action"]
-
-    def operations(self, row: str) -> tuple[float, float | None]:
-        """The model's operations for one sample, and the seconds that they take at the device's peak, if known."""
-        sample = flops.count(self.system, from_pixels=row.startswith("pixels/"))
-        passes = 1 if row.endswith("/forward") else 3
-        trained, codec = passes * (sample.network + sample.encoder), sample.codec
-        if row == POLICY:
-            trained, codec = self.config.diffusion.num_inference_steps * sample.network + sample.encoder, 0.0
-        kind = jax.devices()[0].device_kind
-        return trained + codec, flops.seconds_at_peak(self.config, trained, codec, kind)
-
-
-def _compile(function: Any, *args: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
-    compiled = function.lower(*args).compile()
-    return compiled, time.perf_counter() - start
-
-
-def _planned_bytes(compiled: Any) -> float | None:
-    plan = compiled.memory_analysis()
-    if plan is None:
-        return None
-    results = plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return plan.argument_size_in_bytes + results + plan.temp_size_in_bytes
-
-
-def _size(tree: Any) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _torch_rows(model: _Model, rows: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """What torch runs beside each row; rows that it cannot run are left out."""
-    import torch
-
-    from uwm_jax.torch_bridge.torch_loop import TorchLoop
-    from uwm_jax.torch_bridge.torch_network import UWM
-
-    torch.set_num_threads(_threads())
-    system = model.system
-    runs: dict[str, Callable[[], Any]] = {}
-    codec = _torch_codec(system) if any(row.startswith("pixels/") for row in rows) else None
-    description = {
-        "config": model.config.to_dict(),
-        "cameras": system.facts.cameras,
-        "images": {"crop": model.config.data.crop},
-        "low_dim": system.facts.low_dim,
-        "text_dim": system.facts.text_dim,
-        "shapes": {"action": system.action_shape, "next_obs_latent": system.latent_shape},
-        "codec": codec or {"name": "pixels"},  # which has no arrays
-    }
-    network = UWM.from_description(description)
-    loop = TorchLoop(network, model.config, system.cameras, system.facts.low_dim, system.schedule.alphas_cumprod)
-    for row in rows:
-        source, _, stage = row.partition("/")
-        if source == "latents" or (source == "pixels" and codec is not None):
-            batch = {name: torch.from_numpy(np.array(x)) for name, x in model.batches[source].items()}
-            runs[row] = functools.partial(getattr(loop, stage), batch)
-    return runs
-
-
-def _torch_codec(system: System) -> dict[str, Any] | None:
-    """The codec as `convert to-torch` describes it; None for a VAE without diffusers."""
-    codec = system.codec
-    if isinstance(codec, PCACodec):
-        return {"name": "pca", "patch": codec.patch, "channels": codec.channels}
-    if not isinstance(codec, VAECodec):
-        return {"name": "pixels"}
-    if importlib.util.find_spec("diffusers") is None:
-        return None
-    vae, levels = codec.vae, len(codec.vae.block_out_channels)
-    fields = "in_channels out_channels block_out_channels layers_per_block latent_channels norm_num_groups"
-    config = {
-        **{name: getattr(vae, name) for name in (*fields.split(), "scaling_factor")},
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-    return {"name": "vae", "diffusers_config": config}
 
 
 # --- the table ---------------------------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""Timing of what a benchmark repeats: blocks of ours and of its counterpart in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+BLOCK_SECONDS = 0.2  # what is timed is repeated within a block until about this long
+
+
+@dataclasses.dataclass
+class Runner:
+    """What a row repeats: `call` starts one repetition and returns its results, which need not be there yet."""
+
+    call: Callable[[], Any]
+    compile_seconds: float
+    memory_bytes: float | None
+
+    def repeat(self, count: int) -> None:
+        result = None
+        for _ in range(count):
+            result = self.call()
+            # XLA's CPU client would run independent calls side by side.
+            if jax.default_backend() == "cpu":
+                jax.block_until_ready(result)
+        jax.block_until_ready(result)
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds per repetition, one number per block."""
+
+    runner: Runner
+    first: float
+    ours: list[float]
+    torch: list[float]
+
+
+def measure(runner: Runner, torch_call: Callable[[], Any] | None, blocks: int) -> Timing:
+    """Warms up, then times blocks of ours and of torch in turns."""
+
+    def torch_repeat(count: int) -> None:
+        assert torch_call is not None
+        for _ in range(count):
+            torch_call()
+
+    first = _seconds(runner.repeat, 1)
+    timing = Timing(runner, first, [], [])
+    sides = [(runner.repeat, timing.ours)] + ([(torch_repeat, timing.torch)] if torch_call else [])
+    if torch_call:
+        torch_call()  # allocates its buffers
+    counts = [max(1, min(100, math.ceil(BLOCK_SECONDS / _seconds(repeat, 1)))) for repeat, _ in sides]
+    for _ in range(blocks):
+        for (repeat, seconds), count in zip(sides, counts, strict=True):
+            seconds.append(_seconds(repeat, count) / count)
+    return timing
+
+
+def _seconds(run: Callable[[int], None], count: int) -> float:
+    start = time.perf_counter()
+    run(count)
+    return time.perf_counter() - start
