@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import benchmark_step, cli
 from uwm_jax import config as config_lib
-from uwm_jax.benchmarking import rows, timing
+from uwm_jax.benchmarking import names, rows, timing
 from uwm_jax.benchmarking.rows import Model
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_codec, make_up_system
@@ -112,22 +112,35 @@ def test_made_up_codecs_have_the_arrays_of_real_ones(codec: str, count: int) -> 
 
 def test_gradients_are_results_of_their_row() -> None:
     # What a compiled function does not return is not computed.
-    model = Model(tiny("pixels"), ACTION_DIM, needs_codec=False)
-    (_, _), grads = jax.eval_shape(model._forward_backward, model.state.params, {}, model.batches["latents"])
-    assert jax.tree.map(lambda x: x.shape, grads) == jax.tree.map(lambda x: x.shape, model.state.params)
+    names = ["latents/forward_backward", "network/forward_backward", "encoder/forward_backward"]
+    model = Model(tiny("pixels"), ACTION_DIM, names, initialize=False)
+    features = {"global_cond": model.inputs("network/forward_backward")["global_cond"]}
+    encoder, network = ({name: model.params[name]} for name in ("obs_encoder", "noise_pred_net"))
+    for name, params, wanted in zip(
+        names, (model.params, network, encoder), (model.params, network | features, encoder), strict=True
+    ):
+        (loss, _), grads = jax.eval_shape(model.function(name), params, {}, model.inputs(name))
+        assert loss.shape == ()
+        assert jax.tree.map(lambda x: x.shape, grads) == jax.tree.map(lambda x: x.shape, wanted)
 
 
 def test_mfu_is_the_time_at_peak_over_the_time_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny("pca")
     config.model.dtype = "bfloat16"
-    model = Model(config, ACTION_DIM, needs_codec=False)
+    model = Model(config, ACTION_DIM, ["network/forward"], initialize=False)
     monkeypatch.setattr(flops, "peak_flops", lambda kind, dtype: {"bfloat16": 2e12, "float32": 1e12}[dtype])
     sample = flops.count(model.system)
-    trained = sample.network + sample.encoder
-    for row, trained_passes in (("pixels/forward", 1), ("pixels/forward_backward", 3), ("pixels/step", 3)):
+    whole, samples = sample.network + sample.encoder, 2 * sample.network + sample.encoder
+    for row, trained, codec in (
+        ("pixels/forward", whole, sample.codec), ("pixels/forward_backward", 3 * whole, sample.codec),
+        ("pixels/step", 3 * whole, sample.codec), ("latents/step", 3 * whole, 0), ("codec", 0, sample.codec),
+        ("network/forward", sample.network, 0), ("network/forward_backward", 3 * sample.network, 0),
+        ("encoder/forward", sample.encoder, 0), ("encoder/forward_backward", 3 * sample.encoder, 0),
+        ("policy", samples, 0), ("forward_dynamics", samples, 0), ("preprocessing", 0, 0),
+    ):  # fmt: skip
         operations, seconds = model.operations(row)
-        assert operations == pytest.approx(trained_passes * trained + sample.codec)
-        assert seconds == pytest.approx(trained_passes * trained / 2e12 + sample.codec / 1e12)
+        assert operations == pytest.approx(trained + codec)
+        assert seconds == pytest.approx(trained / 2e12 + codec / 1e12)
 
 
 def test_a_row_that_does_not_fit_says_what_to_change() -> None:
@@ -150,16 +163,19 @@ def test_a_state_that_does_not_fit_says_so_too(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_torch_runs_beside_ours_in_the_same_table(results: dict) -> None:
+def test_torch_runs_beside_ours_in_the_same_run(results: dict) -> None:
     pytest.importorskip("torch")
-    lines = benchmark_step.table(results).splitlines()
-    for row in ("latents/forward_backward", "pixels/step"):
+    text = benchmark_step.table(results)
+    table = text.split("\n\n")[2].splitlines()
+    assert len(table) == 1 + len(ROWS)
+    for row, line in zip(ROWS, table[1:], strict=True):
         low, high = results[f"{row}/torch_ratio_range"]
         assert 0 < low <= results[f"{row}/torch_ratio"] <= high
-        line = next(line for line in lines if line.startswith(row + " "))
-        assert line.endswith(f"({low:.3f} to {high:.3f})")
-        assert f"{results[f'{row}/torch_seconds']:.4f}" in line
-    assert "policy/torch_seconds" not in results
+        for side in ("", "torch_"):
+            low, high = results[f"{row}/{side}seconds_range"]
+            assert 0 < low <= results[f"{row}/{side}seconds"] <= high
+            assert f"{results[f'{row}/{side}seconds']:.4f} ({low:.4f} to {high:.4f})" in " ".join(line.split())
+        assert line.startswith(row + " ") and line.endswith(f" {results[f'{row}/torch_cpu_ratio']:.3f}")
 
 
 def test_the_table_has_the_columns_that_there_are_numbers_for() -> None:
@@ -185,22 +201,24 @@ def test_the_table_says_what_torch_lacks() -> None:
     results |= {f"pixels/forward/{name}": value for name, value in beside.items()}
     lines = benchmark_step.table(results).splitlines()
     assert lines[0] == "cpu, batch 1, float32, torch on 2 threads"
-    assert lines[4].split() == ["pixels/forward", "1.0000", "1.000", "2.0000", "0.500", "(0.400", "to", "0.600)"]
-    assert len(lines) == 5
+    assert lines[4].split() == ["pixels/forward", "1.0000", "1.000"]
+    assert lines[7].split() == ["pixels/forward", "1.0000", "2.0000", "0.500", "(0.400", "to", "0.600)"]
+    assert len(lines) == 8
 
 
 # --- the command -------------------------------------------------------------------------------------
 
 
 def test_parts_select_rows() -> None:
-    assert rows.select(["latents", "policy"]) == [
+    assert names.select(["latents", "policy"]) == [
         "latents/forward", "latents/forward_backward", "latents/step", "policy",
     ]  # fmt: skip
-    assert rows.select(["pixels/step"]) == ["pixels/step"]
-    assert rows.select(["policy", "pixels", "latents"]) == list(rows.ROWS)
+    assert names.select(["pixels/step"]) == ["pixels/step"]
+    assert names.select(["policy", "network"]) == ["network/forward", "network/forward_backward", "policy"]
+    assert names.select(names.PARTS) == list(names.ROWS)
     for bad in (["latent"], []):
         with pytest.raises(UserError, match="--part: expected .*latents, pixels, "):
-            rows.select(bad)
+            names.select(bad)
 
 
 def command(*arguments: str) -> int:
@@ -249,7 +267,7 @@ def test_the_file_is_whole_or_refused_before_the_work(
     assert "--part" in capsys.readouterr().err
     assert calls == []
     assert command(*line, "--notorch", "--part=latents/step", f"--json={tmp_path / 'new' / 'out.json'}") == 0
-    assert calls == [(2, 10, ["latents/step"], False)]
+    assert calls == [(2, 10, ["latents/step"], False, None)]
     assert json.loads((tmp_path / "new" / "out.json").read_text()) == FAKE
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.json"]
 
@@ -261,12 +279,12 @@ def test_torch_is_there_by_default_only_where_it_can_be(
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert command(*line) == 0
-        assert calls[-1][-1] is wanted
+        assert calls[-1][3] is wanted
         assert ("uwm-jax[torch]" in capsys.readouterr().out) == (spec is None)
         assert command(*line, "--torch") == (0 if wanted else 2)
         assert wanted or "--torch: " in capsys.readouterr().err
         assert command(*line, "--notorch") == 0
-        assert calls[-1][-1] is False
+        assert calls[-1][3] is False
 
 
 def test_data_readers_and_torch_are_not_imported() -> None:

@@ -1,12 +1,18 @@
-"""Times the training step of a config's model, part by part, and a policy sample, on made-up data and random weights.
+"""Times the training step of a config's model, part by part, and its samples, on made-up data and random weights.
 
     python -m uwm_jax.benchmark_step --config=configs/droid.py --config.batch_size=1
-    python -m uwm_jax.benchmark_step --config=configs/droid.py --part=latents,policy --steps=10
+    python -m uwm_jax.benchmark_step --config=configs/droid.py --part=latents,network/forward,policy --steps=10
 
-Rows are `latents/...` (batches that hold the codec's latents of the next frames) and `pixels/...` (the frozen codec
-encodes them), each with `forward`, `forward_backward` (the gradients of all trained parameters) and `step` (AdamW
-too), and `policy`, a sample of actions for one observation; `--part` picks some. On a CPU with torch installed, the
-same network runs beside ours as a plain eager torch loop, block by block in turns. One device is used.
+Rows of the whole model are `latents/...` (batches that hold the codec's latents of the next frames) and `pixels/...`
+(the frozen codec encodes them), each with `forward`, `forward_backward` (the gradients of all trained parameters) and
+`step` (AdamW too). Rows of its parts are `network/forward` and `network/forward_backward` (the transformer alone; the
+gradients of its parameters and of the features that it is given), the same of `encoder` (from float images),
+`codec` (next frames to latents) and `preprocessing` (uint8 frames to float images, augmented). `policy` and
+`forward_dynamics` are samples for one observation, of actions and of the next frames' latents. `--part` picks some.
+
+On a CPU with torch installed, the same network runs as a plain eager torch loop, block by block in turns with ours;
+`ours/torch` is the median over the blocks, with its range. CPU seconds are those of all threads of the process. One
+device is used.
 
 Nothing is read from disk or a hub, so any config runs anywhere: it answers whether a model fits the machine and
 what a step costs there. Compilation is reported apart from the steps.
@@ -16,7 +22,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +33,8 @@ from ml_collections import ConfigDict
 from uwm_jax import cli, files
 from uwm_jax import config as config_lib
 from uwm_jax.benchmarking import timing
-from uwm_jax.benchmarking.rows import POLICY, ROWS, SOURCES, Model, fitting, select
+from uwm_jax.benchmarking.names import PARTS, ROWS, SAMPLES, select
+from uwm_jax.benchmarking.rows import Model, fitting
 from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -37,7 +44,8 @@ def define_flags() -> None:
     flags.DEFINE_string("config", None, "FILE.py[:argument]; fields change with --config.any.field=value")
     flags.DEFINE_integer("steps", 3, "timed blocks of each row; the median counts", lower_bound=1)
     flags.DEFINE_integer("action_dim", 10, "columns of the made-up actions", lower_bound=1)
-    flags.DEFINE_list("part", [*SOURCES, POLICY], "what to time: latents, pixels, policy, or rows such as pixels/step")
+    flags.DEFINE_list("part", ["latents", "pixels", "policy"], f"what to time: {', '.join(PARTS)}, or single rows")
+    flags.DEFINE_list("frame_size", None, "HEIGHT,WIDTH of the raw frames; by default that of config.data.resize")
     flags.DEFINE_bool("torch", None, "beside a plain torch loop; by default on a CPU where torch is installed")
     flags.DEFINE_string("json", None, "also write the numbers to this file")
     cli.accept_config_overrides()
@@ -45,17 +53,25 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     config = config_lib.load(cli.required("config"), cli.config_overrides())
-    rows = select(FLAGS.part)
+    rows, frame_size = select(FLAGS.part), _frame_size(FLAGS.frame_size)
     beside_torch, note = _torch_wanted(FLAGS.torch)
     output = cli.optional_path("json")
     if output:
         files.check_output_file(output, "--json")
-    results = benchmark(config, FLAGS.steps, FLAGS.action_dim, rows, beside_torch)
+    results = benchmark(config, FLAGS.steps, FLAGS.action_dim, rows, beside_torch, frame_size)
     print(table(results))
     if note:
         print(note)
     if output:
         files.write_text(output, json.dumps(results, indent=2) + "\n")
+
+
+def _frame_size(flag: list[str] | None) -> tuple[int, int] | None:
+    if flag is None:
+        return None
+    if len(flag) != 2 or not all(part.strip().isdecimal() and int(part) for part in flag):
+        raise UserError(f"--frame_size: expected HEIGHT,WIDTH in pixels such as 180,320; found {','.join(flag)!r}.")
+    return int(flag[0]), int(flag[1])
 
 
 def _torch_wanted(flag: bool | None) -> tuple[bool, str]:
@@ -77,21 +93,25 @@ def benchmark(
     config: ConfigDict,
     steps: int,
     action_dim: int,
-    rows: Sequence[str] = ("pixels/step", POLICY),
+    rows: Sequence[str] = ("pixels/step", "policy"),
     beside_torch: bool = False,
+    frame_size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Times `rows` of the model that `config` describes, on one device.
 
     Args:
       steps: timed blocks of each row, whose median counts; a block is as many calls as fill `BLOCK_SECONDS`.
       action_dim: columns of the actions.
-      beside_torch: runs blocks of a plain torch loop in turns with ours, where a row has such a counterpart.
+      beside_torch: runs blocks of a plain torch loop in turns with ours.
+      frame_size: (height, width) of the raw frames; None for the size that they are resized to.
 
     Returns:
-      Flat keys. For each row: `<row>/seconds`, `/samples_per_second`, `/gflop_per_sample` (of the model; neither the
-      optimizer nor recomputation counts), `/tflop_per_second`, `/mfu` where the chip's peak is known, `/memory_gib`
-      (what the compiler planned: arguments, results and temporaries), `/compile_and_first_s`; beside torch also
-      `/torch_seconds`, `/torch_ratio` (median over the blocks of ours / torch) and `/torch_ratio_range`.
+      Flat keys. For each row: `<row>/seconds`, `/seconds_range` (over the blocks), `/cpu_seconds` (of all threads of
+      the process), `/samples_per_second`, `/gflop_per_sample` (of the model; neither the optimizer nor recomputation
+      counts), `/tflop_per_second`, `/mfu` where the chip's peak is known, `/memory_gib` (what the compiler planned:
+      arguments, results and temporaries), `/compile_and_first_s`; in torch also `/torch_seconds`,
+      `/torch_seconds_range`, `/torch_cpu_seconds`, and `/torch_ratio`, `/torch_ratio_range`, `/torch_cpu_ratio` (median
+      and range over the blocks of ours / torch).
       `device`, `batch_size`, `dtype`, `<part>_parameters_m`, `loss_after_steps` where a step was timed, and
       `peak_memory_gib` where the device reports it. The step from pixels and the policy's sample are also
       `train_step_s`, `samples_per_second`, `compile_and_first_step_s`, `policy_sample_s`, `compile_and_first_sample_s`.
@@ -100,22 +120,23 @@ def benchmark(
       UserError: the model or a row does not fit into the device's memory.
     """
     with fitting("the training state with its made-up batches"):
-        model = Model(config, action_dim, needs_codec=any(row.startswith("pixels") for row in rows))
+        model = Model(config, action_dim, rows, frame_size)
     results: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "batch_size": config.batch_size,
         "dtype": config.model.dtype,
         **{f"{name}_parameters_m": count / 1e6 for name, count in model.parameters.items()},
     }
-    torch_calls: dict[str, Callable[[], Any]] = {}
     if beside_torch:
         from uwm_jax.benchmarking import torch_rows
 
-        torch_calls = torch_rows.calls(model, rows)
+        torch_side = torch_rows.TorchRows(model.description(), rows)
         results["torch_threads"] = torch_rows.threads()
     for row in rows:
         with fitting(row):
-            timed = timing.measure(model.runner(row), torch_calls.get(row), steps)
+            runner = model.runner(row)
+            torch_call = torch_side.call(row, model.inputs(row)) if beside_torch else None
+            timed = timing.measure(runner, torch_call, steps)
         results |= {f"{row}/{name}": value for name, value in _numbers(model, row, timed).items()}
     if model.loss is not None:
         results["loss_after_steps"] = float(model.loss)
@@ -137,32 +158,43 @@ def _summary(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(model: Model, row: str, timed: timing.Timing) -> dict[str, Any]:
-    seconds = float(np.median(timed.ours))
-    rate = (1 if row == POLICY else model.config.batch_size) / seconds
+    seconds = float(np.median(timed.ours.wall))
+    rate = (1 if row in SAMPLES else model.config.batch_size) / seconds
     operations, ideal_seconds = model.operations(row)
-    numbers: dict[str, Any] = {
-        "seconds": seconds,
-        "samples_per_second": rate,
-        "gflop_per_sample": operations / 1e9,
-        "tflop_per_second": operations * rate / 1e12,
-    }
-    if ideal_seconds is not None:
-        numbers["mfu"] = ideal_seconds * rate
+    numbers: dict[str, Any] = {**_side(timed.ours), "samples_per_second": rate}
+    if operations:
+        numbers["gflop_per_sample"] = operations / 1e9
+        numbers["tflop_per_second"] = operations * rate / 1e12
+        if ideal_seconds is not None:
+            numbers["mfu"] = ideal_seconds * rate
     if timed.runner.memory_bytes is not None:
         numbers["memory_gib"] = timed.runner.memory_bytes / 2**30
     numbers["compile_and_first_s"] = timed.runner.compile_seconds + timed.first
-    if timed.torch:
-        ratios = [ours / torch for ours, torch in zip(timed.ours, timed.torch, strict=True)]
-        numbers["torch_seconds"] = float(np.median(timed.torch))
+    if timed.torch.wall:
+        numbers |= {f"torch_{name}": value for name, value in _side(timed.torch).items()}
+        ratios, cpu_ratios = (
+            [ours / torch for ours, torch in zip(*both, strict=True)]
+            for both in ((timed.ours.wall, timed.torch.wall), (timed.ours.cpu, timed.torch.cpu))
+        )
         numbers["torch_ratio"] = float(np.median(ratios))
         numbers["torch_ratio_range"] = [min(ratios), max(ratios)]
+        numbers["torch_cpu_ratio"] = float(np.median(cpu_ratios))
     return numbers
 
 
-# --- the table ---------------------------------------------------------------------------------------
+def _side(side: timing.Side) -> dict[str, Any]:
+    return {
+        "seconds": float(np.median(side.wall)),
+        "seconds_range": [min(side.wall), max(side.wall)],
+        "cpu_seconds": float(np.median(side.cpu)),
+    }
 
-# column: (key, width, digits)
-_COLUMNS = {
+
+# --- the tables --------------------------------------------------------------------------------------
+
+_Columns = Mapping[str, tuple[str, int, int]]  # title: (key, width, digits)
+
+_COLUMNS: _Columns = {
     "seconds": ("seconds", 10, 4),
     "samples/s": ("samples_per_second", 10, 3),
     "GFLOP/sample": ("gflop_per_sample", 13, 1),
@@ -171,38 +203,58 @@ _COLUMNS = {
     "memory GiB": ("memory_gib", 11, 2),
     "compile s": ("compile_and_first_s", 10, 1),
 }
-_TORCH_COLUMNS = {"torch s": ("torch_seconds", 10, 4), "ours/torch": ("torch_ratio", 11, 3)}
+_TORCH_COLUMNS: _Columns = {
+    "seconds": ("seconds", 9, 4),
+    "(range)": ("seconds_range", 19, 4),
+    "torch s": ("torch_seconds", 9, 4),
+    "(range) ": ("torch_seconds_range", 19, 4),
+    "ours/torch": ("torch_ratio", 11, 3),
+    "(range)  ": ("torch_ratio_range", 17, 3),
+    "CPU s": ("cpu_seconds", 9, 4),
+    "torch CPU s": ("torch_cpu_seconds", 12, 4),
+    "ours/torch ": ("torch_cpu_ratio", 11, 3),
+}
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results of `benchmark` for people."""
+    """The results of `benchmark` for people: a table of ours, and one of both sides where torch ran."""
     rows = [row for row in ROWS if f"{row}/seconds" in results]
     beside_torch = "torch_threads" in results
-    columns = _COLUMNS | (_TORCH_COLUMNS if beside_torch else {})
-    columns = {title: c for title, c in columns.items() if any(f"{row}/{c[0]}" in results for row in rows)}
     threads = f", torch on {results['torch_threads']} threads" if beside_torch else ""
     counts = {name: results[f"{name}_parameters_m"] for name in ("network", "encoder", "codec")}
     lines = [
         f"{results['device']}, batch {results['batch_size']}, {results['dtype']}{threads}",
         "parameters in millions: " + ", ".join(f"{name} {count:.2f}" for name, count in counts.items()),
         "",
-        " " * 24 + "".join(f"{title:>{width}}" for title, (_, width, _) in columns.items()),
+        *_lines(results, rows, _COLUMNS),
     ]
-    for row in rows:
-        cells = []
-        for key, width, digits in columns.values():
-            value = results.get(f"{row}/{key}")
-            cells.append(f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}")
-        spread = results.get(f"{row}/torch_ratio_range")
-        note = f"  ({spread[0]:.3f} to {spread[1]:.3f})" if spread else ""
-        lines.append(f"{row:<24}{''.join(cells)}{note}")
-    if beside_torch and any(row.startswith("pixels/") and f"{row}/torch_ratio" not in results for row in rows):
+    with_torch = [row for row in rows if f"{row}/torch_seconds" in results]
+    if with_torch:
+        lines += ["", *_lines(results, with_torch, _TORCH_COLUMNS)]
+    if beside_torch and len(with_torch) < len(rows):
         lines.append("torch encodes pixels with diffusers, which is not installed: pip install diffusers")
     if "loss_after_steps" in results:
         lines += ["", f"loss after the timed steps: {results['loss_after_steps']:.4f}"]
     if "peak_memory_gib" in results:
         lines.append(f"most device memory in use at any time: {results['peak_memory_gib']:.2f} GiB")
     return "\n".join(lines)
+
+
+def _lines(results: Mapping[str, Any], rows: Sequence[str], columns: _Columns) -> list[str]:
+    """A title and a line for each row, of the columns that have numbers."""
+    present = {title: c for title, c in columns.items() if any(f"{row}/{c[0]}" in results for row in rows)}
+    lines = [" " * 24 + "".join(f"{title.strip():>{width}}" for title, (_, width, _) in present.items())]
+    for row in rows:
+        cells = []
+        for key, width, digits in present.values():
+            value = results.get(f"{row}/{key}")
+            if isinstance(value, list):
+                text = f"({value[0]:.{digits}f} to {value[1]:.{digits}f})"
+            else:
+                text = "-" if value is None else f"{value:.{digits}f}"
+            cells.append(f"{text:>{width}}")
+        lines.append(f"{row:<24}{''.join(cells)}")
+    return lines
 
 
 command = cli.command(main, define_flags)

@@ -24,10 +24,10 @@ def make_up_system(config: ConfigDict, action_dim: int) -> tuple[System, Any]:
     return System(config, make_up_facts(config, action_dim), codec), frozen
 
 
-def make_up_facts(config: ConfigDict, action_dim: int) -> DataFacts:
-    """Data of the config's keys; frames come in the size that they are resized to."""
+def make_up_facts(config: ConfigDict, action_dim: int, frame_size: tuple[int, int] | None = None) -> DataFacts:
+    """Data of the config's keys; frames come in `frame_size`, by default the size that they are resized to."""
     return DataFacts(
-        cameras=dict.fromkeys(config.data.cameras, tuple(config.data.resize)),
+        cameras=dict.fromkeys(config.data.cameras, frame_size or tuple(config.data.resize)),
         low_dim=dict.fromkeys(config.data.low_dim, LOW_DIM),
         action_dim=action_dim,
         text_dim=TEXT_DIM if config.data.text else 0,

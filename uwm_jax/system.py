@@ -199,6 +199,11 @@ class System:
         return self.network.apply({"params": params}, current, low_dim, text, method="encode_obs")
 
     @_exact
+    def predict(self, params: Params, global_cond: jax.Array, noisy: Batch, timestep: Batch) -> dict[str, jax.Array]:
+        """One evaluation of the network for features (B, F): its outputs {modality: (B, ...)} float32."""
+        return self.network.apply({"params": params}, global_cond, noisy, timestep)[0]
+
+    @_exact
     def encode_frames(self, frozen: Params, frames: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Latents (B, V, T, h, w, C) of images; the posterior is sampled with keys (B,), else its mode."""
         return jax.lax.stop_gradient(self.codec.encode(frozen, frames, keys))
@@ -236,9 +241,7 @@ class System:
         latents = self._latents_of(frozen, batch, following, posterior_keys if sample_posterior else None)
         global_cond = self.encode_obs(params, batch, current)
 
-        def network(noisy: Batch, timestep: Batch) -> Any:
-            return self.network.apply({"params": params}, global_cond, noisy, timestep)[0]
-
+        network = functools.partial(self.predict, params, global_cond)
         clean = {"action": batch["action"], "next_obs": latents}
         errors, _ = losses.row_losses(network, self.schedule, clean, noise, timestep, self.prediction)
         return errors, timestep
@@ -265,7 +268,7 @@ class System:
         latents = self._latents_of(frozen, batch, following)
         global_cond = self.encode_obs(params, batch, current)
         errors, output = losses.row_losses(
-            lambda noisy, t: self.network.apply({"params": params}, global_cond, noisy, t)[0],
+            functools.partial(self.predict, params, global_cond),
             self.schedule,
             {"action": batch["action"], "next_obs": latents},
             noise,
@@ -305,7 +308,7 @@ class System:
         }
         noisy, timesteps = ({m: inputs[MODES[mode][m]](m)[i] for m in MODALITIES} for i in range(2))
         cond = self.encode_obs(params, batch, current)
-        output = self.network.apply({"params": params}, cond, noisy, timesteps)[0]
+        output = self.predict(params, cond, noisy, timesteps)
         return {
             _SAMPLE_KEYS[m]: self.schedule.clean_and_noise(self.prediction[m], output[m], noisy[m], level)[0]
             for m in generated(mode)

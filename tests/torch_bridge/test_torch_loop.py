@@ -32,7 +32,9 @@ def make(**fields):
     network = UWM(
         c.model, action_shape=(4, 3), latent_shape=LATENT, crop=c.data.crop, low_dim=low_dim, codec=PixelsCodec()
     )
-    return TorchLoop(network, c, ["b", "a"], low_dim, Schedule().alphas_cumprod)
+    schedule = Schedule()
+    numbers = {"timesteps": schedule.timesteps, "hidden_timestep": 90, "alphas_cumprod": schedule.alphas_cumprod}
+    return TorchLoop(network, c, ["b", "a"], low_dim, numbers)
 
 
 def batch(size=(8, 8)):
@@ -45,11 +47,12 @@ def batch(size=(8, 8)):
 
 
 CLEAN = {"diffusion.prediction.action": "sample", "diffusion.prediction.next_obs": "sample"}
+STILL = CLEAN | {f"data.augment.{name}": "0" for name in ("brightness", "contrast", "saturation", "hue")}
 
 
 def test_the_loss_from_pixels_and_from_latents():
     # A fresh network predicts 0, so where clean data are asked for, the loss is their mean square.
-    loop, pixels = make(**CLEAN, **{"loss.weights.next_obs": "0.5"}), batch()
+    loop, pixels = make(**STILL, **{"loss.weights.next_obs": "0.5"}), batch()
     frames = torch.stack([pixels["next_obs/a"], pixels["next_obs/b"]], dim=1) / 255 * 2 - 1
     latents = {name: x for name, x in pixels.items() if not name.startswith("next_obs/")} | {"next_obs_latent": frames}
     wanted = pixels["action"].square().mean() + 0.5 * frames.square().mean()
@@ -67,7 +70,7 @@ def test_noise_is_predicted_with_unit_error_at_first(prediction):
 
 
 def test_frames_are_resized_and_cropped():
-    loop = make(**CLEAN, **{"data.resize": "(12,14)"})
+    loop = make(**STILL, **{"data.resize": "(12,14)"})
     data = batch(size=(5, 7))
     for key in ("a", "b"):
         data[f"next_obs/{key}"] = torch.full_like(data[f"next_obs/{key}"], 255)

@@ -1,47 +1,52 @@
-"""The rows of `benchmark_step` in JAX: the model, its synthetic inputs, and the compiled function of each row."""
+"""The rows of `benchmark_step` in JAX: the model, its made-up inputs, and the compiled function of each row.
+
+Rows run what training and sampling run: `make_train_step`, and the methods of `System`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
+from uwm_jax.benchmarking.names import (
+    CODEC,
+    ENCODER,
+    NETWORK,
+    PREPROCESSING,
+    ROWS,
+    SAMPLES,
+    needs,
+    part_of,
+    trains,
+)
 from uwm_jax.benchmarking.timing import Runner
+from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_codec, make_up_arrays, make_up_batch, make_up_facts
+from uwm_jax.models.codecs import PCACodec, VAECodec
 from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.system import System
 from uwm_jax.training import flops
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import make_train_step
 
-SOURCES = ("latents", "pixels")
-STAGES = ("forward", "forward_backward", "step")
-POLICY = "policy"
-ROWS = (*(f"{source}/{stage}" for source in SOURCES for stage in STAGES), POLICY)
+Inputs = dict[str, jax.Array]
 
-Batch = dict[str, jax.Array]
-
-
-def select(parts: Sequence[str]) -> list[str]:
-    """The rows that `--part` names: `latents`, `pixels`, `policy`, or single rows."""
-    known = (*SOURCES, *ROWS)
-    for part in parts:
-        if part not in known:
-            raise UserError(f"--part: expected some of {', '.join(known)}, joined by commas; found {part!r}.")
-    rows = [row for row in ROWS if row in parts or row.split("/")[0] in parts]
-    if not rows:
-        raise UserError(f"--part: expected at least one of {', '.join(known)}.")
-    return rows
+TREES = {NETWORK: "noise_pred_net", ENCODER: "obs_encoder"}  # of the trained parameters
 
 
 @contextlib.contextmanager
 def fitting(what: str) -> Iterator[None]:
+    """Turns an allocation that failed into a UserError that says what to change."""
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
@@ -55,53 +60,137 @@ def fitting(what: str) -> Iterator[None]:
 
 
 class Model:
-    """The model, its state and its batches, and the compiled functions that the rows run."""
+    """The model with the arrays and inputs that some rows need, and what each row runs.
 
-    def __init__(self, config: ConfigDict, action_dim: int, needs_codec: bool):
+    Args:
+      action_dim: columns of the actions.
+      rows: for which the arrays are made.
+      frame_size: (height, width) of raw frames; by default the size that they are resized to.
+      initialize: False fills all arrays with one number instead, so that nothing is compiled but the rows.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        action_dim: int,
+        rows: Sequence[str] = ROWS,
+        frame_size: tuple[int, int] | None = None,
+        initialize: bool = True,
+    ):
         self.config = config
         self.loss: jax.Array | None = None  # of the last step
+        self._inputs: dict[str, Inputs] = {}  # of each part
         codec = make_codec(config)
-        self.system = System(config, make_up_facts(config, action_dim), codec)
-        arrays = jax.eval_shape(lambda: make_up_arrays(config, codec))
-        self.frozen = make_up_arrays(config, codec) if needs_codec else {}
+        self.system = System(config, make_up_facts(config, action_dim, frame_size), codec)
         self.optimizer = state_lib.make_optimizer(config)
-        create = jax.jit(lambda key: state_lib.create(config, self.system.init(key), self.optimizer))
-        self.state = create(jax.random.key(config.seed))
-        trees = {"network": "noise_pred_net", "encoder": "obs_encoder"}
+        arrays = jax.eval_shape(lambda: make_up_arrays(config, codec))
+        key = jax.random.key(config.seed)
+        self._shapes = shapes = jax.eval_shape(self.system.init, key)
         self.parameters = {
-            **{name: _size(self.state.params[key]) for name, key in trees.items()},
+            **{part: _size(shapes[tree]) for part, tree in TREES.items()},
             "codec": _size(arrays),
         }
-        pixels = make_up_batch(self.system, config.batch_size)
-        latents = {name: x for name, x in pixels.items() if not name.startswith("next_obs/")}
-        latents["next_obs_latent"] = self.system.draw_noise(jax.random.key(1), pixels["row"])["next_obs"] / 3
-        self.batches = {"pixels": pixels, "latents": latents}
+        needed = {part for row in rows for part in needs(row)}
+        self.frozen: Any = {}
+        if CODEC in needed:
+            self.frozen = make_up_arrays(config, codec) if initialize else _filled(arrays)
+        trees = [TREES[part] for part in TREES if part in needed]
+
+        def init(key: jax.Array) -> Any:
+            params = self.system.init(key)
+            return {tree: params[tree] for tree in trees}
+
+        params = jax.jit(init)(key) if initialize else _filled({tree: shapes[tree] for tree in trees})
+        self.state: state_lib.TrainState | None = None
+        self._params = params
+        if any(trains(row) for row in rows):
+            self.state = state_lib.create(config, params, self.optimizer)
+
+    @property
+    def params(self) -> Any:
+        """The trained parameters that the rows need; a step replaces them."""
+        return self._params if self.state is None else self.state.params
 
     def runner(self, row: str) -> Runner:
         """Compiles a row's function."""
-        source, _, stage = row.partition("/")
-        if row == POLICY:
-            return self._runner(self._policy, lambda: self.state.params, make_up_batch(self.system, 1))
-        batch = self.batches[source]
-        if stage == "step":
-            return self._step_runner(batch)
-        function = self._forward if stage == "forward" else self._forward_backward
-        return self._runner(function, lambda: self.state.params, batch)
+        inputs, frozen = self.inputs(row), self.frozen if CODEC in needs(row) else {}
+        if trains(row):
+            return self._step_runner(frozen, inputs)
+        function = self.function(row)
 
-    def _runner(self, function: Callable[..., Any], params: Callable[[], Any], batch: Batch) -> Runner:
-        compiled, seconds = _compile(jax.jit(function), params(), self.frozen, batch)
-        return Runner(lambda: compiled(params(), self.frozen, batch), seconds, _planned_bytes(compiled))
+        def params() -> Any:  # those of this row alone, as they are after the steps of others
+            return {tree: self.params[tree] for part, tree in TREES.items() if part in needs(row)}
 
-    def _step_runner(self, batch: Batch) -> Runner:
+        compiled, seconds = _compile(jax.jit(function), params(), frozen, inputs)
+        return Runner(lambda: compiled(params(), frozen, inputs), seconds, _planned_bytes(compiled))
+
+    def _step_runner(self, frozen: Any, batch: Inputs) -> Runner:
+        assert self.state is not None
         step = jax.jit(make_train_step(self.config, self.system, self.optimizer), donate_argnums=0)
-        compiled, seconds = _compile(step, self.state, self.frozen, batch)
+        compiled, seconds = _compile(step, self.state, frozen, batch)
+        self._params = None  # donated with the state
 
         def call() -> Any:
-            self.state, metrics = compiled(self.state, self.frozen, batch)
+            self.state, metrics = compiled(self.state, frozen, batch)
             self.loss = metrics["loss"]
             return self.state, metrics
 
         return Runner(call, seconds, _planned_bytes(compiled))
+
+    # --- what a row reads ----------------------------------------------------------------------
+
+    def inputs(self, row: str) -> Inputs:
+        """The arrays that a row reads, the same for all rows of a part."""
+        part = part_of(row)
+        if part not in self._inputs:
+            self._inputs[part] = self._make_inputs(part)
+        return self._inputs[part]
+
+    def _make_inputs(self, part: str) -> Inputs:
+        system, rows = self.system, self.config.batch_size
+        if part in SAMPLES:
+            batch = make_up_batch(system, 1)
+            return {name: x for name, x in batch.items() if not name.startswith("next_obs/")}
+        batch = make_up_batch(system, rows)
+        if part == "latents":
+            batch["next_obs_latent"] = system.draw_noise(jax.random.key(1), batch["row"])["next_obs"] / 3
+            return {name: x for name, x in batch.items() if not name.startswith("next_obs/")}
+        if part == PREPROCESSING:
+            return {name: x for name, x in batch.items() if x.dtype == jnp.uint8 or name == "row"}
+        images = (rows, len(system.cameras), system.num_frames, *self.config.data.crop, 3)
+        features = jax.eval_shape(system.encode_obs, self._shapes, batch, jax.ShapeDtypeStruct(images, jnp.float32))
+        if part == CODEC:
+            return {"images": _random(images), "row": batch["row"]}
+        if part == ENCODER:
+            conditions = {name: x for name, x in batch.items() if name.startswith("obs/") and x.dtype != jnp.uint8}
+            return {"images": _random(images), "target": _random(features.shape), **conditions}
+        if part == NETWORK:
+            noise = {m: _random(shape) for m, shape in system.noise_shapes(rows).items()}
+            middle = jnp.full((rows,), self.config.diffusion.num_train_steps // 2)
+            return {
+                "global_cond": _random(features.shape),
+                **{f"noisy/{m}": x for m, x in noise.items()},
+                **{f"target/{m}": x for m, x in noise.items()},
+                **{f"timestep/{m}": middle for m in noise},
+            }
+        return batch
+
+    # --- what a row computes -------------------------------------------------------------------
+
+    def function(self, row: str) -> Callable[[Any, Any, Inputs], Any]:
+        """(params, frozen, inputs) -> what a row without an optimizer computes, not yet compiled."""
+        part, _, stage = row.partition("/")
+        if part in SAMPLES:
+            return functools.partial(self._sample, SAMPLES[row])
+        functions: dict[str, Callable[[Any, Any, Inputs], Any]] = {
+            "network/forward": self._predict,
+            "network/forward_backward": self._network_gradients,
+            "encoder/forward": self._features,
+            "encoder/forward_backward": self._encoder_gradients,
+            CODEC: self._latents,
+            PREPROCESSING: self._preprocess,
+        }
+        return functions.get(row) or (self._loss if stage == "forward" else self._loss_gradients)
 
     def _objective(self, frozen: Any) -> Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]:
         """The training loss as a sum over rows."""
@@ -113,26 +202,94 @@ class Model:
 
         return objective
 
-    def _forward(self, params: Any, frozen: Any, batch: Batch) -> jax.Array:
+    def _loss(self, params: Any, frozen: Any, batch: Inputs) -> jax.Array:
         return self._objective(frozen)(params, batch)[0]
 
-    def _forward_backward(self, params: Any, frozen: Any, batch: Batch) -> Any:
+    def _loss_gradients(self, params: Any, frozen: Any, batch: Inputs) -> Any:
         steps = self.config.accumulation_steps
         return value_and_grad(self._objective(frozen), params, batch, mesh=None, steps=steps)
 
-    def _policy(self, params: Any, frozen: Any, batch: Batch) -> jax.Array:
+    def _predict(self, params: Any, frozen: Any, inputs: Inputs) -> dict[str, jax.Array]:
+        noisy, timestep = ({m: inputs[f"{name}/{m}"] for m in MODALITIES} for name in ("noisy", "timestep"))
+        return self.system.predict(params, inputs["global_cond"], noisy, timestep)
+
+    def _network_gradients(self, params: Any, frozen: Any, inputs: Inputs) -> Any:
+        """The error with its gradients by the network's parameters and by the features."""
+
+        def objective(trained: Any, inputs: Any) -> tuple[jax.Array, Any]:
+            pred = self._predict(trained, frozen, inputs | {"global_cond": trained["global_cond"]})
+            errors = (jnp.mean((pred[m] - inputs[f"target/{m}"]) ** 2) for m in pred)
+            return sum(errors, jnp.zeros(())), {}
+
+        return value_and_grad(objective, params | {"global_cond": inputs["global_cond"]}, inputs, mesh=None)
+
+    def _features(self, params: Any, frozen: Any, inputs: Inputs) -> jax.Array:
+        return self.system.encode_obs(params, inputs, inputs["images"])
+
+    def _encoder_gradients(self, params: Any, frozen: Any, inputs: Inputs) -> Any:
+        def objective(params: Any, inputs: Any) -> tuple[jax.Array, Any]:
+            return jnp.mean((self._features(params, frozen, inputs) - inputs["target"]) ** 2), {}
+
+        return value_and_grad(objective, params, inputs, mesh=None)
+
+    def _latents(self, params: Any, frozen: Any, inputs: Inputs) -> jax.Array:
+        sampled = self.config.model.codec.posterior == "sample"
+        return self.system.encode_frames(frozen, inputs["images"], _keys(inputs["row"]) if sampled else None)
+
+    def _preprocess(self, params: Any, frozen: Any, batch: Inputs) -> Any:
+        return self.system.preprocess(batch, _keys(batch["row"]))
+
+    def _sample(self, mode: str, params: Any, frozen: Any, batch: Inputs) -> dict[str, jax.Array]:
         noise = self.system.draw_noise(jax.random.key(0), batch["row"])
-        return self.system.sample(params, frozen, batch, "policy", noise)["action"]
+        return self.system.sample(params, frozen, batch, mode, noise)
+
+    # --- numbers -------------------------------------------------------------------------------
 
     def operations(self, row: str) -> tuple[float, float | None]:
         """The model's operations for one sample, and the seconds that they take at the device's peak, if known."""
-        sample = flops.count(self.system, from_pixels=row.startswith("pixels/"))
+        sample, needed = flops.count(self.system), needs(row)
         passes = 1 if row.endswith("/forward") else 3
-        trained, codec = passes * (sample.network + sample.encoder), sample.codec
-        if row == POLICY:
-            trained, codec = self.config.diffusion.num_inference_steps * sample.network + sample.encoder, 0.0
+        network = sample.network * (NETWORK in needed) * passes
+        codec = sample.codec * (CODEC in needed)
+        if row in SAMPLES:
+            passes, network = 1, self.config.diffusion.num_inference_steps * sample.network
+        trained = network + passes * sample.encoder * (ENCODER in needed)
         kind = jax.devices()[0].device_kind
         return trained + codec, flops.seconds_at_peak(self.config, trained, codec, kind)
+
+    def description(self) -> dict[str, Any]:
+        """The model as `convert to-torch` describes it (JSON values only), as far as torch's rows need it."""
+        system, schedule = self.system, self.system.schedule
+        return {
+            "config": self.config.to_dict(),
+            "cameras": system.facts.cameras,
+            "images": {"crop": self.config.data.crop},
+            "low_dim": system.facts.low_dim,
+            "text_dim": system.facts.text_dim,
+            "shapes": {"action": system.action_shape, "next_obs_latent": system.latent_shape},
+            "diffusion": {
+                "timesteps": schedule.timesteps.tolist(),
+                "hidden_timestep": schedule.sample_hidden_timestep,
+                "alphas_cumprod": schedule.alphas_cumprod.tolist(),
+            },
+            "codec": _describe_codec(system),
+        }
+
+
+def _describe_codec(system: System) -> dict[str, Any]:
+    codec = system.codec
+    if isinstance(codec, PCACodec):
+        return {"name": "pca", "patch": codec.patch, "channels": codec.channels}
+    if not isinstance(codec, VAECodec):
+        return {"name": "pixels"}
+    vae, levels = codec.vae, len(codec.vae.block_out_channels)
+    fields = "in_channels out_channels block_out_channels layers_per_block latent_channels norm_num_groups"
+    config = {
+        **{name: getattr(vae, name) for name in (*fields.split(), "scaling_factor")},
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    return {"name": "vae", "diffusers_config": config}
 
 
 def _compile(function: Any, *args: Any) -> tuple[Any, float]:
@@ -151,3 +308,18 @@ def _planned_bytes(compiled: Any) -> float | None:
 
 def _size(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _filled(shapes: Any) -> Any:
+    """Arrays of these shapes that hold one number each."""
+    return jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)
+
+
+def _random(shape: Sequence[int]) -> jax.Array:
+    """Numbers in [0, 1)."""
+    return jnp.asarray(np.random.default_rng(0).random(shape, np.float32))
+
+
+def _keys(rows: jax.Array) -> jax.Array:
+    """(B,) keys, one per row."""
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(rows)

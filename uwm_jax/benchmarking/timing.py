@@ -1,4 +1,4 @@
-"""Timing of what a benchmark repeats: blocks of ours and of its counterpart in turns."""
+"""Wall time and CPU time of what a benchmark repeats, in blocks that alternate between ours and its counterpart."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 BLOCK_SECONDS = 0.2  # what is timed is repeated within a block until about this long
+SETTLE_SECONDS = 0.05  # before a block: idle threads of OpenMP and XLA spin for less than this before they sleep
 
 
 @dataclasses.dataclass
@@ -32,13 +33,28 @@ class Runner:
 
 
 @dataclasses.dataclass
+class Side:
+    """Seconds of one repetition, a number per block: on the clock, and of CPU summed over the process's threads."""
+
+    wall: list[float] = dataclasses.field(default_factory=list)
+    cpu: list[float] = dataclasses.field(default_factory=list)
+
+    def block(self, repeat: Callable[[int], None], count: int) -> None:
+        time.sleep(SETTLE_SECONDS)
+        wall, cpu = time.perf_counter(), time.process_time()
+        repeat(count)
+        self.wall.append((time.perf_counter() - wall) / count)
+        self.cpu.append((time.process_time() - cpu) / count)
+
+
+@dataclasses.dataclass
 class Timing:
-    """Seconds per repetition, one number per block."""
+    """The blocks of a row; `torch` is empty where it has no counterpart. `first` is the first call of ours."""
 
     runner: Runner
     first: float
-    ours: list[float]
-    torch: list[float]
+    ours: Side
+    torch: Side
 
 
 def measure(runner: Runner, torch_call: Callable[[], Any] | None, blocks: int) -> Timing:
@@ -50,14 +66,14 @@ def measure(runner: Runner, torch_call: Callable[[], Any] | None, blocks: int) -
             torch_call()
 
     first = _seconds(runner.repeat, 1)
-    timing = Timing(runner, first, [], [])
+    timing = Timing(runner, first, Side(), Side())
     sides = [(runner.repeat, timing.ours)] + ([(torch_repeat, timing.torch)] if torch_call else [])
     if torch_call:
         torch_call()  # allocates its buffers
     counts = [max(1, min(100, math.ceil(BLOCK_SECONDS / _seconds(repeat, 1)))) for repeat, _ in sides]
     for _ in range(blocks):
-        for (repeat, seconds), count in zip(sides, counts, strict=True):
-            seconds.append(_seconds(repeat, count) / count)
+        for (repeat, side), count in zip(sides, counts, strict=True):
+            side.block(repeat, count)
     return timing
 
 

@@ -1,66 +1,102 @@
-"""The rows of `benchmark_step` in PyTorch."""
+"""The rows of `benchmark_step` in plain eager PyTorch. Imports no JAX."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from ml_collections import ConfigDict
+from torch import Tensor
 
-from uwm_jax.benchmarking.rows import Model
-from uwm_jax.models.codecs import PCACodec, VAECodec
-from uwm_jax.system import System
+from uwm_jax.benchmarking.names import CODEC, SAMPLES, needs
+from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.torch_bridge.torch_loop import TorchLoop
 from uwm_jax.torch_bridge.torch_network import UWM
 
-
-def calls(model: Model, rows: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """What torch runs beside each row; rows that it cannot run are left out."""
-    torch.set_num_threads(threads())
-    system = model.system
-    runs: dict[str, Callable[[], Any]] = {}
-    codec = _torch_codec(system) if any(row.startswith("pixels/") for row in rows) else None
-    description = {
-        "config": model.config.to_dict(),
-        "cameras": system.facts.cameras,
-        "images": {"crop": model.config.data.crop},
-        "low_dim": system.facts.low_dim,
-        "text_dim": system.facts.text_dim,
-        "shapes": {"action": system.action_shape, "next_obs_latent": system.latent_shape},
-        "codec": codec or {"name": "pixels"},  # which has no arrays
-    }
-    network = UWM.from_description(description)
-    loop = TorchLoop(network, model.config, system.cameras, system.facts.low_dim, system.schedule.alphas_cumprod)
-    for row in rows:
-        source, _, stage = row.partition("/")
-        if source == "latents" or (source == "pixels" and codec is not None):
-            batch = {name: torch.from_numpy(np.array(x)) for name, x in model.batches[source].items()}
-            runs[row] = functools.partial(getattr(loop, stage), batch)
-    return runs
-
-
-def _torch_codec(system: System) -> dict[str, Any] | None:
-    """The codec as `convert to-torch` describes it; None for a VAE without diffusers."""
-    codec = system.codec
-    if isinstance(codec, PCACodec):
-        return {"name": "pca", "patch": codec.patch, "channels": codec.channels}
-    if not isinstance(codec, VAECodec):
-        return {"name": "pixels"}
-    if importlib.util.find_spec("diffusers") is None:
-        return None
-    vae, levels = codec.vae, len(codec.vae.block_out_channels)
-    fields = "in_channels out_channels block_out_channels layers_per_block latent_channels norm_num_groups"
-    config = {
-        **{name: getattr(vae, name) for name in (*fields.split(), "scaling_factor")},
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-    return {"name": "vae", "diffusers_config": config}
+Inputs = Mapping[str, Tensor]
 
 
 def threads() -> int:
+    """The cores that this process may use: torch and XLA get as many threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class TorchRows:
+    """What torch runs for each row.
+
+    Args:
+      description: the model, as `rows.Model.description` gives it.
+      rows: for which the network is made.
+    """
+
+    def __init__(self, description: Mapping[str, Any], rows: Sequence[str]):
+        torch.set_num_threads(threads())
+        has_codec = description["codec"]["name"] != "vae" or importlib.util.find_spec("diffusers") is not None
+        self.rows = [row for row in rows if has_codec or CODEC not in needs(row)]
+        if not any(CODEC in needs(row) for row in self.rows):
+            description = {**description, "codec": {"name": "pixels"}}  # which has no arrays
+        shapes = description["shapes"]
+        self.shapes = {"action": shapes["action"], "next_obs": shapes["next_obs_latent"]}
+        self.loop = TorchLoop(
+            UWM.from_description(description),
+            ConfigDict(description["config"]),
+            description["cameras"],
+            description["low_dim"],
+            description["diffusion"],
+        )
+
+    def call(self, row: str, arrays: Mapping[str, Any]) -> Callable[[], Any] | None:
+        """One repetition of a row on copies of the arrays that ours reads; None where diffusers is missing."""
+        if row not in self.rows:
+            return None
+        inputs = {name: torch.from_numpy(np.array(x)) for name, x in arrays.items()}
+        part, _, stage = row.partition("/")
+        if "images" in inputs:  # channels outermost in memory, as torch's own preprocessing leaves them
+            images = inputs["images"].movedim(-1, 3).contiguous().movedim(3, -1)
+            inputs = {**inputs, "images": images}
+        if part in ("latents", "pixels"):
+            return functools.partial(getattr(self.loop, stage), inputs)
+        if part in SAMPLES:
+            return functools.partial(self._sample, inputs, SAMPLES[part])
+        return functools.partial(getattr(self, "_" + row.replace("/", "_")), inputs)
+
+    def _network_forward(self, inputs: Inputs) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return self._predict(inputs, inputs["global_cond"])
+
+    def _network_forward_backward(self, inputs: Inputs) -> Tensor:
+        """Gradients are left in the network's parameters, that of the features is returned."""
+        self.loop.optimizer.zero_grad()
+        features = inputs["global_cond"].clone().requires_grad_()
+        pred = self._predict(inputs, features)
+        sum(F.mse_loss(pred[m], inputs[f"target/{m}"]) for m in pred).backward()
+        return features.grad
+
+    def _predict(self, inputs: Inputs, features: Tensor) -> dict[str, Tensor]:
+        noisy, timestep = ({m: inputs[f"{name}/{m}"] for m in MODALITIES} for name in ("noisy", "timestep"))
+        return self.loop.predict(features, noisy, timestep)
+
+    def _encoder_forward(self, inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            return self.loop.encode_obs(inputs, inputs["images"])
+
+    def _encoder_forward_backward(self, inputs: Inputs) -> None:
+        """Gradients are left in the encoder's parameters."""
+        self.loop.optimizer.zero_grad()
+        F.mse_loss(self.loop.encode_obs(inputs, inputs["images"]), inputs["target"]).backward()
+
+    def _codec(self, inputs: Inputs) -> Tensor:
+        return self.loop.encode_frames(inputs["images"])
+
+    def _preprocessing(self, inputs: Inputs) -> Any:
+        return self.loop.preprocess(inputs)
+
+    def _sample(self, inputs: Inputs, mode: str) -> dict[str, Tensor]:
+        rows = len(inputs["action"])
+        return self.loop.sample(inputs, mode, {m: torch.randn(rows, *self.shapes[m]) for m in MODALITIES})

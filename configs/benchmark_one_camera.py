@@ -1,0 +1,24 @@
+"""The paper's model with one camera and two rows, in float32: the yardstick of the speed next to PyTorch.
+
+Command:
+    python -m uwm_jax.benchmark_step --config=configs/benchmark_one_camera.py --frame_size=180,320 --steps=7 \
+        --part=latents,pixels,network,encoder,codec,preprocessing,policy,forward_dynamics
+
+Frames are as DROID stores them, 180 x 320, resized to 240 x 320 and cropped to 224 x 224. Everything else is the
+default.
+
+Hardware: two CPU cores and 16 GB of memory.
+
+Expect: docs/benchmarks.md has the table.
+"""
+
+from ml_collections import ConfigDict
+
+from uwm_jax.config import base
+
+
+def get_config() -> ConfigDict:
+    c = base()
+    c.batch_size = 2
+    c.data.cameras = ("exterior_image_1_left",)
+    return c
