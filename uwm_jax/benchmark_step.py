@@ -14,6 +14,11 @@ On a CPU with torch installed, the same network runs as a plain eager torch loop
 `ours/torch` is the median over the blocks, with its range. CPU seconds are those of all threads of the process. One
 device is used.
 
+    python -m uwm_jax.benchmark_step --config=configs/quickstart.py --part=policy --memory=policy,pixels/step
+
+`--memory` measures the peak resident memory of rows, each in fresh processes that hold what the row needs and run it
+twice: one of ours, which compiles it too, and one of torch. Linux only.
+
 Nothing is read from disk or a hub, so any config runs anywhere: it answers whether a model fits the machine and
 what a step costs there. Compilation is reported apart from the steps.
 """
@@ -32,7 +37,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import cli, files
 from uwm_jax import config as config_lib
-from uwm_jax.benchmarking import timing
+from uwm_jax.benchmarking import memory, timing
 from uwm_jax.benchmarking.names import PARTS, ROWS, SAMPLES, select
 from uwm_jax.benchmarking.rows import Model, fitting
 from uwm_jax.errors import UserError
@@ -46,6 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("action_dim", 10, "columns of the made-up actions", lower_bound=1)
     flags.DEFINE_list("part", ["latents", "pixels", "policy"], f"what to time: {', '.join(PARTS)}, or single rows")
     flags.DEFINE_list("frame_size", None, "HEIGHT,WIDTH of the raw frames; by default that of config.data.resize")
+    flags.DEFINE_list("memory", None, "rows whose peak memory is measured, on a CPU, each in a process of its own")
     flags.DEFINE_bool("torch", None, "beside a plain torch loop; by default on a CPU where torch is installed")
     flags.DEFINE_string("json", None, "also write the numbers to this file")
     cli.accept_config_overrides()
@@ -55,10 +61,11 @@ def main(argv: list[str]) -> None:
     config = config_lib.load(cli.required("config"), cli.config_overrides())
     rows, frame_size = select(FLAGS.part), _frame_size(FLAGS.frame_size)
     beside_torch, note = _torch_wanted(FLAGS.torch)
+    memory_rows = _memory_rows(FLAGS.memory)
     output = cli.optional_path("json")
     if output:
         files.check_output_file(output, "--json")
-    results = benchmark(config, FLAGS.steps, FLAGS.action_dim, rows, beside_torch, frame_size)
+    results = benchmark(config, FLAGS.steps, FLAGS.action_dim, rows, beside_torch, frame_size, memory_rows)
     print(table(results))
     if note:
         print(note)
@@ -86,6 +93,15 @@ def _torch_wanted(flag: bool | None) -> tuple[bool, str]:
     return wanted and installed, missing if wanted and not installed else ""
 
 
+def _memory_rows(flag: list[str] | None) -> list[str]:
+    if flag is None:
+        return []
+    if jax.default_backend() != "cpu":
+        raise UserError("--memory: resident memory is measured on CPUs only (JAX_PLATFORMS=cpu); leave the flag out.")
+    memory.check_platform("--memory")
+    return select(flag, "--memory")
+
+
 # --- the benchmark -----------------------------------------------------------------------------------
 
 
@@ -96,6 +112,7 @@ def benchmark(
     rows: Sequence[str] = ("pixels/step", "policy"),
     beside_torch: bool = False,
     frame_size: tuple[int, int] | None = None,
+    memory_rows: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Times `rows` of the model that `config` describes, on one device.
 
@@ -104,6 +121,7 @@ def benchmark(
       action_dim: columns of the actions.
       beside_torch: runs blocks of a plain torch loop in turns with ours.
       frame_size: (height, width) of the raw frames; None for the size that they are resized to.
+      memory_rows: rows whose peak memory is measured, in processes of their own.
 
     Returns:
       Flat keys. For each row: `<row>/seconds`, `/seconds_range` (over the blocks), `/cpu_seconds` (of all threads of
@@ -111,14 +129,17 @@ def benchmark(
       counts), `/tflop_per_second`, `/mfu` where the chip's peak is known, `/memory_gib` (what the compiler planned:
       arguments, results and temporaries), `/compile_and_first_s`; in torch also `/torch_seconds`,
       `/torch_seconds_range`, `/torch_cpu_seconds`, and `/torch_ratio`, `/torch_ratio_range`, `/torch_cpu_ratio` (median
-      and range over the blocks of ours / torch).
+      and range over the blocks of ours / torch). For each of `memory_rows`: `<row>/peak_memory_gib` and, in torch,
+      `/torch_peak_memory_gib` and `/torch_memory_ratio`.
       `device`, `batch_size`, `dtype`, `<part>_parameters_m`, `loss_after_steps` where a step was timed, and
       `peak_memory_gib` where the device reports it. The step from pixels and the policy's sample are also
       `train_step_s`, `samples_per_second`, `compile_and_first_step_s`, `policy_sample_s`, `compile_and_first_sample_s`.
 
     Raises:
       UserError: the model or a row does not fit into the device's memory.
+      RunError: a process that measures memory failed.
     """
+    peaks = _peaks(config, action_dim, memory_rows, beside_torch, frame_size)  # first, while this process is small
     with fitting("the training state with its made-up batches"):
         model = Model(config, action_dim, rows, frame_size)
     results: dict[str, Any] = {
@@ -140,9 +161,27 @@ def benchmark(
         results |= {f"{row}/{name}": value for name, value in _numbers(model, row, timed).items()}
     if model.loss is not None:
         results["loss_after_steps"] = float(model.loss)
-    results |= _summary(results)
+    results |= _summary(results) | peaks
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return results | ({"peak_memory_gib": peak / 2**30} if peak else {})
+
+
+def _peaks(
+    config: ConfigDict,
+    action_dim: int,
+    rows: Sequence[str],
+    beside_torch: bool,
+    frame_size: tuple[int, int] | None,
+) -> dict[str, float]:
+    peaks: dict[str, float] = {}
+    model = Model(config, action_dim, [], frame_size) if rows else None  # shapes alone
+    for row in rows:
+        ours = memory.of_ours(config, action_dim, frame_size, row)
+        peaks[f"{row}/peak_memory_gib"] = ours / 2**30
+        torch = memory.of_torch(model.description(), model.inputs(row), row) if beside_torch and model else None
+        if torch is not None:
+            peaks |= {f"{row}/torch_peak_memory_gib": torch / 2**30, f"{row}/torch_memory_ratio": ours / torch}
+    return peaks
 
 
 def _summary(results: Mapping[str, Any]) -> dict[str, float]:
@@ -214,6 +253,11 @@ _TORCH_COLUMNS: _Columns = {
     "torch CPU s": ("torch_cpu_seconds", 12, 4),
     "ours/torch ": ("torch_cpu_ratio", 11, 3),
 }
+_MEMORY_COLUMNS: _Columns = {
+    "peak GiB": ("peak_memory_gib", 10, 3),
+    "torch peak GiB": ("torch_peak_memory_gib", 16, 3),
+    "ours/torch": ("torch_memory_ratio", 12, 3),
+}
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -233,6 +277,9 @@ def table(results: Mapping[str, Any]) -> str:
         lines += ["", *_lines(results, with_torch, _TORCH_COLUMNS)]
     if beside_torch and len(with_torch) < len(rows):
         lines.append("torch encodes pixels with diffusers, which is not installed: pip install diffusers")
+    measured = [row for row in ROWS if f"{row}/peak_memory_gib" in results]
+    if measured:
+        lines += ["", *_lines(results, measured, _MEMORY_COLUMNS)]
     if "loss_after_steps" in results:
         lines += ["", f"loss after the timed steps: {results['loss_after_steps']:.4f}"]
     if "peak_memory_gib" in results:

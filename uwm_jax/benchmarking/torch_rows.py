@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from uwm_jax.benchmarking.names import CODEC, SAMPLES, needs
+from uwm_jax.benchmarking.names import CODEC, ENCODER, NETWORK, SAMPLES, needs
 from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.torch_bridge.torch_loop import TorchLoop
 from uwm_jax.torch_bridge.torch_network import UWM
@@ -25,6 +25,20 @@ Inputs = Mapping[str, Tensor]
 def threads() -> int:
     """The cores that this process may use: torch and XLA get as many threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _network(description: Mapping[str, Any], config: ConfigDict, needed: set[str]) -> UWM:
+    """The network, without what costs memory of the parts that no row needs."""
+    model = config.copy_and_resolve_references().model
+    codec = description["codec"] if CODEC in needed else {"name": "pixels"}  # which has no arrays
+    if ENCODER not in needed:
+        model.encoder.update(stage_sizes=(1,), width=16)
+    if NETWORK not in needed:
+        model.depth = 0
+    network = UWM.from_description({**description, "config": {"model": model}, "codec": codec})
+    if NETWORK not in needed:
+        del network.noise_pred_net
+    return network
 
 
 class TorchRows:
@@ -39,13 +53,13 @@ class TorchRows:
         torch.set_num_threads(threads())
         has_codec = description["codec"]["name"] != "vae" or importlib.util.find_spec("diffusers") is not None
         self.rows = [row for row in rows if has_codec or CODEC not in needs(row)]
-        if not any(CODEC in needs(row) for row in self.rows):
-            description = {**description, "codec": {"name": "pixels"}}  # which has no arrays
+        config = ConfigDict(description["config"])
+        needed = {part for row in self.rows for part in needs(row)}
         shapes = description["shapes"]
         self.shapes = {"action": shapes["action"], "next_obs": shapes["next_obs_latent"]}
         self.loop = TorchLoop(
-            UWM.from_description(description),
-            ConfigDict(description["config"]),
+            _network(description, config, needed),
+            config,
             description["cameras"],
             description["low_dim"],
             description["diffusion"],

@@ -82,20 +82,26 @@ def color_jitter(images: Tensor, drawn: Sequence[tuple[str, float]]) -> Tensor:
 
 
 def shift_hue(images: Tensor, turns: float) -> Tensor:
-    """Turns the hue of images (N, 3, H, W) in HSV, whose saturation and value stay."""
+    """Turns the hue of images (N, 3, H, W): to HSV and back, by the textbook (`colorsys`) as torchvision does."""
     red, green, blue = images.unbind(1)
     value = images.amax(1)
     chroma = value - images.amin(1)
+    saturation = chroma / torch.where(value > 0, value, 1.0)
     divisor = torch.where(chroma > 0, chroma, 1.0)
-    sector = torch.where(
+    sixths = torch.where(
         value == red,
         (green - blue) / divisor,
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    hue = (sector + 6 * turns) % 6  # in sixths of a turn
-
-    def channel(offset: int) -> Tensor:
-        k = (hue + offset) % 6
-        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-
-    return torch.stack([channel(5), channel(3), channel(1)], dim=1)
+    sixths = 6 * ((sixths / 6 + turns) % 1)
+    sector = sixths.floor()
+    rest = sixths - sector
+    low, falling = value * (1 - saturation), value * (1 - saturation * rest)
+    rising = value * (1 - saturation * (1 - rest))
+    index = sector.long()[None] % 6
+    sectors = (  # of red, green and blue
+        (value, falling, low, low, rising, value),
+        (rising, value, value, falling, low, low),
+        (low, low, rising, value, value, falling),
+    )
+    return torch.cat([torch.stack(six).gather(0, index) for six in sectors]).movedim(0, 1)
