@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import benchmark_step, cli
 from uwm_jax import config as config_lib
-from uwm_jax.benchmarking import names, rows, timing
-from uwm_jax.benchmarking.rows import Model
+from uwm_jax.benchmarking import memory, timing
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_codec, make_up_system
 from uwm_jax.training import flops
@@ -62,7 +61,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 def results() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "BLOCK_SECONDS", 0.0)  # one call each
-        return benchmark_step.benchmark(tiny("pca"), 3, ACTION_DIM, ROWS, beside_torch=HAS_TORCH)
+        return benchmark_step.benchmark(tiny("pca"), 3, ACTION_DIM, ROWS, beside_torch=HAS_TORCH, frame_size=(20, 30))
 
 
 @pytest.mark.slow
@@ -108,48 +107,6 @@ def test_parameters_are_those_of_the_model(results: dict) -> None:
 def test_made_up_codecs_have_the_arrays_of_real_ones(codec: str, count: int) -> None:
     shapes = jax.eval_shape(lambda: make_up_codec(tiny(codec))[1])
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
-
-
-def test_gradients_are_results_of_their_row() -> None:
-    # What a compiled function does not return is not computed.
-    names = ["latents/forward_backward", "network/forward_backward", "encoder/forward_backward"]
-    model = Model(tiny("pixels"), ACTION_DIM, names, initialize=False)
-    features = {"global_cond": model.inputs("network/forward_backward")["global_cond"]}
-    encoder, network = ({name: model.params[name]} for name in ("obs_encoder", "noise_pred_net"))
-    for name, params, wanted in zip(
-        names, (model.params, network, encoder), (model.params, network | features, encoder), strict=True
-    ):
-        (loss, _), grads = jax.eval_shape(model.function(name), params, {}, model.inputs(name))
-        assert loss.shape == ()
-        assert jax.tree.map(lambda x: x.shape, grads) == jax.tree.map(lambda x: x.shape, wanted)
-
-
-def test_mfu_is_the_time_at_peak_over_the_time_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny("pca")
-    config.model.dtype = "bfloat16"
-    model = Model(config, ACTION_DIM, ["network/forward"], initialize=False)
-    monkeypatch.setattr(flops, "peak_flops", lambda kind, dtype: {"bfloat16": 2e12, "float32": 1e12}[dtype])
-    sample = flops.count(model.system)
-    whole, samples = sample.network + sample.encoder, 2 * sample.network + sample.encoder
-    for row, trained, codec in (
-        ("pixels/forward", whole, sample.codec), ("pixels/forward_backward", 3 * whole, sample.codec),
-        ("pixels/step", 3 * whole, sample.codec), ("latents/step", 3 * whole, 0), ("codec", 0, sample.codec),
-        ("network/forward", sample.network, 0), ("network/forward_backward", 3 * sample.network, 0),
-        ("encoder/forward", sample.encoder, 0), ("encoder/forward_backward", 3 * sample.encoder, 0),
-        ("policy", samples, 0), ("forward_dynamics", samples, 0), ("preprocessing", 0, 0),
-    ):  # fmt: skip
-        operations, seconds = model.operations(row)
-        assert operations == pytest.approx(trained + codec)
-        assert seconds == pytest.approx(trained / 2e12 + codec / 1e12)
-
-
-def test_a_row_that_does_not_fit_says_what_to_change() -> None:
-    with pytest.raises(UserError, match=r"latents/step does not fit.*config.batch_size.*config.model.remat"):
-        with rows.fitting("latents/step"):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes")
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        with rows.fitting("latents/step"):
-            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
 def test_a_state_that_does_not_fit_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,19 +163,29 @@ def test_the_table_says_what_torch_lacks() -> None:
     assert len(lines) == 8
 
 
+def test_peak_memory_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+
+    def of_torch(description: dict, inputs: dict, row: str) -> float | None:
+        asked.append((row, sorted(inputs)))
+        return 2**29 if row == "policy" else None  # as where diffusers is missing
+
+    monkeypatch.setattr(memory, "of_ours", lambda *arguments: 2**30)
+    monkeypatch.setattr(memory, "of_torch", of_torch)
+    rows, ours = ["policy", "codec"], {"policy/peak_memory_gib": 1.0, "codec/peak_memory_gib": 1.0}
+    assert benchmark_step._peaks(tiny("pixels"), ACTION_DIM, rows, False, None) == ours
+    assert asked == []
+    both = benchmark_step._peaks(tiny("pixels"), ACTION_DIM, rows, True, None)
+    assert both == ours | {"policy/torch_peak_memory_gib": 0.5, "policy/torch_memory_ratio": 2.0}
+    assert asked == [("policy", ["action", "action_mask", "obs/camera", "row"]), ("codec", ["images", "row"])]
+    lines = benchmark_step.table(FAKE | both).splitlines()
+    assert [line.split() for line in lines[-2:]] == [
+        ["codec", "1.000", "-", "-"],
+        ["policy", "1.000", "0.500", "2.000"],
+    ]
+
+
 # --- the command -------------------------------------------------------------------------------------
-
-
-def test_parts_select_rows() -> None:
-    assert names.select(["latents", "policy"]) == [
-        "latents/forward", "latents/forward_backward", "latents/step", "policy",
-    ]  # fmt: skip
-    assert names.select(["pixels/step"]) == ["pixels/step"]
-    assert names.select(["policy", "network"]) == ["network/forward", "network/forward_backward", "policy"]
-    assert names.select(names.PARTS) == list(names.ROWS)
-    for bad in (["latent"], []):
-        with pytest.raises(UserError, match="--part: expected .*latents, pixels, "):
-            names.select(bad)
 
 
 def command(*arguments: str) -> int:
@@ -263,13 +230,16 @@ def test_the_file_is_whole_or_refused_before_the_work(
     for bad in (tmp_path, tmp_path / "config.py" / "out.json"):
         assert command(*line, f"--json={bad}") == 2
         assert "--json" in capsys.readouterr().err
-    assert command(*line, "--part=nothing") == 2
-    assert "--part" in capsys.readouterr().err
+    for flag in ("--part=nothing", "--memory=nothing", "--frame_size=180", "--frame_size=0,320", "--frame_size=a,b"):
+        assert command(*line, flag) == 2
+        assert flag.split("=")[0] in capsys.readouterr().err
     assert calls == []
     assert command(*line, "--notorch", "--part=latents/step", f"--json={tmp_path / 'new' / 'out.json'}") == 0
-    assert calls == [(2, 10, ["latents/step"], False, None)]
+    assert calls == [(2, 10, ["latents/step"], False, None, [])]
     assert json.loads((tmp_path / "new" / "out.json").read_text()) == FAKE
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.json"]
+    assert command(*line, "--notorch", "--part=codec", "--frame-size=180,320", "--memory=network,policy") == 0
+    assert calls[-1] == (2, 10, ["codec"], False, (180, 320), ["network/forward", "network/forward_backward", "policy"])
 
 
 def test_torch_is_there_by_default_only_where_it_can_be(
@@ -285,6 +255,8 @@ def test_torch_is_there_by_default_only_where_it_can_be(
         assert wanted or "--torch: " in capsys.readouterr().err
         assert command(*line, "--notorch") == 0
         assert calls[-1][3] is False
+        assert command(*line, "--memory=policy") == (0 if backend == "cpu" else 2)
+        assert ("--memory: " in capsys.readouterr().err) == (backend != "cpu")
 
 
 def test_data_readers_and_torch_are_not_imported() -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from uwm_jax import config as config_lib
+from uwm_jax.benchmarking.rows import Model
 from uwm_jax.diffusion.schedule import Schedule
+from uwm_jax.made_up import make_up_batch
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
 torch = pytest.importorskip("torch")
 
+from uwm_jax.benchmarking import torch_rows  # noqa: E402
+from uwm_jax.torch_bridge import layout  # noqa: E402
 from uwm_jax.torch_bridge.torch_codecs import PixelsCodec  # noqa: E402
 from uwm_jax.torch_bridge.torch_loop import TorchLoop  # noqa: E402
 from uwm_jax.torch_bridge.torch_network import UWM  # noqa: E402
@@ -110,3 +116,45 @@ def test_bfloat16_is_autocast_and_parameters_stay_float32():
     loop, data = make(**CLEAN, **{"model.dtype": "bfloat16"}), batch()
     assert loop.step(data) == pytest.approx(make(**CLEAN).forward(data), rel=1e-2)
     assert {p.dtype for p in loop.trained} == {torch.float32}
+
+
+SAMPLERS = {
+    "official": {},
+    "clean data, trailing": {**CLEAN, "diffusion.spacing": "trailing", "diffusion.hide_at": "train"},
+    "velocity, not clipped": {
+        "diffusion.prediction.action": "v", "diffusion.prediction.next_obs": "v", "diffusion.clip.next_obs": "0",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", SAMPLERS.values(), ids=SAMPLERS)
+def test_samples_are_those_of_our_sampler(fields):
+    c = config_lib.base()
+    c.model.update(embed_dim=16, depth=1, num_heads=2, num_registers=1, timestep_embed_dim=8, patch=(2, 4, 4))
+    c.model.encoder.update(stage_sizes=(1,), width=16, use_low_dim=True)
+    c.model.codec.name = "pixels"
+    c.diffusion.num_inference_steps = 4
+    c.data.update(cameras=("b", "a"), low_dim=("state",), resize=(8, 8), crop=(8, 8))
+    c.data.window.update(obs=(0, 1), action=(1, 2, 3, 4), next_obs=(5, 6))
+    config_lib.apply_overrides(c, fields.items())
+    model = Model(c, 3, [])
+    rng = np.random.default_rng(2)
+    shapes = jax.eval_shape(model.system.init, jax.random.key(0))
+    params = jax.tree.map(lambda s: jnp.float32(0.2 * rng.normal(size=s.shape)), shapes)
+    side = torch_rows.TorchRows(model.description(), ["policy"])
+    stored = layout.to_official(params, c.model.patch)
+    side.loop.network.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in stored.items()})
+
+    batch = make_up_batch(model.system, ROWS)
+    noise = model.system.draw_noise(jax.random.key(1), batch["row"])
+    given = batch | {"next_obs_latent": noise["next_obs"] / 2}
+    sample = jax.jit(model.system.sample, static_argnums=3, compiler_options={"xla_backend_optimization_level": 0})
+    for mode in ("policy", "forward", "inverse"):
+        wanted = sample(params, {}, given, mode, noise)
+        theirs = side.loop.sample(*({k: torch.from_numpy(np.array(x)) for k, x in given.items()}, mode,
+                                    {m: torch.from_numpy(np.array(x)) for m, x in noise.items()}))  # fmt: skip
+        names = {"action": "action", "next_obs": "next_obs_latent"}
+        assert {names[m] for m in theirs} == set(wanted)
+        for m, x in theirs.items():
+            np.testing.assert_allclose(x, wanted[names[m]], rtol=1e-4, atol=2e-5)
