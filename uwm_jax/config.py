@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
 
 from uwm_jax import config_checks
 from uwm_jax.diffusion.modes import MODALITIES
@@ -34,6 +35,9 @@ MAY_CHANGE = (
 
 # What a stored config without the field meant, where that is not the field's default.
 _WHERE_ABSENT = {"data.last_action": "keep", "optimizer.ema_warmup": "none", "loss.action_free": "kept"}
+
+# Fields that may be None, and their types where they are not.
+_OPTIONAL: dict[str, type] = {"model.scan_blocks": bool}
 
 # Fields that have no effect in some configs, which `flatten` gave.
 _IDLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
@@ -66,7 +70,9 @@ def base() -> ConfigDict:
     c.model.num_registers = 8
     c.model.timestep_embed_dim = 512
     c.model.patch = (2, 4, 4)  # latent frames, rows, columns per video token
-    c.model.scan_blocks = True  # False unrolls the blocks: same parameters, same outputs
+    # One compiled block in a loop, or (False) one after the other: same parameters, same outputs. None: the loop, which
+    # compiles faster, but on a single CPU device, where copies of parameters make it slower (uwm_jax/models/layers.py).
+    c.model.scan_blocks = placeholder(bool)
     c.model.remat = "none"  # none, dots, full
     c.model.dtype = "float32"  # float32 (exact products) or bfloat16 (fp32 norms, softmax, modulation, loss)
 
@@ -265,7 +271,11 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]]) ->
         *parents, leaf = name.split(".")
         for parent in parents:
             node = node[parent]
-        node[leaf] = _parse(name, text, flat[name])
+        optional = _OPTIONAL.get(name)
+        if optional and text == "None":
+            node[leaf] = None
+        else:
+            node[leaf] = _parse(name, text, optional() if optional else flat[name])
 
 
 def _parse(name: str, text: str, like: Any) -> Any:
@@ -428,6 +438,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is missing: start the config from uwm_jax.config.base().")
         value = flat[name]
         whole = isinstance(default, float) and type(value) is int  # 1 for 1.0
-        if type(value) is not type(default) and not whole:
+        optional = value is None or type(value) is _OPTIONAL[name] if name in _OPTIONAL else False
+        if type(value) is not type(default) and not whole and not optional:
             raise UserError(f"config.{name}: expected {_type_name(default)}, found {value!r}.")
     config_checks.check(config, flat)

@@ -77,6 +77,7 @@ def main(argv: list[str]) -> None:
     system, params, frozen, step = inference.load_for_inference(
         workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters, fixed_fields.EVALUATION
     )
+    params = system.held(params)
     ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
     stored = Stored(workdir.absolute() / "checkpoints", step)
     own_config, _ = fixed_fields.config_of_run(workdir, stored)

@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
         workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters
     )
     check_fits(spec, system)
+    params = system.held(params)
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.episodes)
     used = inference.parameters_used(workdir, step, FLAGS.parameters)
     default = inference.parameters_used(workdir, step)["parameters"]

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     for told in far_out_inputs(system, inputs):
         warn(f"{arrays.where}: {told}")
     results: dict[str, np.ndarray] = {}
-    for mode, made in run(system, params, frozen, inputs, FLAGS.seed).items():
+    for mode, made in run(system, system.held(params), frozen, inputs, FLAGS.seed).items():
         results |= {f"{mode}/{key}" if len(modes) > 1 else key: value for key, value in made.items()}
     check_results(results, ",".join(modes))
     with files.writing(output, "wb") as file:

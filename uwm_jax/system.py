@@ -25,6 +25,7 @@ from uwm_jax.diffusion import sampler
 from uwm_jax.diffusion.modes import MODALITIES, MODES, Role, generated, given
 from uwm_jax.diffusion.schedule import Schedule
 from uwm_jax.errors import UserError
+from uwm_jax.models import layers
 from uwm_jax.models.codecs import Codec
 from uwm_jax.models.network import network_from_config
 
@@ -138,6 +139,15 @@ class System:
         low_dim, text = self._conditions(batch)
         variables = self.network.init(rng, images, low_dim, text, noisy, timestep, method="init_all")
         return variables["params"]
+
+    def held(self, tree: Any) -> Any:
+        """Parameters, or whatever holds parameters, in the form that the programs of this process run on fastest.
+
+        Args:
+          tree: arrays, which belong to the result afterwards, or shapes.
+        """
+        loops = self.network.noise_pred_net.scan_blocks
+        return tree if loops or jax.device_count() > 1 else layers.apart(tree)
 
     def example_batch(self, batch_size: int) -> dict[str, jax.Array]:
         """A batch of zeros with the right keys, shapes and dtypes (the network accepts it)."""

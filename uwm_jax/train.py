@@ -178,6 +178,8 @@ def run(
             state = state_lib.with_params(state, origin.params(state.params, config)[0])
             say(origin.describe_skipped(like.params, skipped, config.optimizer.freeze))
 
+    state, like = system.held(state), system.held(like)
+
     # --- Workdir: locked first; nothing is written before all of the above is known to be good. ----
     if not stored:
         checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep, first_start=True)

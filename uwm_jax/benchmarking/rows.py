@@ -100,7 +100,8 @@ class Model:
             params = self.system.init(key)
             return {tree: params[tree] for tree in trees}
 
-        params = jax.jit(init)(key) if initialize else _filled({tree: shapes[tree] for tree in trees})
+        held = self.system.held
+        params = held(jax.jit(init)(key)) if initialize else _filled(held({tree: shapes[tree] for tree in trees}))
         self.state: state_lib.TrainState | None = None
         self._params = params
         if any(trains(row) for row in rows):

@@ -23,12 +23,12 @@ def axes(name: str | None) -> tuple[tuple[str, ...], int]:
     Axes that a surrounding `shard_map` has made manual are left out: there, an array is a device's own part already.
     """
     found = dict(nn.get_logical_axis_rules()).get(name) or ()
-    sizes = _divided_axes()
+    sizes = divided_axes()
     names = tuple(a for a in ((found,) if isinstance(found, str) else found) if a in sizes)
     return names, math.prod(sizes[a] for a in names)
 
 
-def _divided_axes() -> dict[str, int]:
+def divided_axes() -> dict[str, int]:
     """The mesh axes around the trace that are left to the partitioner and have more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     types = zip(mesh.axis_names, mesh.axis_types, strict=True) if not mesh.empty else ()
@@ -37,7 +37,7 @@ def _divided_axes() -> dict[str, int]:
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` with its leading axes laid out as their names say; an axis that the devices do not divide stays whole."""
-    if not nn.get_logical_axis_rules() or not _divided_axes():
+    if not nn.get_logical_axis_rules() or not divided_axes():
         return x
     found = [axes(name) for name in names]
     # also without any axis to cut: that says that all is whole, which keeps layouts of weights from spreading

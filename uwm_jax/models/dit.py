@@ -21,6 +21,7 @@ Products in float32 follow `jax_default_matmul_precision`; exact ones need "high
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,8 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.models import layers as layers_lib
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import normal
+from uwm_jax.models.products import dot_general
 
 Array = jax.Array
 INIT = normal(0.02)
@@ -83,6 +86,9 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return layer_norm(x) * (1.0 + scale[:, None]) + shift[:, None]
 
 
+dense = functools.partial(nn.DenseGeneral, kernel_init=INIT, dot_general=dot_general)
+
+
 class MLP(nn.Module):
     """Linear, activation, Linear. `out_dtype` is that of the second product, for the network's outputs."""
 
@@ -93,8 +99,8 @@ class MLP(nn.Module):
     out_dtype: Any = None
 
     def setup(self) -> None:
-        self.fc1 = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=INIT)
-        self.fc2 = nn.Dense(self.features, dtype=self.out_dtype or self.dtype, kernel_init=INIT)
+        self.fc1 = dense(self.hidden, dtype=self.dtype)
+        self.fc2 = dense(self.features, dtype=self.out_dtype or self.dtype)
 
     def __call__(self, x: Array) -> Array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -115,11 +121,11 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         d, heads, dtype = self.embed_dim, self.num_heads, self.dtype
-        self.adaln = nn.DenseGeneral((6, d), dtype=dtype, kernel_init=ZEROS)
-        self.qkv = nn.DenseGeneral((3, heads, d // heads), use_bias=self.qkv_bias, dtype=dtype, kernel_init=INIT)
-        self.proj = nn.DenseGeneral(d, axis=(-2, -1), dtype=dtype, kernel_init=INIT)
-        self.fc1 = nn.Dense(int(d * self.mlp_ratio), dtype=dtype, kernel_init=INIT)
-        self.fc2 = nn.Dense(d, dtype=dtype, kernel_init=INIT)
+        self.adaln = dense((6, d), dtype=dtype, kernel_init=ZEROS)
+        self.qkv = dense((3, heads, d // heads), use_bias=self.qkv_bias, dtype=dtype)
+        self.proj = dense(d, axis=(-2, -1), dtype=dtype)
+        self.fc1 = dense(int(d * self.mlp_ratio), dtype=dtype)
+        self.fc2 = dense(d, dtype=dtype)
 
     def __call__(self, x: Array, activated_cond: Array) -> Array:
         """`activated_cond` is SiLU of the condition (B, F + T)."""
@@ -152,8 +158,8 @@ class Head(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        self.adaln = nn.DenseGeneral((2, self.embed_dim), dtype=self.dtype, kernel_init=ZEROS)
-        self.linear = nn.Dense(self.embed_dim, dtype=self.dtype, kernel_init=ZEROS)
+        self.adaln = dense((2, self.embed_dim), dtype=self.dtype, kernel_init=ZEROS)
+        self.linear = dense(self.embed_dim, dtype=self.dtype, kernel_init=ZEROS)
 
     def modulation(self, activated_cond: Array) -> Array:
         """(B, F + T) -> (B, 2, D) float32: shift, scale."""
@@ -212,14 +218,14 @@ class DiT(nn.Module):
         hidden = 4 * max(self.action_dim, d)
         patch_values = int(np.prod(self.patch)) * self.latent_shape[-1]
         self.action_encoder = MLP(hidden, d, dtype=dtype)
-        self.patch_encoder = nn.Dense(d, dtype=dtype, kernel_init=INIT)
+        self.patch_encoder = dense(d, dtype=dtype)
         self.timestep_embedding = MLP(4 * self.timestep_embed_dim, self.timestep_embed_dim)
         if self.num_registers:
             self.registers = self.param("registers", INIT, (1, self.num_registers, d))
         self.pos_embed = self.param("pos_embed", INIT, (1, self.num_tokens, d))
         self.head = Head(d, dtype)
         self.action_decoder = MLP(hidden, self.action_dim, dtype=dtype, out_dtype=jnp.float32)
-        self.patch_decoder = nn.Dense(patch_values, dtype=jnp.float32, kernel_init=INIT)
+        self.patch_decoder = dense(patch_values, dtype=jnp.float32)
 
     def _check(self) -> None:
         if any(n % p for n, p in zip(self.latent_shape[1:4], self.patch, strict=True)):
@@ -236,6 +242,9 @@ class DiT(nn.Module):
     def _block(self) -> Block:
         """The body that all layers share; detached, because its parameters are slices of one stacked tree."""
         return Block(self.embed_dim, self.num_heads, self.mlp_ratio, self.qkv_bias, self.dtype, parent=None)
+
+    def _scans(self, blocks: Any) -> bool:
+        return self.scan_blocks and not layers_lib.are_apart(blocks)
 
     def _init_blocks(self, key: Array, cond_dim: int) -> Any:
         """`depth` independently drawn blocks as one tree with a leading axis."""
@@ -257,7 +266,9 @@ class DiT(nn.Module):
         cond = jnp.concatenate([global_cond.astype(jnp.float32), time], axis=-1)
         cond = constrain(nn.silu(cond), "batch")
         # The blocks' parameters depend on the width of the condition, so they are declared here, not in setup.
-        blocks = self.param("blocks", self._init_blocks, cond.shape[-1])
+        blocks: Any = self.get_variable("params", "blocks")
+        if blocks is None:
+            blocks = self.param("blocks", self._init_blocks, cond.shape[-1])
         block = self._block()
 
         def body(x: Array, params: Any) -> Array:
@@ -266,7 +277,7 @@ class DiT(nn.Module):
 
         if self.remat != "none":
             # A scan keeps XLA from merging the recomputation with the forward pass; unrolled code needs barriers.
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_blocks)
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=not self._scans(blocks))
         tokens = self._tokens(noisy)
         x, hidden = self._run(body, tokens, blocks)
         return self._outputs(x, constrain(self.head.modulation(cond), "batch"), {"tokens": tokens, "hidden": hidden})
@@ -296,12 +307,18 @@ class DiT(nn.Module):
 
         blocks: Any = self.get_variable("params", "blocks")
         block = self._block()
-        # Conditions are repeated per layer so that `depth` is a batch axis of the product on both sides.
-        repeated = jnp.broadcast_to(cond, (self.depth, *cond.shape))
-        out = jax.vmap(lambda params, c: _apply(block, params, c, method="modulation"))(blocks, repeated)
+        if layers_lib.are_apart(blocks):
+            each = layers_lib.of_each(blocks, self.depth)
+            out = jnp.stack([_apply(block, params, cond, method="modulation") for params in each])
+            bias = jnp.stack([params["adaln"]["bias"] for params in each])
+        else:
+            # Conditions are repeated per layer so that `depth` is a batch axis of the product on both sides.
+            repeated = jnp.broadcast_to(cond, (self.depth, *cond.shape))
+            out = jax.vmap(lambda params, c: _apply(block, params, c, method="modulation"))(blocks, repeated)
+            bias = blocks["adaln"]["bias"]
         head = self.head.modulation(cond)
         head_bias: Any = self.get_variable("params", "head")["adaln"]["bias"]
-        return {"blocks": combine(out, blocks["adaln"]["bias"]), "head": combine(head, head_bias)}
+        return {"blocks": combine(out, bias), "head": combine(head, head_bias)}
 
     def predict(
         self, noisy: Mapping[str, Array], modulation: Mapping[str, Array]
@@ -340,20 +357,18 @@ class DiT(nn.Module):
         return constrain(tokens, "batch", "length")
 
     def _run(self, body: Callable[[Array, Any], Array], x: Array, layers: Any) -> tuple[Array, Array]:
-        """Applies `body` with each slice of the stacked tree `layers`; also returns the stream after each."""
-        if self.scan_blocks:
+        """Applies `body` with each layer of the tree `layers`; also returns the stream after each."""
+        if self._scans(layers):
 
             def step(x: Array, layer: Any) -> tuple[Array, Array]:
                 x = body(x, layer)
                 return x, x
 
             return jax.lax.scan(step, x, layers)
-        leaves, tree = jax.tree.flatten(layers)
-        # `split` rather than indexing: its gradient is one concatenation instead of `depth` padded sums.
-        split = [jax.lax.split(leaf, (1,) * self.depth) for leaf in leaves]
         hidden = []
-        for layer in zip(*split, strict=True):
-            x = body(x, jax.tree.unflatten(tree, [leaf[0] for leaf in layer]))
+        for layer in layers_lib.of_each(layers, self.depth):
+            # The barrier keeps XLA from adding the stream up anew, from the first layer on, wherever it is used.
+            x = jax.lax.optimization_barrier(body(x, layer))
             hidden.append(x)
         return x, jnp.stack(hidden)
 

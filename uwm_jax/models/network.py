@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.models import layers
 from uwm_jax.models.dit import DiT
 from uwm_jax.models.obs_encoder import ObsEncoder
 
@@ -82,7 +83,7 @@ def network_from_config(
             f"and {tuple(latent_shape[:2])}"
         )
     dtype = jnp.dtype(model_config.dtype)
-    encoder = model_config.encoder
+    encoder, scans = model_config.encoder, model_config.scan_blocks
     return UWMNetwork(
         obs_encoder=ObsEncoder(
             stage_sizes=tuple(encoder.stage_sizes),
@@ -105,7 +106,7 @@ def network_from_config(
             qkv_bias=model_config.qkv_bias,
             num_registers=model_config.num_registers,
             timestep_embed_dim=model_config.timestep_embed_dim,
-            scan_blocks=model_config.scan_blocks,
+            scan_blocks=layers.scans_by_default() if scans is None else scans,
             remat=model_config.remat,
             dtype=dtype,
         ),

@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.files import write_text
+from uwm_jax.models import layers
 from uwm_jax.parallel import distributed
 from uwm_jax.reading import again, cause_of, no_room
 from uwm_jax.system import DataFacts
@@ -402,6 +403,7 @@ class Checkpoints:
 
 
 def _state_items(state: TrainState) -> dict[str, Any]:
+    state = layers.stacked(state)
     train_state = {"step": state.step, "opt_state": state.opt_state, "hparams": state.hparams}
     items = {"params": state.params, "train_state": train_state}
     return items if state.ema_params is None else {**items, "ema_params": state.ema_params}

@@ -41,6 +41,8 @@ def load_for_inference(
 ) -> tuple[System, Any, Any, int]:
     """A workdir as `(system, params, frozen, step)`. A warning tells where an average is still much of its start.
 
+    What runs them often takes `system.held(params)`.
+
     Args:
       step: which checkpoint; None takes the newest that is not damaged.
       overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.

@@ -1,0 +1,103 @@
+"""Parameters of the transformer's blocks: stacked, or held apart, one array for each layer.
+
+At rest, in checkpoints, sharding rules and exports, the blocks are one tree whose leaves have a leading axis of
+layers. A program that runs the layers one after the other copies a slice out of the stack for every layer and, where it
+differentiates, puts the gradients together again: on a CPU, where a step reads every parameter for few rows, this takes
+longer than the layers' own arithmetic of AdaLN. So a single CPU device holds the layers apart, in training and in
+sampling; the stack is made again for a checkpoint. Accelerators and meshes keep the stack, which `lax.scan` runs over:
+one layer to compile, and a layer's weights are gathered only while it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+BLOCKS = "blocks"  # the key under which the stacked tree lies
+
+
+class Layers(flax.struct.PyTreeNode):
+    """One parameter of all layers, held apart: `arrays[i]` is that of layer i, without the leading axis."""
+
+    arrays: tuple[Any, ...]
+
+
+def scans_by_default() -> bool:
+    """What `config.model.scan_blocks=None` stands for: this module's docstring says why."""
+    return jax.default_backend() != "cpu" or jax.device_count() > 1
+
+
+def of_each(tree: Any, depth: int) -> list[Any]:
+    """The `depth` layers of a tree whose leaves are `Layers` or stacked arrays."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_apart)
+    # `split` rather than indexing: its gradient is one concatenation instead of `depth` padded sums.
+    parts = [x.arrays if _is_apart(x) else [s[0] for s in jax.lax.split(x, (1,) * depth)] for x in leaves]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
+
+
+def are_apart(tree: Any) -> bool:
+    """Whether a tree holds layers apart."""
+    return any(_is_apart(x) for x in jax.tree.leaves(tree, is_leaf=_is_apart))
+
+
+def apart(tree: Any) -> Any:
+    """A tree, such as a training state, with the blocks of all its parameters held apart.
+
+    Args:
+      tree: its stacked arrays are deleted, part by part, so that both forms of one part are all that is there twice.
+        Shapes (`jax.ShapeDtypeStruct`) become shapes.
+    """
+
+    def convert(node: Any) -> Any:
+        if not _has_blocks(node):
+            return node
+        stack = node[BLOCKS]
+        if all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(stack)):
+            return {**node, BLOCKS: jax.tree.map(_shapes_apart, stack)}
+        layers = _split(stack)
+        jax.tree.map(lambda x: x.delete(), stack)
+        return {**node, BLOCKS: layers}
+
+    return jax.tree.map(convert, tree, is_leaf=_has_blocks)
+
+
+def stacked(tree: Any) -> Any:
+    """The tree that `apart` was given; what is stacked stays as it is, and nothing is deleted."""
+
+    def convert(node: Any) -> Any:
+        return {**node, BLOCKS: _stack(node[BLOCKS])} if _has_blocks(node) and are_apart(node[BLOCKS]) else node
+
+    return jax.tree.map(convert, tree, is_leaf=_has_blocks)
+
+
+@jax.jit
+def _split(stack: Any) -> Any:
+    return jax.tree.map(lambda x: Layers(tuple(x[i] for i in range(len(x)))), stack)
+
+
+@jax.jit
+def _stack(layers: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.stack(x.arrays), layers, is_leaf=_is_apart)
+
+
+def _shapes_apart(x: jax.ShapeDtypeStruct) -> Layers:
+    """A stack's sharding cuts no axis here (one device), so it is that of its layers too."""
+    one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=_of_layer(x.sharding))
+    return Layers((one,) * x.shape[0])
+
+
+def _of_layer(sharding: Any) -> Any:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+def _is_apart(x: Any) -> bool:
+    return isinstance(x, Layers)
+
+
+def _has_blocks(x: Any) -> bool:
+    return isinstance(x, dict) and BLOCKS in x
