@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uwm_jax.models import layers
 from uwm_jax.models.dit import DiT, Head, layer_norm, patchify, sinusoid, unpatchify
 
 FEATURES, STEPS = 20, 16  # width of the observation features and of the timestep embedding
@@ -192,18 +193,31 @@ def plain(params, inputs):
 
 
 @pytest.mark.parametrize(
-    "scan, remat", [(False, "none"), (True, "dots"), (False, "dots"), (True, "full"), (False, "full")]
+    "form, remat",
+    [
+        *(("stacked", remat) for remat in ("none", "dots", "full")),
+        *(("apart", remat) for remat in ("none", "dots", "full")),
+        *(("scanned", remat) for remat in ("dots", "full")),
+    ],
 )
 @pytest.mark.slow
-def test_scan_and_remat_change_nothing(params, inputs, plain, scan, remat):
-    actual = loss_and_grads(tiny(scan_blocks=scan, remat=remat), params, inputs)
-    assert relative(actual, plain) < 1e-6
+def test_the_form_of_the_layers_and_remat_change_nothing(params, inputs, plain, form, remat):
+    held = held_apart(params) if form == "apart" else params
+    value, (grads, *rest) = loss_and_grads(tiny(scan_blocks=form == "scanned", remat=remat), held, inputs)
+    assert layers.are_apart(grads) == (form == "apart")
+    assert relative((value, (layers.stacked(grads), *rest)), plain) < 1e-6
 
 
-def test_unrolled_prediction_without_gradient(params, inputs, expected):
+def held_apart(params):
+    return layers.apart(jax.tree.map(jnp.array, params))
+
+
+@pytest.mark.parametrize("form", ["stacked", "apart"])
+def test_unrolled_prediction_without_gradient(params, inputs, expected, form):
+    params = held_apart(params) if form == "apart" else params
     pred, seen = compiled(tiny(scan_blocks=False))({"params": params}, *inputs)
     assert relative(pred, expected) < 1e-6
-    _, scanned = compiled(tiny())({"params": params}, *inputs)
+    _, scanned = compiled(tiny())({"params": layers.stacked(params)}, *inputs)
     assert relative(seen, scanned) < 1e-6
     assert seen["tokens"].shape == seen["final"].shape == (2, 14, WIDTH)
     assert seen["hidden"].shape == (DEPTH, 2, 14, WIDTH)
@@ -228,18 +242,20 @@ def test_remat_saves_less():
     assert saved["full"] < saved["dots"] < saved["none"]
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_precomputed_modulation(params, inputs, scan):
+@pytest.mark.parametrize("form", ["scanned", "stacked", "apart"])
+def test_precomputed_modulation(params, inputs, form):
     """A sampler's steps: the same timestep for the whole batch, all modulations made before."""
     cond, noisy, _ = inputs
-    net, steps = tiny(scan_blocks=scan), {"action": jnp.array([90, 0, 30]), "next_obs": jnp.array([90, 41, 0])}
-    modulation = compiled(net, "modulation")({"params": params}, cond, steps)
+    net = tiny(scan_blocks=form == "scanned")
+    steps = {"action": jnp.array([90, 0, 30]), "next_obs": jnp.array([90, 41, 0])}
+    held = held_apart(params) if form == "apart" else params
+    modulation = compiled(net, "modulation")({"params": held}, cond, steps)
     assert modulation["blocks"].shape == (3, DEPTH, 2, 6, WIDTH) and modulation["head"].shape == (3, 2, 2, WIDTH)
     for s in range(3):
         rows = jax.tree.map(lambda t, s=s: jnp.full(2, t[s]), steps)
         wanted = compiled(tiny())({"params": params}, cond, noisy, rows)
         now = jax.tree.map(lambda m, s=s: m[s], modulation)
-        assert relative(compiled(net, "predict")({"params": params}, noisy, now), wanted) < 2e-6
+        assert relative(compiled(net, "predict")({"params": held}, noisy, now), wanted) < 2e-6
 
 
 def test_timesteps_and_condition_matter_per_row(params, inputs, expected):
