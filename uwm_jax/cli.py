@@ -11,10 +11,13 @@ alike on a config file and on the stored config of a workdir, and a mistyped fie
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence, Set
 from importlib.metadata import entry_points
@@ -49,6 +52,7 @@ flags.DEFINE_bool("debug", False, "show the traceback behind an error message")
 
 _overrides: list[tuple[str, str]] = []
 _command: list[str] = []
+_began: list[float] = []
 _takes_config, _takes_arguments = False, False
 
 
@@ -77,6 +81,14 @@ def changed_fields() -> list[str]:
 def command_line() -> list[str]:
     """The command that runs, as it can be typed again: `["python", "-m", "uwm_jax.train", "--workdir=..."]`."""
     return list(_command)
+
+
+def began() -> tuple[float, float] | None:
+    """When the command was given, and when its imports were done, on the clock of `time.perf_counter`.
+
+    None where no command runs (a call from Python), or the system does not say when a process was started.
+    """
+    return (_began[0], _began[1]) if _began else None
 
 
 def required(name: str) -> str:
@@ -114,6 +126,7 @@ Main = Callable[[list[str]], None]
 
 def run(main: Main, define_flags: Callable[[], None] | None = None) -> None:
     """Parses the flags, calls `main` with the positional arguments and exits the process."""
+    _note_time()
     _keep_freed_memory()
     exit_process(call(main, sys.argv, define_flags))
 
@@ -121,6 +134,15 @@ def run(main: Main, define_flags: Callable[[], None] | None = None) -> None:
 def command(main: Main, define_flags: Callable[[], None] | None = None) -> Callable[[], None]:
     """`run` of these, without arguments: what `python -m` and the console script of a command call."""
     return functools.partial(run, main, define_flags)
+
+
+def _note_time() -> None:
+    """Sets what `began` returns; the start of the process is known to 10 ms."""
+    with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # no /proc
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22, since the boot
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        now = time.perf_counter()
+        _began[:] = [now - age, now]
 
 
 def _keep_freed_memory() -> None:

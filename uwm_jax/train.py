@@ -41,6 +41,7 @@ from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.held_out import HeldOut, headlines
 from uwm_jax.training.log import MetricsLog, Window, progress_line
 from uwm_jax.training.profile import Profile
+from uwm_jax.training.startup import Startup
 from uwm_jax.training.step import compile_for, make_train_step
 
 FLAGS = flags.FLAGS
@@ -92,7 +93,7 @@ def run(
     start: dict[str, Any],
     closing: contextlib.ExitStack,
 ) -> None:
-    goodput = Goodput(config.total_steps, config.batch_size)
+    startup, goodput = Startup(cli.began()), Goodput(config.total_steps, config.batch_size)
     closing.callback(signals.restore)
     if config.compilation_cache_dir:
         compilation_cache.reset_cache()  # else whatever compiled before this run decides where it lies
@@ -127,6 +128,7 @@ def run(
         config = config_lib.with_origin(config, f"{origin.directory}@{origin.step}")
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
+    startup.reached("data")
     loader = open_loader(config, mesh, stored, closing)
     distributed.require_same("the data", loader.state(loader.start_step))
     facts = DataFacts(**loader.facts())
@@ -139,6 +141,7 @@ def run(
     trace = Profile.parse(profile, workdir, stored.step if stored else 0, config.total_steps)
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
+    startup.reached("model")
     vae, arrays = where_codec(config, workdir, loader, stored, origin)
     codec, frozen = frozen_lib.open_codec(config, vae, arrays)
     if stored:
@@ -161,6 +164,7 @@ def run(
     print_summary(config, loader, frozen, mesh, sharding.table(mesh, rules, shapes, shardings), shapes.params)
 
     # --- State: the checkpoint's, or fresh. --------------------------------------------------------
+    startup.reached("state")
     if stored:
         newest = stored.step
         state, stored = checkpoints.restore_latest(like)
@@ -193,6 +197,7 @@ def run(
         frozen_lib.keep_vae(config, vae, workdir)
 
     # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------
+    startup.reached("compile")
     say("compiling the step...")
     with goodput.spend("compile"):
         batch_like = jax.eval_shape(lambda: system.example_batch(config.batch_size))
@@ -236,6 +241,7 @@ def run(
 
     # On CPUs a collective fails when another process comes to it half a minute later: there is none before.
     distributed.barrier("all are ready for the first step", distributed.LATE_SECONDS)
+    startup.reached("step")
     saved_step = start_step
     for step in range(start_step + 1, config.total_steps + 1):
         with goodput.spend("data_wait"):
@@ -249,6 +255,8 @@ def run(
         batch = next(batches)
         with trace.step(step, state.step):
             state, metrics = train_step(state, frozen, batch)
+        if step == start_step + 1:
+            say(startup.summary(metrics))
         window.add(step, metrics)
         watchdog.beat(step)
         checkpoints.check()
