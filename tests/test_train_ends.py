@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tensorboardX.record_writer import RecordWriter
 
 from launch.rehearse import Processes
 from uwm_jax import config as config_lib
 from uwm_jax.reporting import pictures
 from uwm_jax.train import train
 from uwm_jax.training.checkpoint import latest_step
+from uwm_jax.training.tensorboard import EventFile
 
 pytestmark = pytest.mark.slow
 
@@ -167,7 +167,7 @@ def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config
     picture of the evaluation."""
     config = make_tiny_config()
     config.total_steps, config.log_every, config.eval.every = 30, 1, 15
-    written, original = [], RecordWriter.write
+    written, original = [], EventFile.write
     errors = [
         OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "modes.png")),
         ValueError("cannot draw"),
@@ -182,7 +182,7 @@ def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config
     def full(*_):
         raise errors.pop(0)
 
-    monkeypatch.setattr(RecordWriter, "write", fail_later)
+    monkeypatch.setattr(EventFile, "write", fail_later)
     monkeypatch.setattr(pictures, "draw", full)
     timer = threading.Timer(120, os._exit, (1,))  # instead of a test that never ends
     timer.start()

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
 
 from uwm_jax.training.log import MetricsLog, NotFinite, Window, progress_line, read_metrics
-from uwm_jax.training.tensorboard import QUEUE_LINES, Board
+from uwm_jax.training.tensorboard import QUEUE_LINES, Board, EventFile
 
 
 def metrics(loss, rate=0.1, bucket=(0.0, 0.0)):
@@ -226,7 +225,7 @@ def test_a_picture_that_cannot_be_read_is_told_once(tmp_path, capfd):
 
 def test_a_disk_that_hangs_blocks_neither_a_line_nor_the_end(tmp_path, capfd, monkeypatch):
     hangs = threading.Event()
-    monkeypatch.setattr(RecordWriter, "write", lambda *_: hangs.wait())
+    monkeypatch.setattr(EventFile, "write", lambda *_: hangs.wait())
 
     def write():
         board = Board(tmp_path, 1)

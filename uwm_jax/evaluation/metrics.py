@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import stdtrit  # quantiles of Student's distribution
 
 from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import RunError
@@ -211,7 +210,7 @@ def interval(
         return _stored(mean, *_bounded(mean, sums, counts, bounds), len(values), number)
     draws = np.random.default_rng(0).integers(0, number, (resamples, number))
     means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    wider = float(stdtrit(number - 1, 0.975)) / _Z * np.sqrt(number / (number - 1))
+    wider = _student(number - 1) / _Z * np.sqrt(number / (number - 1))
     lo, hi = mean + wider * (np.quantile(means, [0.025, 0.975]) - mean)
     return _stored(mean, float(lo), float(hi), len(values), number)
 
@@ -229,12 +228,19 @@ def _bounded(mean: float, sums: np.ndarray, counts: np.ndarray, bounds: tuple[fl
     error = math.sqrt(number / (number - 1) * float(np.square(sums - mean * counts).sum())) / float(counts.sum())
     if error == 0 or below <= 0 or above <= 0:  # all values are alike
         return mean, mean
-    shift = float(stdtrit(number - 1, 0.975)) * error * (1 / below + 1 / above)
+    shift = _student(number - 1) * error * (1 / below + 1 / above)
     if math.isinf(above):
         return low + below * math.exp(-shift), low + below * math.exp(shift)
     odds = below / above
     lo, hi = odds * math.exp(-shift), odds * math.exp(shift)
     return low + (high - low) * lo / (1 + lo), low + (high - low) * hi / (1 + hi)
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's distribution."""
+    from scipy.special import stdtrit  # imported here: a training run starts without it
+
+    return float(stdtrit(freedom, 0.975))
 
 
 def _wilson(successes: np.ndarray) -> tuple[float, float, float]:

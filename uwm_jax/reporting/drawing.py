@@ -1,25 +1,24 @@
-"""The parts that pictures are made of: tiles, frames, paths, outlines, files. None of them writes text."""
+"""The parts that pictures are made of: tiles, frames, paths, outlines, files. None of them writes text.
+
+Matplotlib is imported where something is drawn: a training run starts without it.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib import patheffects
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 from PIL import Image
 
 from uwm_jax import files
 from uwm_jax.system import DataFacts
 
-matplotlib.use("Agg")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TRUTH, SAMPLE, CHANGE, TRACK = "#111111", "#d81b60", "#ff8c00", "#d0d0d0"
 ERROR_SCALE = 0.5  # a difference from here on is drawn in the brightest colour
@@ -73,6 +72,10 @@ class Tiles:
         left: int = MARGIN,
         bottom: int = MARGIN,
     ):
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        matplotlib.use("Agg")
         height, width = (round(longer * side / max(shape)) for side in shape)
         self.rows, self.columns = rows, columns
         self._inside, self._left, self._bottom = (height, width), left, bottom
@@ -93,6 +96,8 @@ class Tiles:
 
     def bar(self, row: int, share: float) -> list[Any]:
         """A line below a row, filled from the left for a share of its length; returns what was drawn."""
+        from matplotlib.patches import Rectangle
+
         whole_height, whole_width = self.rows * self.height, self.columns * self.width
         bottom = 1 - ((row + 1) * self.height - self._bottom / 2 + BAR / 2) / whole_height
         left, full = self._left / whole_width, 1 - (self._left + MARGIN) / whole_width
@@ -120,6 +125,8 @@ def draw_error(axis: Any, error: np.ndarray) -> None:
 
 def draw_outline(axis: Any, mask: np.ndarray) -> None:
     """A line around the pixels of a mask (h, w), along their edges."""
+    from matplotlib.collections import LineCollection
+
     padded = np.pad(mask, 1)
     y, x = np.nonzero(padded[1:] != padded[:-1])  # the edge below pixel (y - 1, x - 1)
     across = np.stack([np.stack([x - 1.5, x - 0.5], 1), np.stack([y - 0.5, y - 0.5], 1)], 2)
@@ -130,6 +137,8 @@ def draw_outline(axis: Any, mask: np.ndarray) -> None:
 
 def draw_path(axis: Any, points: np.ndarray, color: str, width: float) -> list[Any]:
     """A path (T, 2) in pixels with a dot at its end, cut off at the frame's edge; returns what was drawn."""
+    from matplotlib import patheffects
+
     halo = [patheffects.withStroke(linewidth=width + 2, foreground="white")]
     return [
         *axis.plot(*points.T, color=color, linewidth=width, path_effects=halo, solid_capstyle="round"),

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -220,6 +219,8 @@ def _actions_on_frames(windows: Windows, raw: Windows, plane: Plane) -> tuple[Ti
 
 def _actions_over_time(windows: Windows, raw: Windows, most: int = 5) -> tuple[Tiles, Labels]:
     """Actions over the chunk's steps: a row per window, a column per dimension, a line per mode."""
+    from matplotlib.ticker import MaxNLocator
+
     modes = [mode for mode in MODES if f"{mode}/action" in windows]
     picked = spread(len(windows["episode"]), 4)
     dims = spread(raw["action"].shape[-1], most)

@@ -1,22 +1,27 @@
-"""TensorBoard's event file, written by a thread of its own: it may fail, once and loudly, and it never blocks a run."""
+"""TensorBoard's event file, written by a thread of its own: it may fail, once and loudly, and it never blocks a run.
+
+The file is a TFRecord of `Event` messages, encoded here: the packages that do this import torch or TensorFlow where
+these are installed, which takes longer than all other imports of a run. Message numbers:
+tensorflow/core/util/event.proto and tensorflow/core/framework/summary.proto.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import queue
+import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import google_crc32c
 from PIL import Image
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
 
 from uwm_jax.errors import warn
 
@@ -24,7 +29,7 @@ FLUSH_SECONDS = 30.0
 CLOSE_SECONDS = 10.0  # for what is queued to be written at the end
 QUEUE_LINES = 1000  # lines that may wait for a slow disk
 
-_Events = Callable[[], Iterator[Event]]
+_Events = Callable[[], Iterator[bytes]]
 
 
 class Board:
@@ -51,12 +56,11 @@ class Board:
         """Queues the scalars of a step, and pictures {name: file}, which are read later."""
         scalars, pictures, now = dict(scalars), dict(pictures or {}), time.time()
 
-        def events() -> Iterator[Event]:
+        def events() -> Iterator[bytes]:
             for name, value in scalars.items():
-                yield Event(wall_time=now, step=step, summary=summary.scalar(name, value))
+                yield event(now, step, _SUMMARY, _message(1, _tag(name) + _number(2, "<f", value)))
             for name, file in pictures.items():
-                pixels = np.asarray(Image.open(file).convert("RGB"))
-                yield Event(wall_time=now, step=step, summary=summary.image(name, pixels, dataformats="HWC"))
+                yield event(now, step, _SUMMARY, _message(1, _tag(name) + _message(4, _picture(file))))
 
         self._put(events)
 
@@ -89,17 +93,14 @@ class Board:
         writer: Any = None
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            writer = RecordWriter(str(self.file))
+            writer = EventFile(self.file)
             now = time.time()
-            head = [
-                Event(wall_time=now, file_version="brain.Event:2"),
-                Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START)),
-            ]
+            head = [event(now, 0, _VERSION, b"brain.Event:2"), event(now, first_step, _SESSION, _varint(1, _START))]
             events: _Events | None = lambda: iter(head)  # noqa: E731 - the first of many
             flushed = -FLUSH_SECONDS
             while events is not None and not self._off:
-                for event in events():
-                    writer.write(event.SerializeToString())
+                for encoded in events():
+                    writer.write(encoded)
                 if time.monotonic() - flushed > FLUSH_SECONDS:
                     writer.flush()
                     flushed = time.monotonic()
@@ -116,5 +117,73 @@ class Board:
                     writer.close()
 
 
-def _nothing() -> Iterator[Event]:
+def _nothing() -> Iterator[bytes]:
     return iter(())
+
+
+class EventFile:
+    """A TFRecord: each record behind its length, both with a masked CRC-32C."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb")
+
+    def write(self, record: bytes) -> None:
+        length = struct.pack("<Q", len(record))
+        self._file.write(length + _masked_crc(length) + record + _masked_crc(record))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _masked_crc(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+# --- Protocol buffers ------------------------------------------------------------------------------------
+
+_VERSION, _SUMMARY, _SESSION = 3, 5, 7  # what an event holds
+_START = 1  # of SessionLog.SessionStatus
+
+
+def event(wall_time: float, step: int, kind: int, content: bytes) -> bytes:
+    """An `Event`; `content` is its field number `kind`."""
+    return _number(1, "<d", wall_time) + _varint(2, step) + _message(kind, content)
+
+
+def _tag(name: str) -> bytes:
+    """The tag of a `Summary.Value`, without the characters that TensorBoard does not take."""
+    return _message(1, re.sub(r"[^-/\w.]", "_", name).lstrip("/").encode())
+
+
+def _picture(file: Path) -> bytes:
+    """A `Summary.Image`, RGB."""
+    with Image.open(file) as image:
+        width, height = image.size
+        image.convert("RGB").save(png := io.BytesIO(), "PNG")
+    return _varint(1, height) + _varint(2, width) + _varint(3, 3) + _message(4, png.getvalue())
+
+
+def _message(number: int, content: bytes) -> bytes:
+    return _integer(number << 3 | 2) + _integer(len(content)) + content
+
+
+def _number(number: int, kind: str, value: float) -> bytes:
+    """A float ("<f") or a double ("<d")."""
+    return _integer(number << 3 | (1 if kind == "<d" else 5)) + struct.pack(kind, value)
+
+
+def _varint(number: int, value: int) -> bytes:
+    return _integer(number << 3) + _integer(value)
+
+
+def _integer(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; 0 or more."""
+    encoded = bytearray()
+    while value >= 128:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*encoded, value])
