@@ -45,8 +45,8 @@ def benchmark(arguments: Sequence[str], starts: int) -> dict[str, dict[str, floa
       arguments: of `uwm_jax.train`, without a workdir.
 
     Returns:
-      {"cold" and "warm": {part: seconds, "first_step": seconds from the command to the end of the first step, "most"
-      and "least": the largest and the smallest `first_step`}}. The parts of different starts need not sum up.
+      {"cold" and "warm": {part: seconds, "xla": seconds that XLA took within them, "first_step": seconds from the
+      command to the end of the first step, "least" and "most": the range of `first_step`}}. Medians need not sum up.
 
     Raises:
       RunError: a run failed; with what it wrote to stderr.
@@ -79,7 +79,7 @@ def _start(arguments: Sequence[str]) -> dict[str, float]:
 
 def _medians(seen: Sequence[dict[str, float]]) -> dict[str, float]:
     sums = [parts["first_step"] for parts in seen]
-    medians = {name: statistics.median(parts[name] for parts in seen) for name in (*PARTS, "first_step")}
+    medians = {name: statistics.median(parts[name] for parts in seen) for name in (*PARTS, "xla", "first_step")}
     return {name: round(value, 3) for name, value in (medians | {"least": min(sums), "most": max(sums)}).items()}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
@@ -99,6 +100,7 @@ def run(
         compilation_cache.reset_cache()  # else whatever compiled before this run decides where it lies
         cache = local_path(config.compilation_cache_dir, "config.compilation_cache_dir")
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # quick ones too
 
     # --- Config: the same in all processes, and as an earlier start of this run fixed it. ----------
     distributed.require_same("config", config_lib.flatten(config))
@@ -154,11 +156,12 @@ def run(
     optimizer = state_lib.make_optimizer(config)
 
     # --- Shapes first: nothing is made before it is known where it lives. --------------------------
-    def init_state(rng: jax.Array) -> state_lib.TrainState:
+    def init_state(seed: jax.Array) -> state_lib.TrainState:
+        rng = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)  # no step has this number
         return state_lib.create(config, system.init(rng), optimizer)
 
-    rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no step has this number
-    shapes = jax.eval_shape(init_state, rng)
+    seed = np.uint32(config.seed)
+    shapes = jax.eval_shape(init_state, seed)
     shardings = sharding.state_sharding(mesh, rules, shapes)
     like = mesh_lib.with_sharding(shapes, shardings)
     print_summary(config, loader, frozen, mesh, sharding.table(mesh, rules, shapes, shardings), shapes.params)
@@ -173,9 +176,9 @@ def run(
         say(f"continuing from step {stored.step}{state_lib.change_of_rate(config, before, stored.step)}")
     else:
         skipped = origin.skipped(like.params, config) if origin else []
-        init = jax.jit(init_state, out_shardings=shardings).lower(rng).compile()
+        init = jax.jit(init_state, out_shardings=shardings).lower(seed).compile()
         distributed.barrier("all have compiled the state", distributed.LATE_SECONDS)
-        state = init(rng)
+        state = init(seed)
         if config.model.encoder.imagenet_weights and (not origin or patterns.IMAGE_WEIGHTS in skipped):
             state = state_lib.with_params(state, load_pretrained_encoder(config, state.params, shardings.params))
         if origin:

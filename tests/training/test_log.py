@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from uwm_jax.training.log import MetricsLog, NotFinite, Window, progress_line, read_metrics
 from uwm_jax.training.tensorboard import QUEUE_LINES, Board, EventFile
@@ -143,6 +144,8 @@ def events(workdir):
         data = file.read_bytes()
         while data:  # length, its checksum, an event, its checksum
             size = int.from_bytes(data[:8], "little")
+            for part, checksum in ((data[:8], data[8:12]), (data[12 : 12 + size], data[12 + size : 16 + size])):
+                assert int.from_bytes(checksum, "little") == masked_crc32c(part)
             yield Event.FromString(data[12 : 12 + size])
             data = data[size + 16 :]
 
@@ -157,6 +160,21 @@ def test_pictures_reach_tensorboard_as_they_are(tmp_path):
     assert [(step, value.tag) for step, value in values] == [(10, "eval/modes")]
     shown = np.asarray(Image.open(io.BytesIO(values[0][1].image.encoded_image_string)))
     np.testing.assert_array_equal(shown, pixels)
+
+
+def test_scalars_and_their_steps_reach_tensorboard(tmp_path):
+    written = {1: {"loss": 0.1, "loss/action/t0-24": -3e8}, 300: {"a tag: of no kind": 1e-42}, 2**40: {"loss": np.nan}}
+    log = MetricsLog(tmp_path, 0)
+    for step, scalars in written.items():
+        log.write(step, scalars)
+    log.close()
+    first, *found = events(tmp_path)
+    assert first.file_version == "brain.Event:2" and 1.7e9 < first.wall_time < 1e11
+    values = [(e.step, v.tag, v.simple_value) for e in found for v in e.summary.value]
+    tags = ["loss", "loss/action/t0-24", "a_tag__of_no_kind", "loss"]
+    numbers = np.array([x for scalars in written.values() for x in scalars.values()], np.float32)
+    assert [(step, tag) for step, tag, _ in values] == list(zip([1, 1, 300, 2**40], tags, strict=True))
+    np.testing.assert_array_equal(np.array([x for *_, x in values], np.float32), numbers)
 
 
 def test_curves_of_a_run_that_came_to_no_checkpoint_are_purged(tmp_path):

@@ -40,7 +40,7 @@ from uwm_jax.reading import again, cause_of, no_room
 from uwm_jax.system import DataFacts
 from uwm_jax.training import lock, record
 from uwm_jax.training.state import TrainState
-from uwm_jax.training.stored import CorruptCheckpoint, Stored, array_digests, with_digests
+from uwm_jax.training.stored import CorruptCheckpoint, Stored, prepare_digests, with_digests
 from uwm_jax.training.writer import make_writer
 
 READ_TIMEOUT_SECONDS = 20 * 60  # for all to have read one
@@ -291,11 +291,11 @@ class Checkpoints:
 
     @staticmethod
     def warm_up(state: TrainState, frozen_arrays: Any) -> None:
-        """Compiles what the first `save` of such a state runs on the devices; costs one pass over it.
+        """Compiles what the first `save` of such a state runs on the devices.
 
         A run that is told to end has no time for that. All processes call it.
         """
-        array_digests({**_state_items(state), "codec": frozen_arrays})
+        prepare_digests({**_state_items(state), "codec": frozen_arrays})
 
     def save_params(self, step: int, params: Any, frozen_arrays: Any, assets: Mapping[str, Any]) -> None:
         """Saves parameters and assets alone, and waits until they are durable."""

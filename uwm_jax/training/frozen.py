@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 from ml_collections import ConfigDict
 
 from uwm_jax.errors import UserError
@@ -31,7 +31,7 @@ def open_codec(config: ConfigDict, vae: str | os.PathLike[str], arrays: Any) -> 
     if c.name == "pca":
         if arrays is None:
             raise UserError("config.model.codec.name is 'pca', but the checkpoint carries no codec.")
-        return PCACodec.from_params(arrays), {k: jnp.asarray(v) for k, v in arrays.items()}
+        return PCACodec.from_params(arrays), jax.device_put(dict(arrays))
     module, params, _ = diffusers_vae.load_vae(vae, dtype=c.dtype)
     return VAECodec(module, microbatch=c.microbatch), params
 
