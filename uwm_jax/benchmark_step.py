@@ -11,8 +11,8 @@ gradients of its parameters and of the features that it is given), the same of `
 `forward_dynamics` are samples for one observation, of actions and of the next frames' latents. `--part` picks some.
 
 On a CPU with torch installed, the same network runs as a plain eager torch loop, block by block in turns with ours;
-`ours/torch` is the median over the blocks, with its range. CPU seconds are those of all threads of the process. One
-device is used.
+`ours/torch` is the median over the blocks, with its range. CPU seconds are those of all threads of the process; a pause
+before each block lets the idle threads of the other side, which spin for a while, fall asleep. One device is used.
 
     python -m uwm_jax.benchmark_step --config=configs/quickstart.py --part=policy --memory=policy,pixels/step
 
