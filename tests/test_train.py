@@ -343,7 +343,7 @@ def test_compiled_programs_are_kept_for_the_next_start(tiny_config, tmp_path):
             events.clear()
             train(tiny_config, tmp_path / name)
             programs = events.count("compile_requests_use_cache")
-            assert 2 <= programs <= 3, events  # the state's, the step's
+            assert 2 <= programs <= 4, events  # the state's, the step's, and what holds its layers apart
             assert events.count("cache_hits") == (programs if name == "second" else 0), events
     finally:
         jax.monitoring.unregister_event_listener(listen)
