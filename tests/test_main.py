@@ -84,7 +84,7 @@ def test_help_shows_all_flags(name: str, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_script_runs_its_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As the script that pip makes does."""
-    monkeypatch.setattr("uwm_jax.cli._keep_freed_memory", lambda: None)
+    monkeypatch.setattr("uwm_jax.host_memory.keep_freed", lambda: None)
     for name, flag in (("data_prep.stats", "--dataset"), ("data_prep.inspect", "--frames")):
         module = importlib.import_module(name)
         for arguments, status, text in ((["--help"], 0, flag), (["word"], 2, "unexpected argument 'word'")):

@@ -12,7 +12,6 @@ alike on a config file and on the stored config of a workdir, and a mistyped fie
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import gc
@@ -21,12 +20,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence, Set
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 
 from absl import flags
 
+from uwm_jax import host_memory
 from uwm_jax.ending import drop_output, exit_process
 from uwm_jax.errors import Preempted, RunError, UserError
 from uwm_jax.files import local_path
@@ -129,7 +127,7 @@ def run(main: Main, define_flags: Callable[[], None] | None = None) -> None:
     """Parses the flags, calls `main` with the positional arguments and exits the process."""
     _note_time()
     gc.freeze()  # what imports have made stays: the collector need not look through it again and again
-    _keep_freed_memory()
+    host_memory.keep_freed()
     exit_process(call(main, sys.argv, define_flags))
 
 
@@ -145,21 +143,6 @@ def _note_time() -> None:
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         now = time.perf_counter()
         _began[:] = [now - age, now]
-
-
-def _keep_freed_memory() -> None:
-    """Where JAX has CPUs only, the memory that a step frees stays with the process for the next one.
-
-    XLA takes a CPU's buffers from the C library, which gives large ones back at once, so that every step would fault
-    them in again page by page (docs/benchmarks.md). glibc can be told not to, in one arena that all threads share,
-    before they start; other C libraries are left as they are.
-    """
-    if entry_points(group="jax_plugins") or find_spec("libtpu"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-            mallopt(parameter, value)
 
 
 def call(main: Main, argv: Sequence[str], define_flags: Callable[[], None] | None = None) -> int:

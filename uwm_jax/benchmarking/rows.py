@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from uwm_jax import host_memory
 from uwm_jax.benchmarking.names import (
     CODEC,
     ENCODER,
@@ -296,7 +297,9 @@ def _describe_codec(system: System) -> dict[str, Any]:
 def _compile(function: Any, *args: Any) -> tuple[Any, float]:
     start = time.perf_counter()
     compiled = function.lower(*args).compile()
-    return compiled, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    host_memory.give_back()
+    return compiled, seconds
 
 
 def _planned_bytes(compiled: Any) -> float | None:

@@ -25,6 +25,7 @@ class Runner:
     def repeat(self, count: int) -> None:
         result = None
         for _ in range(count):
+            result = None  # as a loop drops its gradients: the memory of both would count
             result = self.call()
             # XLA's CPU client would run independent calls side by side.
             if jax.default_backend() == "cpu":

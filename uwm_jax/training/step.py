@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from uwm_jax import host_memory
 from uwm_jax.diffusion.loss import by_timestep, row_weights
 from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.parallel.mesh import replicated
@@ -115,4 +116,6 @@ def compile_for(mesh: Mesh, rules: Rules, function: Callable[..., Any], *inputs:
     whole = replicated(mesh)
     outputs = (jax.tree.map(lambda x: x.sharding, inputs[0]), whole) if updates_state else whole
     program = jax.jit(laid_out, out_shardings=outputs, donate_argnums=0 if updates_state else ())
-    return program.lower(*inputs).compile()
+    compiled = program.lower(*inputs).compile()
+    host_memory.give_back()
+    return compiled

@@ -1,0 +1,35 @@
+"""What the C library does with memory that XLA frees on CPUs.
+
+XLA takes a CPU's buffers from the C library. glibc gives large ones back to the system as soon as they are free, so
+that every step would fault them in again, page by page (docs/benchmarks.md): commands tell it to keep them. What is
+never needed again, such as what the compiler worked with, is given back by `give_back`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+_kept: list[ctypes.CDLL] = []  # the C library, once it has been told
+
+
+def keep_freed() -> None:
+    """Where JAX has CPUs only, the memory that a step frees stays with the process for the next one.
+
+    In one arena that all threads share, so this is called before they start. Other C libraries than glibc are left as
+    they are.
+    """
+    if entry_points(group="jax_plugins") or find_spec("libtpu"):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+            library.mallopt(parameter, value)
+        _kept[:] = [library]
+
+
+def give_back() -> None:
+    """Gives what is free now back to the system, where `keep_freed` keeps it: after a compilation, before the steps."""
+    for library in _kept:
+        library.malloc_trim(0)
