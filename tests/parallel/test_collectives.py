@@ -4,6 +4,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from uwm_jax.parallel import collectives
@@ -90,3 +96,24 @@ def test_a_loop_of_unknown_length_is_not_guessed():
     assert loop.times is None
     with pytest.raises(ValueError, match="all-reduce.1 .* trip count"):
         collectives.bytes_by_kind([loop])
+
+
+# --- the step of configs/droid.py ------------------------------------------------------------------------
+
+# Measured when all programs held the layers stacked and multiplied kernels of any axes: what CPUs alone do for speed
+# must not reach the programs of meshes.
+STEP = {
+    "data 8": {"bytes": {"all-reduce": 1766452}, "count": {"all-reduce": 1}},
+    "fsdp 8": {"bytes": {"all-gather": 3178688, "all-reduce": 1766656}, "count": {"all-gather": 49, "all-reduce": 5}},
+}
+
+
+@pytest.mark.slow
+def test_the_step_of_droid_sends_what_it_always_did(tmp_path):
+    script, output = Path(__file__).with_name("droid_collectives.py"), tmp_path / "found.json"
+    done = subprocess.run([sys.executable, str(script), str(output)], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(output.read_text())
+    assert {mesh: {key: of[key] for key in ("bytes", "count")} for mesh, of in found.items()} == STEP
+    gradients = 4 * found["data 8"]["parameters"]  # float32; equal ones are sent once, and a few metrics come with them
+    assert abs(STEP["data 8"]["bytes"]["all-reduce"] - gradients) < 100
