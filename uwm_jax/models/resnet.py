@@ -17,6 +17,7 @@ import numpy as np
 
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import kaiming_fan_out
+from uwm_jax.models.normalization import GroupNorm
 
 Array = jax.Array
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -59,8 +60,8 @@ def _conv(features: int, size: int, stride: int, dtype: Any, name: str) -> nn.Co
     )
 
 
-def _norm(features: int, dtype: Any, name: str) -> nn.GroupNorm:
-    return nn.GroupNorm(
+def _norm(features: int, dtype: Any, name: str) -> GroupNorm:
+    return GroupNorm(
         num_groups=features // CHANNELS_PER_GROUP,
         epsilon=1e-5,
         dtype=dtype,

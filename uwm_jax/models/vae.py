@@ -13,6 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.models.convolution import convolution
+from uwm_jax.models.normalization import GroupNorm
+
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -37,6 +40,7 @@ class _Layers(nn.Module):
             kernel // 2 if padding is None else padding,
             dtype=self.dtype,
             precision=self._precision(),
+            conv_general_dilated=convolution,
             name=name,
         )
 
@@ -47,7 +51,7 @@ class _Layers(nn.Module):
         """GroupNorm in float32 whatever the compute dtype; the caller casts back after the nonlinearity."""
         # E[x^2] - E[x]^2 reads memory once but cancels: its error drowns in bfloat16's, not in float32's
         fast = not self._is_float32()
-        return nn.GroupNorm(self.groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=fast, name=name)(x)
+        return GroupNorm(self.groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=fast, name=name)(x)
 
     def _norm_silu(self, x: jax.Array, name: str) -> jax.Array:
         return jax.nn.silu(self._norm(x, name)).astype(self.dtype)
