@@ -10,9 +10,10 @@ gradients of its parameters and of the features that it is given), the same of `
 `codec` (next frames to latents) and `preprocessing` (uint8 frames to float images, augmented). `policy` and
 `forward_dynamics` are samples for one observation, of actions and of the next frames' latents. `--part` picks some.
 
-On a CPU with torch installed, the same network runs as a plain eager torch loop, block by block in turns with ours;
-`ours/torch` is the median over the blocks, with its range. CPU seconds are those of all threads of the process; a pause
-before each block lets the idle threads of the other side, which spin for a while, fall asleep. One device is used.
+On a CPU with torch installed, the same network runs as a plain eager torch loop in a process of its own, block by
+block in turns with ours; `ours/torch` is the median over the blocks, with its range. CPU seconds are those of all
+threads of a process; a pause before each block lets the idle threads of the other side, which spin for a while, fall
+asleep. One device is used.
 
     python -m uwm_jax.benchmark_step --config=configs/quickstart.py --part=policy --memory=policy,pixels/step
 
@@ -25,6 +26,7 @@ what a step costs there. Compilation is reported apart from the steps.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -40,6 +42,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.benchmarking import memory, timing
 from uwm_jax.benchmarking.names import PARTS, ROWS, SAMPLES, select
 from uwm_jax.benchmarking.rows import Model, fitting
+from uwm_jax.benchmarking.torch_process import TorchProcess
 from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -119,7 +122,7 @@ def benchmark(
     Args:
       steps: timed blocks of each row, whose median counts; a block is as many calls as fill `BLOCK_SECONDS`.
       action_dim: columns of the actions.
-      beside_torch: runs blocks of a plain torch loop in turns with ours.
+      beside_torch: runs blocks of a plain torch loop, in a process of its own, in turns with ours.
       frame_size: (height, width) of the raw frames; None for the size that they are resized to.
       memory_rows: rows whose peak memory is measured, in processes of their own.
 
@@ -137,7 +140,7 @@ def benchmark(
 
     Raises:
       UserError: the model or a row does not fit into the device's memory.
-      RunError: a process that measures memory failed.
+      RunError: the process of torch, or one that measures memory, failed.
     """
     peaks = _peaks(config, action_dim, memory_rows, beside_torch, frame_size)  # first, while this process is small
     with fitting("the training state with its made-up batches"):
@@ -148,17 +151,16 @@ def benchmark(
         "dtype": config.model.dtype,
         **{f"{name}_parameters_m": count / 1e6 for name, count in model.parameters.items()},
     }
-    if beside_torch:
-        from uwm_jax.benchmarking import torch_rows
-
-        torch_side = torch_rows.TorchRows(model.description(), rows)
-        results["torch_threads"] = torch_rows.threads()
-    for row in rows:
-        with fitting(row):
-            runner = model.runner(row)
-            torch_call = torch_side.call(row, model.inputs(row)) if beside_torch else None
-            timed = timing.measure(runner, torch_call, steps)
-        results |= {f"{row}/{name}": value for name, value in _numbers(model, row, timed).items()}
+    with contextlib.ExitStack() as closing:
+        torch = closing.enter_context(TorchProcess(model.description(), rows)) if beside_torch else None
+        if torch:
+            results["torch_threads"] = torch.threads
+        for row in rows:
+            with fitting(row):
+                runner = model.runner(row)
+                torch_block = torch.block if torch and torch.load(row, model.inputs(row)) else None
+                timed = timing.measure(runner, torch_block, steps)
+            results |= {f"{row}/{name}": value for name, value in _numbers(model, row, timed).items()}
     if model.loss is not None:
         results["loss_after_steps"] = float(model.loss)
     results |= _summary(results) | peaks

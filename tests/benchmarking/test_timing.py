@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from uwm_jax.benchmarking import timing
+from uwm_jax.benchmarking import clock, timing
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +17,15 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_both_sides_alternate_after_warming_up() -> None:
     calls: list[str] = []
-    timed = timing.measure(
-        timing.Runner(lambda: calls.append("ours"), 0.0, None), lambda: calls.append("torch"), blocks=3
-    )
+
+    def torch(count: int) -> tuple[float, float]:
+        calls.extend(["torch"] * count)
+        return 1.0, 2.0
+
+    timed = timing.measure(timing.Runner(lambda: calls.append("ours"), 0.0, None), torch, blocks=3)
     assert calls == ["ours", "torch", "ours", "torch"] + ["ours", "torch"] * 3
-    assert all(len(numbers) == 3 for side in (timed.ours, timed.torch) for numbers in (side.wall, side.cpu))
+    assert len(timed.ours.wall) == len(timed.ours.cpu) == 3
+    assert (timed.torch.wall, timed.torch.cpu) == ([1.0] * 3, [2.0] * 3)
 
 
 def test_without_a_counterpart_there_are_no_blocks_of_it() -> None:
@@ -38,6 +42,4 @@ def test_a_repetition_is_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> Non
         clocks["perf_counter"] += 2.0 * count
         clocks["process_time"] += 3.0 * count
 
-    side = timing.Side()
-    side.block(repeat, 4)
-    assert (side.wall, side.cpu) == ([2.0], [3.0])
+    assert clock.block(repeat, 4) == (2.0, 3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -10,8 +11,12 @@ from typing import Any
 
 import jax
 
+from uwm_jax.benchmarking import clock
+
 BLOCK_SECONDS = 0.2  # what is timed is repeated within a block until about this long
-SETTLE_SECONDS = 0.05  # before a block: torch's idle threads (OpenMP) spin for 10 ms, which is not the other side's
+SETTLE_SECONDS = 0.05  # before a block: torch's idle threads (OpenMP) spin for 10 ms on the other's cores
+
+Block = Callable[[int], tuple[float, float]]  # as `clock.block` of some repetitions
 
 
 @dataclasses.dataclass
@@ -40,13 +45,6 @@ class Side:
     wall: list[float] = dataclasses.field(default_factory=list)
     cpu: list[float] = dataclasses.field(default_factory=list)
 
-    def block(self, repeat: Callable[[int], None], count: int) -> None:
-        time.sleep(SETTLE_SECONDS)
-        wall, cpu = time.perf_counter(), time.process_time()
-        repeat(count)
-        self.wall.append((time.perf_counter() - wall) / count)
-        self.cpu.append((time.process_time() - cpu) / count)
-
 
 @dataclasses.dataclass
 class Timing:
@@ -58,27 +56,18 @@ class Timing:
     torch: Side
 
 
-def measure(runner: Runner, torch_call: Callable[[], Any] | None, blocks: int) -> Timing:
+def measure(runner: Runner, torch_block: Block | None, blocks: int) -> Timing:
     """Warms up, then times blocks of ours and of torch in turns."""
-
-    def torch_repeat(count: int) -> None:
-        assert torch_call is not None
-        for _ in range(count):
-            torch_call()
-
-    first = _seconds(runner.repeat, 1)
-    timing = Timing(runner, first, Side(), Side())
-    sides = [(runner.repeat, timing.ours)] + ([(torch_repeat, timing.torch)] if torch_call else [])
-    if torch_call:
-        torch_call()  # allocates its buffers
-    counts = [max(1, min(100, math.ceil(BLOCK_SECONDS / _seconds(repeat, 1)))) for repeat, _ in sides]
+    ours_block = functools.partial(clock.block, runner.repeat)
+    timing = Timing(runner, ours_block(1)[0], Side(), Side())
+    sides = [(ours_block, timing.ours)] + ([(torch_block, timing.torch)] if torch_block else [])
+    if torch_block:
+        torch_block(1)  # allocates its buffers
+    counts = [max(1, min(100, math.ceil(BLOCK_SECONDS / block(1)[0]))) for block, _ in sides]
     for _ in range(blocks):
-        for (repeat, side), count in zip(sides, counts, strict=True):
-            side.block(repeat, count)
+        for (block, side), count in zip(sides, counts, strict=True):
+            time.sleep(SETTLE_SECONDS)
+            wall, cpu = block(count)
+            side.wall.append(wall)
+            side.cpu.append(cpu)
     return timing
-
-
-def _seconds(run: Callable[[int], None], count: int) -> float:
-    start = time.perf_counter()
-    run(count)
-    return time.perf_counter() - start
