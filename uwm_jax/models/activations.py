@@ -43,3 +43,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     # also without any axis to cut: that says that all is whole, which keeps layouts of weights from spreading
     spec = [a if size % count == 0 else () for size, (a, count) in zip(x.shape, found, strict=False)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(a or None for a in spec)))
+
+
+def on_one_cpu() -> bool:
+    """Whether the trace is for a CPU and no axis is divided over devices by the compiler.
+
+    The one place that decides where forms are used that only XLA's CPU compiler needs (`products`, `convolution`,
+    `normalization`): accelerators do better with the plain ones, and so does the partitioner, which knows how to divide
+    them.
+    """
+    return jax.default_backend() == "cpu" and not divided_axes()

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uwm_jax.models.activations import divided_axes
+from uwm_jax.models.activations import on_one_cpu
 
 Array = jax.Array
 Padding = Sequence[tuple[int, int]]
@@ -58,11 +58,6 @@ OUTPUT_TRANSFORM = np.array(
 MIN_CHANNELS = 32
 MIN_TILES = 16  # with fewer, transforming the kernel costs what is gained
 STRIP_BYTES = 16 << 20  # of transformed inputs at a time: what stays in a CPU's last cache
-
-
-def on_one_cpu() -> bool:
-    """Whether the trace is for a CPU and no axis is divided over devices: only there are these forms of use."""
-    return jax.default_backend() == "cpu" and not divided_axes()
 
 
 def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, **options: Any) -> Array:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uwm_jax.models.convolution import on_one_cpu
+from uwm_jax.models.activations import on_one_cpu
 
 Array = jax.Array
 

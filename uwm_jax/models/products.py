@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from uwm_jax.models.activations import divided_axes
+from uwm_jax.models.activations import on_one_cpu
 
 Array = jax.Array
 
@@ -26,7 +26,7 @@ def dot_general(inputs: Array, kernel: Array, dimension_numbers: Any, **options:
     expected = (tuple(range(inputs.ndim - count, inputs.ndim)), tuple(range(count)))
     if tuple(map(tuple, contracted)) != expected or any(map(len, batch)):
         raise ValueError(f"expected a product of the last axes with the first ones, found {dimension_numbers}")
-    if jax.default_backend() != "cpu" or divided_axes():
+    if not on_one_cpu():
         return jax.lax.dot_general(inputs, kernel, dimension_numbers, **options)
     lead, size = inputs.shape[:-count], math.prod(kernel.shape[:count])
     rows, matrix = inputs.reshape(-1, size), kernel.reshape(size, -1)
