@@ -40,7 +40,10 @@ def test_load_with_argument_and_overrides(path):
 
 def test_stored_config_comes_back_equal(path, tmp_path):
     config = config_lib.load(f"{path}:small")
-    assert config_lib.from_json(config_lib.to_json(config), "there") == config
+    for text, value in (("True", True), ("None", None)):
+        config_lib.apply_overrides(config, [("model.scan_blocks", text)])
+        assert config.model.scan_blocks is value
+        assert config_lib.from_json(config_lib.to_json(config), "there") == config
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
     assert config_lib.read(tmp_path, [("seed", "7")]).seed == 7
 
@@ -51,6 +54,7 @@ def test_stored_config_comes_back_equal(path, tmp_path):
         (("model.dpeth", "3"), "Did you mean model.depth"),
         (("model.depth", "deep"), "expected an integer"),
         (("model.depth", "0"), "at least 1"),
+        (("model.scan_blocks", "maybe"), "expected true or false, or None"),
         (("optimizer.learning_rate", "-1"), "at least 0"),
         (("optimizer.learning_rate", "nan"), "at least 0"),
         (("model.remat", "some"), "none, dots, full"),
@@ -127,6 +131,7 @@ def test_bad_files_are_named(tmp_path):
         ('{"data": {"action": 3}}', "data.action: expected a list, found 3"),
         ('{"data": {"action": ["grip"]}}', r"config.data.action: expected pairs .* found \('grip',\)"),
         ('{"seed": "one"}', "seed: expected an integer, found 'one'"),
+        ('{"model": {"scan_blocks": "x"}}', "model.scan_blocks: expected true or false, or None, found 'x'"),
         ('{"data": {"sources": {"robot": 3}}}', "expected fields under 'data.sources.robot', found 3"),
         ('{"data": {"sources": {"a.b": {}}}}', "unknown field 'data.sources.a.b'"),
     ):
@@ -291,7 +296,7 @@ def test_shipped_configs_are_named_wherever_the_command_is_started(tmp_path, mon
     named = str(e.value).split("Shipped configs: ")[1].rstrip(".").split(", ")
     assert len(named) > 5 and all(Path(name).is_file() for name in named)
     monkeypatch.chdir(Path(config_lib.__file__).parents[1])
-    with pytest.raises(UserError, match="Shipped configs: configs/bridge.py, "):
+    with pytest.raises(UserError, match="Shipped configs: configs/benchmark_one_camera.py, configs/bridge.py, "):
         config_lib.load("none.py")
 
 

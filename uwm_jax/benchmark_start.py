@@ -21,6 +21,7 @@ from pathlib import Path
 from absl import flags
 
 from uwm_jax import cli
+from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError
 from uwm_jax.training.startup import PARTS, read_summary
 
@@ -34,6 +35,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
+    config_lib.load(cli.required("config"), cli.config_overrides())  # a mistake is told before anything is started
     changed = [f"--config.{name}={value}" for name, value in cli.config_overrides()]
     print(json.dumps(benchmark([f"--config={cli.required('config')}", *changed], FLAGS.starts), indent=2))
 

@@ -55,7 +55,7 @@ def define_flags() -> None:
     flags.DEFINE_list("part", ["latents", "pixels", "policy"], f"what to time: {', '.join(PARTS)}, or single rows")
     flags.DEFINE_list("frame_size", None, "HEIGHT,WIDTH of the raw frames; by default that of config.data.resize")
     flags.DEFINE_list("memory", None, "rows whose peak memory is measured, on a CPU, each in a process of its own")
-    flags.DEFINE_bool("torch", None, "beside a plain torch loop; by default on a CPU where torch is installed")
+    flags.DEFINE_bool("torch", None, "compare with a plain torch loop; by default on a CPU where torch is installed")
     flags.DEFINE_string("json", None, "also write the numbers to this file")
     cli.accept_config_overrides()
 

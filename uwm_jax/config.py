@@ -297,7 +297,13 @@ def _parse(name: str, text: str, like: Any) -> Any:
             return _tuples(value) if isinstance(value, list | tuple) else (value,)
         return text
     except (KeyError, ValueError) as e:
-        raise UserError(f"--config.{name}: expected {_type_name(like)} such as {like!r}, found {text!r}.") from e
+        raise UserError(f"--config.{name}: expected {_expected(name, like)} such as {like!r}, found {text!r}.") from e
+
+
+def _expected(name: str, like: Any) -> str:
+    """The values that a field takes, for a message; `like` is its default."""
+    optional = _OPTIONAL.get(name)
+    return f"{_type_name(optional())}, or None" if optional else _type_name(like)
 
 
 def _type_name(value: Any) -> str:
@@ -356,7 +362,7 @@ def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
             try:
                 node[key] = _tuples(value)
             except (TypeError, ValueError) as e:
-                expected = _type_name(node[key])
+                expected = _expected(prefix + key, node[key])
                 raise UserError(f"{where}: {prefix + key}: expected {expected}, found {value!r}.") from e
 
     fill(config, stored, "")
@@ -440,5 +446,5 @@ def validate(config: ConfigDict) -> None:
         whole = isinstance(default, float) and type(value) is int  # 1 for 1.0
         optional = value is None or type(value) is _OPTIONAL[name] if name in _OPTIONAL else False
         if type(value) is not type(default) and not whole and not optional:
-            raise UserError(f"config.{name}: expected {_type_name(default)}, found {value!r}.")
+            raise UserError(f"config.{name}: expected {_expected(name, default)}, found {value!r}.")
     config_checks.check(config, flat)

@@ -1,4 +1,4 @@
-"""What the C library does with memory that XLA frees on CPUs.
+"""Memory that XLA frees on CPUs: kept in the process by the C library, or given back to the system.
 
 XLA takes a CPU's buffers from the C library. glibc gives large ones back to the system as soon as they are free, so
 that every step would fault them in again, page by page (docs/benchmarks.md): commands tell it to keep them. What is
@@ -15,7 +15,7 @@ _kept: list[ctypes.CDLL] = []  # the C library, once it has been told
 
 
 def keep_freed() -> None:
-    """Where JAX has CPUs only, the memory that a step frees stays with the process for the next one.
+    """Keeps the memory that a step frees with the process for the next one, if JAX has CPUs only.
 
     In one arena that all threads share, so this is called before they start. Other C libraries than glibc are left as
     they are.

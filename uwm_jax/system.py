@@ -144,7 +144,7 @@ class System:
         """Parameters, or whatever holds parameters, in the form that the programs of this process run on fastest.
 
         Args:
-          tree: arrays, which belong to the result afterwards, or shapes.
+          tree: arrays or shapes. Arrays that the result holds in another form are deleted: use the result alone.
         """
         loops = self.network.noise_pred_net.scan_blocks
         return tree if loops or jax.device_count() > 1 else layers.apart(tree)

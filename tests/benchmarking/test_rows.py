@@ -1,4 +1,4 @@
-"""What the benchmark's rows compute: that it is what training and sampling compute, and how much of it there is."""
+"""The benchmark's rows compute what training and sampling compute, and count how much of it there is."""
 
 from __future__ import annotations
 

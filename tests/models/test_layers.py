@@ -39,6 +39,7 @@ def test_what_is_taken_apart_is_put_together_bit_for_bit():
     assert jax.tree.structure(back) == jax.tree.structure(whole)
     jax.tree.map(np.testing.assert_array_equal, back, whole)
     assert not layers.are_apart(back) and layers.stacked(back)["params"] is not held["params"]
+    assert layers.apart(held)["params"]["noise_pred_net"]["blocks"]["adaln"]["kernel"] is kernel
     assert not kernel.arrays[0].is_deleted()  # the step goes on with it
 
 

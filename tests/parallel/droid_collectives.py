@@ -1,4 +1,4 @@
-"""What a training step of `configs/droid.py` sends between eight simulated CPU devices; `test_collectives` reads it.
+"""Measures what a training step of `configs/droid.py` sends between eight simulated CPUs, for `test_collectives`.
 
 Run as a program of its own, because the number of devices is fixed when jax starts:
 

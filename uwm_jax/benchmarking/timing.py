@@ -21,7 +21,7 @@ Block = Callable[[int], tuple[float, float]]  # as `clock.block` of some repetit
 
 @dataclasses.dataclass
 class Runner:
-    """What a row repeats: `call` starts one repetition and returns its results, which need not be there yet."""
+    """A row's program: `call` starts one repetition and returns its results, which need not be there yet."""
 
     call: Callable[[], Any]
     compile_seconds: float

@@ -42,7 +42,7 @@ def _network(description: Mapping[str, Any], config: ConfigDict, needed: set[str
 
 
 class TorchRows:
-    """What torch runs for each row.
+    """The counterpart in torch of each row.
 
     Args:
       description: the model, as `rows.Model.description` gives it.

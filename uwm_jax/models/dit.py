@@ -183,7 +183,8 @@ class DiT(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the blocks.
         num_registers: learned tokens without an output of their own.
         timestep_embed_dim: width of the joint embedding of both timesteps; even, at least 4.
-        scan_blocks: one compiled block in a `lax.scan`, or `depth` of them; parameters and results are the same.
+        scan_blocks: one compiled block in a `lax.scan`, or `depth` of them; parameters and results are the same. Layers
+            that are held apart (`layers.py`) are never scanned.
         remat: "none", "dots" (recompute all but the dense layers' products) or "full" in the backward pass.
         dtype: of the large products (module docstring); parameters and outputs are float32.
     """
@@ -266,6 +267,7 @@ class DiT(nn.Module):
         cond = jnp.concatenate([global_cond.astype(jnp.float32), time], axis=-1)
         cond = constrain(nn.silu(cond), "batch")
         # The blocks' parameters depend on the width of the condition, so they are declared here, not in setup.
+        # `param` would refuse layers that are held apart, whose shapes are not those of a new stack.
         blocks: Any = self.get_variable("params", "blocks")
         if blocks is None:
             blocks = self.param("blocks", self._init_blocks, cond.shape[-1])

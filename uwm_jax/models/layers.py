@@ -3,9 +3,9 @@
 At rest, in checkpoints, sharding rules and exports, the blocks are one tree whose leaves have a leading axis of
 layers. A program that runs the layers one after the other copies a slice out of the stack for every layer and, where it
 differentiates, puts the gradients together again: on a CPU, where a step reads every parameter for few rows, this takes
-longer than the layers' own arithmetic of AdaLN. So a single CPU device holds the layers apart, in training and in
-sampling; the stack is made again for a checkpoint. Accelerators and meshes keep the stack, which `lax.scan` runs over:
-one layer to compile, and a layer's weights are gathered only while it runs.
+longer than the layers' own arithmetic of AdaLN. So a single device that runs them so, which CPUs do by default, holds
+the layers apart, in training and in sampling; the stack is made again for a checkpoint. Accelerators and meshes keep
+the stack, which `lax.scan` runs over: one layer to compile, and a layer's weights are gathered only while it runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Layers(flax.struct.PyTreeNode):
 
 
 def scans_by_default() -> bool:
-    """What `config.model.scan_blocks=None` stands for: this module's docstring says why."""
+    """The value that `config.model.scan_blocks=None` stands for; this module's docstring gives the reason."""
     return jax.default_backend() != "cpu" or jax.device_count() > 1
 
 
@@ -47,12 +47,12 @@ def apart(tree: Any) -> Any:
     """A tree, such as a training state, with the blocks of all its parameters held apart.
 
     Args:
-      tree: its stacked arrays are deleted, part by part, so that both forms of one part are all that is there twice.
-        Shapes (`jax.ShapeDtypeStruct`) become shapes.
+      tree: its stacked arrays are deleted, part by part, so that no more than one part is ever there in both forms.
+        Shapes (`jax.ShapeDtypeStruct`) become shapes; what is held apart stays as it is.
     """
 
     def convert(node: Any) -> Any:
-        if not _has_blocks(node):
+        if not _has_blocks(node) or are_apart(node[BLOCKS]):
             return node
         stack = node[BLOCKS]
         if all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(stack)):
