@@ -67,7 +67,7 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
         state, metrics = full(state, frozen, batch)
         return state, metrics["loss"]
 
-    states = [make_state(jax.random.key(0)) for _ in range(2)]
+    states = [system.held(make_state(jax.random.key(0))) for _ in range(2)]
     full_step, bare_step = (
         jax.jit(step, donate_argnums=0).lower(states[0], frozen, batch).compile() for step in (full, bare)
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from uwm_jax.models import convolution
 from uwm_jax.models.convolution import convolution as conv
@@ -74,6 +74,17 @@ def test_under_shard_map():
     )
     for a, b in zip(fast_jit(mapped)(*args), fast_jit(with_gradients(plain))(*args), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
+
+
+def test_where_the_compiler_divides_axes_the_program_is_the_plain_one():
+    x, kernel, _ = arrays((2, 16, 16, 32), 32)
+
+    def primitives():
+        return [e.primitive.name for e in jax.make_jaxpr(ours)(x, kernel).jaxpr.eqns]
+
+    assert "conv_general_dilated" not in primitives()
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))):
+        assert primitives() == ["conv_general_dilated"]
 
 
 @pytest.mark.parametrize("why", ["accelerator", "few channels", "stride", "bfloat16", "few tiles", "kernel of one"])
