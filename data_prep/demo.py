@@ -28,11 +28,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.output import building, check_output, is_vacant
-from data_prep.pusht_expert import PushTExpert
 from data_prep.workers import pool
 from uwm_jax import cli
 from uwm_jax.envs.parallel import cores
-from uwm_jax.envs.pusht import Renderer, make_env, read_state
+from uwm_jax.envs.pusht_expert import PushTExpert
+from uwm_jax.envs.pusht_simulator import Renderer, make_env, read_state
 from uwm_jax.errors import UserError
 from uwm_jax.files import data_dir, write_text
 from uwm_jax.reading import read_json

@@ -54,7 +54,7 @@ def test_corners_of_the_plane_are_corners_of_the_frame():
 @pytest.mark.parametrize(("resize", "crop"), [((64, 64), (64, 64)), ((96, 96), (80, 88))])
 def test_an_action_is_drawn_where_the_simulator_shows_that_position(resize, crop):
     pytest.importorskip("gym_pusht")
-    from uwm_jax.envs.pusht import Renderer, make_env
+    from uwm_jax.envs.pusht_simulator import Renderer, make_env
 
     env = make_env()
     env.reset(seed=3)

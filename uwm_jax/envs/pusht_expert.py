@@ -1,4 +1,4 @@
-"""An expert for PushT: sampling MPC that solves `uwm_jax.envs.pusht`.
+"""An expert for PushT: sampling MPC that solves `uwm_jax.envs.pusht_simulator`.
 
 The expert plans on a second copy of the physics. At each decision it draws candidate pushes (go
 round the block, come to a random point of its outline, push in a direction near the inward normal),
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from uwm_jax.envs.pusht import (
+from uwm_jax.envs.pusht_simulator import (
     AGENT_RADIUS,
     BOARD,
     DAMPING,
