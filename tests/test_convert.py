@@ -18,7 +18,7 @@ from uwm_jax import cli, convert
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.models.codecs import PCACodec, PixelsCodec, fit_pca
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import checkpoint, inference
 
 _SPEC = importlib.util.spec_from_file_location("reference", Path(__file__).parent / "golden" / "reference.py")

@@ -11,7 +11,7 @@ from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.policy import Policy
-from uwm_jax.system import DataFacts
+from uwm_jax.systems.uwm.system import DataFacts
 
 CHUNK = 6
 SCALE = {"state": (np.array([2.0], np.float32), np.array([10.0], np.float32))}

@@ -25,7 +25,7 @@ from uwm_jax.evaluation import closed_loop  # noqa: E402
 from uwm_jax.policy import Policy  # noqa: E402
 from uwm_jax.reporting import film  # noqa: E402
 from uwm_jax.reporting.sheets import read_labels  # noqa: E402
-from uwm_jax.system import DataFacts  # noqa: E402
+from uwm_jax.systems.uwm.system import DataFacts  # noqa: E402
 from uwm_jax.train import train  # noqa: E402
 from uwm_jax.training.inference import load_for_inference  # noqa: E402
 

@@ -18,10 +18,10 @@ from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 from uwm_jax import config_checks
-from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import local_path
 from uwm_jax.reading import parse_json, read_json, run_python
+from uwm_jax.systems.uwm.modes import MODALITIES
 
 # What a continued run may change; every other field decides what the numbers mean.
 MAY_CHANGE = (

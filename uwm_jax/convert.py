@@ -25,11 +25,11 @@ from safetensors.numpy import load_file
 
 from uwm_jax import cli, files
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import UserError, warn
 from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.reading import read_json
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.modes import MODES
+from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.torch_bridge import description, diffusers_vae, layout, state_dict, weights
 from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, PCA, Described
 from uwm_jax.torch_bridge.official_config import VAE, OfficialRun, read_official

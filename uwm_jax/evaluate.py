@@ -29,7 +29,6 @@ from absl import flags
 
 from uwm_jax import cli
 from uwm_jax.data.ranges import under
-from uwm_jax.diffusion.modes import MODES
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation import closed_loop, places
@@ -42,7 +41,8 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
 from uwm_jax.policy import Policy
 from uwm_jax.reporting.run_page import write as write_report
-from uwm_jax.system import System
+from uwm_jax.systems.uwm.modes import MODES
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import fixed_fields, inference, lineage, record
 from uwm_jax.training.stored import Stored
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.models.vae import AutoencoderKL
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 
 LOW_DIM, TEXT_DIM = 7, 512  # widths of made-up low-dim keys and text embeddings
 PCA_PATCH, PCA_CHANNELS = 8, 12

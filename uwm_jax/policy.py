@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uwm_jax.errors import RunError, UserError
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 
 MODE = "policy"
 

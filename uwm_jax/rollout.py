@@ -42,7 +42,7 @@ from uwm_jax.evaluation.metrics import Metrics, text
 from uwm_jax.files import write_text
 from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
-from uwm_jax.system import System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import fixed_fields, inference
 from uwm_jax.training.record import describe_use
 from uwm_jax.training.stored import Stored

@@ -29,9 +29,9 @@ from absl import flags
 
 from uwm_jax import cli, files
 from uwm_jax.data.ranges import far_out
-from uwm_jax.diffusion.modes import MODALITIES, MODES, given
 from uwm_jax.errors import UserError, warn
-from uwm_jax.system import System
+from uwm_jax.systems.uwm.modes import MODALITIES, MODES, given
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.torch_bridge import weights
 from uwm_jax.training import inference
 

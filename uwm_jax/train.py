@@ -32,7 +32,7 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
 from uwm_jax.parallel.turns import Turns
 from uwm_jax.parallel.watchdog import Watchdog
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import compatibility, finetune, fixed_fields, latents, lineage, patterns, record
 from uwm_jax.training import frozen as frozen_lib

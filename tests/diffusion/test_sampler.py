@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uwm_jax.diffusion.modes import MODES, Role, generated, given
 from uwm_jax.diffusion.sampler import sample
 from uwm_jax.diffusion.schedule import Schedule
+from uwm_jax.systems.uwm.modes import MODES, Role, generated, given
 
 WHAT_IS_KNOWN = {"policy": (), "video": (), "forward": ("action",), "inverse": ("next_obs",), "joint": ()}
 WHAT_IS_MADE = {

@@ -15,7 +15,7 @@ from uwm_jax.evaluation import data as held_out_data
 from uwm_jax.evaluation.data import open_data, refuse_other_data
 from uwm_jax.evaluation.results import doubt
 from uwm_jax.made_up import make_up_system
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 
 
 def test_other_data_than_the_runs_are_refused_unless_named(tiny_config):

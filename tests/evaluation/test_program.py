@@ -11,14 +11,14 @@ import pytest
 
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader
-from uwm_jax.diffusion.modes import MODES, generated
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.evaluation.program import Evaluation, rows_at_a_time
 from uwm_jax.models.codecs import PCACodec
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import load_rules
 from uwm_jax.reporting import pictures
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.modes import MODES, generated
+from uwm_jax.systems.uwm.system import DataFacts, System
 
 
 class OneLine:

@@ -21,7 +21,7 @@ from configs import droid
 from uwm_jax.made_up import make_codec, make_up_facts
 from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
-from uwm_jax.system import System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import compile_for, make_train_step
 

@@ -27,7 +27,7 @@ from uwm_jax.models.codecs import VAECodec
 from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import compile_for, make_eval_step, make_train_step
 

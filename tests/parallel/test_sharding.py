@@ -13,7 +13,7 @@ from uwm_jax.models.activations import constrain
 from uwm_jax.models.codecs import VAECodec
 from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.parallel import sharding
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import state as state_lib
 
 

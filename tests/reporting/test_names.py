@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from uwm_jax.diffusion.modes import MODES
 from uwm_jax.evaluation.metrics import PAIRS
 from uwm_jax.reporting import names
+from uwm_jax.systems.uwm.modes import MODES
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from PIL import Image
 from uwm_jax.config import base
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.diffusion.modes import MODES, generated
 from uwm_jax.reporting import pictures
 from uwm_jax.reporting.drawing import Plane, draw_outline, save_gif
 from uwm_jax.reporting.page import figure
 from uwm_jax.reporting.pictures import draw, formula
 from uwm_jax.reporting.sheets import Labels, read_labels, write_labels
-from uwm_jax.system import DataFacts
+from uwm_jax.systems.uwm.modes import MODES, generated
+from uwm_jax.systems.uwm.system import DataFacts
 
 
 def facts_of(cameras: tuple[str, ...], action_dim: int = 2) -> DataFacts:

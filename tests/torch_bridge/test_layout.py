@@ -13,7 +13,7 @@ import pytest
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
-from uwm_jax.models.network import network_from_config
+from uwm_jax.systems.uwm.network import network_from_config
 from uwm_jax.torch_bridge import layout
 
 GOLDEN = Path(__file__).parents[1] / "golden"

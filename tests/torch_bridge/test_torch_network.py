@@ -20,7 +20,7 @@ from uwm_jax import config as config_lib
 from uwm_jax import convert
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_batch, make_up_system
-from uwm_jax.models.network import network_from_config
+from uwm_jax.systems.uwm.network import network_from_config
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training import checkpoint
 

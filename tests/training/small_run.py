@@ -13,7 +13,7 @@ import numpy as np
 
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.system import DataFacts
+from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.state import TrainState, create, make_optimizer
 

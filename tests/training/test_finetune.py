@@ -17,7 +17,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_up_system
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import compatibility
 from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
 from uwm_jax.training.finetune import open_origin

@@ -15,7 +15,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.models.codecs import PCACodec, PixelsCodec, VAECodec
 from uwm_jax.models.vae import AutoencoderKL
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import flops
 
 

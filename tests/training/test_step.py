@@ -11,7 +11,7 @@ from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.schedule import Schedule
 from uwm_jax.errors import UserError
-from uwm_jax.system import DataFacts
+from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.step import gradient_norms, make_eval_step, make_train_step

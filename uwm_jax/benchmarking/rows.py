@@ -30,12 +30,12 @@ from uwm_jax.benchmarking.names import (
     trains,
 )
 from uwm_jax.benchmarking.timing import Runner
-from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_codec, make_up_arrays, make_up_batch, make_up_facts
 from uwm_jax.models.codecs import PCACodec, VAECodec
 from uwm_jax.parallel.accumulate import value_and_grad
-from uwm_jax.system import System
+from uwm_jax.systems.uwm.modes import MODALITIES
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import flops
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import make_train_step

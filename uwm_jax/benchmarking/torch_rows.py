@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from uwm_jax.benchmarking.names import CODEC, ENCODER, NETWORK, SAMPLES, needs
-from uwm_jax.diffusion.modes import MODALITIES
+from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.torch_bridge.torch_loop import TorchLoop
 from uwm_jax.torch_bridge.torch_network import UWM
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from uwm_jax.diffusion.modes import ACTION_FREE_MODE, MODALITIES, MODES, TRAINING_MODE, Role
 from uwm_jax.diffusion.schedule import Schedule
+from uwm_jax.systems.uwm.modes import ACTION_FREE_MODE, MODALITIES, MODES, TRAINING_MODE, Role
 
 Arrays = Mapping[str, jax.Array]
 

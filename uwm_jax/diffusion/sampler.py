@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from uwm_jax.diffusion.modes import MODALITIES, MODES, Role, generated
 from uwm_jax.diffusion.schedule import Schedule
+from uwm_jax.systems.uwm.modes import MODALITIES, MODES, Role, generated
 
 Arrays = Mapping[str, jax.Array]
 

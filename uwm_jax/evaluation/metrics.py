@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import RunError
+from uwm_jax.systems.uwm.modes import MODES
 
 Stored = dict[str, Any]  # mean, lo and hi of its interval (None below FEWEST episodes), over n windows of `episodes`
 Metrics = dict[str, Stored]

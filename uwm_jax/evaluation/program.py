@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from uwm_jax.data.loader import FixedWindows, Loader
-from uwm_jax.diffusion.modes import MODALITIES, MODES, generated
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import CHANGED, Metrics, errors, summarize
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import Rules
 from uwm_jax.reporting import pictures
-from uwm_jax.system import System
+from uwm_jax.systems.uwm.modes import MODALITIES, MODES, generated
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training.step import compile_for
 
 Arrays = dict[str, jax.Array]

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from uwm_jax import files
-from uwm_jax.system import DataFacts
+from uwm_jax.systems.uwm.system import DataFacts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,7 +21,7 @@ from uwm_jax.envs import EnvSpec
 from uwm_jax.envs.parallel import EpisodeResult
 from uwm_jax.reporting.drawing import SAMPLE, TRACK, TRUTH, Plane, save_gif
 from uwm_jax.reporting.sheets import Labels, Mark, write_labels
-from uwm_jax.system import System
+from uwm_jax.systems.uwm.system import System
 
 BATCH = 16
 CELL = 256  # pixels of a frame's longer side, at least

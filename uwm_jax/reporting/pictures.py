@@ -19,7 +19,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from uwm_jax.diffusion.modes import MODES, QUESTIONS, Role
 from uwm_jax.evaluation.metrics import CHANGED
 from uwm_jax.reporting.drawing import (
     CHANGE,
@@ -40,7 +39,8 @@ from uwm_jax.reporting.drawing import (
     save_gif,
 )
 from uwm_jax.reporting.sheets import Labels, Mark, write_labels
-from uwm_jax.system import DataFacts
+from uwm_jax.systems.uwm.modes import MODES, QUESTIONS, Role
+from uwm_jax.systems.uwm.system import DataFacts
 
 Windows = Mapping[str, np.ndarray]
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.reading import read_json
-from uwm_jax.system import DataFacts
+from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import average
 
 FORMAT = "uwm_jax.torch"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uwm_jax.diffusion.modes import MODALITIES, MODES, Role, generated
+from uwm_jax.systems.uwm.modes import MODALITIES, MODES, Role, generated
 from uwm_jax.torch_bridge import torch_images
 from uwm_jax.torch_bridge.torch_network import UWM
 

@@ -37,7 +37,7 @@ from uwm_jax.files import write_text
 from uwm_jax.models import layers
 from uwm_jax.parallel import distributed
 from uwm_jax.reading import again, cause_of, no_room
-from uwm_jax.system import DataFacts
+from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import lock, record
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.stored import CorruptCheckpoint, Stored, prepare_digests, with_digests

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.data.ranges import Range, under
 from uwm_jax.errors import UserError
-from uwm_jax.system import DataFacts
+from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import average
 from uwm_jax.training.finetune import Origin
 from uwm_jax.training.patterns import IMAGE_WEIGHTS, INTERFACE, is_fresh, matches, skip_flag

@@ -32,7 +32,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
 from uwm_jax.parallel.distributed import say
-from uwm_jax.system import DataFacts
+from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import average, fixed_fields, lineage
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, latest_step

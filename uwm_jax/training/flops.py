@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax.models.codecs import PCACodec, VAECodec
 from uwm_jax.models.vae import AutoencoderKL
-from uwm_jax.system import System
+from uwm_jax.systems.uwm.system import System
 
 
 @dataclasses.dataclass(frozen=True)

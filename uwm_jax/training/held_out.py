@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 
 from uwm_jax import cli
 from uwm_jax.data.loader import Loader
-from uwm_jax.diffusion.modes import MODES
 from uwm_jax.errors import warn
 from uwm_jax.evaluation.program import Each, Evaluation, join, rows_at_a_time, write_results
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel.sharding import Rules
 from uwm_jax.parallel.turns import Left, Turns
 from uwm_jax.parallel.watchdog import Watchdog
-from uwm_jax.system import System
+from uwm_jax.systems.uwm.modes import MODES
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import average
 from uwm_jax.training.record import describe_use
 from uwm_jax.training.state import TrainState

@@ -15,7 +15,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.records import short_key
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import local_path
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import average, fixed_fields
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints

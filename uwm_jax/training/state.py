@@ -11,8 +11,8 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from uwm_jax.diffusion.modes import MODALITIES
 from uwm_jax.errors import UserError
+from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.training.patterns import matches, require_matches, share, split
 
 Params = Any

@@ -15,7 +15,7 @@ from uwm_jax.diffusion.loss import by_timestep, row_weights
 from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.parallel.mesh import replicated
 from uwm_jax.parallel.sharding import Rules, activations
-from uwm_jax.system import System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import average
 from uwm_jax.training.patterns import join, split
 from uwm_jax.training.state import TrainState, schedule_factor

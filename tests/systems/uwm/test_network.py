@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from uwm_jax.config import base
-from uwm_jax.models.network import UWMNetwork, network_from_config
+from uwm_jax.systems.uwm.network import UWMNetwork, network_from_config
 
 B, LATENT = 2, (1, 2, 8, 8, 12)
 fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -12,7 +12,7 @@ from uwm_jax.diffusion.loss import row_weights
 from uwm_jax.errors import UserError
 from uwm_jax.models.codecs import PixelsCodec, VAECodec
 from uwm_jax.models.vae import AutoencoderKL
-from uwm_jax.system import DataFacts, System
+from uwm_jax.systems.uwm.system import DataFacts, System
 
 FACTS = DataFacts(
     cameras={"wrist": (16, 16)},
