@@ -67,7 +67,7 @@ def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, c
     Raises:
         UserError: as `check_options`.
     """
-    from uwm_jax.models.codecs import fit_pca  # imports JAX, which resharding's workers do not need
+    from uwm_jax.codecs import fit_pca  # imports JAX, which resharding's workers do not need
 
     check_options(size, patch, channels, val_ratio)
     cameras = sorted(dataset.cameras)

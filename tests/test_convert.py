@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from uwm_jax import cli, convert
 from uwm_jax import config as config_lib
+from uwm_jax.codecs import PCACodec, PixelsCodec, fit_pca
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.models.codecs import PCACodec, PixelsCodec, fit_pca
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import checkpoint, inference
 

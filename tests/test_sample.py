@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 from uwm_jax import cli, convert, sample
 from uwm_jax import config as config_lib
+from uwm_jax.codecs import PixelsCodec
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
-from uwm_jax.models.codecs import PixelsCodec
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training import checkpoint, inference

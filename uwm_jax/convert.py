@@ -24,9 +24,9 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from uwm_jax import cli, files
+from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError, warn
-from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.reading import read_json
 from uwm_jax.systems.uwm.modes import MODES
 from uwm_jax.systems.uwm.system import DataFacts, System

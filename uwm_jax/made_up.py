@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
-from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.systems.uwm.system import DataFacts, System
 
 LOW_DIM, TEXT_DIM = 7, 512  # widths of made-up low-dim keys and text embeddings

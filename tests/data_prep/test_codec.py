@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from data_prep import codec
+from uwm_jax.codecs import fit_pca
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
-from uwm_jax.models.codecs import fit_pca
 
 
 @pytest.mark.parametrize(

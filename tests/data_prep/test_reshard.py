@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from data_prep.reshard import reshard
+from uwm_jax.codecs import fit_pca
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
-from uwm_jax.models.codecs import fit_pca
 
 LENGTHS = [37, 5, 16, 33, 1, 20]
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uwm_jax.codecs import PCACodec
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.evaluation.program import Evaluation, rows_at_a_time
-from uwm_jax.models.codecs import PCACodec
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import load_rules
 from uwm_jax.reporting import pictures

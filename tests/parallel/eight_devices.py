@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from uwm_jax.codecs import VAECodec
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.evaluation.program import make_evaluation
 from uwm_jax.made_up import make_up_batch
-from uwm_jax.models.codecs import VAECodec
-from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.systems.uwm.system import DataFacts, System

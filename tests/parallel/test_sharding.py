@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from uwm_jax.codecs import VAECodec
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
 from uwm_jax.models.activations import constrain
-from uwm_jax.models.codecs import VAECodec
-from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.parallel import sharding
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import state as state_lib

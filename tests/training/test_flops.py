@@ -12,9 +12,9 @@ import pytest
 from jax.extend import core
 
 from uwm_jax import config as config_lib
+from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.models.codecs import PCACodec, PixelsCodec, VAECodec
-from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import flops
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.errors import UserError
-from uwm_jax.models.codecs import PCACodec, PixelsCodec, VAECodec
-from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.torch_bridge import diffusers_vae
 from uwm_jax.training import frozen
 

@@ -8,11 +8,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.loader import Loader
-from uwm_jax.models.codecs import PCACodec, PixelsCodec, VAECodec
-from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.training import latents
 
 

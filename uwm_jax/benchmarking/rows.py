@@ -30,9 +30,9 @@ from uwm_jax.benchmarking.names import (
     trains,
 )
 from uwm_jax.benchmarking.timing import Runner
+from uwm_jax.codecs import PCACodec, VAECodec
 from uwm_jax.errors import UserError
 from uwm_jax.made_up import make_codec, make_up_arrays, make_up_batch, make_up_facts
-from uwm_jax.models.codecs import PCACodec, VAECodec
 from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.systems.uwm.system import System

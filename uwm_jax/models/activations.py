@@ -48,8 +48,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def on_one_cpu() -> bool:
     """Whether the trace is for a CPU and no axis is divided over devices by the compiler.
 
-    The one place that decides where forms are used that only XLA's CPU compiler needs (`products`, `convolution`,
-    `normalization`): accelerators do better with the plain ones, and so does the partitioner, which knows how to divide
-    them.
+    The one place that decides where forms are used that only XLA's CPU compiler needs (`products`, `normalization`,
+    `codecs.convolution`): accelerators do better with the plain ones, and so does the partitioner, which knows how to
+    divide them.
     """
     return jax.default_backend() == "cpu" and not divided_axes()

@@ -21,9 +21,9 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save
 
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.errors import UserError
 from uwm_jax.files import new_folder, write_bytes, write_text
-from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.reading import again, read_json
 from uwm_jax.torch_bridge.hub import fetch
 from uwm_jax.torch_bridge.layout import is_float

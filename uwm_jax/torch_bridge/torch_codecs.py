@@ -1,6 +1,6 @@
 """Image codecs as PyTorch modules: frames (B, V, T, H, W, 3) in [0, 1] to latents (B, V, T, h, w, C).
 
-They hold what `uwm_jax.models.codecs` keeps in arrays, under the names of the official state dict
+They hold what `uwm_jax.codecs` keeps in arrays, under the names of the official state dict
 (`obs_encoder.<name>.*`). SDXL's autoencoder is diffusers' own class, imported only when it is made.
 """
 

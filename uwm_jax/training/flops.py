@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import jax
 from ml_collections import ConfigDict
 
-from uwm_jax.models.codecs import PCACodec, VAECodec
-from uwm_jax.models.vae import AutoencoderKL
+from uwm_jax.codecs import PCACodec, VAECodec
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.systems.uwm.system import System
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.errors import UserError
-from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.parallel import distributed
 from uwm_jax.torch_bridge import diffusers_vae
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.loader import Loader
-from uwm_jax.models.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.parallel.distributed import say
 from uwm_jax.training.finetune import Origin
 from uwm_jax.training.patterns import INTERFACE, skip_flag

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uwm_jax.codecs import PixelsCodec, VAECodec
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion.loss import row_weights
 from uwm_jax.errors import UserError
-from uwm_jax.models.codecs import PixelsCodec, VAECodec
-from uwm_jax.models.vae import AutoencoderKL
 from uwm_jax.systems.uwm.system import DataFacts, System
 
 FACTS = DataFacts(

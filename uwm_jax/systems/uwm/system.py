@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from uwm_jax.codecs import Codec
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.diffusion import loss as losses
@@ -25,7 +26,6 @@ from uwm_jax.diffusion import sampler
 from uwm_jax.diffusion.schedule import Schedule
 from uwm_jax.errors import UserError
 from uwm_jax.models import layers
-from uwm_jax.models.codecs import Codec
 from uwm_jax.systems.uwm.modes import MODALITIES, MODES, Role, generated, given
 from uwm_jax.systems.uwm.network import network_from_config
 

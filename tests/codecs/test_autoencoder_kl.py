@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uwm_jax.models.vae import AutoencoderKL
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 
 TINY = dict(block_out_channels=(32, 64), layers_per_block=1, latent_channels=3, norm_num_groups=8)
 

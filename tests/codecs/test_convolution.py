@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from uwm_jax.models import convolution
-from uwm_jax.models.convolution import convolution as conv
+from uwm_jax.codecs import convolution
+from uwm_jax.codecs.convolution import convolution as conv
 
 OPTIONS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": jax.lax.Precision.HIGHEST}
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uwm_jax.models.convolution import convolution
+from uwm_jax.codecs.convolution import convolution
 from uwm_jax.models.normalization import GroupNorm
 
 LOGVAR_RANGE = (-30.0, 20.0)

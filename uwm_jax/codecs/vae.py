@@ -1,0 +1,90 @@
+"""Latents of a frozen variational autoencoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
+from uwm_jax.codecs.base import LatentShape, grid
+from uwm_jax.models.activations import axes
+
+
+@dataclasses.dataclass(frozen=True)
+class VAECodec:
+    """Latents of a variational autoencoder: (posterior - shift) * scaling / divisor.
+
+    The samplers clip predicted latents to [-1, 1]; after the divisor, their standard deviation is about 1/3.
+
+    Attributes:
+        vae: the module; `params` of the methods are its parameters.
+        microbatch: frames in one pass through the VAE, on each device: bounds memory, changes no result. A batch
+            that is spread over devices stays where it is: each device works on its own frames in every pass.
+        divisor: the official code's extra scale.
+    """
+
+    vae: AutoencoderKL
+    microbatch: int = 72
+    divisor: float = 3.0
+
+    def latent_shape(self, num_views: int, num_frames: int, height: int, width: int) -> LatentShape:
+        """(V, T, h, w, C) of the latents of `num_frames` frames of `num_views` views of `height` x `width`."""
+        h, w = grid(height, width, self.vae.downsampling, "the VAE's downsampling")
+        return num_views, num_frames, h, w, self.vae.latent_channels
+
+    def encode(self, params: Any, frames: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """Latents of frames.
+
+        Args:
+            params: the VAE's parameters.
+            frames: (B, V, T, H, W, 3) float in [0, 1].
+            rng: (B,) keys, one per row: latents are a sample of the posterior, and a row's sample depends on its key
+                alone; None: the posterior's mode.
+        """
+
+        def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self.vae.apply({"params": params}, x * 2 - 1, method="encode")
+
+        mean, logvar = _in_passes(moments, frames, self.microbatch)
+        if rng is not None:
+            noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(rng)
+            mean = mean + jnp.exp(0.5 * logvar) * noise
+        return (mean - self.vae.shift_factor) * self.vae.scaling_factor / self.divisor
+
+    def decode(self, params: Any, latents: jax.Array) -> jax.Array:
+        """(B, V, T, h, w, C) -> (B, V, T, H, W, 3) float32, [0, 1] up to the VAE's overshoot."""
+
+        def images(z: jax.Array) -> jax.Array:
+            z = z * self.divisor / self.vae.scaling_factor + self.vae.shift_factor
+            return (self.vae.apply({"params": params}, z, method="decode") + 1) / 2
+
+        return _in_passes(images, latents, self.microbatch)
+
+
+def _in_passes(function: Callable, x: jax.Array, microbatch: int) -> Any:
+    """Applies `function` to the flattened leading (B, V, T) of x, at most `microbatch` items of a device at a time."""
+    lead, (_, devices) = x.shape[:3], axes("batch")
+    if lead[0] % devices:  # such rows are not spread over devices
+        devices = 1
+    items = lead[0] * lead[1] * lead[2] // devices  # of each device
+    passes = -(-items // microbatch)
+    # an exact division needs no padding, so a few passes more are a good price for it
+    passes = next((p for p in range(passes, min(2 * passes, items) + 1) if items % p == 0), passes)
+    size = -(-items // passes)
+    if passes == 1:
+        return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), function(x.reshape(-1, *x.shape[3:])))
+    x = x.reshape(devices, items, *x.shape[3:])
+    x = jnp.pad(x, [(0, 0), (0, size * passes - items)] + [(0, 0)] * (x.ndim - 2))
+    # pass j takes items j, j + passes, ... of every device, so that no item ever moves to another one
+    x = x.reshape(devices * size, passes, *x.shape[2:]).swapaxes(0, 1)
+    y = jax.lax.map(function, x)
+
+    def in_order(y: jax.Array) -> jax.Array:
+        y = y.swapaxes(0, 1).reshape(devices, size * passes, *y.shape[2:])[:, :items]
+        return y.reshape(*lead, *y.shape[2:])
+
+    return jax.tree.map(in_order, y)
