@@ -35,7 +35,7 @@ from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, PCA, Descri
 from uwm_jax.torch_bridge.official_config import VAE, OfficialRun, read_official
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
 from uwm_jax.training import average, checkpoint, inference
-from uwm_jax.training.record import code_version
+from uwm_jax.training.provenance import code_version
 
 FLAGS = flags.FLAGS
 

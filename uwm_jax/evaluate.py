@@ -43,7 +43,7 @@ from uwm_jax.policy import Policy
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.systems.uwm.modes import MODES
 from uwm_jax.systems.uwm.system import System
-from uwm_jax.training import fixed_fields, inference, lineage, record
+from uwm_jax.training import fixed_fields, inference, lineage, provenance
 from uwm_jax.training.stored import Stored
 
 FLAGS = flags.FLAGS
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     rows = rows_at_a_time(mesh, min(len(held_out), system.config.batch_size))  # as in training, which memory held
     evaluation = Evaluation(system, data.references, held_out, mesh, rules, rows)
     about = evaluation.about() | data.about()
-    about |= record.describe_use(cli.command_line(), system.config, cli.changed_fields())
+    about |= provenance.describe_use(cli.command_line(), system.config, cli.changed_fields())
     about |= used | {"settings": settings} | places.of_run(root, workdir)
     if told := doubt(about):
         warn(told)

@@ -44,7 +44,7 @@ from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import fixed_fields, inference
-from uwm_jax.training.record import describe_use
+from uwm_jax.training.provenance import describe_use
 from uwm_jax.training.stored import Stored
 
 FLAGS = flags.FLAGS

@@ -34,7 +34,7 @@ from uwm_jax.parallel.turns import Turns
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
-from uwm_jax.training import compatibility, finetune, fixed_fields, latents, lineage, patterns, record
+from uwm_jax.training import compatibility, finetune, fixed_fields, latents, lineage, patterns, provenance
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
@@ -59,7 +59,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     config = config_lib.load(cli.required("config"), cli.config_overrides())
     workdir = cli.required_path("workdir")
-    start = record.describe(cli.command_line(), cli.required("config"), config, cli.changed_fields())
+    start = provenance.describe(cli.command_line(), cli.required("config"), config, cli.changed_fields())
     with distributed.session():
         train(config, workdir, FLAGS.profile, start)
 
@@ -74,7 +74,7 @@ def train(
 
     Args:
       profile: as the flag.
-      start: what `run.json` gets of this start, of `record.describe`; None: what is known of a call from Python.
+      start: what `run.json` gets of this start, of `provenance.describe`; None: what is known of a call from Python.
 
     Raises:
       UserError: a config, data or a workdir that cannot be used.
@@ -82,7 +82,7 @@ def train(
     """
     config_lib.validate(config)
     place = local_path(workdir, "workdir")
-    start = start or record.describe_use(["python", *sys.orig_argv[1:]], config, ())
+    start = start or provenance.describe_use(["python", *sys.orig_argv[1:]], config, ())
     with contextlib.ExitStack() as closing:  # what is open is closed in reverse, all of it, whatever happens
         run(config, place, profile, start, closing)
 
@@ -194,7 +194,7 @@ def run(
     if distributed.is_main():
         checkpoint_lib.warn_of_room(workdir, like, config.checkpoint.keep)
         checkpoint_lib.write_config(workdir, config)
-        record.add_start(workdir, start)
+        provenance.add_start(workdir, start)
     checkpoint_lib.require_shared(workdir, config)
     if not stored:
         frozen_lib.keep_vae(config, vae, workdir)

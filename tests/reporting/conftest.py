@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from uwm_jax.config import base, to_json
-from uwm_jax.training import record
+from uwm_jax.training import provenance
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGD4DwABBAEAX+XDSwAAAABJRU5ErkJggg=="
@@ -42,7 +42,7 @@ def _make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: 
         "paired/policy_vs_mean_action/action_mse": _stored(gain),
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    use = record.describe_use(
+    use = provenance.describe_use(
         ["python", "-m", "uwm_jax.evaluate", "--step=20"], config, ["diffusion.num_inference_steps"]
     )
     (folder / "about.json").write_text(json.dumps({"datasets": {"a": "1"}, "own_data": True, **use}))
@@ -66,10 +66,10 @@ def _make_run(workdir: Path, *, gain: float = 0.05, policy: float = 0.06, seed: 
     code = "from uwm_jax.config import base as get_config"
     (file := workdir / "my file.py").write_text(f'"""It pushes a block & wins."""\n{code}\n')
     config.total_steps = 123
-    start = record.describe(
+    start = provenance.describe(
         ["python", "-m", "uwm_jax.train", "--config=my file.py"], str(file), config, ["total_steps"]
     )
-    record.add_start(workdir, start)
+    provenance.add_start(workdir, start)
     return workdir
 
 

@@ -19,7 +19,7 @@ from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.reading import read_json
 from uwm_jax.reporting.curves import Curve
-from uwm_jax.training import fixed_fields, record
+from uwm_jax.training import fixed_fields, provenance
 from uwm_jax.training.checkpoint import latest_step
 from uwm_jax.training.log import read_metrics
 from uwm_jax.training.stored import CorruptCheckpoint, Stored
@@ -172,8 +172,8 @@ class Run:
                 assets = stored.assets
                 config, _ = fixed_fields.config_of_run(workdir, stored)
         manifest = assets.get("dataset") or {}
-        if not (starts := record.read_starts(workdir)) and (workdir / record.FILE).exists():
-            warn(f"{workdir / record.FILE} is damaged, so how the run was started is not shown.")
+        if not (starts := provenance.read_starts(workdir)) and (workdir / provenance.FILE).exists():
+            warn(f"{workdir / provenance.FILE} is damaged, so how the run was started is not shown.")
         found = {kind: _results(kind, workdir, results) for kind in _FILES}
         own = {kind: {r.step: r for r in of_kind if not r.name} for kind, of_kind in found.items()}
         newest = {kind: of_kind[max(of_kind)] for kind, of_kind in own.items() if of_kind}
@@ -294,7 +294,9 @@ def _check_how(file: Path, how: Any, kind: str) -> None:
     """Raises UserError where a record of how a result was made has a field of another type than commands write."""
     if not isinstance(how, dict):
         raise _damaged(file, "its `about` is not a JSON object")
-    if told := record.misfit(how) or record.misfit(how, _HOW | {"episodes": dict if kind == "rollout" else int}):
+    if told := provenance.misfit(how) or provenance.misfit(
+        how, _HOW | {"episodes": dict if kind == "rollout" else int}
+    ):
         raise _damaged(file, told)
     if not all(isinstance(identity, str) for identity in (how.get("datasets") or {}).values()):
         raise _damaged(file, "not all of its datasets are {source: identity}")

@@ -14,7 +14,7 @@ from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.page import NOTHING, fields, head, number_head, table
 from uwm_jax.training import average
 from uwm_jax.training.goodput import CATEGORIES, duration
-from uwm_jax.training.record import code_version
+from uwm_jax.training.provenance import code_version
 
 
 def facts(run: Run) -> Html:

@@ -38,7 +38,7 @@ from uwm_jax.models import layers
 from uwm_jax.parallel import distributed
 from uwm_jax.reading import again, cause_of, no_room
 from uwm_jax.systems.uwm.system import DataFacts
-from uwm_jax.training import lock, record
+from uwm_jax.training import lock, provenance
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.stored import CorruptCheckpoint, Stored, prepare_digests, with_digests
 from uwm_jax.training.writer import make_writer
@@ -104,7 +104,7 @@ def make_assets(config: ConfigDict, facts: DataFacts, **extra: Any) -> dict[str,
     return {
         "config": config.to_dict(),
         "data_facts": facts.to_json(),
-        "code_version": record.code_version(),
+        "code_version": provenance.code_version(),
         **extra,
     }
 

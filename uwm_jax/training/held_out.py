@@ -22,7 +22,7 @@ from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.systems.uwm.modes import MODES
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import average
-from uwm_jax.training.record import describe_use
+from uwm_jax.training.provenance import describe_use
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.step import compile_for, make_eval_step
 

@@ -7,7 +7,7 @@ import subprocess
 import uwm_jax
 from uwm_jax import cli, train
 from uwm_jax.config import base
-from uwm_jax.training import record
+from uwm_jax.training import provenance
 
 FILE = """'''A run of seven
 steps.
@@ -23,15 +23,15 @@ def get_config():
 
 
 def test_starts_are_appended_and_unreadable_files_are_none(tmp_path):
-    assert record.read_starts(tmp_path) == []
+    assert provenance.read_starts(tmp_path) == []
     (file := tmp_path / "a.py").write_text("1")
     for steps in (5, 6):
         config = base()
         config.total_steps = steps
-        record.add_start(
-            tmp_path, record.describe(["python", "x"], f"{file}:b", config, ["total_steps", "total_steps"])
+        provenance.add_start(
+            tmp_path, provenance.describe(["python", "x"], f"{file}:b", config, ["total_steps", "total_steps"])
         )
-    first, second = record.read_starts(tmp_path)
+    first, second = provenance.read_starts(tmp_path)
     assert (first["changed"], second["changed"]) == ({"total_steps": 5}, {"total_steps": 6})
     assert first["in_file"] == {}, "it is no config by itself"
     assert first["config_file"] == f"{file}:b" and first["about"] == "" and first["command"] == ["python", "x"]
@@ -39,13 +39,13 @@ def test_starts_are_appended_and_unreadable_files_are_none(tmp_path):
     unfit = ("3", '"ab"', "[3]", '[{"changed": [1]}]', '[{"command": "python"}]', '[{"time": "now"}, {"about": null}]')
     for text in ("{", "[]", *(f'{{"starts": {starts}}}' for starts in unfit)):
         (tmp_path / "run.json").write_text(text)
-        assert record.read_starts(tmp_path) == []
+        assert provenance.read_starts(tmp_path) == []
 
 
 def test_a_damaged_record_of_starts_is_kept(tmp_path, capsys):
     (tmp_path / "run.json").write_text('{"starts": [{"com')
-    record.add_start(tmp_path, {"command": ["python"]})
-    assert record.read_starts(tmp_path) == [{"command": ["python"]}]
+    provenance.add_start(tmp_path, {"command": ["python"]})
+    assert provenance.read_starts(tmp_path) == [{"command": ["python"]}]
     assert (tmp_path / "run.json.damaged").read_text() == '{"starts": [{"com'
     assert "run.json is damaged" in capsys.readouterr().err
 
@@ -53,7 +53,7 @@ def test_a_damaged_record_of_starts_is_kept(tmp_path, capsys):
 def test_a_config_in_the_home_directory_is_described(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.py").write_text('"""Ours."""')
-    start = record.describe(["python", "x"], "~/a.py:b", base(), [])
+    start = provenance.describe(["python", "x"], "~/a.py:b", base(), [])
     assert start["about"] == "Ours." and start["config_file"] == "~/a.py:b"
 
 
@@ -62,7 +62,7 @@ def test_the_code_version_names_the_commit_of_a_clone(tmp_path, monkeypatch):
     package.parent.mkdir()
     package.write_text("")
     monkeypatch.setattr(uwm_jax, "__file__", str(package))
-    version = record.code_version.__wrapped__
+    version = provenance.code_version.__wrapped__
     assert version() == uwm_jax.__version__  # installed, no clone
 
     def git(*arguments):
