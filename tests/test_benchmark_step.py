@@ -18,7 +18,7 @@ from uwm_jax import benchmark_step, cli
 from uwm_jax import config as config_lib
 from uwm_jax.benchmarking import memory, timing
 from uwm_jax.errors import UserError
-from uwm_jax.made_up import make_up_codec, make_up_system
+from uwm_jax.synthetic import synthetic_codec, synthetic_system
 from uwm_jax.training import flops
 
 D, DEPTH, REGISTERS, TIME, WIDTH, ACTION_DIM, SIZE = 16, 2, 3, 8, 16, 5, 16
@@ -69,7 +69,7 @@ def test_numbers_of_a_row_belong_together(results: dict) -> None:
     numbers = {name: value for name, value in results.items() if isinstance(value, float)}
     assert all(math.isfinite(value) and value > 0 for value in numbers.values())
     assert {name.rsplit("/", 1)[0] for name in results if "/" in name} == set(ROWS)
-    system, _ = make_up_system(tiny("pca"), ACTION_DIM)
+    system, _ = synthetic_system(tiny("pca"), ACTION_DIM)
     latents, pixels = flops.count(system, from_pixels=False), flops.count(system)
     assert latents.codec == 0 < pixels.codec
     for row, samples, operations in (
@@ -104,8 +104,8 @@ def test_parameters_are_those_of_the_model(results: dict) -> None:
 
 
 @pytest.mark.parametrize(("codec", "count"), [("pixels", 0), ("vae", 83_653_863)])
-def test_made_up_codecs_have_the_arrays_of_real_ones(codec: str, count: int) -> None:
-    shapes = jax.eval_shape(lambda: make_up_codec(tiny(codec))[1])
+def test_synthetic_codecs_have_the_arrays_of_real_ones(codec: str, count: int) -> None:
+    shapes = jax.eval_shape(lambda: synthetic_codec(tiny(codec))[1])
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
 
 

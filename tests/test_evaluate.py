@@ -13,7 +13,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.evaluation import program
 from uwm_jax.evaluation.metrics import interval
 from uwm_jax.evaluation.program import Evaluation
-from uwm_jax.made_up import make_up_system
+from uwm_jax.synthetic import synthetic_system
 from uwm_jax.train import train
 
 PICTURES = {"idea.png", "modes.png", "actions.png", "pictures.json"}
@@ -138,7 +138,7 @@ def test_flags_that_would_change_what_is_held_out_or_do_nothing_are_refused(trai
 
 
 def test_ways_of_sampling_that_do_not_exist_are_refused(tiny_config):
-    system, _ = make_up_system(tiny_config, 10)
+    system, _ = synthetic_system(tiny_config, 10)
     ways = evaluate.parse_ways(system, "trailing", "4, 2,4")
     assert [w.schedule.timesteps.tolist() for w in ways] == [[99, 74, 49, 24], [99, 49]]
     assert len(evaluate.parse_ways(system, None, "3")) == len(evaluate.parse_ways(system, "leading", None)) == 1

@@ -11,7 +11,7 @@ import pytest
 from uwm_jax import cli, sample, sample_inputs
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import UserError
-from uwm_jax.made_up import make_codec
+from uwm_jax.synthetic import make_codec
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import checkpoint, inference
 

@@ -26,9 +26,9 @@ from uwm_jax.convert import to_torch
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import Preempted, UserError
 from uwm_jax.evaluation.program import Evaluation
-from uwm_jax.made_up import make_up_system
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.reporting import pictures
+from uwm_jax.synthetic import synthetic_system
 from uwm_jax.train import load_pretrained_encoder, train
 from uwm_jax.training.checkpoint import Checkpoints, latest_step, write_config
 from uwm_jax.training.goodput import CATEGORIES
@@ -294,7 +294,7 @@ def test_pretrained_image_weights_reach_a_fresh_state(tiny_config, tmp_path):
     tensors = {f"{k}.weight": v for k, v in resnet_tensors(np.random.default_rng(0)).items()}
     save_file(tensors, tmp_path / "resnet.safetensors")
     tiny_config.model.encoder.imagenet_weights = str(tmp_path / "resnet.safetensors")
-    system, _ = make_up_system(tiny_config, 10)
+    system, _ = synthetic_system(tiny_config, 10)
     state = create(tiny_config, jax.jit(system.init)(jax.random.key(0)), make_optimizer(tiny_config))
     shardings = jax.tree.map(lambda x: x.sharding, state.params)
     loaded = with_params(state, load_pretrained_encoder(tiny_config, state.params, shardings))

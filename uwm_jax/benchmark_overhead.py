@@ -6,7 +6,7 @@ Telemetry is everything that the training does not need: loss by timestep, gradi
 metrics with its guard against NaN, named wall time, and every `config.log_every` steps a line of progress, of
 `metrics.jsonl` and of TensorBoard's events. The bare step returns its loss alone, and the compiler removes whatever
 only the other metrics needed. Short blocks of both alternate in one process, so that a machine whose speed drifts
-treats them alike; data and weights are made up.
+treats them alike; data and weights are synthetic.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import cli
 from uwm_jax import config as config_lib
-from uwm_jax.made_up import make_up_batch, make_up_system
+from uwm_jax.synthetic import synthetic_batch, synthetic_system
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
@@ -57,10 +57,10 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
       on the machine touch it less. Its parts, alone: `host_ms_per_step`, the CPU time of the telemetry's own Python,
       and `compiled_flops_percent`, `compiled_bytes_percent`, what XLA counts more of in the step's program.
     """
-    system, frozen = make_up_system(config, action_dim=10)
+    system, frozen = synthetic_system(config, action_dim=10)
     optimizer = state_lib.make_optimizer(config)
     make_state = jax.jit(lambda key: state_lib.create(config, system.init(key), optimizer))
-    batch = make_up_batch(system, config.batch_size)
+    batch = synthetic_batch(system, config.batch_size)
     full = make_train_step(config, system, optimizer)
 
     def bare(state: Any, frozen: Any, batch: Any) -> tuple[Any, jax.Array]:

@@ -1,4 +1,4 @@
-"""Times the training step of a config's model, part by part, and its samples, on made-up data and random weights.
+"""Times the training step of a config's model, part by part, and its samples, on synthetic data and random weights.
 
     python -m uwm_jax.benchmark_step --config=configs/droid.py --config.batch_size=1
     python -m uwm_jax.benchmark_step --config=configs/droid.py --part=latents,network/forward,policy --steps=10
@@ -51,7 +51,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     flags.DEFINE_string("config", None, "FILE.py[:argument]; fields change with --config.any.field=value")
     flags.DEFINE_integer("steps", 3, "timed blocks of each row; the median counts", lower_bound=1)
-    flags.DEFINE_integer("action_dim", 10, "columns of the made-up actions", lower_bound=1)
+    flags.DEFINE_integer("action_dim", 10, "columns of the synthetic actions", lower_bound=1)
     flags.DEFINE_list("part", ["latents", "pixels", "policy"], f"what to time: {', '.join(PARTS)}, or single rows")
     flags.DEFINE_list("frame_size", None, "HEIGHT,WIDTH of the raw frames; by default that of config.data.resize")
     flags.DEFINE_list("memory", None, "rows whose peak memory is measured, on a CPU, each in a process of its own")
@@ -143,7 +143,7 @@ def benchmark(
       RunError: the process of torch, or one that measures memory, failed.
     """
     peaks = _peaks(config, action_dim, memory_rows, beside_torch, frame_size)  # first, while this process is small
-    with fitting("the training state with its made-up batches"):
+    with fitting("the training state with its synthetic batches"):
         model = Model(config, action_dim, rows, frame_size)
     results: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,

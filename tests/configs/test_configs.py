@@ -11,7 +11,7 @@ import pytest
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
-from uwm_jax.made_up import make_up_batch, make_up_system
+from uwm_jax.synthetic import synthetic_batch, synthetic_system
 from uwm_jax.training.state import create, make_optimizer
 from uwm_jax.training.step import make_train_step
 
@@ -44,11 +44,11 @@ def test_a_step_in_tiny_form(path):
 
 
 def assert_a_step_runs(config):
-    system, frozen = make_up_system(config, action_dim=3)
+    system, frozen = synthetic_system(config, action_dim=3)
     optimizer = make_optimizer(config)
     step = jax.jit(make_train_step(config, system, optimizer))
     state = jax.jit(lambda key: create(config, system.init(key), optimizer))(jax.random.key(0))
-    batch = make_up_batch(system, config.batch_size)
+    batch = synthetic_batch(system, config.batch_size)
     state, metrics = step(state, frozen, batch)
     assert state.step == 1 and np.isfinite(metrics["loss"])
     return system, state, frozen, batch

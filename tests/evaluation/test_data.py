@@ -14,13 +14,13 @@ from uwm_jax.errors import UserError
 from uwm_jax.evaluation import data as held_out_data
 from uwm_jax.evaluation.data import open_data, refuse_other_data
 from uwm_jax.evaluation.results import doubt
-from uwm_jax.made_up import make_up_system
+from uwm_jax.synthetic import synthetic_system
 from uwm_jax.systems.uwm.system import DataFacts, System
 
 
 def test_other_data_than_the_runs_are_refused_unless_named(tiny_config):
     """Their held-out episodes are not those of the run."""
-    system, _ = make_up_system(tiny_config, 10)
+    system, _ = synthetic_system(tiny_config, 10)
     facts = {field.name: getattr(system.facts, field.name) for field in dataclasses.fields(system.facts)}
     sources = {"robot": SimpleNamespace(identity="b" * 40), "video": SimpleNamespace(identity="c" * 40)}
     loader = SimpleNamespace(facts=lambda: facts, sources=sources, directory="there")
@@ -38,7 +38,7 @@ def test_other_data_than_the_runs_are_refused_unless_named(tiny_config):
 
 
 def test_the_runs_own_dataset_is_known_wherever_it_lies(tiny_config, tiny_dataset, tmp_path):
-    system, _ = make_up_system(tiny_config, 10)
+    system, _ = synthetic_system(tiny_config, 10)
     trained = Loader(tiny_config.data, batch_size=1, seed=0)
     system = System(tiny_config, DataFacts(**trained.facts()), system.codec)
     tiny_config.data.path = str(shutil.copytree(tiny_dataset, tmp_path / "moved"))
@@ -72,7 +72,7 @@ def opened(tiny_config, monkeypatch):
             splits = {name: s.split or config.data.split for name, s in config.data.sources.items()}
             datasets = {name: f"{'a' * 40} (2000 chosen of {splits.get(name, config.data.split)})" for name in names}
         monkeypatch.setattr(held_out_data, "Loader", FakeLoader)
-        facts = make_up_system(tiny_config, 10)[0].facts
+        facts = synthetic_system(tiny_config, 10)[0].facts
         fields = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
         FakeLoader.facts = lambda self: fields
         now = config.copy_and_resolve_references()

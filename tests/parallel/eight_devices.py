@@ -24,9 +24,9 @@ from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.evaluation.program import make_evaluation
-from uwm_jax.made_up import make_up_batch
 from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.synthetic import synthetic_batch
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import compile_for, make_eval_step, make_train_step
@@ -104,7 +104,7 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     rules = sharding.load_rules(config.mesh.rules)
     system, frozen = make_system(config)
     optimizer = state_lib.make_optimizer(config)
-    batch = make_up_batch(system, config.batch_size)
+    batch = synthetic_batch(system, config.batch_size)
     batch["action_mask"] = batch["row"] % 5 != 3  # some rows without actions
 
     params = drawn(jax.eval_shape(system.init, jax.random.key(0)))

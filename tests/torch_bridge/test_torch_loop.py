@@ -12,7 +12,7 @@ import pytest
 from uwm_jax import config as config_lib
 from uwm_jax.benchmarking.rows import Model
 from uwm_jax.diffusion.schedule import Schedule
-from uwm_jax.made_up import make_up_batch
+from uwm_jax.synthetic import synthetic_batch
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
 torch = pytest.importorskip("torch")
@@ -146,7 +146,7 @@ def test_samples_are_those_of_our_sampler(fields):
     stored = layout.to_official(params, c.model.patch)
     side.loop.network.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in stored.items()})
 
-    batch = make_up_batch(model.system, ROWS)
+    batch = synthetic_batch(model.system, ROWS)
     noise = model.system.draw_noise(jax.random.key(1), batch["row"])
     given = batch | {"next_obs_latent": noise["next_obs"] / 2}
     sample = jax.jit(model.system.sample, static_argnums=3, compiler_options={"xla_backend_optimization_level": 0})

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from uwm_jax import config as config_lib
 from uwm_jax import convert
 from uwm_jax.errors import UserError
-from uwm_jax.made_up import make_up_batch, make_up_system
+from uwm_jax.synthetic import synthetic_batch, synthetic_system
 from uwm_jax.systems.uwm.network import network_from_config
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training import checkpoint
@@ -240,7 +240,7 @@ def tiny_config(codec: str):
 @pytest.mark.parametrize("codec", ["pca", "pixels"])
 def test_an_export_of_ours_loads_and_agrees(codec, tmp_path):
     config = tiny_config(codec)
-    system, frozen = make_up_system(config, 3)
+    system, frozen = synthetic_system(config, 3)
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     params = jax.tree.map(lambda s: jnp.float32(0.2 * rng.normal(size=s.shape)), shapes)
@@ -250,7 +250,7 @@ def test_an_export_of_ours_loads_and_agrees(codec, tmp_path):
     assert description["codec"]["name"] == codec
     assert network.state_dict().keys() == load_file(tmp_path / "out.safetensors").keys()
 
-    batch = make_up_batch(system, 2)
+    batch = synthetic_batch(system, 2)
     current, following = fast_jit(system.preprocess)(batch)
     noise = fast_jit(system.draw_noise)(jax.random.key(1), batch["row"])
     timestep = {"action": jnp.array([5, 60]), "next_obs": jnp.array([99, 20])}
@@ -272,7 +272,7 @@ def test_what_is_no_export_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"model.safetensors: there is no such file"):
         torch_network.load(path)
     config = tiny_config("pixels")
-    system, _ = make_up_system(config, 3)
+    system, _ = synthetic_system(config, 3)
     params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), jax.eval_shape(system.init, jax.random.key(0)))
     stored = layout.to_official(params, config.model.patch)
     save_file(stored, path)

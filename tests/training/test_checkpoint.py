@@ -16,7 +16,7 @@ import pytest
 
 from uwm_jax import reading
 from uwm_jax.errors import RunError, UserError
-from uwm_jax.made_up import make_up_codec, make_up_system
+from uwm_jax.synthetic import synthetic_codec, synthetic_system
 from uwm_jax.training.checkpoint import (
     Checkpoints,
     latest_step,
@@ -35,7 +35,7 @@ def converted(tmp_path_factory, make_tiny_config):
     config = make_tiny_config()
     config.model.codec.name = "pca"
     workdir = tmp_path_factory.mktemp("checkpoint") / "run"
-    system, frozen = make_up_system(config, 10)
+    system, frozen = synthetic_system(config, 10)
     params = jax.jit(system.init)(jax.random.key(1))
     save_params_only(workdir, config, system.facts, params, frozen)
     return workdir, system, params, frozen
@@ -118,8 +118,8 @@ def test_a_converted_checkpoint_cannot_be_continued(converted, make_tiny_config)
     checkpoints.close()
 
 
-def test_made_up_pca_is_orthonormal(make_tiny_config):
-    _, frozen = make_up_codec(make_tiny_config())
+def test_synthetic_pca_is_orthonormal(make_tiny_config):
+    _, frozen = synthetic_codec(make_tiny_config())
     gram = np.einsum("vpk,vpl->vkl", frozen["components"], frozen["components"])
     np.testing.assert_allclose(gram, np.eye(gram.shape[-1])[None], atol=1e-5)
 

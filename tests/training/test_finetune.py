@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
-from uwm_jax.made_up import make_up_system
+from uwm_jax.synthetic import synthetic_system
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import compatibility
 from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
@@ -48,7 +48,7 @@ def origin_run(tmp_path_factory, make_tiny_config):
     config = make_tiny_config()
     config.checkpoint.keep = 5
     workdir = tmp_path_factory.mktemp("finetune") / "origin"
-    system, frozen = make_up_system(config, 10)
+    system, frozen = synthetic_system(config, 10)
     facts = dataclasses.replace(system.facts, normalizer=OLD)
     params = jax.jit(system.init)(jax.random.key(1))
     write_config(workdir, config)
@@ -69,7 +69,7 @@ def origin(origin_run):
 
 def shapes_of(config, action_dim=10):
     """The new run's parameters, and the facts of its data."""
-    system, _ = make_up_system(config, action_dim)
+    system, _ = synthetic_system(config, action_dim)
     return jax.eval_shape(system.init, jax.random.key(0)), dataclasses.replace(system.facts, normalizer=NEW)
 
 
@@ -444,13 +444,13 @@ def test_a_pca_codec_for_other_views_is_refused(origin, tiny_config):
 
 
 def _parts(config):
-    system, _ = make_up_system(config, 10)
+    system, _ = synthetic_system(config, 10)
     return system.facts, system.codec
 
 
 def test_parameters_alone_serve_as_an_origin(tmp_path, tiny_config):
     """A converted checkpoint has no training state."""
-    system, frozen = make_up_system(tiny_config, 10)
+    system, frozen = synthetic_system(tiny_config, 10)
     params = jax.jit(system.init)(jax.random.key(3))
     facts = DataFacts.from_json(system.facts.to_json())
     save_params_only(tmp_path / "run", tiny_config, facts, params, frozen)

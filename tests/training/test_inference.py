@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from uwm_jax import convert
 from uwm_jax.errors import UserError
-from uwm_jax.made_up import make_up_system
+from uwm_jax.synthetic import synthetic_system
 from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
 from uwm_jax.training.inference import load_for_inference, parameters_used
 from uwm_jax.training.state import create, make_optimizer
@@ -25,7 +25,7 @@ def run(tmp_path_factory, make_tiny_config):
     config = make_tiny_config()
     config.optimizer.ema_decay, config.optimizer.ema_warmup = 0.99, "none"
     workdir = tmp_path_factory.mktemp("inference") / "run"
-    system, frozen = make_up_system(config, 10)
+    system, frozen = synthetic_system(config, 10)
     params = jax.jit(system.init)(jax.random.key(1))
     write_config(workdir, config)
     state = create(config, params, make_optimizer(config))
@@ -51,7 +51,7 @@ def test_raw_and_averaged_parameters(run, parameters, more, capfd):
 
 
 def test_an_average_that_is_not_there(run, tmp_path, make_tiny_config):
-    system, frozen = make_up_system(make_tiny_config(), 10)
+    system, frozen = synthetic_system(make_tiny_config(), 10)
     save_params_only(tmp_path / "converted", make_tiny_config(), system.facts, run[1], frozen)
     assert parameters_used(tmp_path / "converted", 0)["parameters"] == "raw"
     with pytest.raises(UserError, match="--parameters=average: .*0 holds no average of the parameters"):

@@ -1,4 +1,4 @@
-"""The rows of `benchmark_step` in JAX: the model, its made-up inputs, and the compiled function of each row.
+"""The rows of `benchmark_step` in JAX: the model, its synthetic inputs, and the compiled function of each row.
 
 Rows run what training and sampling run: `make_train_step`, and the methods of `System`.
 """
@@ -32,8 +32,8 @@ from uwm_jax.benchmarking.names import (
 from uwm_jax.benchmarking.timing import Runner
 from uwm_jax.codecs import PCACodec, VAECodec
 from uwm_jax.errors import UserError
-from uwm_jax.made_up import make_codec, make_up_arrays, make_up_batch, make_up_facts
 from uwm_jax.parallel.accumulate import value_and_grad
+from uwm_jax.synthetic import make_codec, synthetic_arrays, synthetic_batch, synthetic_facts
 from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import flops
@@ -82,9 +82,9 @@ class Model:
         self.loss: jax.Array | None = None  # of the last step
         self._inputs: dict[str, Inputs] = {}  # of each part
         codec = make_codec(config)
-        self.system = System(config, make_up_facts(config, action_dim, frame_size), codec)
+        self.system = System(config, synthetic_facts(config, action_dim, frame_size), codec)
         self.optimizer = state_lib.make_optimizer(config)
-        arrays = jax.eval_shape(lambda: make_up_arrays(config, codec))
+        arrays = jax.eval_shape(lambda: synthetic_arrays(config, codec))
         key = jax.random.key(config.seed)
         self._shapes = shapes = jax.eval_shape(self.system.init, key)
         self.parameters = {
@@ -94,7 +94,7 @@ class Model:
         needed = {part for row in rows for part in needs(row)}
         self.frozen: Any = {}
         if CODEC in needed:
-            self.frozen = make_up_arrays(config, codec) if initialize else _filled(arrays)
+            self.frozen = synthetic_arrays(config, codec) if initialize else _filled(arrays)
         trees = [TREES[part] for part in TREES if part in needed]
 
         def init(key: jax.Array) -> Any:
@@ -151,9 +151,9 @@ class Model:
     def _make_inputs(self, part: str) -> Inputs:
         system, rows = self.system, self.config.batch_size
         if part in SAMPLES:
-            batch = make_up_batch(system, 1)
+            batch = synthetic_batch(system, 1)
             return {name: x for name, x in batch.items() if not name.startswith("next_obs/")}
-        batch = make_up_batch(system, rows)
+        batch = synthetic_batch(system, rows)
         if part == "latents":
             batch["next_obs_latent"] = system.draw_noise(jax.random.key(1), batch["row"])["next_obs"] / 3
             return {name: x for name, x in batch.items() if not name.startswith("next_obs/")}

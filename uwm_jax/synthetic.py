@@ -1,4 +1,4 @@
-"""Models, data facts and batches made up from a config alone, for benchmarks and tests: nothing is read."""
+"""Synthetic systems, data facts and batches from a config alone, for benchmarks and tests: no file is read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.systems.uwm.system import DataFacts, System
 
-LOW_DIM, TEXT_DIM = 7, 512  # widths of made-up low-dim keys and text embeddings
+LOW_DIM, TEXT_DIM = 7, 512  # widths of synthetic low-dim keys and text embeddings
 PCA_PATCH, PCA_CHANNELS = 8, 12
 
 
-def make_up_system(config: ConfigDict, action_dim: int) -> tuple[System, Any]:
+def synthetic_system(config: ConfigDict, action_dim: int) -> tuple[System, Any]:
     """A system of the config's shapes and random codec arrays; a VAE is SDXL's."""
-    codec, frozen = make_up_codec(config)
-    return System(config, make_up_facts(config, action_dim), codec), frozen
+    codec, frozen = synthetic_codec(config)
+    return System(config, synthetic_facts(config, action_dim), codec), frozen
 
 
-def make_up_facts(config: ConfigDict, action_dim: int, frame_size: tuple[int, int] | None = None) -> DataFacts:
+def synthetic_facts(config: ConfigDict, action_dim: int, frame_size: tuple[int, int] | None = None) -> DataFacts:
     """Data of the config's keys; frames come in `frame_size`, by default the size that they are resized to."""
     return DataFacts(
         cameras=dict.fromkeys(config.data.cameras, frame_size or tuple(config.data.resize)),
@@ -35,10 +35,10 @@ def make_up_facts(config: ConfigDict, action_dim: int, frame_size: tuple[int, in
     )
 
 
-def make_up_codec(config: ConfigDict) -> tuple[Codec, Any]:
+def synthetic_codec(config: ConfigDict) -> tuple[Codec, Any]:
     """The config's codec with random arrays."""
     codec = make_codec(config)
-    return codec, make_up_arrays(config, codec)
+    return codec, synthetic_arrays(config, codec)
 
 
 def make_codec(config: ConfigDict) -> Codec:
@@ -50,7 +50,7 @@ def make_codec(config: ConfigDict) -> Codec:
     return VAECodec(AutoencoderKL(dtype=jnp.dtype(config.model.codec.dtype)), microbatch=config.model.codec.microbatch)
 
 
-def make_up_arrays(config: ConfigDict, codec: Codec) -> Any:
+def synthetic_arrays(config: ConfigDict, codec: Codec) -> Any:
     """Random arrays of a codec that `make_codec` made."""
     if isinstance(codec, PixelsCodec):
         return {}
@@ -64,7 +64,7 @@ def make_up_arrays(config: ConfigDict, codec: Codec) -> Any:
     return jax.jit(codec.vae.init)(jax.random.key(0), image)["params"]
 
 
-def make_up_batch(system: System, batch_size: int) -> dict[str, jax.Array]:
+def synthetic_batch(system: System, batch_size: int) -> dict[str, jax.Array]:
     """Random pixels and numbers in the shapes of `System.example_batch`."""
     rng = np.random.default_rng(0)
 
