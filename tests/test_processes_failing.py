@@ -92,7 +92,7 @@ from absl import flags
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from uwm_jax import cli
 from uwm_jax.parallel import distributed as d
-from uwm_jax.training.stored import array_digests
+from uwm_jax.training.checkpoint_reader import array_digests
 from uwm_jax.training.writer import make_writer
 
 def main(argv):

@@ -44,7 +44,7 @@ from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.systems.uwm.modes import MODES
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import fixed_fields, inference, lineage, provenance
-from uwm_jax.training.stored import Stored
+from uwm_jax.training.checkpoint_reader import CheckpointReader
 
 FLAGS = flags.FLAGS
 
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     )
     params = system.held(params)
     ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
-    stored = Stored(workdir.absolute() / "checkpoints", step)
+    stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
     own_config, _ = fixed_fields.config_of_run(workdir, stored)
     data = open_data(
         system, own_config, inference.datasets_of(workdir, step), lineage.kept(stored.assets), cli.changed_fields()

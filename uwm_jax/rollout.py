@@ -44,8 +44,8 @@ from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import fixed_fields, inference
+from uwm_jax.training.checkpoint_reader import CheckpointReader
 from uwm_jax.training.provenance import describe_use
-from uwm_jax.training.stored import Stored
 
 FLAGS = flags.FLAGS
 
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     used = inference.parameters_used(workdir, step, FLAGS.parameters)
     default = inference.parameters_used(workdir, step)["parameters"]
     fields = [name for name in cli.changed_fields() if not name.startswith("eval.")]
-    own_config, _ = fixed_fields.config_of_run(workdir, Stored(workdir.absolute() / "checkpoints", step))
+    own_config, _ = fixed_fields.config_of_run(workdir, CheckpointReader(workdir.absolute() / "checkpoints", step))
     settings = places.differences(system.config, own_config, fields, used["parameters"], default)
     own = not settings
     settings |= {name: FLAGS[name].value for name in ("env", "first_seed", "episodes", "execute", "seed")}

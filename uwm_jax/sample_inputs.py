@@ -29,7 +29,7 @@ from uwm_jax.evaluation.results import doubt
 from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import average, fixed_fields, inference, lineage
-from uwm_jax.training.stored import Stored
+from uwm_jax.training.checkpoint_reader import CheckpointReader
 
 FLAGS = flags.FLAGS
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     )
     # A normaliser without entries leaves actions and low-dimensional keys in raw units.
     system = System(system.config, dataclasses.replace(system.facts, normalizer=Normalizer()), system.codec)
-    stored = Stored(workdir.absolute() / "checkpoints", step)
+    stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
     own_config, _ = fixed_fields.config_of_run(workdir, stored)
     data = open_data(
         system, own_config, inference.datasets_of(workdir, step), lineage.kept(stored.assets), cli.changed_fields()

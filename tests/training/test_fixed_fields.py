@@ -12,12 +12,12 @@ from uwm_jax.errors import UserError
 from uwm_jax.evaluation.results import Run
 from uwm_jax.training import fixed_fields
 from uwm_jax.training.checkpoint import write_config
-from uwm_jax.training.stored import Stored
+from uwm_jax.training.checkpoint_reader import CheckpointReader
 
 
 @pytest.fixture
 def stored(workdir):
-    stored = Stored(workdir / "checkpoints", 6)
+    stored = CheckpointReader(workdir / "checkpoints", 6)
     write_config(workdir, fixed_fields.stored_config(stored))
     return stored
 

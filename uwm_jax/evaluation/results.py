@@ -21,8 +21,8 @@ from uwm_jax.reading import read_json
 from uwm_jax.reporting.curves import Curve
 from uwm_jax.training import fixed_fields, provenance
 from uwm_jax.training.checkpoint import latest_step
+from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
 from uwm_jax.training.log import read_metrics
-from uwm_jax.training.stored import CorruptCheckpoint, Stored
 
 _FILES = {  # of each kind: its folder, the file of its numbers, and the file that tells how they were made
     "eval": ("eval", "metrics.json", "about.json"),
@@ -168,7 +168,7 @@ class Run:
         assets: dict[str, Any] = {}
         if (step := latest_step(workdir)) is not None:
             with contextlib.suppress(CorruptCheckpoint):  # a page without the data's manifest is better than none
-                stored = Stored(workdir.absolute() / "checkpoints", step)
+                stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
                 assets = stored.assets
                 config, _ = fixed_fields.config_of_run(workdir, stored)
         manifest = assets.get("dataset") or {}

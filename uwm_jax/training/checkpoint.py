@@ -10,7 +10,7 @@
   assets        config, data facts with the normaliser, dataset manifest, code version, digests (JSON)
 
 A checkpoint with only `params` and `assets` (a converted one) serves inference. A damaged one is found by its
-digests (`stored.py`), put into `<workdir>/corrupt/` and the one before it is used.
+digests (`checkpoint_reader.py`), put into `<workdir>/corrupt/` and the one before it is used.
 
 Arrays are written by all processes, everything else by the main one; all processes call all methods in one order.
 """
@@ -39,8 +39,8 @@ from uwm_jax.parallel import distributed
 from uwm_jax.reading import again, cause_of, no_room
 from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import lock, provenance
+from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint, prepare_digests, with_digests
 from uwm_jax.training.state import TrainState
-from uwm_jax.training.stored import CorruptCheckpoint, Stored, prepare_digests, with_digests
 from uwm_jax.training.writer import make_writer
 
 READ_TIMEOUT_SECONDS = 20 * 60  # for all to have read one
@@ -193,7 +193,7 @@ class Checkpoints:
 
     # --- reading -------------------------------------------------------------------------------
 
-    def newest_readable(self) -> Stored | None:
+    def newest_readable(self) -> CheckpointReader | None:
         """The newest checkpoint whose assets, data position and codec are whole; None where there are no checkpoints.
 
         A damaged one is reported on stderr and moved to `<workdir>/corrupt/` (left in place with `read_only`).
@@ -202,7 +202,7 @@ class Checkpoints:
           UserError: no checkpoint can be read, or the newest has no training state (a converted one).
         """
         while (step := distributed.agree(max(self.steps(), default=None))) is not None:
-            stored = Stored(self.directory, step)
+            stored = CheckpointReader(self.directory, step)
             try:
                 _together(stored.verify_small)
                 return stored
@@ -210,7 +210,7 @@ class Checkpoints:
                 self.pass_over(step, e)
         return None
 
-    def restore_latest(self, like: TrainState) -> tuple[TrainState, Stored]:
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, CheckpointReader]:
         """The newest training state that is what was saved, and the checkpoint that it comes from.
 
         Falls back as `newest_readable` does, so the step may be lower than the one that it returned before: the
@@ -231,27 +231,27 @@ class Checkpoints:
 
     def restore_state(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The training state and the data position of this very step; `like` as in `restore_latest`."""
-        stored = Stored(self.directory, step)
+        stored = CheckpointReader(self.directory, step)
         _together(stored.require_train_state)
         return _restore_state(stored, like), _together(lambda: stored.data_iter)
 
     def restore_params(self, step: int, like: Any, item: str = "params") -> Any:
         """One parameter item alone; `like` as in `restore_latest`. Raises CorruptCheckpoint, a UserError."""
-        stored = Stored(self.directory, step)
+        stored = CheckpointReader(self.directory, step)
         params = _together(lambda: stored.read(item, like))
         stored.verify(item, params)
         return params
 
     def restore_arrays(self, step: int, item: str) -> Any:
         """An item of arrays whose structure is taken from the checkpoint, on the default device."""
-        return Stored(self.directory, step).arrays(item)
+        return CheckpointReader(self.directory, step).arrays(item)
 
     def assets(self, step: int) -> dict[str, Any]:
-        return Stored(self.directory, step).assets
+        return CheckpointReader(self.directory, step).assets
 
     def items(self, step: int) -> frozenset[str]:
         """The names of the items that a step holds."""
-        return Stored(self.directory, step).items
+        return CheckpointReader(self.directory, step).items
 
     def pass_over(self, step: int, damage: CorruptCheckpoint) -> None:
         """Says on stderr what is wrong with a checkpoint, and takes it out of the way of the one before it.
@@ -409,7 +409,7 @@ def _state_items(state: TrainState) -> dict[str, Any]:
     return items if state.ema_params is None else {**items, "ema_params": state.ema_params}
 
 
-def _restore_state(stored: Stored, like: TrainState) -> TrainState:
+def _restore_state(stored: CheckpointReader, like: TrainState) -> TrainState:
     wanted = _state_items(like)
     restored = _together(lambda: {item: stored.read(item, tree) for item, tree in wanted.items()})
     for item, tree in restored.items():

@@ -36,8 +36,8 @@ from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import average, fixed_fields, lineage
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
 from uwm_jax.training.patterns import INTERFACE, POSITIONS, is_fresh, matches, require_matches, share, skip_flag
-from uwm_jax.training.stored import CorruptCheckpoint, Stored
 
 # Fields that decide the shapes of parameters.
 _SHAPING = (
@@ -72,7 +72,7 @@ def open_origin(spec: str, parameters: str = "auto") -> Origin:
         if step is not None and step not in steps:
             raise UserError(f"config.init_from={spec!r}: {str(directory)!r} has checkpoints of steps {steps}.")
         step = steps[-1] if step is None else step
-        stored = Stored(checkpoints.directory, step)
+        stored = CheckpointReader(checkpoints.directory, step)
         averaged = stored.holds(average.ITEMS[average.AVERAGE])
         if parameters == average.AVERAGE and not averaged:
             raise UserError(

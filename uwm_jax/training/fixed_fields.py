@@ -20,7 +20,7 @@ from uwm_jax.config import MAY_CHANGE
 from uwm_jax.config_checks import matches
 from uwm_jax.errors import UserError, warn
 from uwm_jax.parallel import distributed
-from uwm_jax.training.stored import CorruptCheckpoint, Stored
+from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
 
 SAMPLING = (
     *("diffusion.spacing", "diffusion.num_inference_steps", "diffusion.hide_at", "diffusion.clip.*"),
@@ -35,14 +35,14 @@ WINDOWS = (
 EVALUATION = (*SAMPLING, *WINDOWS, "eval.action_plane", "batch_size", "mesh.rules")
 
 
-def stored_config(stored: Stored) -> ConfigDict:
+def stored_config(stored: CheckpointReader) -> ConfigDict:
     """The config that a checkpoint was saved with."""
     return config_lib.from_dict(stored.assets["config"], f"{stored.path / 'assets'}: config")
 
 
 def for_inference(
     workdir: str | os.PathLike[str],
-    stored: Stored,
+    stored: CheckpointReader,
     overrides: Iterable[tuple[str, str]] = (),
     may_change: Sequence[str] = SAMPLING,
 ) -> ConfigDict:
@@ -81,7 +81,7 @@ def started_with(workdir: str | os.PathLike[str], step: int) -> ConfigDict:
       UserError: there is no `config.json`.
     """
     try:
-        config, told = config_of_run(workdir, Stored(Path(workdir).absolute() / "checkpoints", step))
+        config, told = config_of_run(workdir, CheckpointReader(Path(workdir).absolute() / "checkpoints", step))
     except CorruptCheckpoint:  # which is told of where it is passed over
         return config_lib.read(workdir)
     if told and distributed.is_main():
@@ -89,7 +89,7 @@ def started_with(workdir: str | os.PathLike[str], step: int) -> ConfigDict:
     return config
 
 
-def config_of_run(workdir: str | os.PathLike[str], stored: Stored) -> tuple[ConfigDict, str]:
+def config_of_run(workdir: str | os.PathLike[str], stored: CheckpointReader) -> tuple[ConfigDict, str]:
     """The workdir's `config.json`, but the checkpoint's own in the fields that it fixes; and a line that names the
     fixed fields in which the file differs, "" where there are none.
 

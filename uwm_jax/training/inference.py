@@ -19,7 +19,7 @@ from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import average, fixed_fields
 from uwm_jax.training import frozen as frozen_lib
 from uwm_jax.training.checkpoint import Checkpoints
-from uwm_jax.training.stored import CorruptCheckpoint, Stored
+from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
 
 
 def define_flags() -> None:
@@ -59,7 +59,7 @@ def load_for_inference(
     if step is not None and step not in steps:
         raise UserError(f"--step={step}: {str(workdir)!r} has checkpoints of steps {steps}.")
     while True:
-        stored = Stored(checkpoints.directory, checkpoints.steps()[-1] if step is None else step)
+        stored = CheckpointReader(checkpoints.directory, checkpoints.steps()[-1] if step is None else step)
         try:
             config = fixed_fields.for_inference(workdir, stored, overrides, may_change)
             system, params, frozen = _load(config, workdir, stored, parameters)
@@ -89,24 +89,24 @@ def parameters_used(workdir: str | os.PathLike[str], step: int, parameters: str 
 
     The share of the start follows from the checkpoint's config, which no flag changes.
     """
-    stored = Stored(Path(workdir).absolute() / "checkpoints", step)
+    stored = CheckpointReader(Path(workdir).absolute() / "checkpoints", step)
     return average.describe(fixed_fields.stored_config(stored), step, parameters or _default_parameters(stored))
 
 
-def _default_parameters(stored: Stored) -> str:
+def _default_parameters(stored: CheckpointReader) -> str:
     return average.AVERAGE if stored.holds(average.ITEMS[average.AVERAGE]) else average.RAW
 
 
 def datasets_of(workdir: str | os.PathLike[str], step: int) -> dict[str, str]:
     """{source: identity} of the data that a checkpoint learned from; {} for a converted one, which knows none."""
-    stored = Stored(Path(workdir).absolute() / "checkpoints", step)
+    stored = CheckpointReader(Path(workdir).absolute() / "checkpoints", step)
     return dict(stored.data_iter.get("datasets") or {}) if "data_iter" in stored.items else {}
 
 
 def data_keys(workdir: str | os.PathLike[str], step: int) -> set[str] | None:
     """Names of all that the data of a run holds per step, as `obs/` keys have them (without `observation/`); None for a
     converted checkpoint, whose data is not known."""
-    dataset = Stored(Path(workdir).absolute() / "checkpoints", step).assets.get("dataset")
+    dataset = CheckpointReader(Path(workdir).absolute() / "checkpoints", step).assets.get("dataset")
     if not dataset:
         return None
     manifests = [dataset] if "step_features" in dataset else dataset.values()
@@ -114,7 +114,7 @@ def data_keys(workdir: str | os.PathLike[str], step: int) -> set[str] | None:
 
 
 def _load(
-    config: ConfigDict, workdir: str | os.PathLike[str], stored: Stored, parameters: str | None
+    config: ConfigDict, workdir: str | os.PathLike[str], stored: CheckpointReader, parameters: str | None
 ) -> tuple[System, Any, Any]:
     item = average.ITEMS[parameters or _default_parameters(stored)]
     if not stored.holds(item):

@@ -18,7 +18,7 @@ import pytest
 from launch.rehearse import Processes, one_device
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
-from uwm_jax.training.stored import CorruptCheckpoint, array_digests, digests_on_devices, digests_on_host
+from uwm_jax.training.checkpoint_reader import CorruptCheckpoint, array_digests, digests_on_devices, digests_on_host
 
 
 def files_of(directory: Path) -> list[str]:
@@ -180,7 +180,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[1])
 import small_run as t
 from uwm_jax.training.checkpoint import Checkpoints
-from uwm_jax.training.stored import array_digests, digests_on_devices
+from uwm_jax.training.checkpoint_reader import array_digests, digests_on_devices
 
 def spread(state, shape, spec):
     devices = jax.devices()[: int(np.prod(shape))]
@@ -227,7 +227,7 @@ _, tests, workdir = flags.FLAGS(argv)
 sys.path.insert(0, tests)
 import small_run as t
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
-from uwm_jax.training.stored import array_digests, digests_on_devices
+from uwm_jax.training.checkpoint_reader import array_digests, digests_on_devices
 
 distributed.initialize()
 main = distributed.is_main()

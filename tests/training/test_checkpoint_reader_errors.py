@@ -18,10 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uwm_jax import config, reading
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.training import checkpoint as checkpoint_lib
-from uwm_jax.training import inference
-from uwm_jax.training import stored as stored_lib
+from uwm_jax.training import checkpoint_reader, inference
 from uwm_jax.training.checkpoint import Checkpoints
-from uwm_jax.training.stored import CorruptCheckpoint, Stored, digests_on_host
+from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint, digests_on_host
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +70,7 @@ def test_what_may_pass_is_no_damage(saved, monkeypatch, error):
 
 def test_a_disk_that_does_better_the_second_time_is_no_error(saved, monkeypatch):
     failing(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)), times=3)
-    assert Stored(saved / "checkpoints", 4).assets["code_version"]
+    assert CheckpointReader(saved / "checkpoints", 4).assets["code_version"]
 
 
 def test_the_name_of_a_directory_is_no_reason(small_run, tmp_path):
@@ -81,7 +80,7 @@ def test_the_name_of_a_directory_is_no_reason(small_run, tmp_path):
         for file in (workdir / "checkpoints" / "4" / "assets").iterdir():
             file.write_text("{")
         with pytest.raises(CorruptCheckpoint):
-            _ = Stored(workdir / "checkpoints", 4).assets
+            _ = CheckpointReader(workdir / "checkpoints", 4).assets
         checkpoints = Checkpoints(workdir)
         assert checkpoints.newest_readable().step == 2
         checkpoints.close()
@@ -159,17 +158,17 @@ def test_digests_of_small_and_large_arrays_are_those_of_the_host():
             rng.integers(0, 9, (300, 100)).astype(np.int32),  # large
         )
     ]
-    assert stored_lib._digests_by_size(arrays) == digests_on_host(arrays)
+    assert checkpoint_reader._digests_by_size(arrays) == digests_on_host(arrays)
 
 
 def test_warming_up_prepares_every_program_of_a_save(small_run, monkeypatch, tmp_path):
     """As on an accelerator: nothing is compiled any more when a state is saved."""
-    monkeypatch.setattr(stored_lib, "_SMALL_BYTES", 1)
-    monkeypatch.setattr(stored_lib, "_on_cpus", lambda arrays: False)
-    stored_lib._compiled_digest.cache_clear()
+    monkeypatch.setattr(checkpoint_reader, "_SMALL_BYTES", 1)
+    monkeypatch.setattr(checkpoint_reader, "_on_cpus", lambda arrays: False)
+    checkpoint_reader._compiled_digest.cache_clear()
     codec = jax.device_put(small_run.CODEC)
     Checkpoints.warm_up(small_run.state_at(2), codec)
-    programs = stored_lib._compiled_digest(None)
+    programs = checkpoint_reader._compiled_digest(None)
     compiled = programs._cache_size()
     assert compiled > 3
     checkpoints = Checkpoints(tmp_path)

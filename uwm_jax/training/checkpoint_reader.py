@@ -41,7 +41,7 @@ class CorruptCheckpoint(UserError):
     """A checkpoint that is incomplete, cannot be read, or differs from what was saved."""
 
 
-class Stored:
+class CheckpointReader:
     """A checkpoint `<directory>/<step>`; its properties are read once and verified.
 
     Reading raises CorruptCheckpoint for a damaged piece, UserError for one that does not fit, and RunError where
