@@ -19,6 +19,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.codecs import PixelsCodec
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
+from uwm_jax.systems.uwm import official
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training import checkpoint, inference
@@ -137,7 +138,7 @@ def test_images_and_gradients_match_the_official_code(golden: Golden) -> None:
         out = system.denoise(params, frozen, batch, noise, timestep)
         return out["loss/action"] + out["loss/next_obs"]
 
-    gradients = layout.to_official(jax.jit(jax.grad(loss))(params), system.config.model.patch)
+    gradients = layout.to_official(jax.jit(jax.grad(loss))(params), official.entry_of(system.config.model.patch))
     names = [k.removeprefix("grad/") for k in g if k.startswith("grad/")]
     assert len(names) == 7
     for name in names:

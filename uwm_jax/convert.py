@@ -28,6 +28,7 @@ from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError, warn
 from uwm_jax.reading import read_json
+from uwm_jax.systems.uwm import official
 from uwm_jax.systems.uwm.modes import MODES
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.torch_bridge import description, diffusers_vae, layout, state_dict, weights
@@ -143,12 +144,12 @@ def from_torch(
         if not conflicts:
             raise
         raise UserError(layout.refusal(source, faults, conflicts)) from e
-    faults = layout.find_faults(network, like, config.model.patch) + faults
+    faults = layout.find_faults(network, like, official.entry_of(config.model.patch)) + faults
     if faults or conflicts:
         raise UserError(layout.refusal(source, faults, conflicts))
     if isinstance(run, OfficialRun):
         _check_normalized(run, facts.normalizer, no_normalizer)
-    params = layout.from_official(network, like, config.model.patch, source)
+    params = layout.from_official(network, like, official.entry_of(config.model.patch), source)
     _warn_of_infinities(tensors)
 
     names = {"weights": Path(input_path).name, "config": Path(official_config).name, "parameters": parameters}
@@ -214,7 +215,7 @@ def to_torch(
     for path in (output, output.with_suffix(".json")):
         files.check_output_file(path)
     system, params, frozen, step = inference.load_for_inference(workdir, step, overrides, parameters)
-    tensors = layout.to_official(params, system.config.model.patch)
+    tensors = layout.to_official(params, official.entry_of(system.config.model.patch))
     tensors |= _codec_tensors(system, frozen, workdir)
     described = describe(system, tensors, step, workdir)
     described |= inference.parameters_used(workdir, step, parameters)

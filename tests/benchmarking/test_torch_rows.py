@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax.benchmarking import names
 from uwm_jax.benchmarking.rows import Model
+from uwm_jax.systems.uwm import official
 from uwm_jax.torch_bridge import layout
 
 pytestmark = pytest.mark.torch
@@ -41,7 +42,7 @@ def test_parts_agree(tiny: ConfigDict) -> None:
     rows = [row for row in names.ROWS if row.startswith(("network", "encoder"))] + ["codec"]
     frozen = Model(tiny, 3, ["codec"]).frozen
     side = torch_rows.TorchRows(model.description(), rows)
-    stored = layout.to_official(params, tiny.model.patch)
+    stored = layout.to_official(params, official.entry_of(tiny.model.patch))
     stored |= {f"obs_encoder.pca.{name}": np.asarray(x) for name, x in frozen.items()}
     network = side.loop.network
     network.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in stored.items()})
@@ -59,11 +60,13 @@ def test_parts_agree(tiny: ConfigDict) -> None:
         close(theirs, ours)
     (_, ours), features = both("network/forward_backward")
     close(features, ours["global_cond"])
-    wanted = layout.to_official(params | {"noise_pred_net": ours["noise_pred_net"]}, tiny.model.patch)
+    wanted = layout.to_official(
+        params | {"noise_pred_net": ours["noise_pred_net"]}, official.entry_of(tiny.model.patch)
+    )
     for name, parameter in network.noise_pred_net.named_parameters(prefix="noise_pred_net"):
         close(parameter.grad, wanted[name], err_msg=name)
     (_, ours), _ = both("encoder/forward_backward")
-    wanted = layout.to_official(params | ours, tiny.model.patch)
+    wanted = layout.to_official(params | ours, official.entry_of(tiny.model.patch))
     for name, parameter in network.obs_encoder.img_encoder.named_parameters(prefix="obs_encoder.img_encoder"):
         close(parameter.grad, wanted[name], err_msg=name)
 

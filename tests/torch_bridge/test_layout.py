@@ -13,11 +13,12 @@ import pytest
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
+from uwm_jax.systems.uwm import official
 from uwm_jax.systems.uwm.network import network_from_config
 from uwm_jax.torch_bridge import layout
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-PATCH = (2, 4, 4)
+ENTRY_OF = official.entry_of((2, 4, 4))
 
 
 def _tree(views: int = 2, action_dim: int = 7, text: bool = False, latent_size: int = 8, **model_fields: int) -> dict:
@@ -52,12 +53,12 @@ def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 def test_names_and_shapes_are_the_official_ones() -> None:
-    entries = layout.table(_tree(), PATCH)
+    entries = layout.table(_tree(), ENTRY_OF)
     assert {e.name: e.torch_shape for e in entries} == _manifest()
 
 
 def test_the_paper_s_model_has_the_official_tensors() -> None:
-    entries = {e.name: e.torch_shape for e in layout.table(_tree(3, 10, latent_size=28, depth=12), PATCH)}
+    entries = {e.name: e.torch_shape for e in layout.table(_tree(3, 10, latent_size=28, depth=12), ENTRY_OF)}
     assert len(entries) == 454 - 248 - 2  # without the VAE and its two constants
     for name, shape in {
         "noise_pred_net.registers": (1, 8, 768),
@@ -78,11 +79,11 @@ def test_the_paper_s_model_has_the_official_tensors() -> None:
 
 def test_there_and_back_is_bit_equal() -> None:
     tensors = _random(_manifest())
-    params = layout.from_official(tensors, _tree(), PATCH, "x")
+    params = layout.from_official(tensors, _tree(), ENTRY_OF, "x")
     like = _tree()
     assert jax.tree.structure(params) == jax.tree.structure(like)
     assert jax.tree.map(lambda p: p.shape, params) == jax.tree.map(lambda p: p.shape, like)
-    back = layout.to_official(params, PATCH)
+    back = layout.to_official(params, ENTRY_OF)
     assert back.keys() == tensors.keys()
     assert all(back[name].tobytes() == tensors[name].tobytes() for name in tensors)
 
@@ -90,7 +91,7 @@ def test_there_and_back_is_bit_equal() -> None:
 def test_layouts_hold_on_single_elements() -> None:
     # Written out from the official shapes: torch index -> our index.
     t = _random(_manifest())
-    net = layout.from_official(t, _tree(), PATCH, "x")["noise_pred_net"]
+    net = layout.from_official(t, _tree(), ENTRY_OF, "x")["noise_pred_net"]
     encoder = t["noise_pred_net.obs_patchifier.patch_encoder.weight"]  # (D, c, pt, ph, pw)
     assert net["patch_encoder"]["kernel"].reshape(2, 4, 4, 4, 48)[1, 2, 3, 0, 5] == encoder[5, 0, 1, 2, 3]
     decoder = t["noise_pred_net.obs_patchifier.patch_decoder.weight"].reshape(4, 2, 4, 4, 48)
@@ -106,7 +107,7 @@ def test_layouts_hold_on_single_elements() -> None:
 
 
 def test_text_head_has_a_name() -> None:
-    names = {e.name: e.torch_shape for e in layout.table(_tree(text=True), PATCH)}
+    names = {e.name: e.torch_shape for e in layout.table(_tree(text=True), ENTRY_OF)}
     assert names["obs_encoder.text_encoder.head.weight"] == (48, 512)
     assert names["obs_encoder.text_encoder.head.bias"] == (48,)
 
@@ -119,7 +120,7 @@ def test_every_bad_tensor_is_named_in_one_error() -> None:
     tensors["noise_pred_net.pos_embed"] = tensors["noise_pred_net.pos_embed"].astype(np.int32)
     tensors["critic.weight"] = np.zeros(3, np.float32)
     with pytest.raises(UserError) as error:
-        layout.from_official(tensors, _tree(), PATCH, "weights.safetensors")
+        layout.from_official(tensors, _tree(), ENTRY_OF, "weights.safetensors")
     for part in (
         "weights.safetensors",
         "missing tensor noise_pred_net.registers (1, 24, 48)",

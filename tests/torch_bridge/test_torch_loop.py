@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
 torch = pytest.importorskip("torch")
 
 from uwm_jax.benchmarking import torch_rows  # noqa: E402
+from uwm_jax.systems.uwm import official  # noqa: E402
 from uwm_jax.torch_bridge import layout  # noqa: E402
 from uwm_jax.torch_bridge.torch_codecs import PixelsCodec  # noqa: E402
 from uwm_jax.torch_bridge.torch_loop import TorchLoop  # noqa: E402
@@ -143,7 +144,7 @@ def test_samples_are_those_of_our_sampler(fields):
     shapes = jax.eval_shape(model.system.init, jax.random.key(0))
     params = jax.tree.map(lambda s: jnp.float32(0.2 * rng.normal(size=s.shape)), shapes)
     side = torch_rows.TorchRows(model.description(), ["policy"])
-    stored = layout.to_official(params, c.model.patch)
+    stored = layout.to_official(params, official.entry_of(c.model.patch))
     side.loop.network.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in stored.items()})
 
     batch = synthetic_batch(model.system, ROWS)

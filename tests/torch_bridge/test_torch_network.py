@@ -21,6 +21,7 @@ from uwm_jax import convert
 from uwm_jax.errors import UserError
 from uwm_jax.synthetic import synthetic_batch, synthetic_system
 from uwm_jax.systems.uwm.network import network_from_config
+from uwm_jax.systems.uwm.official import entry_of
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training import checkpoint
 
@@ -159,14 +160,14 @@ def test_our_flax_network_agrees_in_values_and_gradients(encoder):
     torch_net = torch_network.UWM(
         model, action_shape=(4, 3), latent_shape=latent_shape, crop=(21, 30), low_dim=low_dim, text_dim=text_dim
     )
-    torch_net.load_state_dict(tensors(layout.to_official(params, model.patch)))
+    torch_net.load_state_dict(tensors(layout.to_official(params, entry_of(model.patch))))
     found = torch_net(torch_net.encode_obs(**tensors(obs)), tensors(noisy), tensors(timestep))
     total = sum((found[m] - tensors(target[m])).square().mean() for m in found)
     total.backward()
     for m in wanted:
         assert relative(found[m].detach(), wanted[m]) < 2e-5
     assert total.item() == pytest.approx(float(wanted_loss), rel=1e-5)
-    for name, wanted_grad in layout.to_official(grads, model.patch).items():
+    for name, wanted_grad in layout.to_official(grads, entry_of(model.patch)).items():
         assert relative(torch_net.get_parameter(name).grad, wanted_grad) < 1e-4, name
 
 
@@ -274,7 +275,7 @@ def test_what_is_no_export_is_refused(tmp_path):
     config = tiny_config("pixels")
     system, _ = synthetic_system(config, 3)
     params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), jax.eval_shape(system.init, jax.random.key(0)))
-    stored = layout.to_official(params, config.model.patch)
+    stored = layout.to_official(params, entry_of(config.model.patch))
     save_file(stored, path)
     with pytest.raises(UserError, match=r"model.json: there is no such file"):
         torch_network.load(path)

@@ -1,43 +1,25 @@
-"""The official state dict's names and layouts, and our parameter tree, exact in both directions.
+"""Official state dicts and our parameter trees, exact in both directions.
 
-Every official tensor is one parameter of ours, or one slice of a stacked one, with its axes split,
-permuted and joined again; no value is touched, so going there and back is bit-equal. The same map
-carries gradients. Torch kernels are (outputs, inputs...), ours (inputs..., outputs...); a flattened
-patch is (channel, frame, row, column) there and (frame, row, column, channel) here.
+Every official tensor is one parameter of ours, or one slice of a stacked one, with its axes split, permuted and joined
+again; no value changes, so the round trip is bit-exact. The same map carries gradients. A system says which tensor a
+parameter is, in its `official.py`, with the layouts below: torch kernels are (outputs, inputs...), ours (inputs...,
+outputs...); a flattened patch is (channel, frame, row, column) there and (frame, row, column, channel) here.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from uwm_jax.errors import UserError
+from uwm_jax.models.layers import BLOCKS
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
-
-_NET = {
-    "patch_encoder": "obs_patchifier.patch_encoder",
-    "patch_decoder": "obs_patchifier.patch_decoder",
-    "action_encoder/fc1": "action_encoder.0",
-    "action_encoder/fc2": "action_encoder.2",
-    "action_decoder/fc1": "action_decoder.0",
-    "action_decoder/fc2": "action_decoder.2",
-    "timestep_embedding/fc1": "timestep_embedding.proj.0",
-    "timestep_embedding/fc2": "timestep_embedding.proj.2",
-    "blocks/qkv": "attn.qkv",
-    "blocks/proj": "attn.proj",
-    "blocks/fc1": "mlp.fc1",
-    "blocks/fc2": "mlp.fc2",
-    "blocks/adaln": "adaLN_modulation.1",
-    "head/linear": "head.linear",
-    "head/adaln": "head.adaLN_modulation.1",
-}
 
 
 @dataclass(frozen=True)
@@ -60,45 +42,49 @@ class Entry:
         return np.ascontiguousarray(permuted.transpose(np.argsort(self.order))).reshape(shape)
 
 
-def table(params: Any, patch: Sequence[int]) -> list[Entry]:
-    """The entries of a parameter tree {"obs_encoder", "noise_pred_net"}, sorted by official name.
+# The entry of the parameter at a path: (path, layer or None, shape without the axis of layers)
+EntryOf = Callable[[Path, int | None, Shape], Entry]
+
+
+def table(params: Any, entry_of: EntryOf) -> list[Entry]:
+    """The entries of a parameter tree, sorted by official name.
 
     Args:
-      params: the tree, of arrays or of anything with a `shape`.
-      patch: latent (frames, rows, columns) of a video token.
+      params: the tree, of arrays or of anything with a `shape`; what lies under `blocks` is stacked.
+      entry_of: of the system whose tree it is.
     """
     entries = []
     for path, leaf in _flatten(params).items():
         shape = tuple(int(n) for n in leaf.shape)
-        if path[:2] == ("noise_pred_net", "blocks"):
-            entries += [_entry(path, layer, shape[1:], patch) for layer in range(shape[0])]
+        if BLOCKS in path:
+            entries += [entry_of(path, layer, shape[1:]) for layer in range(shape[0])]
         else:
-            entries.append(_entry(path, None, shape, patch))
+            entries.append(entry_of(path, None, shape))
     return sorted(entries, key=lambda e: e.name)
 
 
-def to_official(params: Any, patch: Sequence[int]) -> dict[str, np.ndarray]:
+def to_official(params: Any, entry_of: EntryOf) -> dict[str, np.ndarray]:
     """Parameters (or their gradients) under official names, in torch's layouts, dtypes kept."""
     flat = {path: np.asarray(leaf) for path, leaf in _flatten(params).items()}
     return {
-        e.name: e.to_torch(flat[e.path] if e.layer is None else flat[e.path][e.layer]) for e in table(params, patch)
+        e.name: e.to_torch(flat[e.path] if e.layer is None else flat[e.path][e.layer]) for e in table(params, entry_of)
     }
 
 
-def from_official(tensors: Mapping[str, np.ndarray], like: Any, patch: Sequence[int], source: str) -> dict[str, Any]:
-    """Official tensors of the trainable parts as our parameter tree, float32.
+def from_official(tensors: Mapping[str, np.ndarray], like: Any, entry_of: EntryOf, source: str) -> dict[str, Any]:
+    """Official tensors as our parameter tree, float32.
 
     Args:
       tensors: by official name; other floating dtypes are converted.
       like: the expected tree (anything with `shape`).
-      patch: as in `table`.
+      entry_of: as in `table`.
       source: what to call the tensors in messages.
 
     Raises:
       UserError: naming every tensor that is missing, extra, misshaped or not of a floating dtype.
     """
-    entries = table(like, patch)
-    if complaints := find_faults(tensors, like, patch):
+    entries = table(like, entry_of)
+    if complaints := find_faults(tensors, like, entry_of):
         raise UserError(refusal(source, complaints))
     shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(like).items()}
     flat: dict[Path, np.ndarray] = {}
@@ -112,9 +98,9 @@ def from_official(tensors: Mapping[str, np.ndarray], like: Any, patch: Sequence[
     return _unflatten(flat)
 
 
-def find_faults(tensors: Mapping[str, np.ndarray], like: Any, patch: Sequence[int]) -> list[str]:
+def find_faults(tensors: Mapping[str, np.ndarray], like: Any, entry_of: EntryOf) -> list[str]:
     """One line about each tensor that is not one of `like`'s; arguments as in `from_official`."""
-    entries, faults = table(like, patch), []
+    entries, faults = table(like, entry_of), []
     for e in entries:
         if e.name not in tensors:
             faults.append(f"missing tensor {e.name} {e.torch_shape}")
@@ -147,44 +133,42 @@ def is_float(dtype: np.dtype) -> bool:
     return np.issubdtype(dtype, np.floating) or dtype.name == "bfloat16"
 
 
-def _entry(path: Path, layer: int | None, shape: Shape, patch: Sequence[int]) -> Entry:
-    name = _official_name(path, layer)
-    module, leaf = path[-2], path[-1]
-    patch = tuple(patch)
-    if module == "patch_encoder" and leaf == "kernel":  # torch: a convolution (D, C, pt, ph, pw)
-        channels = shape[0] // math.prod(patch)
-        return Entry(name, path, layer, (*patch, channels, shape[1]), (4, 3, 0, 1, 2), (shape[1], channels, *patch))
-    if module == "patch_decoder":
-        split = (*patch, shape[-1] // math.prod(patch))
-        if leaf == "bias":
-            return Entry(name, path, layer, split, (3, 0, 1, 2), shape)
-        return Entry(name, path, layer, (shape[0], *split), (4, 1, 2, 3, 0), shape[::-1])
-    if leaf != "kernel":  # biases lose inner axes; scales and tables are as they are
-        return Entry(
-            name, path, layer, shape, tuple(range(len(shape))), (math.prod(shape),) if leaf == "bias" else shape
-        )
-    if path[:2] == ("obs_encoder", "img_encoder") and len(shape) == 4:  # (rows, columns, in, out)
-        order = (3, 2, 0, 1)
-        return Entry(name, path, layer, shape, order, tuple(shape[axis] for axis in order))
-    inputs = math.prod(shape[:2] if module == "proj" else shape[:1])  # proj reads (heads, head size)
+def as_it_is(name: str, path: Path, layer: int | None, shape: Shape) -> Entry:
+    """A scale, a table or a query: torch's tensor has the same axes."""
+    return Entry(name, path, layer, shape, tuple(range(len(shape))), shape)
+
+
+def bias(name: str, path: Path, layer: int | None, shape: Shape) -> Entry:
+    """A bias, whose axes torch's tensor joins."""
+    return Entry(name, path, layer, shape, tuple(range(len(shape))), (math.prod(shape),))
+
+
+def linear(name: str, path: Path, layer: int | None, shape: Shape, input_axes: int = 1) -> Entry:
+    """A kernel (inputs..., outputs...) with `input_axes` axes of inputs; torch's is (outputs, inputs)."""
+    inputs = math.prod(shape[:input_axes])
     outputs = math.prod(shape) // inputs
     return Entry(name, path, layer, (inputs, outputs), (1, 0), (outputs, inputs))
 
 
-def _official_name(path: Path, layer: int | None) -> str:
-    *modules, leaf = path
-    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
-    if modules[0] == "noise_pred_net":
-        inner = "/".join(modules[1:])
-        name = [_NET[inner]] if inner else []
-        block = [] if layer is None else ["blocks", str(layer)]
-        return ".".join(["noise_pred_net", *block, *name, leaf])
-    if modules == ["obs_encoder", "text_head"]:
-        return f"obs_encoder.text_encoder.head.{leaf}"
-    if modules[:2] == ["obs_encoder", "img_encoder"]:
-        inside = [re.sub(r"^(layer\d+|downsample)_(\d+)$", r"\1.\2", m) for m in modules[2:]]
-        return ".".join(["obs_encoder.img_encoder.model", *inside, leaf])
-    raise ValueError(f"parameter {'/'.join(path)} has no official name")
+def convolution(name: str, path: Path, layer: int | None, shape: Shape) -> Entry:
+    """A kernel (rows, columns, inputs, outputs); torch's is (outputs, inputs, rows, columns)."""
+    order = (3, 2, 0, 1)
+    return Entry(name, path, layer, shape, order, tuple(shape[axis] for axis in order))
+
+
+def patch_encoder(name: str, path: Path, layer: int | None, shape: Shape, patch: Shape) -> Entry:
+    """A kernel (patch values, D), channel innermost; torch has a convolution (D, C, *patch)."""
+    channels, axes = shape[0] // math.prod(patch), len(patch)
+    order = (axes + 1, axes, *range(axes))
+    return Entry(name, path, layer, (*patch, channels, shape[1]), order, (shape[1], channels, *patch))
+
+
+def patch_decoder(name: str, path: Path, layer: int | None, shape: Shape, patch: Shape) -> Entry:
+    """A kernel (D, patch values) or a bias (patch values,), channel innermost; torch's have it outermost."""
+    split, axes = (*patch, shape[-1] // math.prod(patch)), len(patch)
+    if len(shape) == 1:
+        return Entry(name, path, layer, split, (axes, *range(axes)), shape)
+    return Entry(name, path, layer, (shape[0], *split), (axes + 1, *range(1, axes + 1), 0), shape[::-1])
 
 
 def _flatten(tree: Mapping[str, Any], prefix: Path = ()) -> dict[Path, Any]:
