@@ -114,7 +114,7 @@ class UWM(nn.Module):
         )
 
     def encode_obs(self, images: Tensor, low_dim: Arrays | None = None, text: Tensor | None = None) -> Tensor:
-        """Features (B, F) of the current observation, as `uwm_jax.systems.uwm.obs_encoder.ObsEncoder` orders them.
+        """Features (B, F) of the current observation, as `uwm_jax.models.obs_encoder.ObsEncoder` orders them.
 
         Args:
           images: (B, V, T, H, W, 3) in [0, 1], views in sorted order of camera names.

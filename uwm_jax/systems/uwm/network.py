@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from uwm_jax.models import layers
 from uwm_jax.models.dit import DiT
-from uwm_jax.systems.uwm.obs_encoder import ObsEncoder
+from uwm_jax.models.obs_encoder import ObsEncoder
 
 Array = jax.Array
 Prediction = tuple[dict[str, Array], dict[str, Array]]

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uwm_jax.models.obs_encoder import ObsEncoder
 from uwm_jax.models.resnet import ResNet
-from uwm_jax.systems.uwm.obs_encoder import ObsEncoder
 
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
