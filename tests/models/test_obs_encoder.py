@@ -92,15 +92,16 @@ def small(**fields) -> ObsEncoder:
     return ObsEncoder(stage_sizes=(1,), width=16, embed_dim=4, **fields)
 
 
-def test_order_of_features(inputs):
-    encoder = small(use_low_dim=True, use_language=True)
+@pytest.mark.parametrize("outermost", ["view", "frame"])
+def test_order_of_features(inputs, outermost):
+    encoder = small(use_low_dim=True, use_language=True, outermost=outermost)
     variables = fast_jit(encoder.init)(jax.random.key(0), **inputs)
     features = np.asarray(fast_jit(encoder.apply)(variables, **inputs))
     assert features.shape == (2, 3 * 2 * 4 + 2 * (3 + 2) + 4)
     net = fast_jit(ResNet((1,), width=16, embed_dim=4).apply)
     for view in range(3):
         for frame in range(2):
-            start = (view * 2 + frame) * 4
+            start = 4 * (view * 2 + frame if outermost == "view" else frame * 3 + view)
             wanted = net({"params": variables["params"]["img_encoder"]}, inputs["images"][:, view, frame])
             np.testing.assert_allclose(features[:, start : start + 4], wanted, atol=1e-6)
     low_dim = np.asarray(inputs["low_dim"]["arm"]), np.asarray(inputs["low_dim"]["wrist"])
@@ -130,3 +131,8 @@ def test_missing_inputs_are_named(inputs, missing):
     encoder = small(use_low_dim=True, use_language=True)
     with pytest.raises(ValueError, match="use_low_dim" if missing == "low_dim" else "use_language"):
         jax.eval_shape(encoder.init, jax.random.key(0), **{**inputs, missing: None})
+
+
+def test_unusable_order_is_named(inputs):
+    with pytest.raises(ValueError, match="outermost must be view or frame, found 'time'"):
+        jax.eval_shape(small(outermost="time").init, jax.random.key(0), **inputs)

@@ -25,6 +25,7 @@ class ObsEncoder(nn.Module):
         embed_dim: features per frame, and of the text.
         use_low_dim: append the low-dim observations as they are (normalised by the caller).
         use_language: append a learned projection of a text embedding that a frozen model made.
+        outermost: "view" or "frame", the outer one of the two axes over which the image features run.
     """
 
     stage_sizes: tuple[int, ...] = (2, 2, 2, 2)
@@ -33,6 +34,7 @@ class ObsEncoder(nn.Module):
     embed_dim: int = 768
     use_low_dim: bool = False
     use_language: bool = False
+    outermost: str = "view"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -45,14 +47,20 @@ class ObsEncoder(nn.Module):
             text: (B, E) float. Ignored unless `use_language`.
 
         Returns:
-            (B, F) float32; image features run over (view, frame, channel), low-dim ones over (frame, column).
+            (B, F) float32; image features run over (view, frame, channel), or (frame, view, channel) by `outermost`,
+            low-dim ones over (frame, column).
 
         Raises:
-            ValueError: an input that the options ask for is missing.
+            ValueError: an input that the options ask for is missing, or `outermost` is none of its values.
         """
-        batch = images.shape[0]
+        if self.outermost not in ("view", "frame"):
+            raise ValueError(f"outermost must be view or frame, found {self.outermost!r}")
+        batch, views, frames = images.shape[:3]
         net = ResNet(self.stage_sizes, self.width, self.embed_dim, self.pool, self.dtype, name="img_encoder")
-        features = [net(images.reshape(-1, *images.shape[3:])).reshape(batch, -1)]
+        seen = net(images.reshape(-1, *images.shape[3:]))
+        if self.outermost == "frame":
+            seen = seen.reshape(batch, views, frames, -1).swapaxes(1, 2)
+        features = [seen.reshape(batch, -1)]
         if self.use_low_dim:
             if not low_dim:
                 raise ValueError("use_low_dim needs at least one low-dim observation, found none")
