@@ -22,6 +22,15 @@ def normal(std: float) -> Any:
     return init
 
 
+def uniform(bound: float) -> Any:
+    """Uniform in [-bound, bound); torch starts linear layers and convolutions so, with 1/sqrt(fan-in) as the bound."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
+
+    return init
+
+
 def kaiming_fan_out(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """N(0, 2 / fan-out) for convolution kernels (rows, columns, inputs, outputs), as torchvision (He et al. 2015)."""
     fan_out = shape[0] * shape[1] * shape[3]
