@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from uwm_jax import config_checks
+from uwm_jax import codecs, config_checks
 from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import local_path
 from uwm_jax.reading import parse_json, read_json, run_python
@@ -84,12 +84,7 @@ def base() -> ConfigDict:
     c.model.encoder.use_language = False
     c.model.encoder.imagenet_weights = ""  # safetensors file, its folder, or hub name[@revision][/file]
 
-    c.model.codec = ConfigDict()
-    c.model.codec.name = "vae"  # vae, pixels, pca
-    c.model.codec.vae = "stabilityai/sdxl-vae"  # diffusers folder or hub name[@revision]
-    c.model.codec.microbatch = 72  # frames per pass through the VAE, on each device
-    c.model.codec.posterior = "sample"  # sample (official) or mode, in training
-    c.model.codec.dtype = "float32"  # bfloat16 keeps GroupNorm in fp32
+    c.model.codec = codecs.fields()
 
     c.diffusion = ConfigDict()
     c.diffusion.num_train_steps = 100
@@ -187,18 +182,18 @@ def _action_free_of_prediction(_: Any, prediction: str) -> str:
 
 
 def _clip_of_codec(_: Any, name: str) -> float:
-    """Latents of the PCA codec have unit standard deviation, those of the others lie within about 1."""
-    return 20.0 if name == "pca" else 1.0
+    return codecs.get(name).clip if name in codecs.names() else 1.0
 
 
 def about_clip(config: ConfigDict) -> str:
-    """A sentence where `diffusion.clip.next_obs` cuts off latents of the PCA codec, which no error tells; else ""."""
-    clip = config.diffusion.clip.next_obs
-    if config.model.codec.name != "pca" or not 0 < clip < 4:
+    """A sentence where `diffusion.clip.next_obs` cuts off the codec's latents, which no error tells; else ""."""
+    codec = codecs.of_config(config)
+    if codec is None or not 0 < config.diffusion.clip.next_obs < codec.smallest_clip:
         return ""
     return (
-        f"config.diffusion.clip.next_obs={clip:g} cuts off latents of the codec pca, whose standard deviation is 1: "
-        "sampled frames lose detail. --config.diffusion.clip.next_obs=20 does not, also with a trained model."
+        f"config.diffusion.clip.next_obs={config.diffusion.clip.next_obs:g} cuts off latents of the codec "
+        f"{codec.name}, whose standard deviation is {codec.latent_rms:g}: sampled frames lose detail. "
+        f"--config.diffusion.clip.next_obs={codec.clip:g} does not, also with a trained model."
     )
 
 

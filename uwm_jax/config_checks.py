@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from uwm_jax import codecs
 from uwm_jax.errors import UserError
 
 # Values that a field may take, where its type says too little.
@@ -18,7 +19,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": ("none", "dots", "full"),
     "model.dtype": ("float32", "bfloat16"),
     "model.encoder.pool": ("average", "flatten"),
-    "model.codec.name": ("vae", "pixels", "pca"),
     "model.codec.posterior": ("sample", "mode"),
     "model.codec.dtype": ("float32", "bfloat16"),
     "diffusion.beta_schedule": ("squaredcos_cap_v2", "linear", "scaled_linear"),
@@ -79,6 +79,8 @@ def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
     choices_of = dict(_CHOICES) | {
         f"data.sources.{s}.fill_views": ("same", "none", "random") for s in config.data.sources
     }
+    if "model.codec.name" in flat:
+        choices_of["model.codec.name"] = codecs.names()
     for name, choices in choices_of.items():
         if flat[name] not in choices:
             raise UserError(f"config.{name}: expected one of {', '.join(choices)}; found {flat[name]!r}.")

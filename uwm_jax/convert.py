@@ -186,7 +186,7 @@ def _codec(config: ConfigDict, tensors: Arrays) -> Codec:
         raise UserError(
             f"--input: expected the tensors {', '.join(PCA + n for n in expected)} of a codec, found {found}."
         )
-    return PCACodec.from_params(tensors)
+    return PCACodec.from_arrays(tensors)
 
 
 def _vae_config(tensors: Arrays) -> dict[str, Any]:

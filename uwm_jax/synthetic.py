@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
-from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
+from uwm_jax import codecs
+from uwm_jax.codecs import Codec
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.systems.uwm.system import DataFacts, System
 
 LOW_DIM, TEXT_DIM = 7, 512  # widths of synthetic low-dim keys and text embeddings
-PCA_PATCH, PCA_CHANNELS = 8, 12
 
 
 def synthetic_system(config: ConfigDict, action_dim: int) -> tuple[System, Any]:
     """A system of the config's shapes and random codec arrays; a VAE is SDXL's."""
     codec, frozen = synthetic_codec(config)
+    assert codec is not None
     return System(config, synthetic_facts(config, action_dim), codec), frozen
 
 
@@ -35,33 +35,15 @@ def synthetic_facts(config: ConfigDict, action_dim: int, frame_size: tuple[int, 
     )
 
 
-def synthetic_codec(config: ConfigDict) -> tuple[Codec, Any]:
-    """The config's codec with random arrays."""
-    codec = make_codec(config)
+def synthetic_codec(config: ConfigDict) -> tuple[Codec | None, Any]:
+    """The config's codec with random arrays; (None, {}) for a config without one."""
+    codec = codecs.from_config(config)
     return codec, synthetic_arrays(config, codec)
 
 
-def make_codec(config: ConfigDict) -> Codec:
-    """The config's codec without its arrays; a VAE is SDXL's."""
-    if config.model.codec.name == "pixels":
-        return PixelsCodec()
-    if config.model.codec.name == "pca":
-        return PCACodec(PCA_PATCH, PCA_CHANNELS)
-    return VAECodec(AutoencoderKL(dtype=jnp.dtype(config.model.codec.dtype)), microbatch=config.model.codec.microbatch)
-
-
-def synthetic_arrays(config: ConfigDict, codec: Codec) -> Any:
-    """Random arrays of a codec that `make_codec` made."""
-    if isinstance(codec, PixelsCodec):
-        return {}
-    if isinstance(codec, PCACodec):
-        views, size = len(config.data.cameras), PCA_PATCH * PCA_PATCH * 3
-        components = np.linalg.qr(np.random.default_rng(0).normal(size=(views, size, PCA_CHANNELS)))[0]
-        mean = np.full((views, *config.data.crop, 3), 0.5)
-        arrays = {"mean": mean, "components": components, "scale": np.ones(())}
-        return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
-    image = jnp.zeros((1, codec.vae.downsampling, codec.vae.downsampling, 3))
-    return jax.jit(codec.vae.init)(jax.random.key(0), image)["params"]
+def synthetic_arrays(config: ConfigDict, codec: Codec | None) -> Any:
+    """Random arrays of a codec, {} for None."""
+    return {} if codec is None else codec.synthetic_arrays(len(config.data.cameras), *config.data.crop)
 
 
 def synthetic_batch(system: System, batch_size: int) -> dict[str, jax.Array]:

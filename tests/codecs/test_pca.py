@@ -40,7 +40,7 @@ def test_pca_is_the_principal_subspace_and_has_unit_std():
 
     centred = raw / 255 - (raw / 255).mean(axis=0)
     patches = patches_of(centred, 4)
-    codec = PCACodec.from_params(params)
+    codec = PCACodec.from_arrays(params)
     assert codec == PCACodec(patch=4, channels=5)
     images = jnp.asarray(raw[:, :, None], jnp.float32) / 255
     latents = np.asarray(codec.encode(params, images, None))
@@ -62,7 +62,7 @@ def test_pca_is_the_principal_subspace_and_has_unit_std():
 def test_pca_of_full_rank_is_lossless():
     raw = video(40)
     params = fit_pca(raw, patch=2, channels=12)
-    codec = PCACodec.from_params(params)
+    codec = PCACodec.from_arrays(params)
     images = jnp.asarray(video(3, seed=5)[:, :, None], jnp.float32) / 255  # other frames than those fitted
     both = jax.jit(lambda p, x: codec.decode(p, codec.encode(p, x, None)))(params, images)
     np.testing.assert_allclose(both, images, atol=3e-6)
@@ -80,7 +80,7 @@ def test_pca_of_frames_that_never_change():
     raw = np.full((4, 1, 4, 4, 3), 7, np.uint8)
     params = fit_pca(raw, patch=2, channels=3)
     assert params["scale"] == 1
-    codec = PCACodec.from_params(params)
+    codec = PCACodec.from_arrays(params)
     latents = codec.encode(params, jnp.asarray(raw[:, :, None], jnp.float32) / 255, None)
     np.testing.assert_allclose(latents, 0, atol=1e-6)
     np.testing.assert_allclose(codec.decode(params, latents), 7 / 255, atol=1e-6)

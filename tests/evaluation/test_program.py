@@ -51,7 +51,7 @@ def setup(make_tiny_config):
     config.diffusion.clip.next_obs = 20.0
     loader = Loader(config.data, batch_size=4, seed=0)
     arrays = read_pca(loader.directory, loader.camera_keys, config.data.crop, config.data.val_ratio)
-    system = System(config, DataFacts(**loader.facts()), PCACodec.from_params(arrays))
+    system = System(config, DataFacts(**loader.facts()), PCACodec.from_arrays(arrays))
     system.network = OneLine()
     return config, loader, system, {name: jnp.asarray(x) for name, x in arrays.items()}
 

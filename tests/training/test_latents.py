@@ -23,7 +23,7 @@ def parts(tiny_config):
     loader = Loader(tiny_config.data, batch_size=4, seed=0)
     data = tiny_config.data
     arrays = read_pca(loader.directory, loader.camera_keys, data.crop, data.val_ratio)
-    yield tiny_config, PCACodec.from_params(arrays), {k: jnp.asarray(v) for k, v in arrays.items()}, loader
+    yield tiny_config, PCACodec.from_arrays(arrays), {k: jnp.asarray(v) for k, v in arrays.items()}, loader
     loader.close()
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from uwm_jax import host_memory
+from uwm_jax import codecs, host_memory
 from uwm_jax.benchmarking.names import (
     CODEC,
     ENCODER,
@@ -30,10 +30,9 @@ from uwm_jax.benchmarking.names import (
     trains,
 )
 from uwm_jax.benchmarking.timing import Runner
-from uwm_jax.codecs import PCACodec, VAECodec
 from uwm_jax.errors import UserError
 from uwm_jax.parallel.accumulate import value_and_grad
-from uwm_jax.synthetic import make_codec, synthetic_arrays, synthetic_batch, synthetic_facts
+from uwm_jax.synthetic import synthetic_arrays, synthetic_batch, synthetic_facts
 from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import flops
@@ -81,7 +80,8 @@ class Model:
         self.config = config
         self.loss: jax.Array | None = None  # of the last step
         self._inputs: dict[str, Inputs] = {}  # of each part
-        codec = make_codec(config)
+        codec = codecs.from_config(config)
+        assert codec is not None
         self.system = System(config, synthetic_facts(config, action_dim, frame_size), codec)
         self.optimizer = state_lib.make_optimizer(config)
         arrays = jax.eval_shape(lambda: synthetic_arrays(config, codec))
@@ -274,24 +274,8 @@ class Model:
                 "hidden_timestep": schedule.sample_hidden_timestep,
                 "alphas_cumprod": schedule.alphas_cumprod.tolist(),
             },
-            "codec": _describe_codec(system),
+            "codec": system.codec.describe(),
         }
-
-
-def _describe_codec(system: System) -> dict[str, Any]:
-    codec = system.codec
-    if isinstance(codec, PCACodec):
-        return {"name": "pca", "patch": codec.patch, "channels": codec.channels}
-    if not isinstance(codec, VAECodec):
-        return {"name": "pixels"}
-    vae, levels = codec.vae, len(codec.vae.block_out_channels)
-    fields = "in_channels out_channels block_out_channels layers_per_block latent_channels norm_num_groups"
-    config = {
-        **{name: getattr(vae, name) for name in (*fields.split(), "scaling_factor")},
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-    return {"name": "vae", "diffusers_config": config}
 
 
 def _compile(function: Any, *args: Any) -> tuple[Any, float]:

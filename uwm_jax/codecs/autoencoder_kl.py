@@ -7,6 +7,7 @@ diffusers' configuration names, and parameter paths are diffusers' tensor names 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from uwm_jax.codecs.convolution import convolution
+from uwm_jax.models import flops
 from uwm_jax.models.normalization import GroupNorm
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -181,6 +183,37 @@ class AutoencoderKL(nn.Module):
     def downsampling(self) -> int:
         """Pixels per latent along height and width."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    def encode_flops(self, rows: int, columns: int) -> float:
+        """Operations of the products that encode one image of `rows` x `columns`."""
+        conv, inputs = flops.convolution, self.block_out_channels[0]
+        total = conv(3, self.in_channels, inputs, rows, columns)
+        for level, outputs in enumerate(self.block_out_channels):
+            for _ in range(self.layers_per_block):
+                total += conv(3, inputs, outputs, rows, columns) + conv(3, outputs, outputs, rows, columns)
+                if inputs != outputs:
+                    total += conv(1, inputs, outputs, rows, columns)
+                inputs = outputs
+            if level + 1 < len(self.block_out_channels):
+                rows, columns = rows // 2, columns // 2
+                total += conv(3, outputs, outputs, rows, columns)
+        total += 4 * conv(3, inputs, inputs, rows, columns)  # the two resnets in the middle
+        if self.mid_block_add_attention:
+            total += 4 * conv(1, inputs, inputs, rows, columns) + flops.attention(rows * columns, inputs)
+        moments = 2 * self.latent_channels
+        total += conv(3, inputs, moments, rows, columns)
+        return total + (conv(1, moments, moments, rows, columns) if self.use_quant_conv else 0.0)
+
+    def diffusers_config(self) -> dict[str, Any]:
+        """The module's fields as diffusers' `config.json` has them."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("dtype", "parent", "name")]
+        levels = len(self.block_out_channels)
+        return {
+            **{name: getattr(self, name) for name in names},
+            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
 
     def setup(self) -> None:
         shared = {"groups": self.norm_num_groups, "dtype": self.dtype, "attention": self.mid_block_add_attention}

@@ -10,12 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from uwm_jax.codecs.base import LatentShape, grid
+from uwm_jax.codecs.base import Codec, LatentShape, grid
+from uwm_jax.models import flops
+
+PATCH, CHANNELS = 8, 12  # of data_prep.reshard by default
 
 
 @dataclasses.dataclass(frozen=True)
-class PCACodec:
+class PCACodec(Codec):
     """Principal components of image patches: linear, orthonormal, centred on each view's mean image.
 
     `params` of the methods is what `fit_pca` returns. Latent (i, j) of a frame holds the patch of rows
@@ -25,11 +29,25 @@ class PCACodec:
     patch: int
     channels: int
 
+    name = "pca"
+    arrays = {"mean": ("view", "row", "column", "colour"), "components": ("view", "pixel", "channel"), "scale": ()}
+    clip = 20.0  # latents have unit standard deviation and long tails
+    smallest_clip = 4.0
+    latent_rms = 1.0
+
     @classmethod
-    def from_params(cls, params: Mapping[str, Any]) -> PCACodec:
-        """The codec that parameters of `fit_pca` belong to."""
-        _, size, channels = params["components"].shape
+    def from_config(cls, fields: ConfigDict) -> PCACodec:
+        return cls(PATCH, CHANNELS)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> PCACodec:
+        _, size, channels = arrays["components"].shape
         return cls(patch=math.isqrt(size // 3), channels=channels)
+
+    @classmethod
+    def fitted_on(cls, arrays: Mapping[str, Any]) -> tuple[int, int, int]:
+        views, height, width, _ = arrays["mean"].shape
+        return views, height, width
 
     def latent_shape(self, num_views: int, num_frames: int, height: int, width: int) -> LatentShape:
         """(V, T, H/patch, W/patch, channels)."""
@@ -57,6 +75,25 @@ class PCACodec:
             precision=jax.lax.Precision.HIGHEST,
         )
         return patches.reshape(b, v, t, h * self.patch, w * self.patch, 3) + params["mean"][:, None]
+
+    def encode_flops(self, num_frames: int, height: int, width: int) -> float:
+        positions = num_frames * (height // self.patch) * (width // self.patch)
+        return flops.dense(self.patch**2 * 3, self.channels, positions)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "latents": "patches (row, column, colour) of images - mean, times components / scale",
+            "patch": self.patch,
+            "channels": self.channels,
+        }
+
+    def synthetic_arrays(self, num_views: int, height: int, width: int) -> dict[str, jax.Array]:
+        """Grey mean images and random orthonormal components."""
+        size = self.patch * self.patch * 3
+        components = np.linalg.qr(np.random.default_rng(0).normal(size=(num_views, size, self.channels)))[0]
+        arrays = {"mean": np.full((num_views, height, width, 3), 0.5), "components": components, "scale": np.ones(())}
+        return {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
 
 
 def fit_pca(frames: np.ndarray, patch: int, channels: int) -> dict[str, np.ndarray]:

@@ -7,13 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from uwm_jax.codecs.base import LatentShape
+from uwm_jax.codecs.base import Codec, LatentShape
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelsCodec:
+class PixelsCodec(Codec):
     """Pixels moved to [-1, 1]; has no parameters and no randomness."""
+
+    name = "pixels"
+
+    @classmethod
+    def from_config(cls, fields: ConfigDict) -> PixelsCodec:
+        return cls()
 
     def latent_shape(self, num_views: int, num_frames: int, height: int, width: int) -> LatentShape:
         """(V, T, H, W, 3)."""
@@ -26,3 +33,6 @@ class PixelsCodec:
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """Inverse of `encode`."""
         return (latents.astype(jnp.float32) + 1) / 2
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "latents": "images * 2 - 1"}

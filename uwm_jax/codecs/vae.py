@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
-from uwm_jax.codecs.base import LatentShape, grid
+from uwm_jax.codecs.base import Codec, LatentShape, grid
 from uwm_jax.models.activations import axes
 
 
 @dataclasses.dataclass(frozen=True)
-class VAECodec:
+class VAECodec(Codec):
     """Latents of a variational autoencoder: (posterior - shift) * scaling / divisor.
 
     The samplers clip predicted latents to [-1, 1]; after the divisor, their standard deviation is about 1/3.
@@ -30,6 +31,14 @@ class VAECodec:
     vae: AutoencoderKL
     microbatch: int = 72
     divisor: float = 3.0
+
+    name = "vae"
+    pretrained = True
+    latent_rms = 1 / 3
+
+    @classmethod
+    def from_config(cls, fields: ConfigDict) -> VAECodec:
+        return cls(AutoencoderKL(dtype=jnp.dtype(fields.dtype)), microbatch=fields.microbatch)
 
     def latent_shape(self, num_views: int, num_frames: int, height: int, width: int) -> LatentShape:
         """(V, T, h, w, C) of the latents of `num_frames` frames of `num_views` views of `height` x `width`."""
@@ -63,6 +72,28 @@ class VAECodec:
             return (self.vae.apply({"params": params}, z, method="decode") + 1) / 2
 
         return _in_passes(images, latents, self.microbatch)
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.vae.dtype)
+
+    def encode_flops(self, num_frames: int, height: int, width: int) -> float:
+        return num_frames * self.vae.encode_flops(height, width)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "latents": "(mode of the posterior of images * 2 - 1, minus shift_factor) * scaling_factor / divisor",
+            "scaling_factor": self.vae.scaling_factor,
+            "shift_factor": self.vae.shift_factor,
+            "divisor": self.divisor,
+            "diffusers_config": self.vae.diffusers_config(),
+        }
+
+    def synthetic_arrays(self, num_views: int, height: int, width: int) -> Any:
+        """The autoencoder's parameters at initialisation."""
+        image = jnp.zeros((1, self.vae.downsampling, self.vae.downsampling, 3))
+        return jax.jit(self.vae.init)(jax.random.key(0), image)["params"]
 
 
 def _in_passes(function: Callable, x: jax.Array, microbatch: int) -> Any:

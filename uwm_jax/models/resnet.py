@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import kaiming_fan_out
 from uwm_jax.models.normalization import GroupNorm
@@ -128,6 +129,23 @@ class ResNet(nn.Module):
     embed_dim: int = 768
     pool: str = "average"
     dtype: Any = jnp.float32
+
+    def flops(self, rows: int, columns: int) -> float:
+        """Operations of the products for one image of `rows` x `columns`."""
+        rows, columns = -(-rows // 2), -(-columns // 2)
+        total = flops.convolution(7, 3, self.width, rows, columns)
+        rows, columns, inputs = -(-rows // 2), -(-columns // 2), self.width  # after the pooling
+        for stage, blocks in enumerate(self.stage_sizes):
+            outputs = self.width * 2**stage
+            for index in range(blocks):
+                if stage > 0 and index == 0:
+                    rows, columns = -(-rows // 2), -(-columns // 2)
+                total += flops.convolution(3, inputs, outputs, rows, columns)
+                total += flops.convolution(3, outputs, outputs, rows, columns)
+                if inputs != outputs:
+                    total += flops.convolution(1, inputs, outputs, rows, columns)
+                inputs = outputs
+        return total + flops.dense(inputs * (rows * columns if self.pool == "flatten" else 1), self.embed_dim)
 
     @nn.compact
     def __call__(self, images: Array) -> Array:

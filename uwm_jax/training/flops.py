@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import jax
 from ml_collections import ConfigDict
 
-from uwm_jax.codecs import PCACodec, VAECodec
-from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
+from uwm_jax.models.flops import dense
+from uwm_jax.models.resnet import ResNet
 from uwm_jax.systems.uwm.system import System
 
 
@@ -103,55 +103,14 @@ def _network(system: System) -> tuple[float, float, float]:
 def _encoder(system: System) -> float:
     """`ObsEncoder`: a `ResNet` for every frame, and the text's projection."""
     m, e = system.config.model, system.config.model.encoder
-    rows, columns = (-(-n // 2) for n in system.config.data.crop)
-    flops = _conv(7, 3, e.width, rows, columns)
-    rows, columns, inputs = -(-rows // 2), -(-columns // 2), e.width  # the maximum over 3 x 3
-    for stage, depth in enumerate(e.stage_sizes):
-        outputs = e.width * 2**stage
-        for block in range(depth):
-            if stage > 0 and block == 0:
-                rows, columns = -(-rows // 2), -(-columns // 2)
-            flops += _conv(3, inputs, outputs, rows, columns) + _conv(3, outputs, outputs, rows, columns)
-            if inputs != outputs:
-                flops += _conv(1, inputs, outputs, rows, columns)
-            inputs = outputs
-    flops += 2 * inputs * (rows * columns if e.pool == "flatten" else 1) * m.embed_dim
-    text = 2 * system.facts.text_dim * m.embed_dim if e.use_language else 0
-    return len(system.cameras) * system.num_frames * flops + text
+    resnet = ResNet(tuple(e.stage_sizes), e.width, m.embed_dim, e.pool)
+    text = dense(system.facts.text_dim, m.embed_dim) if e.use_language else 0.0
+    return len(system.cameras) * system.num_frames * resnet.flops(*system.config.data.crop) + text
 
 
 def _codec(system: System) -> float:
-    codec, (views, frames, h, w, _) = system.codec, system.latent_shape
-    if isinstance(codec, VAECodec):
-        return views * frames * vae_encode(codec.vae, *system.config.data.crop)
-    if isinstance(codec, PCACodec):
-        return views * frames * 2 * h * w * codec.patch**2 * 3 * codec.channels
-    return 0.0
-
-
-def vae_encode(vae: AutoencoderKL, rows: int, columns: int) -> float:
-    """One image through the encoder of an `AutoencoderKL`."""
-    inputs = vae.block_out_channels[0]
-    flops = _conv(3, vae.in_channels, inputs, rows, columns)
-    for level, outputs in enumerate(vae.block_out_channels):
-        for _ in range(vae.layers_per_block):
-            flops += _conv(3, inputs, outputs, rows, columns) + _conv(3, outputs, outputs, rows, columns)
-            if inputs != outputs:
-                flops += _conv(1, inputs, outputs, rows, columns)
-            inputs = outputs
-        if level + 1 < len(vae.block_out_channels):
-            rows, columns = rows // 2, columns // 2
-            flops += _conv(3, outputs, outputs, rows, columns)
-    flops += 4 * _conv(3, inputs, inputs, rows, columns)  # the two resnets in the middle
-    if vae.mid_block_add_attention:
-        flops += 4 * _conv(1, inputs, inputs, rows, columns) + 4 * (rows * columns) ** 2 * inputs
-    moments = 2 * vae.latent_channels
-    flops += _conv(3, inputs, moments, rows, columns)
-    return flops + (_conv(1, moments, moments, rows, columns) if vae.use_quant_conv else 0)
-
-
-def _conv(size: int, inputs: int, outputs: int, rows: int, columns: int) -> float:
-    return 2.0 * size * size * inputs * outputs * rows * columns
+    views, frames = system.latent_shape[:2]
+    return system.codec.encode_flops(views * frames, *system.config.data.crop)
 
 
 # Peak TFLOP/s of dense bfloat16 products with float32 sums, of one device as jax counts them, by the beginning of

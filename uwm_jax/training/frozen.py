@@ -31,7 +31,7 @@ def open_codec(config: ConfigDict, vae: str | os.PathLike[str], arrays: Any) -> 
     if c.name == "pca":
         if arrays is None:
             raise UserError("config.model.codec.name is 'pca', but the checkpoint carries no codec.")
-        return PCACodec.from_params(arrays), jax.device_put(dict(arrays))
+        return PCACodec.from_arrays(arrays), jax.device_put(dict(arrays))
     module, params, _ = diffusers_vae.load_vae(vae, dtype=c.dtype)
     return VAECodec(module, microbatch=c.microbatch), params
 

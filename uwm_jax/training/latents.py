@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
+from uwm_jax.codecs import Codec
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.loader import Loader
 from uwm_jax.parallel.distributed import say
@@ -36,7 +36,7 @@ def look(config: ConfigDict, codec: Codec, frozen: Any, loader: Loader, origin: 
       {"latent_sizes": as `sizes`} for the checkpoint's assets; {} where there was nothing to look for.
     """
     from_origin = origin is not None and origin.gives_codec(config)
-    if isinstance(codec, PixelsCodec) or not (from_origin or len(loader.sources) > 1):
+    if codec.latent_rms is None or not (from_origin or len(loader.sources) > 1):
         return {}
     found = sizes(config, codec, frozen, loader)
     drawn = {name: size for name, size in found.items() if loader.sources[name].weight}
@@ -74,7 +74,8 @@ def expected(codec: Codec, of_origin: Mapping[str, float] | None) -> float:
     """The size of latents that a model knows: its origin's where that was measured, else what the codec is made for."""
     if of_origin:
         return float(np.mean(list(of_origin.values())))
-    return 1.0 if isinstance(codec, PCACodec) else 1.0 / VAECodec.divisor
+    assert codec.latent_rms is not None
+    return codec.latent_rms
 
 
 def about(codec: Codec, found: Mapping[str, float], known: float, from_origin: bool) -> list[str]:
@@ -86,18 +87,17 @@ def about(codec: Codec, found: Mapping[str, float], known: float, from_origin: b
       from_origin: whether codec and layers come from another run; else the codec was fitted on a source of this one.
     """
     lines = []
-    name = "pca" if isinstance(codec, PCACodec) else "vae"
     for source, size in found.items():
         if known / FAR <= size <= known * FAR:
             continue
         told = (
-            f"warning: latents of {source!r} have a root mean square of {size:.3g} under the {name} codec "
+            f"warning: latents of {source!r} have a root mean square of {size:.3g} under the {codec.name} codec "
             f"{'of the origin' if from_origin else 'of this run'}, where the model expects {known:.3g}: its pictures "
             "are of another kind than those that the codec is for."
         )
         if from_origin:
             told += f" A codec for these data, with layers for it that start fresh: {skip_flag(INTERFACE['next_obs'])}"
-        elif isinstance(codec, PCACodec):
+        elif codec.arrays:
             told += (
                 " A codec for pictures of any kind is --config.model.codec.name=vae; without this source: "
                 f"--config.data.sources.{source}.weight=0"
