@@ -317,3 +317,24 @@ def test_integers_that_no_array_takes_are_refused(name, value):
     config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=f"config.{name}"):
         config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep_every": 15_000}, "keep_every=15000 is no multiple of config.checkpoint.every=10000"),
+        ({"keep_best": "policy/action_mse"}, "expected a metric of evaluations in training"),
+        ({"keep_best": "eval/policy/action_mse"}, "requires evaluations in training: set config.eval.every"),
+        ({"keep_best": "eval/policy/action_mse", "eval": 15_000}, "expected one of .* to be a multiple of the other"),
+        ({"keep_best": "eval/policy/action_mse", "eval": 20_000}, ""),
+        ({"keep_best_mode": "best"}, "expected one of min, max"),
+    ],
+)
+def test_checkpoints_to_keep_are_saved_and_evaluated(fields, message):
+    config = config_lib.base()
+    config.eval.every = fields.pop("eval", 0)
+    config.checkpoint.update(fields)
+    if not message:
+        return config_lib.validate(config)
+    with pytest.raises(UserError, match=message):
+        config_lib.validate(config)

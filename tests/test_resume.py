@@ -193,7 +193,8 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(uninterrupted, config,
 MAY_CHANGE = {
     *("total_steps", "log_every", "hang_seconds", "eval.every", "eval.num_windows"),
     "eval.action_plane",  # of pictures
-    *("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep"),
+    *("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every"),
+    *("checkpoint.keep_best", "checkpoint.keep_best_mode"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules"),
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
     *("data.num_threads", "data.prefetch"),  # how fast the same rows are read

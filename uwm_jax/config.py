@@ -155,7 +155,10 @@ def base() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10_000
     c.checkpoint.every_minutes = 30.0  # and after so much time since the last one; 0 = by steps alone
-    c.checkpoint.keep = 3
+    c.checkpoint.keep = 3  # how many of the newest stay on disk
+    c.checkpoint.keep_every = 0  # steps that are multiples of it stay for good; 0 = none
+    c.checkpoint.keep_best = ""  # metric of evaluations in training, e.g. "eval/policy/action_mse": its best step stays
+    c.checkpoint.keep_best_mode = "min"  # whether min or max of keep_best is best
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between evaluations of loss and all modes on held-out windows; 0 = never
@@ -238,10 +241,7 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     path, _, argument = spec.partition(":")
     path = str(local_path(spec if argument.startswith("//") else path, "--config"))
     if not Path(path).is_file() or not path.endswith(".py"):
-        folder = Path(__file__).resolve().parents[1] / "configs"  # wherever the command is started
-        place = Path("configs") if Path("configs").resolve() == folder else folder
-        shipped = [str(place / p.name) for p in sorted(folder.glob("*.py")) if p.stem != "__init__"]
-        raise UserError(f"--config: there is no Python file {path!r}. Shipped configs: {', '.join(shipped)}.")
+        raise UserError(f"--config: there is no Python file {path!r}.{_shipped()}")
     expected = (
         "a Python file whose get_config([argument]) returns an ml_collections ConfigDict made from "
         "uwm_jax.config.base()"
@@ -254,6 +254,17 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     apply_overrides(config, overrides)
     validate(config)
     return config
+
+
+def _shipped() -> str:
+    """A sentence about the configs of the clone that this file lies in; "" where the package is installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return ""
+    folder = root / "configs"
+    place = Path("configs") if Path("configs").resolve() == folder else folder
+    shipped = [str(place / p.name) for p in sorted(folder.glob("*.py")) if p.stem != "__init__"]
+    return f" Shipped configs: {', '.join(shipped)}."
 
 
 def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> None:

@@ -34,6 +34,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.augment.draw": ("sample", "batch"),
     "optimizer.schedule": ("constant", "cosine"),
     "optimizer.ema_warmup": ("ramp", "none"),
+    "checkpoint.keep_best_mode": ("min", "max"),
     "init_from_normalizer": ("origin", "fresh"),
     "init_from_parameters": ("auto", "average", "raw"),
 }
@@ -213,6 +214,7 @@ def _check_combinations(c: ConfigDict) -> None:
         c.mesh.data == -1 or c.mesh.data > 0,
         f"config.mesh.data: expected a number of devices or -1 for all, found {c.mesh.data}.",
     )
+    _check_retention(c, check)
     check(bool(c.mesh.rules), "config.mesh.rules: expected the name of a table in configs/meshes/, or a FILE.py.")
     plane = c.eval.action_plane
     if plane and plane[0] not in d.cameras:
@@ -226,6 +228,32 @@ def _check_combinations(c: ConfigDict) -> None:
             value == default or bool(c.init_from),
             f"config.init_from_{name}={value!r} means nothing without config.init_from.",
         )
+
+
+def _check_retention(c: ConfigDict, check: Callable[[bool, str], None]) -> None:
+    every, evaluated, kept = c.checkpoint.every, c.eval.every, c.checkpoint.keep_every
+    check(
+        kept % every == 0,
+        f"config.checkpoint.keep_every={kept} is no multiple of config.checkpoint.every={every}: only steps at which a "
+        "checkpoint is saved can be kept.",
+    )
+    best = c.checkpoint.keep_best
+    if not best:
+        return
+    check(
+        best.startswith("eval/") and len(best.split("/")) > 2,
+        f"config.checkpoint.keep_best={best!r}: expected a metric of evaluations in training, as metrics.jsonl names "
+        "it, such as 'eval/policy/action_mse' or 'eval/loss/action'.",
+    )
+    check(
+        evaluated > 0,
+        f"config.checkpoint.keep_best={best!r} requires evaluations in training: set config.eval.every.",
+    )
+    check(
+        every % evaluated == 0 or evaluated % every == 0,
+        f"config.checkpoint.keep_best={best!r} compares steps that are both evaluated and saved: expected one of "
+        f"config.checkpoint.every={every} and config.eval.every={evaluated} to be a multiple of the other.",
+    )
 
 
 def _check_sources(d: ConfigDict, check: Callable[[bool, str], None]) -> None:

@@ -42,6 +42,7 @@ from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.held_out import HeldOut, headlines
 from uwm_jax.training.log import MetricsLog, Window, progress_line
 from uwm_jax.training.profile import Profile
+from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup
 from uwm_jax.training.step import compile_for, make_train_step
 
@@ -121,7 +122,7 @@ def run(
     checkpoints: Any = None
     stored, origin = None, None
     if last_step is not None:
-        checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
+        checkpoints = checkpoint_lib.Checkpoints(workdir, Retention.of(config))
         closing.callback(checkpoints.close)
         stored = checkpoints.newest_readable()
         config_lib.refuse_changed(config, fixed_fields.stored_config(stored))
@@ -189,10 +190,10 @@ def run(
 
     # --- Workdir: locked first; nothing is written before all of the above is known to be good. ----
     if not stored:
-        checkpoints = checkpoint_lib.Checkpoints(workdir, keep=config.checkpoint.keep, first_start=True)
+        checkpoints = checkpoint_lib.Checkpoints(workdir, Retention.of(config), first_start=True)
         closing.callback(checkpoints.close)
     if distributed.is_main():
-        checkpoint_lib.warn_of_room(workdir, like, config.checkpoint.keep)
+        checkpoint_lib.warn_of_room(workdir, like, Retention.of(config).at_most(config.total_steps))
         checkpoint_lib.write_config(workdir, config)
         provenance.add_start(workdir, start)
     checkpoint_lib.require_shared(workdir, config)

@@ -15,6 +15,7 @@ from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training.checkpoint import Checkpoints, make_assets
+from uwm_jax.training.retention import Retention
 from uwm_jax.training.state import TrainState, create, make_optimizer
 
 
@@ -36,7 +37,7 @@ def assets_of(note: str = "") -> dict:
 
 
 def save_steps(workdir: Path, *steps: int, keep: int | None = None) -> Path:
-    checkpoints = Checkpoints(workdir, keep)
+    checkpoints = Checkpoints(workdir, Retention(keep))
     for step in steps:
         checkpoints.save(state_at(step), {"position": 8 * step, "history": [[0, 1.5]]}, CODEC, assets_of())
     checkpoints.close()

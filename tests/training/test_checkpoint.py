@@ -26,6 +26,7 @@ from uwm_jax.training.checkpoint import (
     write_config,
 )
 from uwm_jax.training.inference import load_for_inference
+from uwm_jax.training.retention import Retention
 from uwm_jax.training.state import TrainState, create, make_optimizer
 
 
@@ -98,13 +99,13 @@ def test_a_first_start_leaves_what_another_run_saved_meanwhile(converted):
 
 def test_too_little_room_for_the_checkpoints_to_keep_is_told(tmp_path, monkeypatch, capsys):
     state = {"w": jax.ShapeDtypeStruct((250, 1000), jnp.float32)}  # 1 MB
-    for free, keep, warns in ((4.1e6, 3, False), (3.9e6, 3, True), (3.9e6, 2, False)):
+    for free, most, warns in ((4.1e6, 4, False), (3.9e6, 4, True), (3.9e6, 3, False), (0, None, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        warn_of_room(tmp_path, state, keep)
-        assert ("config.checkpoint.keep=3" in capsys.readouterr().err) == warns
+        warn_of_room(tmp_path, state, most)
+        assert ("keep up to 3" in capsys.readouterr().err) == warns
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)  # one of the three is there already
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3.1e6))
-    warn_of_room(tmp_path, state, 3)
+    warn_of_room(tmp_path, state, 4)
     assert not capsys.readouterr().err
 
 
@@ -163,7 +164,7 @@ def test_sampling_falls_back_too_but_not_from_a_step_that_was_asked_for(small_ru
 
 
 def test_the_newest_comes_back_and_old_ones_go(small_run, workdir):
-    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints = Checkpoints(workdir, Retention(2))
     assert checkpoints.steps() == [4, 6]
     assert {p.name for p in checkpoints.directory.iterdir()} == {"4", "6"}
     stored = checkpoints.newest_readable()
@@ -220,7 +221,7 @@ def full_disk(monkeypatch):
 
 
 def test_a_failed_save_is_raised_at_the_next_step(small_run, workdir, full_disk, capfd):
-    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints = Checkpoints(workdir, Retention(1))
     checkpoints.check()
     checkpoints.save(small_run.state_at(8), {}, small_run.CODEC, small_run.assets_of())
     with pytest.raises(RunError, match=r"checkpoints/8: .*No space left on device.*continues from step 6"):
@@ -261,7 +262,7 @@ def test_a_directory_that_cannot_be_read_hides_no_failed_save(small_run, workdir
     def steps(_):
         raise OSError(errno.EIO, "Input/output error", str(workdir))
 
-    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints = Checkpoints(workdir, Retention(1))
     monkeypatch.setattr(Checkpoints, "steps", steps)
     checkpoints.save(small_run.state_at(8), {}, small_run.CODEC, small_run.assets_of())
     with pytest.raises(RunError, match=r"checkpoints/8: .*No space left on device"):

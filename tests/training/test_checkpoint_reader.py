@@ -227,6 +227,7 @@ _, tests, workdir = flags.FLAGS(argv)
 sys.path.insert(0, tests)
 import small_run as t
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.retention import Retention
 from uwm_jax.training.checkpoint_reader import array_digests, digests_on_devices
 
 distributed.initialize()
@@ -240,7 +241,7 @@ def place(state):
     spread = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: np.asarray(x)[i])
     return jax.tree.map(spread, state, where(state))
 
-checkpoints = Checkpoints(workdir, keep=2)
+checkpoints = Checkpoints(workdir, Retention(2))
 for step in (2, 4, 6):
     checkpoints.save(place(t.state_at(step)), {"position": 8 * step}, t.CODEC, t.assets_of())
 checkpoints.close()
@@ -251,7 +252,7 @@ distributed.barrier("saved")
 if main:
     t.flip(t.largest_file(Path(workdir) / "checkpoints" / "6" / "params"))
 distributed.barrier("damaged")
-checkpoints = Checkpoints(workdir, keep=2)
+checkpoints = Checkpoints(workdir, Retention(2))
 like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), t.LIKE, where(t.LIKE))
 state, stored = checkpoints.restore_latest(like)
 assert stored.step == 4 and latest_step(workdir) == 4

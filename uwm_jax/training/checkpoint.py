@@ -40,6 +40,7 @@ from uwm_jax.reading import again, cause_of, no_room
 from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import lock, provenance
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint, prepare_digests, with_digests
+from uwm_jax.training.retention import Retention
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.writer import make_writer
 
@@ -80,14 +81,17 @@ def require_shared(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
         )
 
 
-def warn_of_room(workdir: str | os.PathLike[str], state: Any, keep: int) -> None:
-    """Warns where the disk has less room than `keep` checkpoints, and the one that is being written, still need.
+def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None) -> None:
+    """Warns where the disk has less room than the checkpoints of a run still need.
 
     Args:
       state: shapes and dtypes of what each of them holds.
+      most: how many there will be at one time, with one that is being written (`Retention.at_most`); None: unknown.
     """
+    if most is None:
+        return
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if hasattr(x.dtype, "itemsize"))
-    missing = max(1, keep + 1 - len(_steps(Path(workdir) / "checkpoints")))
+    missing = max(1, most - len(_steps(Path(workdir) / "checkpoints")))
     try:
         free = shutil.disk_usage(workdir).free
     except OSError:  # a file system that does not tell
@@ -95,7 +99,8 @@ def warn_of_room(workdir: str | os.PathLike[str], state: Any, keep: int) -> None
     if free < missing * size:
         warn(
             f"{workdir}: {free / 1e6:,.1f} MB are free, but {missing} more checkpoints of {size / 1e6:,.1f} MB are "
-            f"written before old ones are deleted (config.checkpoint.keep={keep}). Free some space, or keep fewer."
+            f"written before old ones are deleted (config.checkpoint.keep and the like keep up to {most - 1}). Free "
+            "some space, or keep fewer."
         )
 
 
@@ -114,7 +119,7 @@ class Checkpoints:
 
     Args:
       workdir: the run's directory.
-      keep: how many of the newest to keep; None keeps all.
+      retention: which checkpoints stay when a new one is complete; by default all.
       read_only: changes nothing on disk, not even what looks left over: a run may be saving just now.
       first_start: there must be no checkpoints.
 
@@ -127,14 +132,14 @@ class Checkpoints:
     def __init__(
         self,
         workdir: str | os.PathLike[str],
-        keep: int | None = None,
+        retention: Retention | None = None,
         read_only: bool = False,
         first_start: bool = False,
     ):
         self.directory = Path(workdir).absolute() / "checkpoints"
         if read_only and latest_step(workdir) is None:
             raise UserError(f"--workdir: {str(workdir)!r} holds no checkpoint yet.")
-        self._keep, self._read_only = keep, read_only
+        self._retention, self._read_only = retention or Retention(), read_only
         self._passed_over: set[int] = set()
         self._locked = False
         self._saving: threading.Thread | None = None
@@ -364,20 +369,28 @@ class Checkpoints:
         self._saving.start()
 
     def _finish(self, step: int) -> None:
-        """Beside the training: waits until a checkpoint is whole, and only then deletes old ones."""
+        """In a thread of its own: waits until a checkpoint is complete, and only then deletes old ones."""
         try:
             self._writer.wait_until_finished()
         except BaseException as e:
             self._failure = self._failed(step, e)
             return
-        if self._keep is not None and distributed.is_main():
-            for old in self._listed()[: -self._keep]:
+        if distributed.is_main():
+            for old in self._surplus():
                 gone = self.directory / f"{old}.deleted"  # renamed first: half of a checkpoint never looks like one
                 try:
                     (self.directory / str(old)).rename(gone)
                     shutil.rmtree(gone)
                 except OSError as e:
                     warn(f"{self.directory / str(old)}: an old checkpoint could not be deleted: {cause_of(e)}")
+
+    def _surplus(self) -> list[int]:
+        """The steps whose checkpoints are to be deleted; none, with a warning, where that cannot be decided."""
+        try:
+            return self._retention.surplus(self._listed(), self.directory.parent)
+        except (OSError, RunError) as e:
+            warn(f"no old checkpoint is deleted: {cause_of(e)}")
+            return []
 
     def _listed(self) -> list[int]:
         """`steps`, for the thread that must tell how a save went; none, with a warning, where they cannot be read."""

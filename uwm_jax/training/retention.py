@@ -1,0 +1,90 @@
+"""Retention: which checkpoints of a run stay on disk, decided by orbax's preservation policies.
+
+The newest few always stay; besides them every Nth step, and the one with the best value of an evaluation's metric.
+Values are those that the run itself measured, read from its `metrics.jsonl`, so that a continued run decides as an
+uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers
+
+from uwm_jax.errors import UserError, suggest
+from uwm_jax.training.log import read_metrics
+
+
+@dataclasses.dataclass
+class _Checkpoint:
+    """What orbax's policies ask of a checkpoint."""
+
+    step: int
+    metrics: dict[str, Any] | None
+    time: datetime.datetime = datetime.datetime.min  # no policy used here asks for it
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """The checkpoints to keep.
+
+    Attributes:
+      newest: how many of the newest; None keeps all.
+      every: steps that are multiples of it stay too; 0: none.
+      best: the checkpoint of the step with the best value of this metric of `metrics.jsonl` stays too, the later one of
+        equal values; "": none. A step that was not evaluated has no value.
+      mode: whether "min" or "max" is best.
+    """
+
+    newest: int | None = None
+    every: int = 0
+    best: str = ""
+    mode: str = "min"
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> Retention:
+        """That of `config.checkpoint`."""
+        c = config.checkpoint
+        return cls(c.keep, c.keep_every, c.keep_best, c.keep_best_mode)
+
+    def surplus(self, steps: Sequence[int], workdir: Path) -> list[int]:
+        """Those of `steps` (ascending) whose checkpoints are not to be kept."""
+        if self.newest is None or len(steps) <= self.newest:
+            return []
+        policies: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(self.newest)]
+        if self.every:
+            policies.append(checkpoint_managers.EveryNSteps(self.every))
+        values: dict[int, dict[str, Any]] = {}
+        if self.best:
+            values = {line["step"]: line for line in read_metrics(workdir / "metrics.jsonl") if self.best in line}
+            best = checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[self.best],
+                reverse=self.mode == "min",  # orbax keeps the last ones in this order
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best)
+        found = [_Checkpoint(step, values.get(step)) for step in steps]
+        context = checkpoint_managers.PreservationContext()
+        kept = checkpoint_managers.AnyPreservationPolicy(policies).should_preserve(found, context=context)
+        return [step for step, keeps in zip(steps, kept, strict=True) if not keeps]
+
+    def at_most(self, total_steps: int) -> int | None:
+        """Most checkpoints that lie on disk at one time, with one that is being written; None: no limit."""
+        if self.newest is None:
+            return None
+        return self.newest + 1 + (total_steps // self.every if self.every else 0) + bool(self.best)
+
+    def check(self, measured: Iterable[str]) -> None:
+        """Raises UserError where `best` is none of the metrics that evaluations in training measure."""
+        names = sorted(measured)
+        if self.best and self.best not in names:
+            raise UserError(
+                f"config.checkpoint.keep_best={self.best!r}: evaluations of this run do not measure it."
+                f"{suggest(self.best, names)} They measure: {', '.join(names)}."
+            )
