@@ -34,8 +34,7 @@ from uwm_jax.parallel.turns import Turns
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import checkpoint as checkpoint_lib
-from uwm_jax.training import compatibility, finetune, fixed_fields, latents, lineage, patterns, provenance
-from uwm_jax.training import frozen as frozen_lib
+from uwm_jax.training import codec_store, compatibility, finetune, fixed_fields, latents, lineage, patterns, provenance
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
@@ -146,7 +145,7 @@ def run(
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
     startup.reached("model")
     vae, arrays = where_codec(config, workdir, loader, stored, origin)
-    codec, frozen = frozen_lib.open_codec(config, vae, arrays)
+    codec, frozen = codec_store.open_codec(config, vae, arrays)
     if stored:
         past = lineage.kept(stored.assets)
     else:
@@ -198,7 +197,7 @@ def run(
         provenance.add_start(workdir, start)
     checkpoint_lib.require_shared(workdir, config)
     if not stored:
-        frozen_lib.keep_vae(config, vae, workdir)
+        codec_store.keep_vae(config, vae, workdir)
 
     # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------
     startup.reached("compile")
@@ -209,7 +208,7 @@ def run(
         step_function = make_train_step(config, system, optimizer, mesh)
         train_step = compile_for(mesh, rules, step_function, *inputs, updates_state=True)
         if not stored:
-            checkpoints.warm_up(state, frozen_lib.checkpointed_arrays(config, frozen))  # SIGTERM leaves little time
+            checkpoints.warm_up(state, codec_store.checkpointed_arrays(config, frozen))  # SIGTERM leaves little time
         if config.eval.every:
             held_out = HeldOut(system, loader, mesh, rules, like, frozen)
 
@@ -235,7 +234,7 @@ def run(
 
     def save(step: int, state: state_lib.TrainState) -> None:
         with goodput.spend("checkpoint"):
-            arrays = frozen_lib.checkpointed_arrays(config, frozen)
+            arrays = codec_store.checkpointed_arrays(config, frozen)
             progress = {"window": window.state(), "goodput": goodput.state(step)}
             checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
             turns.saved()
@@ -315,7 +314,7 @@ def open_loader(
 def where_codec(config: ConfigDict, workdir: Path, loader: Loader, stored: Any, origin: Any) -> tuple[Any, Any]:
     """(VAE's place, arrays of a fitted codec): the checkpoint's, else the origin's, else new ones for this data."""
     if stored:
-        return frozen_lib.vae_folder(workdir), stored.codec
+        return codec_store.vae_folder(workdir), stored.codec
     if origin and origin.gives_codec(config):
         return origin.vae, origin.codec_arrays
     is_pca, data = config.model.codec.name == "pca", config.data

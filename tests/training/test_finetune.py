@@ -20,8 +20,8 @@ from uwm_jax.synthetic import synthetic_system
 from uwm_jax.systems.uwm.system import DataFacts, System
 from uwm_jax.training import compatibility
 from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
+from uwm_jax.training.codec_store import open_codec
 from uwm_jax.training.finetune import open_origin
-from uwm_jax.training.frozen import open_codec
 from uwm_jax.training.patterns import INTERFACE
 from uwm_jax.training.state import create, make_optimizer
 

@@ -33,8 +33,7 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError
 from uwm_jax.parallel.distributed import say
 from uwm_jax.systems.uwm.system import DataFacts
-from uwm_jax.training import average, fixed_fields, lineage
-from uwm_jax.training import frozen as frozen_lib
+from uwm_jax.training import average, codec_store, fixed_fields, lineage
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
 from uwm_jax.training.patterns import INTERFACE, POSITIONS, is_fresh, matches, require_matches, share, skip_flag
@@ -162,7 +161,7 @@ class Origin:
     @property
     def vae(self) -> Path:
         """The folder of its VAE."""
-        return frozen_lib.vae_folder(self.directory)
+        return codec_store.vae_folder(self.directory)
 
     def params(self, fresh: Any, config: ConfigDict) -> tuple[Any, list[str]]:
         """The origin's parameters, in the places of fresh ones.

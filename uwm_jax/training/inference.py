@@ -16,8 +16,7 @@ from uwm_jax.data.records import short_key
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import local_path
 from uwm_jax.systems.uwm.system import DataFacts, System
-from uwm_jax.training import average, fixed_fields
-from uwm_jax.training import frozen as frozen_lib
+from uwm_jax.training import average, codec_store, fixed_fields
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
 
@@ -123,7 +122,7 @@ def _load(
             "config.optimizer.ema_decay=0, or was converted). Leave the flag out."
         )
     facts = DataFacts.from_json(stored.assets["data_facts"])
-    codec, frozen = frozen_lib.from_workdir(config, workdir, stored.codec)
+    codec, frozen = codec_store.from_workdir(config, workdir, stored.codec)
     system = System(config, facts, codec)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(

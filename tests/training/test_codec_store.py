@@ -12,7 +12,7 @@ from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.errors import UserError
 from uwm_jax.torch_bridge import diffusers_vae
-from uwm_jax.training import frozen
+from uwm_jax.training import codec_store
 
 CONFIG = {
     "_class_name": "AutoencoderKL",
@@ -46,12 +46,12 @@ def config(tiny_config):
 @pytest.mark.slow
 def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
     params = write_vae(tmp_path / "vae", seed=0)
-    codec, found = frozen.open_codec(config, tmp_path / "vae", None)
-    frozen.keep_vae(config, tmp_path / "vae", tmp_path / "run")
+    codec, found = codec_store.open_codec(config, tmp_path / "vae", None)
+    codec_store.keep_vae(config, tmp_path / "vae", tmp_path / "run")
     assert isinstance(codec, VAECodec) and isinstance(codec.vae, AutoencoderKL) and codec.microbatch == 3
     jax.tree.map(np.testing.assert_array_equal, found, params)
     config.model.codec.vae = "nowhere/at-all"  # a run that continues reads its own copy
-    _, again = frozen.from_workdir(config, tmp_path / "run", None)
+    _, again = codec_store.from_workdir(config, tmp_path / "run", None)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
@@ -59,17 +59,17 @@ def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
 def test_another_vae_in_the_workdir_is_refused(config, tmp_path):
     for seed in (0, 1):
         write_vae(tmp_path / str(seed), seed)
-    frozen.keep_vae(config, tmp_path / "0", tmp_path / "run")
+    codec_store.keep_vae(config, tmp_path / "0", tmp_path / "run")
     with pytest.raises(UserError, match="frozen/vae"):
-        frozen.keep_vae(config, tmp_path / "1", tmp_path / "run")
+        codec_store.keep_vae(config, tmp_path / "1", tmp_path / "run")
 
 
 def test_codecs_without_a_vae(tiny_config, tmp_path):
     arrays = {"mean": np.zeros((1, 16, 16, 3)), "components": np.zeros((1, 192, 4)), "scale": np.ones(())}
-    codec, found = frozen.open_codec(tiny_config, "", arrays)
-    assert codec == PCACodec(8, 4) and frozen.checkpointed_arrays(tiny_config, found) is found
+    codec, found = codec_store.open_codec(tiny_config, "", arrays)
+    assert codec == PCACodec(8, 4) and codec_store.checkpointed_arrays(tiny_config, found) is found
     with pytest.raises(UserError, match="carries no codec"):
-        frozen.from_workdir(tiny_config, tmp_path, None)
+        codec_store.from_workdir(tiny_config, tmp_path, None)
     tiny_config.model.codec.name = "pixels"
-    assert frozen.open_codec(tiny_config, "", None) == (PixelsCodec(), {})
-    assert frozen.checkpointed_arrays(tiny_config, {}) is None
+    assert codec_store.open_codec(tiny_config, "", None) == (PixelsCodec(), {})
+    assert codec_store.checkpointed_arrays(tiny_config, {}) is None
