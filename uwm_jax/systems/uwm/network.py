@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from uwm_jax.models import layers
-from uwm_jax.models.dit import DiT
 from uwm_jax.models.obs_encoder import ObsEncoder
+from uwm_jax.systems.uwm.dit import DiT
 
 Array = jax.Array
 Prediction = tuple[dict[str, Array], dict[str, Array]]

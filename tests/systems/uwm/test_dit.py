@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from uwm_jax.models import layers
-from uwm_jax.models.dit import DiT, Head, layer_norm, patchify, sinusoid, unpatchify
+from uwm_jax.systems.uwm.dit import DiT, Head, layer_norm, patchify, sinusoid, unpatchify
 
 FEATURES, STEPS = 20, 16  # width of the observation features and of the timestep embedding
 WIDTH, HEADS, DEPTH, ACTION_DIM, PATCH_VALUES = 24, 3, 2, 3, 2 * 4 * 4 * 4
