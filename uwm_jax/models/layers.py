@@ -10,6 +10,7 @@ the stack, which `lax.scan` runs over: one layer to compile, and a layer's weigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -18,6 +19,11 @@ import jax.numpy as jnp
 
 BLOCKS = "blocks"  # the key under which the stacked tree lies
 
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps what the dense layers made
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class Layers(flax.struct.PyTreeNode):
     """One parameter of all layers, held apart: `arrays[i]` is that of layer i, without the leading axis."""
@@ -25,9 +31,61 @@ class Layers(flax.struct.PyTreeNode):
     arrays: tuple[Any, ...]
 
 
+Body = Callable[[jax.Array, Any], jax.Array]
+
+
 def scans_by_default() -> bool:
     """The value that `config.model.scan_blocks=None` stands for; this module's docstring gives the reason."""
     return jax.default_backend() != "cpu" or jax.device_count() > 1
+
+
+def check_remat(remat: str) -> None:
+    """Raises ValueError unless `rematerialized` knows it."""
+    if remat != "none" and remat not in REMAT_POLICIES:
+        raise ValueError(f"remat must be one of none, {', '.join(REMAT_POLICIES)}; found {remat!r}")
+
+
+def rematerialized(body: Body, remat: str, layers: Any, *, scan: bool) -> Body:
+    """The body of `run`, told what to recompute in the backward pass.
+
+    Args:
+      remat: "none", "dots" (all but the dense layers' products) or "full".
+      layers, scan: as `run` will get them.
+    """
+    if remat == "none":
+        return body
+    # A scan keeps XLA from merging the recomputation with the forward pass; unrolled code needs barriers.
+    return jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not _scans(layers, scan))
+
+
+def run(body: Body, x: jax.Array, layers: Any, depth: int, *, scan: bool) -> tuple[jax.Array, jax.Array]:
+    """Applies `body(x, layer)` with each layer of the tree `layers`, in order.
+
+    Args:
+      x: the stream, of one shape throughout.
+      layers: leaves with a leading axis of `depth`, or held apart.
+      scan: one compiled body in a `lax.scan`, or `depth` of them; layers that are held apart are never scanned.
+
+    Returns:
+      the stream after the last layer, and (depth, ...) after every layer.
+    """
+    if _scans(layers, scan):
+
+        def step(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+            x = body(x, layer)
+            return x, x
+
+        return jax.lax.scan(step, x, layers)
+    hidden = []
+    for layer in of_each(layers, depth):
+        # The barrier keeps XLA from adding the stream up anew, from the first layer on, wherever it is used.
+        x = jax.lax.optimization_barrier(body(x, layer))
+        hidden.append(x)
+    return x, jnp.stack(hidden)
+
+
+def _scans(layers: Any, scan: bool) -> bool:
+    return scan and not are_apart(layers)
 
 
 def of_each(tree: Any, depth: int) -> list[Any]:

@@ -1,10 +1,10 @@
 """Products of activations with kernels of more than two axes, as each platform computes them best.
 
-Kernels keep head and channel axes apart so that either can be sharded (`dit.py`). XLA's CPU compiler, however, copies a
-kernel with several input or output axes into another layout for every product with its transpose, that is in every
-backward pass: a copy of AdaLN's kernel takes a dozen times as long as its product with a few rows. As a matrix, which
-the same memory is, it is used where it lies. Where the compiler divides an axis over devices, merging it with another
-would move data, so there, and on accelerators, which choose their own layouts, the axes stay.
+Kernels keep head and channel axes apart so that either can be sharded (`transformer.py`). XLA's CPU compiler, however,
+copies a kernel with several input or output axes into another layout for every product with its transpose, that is in
+every backward pass: a copy of AdaLN's kernel takes a dozen times as long as its product with a few rows. As a matrix,
+which the same memory is, it is used where it lies. Where the compiler divides an axis over devices, merging it with
+another would move data, so there, and on accelerators, which choose their own layouts, the axes stay.
 """
 
 from __future__ import annotations
