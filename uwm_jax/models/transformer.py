@@ -248,8 +248,8 @@ class BlockStack:
             # The modulation belongs to the body: it is rematerialised, and its weights gathered, layer by layer.
             return _apply(block, params, x, activated_cond, mask)
 
-        body = layers_lib.rematerialized(body, self.remat, blocks, scan=self.scan)
-        return layers_lib.run(body, x, blocks, self.depth, scan=self.scan)
+        layer = layers_lib.rematerialized(body, self.remat, blocks, scan=self.scan)
+        return layers_lib.run(layer, x, blocks, self.depth, scan=self.scan)
 
     def modulation(self, blocks: Any, conditions: StepConditions) -> Array:
         """(S, depth, B, 6, D) float32: slice s is the `modulation` that `apply_modulated` takes at step s."""
