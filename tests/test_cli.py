@@ -22,7 +22,7 @@ from uwm_jax.errors import Preempted, UserError
 flags.DEFINE_string("official_config", None, "a file")
 flags.DEFINE_integer("count", 3, "a number")
 flags.DEFINE_string("workdir", None, "a directory")
-cli.accept_config_overrides()
+cli.accept_config_overrides(lambda config, overrides: [f"fields of {config!r} with {overrides}"])
 cli.accept_arguments()
 def main(argv):
     if "usage" in argv:

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from uwm_jax import cli
+from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
 from uwm_jax.synthetic import synthetic_batch, synthetic_system
 from uwm_jax.training import state as state_lib
@@ -40,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string("config", None, "FILE.py[:argument]; fields change with --config.any.field=value")
     flags.DEFINE_integer("pairs", 60, "blocks with telemetry, and as many without", lower_bound=2)
     flags.DEFINE_integer("steps", 2, "training steps in a block", lower_bound=1)
-    cli.accept_config_overrides()
+    cli.accept_config_overrides(config_help.describe)
 
 
 def main(argv: list[str]) -> None:

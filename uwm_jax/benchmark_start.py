@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from uwm_jax import cli
+from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError
 from uwm_jax.training.startup import PARTS, read_summary
@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     flags.DEFINE_string("config", None, "FILE.py[:argument]; fields change with --config.any.field=value")
     flags.DEFINE_integer("starts", 3, "cold starts, and as many warm ones", lower_bound=1)
-    cli.accept_config_overrides()
+    cli.accept_config_overrides(config_help.describe)
 
 
 def main(argv: list[str]) -> None:

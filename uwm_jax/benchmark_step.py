@@ -37,7 +37,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from uwm_jax import cli, files
+from uwm_jax import cli, config_help, files
 from uwm_jax import config as config_lib
 from uwm_jax.benchmarking import memory, timing
 from uwm_jax.benchmarking.names import PARTS, ROWS, SAMPLES, select
@@ -57,7 +57,7 @@ def define_flags() -> None:
     flags.DEFINE_list("memory", None, "rows whose peak memory is measured, on a CPU, each in a process of its own")
     flags.DEFINE_bool("torch", None, "compare with a plain torch loop; by default on a CPU where torch is installed")
     flags.DEFINE_string("json", None, "also write the numbers to this file")
-    cli.accept_config_overrides()
+    cli.accept_config_overrides(config_help.describe)
 
 
 def main(argv: list[str]) -> None:

@@ -33,6 +33,7 @@ from uwm_jax.reading import cause_of, no_room
 FLAGS = flags.FLAGS
 
 USAGE_STATUS = 2
+_HELP = {"--help", "-h", "-help"}
 INTERRUPTED_STATUS = 130
 
 # What the paths that a user gives can lead to; other OSErrors (a full disk) are no fault of the command line.
@@ -49,16 +50,24 @@ _PATH_ERRORS += (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.ENXIO)
 
 flags.DEFINE_bool("debug", False, "show the traceback behind an error message")
 
+DescribeConfig = Callable[[str, list[tuple[str, str]]], list[str]]
+
 _overrides: list[tuple[str, str]] = []
 _command: list[str] = []
 _began: list[float] = []
-_takes_config, _takes_arguments = False, False
+_describe_config: DescribeConfig | None = None
+_takes_arguments = False
 
 
-def accept_config_overrides() -> None:
-    """Called by commands that read a config: `--config.any.field=value` becomes part of their flags."""
-    global _takes_config
-    _takes_config = True
+def accept_config_overrides(describe: DescribeConfig) -> None:
+    """Called by commands that read a config: `--config.any.field=value` becomes part of their flags.
+
+    Args:
+      describe: lines of `--help` about the fields of a config, from the value of `--config` ("" without one) and the
+        overrides; `uwm_jax.config_help.describe`.
+    """
+    global _describe_config
+    _describe_config = describe
 
 
 def accept_arguments() -> None:
@@ -152,7 +161,7 @@ def call(main: Main, argv: Sequence[str], define_flags: Callable[[], None] | Non
       define_flags: declares the command's flags; they are gone afterwards, so that several commands, which share
         names such as --workdir, can be called in one process.
     """
-    global _takes_config, _takes_arguments
+    global _describe_config, _takes_arguments
     before = set(FLAGS)
     try:
         if define_flags:
@@ -161,14 +170,16 @@ def call(main: Main, argv: Sequence[str], define_flags: Callable[[], None] | Non
     finally:
         for name in set(FLAGS) - before:
             delattr(FLAGS, name)
-        _takes_config, _takes_arguments = _takes_config and not define_flags, _takes_arguments and not define_flags
+        if define_flags:
+            _describe_config, _takes_arguments = None, False
 
 
 def _call(main: Main, argv: Sequence[str], own: Set[str]) -> int:
     debug = any(a.lower() in ("-debug", "--debug", "--debug=true", "--debug=t", "--debug=1") for a in argv)
     try:
-        if {"--help", "-h", "-help"} & set(argv):
+        if _HELP & set(argv):
             print(sys.modules[main.__module__].__doc__ or "", "Flags:", *_flag_lines(own), sep="\n")
+            print(*_config_lines(argv), sep="\n")
             return 0
         module = _module_name(main)
         started = ["-m", module] if module != "__main__" else [argv[0]]  # `python uwm_jax/train.py`
@@ -226,6 +237,16 @@ def _flag_lines(own: Set[str]) -> list[str]:
     return [line for text in texts for line in text.strip().split("\n")[1:]]  # the first one is the module's name
 
 
+def _config_lines(argv: Sequence[str]) -> list[str]:
+    """The help of the config fields of a command that takes them, of its `--config` where that is given."""
+    if _describe_config is None:
+        return []
+    with contextlib.suppress(UserError):  # help is most wanted where another flag is wrong
+        _parse([a for a in argv if a not in _HELP])
+    spec = FLAGS["config"].value if "config" in FLAGS else ""
+    return _describe_config(spec or "", config_overrides())
+
+
 def _module_name(main: Main) -> str:
     """`uwm_jax.train`, also where it runs as `__main__`."""
     spec = getattr(main, "__globals__", {}).get("__spec__")
@@ -237,7 +258,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     rest, _overrides[:] = [argv[0]], []
     arguments = iter(argv[1:])
     for argument in arguments:
-        if _takes_config and argument.lstrip("-").startswith("config.") and argument.startswith("-"):
+        if _describe_config and argument.lstrip("-").startswith("config.") and argument.startswith("-"):
             name, equals, value = argument.lstrip("-").removeprefix("config.").partition("=")
             _overrides.append((name, value if equals else next(arguments, "true")))
         elif argument.startswith("--"):

@@ -49,17 +49,20 @@ _IDLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 def base() -> ConfigDict:
     """The paper's model on DROID-like data (`configs/droid.py` runs it); other configs edit it."""
     c = ConfigDict()
-    c.seed = 0
-    c.total_steps = 100_000
-    c.batch_size = 36  # global, over all devices and processes
+    c.seed = 0  # of parameters, noise, timesteps, augmentation and the order of samples
+    c.total_steps = 100_000  # optimizer steps of the run
+    c.batch_size = 36  # rows of a step, over all devices and processes
     c.accumulation_steps = 1  # parts that a batch is computed in, one after the other, to save memory
-    c.log_every = 50
-    c.hang_seconds = 900.0  # longer steps print all threads' stacks, a longer wait for data ends the run; 0 = off
-    c.compilation_cache_dir = ""  # keeps compiled programs for the next start; "" = no cache
-    c.init_from = ""  # DIR[@step]: finetuning starts from the parameters and normaliser of this workdir
-    c.init_from_parameters = "auto"  # auto (average where the origin keeps one), average, raw
-    c.init_from_normalizer = "origin"  # or fresh: fitted to this run's data, for data in other units
-    c.init_from_skip = ()  # patterns of parameters that start fresh, e.g. ("*/action_encoder/*",)
+    c.log_every = 50  # steps between lines of metrics.jsonl
+    # a step that takes longer prints all threads' stacks, a longer wait for data ends the run; 0 = off
+    c.hang_seconds = 900.0
+    c.compilation_cache_dir = ""  # directory that keeps compiled programs for the next start; "" = no cache
+    # finetuning: DIR[@step] of the run whose parameters and normaliser this one starts from; "" = none
+    c.init_from = ""
+    c.init_from_parameters = "auto"  # of init_from: auto (average where the origin keeps one), average, raw
+    # of init_from: origin, or fresh (fitted to this run's data, for data in other units)
+    c.init_from_normalizer = "origin"
+    c.init_from_skip = ()  # of init_from: patterns of parameters that start fresh, e.g. ("*/action_encoder/*",)
 
     c.model = ConfigDict()
     c.model.embed_dim = 768
@@ -104,67 +107,75 @@ def base() -> ConfigDict:
     c.loss.action_free = _follows(c.diffusion.prediction, "action", _action_free_of_prediction)
 
     c.data = ConfigDict()
-    c.data.path = "droid"  # under $UWM_DATA_DIR (default data/) unless absolute
+    c.data.path = "droid"  # dataset directory, relative to $UWM_DATA_DIR (default data/) unless absolute
     c.data.split = "train"  # the dataset's own split; validation episodes are held out of it
-    c.data.sources = ConfigDict()  # {name: source()} of a mixture; empty = path alone
+    c.data.sources = ConfigDict()  # {name: source()} of a mixture; empty = data.path alone
+    # observation keys of the images, one view each; of one size after resizing
     c.data.cameras = ("exterior_image_1_left", "exterior_image_2_left", "wrist_image_left")
-    c.data.low_dim = ()  # observation keys, e.g. ("gripper_position",)
-    c.data.text = ""  # step key of a precomputed text embedding
-    c.data.action = (("action", "identity"),)  # (step key, transform), joined in this order
+    c.data.low_dim = ()  # observation keys of low-dimensional state, e.g. ("gripper_position",)
+    c.data.text = ""  # step key of a precomputed text embedding; "" = none
+    c.data.action = (("action", "identity"),)  # pairs (step key, transform) that make the action, joined in this order
     c.data.window = ConfigDict()
-    c.data.window.obs = (0, 1)
-    c.data.window.action = tuple(range(1, 17))
-    c.data.window.next_obs = (17, 18)
-    c.data.window.pad = "none"  # none: windows lie inside the episode; edge: repeat its first and last step
-    c.data.drop_nonfinite = False  # True leaves out episodes with NaN or infinity in what is read of them
-    c.data.val_ratio = 0.05  # share of episodes held out
-    c.data.last_action = "drop"  # where the data mark it by is_last (RLDS leaves it undefined), or keep (official)
-    c.data.normalize = "minmax"  # minmax, quantile (1 % to 99 %), none
+    c.data.window.obs = (0, 1)  # current frames, in steps from the window's origin
+    c.data.window.action = tuple(range(1, 17))  # steps of the action chunk, from the window's origin
+    c.data.window.next_obs = (17, 18)  # frames to predict, in steps from the window's origin
+    c.data.window.pad = "none"  # none: windows lie inside the episode; edge: its first and last step are repeated
+    c.data.drop_nonfinite = False  # whether to leave out episodes with NaN or infinity in the keys that are read
+    c.data.val_ratio = 0.05  # share of episodes held out for evaluation
+    # of an episode, where the data mark it by is_last (RLDS leaves it undefined): drop, or keep (official)
+    c.data.last_action = "drop"
+    # of actions and low-dimensional state, to [-1, 1]: minmax, quantile (1 % to 99 %), none
+    c.data.normalize = "minmax"
+    # streams that the windows are divided among, each shuffled within its own range; fixes the order
     c.data.num_streams = 1024
-    c.data.num_threads = 4
-    c.data.prefetch = 4  # batches ready ahead of the device
-    c.data.resize = (240, 320)
-    c.data.crop = (224, 224)
+    c.data.num_threads = 4  # threads that read and decode, in each process
+    c.data.prefetch = 4  # batches that are on the device ahead of the step
+    c.data.resize = (240, 320)  # (height, width) that camera images are resized to
+    c.data.crop = (224, 224)  # (height, width) of the crop: random in training where data.augment says so, else central
     c.data.augment = ConfigDict()
-    c.data.augment.random_crop = True
-    c.data.augment.brightness = 0.2
-    c.data.augment.contrast = 0.2
-    c.data.augment.saturation = 0.2
-    c.data.augment.hue = 0.2
-    c.data.augment.draw = "sample"  # one draw per sample and view, or (official) per batch and view
+    c.data.augment.random_crop = True  # whether to crop at random places in training
+    c.data.augment.brightness = 0.2  # largest relative change of brightness in training; 0 = none
+    c.data.augment.contrast = 0.2  # largest relative change of contrast; 0 = none
+    c.data.augment.saturation = 0.2  # largest relative change of saturation; 0 = none
+    c.data.augment.hue = 0.2  # largest change of hue, in turns of the colour circle, at most 0.5; 0 = none
+    # sample: one draw of the augmentation per sample and view; batch: per batch and view (official)
+    c.data.augment.draw = "sample"
 
     c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 1e-4
-    c.optimizer.schedule = "constant"  # constant or cosine (to 0 at total_steps)
-    c.optimizer.warmup_steps = 0  # linear; capped by total_steps
-    c.optimizer.b1 = 0.9
-    c.optimizer.b2 = 0.999
-    c.optimizer.eps = 1e-8
-    c.optimizer.weight_decay = 1e-6
-    c.optimizer.clip_norm = 0.0  # global L2; 0 = no clipping
-    c.optimizer.freeze = ()  # patterns of parameters that stay as they are, e.g. ("obs_encoder/img_encoder/*",)
-    c.optimizer.ema_decay = 0.0  # moving average of the parameters, for evaluation and sampling; 0 = none
-    c.optimizer.ema_warmup = "ramp"  # decay min(ema_decay, (1 + t) / (10 + t)); or none: ema_decay from the start
+    c.optimizer.learning_rate = 1e-4  # of AdamW, after the warm-up
+    c.optimizer.schedule = "constant"  # constant, or cosine (to 0 at total_steps)
+    c.optimizer.warmup_steps = 0  # steps in which the learning rate rises linearly from 0; capped by total_steps
+    c.optimizer.b1 = 0.9  # decay of AdamW's first moment
+    c.optimizer.b2 = 0.999  # decay of AdamW's second moment
+    c.optimizer.eps = 1e-8  # added to the root of AdamW's second moment
+    c.optimizer.weight_decay = 1e-6  # decoupled, times the learning rate
+    c.optimizer.clip_norm = 0.0  # largest global L2 norm of the gradient; 0 = no clipping
+    c.optimizer.freeze = ()  # patterns of parameters that are not trained, e.g. ("obs_encoder/img_encoder/*",)
+    c.optimizer.ema_decay = 0.0  # of the moving average of the parameters, for evaluation and sampling; 0 = no average
+    c.optimizer.ema_warmup = "ramp"  # ramp: decay min(ema_decay, (1 + t) / (10 + t)); none: ema_decay from the start
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # rows of the batch over devices; -1 = whatever devices are left
-    c.mesh.fsdp = 1  # rows of the batch, and parameters with all that belongs to them
-    c.mesh.tensor = 1  # heads, hidden units and channels of the products
+    c.mesh.data = -1  # devices along the axis data, which cuts the batch; -1 = those that the other axes leave
+    c.mesh.fsdp = 1  # devices along the axis fsdp, which cuts the batch, parameters and optimizer state
+    c.mesh.tensor = 1  # devices along the axis tensor, which cuts heads, hidden units and channels of the products
     c.mesh.rules = "uwm"  # the table of configs/meshes/ that says which array lies on which axis, or a FILE.py
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = 10_000
-    c.checkpoint.every_minutes = 30.0  # and after so much time since the last one; 0 = by steps alone
-    c.checkpoint.keep = 3  # how many of the newest stay on disk
-    c.checkpoint.keep_every = 0  # steps that are multiples of it stay for good; 0 = none
-    c.checkpoint.keep_best = ""  # metric of evaluations in training, e.g. "eval/policy/action_mse": its best step stays
+    c.checkpoint.every = 10_000  # steps between checkpoints; the last step is saved too
+    # minutes since the last checkpoint after which one is saved as well; 0 = by steps alone
+    c.checkpoint.every_minutes = 30.0
+    c.checkpoint.keep = 3  # how many of the newest checkpoints stay on disk
+    c.checkpoint.keep_every = 0  # checkpoints of steps that are multiples of it stay too; 0 = none
+    # metric of evaluations in training, such as "eval/policy/action_mse", whose best checkpoint stays too; "" = none
+    c.checkpoint.keep_best = ""
     c.checkpoint.keep_best_mode = "min"  # whether min or max of keep_best is best
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between evaluations of loss and all modes on held-out windows; 0 = never
-    c.eval.num_windows = 256
-    c.eval.action_plane = ()  # or (camera, x_low, x_high, y_low, y_high): the first two numbers of a raw action are a
-    # position in the rectangle that this camera shows, and pictures draw them there
+    c.eval.num_windows = 256  # held-out windows of an evaluation
+    # (camera, x_low, x_high, y_low, y_high) where the first two numbers of a raw action are a position in the rectangle
+    # that this camera shows: pictures draw them there; () = not
+    c.eval.action_plane = ()
     return c
 
 
@@ -203,21 +214,23 @@ def about_clip(config: ConfigDict) -> str:
 def source(**fields: Any) -> ConfigDict:
     """One source of `config.data.sources`; `fields` change the defaults."""
     s = ConfigDict()
-    s.path = ""  # as config.data.path, which "" takes
-    s.split = ""  # as config.data.split, which "" takes
-    s.weight = 1.0  # share of the samples, relative to the other sources'; may change when a run continues
-    s.use_actions = True  # False: robot data or video that only shows; the rows have action_mask False
-    s.include = ()  # only episodes with one of these texts in their path; or (key, text): in that text of an episode.
-    # Of several texts of one key any will do, but each key must have one: ("success", ("recording_folderpath", "LAB"))
-    s.exclude = ()  # no episode with one of these texts in its path; or (key, text)
-    s.path_key = "episode_metadata/file_path"  # the episode's path, for texts without a key
-    s.max_episodes = 0  # at most so many of those that pass, held-out ones among them; 0 = all
-    s.max_episodes_seed = 0  # decides which
+    s.path = ""  # as config.data.path; "" = that one
+    s.split = ""  # as config.data.split; "" = that one
+    s.weight = 1.0  # share of the samples, relative to the other sources; may change when a run continues
+    s.use_actions = True  # False: its actions are not used, as with video; rows have action_mask False
+    # Conditions of which an episode must meet one: a string that its path contains, or (key, string) that this text of
+    # the episode contains. Strings of one key are alternatives, and every key that occurs must match:
+    # ("success", ("recording_folderpath", "LAB")). () = all episodes
+    s.include = ()
+    s.exclude = ()  # conditions, as in include, of which an episode may meet none
+    s.path_key = "episode_metadata/file_path"  # key of the episode's path
+    s.max_episodes = 0  # at most so many of the episodes that pass, held-out ones included; 0 = all
+    s.max_episodes_seed = 0  # decides which episodes max_episodes takes
     s.cameras = ()  # this source's keys for config.data.cameras, in that order; () = the same keys
-    s.fill_views = (
-        "same"  # fewer cameras than the model has: same (copied), none (one random view), random (other clips)
-    )
-    s.action = ()  # as config.data.action, which () takes
+    # What a source without actions shows in views that it has no camera for: same (its first camera), none (black; its
+    # camera's view is drawn for each sample), random (other windows of the source)
+    s.fill_views = "same"
+    s.action = ()  # as config.data.action; () = that one
     s.update(fields)
     return s
 

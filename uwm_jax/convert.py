@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from uwm_jax import cli, files
+from uwm_jax import cli, config_help, files
 from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError, warn
@@ -66,7 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "to-torch: the .safetensors file to write; a .json goes next to it")
     flags.DEFINE_integer("step", None, "to-torch: which checkpoint; the newest by default", lower_bound=0)
     inference.define_flags()
-    cli.accept_config_overrides()
+    cli.accept_config_overrides(config_help.describe)
 
 
 def main(argv: list[str]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from uwm_jax import cli
+from uwm_jax import cli, config_help
 from uwm_jax.data.ranges import under
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError, warn
@@ -61,7 +61,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("execute", 8, "with --env: steps of each chunk of actions that are taken", lower_bound=1)
     inference.define_flags()
     places.define_flags()
-    cli.accept_config_overrides()
+    cli.accept_config_overrides(config_help.describe)
 
 
 def main(argv: list[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from uwm_jax import cli
+from uwm_jax import cli, config_help
 from uwm_jax.envs import EnvSpec, get
 from uwm_jax.envs.parallel import EpisodeResult, controllers, replay
 from uwm_jax.errors import warn
@@ -61,7 +61,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("workers", 0, "processes that simulate; 0 = all cores, at most one per episode", lower_bound=0)
     inference.define_flags()
     places.define_flags()
-    cli.accept_config_overrides()
+    cli.accept_config_overrides(config_help.describe)
 
 
 def main(argv: list[str]) -> None:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from uwm_jax import cli, files
+from uwm_jax import cli, config_help, files
 from uwm_jax.data.ranges import far_out
 from uwm_jax.errors import UserError, warn
 from uwm_jax.systems.uwm.modes import MODALITIES, MODES, given
@@ -49,7 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "of the noise that the inputs do not give", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
     inference.define_flags()
-    cli.accept_config_overrides()
+    cli.accept_config_overrides(config_help.describe)
 
 
 def main(argv: list[str]) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from uwm_jax import cli, files
+from uwm_jax import cli, config_help, files
 from uwm_jax.data.loader import FixedWindows
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError, warn
@@ -40,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "the .npz to write")
     flags.DEFINE_integer("seed", 0, "of noise and timesteps", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
-    cli.accept_config_overrides()
+    cli.accept_config_overrides(config_help.describe)
 
 
 def main(argv: list[str]) -> None:

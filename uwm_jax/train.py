@@ -21,7 +21,7 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from uwm_jax import cli
+from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader, prefetch_to_device
@@ -53,7 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, config")
     flags.DEFINE_string("profile", None, "START:STEPS writes a trace of these steps to <workdir>/profile")
     distributed.define_flags()
-    cli.accept_config_overrides()
+    cli.accept_config_overrides(config_help.describe)
 
 
 def main(argv: list[str]) -> None:
