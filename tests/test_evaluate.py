@@ -10,9 +10,9 @@ import pytest
 from uwm_jax import cli, evaluate
 from uwm_jax.config import source
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation import program
+from uwm_jax.evaluation import evaluator
+from uwm_jax.evaluation.evaluator import Evaluator
 from uwm_jax.evaluation.metrics import interval
-from uwm_jax.evaluation.program import Evaluation
 from uwm_jax.synthetic import synthetic_system
 from uwm_jax.train import train
 
@@ -87,9 +87,9 @@ def sampled(monkeypatch):
         seen.append(len(self.held_out))
         return {"policy/action_mse": interval(np.ones(seen[-1]), self.held_out.episodes)}, {}
 
-    monkeypatch.setattr(Evaluation, "compile", lambda *_: None)
-    monkeypatch.setattr(Evaluation, "run", run)
-    monkeypatch.setattr(program.pictures, "draw", lambda *_: {})
+    monkeypatch.setattr(Evaluator, "compile", lambda *_: None)
+    monkeypatch.setattr(Evaluator, "run", run)
+    monkeypatch.setattr(evaluator.pictures, "draw", lambda *_: {})
     return seen
 
 

@@ -25,7 +25,7 @@ from uwm_jax import train as train_lib
 from uwm_jax.convert import to_torch
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import Preempted, UserError
-from uwm_jax.evaluation.program import Evaluation
+from uwm_jax.evaluation.evaluator import Evaluator
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.reporting import pictures
 from uwm_jax.synthetic import synthetic_system
@@ -155,7 +155,7 @@ def test_continuing_equals_never_having_stopped(finished, finished_config, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("owner", "method", "call"), [(Watchdog, "beat", 4), (Evaluation, "_shown_of", 2)])
+@pytest.mark.parametrize(("owner", "method", "call"), [(Watchdog, "beat", 4), (Evaluator, "_shown_of", 2)])
 def test_an_evaluation_is_left_when_the_run_is_told_to_end(
     finished, finished_config, tmp_path, monkeypatch, capsys, owner, method, call
 ):

@@ -32,10 +32,9 @@ from uwm_jax.data.ranges import under
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation import closed_loop, places
-from uwm_jax.evaluation.data import open_data
+from uwm_jax.evaluation.data import doubt, open_data
+from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time, write_results
 from uwm_jax.evaluation.metrics import Metrics, text
-from uwm_jax.evaluation.program import Evaluation, rows_at_a_time, write_results
-from uwm_jax.evaluation.results import doubt
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
@@ -110,7 +109,7 @@ def main(argv: list[str]) -> None:
     held_out = data.loader.held_out(system.config.eval.num_windows, whole=data.whole)
     rules = sharding.load_rules(system.config.mesh.rules)
     rows = rows_at_a_time(mesh, min(len(held_out), system.config.batch_size))  # as in training, which memory held
-    evaluation = Evaluation(system, data.references, held_out, mesh, rules, rows)
+    evaluation = Evaluator(system, data.references, held_out, mesh, rules, rows)
     about = evaluation.about() | data.about()
     about |= provenance.describe_use(cli.command_line(), system.config, cli.changed_fields())
     about |= used | {"settings": settings} | places.of_run(root, workdir)
@@ -204,7 +203,7 @@ def open_acting(env: str | None, system: System, episodes: int, execute: int) ->
         yield Acting(envs, seeds, execute)
 
 
-def compare(evaluation: Evaluation, way: System, params: Any, frozen: Any, acting: Acting | None) -> dict[str, Any]:
+def compare(evaluation: Evaluator, way: System, params: Any, frozen: Any, acting: Acting | None) -> dict[str, Any]:
     """One row of `few_steps.json`.
 
     Returns:

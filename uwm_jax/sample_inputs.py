@@ -24,8 +24,7 @@ from uwm_jax import cli, config_help, files
 from uwm_jax.data.loader import FixedWindows
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError, warn
-from uwm_jax.evaluation.data import open_data
-from uwm_jax.evaluation.results import doubt
+from uwm_jax.evaluation.data import doubt, open_data
 from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import average, fixed_fields, inference, lineage

@@ -25,6 +25,7 @@ from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader, prefetch_to_device
+from uwm_jax.evaluation.in_training import HeldOut, headlines
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.files import local_path
 from uwm_jax.parallel import distributed, sharding, signals
@@ -38,7 +39,6 @@ from uwm_jax.training import codec_store, compatibility, finetune, fixed_fields,
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.held_out import HeldOut, headlines
 from uwm_jax.training.log import MetricsLog, Window, progress_line
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.retention import Retention

@@ -12,8 +12,7 @@ from uwm_jax.config import apply_overrides, source
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation import data as held_out_data
-from uwm_jax.evaluation.data import open_data, refuse_other_data
-from uwm_jax.evaluation.results import doubt
+from uwm_jax.evaluation.data import doubt, open_data, refuse_other_data
 from uwm_jax.synthetic import synthetic_system
 from uwm_jax.systems.uwm.system import DataFacts, System
 
@@ -117,3 +116,10 @@ def test_in_a_mixture_the_sources_with_another_split_are_evaluated_whole(opened)
     assert data.whole == ("one", "two") and doubt(data.about()) == ""
     with pytest.raises(UserError, match="was trained on the split 'test', by another of its sources than 'one'"):
         opened(("data.sources.one.split", "test"), sources=sources)
+
+
+def test_why_held_out_episodes_may_be_known():
+    assert doubt({}) == doubt({"own_data": True, "leak": None}) == ""
+    assert doubt({"own_data": True, "leak": "58 of 65"}) == "58 of 65"
+    for own, words_ in ((False, "not the datasets that this run was trained on."), (None, "It is not known what this")):
+        assert words_ in doubt({"own_data": own, "leak": None}) and "held out here may be" in doubt({"own_data": own})

@@ -23,7 +23,7 @@ from uwm_jax.codecs import VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.evaluation.program import make_evaluation
+from uwm_jax.evaluation.evaluator import make_evaluation
 from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.synthetic import synthetic_batch

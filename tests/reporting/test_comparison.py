@@ -10,9 +10,9 @@ import shutil
 import pytest
 
 from uwm_jax.config import base, to_json
-from uwm_jax.evaluation.results import Interval, Run
 from uwm_jax.reporting import comparison
 from uwm_jax.reporting.comparison import _best, _more_is_better
+from uwm_jax.reporting.results import Interval, Run
 
 
 @pytest.mark.parametrize(

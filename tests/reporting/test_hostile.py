@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.results import Run
 from uwm_jax.reporting import comparison, run_page
 from uwm_jax.reporting.markup import Html, fill
+from uwm_jax.reporting.results import Run
 from uwm_jax.reporting.sheets import Labels, Mark, write_labels
 
 EVIL = "\"'><b class=evil onclick=x>&amp;</td></style><script>alert(1)</script>{0}$\\frac$\x00\u202e\udcff`"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from uwm_jax.evaluation.results import Run
 from uwm_jax.reporting import run_page
 from uwm_jax.reporting.others import others
+from uwm_jax.reporting.results import Run
 
 
 def put(folder, metrics, record, how):

@@ -8,8 +8,8 @@ import re
 from PIL import Image
 
 from uwm_jax.config import base, to_json
-from uwm_jax.evaluation.results import Run
 from uwm_jax.reporting import run_page
+from uwm_jax.reporting.results import Run
 from uwm_jax.reporting.sheets import Labels, write_labels
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.results import Run
+from uwm_jax.reporting.results import Run
 from uwm_jax.training import fixed_fields
 from uwm_jax.training.checkpoint import write_config
 from uwm_jax.training.checkpoint_reader import CheckpointReader

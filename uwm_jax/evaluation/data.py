@@ -145,3 +145,19 @@ def refuse_other_data(
         "held out here may be among those it learned from. Put the run's dataset there again (report.html tells which "
         "it was), or name this one with --config.data.path."
     )
+
+
+def doubt(how: Mapping[str, Any]) -> str:
+    """Why a model may know the episodes that an evaluation takes for held out, in a sentence or two; "" where it does
+    not.
+
+    Args:
+      how: the evaluation's `about.json`: `own_data`, whether the datasets are those of the run (None: not known), and
+        `leak`, how training on an earlier run's data reached them. Older files lack both.
+    """
+    may_be_known = "Episodes that are held out here may be among those that it learned from."
+    if (own := how.get("own_data", True)) is None:
+        return f"It is not known what this run was trained on. {may_be_known}"
+    return (
+        (how.get("leak") or "") if own else f"These are not the datasets that this run was trained on. {may_be_known}"
+    )

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from uwm_jax.envs.parallel import HOLD
-from uwm_jax.evaluation.results import Interval, verdict
 from uwm_jax.reporting import names
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import NOTHING, head, interval, number_head, table
+from uwm_jax.reporting.results import Interval, verdict
 
 
 class Claim(NamedTuple):

@@ -9,7 +9,6 @@ from typing import Any
 
 from uwm_jax.config import flatten
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.results import Interval, Run, differing_fields, seeds_of
 from uwm_jax.files import write_text
 from uwm_jax.reporting import names
 from uwm_jax.reporting.curves import Curve, Panel
@@ -17,6 +16,7 @@ from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import NOTHING, Section, cell, curves, fields, head, number_head, page, table
 from uwm_jax.reporting.provenance import facts
+from uwm_jax.reporting.results import Interval, Run, differing_fields, seeds_of
 from uwm_jax.systems.uwm.modes import MODES
 
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#a0418f", "#e69f00", "#56b4e9", "#777777")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from uwm_jax.envs.parallel import HOLD
-from uwm_jax.evaluation.program import MEAN_IMAGE_WINDOWS
+from uwm_jax.evaluation.evaluator import MEAN_IMAGE_WINDOWS
 
 METRICS = {  # a metric's name, and what its numbers are
     "action_mse": ("action error (MSE)", "actions from -1 to 1"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 
-from uwm_jax.evaluation.results import Result, Run, doubt
+from uwm_jax.evaluation.data import doubt
 from uwm_jax.reporting import tables
 from uwm_jax.reporting.answers import answers
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.page import NOTHING, head, table
 from uwm_jax.reporting.provenance import use
+from uwm_jax.reporting.results import Result, Run
 
 _TITLES = {"eval": "Evaluation", "rollout": "Closed loop", "few_steps": "Comparison of samplers"}
 

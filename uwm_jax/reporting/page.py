@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from uwm_jax.evaluation.metrics import TOO_FEW
-from uwm_jax.evaluation.results import Interval
 from uwm_jax.reporting.curves import Panel, curves_svg
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.numbers import Format
+from uwm_jax.reporting.results import Interval
 from uwm_jax.reporting.sheets import Labels, Mark, read_labels
 
 NOTHING = Html("")

@@ -9,9 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from uwm_jax.config import base, flatten
-from uwm_jax.evaluation.results import Run
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.page import NOTHING, fields, head, number_head, table
+from uwm_jax.reporting.results import Run
 from uwm_jax.training import average
 from uwm_jax.training.goodput import CATEGORIES, duration
 from uwm_jax.training.provenance import code_version

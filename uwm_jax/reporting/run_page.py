@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from uwm_jax.evaluation.results import Run, doubt, seeds_of
+from uwm_jax.evaluation.data import doubt
 from uwm_jax.files import write_text
 from uwm_jax.reporting import tables
 from uwm_jax.reporting.answers import answers
@@ -23,6 +23,7 @@ from uwm_jax.reporting.others import others
 from uwm_jax.reporting.page import NOTHING, Section, curves, figure, page
 from uwm_jax.reporting.pictures import COLORS
 from uwm_jax.reporting.provenance import facts, timing, what_was_run
+from uwm_jax.reporting.results import Run, seeds_of
 from uwm_jax.systems.uwm.modes import MODES
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uwm_jax.evaluation.results import Interval
 from uwm_jax.reporting import names
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import cell, formats, head, number_head, table
 from uwm_jax.reporting.pictures import formula
+from uwm_jax.reporting.results import Interval
 from uwm_jax.systems.uwm.modes import MODES, QUESTIONS
 
 COLUMNS = ("action_mse", "pixel_mse", "changed_mse", "psnr", "latent_mse")

@@ -13,7 +13,7 @@ from uwm_jax.codecs import PCACodec
 from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import RunError, UserError
-from uwm_jax.evaluation.program import Evaluation, rows_at_a_time
+from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import load_rules
 from uwm_jax.reporting import pictures
@@ -62,7 +62,7 @@ def evaluate(setup, batch_size=4, params=PARAMS):
     config.batch_size = batch_size
     mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
     held_out = loader.held_out(config.eval.num_windows)
-    evaluation = Evaluation(system, loader, held_out, mesh, load_rules("uwm"), batch_size)
+    evaluation = Evaluator(system, loader, held_out, mesh, load_rules("uwm"), batch_size)
     params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
     evaluation.compile(params, frozen)
     return evaluation, *evaluation.run(params, frozen)
@@ -224,7 +224,7 @@ def test_windows_are_evenly_spread_where_there_are_many(setup):
     mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
     held_out = loader.held_out(19)
     assert len(held_out) > 12
-    evaluation = Evaluation(system, loader, held_out, mesh, load_rules("uwm"), 4)
+    evaluation = Evaluator(system, loader, held_out, mesh, load_rules("uwm"), 4)
     params, frozen = mesh_lib.place((PARAMS, frozen), mesh_lib.replicated(mesh))
     evaluation.compile(params, frozen)
     metrics, shown = evaluation.run(params, frozen)
@@ -254,4 +254,4 @@ def test_what_cannot_be_evaluated_is_explained(setup):
     config.eval.action_plane = ("wrist", 0.0, 1.0, 0.0, 1.0)
     with pytest.raises(UserError, match=r"config.eval.action_plane=.*at least two numbers"):
         narrow = System(config, facts, system.codec)
-        Evaluation(narrow, loader, loader.held_out(6), mesh_lib.make_mesh(config), load_rules("uwm"), 4)
+        Evaluator(narrow, loader, loader.held_out(6), mesh_lib.make_mesh(config), load_rules("uwm"), 4)

@@ -10,10 +10,10 @@ import pytest
 
 from uwm_jax.config import base, to_json
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.results import Interval, Run, _curve, differing_fields, doubt, verdict
 from uwm_jax.reporting.curves import Panel, curves_svg
 from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import cell
+from uwm_jax.reporting.results import Interval, Run, _curve, differing_fields, verdict
 
 
 def stored(mean: float, half: float = 0.1, n: int = 8) -> dict[str, float]:
@@ -118,13 +118,6 @@ def test_results_elsewhere_are_read_where_they_are_of_the_run(tmp_path):
     assert {step: metrics["x"].mean for step, metrics in found.evaluations.items()} == {10: 1.0, 20: 20}
     assert found.picture("idea.png") == elsewhere / "eval" / "20" / "idea.png"
     assert {step: metrics["x"].mean for step, metrics in Run.read(run).evaluations.items()} == {10: 1.0, 20: 2.0}
-
-
-def test_why_held_out_episodes_may_be_known():
-    assert doubt({}) == doubt({"own_data": True, "leak": None}) == ""
-    assert doubt({"own_data": True, "leak": "58 of 65"}) == "58 of 65"
-    for own, words_ in ((False, "not the datasets that this run was trained on."), (None, "It is not known what this")):
-        assert words_ in doubt({"own_data": own, "leak": None}) and "held out here may be" in doubt({"own_data": own})
 
 
 def test_a_run_has_its_directorys_name(tmp_path, monkeypatch):

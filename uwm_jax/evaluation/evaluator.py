@@ -1,6 +1,6 @@
 """All modes of a model on fixed held-out windows: one program over the devices of a mesh, a number per window out.
 
-The trainer and `python -m uwm_jax.evaluate` both use `Evaluation`. A window's noise depends on its number alone, so
+The trainer and `python -m uwm_jax.evaluate` both use `Evaluator`. A window's noise depends on its number alone, so
 that two checkpoints, or two ways of sampling, are compared on the same inputs.
 """
 
@@ -41,7 +41,7 @@ MEAN_IMAGE_WINDOWS = 256  # of training episodes, whose next frames are averaged
 _JOINT = next(mode for mode in MODES if generated(mode) == MODALITIES)  # the mode whose denoising is shown
 
 
-class Evaluation:
+class Evaluator:
     """Evaluates parameters of a model on the held-out windows of its data.
 
     All processes of a run make one and call it together; each has all results. `compile` comes first.
@@ -221,7 +221,7 @@ class Evaluation:
 
 
 def rows_at_a_time(mesh: Mesh, num_windows: int) -> int:
-    """Rows of a batch of `Evaluation` of so many windows: few enough that it takes seconds, a multiple of the shares
+    """Rows of a batch of `Evaluator` of so many windows: few enough that it takes seconds, a multiple of the shares
     that the mesh cuts it into."""
     shares = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
     return shares * -(-min(AT_A_TIME, num_windows) // shares)
@@ -235,7 +235,7 @@ def join(parts: list[dict[str, np.ndarray]], total: int) -> dict[str, np.ndarray
 def write_results(
     folder: Path, system: System, metrics: Metrics, windows: Windows, about: Mapping[str, Any]
 ) -> dict[str, Path]:
-    """Writes what `Evaluation.run` returned to a folder, and to `about.json` there how it was made; returns
+    """Writes what `Evaluator.run` returned to a folder, and to `about.json` there how it was made; returns
     {name of a picture: file}."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -254,7 +254,7 @@ def make_evaluation(system: System, denoising: bool = True) -> Callable[..., tup
       references: `mean_action` (Da,) normalised, `mean_image` (V, 1, h, w, 3).
       shown: (K,) int32, rows of the batch.
 
-    It returns what `uwm_jax.evaluation.metrics.summarize` takes, (B,), and of the rows `shown` what `Evaluation.run`
+    It returns what `uwm_jax.evaluation.metrics.summarize` takes, (B,), and of the rows `shown` what `Evaluator.run`
     returns, windows first, with latents in place of the frames of `denoise/next_obs`.
     """
 

@@ -81,22 +81,6 @@ def verdict(difference: Interval) -> str:
     return "no, it is worse" if difference.hi < 0 else "undecided"
 
 
-def doubt(how: Mapping[str, Any]) -> str:
-    """Why a model may know the episodes that an evaluation takes for held out, in a sentence or two; "" where it does
-    not.
-
-    Args:
-      how: the evaluation's `about.json`: `own_data`, whether the datasets are those of the run (None: not known), and
-        `leak`, how training on an earlier run's data reached them. Older files lack both.
-    """
-    may_be_known = "Episodes that are held out here may be among those that it learned from."
-    if (own := how.get("own_data", True)) is None:
-        return f"It is not known what this run was trained on. {may_be_known}"
-    return (
-        (how.get("leak") or "") if own else f"These are not the datasets that this run was trained on. {may_be_known}"
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Result:
     """An evaluation, a closed loop or a comparison of samplers, as it lies in a folder.

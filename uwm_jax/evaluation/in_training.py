@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from uwm_jax import cli
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import warn
-from uwm_jax.evaluation.program import Each, Evaluation, join, rows_at_a_time, write_results
+from uwm_jax.evaluation.evaluator import Each, Evaluator, join, rows_at_a_time, write_results
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel.sharding import Rules
 from uwm_jax.parallel.turns import Left, Turns
@@ -28,7 +28,7 @@ from uwm_jax.training.step import compile_for, make_eval_step
 
 
 class HeldOut:
-    """The programs of the losses and of `Evaluation`, compiled for the trainer's mesh, and the windows.
+    """The programs of the losses and of `Evaluator`, compiled for the trainer's mesh, and the windows.
 
     Args:
       system: the model.
@@ -42,7 +42,7 @@ class HeldOut:
         windows = loader.held_out(config.eval.num_windows)
         rows = rows_at_a_time(mesh, min(len(windows), config.batch_size))
         self._system, self._loader = system, loader
-        self._modes = Evaluation(system, loader, windows, mesh, rules, rows, denoising=False)
+        self._modes = Evaluator(system, loader, windows, mesh, rules, rows, denoising=False)
         self._modes.compile(state.eval_params, frozen)
         inputs = state, frozen, self._modes.example()
         self._losses = compile_for(mesh, rules, make_eval_step(system), *inputs, updates_state=False)
