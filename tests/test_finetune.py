@@ -157,7 +157,7 @@ def test_a_converted_official_checkpoint_is_an_origin(new_dataset, tmp_path, cap
     train(config, tmp_path / "run")
     said = capsys.readouterr().out
     assert "normaliser: action as in the origin (action: none, raw values)" in said
-    assert "codec: the origin's VAE" in said
+    assert "codec: the origin's vae" in said
     assert "note: config.data.cameras is ['exterior', 'wrist']" in said
 
     _, expected, vae, _ = load_for_inference(official)

@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
-from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader, prefetch_to_device
 from uwm_jax.evaluation.in_training import HeldOut, headlines
 from uwm_jax.evaluation.metrics import FEWEST
@@ -144,8 +143,9 @@ def run(
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
     startup.reached("model")
-    vae, arrays = where_codec(config, workdir, loader, stored, origin)
-    codec, frozen = codec_store.open_codec(config, vae, arrays)
+    place = find_codec(config, workdir, loader, stored, origin)
+    codec, frozen = codec_store.open_codec(config, place)
+    assert codec is not None
     if stored:
         past = lineage.kept(stored.assets)
     else:
@@ -164,7 +164,8 @@ def run(
     shapes = jax.eval_shape(init_state, seed)
     shardings = sharding.state_sharding(mesh, rules, shapes)
     like = mesh_lib.with_sharding(shapes, shardings)
-    print_summary(config, loader, frozen, mesh, sharding.table(mesh, rules, shapes, shardings), shapes.params)
+    about_codec = codec_store.describe(codec, frozen)
+    print_summary(config, loader, about_codec, mesh, sharding.table(mesh, rules, shapes, shardings), shapes.params)
 
     # --- State: the checkpoint's, or fresh. --------------------------------------------------------
     startup.reached("state")
@@ -197,7 +198,7 @@ def run(
         provenance.add_start(workdir, start)
     checkpoint_lib.require_shared(workdir, config)
     if not stored:
-        codec_store.keep_vae(config, vae, workdir)
+        codec_store.keep(config, place, workdir)
 
     # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------
     startup.reached("compile")
@@ -208,7 +209,7 @@ def run(
         step_function = make_train_step(config, system, optimizer, mesh)
         train_step = compile_for(mesh, rules, step_function, *inputs, updates_state=True)
         if not stored:
-            checkpoints.warm_up(state, codec_store.checkpointed_arrays(config, frozen))  # SIGTERM leaves little time
+            checkpoints.warm_up(state, codec_store.checkpointed(codec, frozen))  # SIGTERM leaves little time
         if config.eval.every:
             held_out = HeldOut(system, loader, mesh, rules, like, frozen)
 
@@ -234,7 +235,7 @@ def run(
 
     def save(step: int, state: state_lib.TrainState) -> None:
         with goodput.spend("checkpoint"):
-            arrays = codec_store.checkpointed_arrays(config, frozen)
+            arrays = codec_store.checkpointed(codec, frozen)
             progress = {"window": window.state(), "goodput": goodput.state(step)}
             checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
             turns.saved()
@@ -311,15 +312,13 @@ def open_loader(
     return loader
 
 
-def where_codec(config: ConfigDict, workdir: Path, loader: Loader, stored: Any, origin: Any) -> tuple[Any, Any]:
-    """(VAE's place, arrays of a fitted codec): the checkpoint's, else the origin's, else new ones for this data."""
+def find_codec(config: ConfigDict, workdir: Path, loader: Loader, stored: Any, origin: Any) -> codec_store.Place:
+    """The codec's place: the checkpoint's, else the origin's, else the one for this data."""
     if stored:
-        return codec_store.vae_folder(workdir), stored.codec
+        return codec_store.in_workdir(config, workdir, stored.codec)
     if origin and origin.gives_codec(config):
-        return origin.vae, origin.codec_arrays
-    is_pca, data = config.model.codec.name == "pca", config.data
-    fitted = read_pca(loader.directory, loader.camera_keys, data.crop, data.val_ratio) if is_pca else None
-    return config.model.codec.vae, fitted
+        return origin.codec
+    return codec_store.in_dataset(config, loader)
 
 
 def load_pretrained_encoder(config: ConfigDict, params: Any, shardings: Any) -> Any:
@@ -331,14 +330,13 @@ def load_pretrained_encoder(config: ConfigDict, params: Any, shardings: Any) -> 
     return {**params, "obs_encoder": {**params["obs_encoder"], "img_encoder": encoder}}
 
 
-def print_summary(config: ConfigDict, loader: Loader, frozen: Any, mesh: Any, table: str, params: Any) -> None:
-    codec = sum(x.size for x in jax.tree.leaves(frozen)) / 1e6
+def print_summary(config: ConfigDict, loader: Loader, codec: str, mesh: Any, table: str, params: Any) -> None:
     lines = [loader.summary(), *loader.warnings(config.diffusion.clip.action, FEWEST)]
     lines += [f"warning: {told}"] if (told := config_lib.about_clip(config)) else []
     data = "\n".join(lines)
     say(
         f"{data}\n{table}\n{state_lib.about_frozen(config, params)}"
-        f"frozen codec {config.model.codec.name}: {codec:.2f} M parameters\n"
+        f"{codec}"
         f"devices: {mesh.size} {jax.default_backend()}, processes: {jax.process_count()}; "
         f"batch {config.batch_size}, {config.total_steps} steps"
     )

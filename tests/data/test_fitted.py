@@ -8,8 +8,13 @@ import shutil
 import numpy as np
 import pytest
 
-from uwm_jax.data.fitted import read_pca
+from uwm_jax.codecs import PCACodec
+from uwm_jax.data.fitted import read_fitted
 from uwm_jax.errors import UserError
+
+
+def read_pca(dataset, cameras, crop, val_ratio):
+    return read_fitted(dataset, "pca", PCACodec.arrays, cameras, crop=crop, val_ratio=val_ratio)
 
 
 def test_cameras_are_sorted_and_short_names_serve(tiny_dataset):

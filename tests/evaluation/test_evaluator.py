@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from uwm_jax.codecs import PCACodec
-from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time
@@ -19,6 +18,7 @@ from uwm_jax.parallel.sharding import load_rules
 from uwm_jax.reporting import pictures
 from uwm_jax.systems.uwm.modes import MODES, generated
 from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.training import codec_store
 
 
 class OneLine:
@@ -50,7 +50,7 @@ def setup(make_tiny_config):
     config.diffusion.prediction.action = config.diffusion.prediction.next_obs = "sample"
     config.diffusion.clip.next_obs = 20.0
     loader = Loader(config.data, batch_size=4, seed=0)
-    arrays = read_pca(loader.directory, loader.camera_keys, config.data.crop, config.data.val_ratio)
+    arrays = codec_store.in_dataset(config, loader).arrays
     system = System(config, DataFacts(**loader.facts()), PCACodec.from_arrays(arrays))
     system.network = OneLine()
     return config, loader, system, {name: jnp.asarray(x) for name, x in arrays.items()}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
@@ -46,12 +47,12 @@ def config(tiny_config):
 @pytest.mark.slow
 def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
     params = write_vae(tmp_path / "vae", seed=0)
-    codec, found = codec_store.open_codec(config, tmp_path / "vae", None)
-    codec_store.keep_vae(config, tmp_path / "vae", tmp_path / "run")
+    codec, found = codec_store.open_codec(config, codec_store.Place(tmp_path / "vae"))
+    codec_store.keep(config, codec_store.Place(tmp_path / "vae"), tmp_path / "run")
     assert isinstance(codec, VAECodec) and isinstance(codec.vae, AutoencoderKL) and codec.microbatch == 3
     jax.tree.map(np.testing.assert_array_equal, found, params)
     config.model.codec.vae = "nowhere/at-all"  # a run that continues reads its own copy
-    _, again = codec_store.from_workdir(config, tmp_path / "run", None)
+    _, again = codec_store.open_codec(config, codec_store.in_workdir(config, tmp_path / "run", None))
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
@@ -59,17 +60,27 @@ def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
 def test_another_vae_in_the_workdir_is_refused(config, tmp_path):
     for seed in (0, 1):
         write_vae(tmp_path / str(seed), seed)
-    codec_store.keep_vae(config, tmp_path / "0", tmp_path / "run")
+    codec_store.keep(config, codec_store.Place(tmp_path / "0"), tmp_path / "run")
     with pytest.raises(UserError, match="frozen/vae"):
-        codec_store.keep_vae(config, tmp_path / "1", tmp_path / "run")
+        codec_store.keep(config, codec_store.Place(tmp_path / "1"), tmp_path / "run")
 
 
-def test_codecs_without_a_vae(tiny_config, tmp_path):
+def test_codecs_without_files(tiny_config, tmp_path):
     arrays = {"mean": np.zeros((1, 16, 16, 3)), "components": np.zeros((1, 192, 4)), "scale": np.ones(())}
-    codec, found = codec_store.open_codec(tiny_config, "", arrays)
-    assert codec == PCACodec(8, 4) and codec_store.checkpointed_arrays(tiny_config, found) is found
+    codec, found = codec_store.open_codec(tiny_config, codec_store.Place(arrays=arrays))
+    assert codec == PCACodec(8, 4) and codec_store.checkpointed(codec, found) is found
+    codec_store.keep(tiny_config, codec_store.Place(arrays=arrays), tmp_path)
+    assert not any(tmp_path.iterdir())
     with pytest.raises(UserError, match="carries no codec"):
-        codec_store.from_workdir(tiny_config, tmp_path, None)
+        codec_store.open_codec(tiny_config, codec_store.in_workdir(tiny_config, tmp_path, None))
     tiny_config.model.codec.name = "pixels"
-    assert codec_store.open_codec(tiny_config, "", None) == (PixelsCodec(), {})
-    assert codec_store.checkpointed_arrays(tiny_config, {}) is None
+    codec, found = codec_store.open_codec(tiny_config, codec_store.Place())
+    assert (codec, found) == (PixelsCodec(), {}) and codec_store.checkpointed(codec, found) is None
+
+
+def test_a_system_without_a_codec(tmp_path):
+    config = ConfigDict({"model": {}, "data": {}})
+    place = codec_store.in_dataset(config, None)
+    assert place == codec_store.in_workdir(config, tmp_path, None) == codec_store.Place()
+    codec_store.keep(config, place, tmp_path)
+    assert codec_store.open_codec(config, place) == (None, {}) and codec_store.checkpointed(None, {}) is None

@@ -341,7 +341,7 @@ def test_a_person_is_told_of_quiet_differences(origin, tiny_config):
     said = "\n".join(check(origin, tiny_config, facts))
     assert "note: config.data.cameras is ['exterior']; the origin was trained with ['wrist']" in said
     assert "note: config.data.window.action is (2, 4, 6, 8); the origin was trained with (1, 2, 3, 4)" in said
-    assert "the origin's PCA arrays" in said and "starting from ema_params of step 4" in said
+    assert "the origin's pca arrays" in said and "starting from ema_params of step 4" in said
 
 
 def test_keys_of_sources_are_compared_as_they_are_read(origin, tiny_config):
@@ -431,7 +431,7 @@ def test_data_of_a_narrower_range_are_noticed_and_a_fresh_normaliser_is_offered(
 
 def test_the_origins_codec_comes_along(origin_run, origin, tiny_config):
     assert origin.gives_codec(tiny_config)
-    codec, frozen = open_codec(tiny_config, origin.vae, origin.codec_arrays)
+    codec, frozen = open_codec(tiny_config, origin.codec)
     assert (codec.patch, codec.channels) == (8, 12)
     jax.tree.map(np.testing.assert_array_equal, frozen, origin_run[2])
 

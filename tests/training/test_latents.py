@@ -10,10 +10,9 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
-from uwm_jax.data.fitted import read_pca
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.loader import Loader
-from uwm_jax.training import latents
+from uwm_jax.training import codec_store, latents
 
 
 @pytest.fixture
@@ -21,8 +20,7 @@ def parts(tiny_config):
     """Config, codec and arrays of a mixture of the tiny dataset with itself as video, and its loader."""
     tiny_config.data.sources = ConfigDict({"robot": config_lib.source(), "video": config_lib.source(use_actions=False)})
     loader = Loader(tiny_config.data, batch_size=4, seed=0)
-    data = tiny_config.data
-    arrays = read_pca(loader.directory, loader.camera_keys, data.crop, data.val_ratio)
+    arrays = codec_store.in_dataset(tiny_config, loader).arrays
     yield tiny_config, PCACodec.from_arrays(arrays), {k: jnp.asarray(v) for k, v in arrays.items()}, loader
     loader.close()
 

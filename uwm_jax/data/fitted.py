@@ -1,4 +1,8 @@
-"""The PCA image codec, which the data jobs fit on a dataset's training episodes."""
+"""Image codecs that were fitted to a dataset's training episodes, as they lie next to its records.
+
+`<dataset>/codec/<name>.npz` holds `<camera>/<array>` for arrays with one entry per camera, `<array>` for the others,
+`image_size` (2,), `val_ratio`, the dataset's `fingerprint`, and `digest`, the `content_digest` of all these.
+"""
 
 from __future__ import annotations
 
@@ -16,35 +20,44 @@ from uwm_jax.data.records import fingerprint, read_manifest, short_key
 from uwm_jax.errors import UserError
 from uwm_jax.reading import again
 
-_PATCH = 8  # of data_prep.reshard, unless --pca_patch says otherwise
+# Codecs that data_prep.reshard fits, with the side of their patches in pixels unless its flags say otherwise.
+_PATCHES = {"pca": 8}
 
 
-def read_pca(
+def read_fitted(
     dataset: str | os.PathLike[str],
+    name: str,
+    axes: Mapping[str, Sequence[str]],
     cameras: Sequence[str] | Mapping[str, str],
+    *,
     crop: tuple[int, int],
     val_ratio: float,
 ) -> dict[str, np.ndarray]:
-    """The arrays of a `PCACodec` from `<dataset>/codec/pca.npz`.
+    """The arrays of a codec from `<dataset>/codec/<name>.npz`.
 
     Args:
+      axes: {array: names of its axes}; those whose first axis is `view` are put together from the cameras'.
       cameras: camera keys, with or without `observation/`; or {camera's name in the model: key in the dataset}.
       crop: (height, width) of the frames that the model sees.
       val_ratio: share of episodes that the run holds out; the codec must not have seen them.
 
     Returns:
-      float32 {"mean": (V, H, W, 3), "components": (V, patch*patch*3, C), "scale": ()}, cameras sorted.
+      float32 {array: with these axes}, cameras sorted.
 
     Raises:
       UserError: there is none, it is damaged or edited, or it was fitted for other cameras, another size, another
         split or another dataset.
     """
-    path = Path(dataset) / "codec" / "pca.npz"
+    path = Path(dataset) / "codec" / f"{name}.npz"
     if not path.is_file():
+        advice = "; the data jobs do not fit it"
+        if name in _PATCHES:
+            advice = (
+                ", which data_prep.reshard fits on the training episodes, by itself where all cameras have one size. "
+                f"{_codec_size(crop, _PATCHES[name])}"
+            )
         raise UserError(
-            f"config.model.codec.name='pca' needs {path}, which data_prep.reshard fits on the training episodes, by "
-            "itself where all cameras have one size. "
-            f"{_codec_size(crop, _PATCH)}, or use config.model.codec.name='pixels'."
+            f"config.model.codec.name={name!r} needs {path}{advice}, or use config.model.codec.name='pixels'."
         )
     try:
         with np.load(io.BytesIO(again(path.read_bytes, path)), allow_pickle=False) as npz:
@@ -62,21 +75,21 @@ def read_pca(
             "Reshard the dataset again, or copy codec/pca.npz together with it."
         )
     keys = [short_key(cameras[c] if isinstance(cameras, Mapping) else c) for c in sorted(cameras)]
-    missing = [key for key in keys if f"{key}/mean" not in stored]
+    per_view = [array for array, names in axes.items() if names[:1] == ("view",)]
+    missing = [key for key in keys if any(f"{key}/{array}" not in stored for array in per_view)]
     if missing:
-        known = sorted(k.removesuffix("/mean") for k in stored if k.endswith("/mean"))
+        known = sorted({key.rpartition("/")[0] for key in stored if "/" in key})
         raise UserError(f"{path}: holds no codec for camera {missing[0]!r}; it has {', '.join(known)}.")
     arrays = {
-        "mean": np.stack([stored[f"{key}/mean"] for key in keys]).astype(np.float32),
-        "components": np.stack([stored[f"{key}/components"] for key in keys]).astype(np.float32),
-        "scale": stored["scale"].astype(np.float32),
+        array: np.stack([stored[f"{key}/{array}"] for key in keys]) if array in per_view else stored[array]
+        for array in axes
     }
     fitted_ratio = float(stored["val_ratio"])
-    size = arrays["mean"].shape[1:3]
+    size = tuple(int(n) for n in stored["image_size"])
     if size != tuple(crop):
         raise UserError(
             f"{path} was fitted on {size[0]}x{size[1]} images, but config.data.crop is {tuple(crop)}. Set "
-            f"config.data.resize and config.data.crop to {size}. Or: {_codec_size(crop, int(stored['patch']))}."
+            f"config.data.resize and config.data.crop to {size}. Or: {_codec_size(crop, int(stored.get('patch', 1)))}."
         )
     if not np.isclose(fitted_ratio, val_ratio):
         raise UserError(
@@ -84,7 +97,7 @@ def read_pca(
             f"{val_ratio:g}, so it may have seen validation episodes: set config.data.val_ratio={fitted_ratio:g}, "
             f"or reshard with --val_ratio={val_ratio:g}."
         )
-    return arrays
+    return {array: value.astype(np.float32) for array, value in arrays.items()}
 
 
 def _codec_size(crop: tuple[int, int], patch: int) -> str:

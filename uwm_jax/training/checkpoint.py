@@ -6,7 +6,7 @@
   ema_params    their moving average, when `config.optimizer.ema_decay` is set
   train_state   optimizer state, hyper-parameters, step
   data_iter     where the data order stands (JSON, knows no topology)
-  codec         arrays of a codec fitted on data (`pca`); a VAE lies in `<workdir>/frozen/vae` instead
+  codec         arrays of a codec fitted on data; a pretrained one lies in `<workdir>/frozen/<name>` instead
   assets        config, data facts with the normaliser, dataset manifest, code version, digests (JSON)
 
 A checkpoint with only `params` and `assets` (a converted one) serves inference. A damaged one is found by its

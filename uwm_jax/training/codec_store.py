@@ -1,64 +1,123 @@
-"""The frozen codec of a run: its origin, and where it is kept."""
+"""The frozen codec of a run: where its arrays come from, and where they are kept.
+
+A pretrained codec has a copy of its files in `<workdir>/frozen/<name>`; the arrays of a fitted one lie in the
+checkpoints; a codec without arrays follows from the config. Systems without a codec have (None, {}).
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
+from uwm_jax import codecs
+from uwm_jax.codecs import Codec, VAECodec
+from uwm_jax.data.fitted import read_fitted
+from uwm_jax.data.loader import Loader
 from uwm_jax.errors import UserError
 from uwm_jax.parallel import distributed
 from uwm_jax.torch_bridge import diffusers_vae
 
 
-def open_codec(config: ConfigDict, vae: str | os.PathLike[str], arrays: Any) -> tuple[Codec, Any]:
-    """The codec of a run and its parameters.
+class Place(NamedTuple):
+    """Where a codec's arrays are.
 
-    Args:
-      vae: a diffusers folder or hub name; not read for other codecs.
-      arrays: those of a fitted codec, None for the others.
+    Attributes:
+      files: a pretrained codec's folder or hub name; "" for other codecs.
+      arrays: a fitted codec's; None for other codecs.
+    """
+
+    files: str | os.PathLike[str] = ""
+    arrays: Mapping[str, Any] | None = None
+
+
+class _Files(NamedTuple):
+    """How the files of a pretrained codec are read, (place, `config.model.codec`) -> (codec, arrays), and copied,
+    (place, folder)."""
+
+    read: Callable[[str | os.PathLike[str], ConfigDict], tuple[Codec, Any]]
+    copy: Callable[[str | os.PathLike[str], Path], Any]
+
+
+def _read_vae(place: str | os.PathLike[str], fields: ConfigDict) -> tuple[Codec, Any]:
+    module, params, _ = diffusers_vae.load_vae(place, dtype=fields.dtype)
+    return VAECodec(module, microbatch=fields.microbatch), params
+
+
+_FILES: dict[str, _Files] = {"vae": _Files(_read_vae, diffusers_vae.copy_folder)}
+
+
+def in_dataset(config: ConfigDict, loader: Loader) -> Place:
+    """Where a new run finds its codec: the config's files, or what the data jobs fitted to its data.
 
     Raises:
-      UserError: the VAE cannot be read, or there are no arrays of a fitted codec.
+      UserError: nothing was fitted to the data, or it does not fit the config.
     """
-    c = config.model.codec
-    if c.name == "pixels":
-        return PixelsCodec(), {}
-    if c.name == "pca":
-        if arrays is None:
-            raise UserError("config.model.codec.name is 'pca', but the checkpoint carries no codec.")
-        return PCACodec.from_arrays(arrays), jax.device_put(dict(arrays))
-    module, params, _ = diffusers_vae.load_vae(vae, dtype=c.dtype)
-    return VAECodec(module, microbatch=c.microbatch), params
+    codec, data = codecs.of_config(config), config.data
+    if codec is None:
+        return Place()
+    if codec.pretrained:
+        return Place(config.model.codec[codec.name])
+    if not codec.arrays:
+        return Place()
+    return Place(
+        arrays=read_fitted(
+            loader.directory, codec.name, codec.arrays, loader.camera_keys, crop=data.crop, val_ratio=data.val_ratio
+        )
+    )
 
 
-def from_workdir(config: ConfigDict, workdir: str | os.PathLike[str], arrays: Any) -> tuple[Codec, Any]:
-    """The codec of a workdir, which has a VAE of its own; `arrays` are its checkpoint's."""
-    return open_codec(config, vae_folder(workdir), arrays)
+def in_workdir(config: ConfigDict, workdir: str | os.PathLike[str], arrays: Mapping[str, Any] | None) -> Place:
+    """Where a workdir keeps its codec; `arrays` are those of the checkpoint that is read."""
+    codec = codecs.of_config(config)
+    if codec is None:
+        return Place()
+    return Place(Path(workdir) / "frozen" / codec.name if codec.pretrained else "", arrays)
 
 
-def keep_vae(config: ConfigDict, vae: str | os.PathLike[str], workdir: str | os.PathLike[str]) -> None:
-    """Copies the VAE of a run that starts into its workdir (the main process does); nothing for other codecs.
+def open_codec(config: ConfigDict, place: Place) -> tuple[Codec | None, Any]:
+    """The codec of a run and its arrays.
 
     Raises:
-      UserError: the workdir holds another one.
+      UserError: the files of a pretrained codec cannot be read, or a fitted one has no arrays.
     """
-    if config.model.codec.name != "vae":
+    codec = codecs.of_config(config)
+    if codec is None:
+        return None, {}
+    if codec.pretrained:
+        return _FILES[codec.name].read(place.files, config.model.codec)
+    if not codec.arrays:
+        return codec.from_config(config.model.codec), {}
+    if place.arrays is None:
+        raise UserError(f"config.model.codec.name is {codec.name!r}, but the checkpoint carries no codec.")
+    return codec.from_arrays(place.arrays), jax.device_put(dict(place.arrays))
+
+
+def keep(config: ConfigDict, place: Place, workdir: str | os.PathLike[str]) -> None:
+    """Copies the files of a pretrained codec into the workdir of a run that starts (the main process does).
+
+    Raises:
+      UserError: the workdir holds others.
+    """
+    codec = codecs.of_config(config)
+    if codec is None or not codec.pretrained:
         return
     if distributed.is_main():
-        diffusers_vae.copy_folder(vae, vae_folder(workdir))
-    distributed.barrier("the VAE is in the workdir")
+        _FILES[codec.name].copy(place.files, Path(in_workdir(config, workdir, None).files))
+    distributed.barrier("the codec's files are in the workdir")
 
 
-def vae_folder(workdir: str | os.PathLike[str]) -> Path:
-    """The folder in which a workdir keeps its VAE."""
-    return Path(workdir) / "frozen" / "vae"
-
-
-def checkpointed_arrays(config: ConfigDict, frozen: Any) -> Any:
+def checkpointed(codec: Codec | None, frozen: Any) -> Any:
     """The part of the codec that a checkpoint carries: a fitted codec's arrays, None for the others."""
-    return frozen if config.model.codec.name == "pca" else None
+    return frozen if codec is not None and codec.arrays else None
+
+
+def describe(codec: Codec | None, frozen: Any) -> str:
+    """A line for people, with its end; "" without a codec."""
+    if codec is None:
+        return ""
+    return f"frozen codec {codec.name}: {sum(x.size for x in jax.tree.leaves(frozen)) / 1e6:.2f} M parameters\n"

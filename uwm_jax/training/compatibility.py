@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from uwm_jax import codecs
 from uwm_jax import config as config_lib
 from uwm_jax.data.ranges import Range, under
 from uwm_jax.errors import UserError
@@ -41,7 +42,7 @@ def check(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Mapping[
       ranges: of its data by source and key (`Loader.ranges()`).
 
     Raises:
-      UserError: a field, or a PCA codec, that gives the origin's parameters another meaning.
+      UserError: a field, or a fitted codec, that gives the origin's parameters another meaning.
     """
     now, before = config_lib.flatten(config), config_lib.flatten(origin.config)
     for name, interface in _FIXED.items():
@@ -91,20 +92,23 @@ def _about_image_weights(config: ConfigDict) -> list[str]:
 
 
 def _about_codec(origin: Origin, config: ConfigDict) -> list[str]:
-    name = config.model.codec.name
-    if not origin.gives_codec(config) or name == "pixels" or (name == "pca" and not origin.codec_arrays):
+    codec = codecs.of_config(config)
+    if codec is None or not origin.gives_codec(config):
         return []
-    if name == "vae":
-        return [f"codec: the origin's VAE, {origin.vae} (config.model.codec.vae is not read)"]
-    fitted, wanted = tuple(origin.codec_arrays["mean"].shape), (len(config.data.cameras), *config.data.crop, 3)
+    name = codec.name
+    if codec.pretrained:
+        return [f"codec: the origin's {name}, {origin.codec.files} (config.model.codec.{name} is not read)"]
+    if not origin.codec_arrays:
+        return []
+    fitted, wanted = codec.fitted_on(origin.codec_arrays), (len(config.data.cameras), *config.data.crop)
     if fitted != wanted:
         raise UserError(
-            f"config.init_from={origin.spec!r}: the origin's PCA codec was fitted on {fitted[0]} views of "
+            f"config.init_from={origin.spec!r}: the origin's {name} codec was fitted on {fitted[0]} views of "
             f"{fitted[1]}x{fitted[2]}, but this run has {wanted[0]} of {wanted[1]}x{wanted[2]}. Use the origin's "
             "views and crop, or this dataset's own codec, with layers for it that start fresh: "
             f"{skip_flag(INTERFACE['next_obs'])}"
         )
-    return ["codec: the origin's PCA arrays"]
+    return [f"codec: the origin's {name} arrays"]
 
 
 def _about_normalizer(

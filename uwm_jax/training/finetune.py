@@ -6,7 +6,7 @@ What is taken from the origin, a workdir of ours or a converted official checkpo
   `config.init_from_parameters` says otherwise. The optimizer and the step are fresh;
 - the normaliser, key by key, because the parameters know values in the origin's units, unless
   `config.init_from_normalizer` is "fresh";
-- the frozen codec (the origin's own VAE folder or PCA arrays, whatever `config.model.codec.vae` says), because they
+- the frozen codec (the origin's own files or arrays, whatever `config.model.codec.vae` says), because they
   know its latents.
 
 Arrays that the origin lacks, or has in another shape, are refused unless `config.init_from_skip` names them; these
@@ -111,7 +111,7 @@ class Origin:
       parameters: which of that are read, "average" or "raw".
       config: of the origin's run.
       facts: of its data, with its normaliser.
-      codec_arrays: of its PCA codec, else None.
+      codec_arrays: of its codec, if that was fitted to data, else None.
       learned_from: all data that its parameters learned from; None where that is not known.
       latent_sizes: of its latents by source, as `latents.sizes`, where they were measured.
     """
@@ -155,13 +155,13 @@ class Origin:
         return Normalizer(entries)
 
     def gives_codec(self, config: ConfigDict) -> bool:
-        """Whether the new run takes its codec (`vae`, `codec_arrays`): not if the layers of `next_obs` are fresh."""
+        """Whether the new run takes its codec: not if the layers of `next_obs` are fresh."""
         return not is_fresh("next_obs", config.init_from_skip)
 
     @property
-    def vae(self) -> Path:
-        """The folder of its VAE."""
-        return codec_store.vae_folder(self.directory)
+    def codec(self) -> codec_store.Place:
+        """Where its codec is."""
+        return codec_store.in_workdir(self.config, self.directory, self.codec_arrays)
 
     def params(self, fresh: Any, config: ConfigDict) -> tuple[Any, list[str]]:
         """The origin's parameters, in the places of fresh ones.

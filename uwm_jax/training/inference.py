@@ -122,7 +122,8 @@ def _load(
             "config.optimizer.ema_decay=0, or was converted). Leave the flag out."
         )
     facts = DataFacts.from_json(stored.assets["data_facts"])
-    codec, frozen = codec_store.from_workdir(config, workdir, stored.codec)
+    codec, frozen = codec_store.open_codec(config, codec_store.in_workdir(config, workdir, stored.codec))
+    assert codec is not None
     system = System(config, facts, codec)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(

@@ -26,7 +26,7 @@ WINDOWS = 8  # of each source
 FAR = 2.0  # the factor, either way, that is worth a warning
 
 
-def look(config: ConfigDict, codec: Codec, frozen: Any, loader: Loader, origin: Origin | None) -> dict[str, Any]:
+def look(config: ConfigDict, codec: Codec | None, frozen: Any, loader: Loader, origin: Origin | None) -> dict[str, Any]:
     """Measures and says what is unfit, where some pictures are not those that the codec was made for.
 
     Args:
@@ -36,7 +36,7 @@ def look(config: ConfigDict, codec: Codec, frozen: Any, loader: Loader, origin: 
       {"latent_sizes": as `sizes`} for the checkpoint's assets; {} where there was nothing to look for.
     """
     from_origin = origin is not None and origin.gives_codec(config)
-    if codec.latent_rms is None or not (from_origin or len(loader.sources) > 1):
+    if codec is None or codec.latent_rms is None or not (from_origin or len(loader.sources) > 1):
         return {}
     found = sizes(config, codec, frozen, loader)
     drawn = {name: size for name, size in found.items() if loader.sources[name].weight}
