@@ -245,10 +245,11 @@ def _student(freedom: int) -> float:
 
 def _wilson(successes: np.ndarray) -> tuple[float, float, float]:
     """(share, lo, hi) by Wilson's score."""
-    n, p, z = len(successes), float(np.mean(successes)), _Z
-    center, scale = p + z * z / (2 * n), 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, min(p, max(0.0, (center - half) / scale)), max(p, min(1.0, (center + half) / scale))
+    from scipy.stats import binomtest  # imported here, as above
+
+    count = int(np.count_nonzero(successes))
+    interval = binomtest(count, len(successes)).proportion_ci(method="wilson")
+    return count / len(successes), float(interval.low), float(interval.high)
 
 
 def _stored(mean: float, lo: float, hi: float, n: int, episodes: int) -> Stored:
