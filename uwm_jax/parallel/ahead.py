@@ -16,8 +16,11 @@ class Ahead(Iterator[_Item], Generic[_Item]):
     """Iterates over `items`; a thread keeps `depth` of them ahead. What they raise is raised where the item would have
     come, and is the end of the iterator.
 
+    A process must be able to ask for a limited time whether an item or an error has come, and to end while a read
+    hangs: grain's thread prefetch offers neither (its `close` joins the thread).
+
     Args:
-      waits_for: tells what is being read, for people.
+      waits_for: describes what is being read, for messages.
     """
 
     def __init__(self, items: Iterator[_Item], depth: int = 1, waits_for: Callable[[], str] = lambda: "data"):

@@ -1,0 +1,103 @@
+"""The wheel: what it holds, and that its console scripts run where nothing of the clone is at hand."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PACKAGES = ("uwm_jax", "data_prep")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    clone = folder / "clone"
+    for package in (*PACKAGES, "configs", "launch", "tests"):
+        shutil.copytree(ROOT / package, clone / package, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    build = ["pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(folder)]
+    subprocess.run([sys.executable, "-m", *build, str(clone)], check=True, timeout=120)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def scripts(wheel, tmp_path_factory) -> Path:
+    """The folder of console scripts of an environment that has the wheel, and finds its dependencies in this one's."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    install = ["pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, "-m", *install], check=True, timeout=120)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A plain path line: that folder's own .pth files, of an editable installation perhaps, are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin"
+
+
+def run(scripts: Path, folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    command = (str(scripts / command[0]), *command[1:])
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_both_packages_and_no_name_of_others(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names} == {*PACKAGES, f"uwm_jax-{PROJECT['version']}.dist-info"}
+    modules = {str(p.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).rglob("*.py")}
+    assert modules | {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+
+
+@pytest.mark.slow
+def test_every_script_runs_from_the_wheel_alone(scripts, tmp_path):
+    places = "import uwm_jax, data_prep; print(uwm_jax.__file__, data_prep.__file__, sep='\\n')"
+    found = run(scripts, tmp_path, "python", "-c", places).stdout.split()
+    assert found and all(Path(file).is_relative_to(scripts.parent) for file in found), found
+    for script in PROJECT["scripts"]:
+        helped = run(scripts, tmp_path, script, "--help")
+        assert helped.returncode == 0 and "Flags:" in helped.stdout, f"{script}: {helped.stderr}"
+    refused = run(scripts, tmp_path, "uwm-train", "--config=none.py", "--workdir=run")
+    assert refused.returncode == 2 and "no Python file 'none.py'" in refused.stderr
+    assert "Shipped" not in refused.stderr, "there is no configs/ here"
+
+
+def test_the_core_imports_its_requirements_and_none_of_the_extras():
+    """What only demonstration data or tests need is no requirement of the core."""
+    owners = importlib.metadata.packages_distributions()
+    files = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
+    imported = {module for p in files if p.name not in ("demo.py", "pusht_rlds.py") for module in _imported(p)}
+    provided = {_name(owner) for module in imported for owner in owners.get(module, ())}
+    assert {_name(requirement) for requirement in PROJECT["dependencies"]} <= provided
+    assert not imported & {"tensorflow", "tensorflow_datasets", "rlds", "apache_beam"}
+
+
+def _imported(file: Path) -> set[str]:
+    """The top-level modules that a source file imports, inside of functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def _name(requirement: str) -> str:
+    """The normalised name of a requirement such as `etils[epath]>=1.12`."""
+    return re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-")
