@@ -19,6 +19,7 @@ import numpy as np
 FOLDER = Path(__file__).parent
 NAMES = ("uwm_droid_small", "uwm_libero_small")  # UWM's
 DP_NAMES = ("dp_transformer_small", "dp_unet_small", "dp_unet_fourier", "dp_flow_small")
+GR1_NAMES = ("gr1_tiny", "gr1_small")
 
 
 def filler(count: int, k: int) -> np.ndarray:

@@ -21,3 +21,9 @@ def test_kaiming_fan_out_has_its_standard_deviation() -> None:
     # The standard error of a standard deviation is std / sqrt(2 n); these are four of them.
     assert abs(found.std() - std) < 4 * std / np.sqrt(2 * found.size)
     assert abs(found.mean()) < 4 * std / np.sqrt(found.size)
+
+
+def test_torch_linear_draws_the_numbers_of_a_draw_in_shape() -> None:
+    key = jax.random.key(3)
+    found = initializers.torch_linear(16)(key, (3, 4))
+    np.testing.assert_array_equal(found, jax.random.uniform(key, (3, 4), minval=-0.25, maxval=0.25))

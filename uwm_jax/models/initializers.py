@@ -35,3 +35,11 @@ def kaiming_fan_out(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.flo
     """N(0, 2 / fan-out) for convolution kernels (rows, columns, inputs, outputs), as torchvision (He et al. 2015)."""
     fan_out = shape[0] * shape[1] * shape[3]
     return normal(math.sqrt(2 / fan_out))(key, shape, dtype)
+
+
+def torch_linear(inputs: int) -> Any:
+    """torch's default for weights and biases of linear layers and convolutions of `inputs` inputs.
+
+    (torch calls it Kaiming-uniform with a = sqrt(5).)
+    """
+    return uniform(1 / math.sqrt(inputs))

@@ -17,7 +17,7 @@ import numpy as np
 
 from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
-from uwm_jax.models.initializers import kaiming_fan_out
+from uwm_jax.models.initializers import kaiming_fan_out, torch_linear
 from uwm_jax.models.normalization import GroupNorm
 
 Array = jax.Array
@@ -27,20 +27,13 @@ CHANNELS_PER_GROUP = 16
 
 
 class TorchDense(nn.Module):
-    """Linear layer in float32 with torch's default start: weight and bias uniform in +-1/sqrt(inputs).
-
-    (torch calls it Kaiming-uniform with a = sqrt(5).)
-    """
+    """Linear layer in float32 with torch's default start (`initializers.torch_linear`)."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        bound = 1.0 / np.sqrt(x.shape[-1])
-
-        def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+        init = torch_linear(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
         return x.astype(jnp.float32) @ kernel + bias
