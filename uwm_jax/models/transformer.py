@@ -152,7 +152,7 @@ class Head(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class StepConditions:
-    """SiLU of the conditions of all rows at all steps of a sampler, for the layers that are linear in it.
+    """The activated conditions of all rows at all steps of a sampler, for the layers that are linear in them.
 
     A condition joins features of a row (B, F) and an embedding of a step (S, T). The layer of the joined halves is the
     sum of those of each half, so B + S rows, each with zeros in place of the other half, replace B * S. (Zeros, because
@@ -167,11 +167,21 @@ class StepConditions:
     rows: int
 
     @classmethod
-    def join(cls, features: Array | None, time: Array, *, time_first: bool = False) -> StepConditions:
-        """Features (B, F), or none, and embeddings (S, T) before their activation; [features | time] unless told."""
+    def join(
+        cls,
+        features: Array | None,
+        time: Array,
+        *,
+        activation: Callable[[Array], Array] = nn.silu,
+        time_first: bool = False,
+    ) -> StepConditions:
+        """Features (B, F), or none, and embeddings (S, T) before their activation; [features | time] unless told.
+
+        The activation takes 0 to 0.
+        """
         if features is None:
-            return cls(nn.silu(time), 0)
-        of_rows, of_steps = nn.silu(features.astype(jnp.float32)), nn.silu(time)
+            return cls(activation(time), 0)
+        of_rows, of_steps = activation(features.astype(jnp.float32)), activation(time)
         before, after = (time.shape[-1], 0), (0, time.shape[-1])
         of_rows = jnp.pad(of_rows, ((0, 0), before if time_first else after))
         before, after = (features.shape[-1], 0), (0, features.shape[-1])

@@ -151,8 +151,10 @@ def linear(name: str, path: Path, layer: int | None, shape: Shape, input_axes: i
 
 
 def convolution(name: str, path: Path, layer: int | None, shape: Shape) -> Entry:
-    """A kernel (rows, columns, inputs, outputs); torch's is (outputs, inputs, rows, columns)."""
-    order = (3, 2, 0, 1)
+    """A kernel (rows, columns, inputs, outputs) of any number of leading axes; torch's is (outputs, inputs, rows,
+    columns). The same permutation takes a transposed convolution (taps, outputs, inputs) to (inputs, outputs, taps)."""
+    axes = len(shape) - 2
+    order = (axes + 1, axes, *range(axes))
     return Entry(name, path, layer, shape, order, tuple(shape[axis] for axis in order))
 
 
