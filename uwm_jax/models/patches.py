@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import jax
 
 Array = jax.Array
+
+
+def count(latent_shape: Sequence[int], patch: tuple[int, int, int]) -> int:
+    """Tokens of latents (V, T, h, w, C).
+
+    Raises:
+        ValueError: the patch does not divide (T, h, w).
+    """
+    views, *grid, _ = latent_shape
+    if any(n % p for n, p in zip(grid, patch, strict=True)):
+        raise ValueError(f"patch {patch} (frames, rows, columns) must divide the latents' {tuple(grid)}")
+    return views * math.prod(n // p for n, p in zip(grid, patch, strict=True))
 
 
 def patchify(latent: Array, patch: tuple[int, int, int]) -> Array:

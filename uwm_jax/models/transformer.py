@@ -41,7 +41,12 @@ def sinusoid(timestep: Array, dim: int) -> Array:
     """Sines then cosines of integer timesteps (...,) at dim/2 frequencies from 1 to 1/10000 -> (..., dim) float32.
 
     The largest period is reached at the last frequency: the exponent is divided by dim/2 - 1.
+
+    Raises:
+        ValueError: dim is odd or less than 4.
     """
+    if dim < 4 or dim % 2:
+        raise ValueError(f"timestep_embed_dim must be even and at least 4, found {dim}")
     half = dim // 2
     frequency = np.exp(-np.arange(half) * np.log(10_000.0) / (half - 1)).astype(np.float32)
     phase = timestep[..., None].astype(jnp.float32) * frequency

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.models import patches
 from uwm_jax.models.activations import constrain
-from uwm_jax.models.patches import patchify, unpatchify
 from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, StepConditions, dense, sinusoid
 
 Array = jax.Array
@@ -61,15 +61,13 @@ class DiT(nn.Module):
 
     @property
     def num_video_tokens(self) -> int:
-        views, *grid, _ = self.latent_shape
-        return views * int(np.prod([n // p for n, p in zip(grid, self.patch, strict=True)]))
+        return patches.count(self.latent_shape, self.patch)
 
     @property
     def num_tokens(self) -> int:
         return self.action_len + self.num_video_tokens + self.num_registers
 
     def setup(self) -> None:
-        self._check()
         d, dtype = self.embed_dim, self.dtype
         self.stack = BlockStack(
             d, self.depth, self.num_heads, self.mlp_ratio, self.qkv_bias, self.scan_blocks, self.remat, dtype
@@ -85,14 +83,6 @@ class DiT(nn.Module):
         self.head = Head(d, dtype)
         self.action_decoder = MLP(hidden, self.action_dim, dtype=dtype, out_dtype=jnp.float32)
         self.patch_decoder = dense(patch_values, dtype=jnp.float32)
-
-    def _check(self) -> None:
-        if any(n % p for n, p in zip(self.latent_shape[1:4], self.patch, strict=True)):
-            raise ValueError(
-                f"patch {self.patch} (frames, rows, columns) must divide the latents' {self.latent_shape[1:4]}"
-            )
-        if self.timestep_embed_dim < 4 or self.timestep_embed_dim % 2:
-            raise ValueError(f"timestep_embed_dim must be even and at least 4, found {self.timestep_embed_dim}")
 
     @nn.compact
     def __call__(
@@ -151,7 +141,7 @@ class DiT(nn.Module):
                 f"noisy action and next_obs must have the shapes {expected[0]} and {expected[1]}, "
                 f"found {action.shape} and {latent.shape}"
             )
-        video = self.patch_encoder(patchify(latent.astype(self.dtype), self.patch))
+        video = self.patch_encoder(patches.patchify(latent.astype(self.dtype), self.patch))
         parts = [constrain(p, "batch", "length") for p in (self.action_encoder(action), video)]
         if self.num_registers:
             parts.append(jnp.broadcast_to(self.registers, (batch, *self.registers.shape[1:])))
@@ -166,6 +156,6 @@ class DiT(nn.Module):
         video = self.patch_decoder(x[:, self.action_len : end])
         pred = {
             "action": self.action_decoder(x[:, : self.action_len]),
-            "next_obs": unpatchify(video, self.patch, self.latent_shape),
+            "next_obs": patches.unpatchify(video, self.patch, self.latent_shape),
         }
         return pred, {**intermediates, "final": x}

@@ -5,26 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from uwm_jax.torch_bridge import layout
+from uwm_jax.torch_bridge import layout, names
 from uwm_jax.torch_bridge.layout import Entry, EntryOf, Path, Shape
-
-_NET = {
-    "patch_encoder": "obs_patchifier.patch_encoder",
-    "patch_decoder": "obs_patchifier.patch_decoder",
-    "action_encoder/fc1": "action_encoder.0",
-    "action_encoder/fc2": "action_encoder.2",
-    "action_decoder/fc1": "action_decoder.0",
-    "action_decoder/fc2": "action_decoder.2",
-    "timestep_embedding/fc1": "timestep_embedding.proj.0",
-    "timestep_embedding/fc2": "timestep_embedding.proj.2",
-    "blocks/qkv": "attn.qkv",
-    "blocks/proj": "attn.proj",
-    "blocks/fc1": "mlp.fc1",
-    "blocks/fc2": "mlp.fc2",
-    "blocks/adaln": "adaLN_modulation.1",
-    "head/linear": "head.linear",
-    "head/adaln": "head.adaLN_modulation.1",
-}
 
 
 def entry_of(patch: Sequence[int]) -> EntryOf:
@@ -55,10 +37,7 @@ def _official_name(path: Path, layer: int | None) -> str:
     *modules, leaf = path
     leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
     if modules[0] == "noise_pred_net":
-        inner = "/".join(modules[1:])
-        name = [_NET[inner]] if inner else []
-        block = [] if layer is None else ["blocks", str(layer)]
-        return ".".join(["noise_pred_net", *block, *name, leaf])
+        return names.of_network(path, layer, names.ACTIONS_AND_VIDEO)
     if modules == ["obs_encoder", "text_head"]:
         return f"obs_encoder.text_encoder.head.{leaf}"
     if modules[:2] == ["obs_encoder", "img_encoder"]:
