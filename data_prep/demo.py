@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -93,7 +94,7 @@ def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite
     Each takes the place of an older one when it is complete, so an interrupted run has lost nothing.
 
     Raises:
-        UserError: another dataset is there, or the expert fails too often.
+        UserError: another dataset is there, the extra `demo` is not installed, or the expert fails too often.
     """
     from data_prep.reshard import is_training_dataset, reshard  # worker processes import this module, and need none
 
@@ -115,6 +116,7 @@ def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite
         )
     check_output(output, is_training_dataset, "a training dataset", overwrite=overwrite)
     if made is None or not same:
+        _require_packages()
         check_output(source, _is_source, "the source of such a dataset", overwrite=overwrite)
         made = _write_source(demo, source, workers)
     reshard(source / made["dataset"], output, val_ratio=VAL_RATIO, workers=workers, overwrite=overwrite)
@@ -227,6 +229,14 @@ def rlds_record(episode: Episode) -> dict[str, Any]:
         ],
         "episode_metadata": {"seed": episode.seed, "final_coverage": np.float32(episode.coverage)},
     }
+
+
+def _require_packages() -> None:
+    missing = [name for name in ("gym_pusht", "tensorflow_datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)}: not installed. Run `pip install 'uwm_jax[demo]'` (or `-e '.[demo]'` in a clone)."
+        )
 
 
 def _write_source(demo: Demo, directory: Path, workers: int) -> dict[str, Any]:

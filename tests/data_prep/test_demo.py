@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -177,3 +178,11 @@ def test_output_in_a_place_that_is_no_directory(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="cannot be made"):
         demo.make(TINY, tmp_path / "file" / "pusht", workers=1)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_the_extra_the_installation_is_told_and_nothing_made(monkeypatch, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "tensorflow" in name else find_spec(name))
+    with pytest.raises(UserError, match=r"^tensorflow_datasets: not installed. Run `pip install 'uwm_jax\[demo\]'`"):
+        demo.make(demo.Demo(episodes=1), tmp_path / "pusht")
+    assert not list(tmp_path.iterdir())
