@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from uwm_jax.errors import UserError
-from uwm_jax.torch_bridge import torchvision_resnet
+from uwm_jax.torch_bridge import hub
 from uwm_jax.torch_bridge.hub import fetch
 
 
@@ -55,18 +55,20 @@ def test_the_folder_that_the_message_sends_to_is_taken(
         raise OSError("offline")
 
     (tmp_path / "resnet").mkdir()
-    file = tmp_path / "resnet" / torchvision_resnet.DEFAULT_FILE
+    file = tmp_path / "resnet" / hub.DEFAULT_FILE
     file.write_bytes(b"")
     for name in (str(tmp_path / "resnet"), tmp_path / "resnet", str(file), file):
-        assert torchvision_resnet._locate(name) == file
+        assert hub.locate_weights(name, "tensors") == file
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(UserError, match=f"give the folder that holds {torchvision_resnet.DEFAULT_FILE}"):
-        torchvision_resnet._locate("owner/name@main")
+    with pytest.raises(UserError, match=f"give the folder that holds {hub.DEFAULT_FILE}"):
+        hub.locate_weights("owner/name@main", "tensors")
 
 
 def test_a_file_of_a_repository_at_a_revision(asked: list[tuple[Any, ...]]) -> None:
-    assert torchvision_resnet._locate("owner/name@v2/weights/resnet.safetensors") == Path("/cache/resnet.safetensors")
-    assert torchvision_resnet._locate("owner/name@v2") == Path("/cache/model.safetensors")
+    assert hub.locate_weights("owner/name@v2/weights/resnet.safetensors", "tensors") == Path(
+        "/cache/resnet.safetensors"
+    )
+    assert hub.locate_weights("owner/name@v2", "tensors") == Path("/cache/model.safetensors")
     assert asked == [
         ("owner/name", "resnet.safetensors", "weights", "v2"),
         ("owner/name", "model.safetensors", None, "v2"),

@@ -1,4 +1,4 @@
-"""Finding the files of published weights: a local path, or a name on the Hugging Face hub."""
+"""Files of published weights: a local path, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from uwm_jax.errors import UserError
 from uwm_jax.files import local_path
+
+DEFAULT_FILE = "model.safetensors"  # the name that hub repositories of classifiers use
 
 # owner/name, @revision, /subfolder
 _HUB_NAME = re.compile(r"([^/@~\s]+/[^/@\s]+)(?:@([^/@\s]+))?(?:/([^@]*[^/@]))?")
@@ -51,3 +53,28 @@ def fetch(path_or_hub_name: str | os.PathLike[str], files: Sequence[str], what: 
             "Check the name, the revision and the network (and HF_TOKEN for a private repository), or download it "
             f"elsewhere and give the folder that holds {' and '.join(files)}."
         ) from error
+
+
+def locate_weights(path_or_hub: str | os.PathLike[str], names: str) -> Path:
+    """The file of ImageNet weights that `config.model.encoder.imagenet_weights` names.
+
+    Args:
+        path_or_hub: a safetensors file, a folder with a model.safetensors, or a hub name "owner/name[@revision][/file]"
+            (by default its model.safetensors).
+        names: the tensors' names in words, for messages.
+    Raises:
+        UserError: there is no such file, or the hub cannot serve it.
+    """
+    name = os.fspath(path_or_hub)
+    path = local_path(name, "config.model.encoder.imagenet_weights")
+    if path.is_file():
+        return path
+    parts = name.split("/")
+    is_file_name = parts[-1].endswith(".safetensors")
+    is_path = path.is_absolute() or isinstance(path_or_hub, os.PathLike) or (is_file_name and len(parts) < 3)
+    if is_path and not path.is_dir():
+        raise UserError(
+            f"{name!r}: there is no such file; expected safetensors with {names}, or a folder with {DEFAULT_FILE}"
+        )
+    folder, file = ("/".join(parts[:-1]), parts[-1]) if is_file_name else (name, DEFAULT_FILE)
+    return fetch(folder, (file,), what="ImageNet weights")[0]

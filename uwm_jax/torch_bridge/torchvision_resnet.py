@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
 from uwm_jax.errors import UserError
-from uwm_jax.files import local_path
-from uwm_jax.torch_bridge.hub import fetch
+from uwm_jax.torch_bridge.hub import locate_weights
 from uwm_jax.torch_bridge.tensor_file import read_safetensors
-
-DEFAULT_FILE = "model.safetensors"  # the name that hub repositories of classifiers use
 
 _NORM = re.compile(r"(^|\.)(bn\d+|downsample\.1)\.(weight|bias|running_mean|running_var|num_batches_tracked)$")
 
@@ -37,7 +33,7 @@ def load_imagenet_resnet(path_or_hub: str | os.PathLike[str], encoder_params: Ma
     Raises:
         UserError: the file cannot be had or read, or a tensor is missing, extra or misshaped; each is named.
     """
-    path = _locate(path_or_hub)
+    path = locate_weights(path_or_hub, "torchvision's ResNet names")
     tensors = read_safetensors(path, f"ImageNet weights: {path}")
 
     flat = dict(traverse_util.flatten_dict(encoder_params))
@@ -69,20 +65,3 @@ def load_imagenet_resnet(path_or_hub: str | os.PathLike[str], encoder_params: Ma
             "(ResNet-18: (2, 2, 2, 2) and 64)."
         )
     return traverse_util.unflatten_dict(flat)
-
-
-def _locate(path_or_hub: str | os.PathLike[str]) -> Path:
-    name = os.fspath(path_or_hub)
-    path = local_path(name, "config.model.encoder.imagenet_weights")
-    if path.is_file():
-        return path
-    parts = name.split("/")
-    is_file_name = parts[-1].endswith(".safetensors")
-    is_path = path.is_absolute() or isinstance(path_or_hub, os.PathLike) or (is_file_name and len(parts) < 3)
-    if is_path and not path.is_dir():
-        raise UserError(
-            f"{name!r}: there is no such file; expected safetensors with torchvision's ResNet names, or a folder "
-            f"with {DEFAULT_FILE}"
-        )
-    folder, file = ("/".join(parts[:-1]), parts[-1]) if is_file_name else (name, DEFAULT_FILE)
-    return fetch(folder, (file,), what="ImageNet weights")[0]

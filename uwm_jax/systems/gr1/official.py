@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from uwm_jax.models.layers import BLOCKS
-from uwm_jax.torch_bridge import layout
+from uwm_jax.torch_bridge import layout, torchvision_vit
 from uwm_jax.torch_bridge.layout import Entry, EntryOf, Path, Shape
 
 _ENCODER = "obs_encoder.img_encoder"
@@ -17,9 +18,6 @@ _NAMES = {
     "obs_encoder/heads": f"{_VIT}.heads",
     "obs_encoder/feat_head": f"{_ENCODER}.feat_head",
     "obs_encoder/patch_head": f"{_ENCODER}.patch_head",
-    "obs_encoder/vit": _VIT,
-    "obs_encoder/vit/conv_proj": f"{_VIT}.conv_proj",
-    "obs_encoder/vit/ln": f"{_VIT}.encoder.ln",
     "obs_encoder/resampler": _RESAMPLER,
     "obs_encoder/resampler/norm": f"{_RESAMPLER}.norm",
     "action_head/fc1": "action_head.0",
@@ -32,24 +30,14 @@ _NAMES = {
     "obs_queries": "obs_queries",
     "decoder/query_token": "decoder_query_token",
     "decoder/pos_embed": "decoder_pos_embed",
-    "obs_encoder/vit/pos_embedding": f"{_VIT}.encoder.pos_embedding",
 }
 _BLOCK = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-_VIT_BLOCK = {
-    "norm1": "ln_1",
-    "norm2": "ln_2",
-    "qkv": "self_attention.in_proj",
-    "proj": "self_attention.out_proj",
-    "fc1": "mlp.0",
-    "fc2": "mlp.3",
-}
 _ATTENTION = ("norm_media", "norm_latents", "to_q", "to_kv", "to_out")
 _RESAMPLER_LAYER = {name: f"0.{name}" for name in _ATTENTION} | {"norm_ff": "1.0", "fc1": "1.1", "fc2": "1.3"}
 # Stacks: what precedes a layer's number, and the names inside a layer.
 _STACKS = {
     "transformer": ("transformer.", _BLOCK),
     "decoder/layers": ("decoder_blocks.", _BLOCK),
-    "obs_encoder/vit/encoder": (f"{_VIT}.encoder.layers.encoder_layer_", _VIT_BLOCK),
     "obs_encoder/resampler/layers": (f"{_RESAMPLER}.layers.", _RESAMPLER_LAYER),
 }
 _LEAVES = {"kernel": "weight", "scale": "weight"}
@@ -63,10 +51,13 @@ def entry_of(vit_patch: int, patch: Sequence[int]) -> EntryOf:
       patch: rows and columns of those that the image decoder predicts.
     """
 
+    of_vit = torchvision_vit.entry_of(vit_patch)
+
     def entry(path: Path, layer: int | None, shape: Shape) -> Entry:
-        name, module, leaf = official_name(path, layer), path[-2] if len(path) > 1 else "", path[-1]
-        if module == "conv_proj" and leaf == "kernel":
-            return layout.patch_encoder(name, path, layer, shape, (vit_patch, vit_patch))
+        if path[:2] == ("obs_encoder", "vit"):
+            inner = of_vit(path[2:], layer, shape)
+            return dataclasses.replace(inner, name=f"{_VIT}.{inner.name}", path=path)
+        name, module, leaf = _name(path, layer), path[-2] if len(path) > 1 else "", path[-1]
         if path[:2] == ("decoder", "head"):
             return layout.patch_decoder(name, path, layer, shape, tuple(patch))
         if leaf != "kernel":
@@ -77,17 +68,12 @@ def entry_of(vit_patch: int, patch: Sequence[int]) -> EntryOf:
     return entry
 
 
-def official_name(path: Path, layer: int | None) -> str:
-    """The tensor that the parameter at `path` is, in layer `layer` of its stack."""
+def _name(path: Path, layer: int | None) -> str:
     *modules, leaf = path
-    official_leaf = _LEAVES.get(leaf, leaf)
+    official_leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
     if layer is not None:
         at = modules.index(BLOCKS)
         prefix, inner = _STACKS["/".join(modules[:at])]
-        name = inner.get(modules[at + 1], modules[at + 1])
-        separator = "_" if name.endswith("in_proj") else "."  # torch's packed projection is no module
-        return f"{prefix}{layer}.{name}{separator}{official_leaf}"
+        return f"{prefix}{layer}.{inner.get(modules[at + 1], modules[at + 1])}.{official_leaf}"
     whole = "/".join(path)
-    if whole in _NAMES:
-        return _NAMES[whole]
-    return f"{_NAMES['/'.join(modules)]}.{official_leaf}"
+    return _NAMES[whole] if whole in _NAMES else f"{_NAMES['/'.join(modules)]}.{official_leaf}"
