@@ -18,7 +18,9 @@ from uwm_jax import cli, convert
 from uwm_jax import config as config_lib
 from uwm_jax.codecs import PCACodec, PixelsCodec, fit_pca
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import checkpoint, inference
 
 _SPEC = importlib.util.spec_from_file_location("reference", Path(__file__).parent / "golden" / "reference.py")
@@ -133,7 +135,7 @@ def test_without_a_normalizer_there_is_one_warning(
     assert capsys.readouterr().err.count("warning") == 1
     system = inference.load_for_inference(tmp_path / "run")[0]
     value = np.float32([[0.5] * 7])
-    np.testing.assert_array_equal(system.facts.normalizer.normalize("action", value), value)
+    np.testing.assert_array_equal(system.spec.normalizer.normalize("action", value), value)
 
 
 def test_every_unfit_tensor_is_named(official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,10 +333,17 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
     rng = np.random.default_rng(0)
     arrays = fit_pca(rng.integers(0, 256, (4, 2, 32, 32, 3), np.uint8), patch=8, channels=5)
     pair = (np.float32([0.1, 0.2]), np.float32([0.3, 1 / 3]))
-    facts = DataFacts({"a": (32, 32), "b": (40, 30)}, {"state": 3}, 2, 7, Normalizer({"action": pair}))
-    system = System(config, facts, PCACodec(patch=8, channels=5))
+    spec = DataSpec(
+        WindowSpec.from_config(config.data.window),
+        {"a": (32, 32), "b": (40, 30)},
+        {"state": 3},
+        2,
+        7,
+        Normalizer({"action": pair}),
+    )
+    system = System(config, spec, PCACodec(patch=8, channels=5))
     params = jax.jit(system.init)(jax.random.key(0))
-    checkpoint.save_params_only(tmp_path / "run", config, facts, params, arrays, step=12)
+    checkpoint.save_params_only(tmp_path / "run", config, spec, params, arrays, step=12)
 
     out = tmp_path / "model.safetensors"
     assert command("to-torch", f"--workdir={tmp_path / 'run'}", f"--output={out}", "--step=12") == 0
@@ -411,9 +420,10 @@ def test_no_description_is_left_without_its_tensors(
     config.model.encoder.update(stage_sizes=(1,), width=16)
     config.model.codec.name = "pixels"
     config.data.update(cameras=("a",), resize=(8, 8), crop=(8, 8))
-    facts = DataFacts({"a": (8, 8)}, {}, 2, 0, Normalizer())
-    params = jax.jit(System(config, facts, PixelsCodec()).init)(jax.random.key(0))
-    checkpoint.save_params_only(tmp_path / "run", config, facts, params)
+    window = WindowSpec.from_config(config.data.window)
+    spec = DataSpec(window, {"a": (8, 8)}, {}, 2, 0, Normalizer())
+    params = jax.jit(System(config, spec, PixelsCodec()).init)(jax.random.key(0))
+    checkpoint.save_params_only(tmp_path / "run", config, spec, params)
 
     def full(*arguments: object, **keywords: object) -> None:
         raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

@@ -85,7 +85,7 @@ def test_a_run_starts_from_the_averaged_parameters_with_the_rest_fresh(config, o
     counts = [x for x in jax.tree.leaves(read(tmp_path / "run", 1, "train_state")) if x.dtype == np.int32]
     assert counts and all(int(x) == 1 for x in counts), "step and optimizer count from the start"
 
-    old, new = (read(workdir, step, "assets")["data_facts"] for workdir, step in ((origin, 2), (tmp_path / "run", 1)))
+    old, new = (read(workdir, step, "assets")["data_spec"] for workdir, step in ((origin, 2), (tmp_path / "run", 1)))
     assert new["normalizer"] == old["normalizer"]
     jax.tree.map(np.testing.assert_array_equal, read(tmp_path / "run", 1, "codec"), read(origin, 2, "codec"))
     past = read(tmp_path / "run", 1, "assets")
@@ -110,7 +110,7 @@ def test_a_run_starts_from_the_averaged_parameters_with_the_rest_fresh(config, o
         hidden.rename(origin)
     said = capsys.readouterr().out
     assert "continuing from step 1" in said and "starting from" not in said
-    assert read(tmp_path / "run", 2, "assets")["data_facts"]["normalizer"] == old["normalizer"]
+    assert read(tmp_path / "run", 2, "assets")["data_spec"]["normalizer"] == old["normalizer"]
 
 
 def test_an_origin_that_is_gone_is_a_clear_error_before_anything_is_written(tiny_config, tmp_path):
@@ -131,7 +131,7 @@ def test_another_action_width_starts_with_fresh_layers_and_its_own_normaliser(co
     said = capsys.readouterr().out
     assert "normaliser: state as in the origin; action from this run's data (minmax)" in said
     assert "skipped: noise_pred_net/action_decoder/fc2/bias" in said and "start fresh" in said
-    old, new = (read(workdir, step, "assets")["data_facts"] for workdir, step in ((origin, 2), (tmp_path / "run", 1)))
+    old, new = (read(workdir, step, "assets")["data_spec"] for workdir, step in ((origin, 2), (tmp_path / "run", 1)))
     assert new["normalizer"]["state"] == old["normalizer"]["state"]
     assert len(new["normalizer"]["action"]["scale"]) == new["action_dim"] == 7
     started, average = read(tmp_path / "run", 1, "params"), read(origin, 2, "ema_params")
@@ -162,7 +162,7 @@ def test_a_converted_official_checkpoint_is_an_origin(new_dataset, tmp_path, cap
 
     _, expected, vae, _ = load_for_inference(official)
     system, params, copied, _ = load_for_inference(tmp_path / "run")
-    assert not system.facts.normalizer.entries
+    assert not system.spec.normalizer.entries
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     jax.tree.map(np.testing.assert_array_equal, copied, vae)
     shutil.rmtree(official)

@@ -9,9 +9,10 @@ import pytest
 
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.policy import Policy
-from uwm_jax.systems.uwm.system import DataFacts
 
 CHUNK = 6
 SCALE = {"state": (np.array([2.0], np.float32), np.array([10.0], np.float32))}
@@ -24,8 +25,13 @@ class Stub:
         self.config = base()
         self.config.data.window.obs, self.config.data.window.action = obs, action
         action_scale = (np.array([1.0, 1.0, 4.0], np.float32), np.array([0.0, 0.0, 100.0], np.float32))
-        self.facts = DataFacts(
-            {"front": (4, 5)}, {"state": 1}, 3, text_dim, Normalizer({**SCALE, "action": action_scale})
+        self.spec = DataSpec(
+            WindowSpec.from_config(self.config.data.window),
+            {"front": (4, 5)},
+            {"state": 1},
+            3,
+            text_dim,
+            Normalizer({**SCALE, "action": action_scale}),
         )
         self.length, self.bad, self.calls = len(action), bad, []
 
@@ -34,7 +40,7 @@ class Stub:
 
     def sample(self, params, frozen, batch, mode, noise):
         assert mode == "policy" and set(batch) == {"obs/front", "obs/state"} | (
-            {"obs/text"} if self.facts.text_dim else set()
+            {"obs/text"} if self.spec.text_dim else set()
         )
         self.calls.append(batch["obs/front"].shape)
         newest = jnp.broadcast_to(batch["obs/state"][:, -1:], (len(batch["obs/state"]), self.length, 1))

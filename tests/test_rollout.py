@@ -19,13 +19,14 @@ from uwm_jax import cli, envs, evaluate, rollout  # noqa: E402
 from uwm_jax.config import base, source  # noqa: E402
 from uwm_jax.data.loader import Loader  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
+from uwm_jax.data.spec import DataSpec  # noqa: E402
+from uwm_jax.data.windows import WindowSpec  # noqa: E402
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, replay  # noqa: E402
 from uwm_jax.errors import UserError  # noqa: E402
 from uwm_jax.evaluation import closed_loop  # noqa: E402
 from uwm_jax.policy import Policy  # noqa: E402
 from uwm_jax.reporting import film  # noqa: E402
 from uwm_jax.reporting.sheets import read_labels  # noqa: E402
-from uwm_jax.systems.uwm.system import DataFacts  # noqa: E402
 from uwm_jax.train import train  # noqa: E402
 from uwm_jax.training.inference import load_for_inference  # noqa: E402
 
@@ -78,7 +79,8 @@ class Stub:
         self.config = base()
         self.config.data.resize = self.config.data.crop = (size, size)
         half = (np.full(2, 256, np.float32), np.full(2, 256, np.float32))
-        self.facts = DataFacts({"image": (size, size)}, {"agent_pos": 2}, 2, 0, Normalizer({"action": half}))
+        window = WindowSpec.from_config(self.config.data.window)
+        self.spec = DataSpec(window, {"image": (size, size)}, {"agent_pos": 2}, 2, 0, Normalizer({"action": half}))
         self.cameras = ("image",)
 
     def draw_noise(self, key, rows):
@@ -115,7 +117,7 @@ class TwoViews(Stub):
         self.config.data.cameras = ("wrist", "front")
         self.config.data.sources.robot = source(cameras=("observation/image", "image"))
         self.config.data.sources.another = source(use_actions=False, cameras=("web",))
-        self.facts = dataclasses.replace(self.facts, cameras={"front": (SIZE, SIZE), "wrist": (SIZE, SIZE)})
+        self.spec = dataclasses.replace(self.spec, cameras={"front": (SIZE, SIZE), "wrist": (SIZE, SIZE)})
         self.cameras = ("front", "wrist")
 
     def sample(self, params, frozen, batch, mode, noise):
@@ -264,7 +266,7 @@ def test_metrics_are_paired_by_episode():
 
 def test_a_model_of_other_data_is_refused():
     stub = Stub()
-    stub.facts = DataFacts({"wrist": (8, 8)}, {"agent_pos": 3}, 7, 4, Normalizer())
+    stub.spec = DataSpec(stub.spec.window, {"wrist": (8, 8)}, {"agent_pos": 3}, 7, 4, Normalizer())
     with pytest.raises(UserError) as e:
         closed_loop.closed_loop(stub, {}, {}, "pusht", SEEDS)
     for part in ("camera 'wrist': pusht has image", "agent_pos (3 numbers)", "a text", "action: pusht takes 2"):
@@ -275,14 +277,14 @@ def test_a_model_of_other_data_is_refused():
 def test_observations_take_the_path_of_training_bit_for_bit(trained):
     """A demonstration's window through the loader, and the simulator in the same states through the policy."""
     system, params, frozen, _ = load_for_inference(trained)
-    loader = Loader(system.config.data, batch_size=1, seed=0, normalizer=system.facts.normalizer)
+    loader = Loader(system.config.data, batch_size=1, seed=0, normalizer=system.spec.normalizer)
     held_out = loader.held_out(4)
     window = held_out.batch(2, 3)
     origin = int(held_out.origins[2])
 
     seed = int(held_out.episodes[2])  # episode i of the dataset starts from seed i
     spec = envs.get("pusht")
-    env, expert = spec.make(system.facts.cameras), spec.expert()
+    env, expert = spec.make(system.spec.cameras), spec.expert()
     observation, _ = env.reset(seed=seed)
     expert.reset(seed)
     policy = Policy(system, params, frozen, execute=16)
@@ -300,7 +302,7 @@ def test_observations_take_the_path_of_training_bit_for_bit(trained):
     own = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), 0)
     noise = system.draw_noise(own, jnp.zeros(1, jnp.int32))
     chunk = jax.jit(lambda batch, noise: system.sample(params, frozen, batch, "policy", noise))(window, noise)["action"]
-    np.testing.assert_array_equal(policy.plan(), system.facts.normalizer.unnormalize("action", np.asarray(chunk)))
+    np.testing.assert_array_equal(policy.plan(), system.spec.normalizer.unnormalize("action", np.asarray(chunk)))
 
 
 @pytest.mark.slow

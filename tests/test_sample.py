@@ -18,9 +18,11 @@ from uwm_jax import cli, convert, sample
 from uwm_jax import config as config_lib
 from uwm_jax.codecs import PixelsCodec
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
 from uwm_jax.systems.uwm import official
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training import checkpoint, inference
 
@@ -161,8 +163,15 @@ def tiny_system() -> System:
     config.data.update(cameras=tuple(CAMERAS), low_dim=("state",), resize=(10, 10), crop=(8, 8))
     config.data.window.update(obs=(0, 1), action=(1, 2, 3), next_obs=(4, 5))
     pairs = {"action": (np.float32([2, 4]), np.float32([1, -1])), "state": (np.float32([2]), np.float32([3]))}
-    facts = DataFacts(CAMERAS, {"state": 1}, action_dim=2, text_dim=0, normalizer=Normalizer(pairs))
-    return System(config, facts, PixelsCodec())
+    spec = DataSpec(
+        WindowSpec.from_config(config.data.window),
+        CAMERAS,
+        {"state": 1},
+        action_dim=2,
+        text_dim=0,
+        normalizer=Normalizer(pairs),
+    )
+    return System(config, spec, PixelsCodec())
 
 
 def perturbed(params: dict) -> dict:
@@ -175,7 +184,7 @@ def perturbed(params: dict) -> dict:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     system, workdir = tiny_system(), tmp_path_factory.mktemp("tiny") / "run"
     params = perturbed(jax.jit(system.init)(jax.random.key(0)))
-    checkpoint.save_params_only(workdir, system.config, system.facts, params, step=7)
+    checkpoint.save_params_only(workdir, system.config, system.spec, params, step=7)
     return workdir
 
 

@@ -45,7 +45,7 @@ def metrics_of(workdir):
 def small_pictures():
     """In place of the real ones, which take seconds to draw: tests/test_evaluate.py has those of a training run."""
 
-    def draw(windows, facts, config, folder):
+    def draw(windows, spec, config, folder):
         assert {"current", "next_obs", "joint/action"} <= set(windows) and "denoise/next_obs" not in windows
         files = {name: folder / f"{name}.png" for name in ("modes", "actions")}
         for file in files.values():
@@ -116,11 +116,11 @@ def test_the_checkpoint_describes_itself(finished):
     assets = checkpoints.assets(6)
     checkpoints.close()
     assert assets["config"]["model"]["depth"] == 2
-    assert assets["data_facts"]["action_dim"] == 10 and assets["data_facts"]["cameras"] == {"wrist": [16, 16]}
+    assert assets["data_spec"]["action_dim"] == 10 and assets["data_spec"]["cameras"] == {"wrist": [16, 16]}
     assert assets["dataset"]["format"] == "uwm_jax/chunks" and assets["code_version"]
     system, params, frozen, step = load_for_inference(finished)
     assert step == 6 and frozen["components"].shape == (1, 192, 4)
-    assert system.facts.normalizer.entries["action"][0].shape == (10,)
+    assert system.spec.normalizer.entries["action"][0].shape == (10,)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
     with pytest.raises(UserError, match=r"--step=3.*\[4, 6\]"):
         load_for_inference(finished, 3)

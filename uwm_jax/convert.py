@@ -26,11 +26,13 @@ from safetensors.numpy import load_file
 from uwm_jax import cli, config_help, files
 from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError, warn
 from uwm_jax.reading import read_json
 from uwm_jax.systems.uwm import official
 from uwm_jax.systems.uwm.modes import MODES
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.torch_bridge import description, diffusers_vae, layout, state_dict, weights
 from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, PCA, Described
 from uwm_jax.torch_bridge.official_config import VAE, OfficialRun, read_official
@@ -126,20 +128,21 @@ def from_torch(
     conflicts: tuple[str, ...] = ()
     if description.is_description(official_config):
         run = description.read(official_config, "--official-config")
-        step, parameters, facts = run.step, run.parameters, run.facts
-        pairs = {**facts.normalizer.entries, **stored, **given}
-        facts = dataclasses.replace(facts, normalizer=_fitting(pairs, given, facts.action_dim, facts.low_dim))
+        step, parameters, spec = run.step, run.parameters, run.spec
+        pairs = {**spec.normalizer.entries, **stored, **given}
+        spec = dataclasses.replace(spec, normalizer=_fitting(pairs, given, spec.action_dim, spec.low_dim))
     else:
         run = read_official(OfficialYaml(official_config), {name: tuple(t.shape) for name, t in tensors.items()})
         step, parameters, conflicts = 0, average.RAW if which == state_dict.MODEL else average.AVERAGE, run.conflicts
         normalisers = _fitting({**stored, **given}, given, run.action_dim, run.low_dim_seen)
-        facts = DataFacts(run.cameras, run.low_dim, run.action_dim, run.text_dim, normalisers)
+        window = WindowSpec.from_config(run.config.data.window)
+        spec = DataSpec(window, run.cameras, run.low_dim, run.action_dim, run.text_dim, normalisers)
 
     config, source = run.config, f"--input: {input_path}"
     codec_tensors, network, faults = _split_codec(config, tensors)
     try:
         codec = _codec(config, codec_tensors)
-        like = jax.eval_shape(System(config, facts, codec).init, jax.random.key(0))
+        like = jax.eval_shape(System(config, spec, codec).init, jax.random.key(0))
     except (UserError, ValueError) as e:  # such fields describe no model, so nothing tells which tensors to expect
         if not conflicts:
             raise
@@ -148,7 +151,7 @@ def from_torch(
     if faults or conflicts:
         raise UserError(layout.refusal(source, faults, conflicts))
     if isinstance(run, OfficialRun):
-        _check_normalized(run, facts.normalizer, no_normalizer)
+        _check_normalized(run, spec.normalizer, no_normalizer)
     params = layout.from_official(network, like, official.entry_of(config.model.patch), source)
     _warn_of_infinities(tensors)
 
@@ -158,10 +161,10 @@ def from_torch(
             diffusers_vae.write_folder(staging / "frozen" / "vae", _vae_config(codec_tensors), codec_tensors)
         arrays = codec_tensors if isinstance(codec, PCACodec) else None
         checkpoint.save_params_only(
-            staging, config, facts, params, arrays, step=step, extra_assets={"converted_from": names}
+            staging, config, spec, params, arrays, step=step, extra_assets={"converted_from": names}
         )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"wrote {workdir}: {count / 1e6:.2f} M trainable parameters, cameras {', '.join(sorted(facts.cameras))}")
+    print(f"wrote {workdir}: {count / 1e6:.2f} M trainable parameters, cameras {', '.join(sorted(spec.cameras))}")
 
 
 def _split_codec(config: ConfigDict, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays, list[str]]:
@@ -226,17 +229,17 @@ def to_torch(
 
 def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Path) -> dict[str, Any]:
     """Everything that the tensors mean: enough to run the model without our code (JSON values only)."""
-    c, facts, schedule = system.config, system.facts, system.schedule
+    c, spec, schedule = system.config, system.spec, system.schedule
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "code_version": code_version(),
         "step": step,
         "config": c.to_dict(),
-        "cameras": {key: list(facts.cameras[key]) for key in sorted(facts.cameras)},  # raw height, width
+        "cameras": {key: list(spec.cameras[key]) for key in sorted(spec.cameras)},  # raw height, width
         "images": {"resize": list(c.data.resize), "crop": list(c.data.crop), "range": [0.0, 1.0]},
-        "low_dim": {key: facts.low_dim[key] for key in sorted(facts.low_dim)},
-        "text_dim": facts.text_dim,
+        "low_dim": {key: spec.low_dim[key] for key in sorted(spec.low_dim)},
+        "text_dim": spec.text_dim,
         "window": {name: list(c.data.window[name]) for name in ("obs", "action", "next_obs")},
         "shapes": {
             "action": list(system.action_shape),
@@ -244,7 +247,7 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
             "encoder_pool_order": ["row", "column", "channel"] if c.model.encoder.pool == "flatten" else [],
         },
         # raw = normalised * scale + offset; an absent key is the identity
-        "normalizers": facts.normalizer.to_json(),
+        "normalizers": spec.normalizer.to_json(),
         "diffusion": {
             **c.diffusion.to_dict(),
             "timesteps": schedule.timesteps.tolist(),

@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         system, own_config, inference.datasets_of(workdir, step), lineage.kept(stored.assets), cli.changed_fields()
     )
     if data.own is not True:
-        for told in under(system.facts.normalizer, data.loader.ranges(), ("action", *system.facts.low_dim)):
+        for told in under(system.spec.normalizer, data.loader.ranges(), ("action", *system.spec.low_dim)):
             warn(f"{told}. Are the units and the meaning of the columns the same?")
     used = inference.parameters_used(workdir, step, FLAGS.parameters)
     default = inference.parameters_used(workdir, step)["parameters"]
@@ -171,7 +171,7 @@ def parse_ways(system: System, spacings: str | None, steps: str | None) -> list[
         for number in dict.fromkeys(numbers):
             config = system.config.copy_and_resolve_references()
             config.diffusion.spacing, config.diffusion.num_inference_steps = name, int(number)
-            ways.append(System(config, system.facts, system.codec))
+            ways.append(System(config, system.spec, system.codec))
     return ways
 
 
@@ -240,7 +240,7 @@ def policy_seconds(system: System, params: Any, frozen: Any, repeats: int = 5) -
         return system.sample(params, frozen, batch, "policy", noise)
 
     device = jax.local_devices()[0]
-    inputs = jax.device_put((params, frozen, system.example_batch(1)), device)
+    inputs = jax.device_put((params, frozen, system.spec.zeros(1)), device)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

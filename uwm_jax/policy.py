@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uwm_jax.errors import RunError, UserError
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 
 MODE = "policy"
 
@@ -48,10 +48,10 @@ class Policy:
         self.system, self._params, self._frozen = system, params, frozen
         self.execute, self._batch_size = execute, batch_size
         self._key = jax.random.key(seed)
-        window = system.config.data.window
+        window = system.spec.window
         present = max(window.obs)
         self._history = [present - i for i in window.obs]  # steps back from the present
-        self._chunk = _chunk_from_the_present(tuple(window.action), present, execute)
+        self._chunk = _chunk_from_the_present(window.action, present, execute)
         self.reset((0,))
 
     def reset(self, seeds: Sequence[int]) -> None:
@@ -64,11 +64,12 @@ class Policy:
         rows = len(self._seeds)
         self._decisions = np.zeros(rows, np.uint32)
         self._left = np.zeros(rows, np.int64)  # actions of the row's chunk that are still to be taken
-        self._chunks = np.zeros((rows, self.execute, self.system.facts.action_dim), np.float32)
+        self._chunks = np.zeros((rows, self.execute, self.system.spec.action_dim), np.float32)
         self._seen = np.zeros(rows, bool)
         length = max(self._history) + 1
         self._frames = {
-            key: np.zeros((rows, length, *shape), dtype) for key, (shape, dtype) in _observed(self.system.facts).items()
+            key: np.zeros((rows, length, *like.shape[1:]), like.dtype)
+            for key, like in self.system.spec.observation_like(rows).items()
         }
 
     def act(self, observation: Mapping[str, np.ndarray], rows: Rows = None) -> np.ndarray:
@@ -99,7 +100,7 @@ class Policy:
     def observe(self, observation: Mapping[str, np.ndarray], rows: Rows = None) -> None:
         """Takes in one step's observation, as `act` does; an episode's first one fills its whole history."""
         at = self._rows(rows)
-        checked = _check(self.system.facts, observation, len(at))
+        checked = self.system.spec.check(observation, len(at))
         first = at[~self._seen[at]]
         self._seen[at] = True
         for key, value in checked.items():
@@ -118,9 +119,7 @@ class Policy:
                 batch["obs/text"] = frames[at, -1]
                 continue
             batch[f"obs/{key}"] = frames[at][:, [-1 - back for back in self._history]]
-            if key in self.system.facts.low_dim:
-                batch[f"obs/{key}"] = self.system.facts.normalizer.normalize(key, batch[f"obs/{key}"])
-        return batch
+        return self.system.spec.normalized(batch)
 
     def plan(self, rows: Rows = None) -> np.ndarray:
         """Samples a chunk from what was observed: (n, execute, Da) float32, raw units, the first action for now.
@@ -145,7 +144,7 @@ class Policy:
                 "the policy's actions are not finite. Check the observations for extreme values, and the checkpoint's "
                 "parameters."
             )
-        return np.asarray(self.system.facts.normalizer.unnormalize("action", chunk[:, self._chunk]), np.float32)
+        return np.asarray(self.system.spec.normalizer.unnormalize("action", chunk[:, self._chunk]), np.float32)
 
     def _rows(self, rows: Rows) -> np.ndarray:
         return np.arange(len(self._seeds)) if rows is None else np.asarray(rows, np.int64)
@@ -179,37 +178,3 @@ def _chunk_from_the_present(action: tuple[int, ...], present: int, execute: int)
             f"{ready} follow each other step by step from the newest observed frame, {present}, on."
         )
     return slice(first, first + execute)
-
-
-def _observed(facts: DataFacts) -> dict[str, tuple[tuple[int, ...], type]]:
-    """{key: (shape, dtype)} of one row of an observation."""
-    observed: dict[str, tuple[tuple[int, ...], type]] = {c: ((*size, 3), np.uint8) for c, size in facts.cameras.items()}
-    observed |= {key: ((dim,), np.float32) for key, dim in facts.low_dim.items()}
-    if facts.text_dim:
-        observed["text"] = ((facts.text_dim,), np.float32)
-    return observed
-
-
-def _check(facts: DataFacts, observation: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
-    problems: list[str] = []
-    checked: dict[str, np.ndarray] = {}
-    for key, (shape, dtype) in _observed(facts).items():
-        expected = f"expected {np.dtype(dtype).name} {(rows, *shape)}"
-        if key not in observation:
-            problems.append(f"missing {key}: {expected}")
-            continue
-        value = np.asarray(observation[key])
-        fits = value.dtype == np.uint8 if dtype is np.uint8 else value.dtype.kind in "fiu"
-        if not fits or value.shape != (rows, *shape):
-            problems.append(f"{key}: {expected}, found {value.dtype} {value.shape}")
-            continue
-        checked[key] = value.astype(dtype)
-        if not np.isfinite(checked[key]).all():
-            problems.append(f"{key}: holds values that are not finite")
-    if problems:
-        raise UserError(
-            "the observation does not fit what the model was trained on:\n  "
-            + "\n  ".join(problems)
-            + f"\nIt has {', '.join(sorted(observation)) or 'no keys'}."
-        )
-    return checked

@@ -116,7 +116,7 @@ def check_inputs(
     Raises:
       UserError: naming every key that is unknown or missing, and every one with an unfit shape, dtype or value.
     """
-    facts, frames = system.facts, system.num_frames
+    spec, frames = system.spec, system.num_frames
     denoise = DENOISE in modes
     known = {m for mode in modes for m in (MODALITIES if mode == DENOISE else given(mode))}
     problems = _unknown_keys(system, arrays, data_keys)
@@ -155,11 +155,11 @@ def check_inputs(
 
     batch: dict[str, np.ndarray | None] = {}
     for camera in system.cameras:
-        batch[f"obs/{camera}"] = take(f"obs/{camera}", (frames, *facts.cameras[camera], 3), "uint8")
-    for key, size in sorted(facts.low_dim.items()):
+        batch[f"obs/{camera}"] = take(f"obs/{camera}", (frames, *spec.cameras[camera], 3), "uint8")
+    for key, size in sorted(spec.low_dim.items()):
         batch[f"obs/{key}"] = take(f"obs/{key}", (frames, size), "float32")
-    if facts.text_dim:
-        batch["obs/text"] = take("obs/text", (facts.text_dim,), "float32")
+    if spec.text_dim:
+        batch["obs/text"] = take("obs/text", (spec.text_dim,), "float32")
     if "action" in known:
         batch["action"] = take("action", system.action_shape, "float32")
     if "next_obs" in known:
@@ -168,7 +168,7 @@ def check_inputs(
         else:
             for camera in system.cameras:
                 key = f"next_obs/{camera}"
-                batch[key] = take(key, (frames, *facts.cameras[camera], 3), "uint8")
+                batch[key] = take(key, (frames, *spec.cameras[camera], 3), "uint8")
             if not any(f"next_obs/{camera}" in arrays for camera in system.cameras):
                 problems.append(
                     f"(or next_obs_latent: expected float32 (B, {', '.join(map(str, system.latent_shape))}))"
@@ -195,8 +195,8 @@ def check_inputs(
 
 def _unknown_keys(system: System, keys: Iterable[str], data_keys: Iterable[str] | None) -> list[str]:
     """A line about every key that no mode knows, with the known one that it resembles."""
-    keys, facts = set(keys), system.facts
-    observed = {*facts.cameras, *facts.low_dim, *system.config.data.low_dim, "text", *(data_keys or ())}
+    keys, spec = set(keys), system.spec
+    observed = {*spec.cameras, *spec.low_dim, *system.config.data.low_dim, "text", *(data_keys or ())}
     known = {f"{group}/{key}" for group in ("obs", "next_obs") for key in observed}
     known |= {f"{group}/{m}" for group in ("noise", "timestep") for m in MODALITIES}
     known |= {"action", "action_mask", "next_obs_latent"}
@@ -214,8 +214,8 @@ def _unknown_keys(system: System, keys: Iterable[str], data_keys: Iterable[str] 
 
 def far_out_inputs(system: System, inputs: Inputs) -> list[str]:
     """A sentence for each key in raw units that leaves the range of the run's normaliser by far."""
-    raw = {"action": "action", **{f"obs/{key}": key for key in system.facts.low_dim}}
-    found = [far_out(system.facts.normalizer, raw[key], x) for key, x in inputs.batch.items() if key in raw]
+    raw = {"action": "action", **{f"obs/{key}": key for key in system.spec.low_dim}}
+    found = [far_out(system.spec.normalizer, raw[key], x) for key, x in inputs.batch.items() if key in raw]
     return [told for told in found if told]
 
 
@@ -227,9 +227,9 @@ def run(system: System, params: Any, frozen: Any, inputs: Inputs, seed: int = 0)
       seed: of the noise that the inputs do not give; row i's noise is a function of (seed, i), and the
         same for every mode.
     """
-    normalizer = system.facts.normalizer
+    normalizer = system.spec.normalizer
     batch = dict(inputs.batch)
-    for key in system.facts.low_dim:
+    for key in system.spec.low_dim:
         batch[f"obs/{key}"] = normalizer.normalize(key, batch[f"obs/{key}"])
     if "action" in batch:
         batch["action"] = normalizer.normalize("action", batch["action"])

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         workdir, FLAGS.step, cli.config_overrides(), average.RAW, fixed_fields.WINDOWS
     )
     # A normaliser without entries leaves actions and low-dimensional keys in raw units.
-    system = System(system.config, dataclasses.replace(system.facts, normalizer=Normalizer()), system.codec)
+    system = System(system.config, dataclasses.replace(system.spec, normalizer=Normalizer()), system.codec)
     stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
     own_config, _ = fixed_fields.config_of_run(workdir, stored)
     data = open_data(
@@ -93,7 +93,7 @@ def sample_inputs(
     """
     batch = held_out.batch(start, stop)
     frames = [f"{when}/{camera}" for when in ("obs", "next_obs") for camera in system.cameras]
-    others = [f"obs/{key}" for key in system.facts.low_dim] + (["obs/text"] if system.facts.text_dim else [])
+    others = [f"obs/{key}" for key in system.spec.low_dim] + (["obs/text"] if system.spec.text_dim else [])
     noise = system.draw_noise(jax.random.key(seed), jnp.asarray(batch["row"]))
     draws = [np.random.default_rng([seed, row]) for row in range(start, stop)]
     steps = np.asarray([rng.integers(0, system.schedule.num_train_steps, len(MODALITIES)) for rng in draws], np.int32)

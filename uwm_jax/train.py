@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import Loader, prefetch_to_device
+from uwm_jax.data.spec import DataSpec
 from uwm_jax.evaluation.in_training import HeldOut, headlines
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.files import local_path
@@ -32,7 +33,7 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
 from uwm_jax.parallel.turns import Turns
 from uwm_jax.parallel.watchdog import Watchdog
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import codec_store, compatibility, finetune, fixed_fields, latents, lineage, patterns, provenance
 from uwm_jax.training import state as state_lib
@@ -132,11 +133,11 @@ def run(
     startup.reached("data")
     loader = open_loader(config, mesh, stored, closing)
     distributed.require_same("the data", loader.state(loader.start_step))
-    facts = DataFacts(**loader.facts())
+    spec = loader.spec
     if origin:
-        say("\n".join(compatibility.check(origin, config, facts, loader.ranges())))
-        facts = dataclasses.replace(facts, normalizer=origin.normalizer_for(config, facts))
-        loader = open_loader(config, mesh, None, closing, facts.normalizer)
+        say("\n".join(compatibility.check(origin, config, spec, loader.ranges())))
+        spec = dataclasses.replace(spec, normalizer=origin.normalizer_for(config, spec))
+        loader = open_loader(config, mesh, None, closing, spec.normalizer)
     if config.eval.every:
         loader.held_out(config.eval.num_windows)  # raises here where there is none
     trace = Profile.parse(profile, workdir, stored.step if stored else 0, config.total_steps)
@@ -152,7 +153,7 @@ def run(
         past = lineage.begin(loader, origin.learned_from if origin else None, bool(origin))
         past |= latents.look(config, codec, frozen, loader, origin)
     frozen = mesh_lib.place(frozen, replicated)
-    system = System(config, facts, codec)
+    system = System(config, spec, codec)
     optimizer = state_lib.make_optimizer(config)
 
     # --- Shapes first: nothing is made before it is known where it lives. --------------------------
@@ -204,8 +205,7 @@ def run(
     startup.reached("compile")
     say("compiling the step...")
     with goodput.spend("compile"):
-        batch_like = jax.eval_shape(lambda: system.example_batch(config.batch_size))
-        inputs = like, frozen, mesh_lib.with_sharding(batch_like, batch_sharding)
+        inputs = like, frozen, mesh_lib.with_sharding(spec.batch_like(config.batch_size), batch_sharding)
         step_function = make_train_step(config, system, optimizer, mesh)
         train_step = compile_for(mesh, rules, step_function, *inputs, updates_state=True)
         if not stored:
@@ -216,7 +216,7 @@ def run(
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.
     start_step = stored.step if stored else 0
-    assets = checkpoint_lib.make_assets(config, facts, dataset=loader.manifest(), **past)
+    assets = checkpoint_lib.make_assets(config, spec, dataset=loader.manifest(), **past)
     window, mfu = Window(), Mfu(system, list(mesh.devices.flat))
     log = MetricsLog(workdir, start_step, writes=distributed.is_main())
     batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch, loader.waits_for)
@@ -297,7 +297,7 @@ def open_loader(
     """The loader of this process's rows, where a checkpoint left off; with the checkpoint's normaliser."""
     index, count = mesh_lib.data_group(mesh)
     if stored:
-        normalizer = DataFacts.from_json(stored.assets["data_facts"]).normalizer
+        normalizer = DataSpec.from_json(stored.assets["data_spec"]).normalizer
     loader = Loader(
         config.data,
         batch_size=config.batch_size,

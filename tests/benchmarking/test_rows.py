@@ -79,12 +79,12 @@ def test_inputs_are_those_of_the_system(tiny: ConfigDict) -> None:
     inputs = {row: model.inputs(row) for row in names.ROWS}
     assert inputs["preprocessing"].keys() == {"obs/a", "obs/b", "next_obs/a", "next_obs/b", "row"}
     assert inputs["preprocessing"]["obs/a"].shape == (2, 2, 10, 12, 3)
-    assert inputs["pixels/step"].keys() == model.system.example_batch(2).keys()
+    assert inputs["pixels/step"].keys() == model.system.spec.batch_like(2).keys()
     assert inputs["policy"]["obs/a"].shape == (1, 2, 10, 12, 3)
     for row in ("latents/step", "policy", "forward_dynamics"):  # next frames would be preprocessed in vain
         assert not [name for name in inputs[row] if name.startswith("next_obs/")]
     assert inputs["codec"]["images"].shape == inputs["encoder/forward"]["images"].shape == (2, 2, 2, 16, 16, 3)
-    width = 2 * 2 * 16 + 2 * model.system.facts.low_dim["state"]  # views, frames, channels; frames, columns
+    width = 2 * 2 * 16 + 2 * model.system.spec.low_dim["state"]  # views, frames, channels; frames, columns
     assert inputs["network/forward"]["global_cond"].shape == (2, width)
     assert inputs["network/forward"]["noisy/next_obs"].shape == (2, *model.system.latent_shape)
     assert model.inputs("network/forward") is model.inputs("network/forward_backward")

@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import Trace, prefetch_to_device, strangers
 from uwm_jax.data.records import Dataset
-from uwm_jax.data.windows import split_episodes
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec, split_episodes
 from uwm_jax.errors import UserError
 
 _SPEC = importlib.util.spec_from_file_location("loader_case", Path(__file__).with_name("loader_case.py"))
@@ -154,16 +155,16 @@ def test_a_source_that_only_shows_has_windows_to_the_last_frame(made, config: Co
     assert windows["robot"] == windows["video"]
 
 
-def test_facts(config: ConfigDict) -> None:
+def test_the_spec(config: ConfigDict) -> None:
     loader = _loader(config)
-    facts = loader.facts()
-    assert facts.pop("normalizer") is loader.normalizer
-    assert facts == {
-        "cameras": {"exterior": (24, 32), "wrist": (16, 16)},
-        "low_dim": {"gripper": 1, "state": 3},
-        "action_dim": 17,
-        "text_dim": 300,
-    }
+    assert loader.spec == DataSpec(
+        window=WindowSpec({"obs": (0, 1), "action": (1, 2, 3, 4, 5, 6), "next_obs": (7, 9)}),
+        cameras={"exterior": (24, 32), "wrist": (16, 16)},
+        low_dim={"gripper": 1, "state": 3},
+        action_dim=17,
+        text_dim=300,
+        normalizer=loader.normalizer,
+    )
     assert set(loader.normalizer.entries) == {"action", "state", "gripper"}
     assert f"6 episodes, {sum(LENGTHS)} steps" in loader.summary()
 

@@ -159,7 +159,7 @@ def test_statistics_follow_the_split(config: ConfigDict) -> None:
 def test_a_given_normaliser_is_used_instead(config: ConfigDict) -> None:
     given = Normalizer({"action": (np.full(17, 2, np.float32), np.full(17, 1, np.float32))})
     loader = _loader(config, normalizer=given)
-    assert loader.normalizer is given and loader.facts()["normalizer"] is given
+    assert loader.normalizer is given and loader.spec.normalizer is given
     raw, found = (_take(_loader(config, normalizer=n), 1)[0] for n in (Normalizer(), given))
     np.testing.assert_allclose(found["action"], (raw["action"] - 1) / 2, rtol=1e-6)
     np.testing.assert_array_equal(found["obs/state"], raw["obs/state"])  # an absent key is the identity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -93,7 +94,14 @@ def test_cotraining_shows_the_others_without_their_actions(config: ConfigDict) -
             assert robot or not (batch["action"][row].any() or batch["obs/state"][row].any())
             expected = whole.spec.empty(1)
             samples = whole.sources[loader.directory.name].samples
-            samples.load(expected, 0, 0, [Clip(trace.episode, trace.origin)], 0, loader.normalizer, whole.spec)
+            samples.load(
+                expected,
+                0,
+                0,
+                [Clip(trace.episode, trace.origin)],
+                0,
+                dataclasses.replace(whole.spec, normalizer=loader.normalizer),
+            )
             same = [k for k in expected if k.startswith(("obs/", "next_obs/")) and k != "obs/state"]
             assert len(same) == 5
             for key in same + (["action", "obs/state"] if robot else []):

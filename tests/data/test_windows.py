@@ -6,7 +6,12 @@ import pytest
 from uwm_jax.data.windows import Windows, WindowSpec, split_episodes
 from uwm_jax.errors import UserError
 
-PAPER = WindowSpec((0, 1), tuple(range(1, 17)), (17, 18))
+
+def window(obs: tuple, action: tuple, next_obs: tuple, pad: str = "none") -> WindowSpec:
+    return WindowSpec({"obs": obs, "action": action, "next_obs": next_obs}, pad)
+
+
+PAPER = window((0, 1), tuple(range(1, 17)), (17, 18))
 
 
 def test_the_papers_window_has_19_steps_and_no_padding() -> None:
@@ -16,7 +21,7 @@ def test_the_papers_window_has_19_steps_and_no_padding() -> None:
     assert PAPER.steps(PAPER.next_obs, 5, 30) == [22, 23]
 
 
-@pytest.mark.parametrize("spec", [PAPER, WindowSpec((0,), (0, 1), (3,)), WindowSpec((2, 3), (3,), (5,))])
+@pytest.mark.parametrize("spec", [PAPER, window((0,), (0, 1), (3,)), window((2, 3), (3,), (5,))])
 def test_windows_equal_a_plain_enumeration(spec: WindowSpec) -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 25)
     episodes = np.array([0, 3, 4, 9, 10, 11, 20, 24])
@@ -31,7 +36,7 @@ def test_windows_equal_a_plain_enumeration(spec: WindowSpec) -> None:
     assert [windows.locate(w) for w in range(len(windows))] == expected
 
 
-@pytest.mark.parametrize("spec", [PAPER, WindowSpec((0,), (0, 1, 2), (1,)), WindowSpec((2, 3), (3, 7), (5, 6))])
+@pytest.mark.parametrize("spec", [PAPER, window((0,), (0, 1, 2), (1,)), window((2, 3), (3, 7), (5, 6))])
 def test_actions_stay_within_those_of_an_episode(spec: WindowSpec) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 40, 25)
@@ -48,18 +53,18 @@ def test_actions_stay_within_those_of_an_episode(spec: WindowSpec) -> None:
 
 
 def test_edge_padding_leaves_out_only_episodes_without_any_action() -> None:
-    spec = WindowSpec((0, 1), (1, 2, 3), (4, 5), "edge")
+    spec = window((0, 1), (1, 2, 3), (4, 5), "edge")
     assert spec.count(np.array([4, 1, 1, 7]), np.array([3, 0, 1, 7])).tolist() == [4, 0, 1, 7]
 
 
 def test_a_window_that_only_the_last_action_would_fill_is_explained() -> None:
-    spec = WindowSpec((0,), (0, 1, 2), (1,))
+    spec = window((0,), (0, 1, 2), (1,))
     with pytest.raises(UserError, match=r"more actions than the 2 episodes have: the longest has 3 .*last_action='kee"):
         Windows(spec, np.array([3, 2]), np.arange(2), action_lengths=np.array([2, 1]))
 
 
 def test_edge_padding_observes_every_step_once_and_repeats_the_ends() -> None:
-    spec = WindowSpec((0, 1), (1, 2, 3), (4, 5), "edge")
+    spec = window((0, 1), (1, 2, 3), (4, 5), "edge")
     lengths = np.array([4, 1, 7])
     windows = Windows(spec, lengths, np.arange(3))
     assert len(windows) == 12

@@ -13,16 +13,15 @@ from uwm_jax.data.loader import Loader
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation import data as held_out_data
 from uwm_jax.evaluation.data import doubt, open_data, refuse_other_data
-from uwm_jax.synthetic import synthetic_system
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.synthetic import synthetic_spec, synthetic_system
+from uwm_jax.systems.uwm.system import System
 
 
 def test_other_data_than_the_runs_are_refused_unless_named(tiny_config):
     """Their held-out episodes are not those of the run."""
     system, _ = synthetic_system(tiny_config, 10)
-    facts = {field.name: getattr(system.facts, field.name) for field in dataclasses.fields(system.facts)}
     sources = {"robot": SimpleNamespace(identity="b" * 40), "video": SimpleNamespace(identity="c" * 40)}
-    loader = SimpleNamespace(facts=lambda: facts, sources=sources, directory="there")
+    loader = SimpleNamespace(spec=system.spec, sources=sources, directory="there")
     same, of_the_run = {"robot": "b" * 40, "video": "c" * 40}, {"robot": "a" * 40, "video": "c" * 40}
     assert refuse_other_data(system, loader, same, []) is True
     with pytest.raises(UserError, match="val_ratio: the run decided which episodes it did not learn from"):
@@ -31,7 +30,7 @@ def test_other_data_than_the_runs_are_refused_unless_named(tiny_config):
     with pytest.raises(UserError, match="there: .*source 'robot': fingerprint bbbbbbbbbbbb, the run's is aaaaaaaaaaaa"):
         refuse_other_data(system, loader, of_the_run, [])
     assert refuse_other_data(system, loader, of_the_run, ["data.path"]) is False
-    facts["action_dim"] = 3
+    loader.spec = dataclasses.replace(system.spec, action_dim=3)
     with pytest.raises(UserError, match="action_dim is 3, but the run was trained with 10"):
         refuse_other_data(system, loader, of_the_run, ["data.path"])
 
@@ -39,7 +38,7 @@ def test_other_data_than_the_runs_are_refused_unless_named(tiny_config):
 def test_the_runs_own_dataset_is_known_wherever_it_lies(tiny_config, tiny_dataset, tmp_path):
     system, _ = synthetic_system(tiny_config, 10)
     trained = Loader(tiny_config.data, batch_size=1, seed=0)
-    system = System(tiny_config, DataFacts(**trained.facts()), system.codec)
+    system = System(tiny_config, trained.spec, system.codec)
     tiny_config.data.path = str(shutil.copytree(tiny_dataset, tmp_path / "moved"))
     loader = Loader(tiny_config.data, batch_size=1, seed=0)
     assert refuse_other_data(system, loader, trained.state(0)["datasets"], []) is True
@@ -71,12 +70,10 @@ def opened(tiny_config, monkeypatch):
             splits = {name: s.split or config.data.split for name, s in config.data.sources.items()}
             datasets = {name: f"{'a' * 40} (2000 chosen of {splits.get(name, config.data.split)})" for name in names}
         monkeypatch.setattr(held_out_data, "Loader", FakeLoader)
-        facts = synthetic_system(tiny_config, 10)[0].facts
-        fields = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
-        FakeLoader.facts = lambda self: fields
+        FakeLoader.spec = synthetic_spec(tiny_config, 10)
         now = config.copy_and_resolve_references()
         apply_overrides(now, overrides)
-        system, changed = SimpleNamespace(config=now, facts=facts), [name for name, _ in overrides]
+        system, changed = SimpleNamespace(config=now, spec=FakeLoader.spec), [name for name, _ in overrides]
         return open_data(system, config, datasets, {"leak": leak, **kept}, changed)
 
     return open_with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -17,7 +18,7 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import load_rules
 from uwm_jax.reporting import pictures
 from uwm_jax.systems.uwm.modes import MODES, generated
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import codec_store
 
 
@@ -51,7 +52,7 @@ def setup(make_tiny_config):
     config.diffusion.clip.next_obs = 20.0
     loader = Loader(config.data, batch_size=4, seed=0)
     arrays = codec_store.in_dataset(config, loader).arrays
-    system = System(config, DataFacts(**loader.facts()), PCACodec.from_arrays(arrays))
+    system = System(config, loader.spec, PCACodec.from_arrays(arrays))
     system.network = OneLine()
     return config, loader, system, {name: jnp.asarray(x) for name, x in arrays.items()}
 
@@ -183,7 +184,7 @@ def test_the_joint_sample_is_shown_on_its_way(setup, evaluated):
     _, shown = evaluated
     _, _, system, frozen = setup
     noise = system.draw_noise(jax.random.key(0), jnp.arange(6))
-    picked, view = pictures.denoised(6, system.facts, system.config)
+    picked, view = pictures.denoised(6, system.spec, system.config)
     np.testing.assert_array_equal(picked, [0, 2, 5])
     assert shown["denoise/action"].shape[:2] == (11, 6) and shown["denoise/next_obs"].shape == (11, 3, 16, 16, 3)
     np.testing.assert_allclose(shown["denoise/action"][0], noise["action"], atol=1e-6)
@@ -214,7 +215,7 @@ def test_another_sampler_is_measured_on_the_same_windows(setup):
         np.testing.assert_allclose(mean(same, name), mean(metrics, name), rtol=1e-5)
     config = config.copy_and_resolve_references()
     config.diffusion.num_inference_steps = 1
-    one_step = System(config, system.facts, system.codec)
+    one_step = System(config, system.spec, system.codec)
     one_step.network = system.network
     assert mean(evaluation.run_modes(one_step, PARAMS, frozen), "joint/action_mse") != mean(metrics, "joint/action_mse")
 
@@ -249,9 +250,9 @@ def test_what_cannot_be_evaluated_is_explained(setup):
     with pytest.raises(RunError, match=r"(mse|psnr) is nan in held-out window 0 and 5 more"):
         evaluate(setup, params={"slope": jnp.float32(np.nan)})
     config, loader, system, _ = setup
-    facts = DataFacts(**{**loader.facts(), "action_dim": 1})
+    spec = dataclasses.replace(loader.spec, action_dim=1)
     config = config.copy_and_resolve_references()
     config.eval.action_plane = ("wrist", 0.0, 1.0, 0.0, 1.0)
     with pytest.raises(UserError, match=r"config.eval.action_plane=.*at least two numbers"):
-        narrow = System(config, facts, system.codec)
+        narrow = System(config, spec, system.codec)
         Evaluator(narrow, loader, loader.held_out(6), mesh_lib.make_mesh(config), load_rules("uwm"), 4)

@@ -21,7 +21,7 @@ from configs import droid
 from uwm_jax import codecs
 from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
-from uwm_jax.synthetic import synthetic_facts
+from uwm_jax.synthetic import synthetic_spec
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import compile_for, make_train_step
@@ -41,11 +41,11 @@ def narrow(data: int, fsdp: int) -> ConfigDict:
 
 def measure(config: ConfigDict) -> dict:
     mesh, rules = mesh_lib.make_mesh(config), sharding.load_rules(config.mesh.rules)
-    system = System(config, synthetic_facts(config, action_dim=10), codecs.from_config(config))
+    system = System(config, synthetic_spec(config, action_dim=10), codecs.from_config(config))
     optimizer = state_lib.make_optimizer(config)
     shapes = jax.eval_shape(lambda key: state_lib.create(config, system.init(key), optimizer), jax.random.key(0))
     like = mesh_lib.with_sharding(shapes, sharding.state_sharding(mesh, rules, shapes))
-    batch = jax.eval_shape(lambda: system.example_batch(config.batch_size))
+    batch = system.spec.batch_like(config.batch_size)
     batch = mesh_lib.with_sharding(batch, mesh_lib.batch_sharding(mesh))
     step = make_train_step(config, system, optimizer, mesh)
     compiled = compile_for(mesh, rules, step, system.held(like), {}, batch, updates_state=True)

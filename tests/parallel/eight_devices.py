@@ -23,11 +23,13 @@ from uwm_jax.codecs import VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.evaluation.evaluator import make_evaluation
 from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.synthetic import synthetic_batch
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import compile_for, make_eval_step, make_train_step
 
@@ -70,8 +72,15 @@ def drawn(shapes):
 def make_system(config: ConfigDict) -> tuple[System, dict]:
     vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
     frozen = drawn(jax.eval_shape(vae.init, jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"])
-    facts = DataFacts(dict.fromkeys(config.data.cameras, RAW), {"state": 7}, 10, 0, Normalizer())
-    return System(config, facts, VAECodec(vae, microbatch=config.model.codec.microbatch)), frozen
+    spec = DataSpec(
+        WindowSpec.from_config(config.data.window),
+        dict.fromkeys(config.data.cameras, RAW),
+        {"state": 7},
+        10,
+        0,
+        Normalizer(),
+    )
+    return System(config, spec, VAECodec(vae, microbatch=config.model.codec.microbatch)), frozen
 
 
 def evaluate_modes(system: System, mesh, rules, params, frozen, batch) -> dict:
@@ -83,7 +92,7 @@ def evaluate_modes(system: System, mesh, rules, params, frozen, batch) -> dict:
         "has_last_action": np.arange(len(batch["row"])) % 3 != 0,
     }
     references = {
-        "mean_action": rng.normal(size=system.facts.action_dim).astype(np.float32),
+        "mean_action": rng.normal(size=system.spec.action_dim).astype(np.float32),
         "mean_image": rng.uniform(size=(len(system.cameras), 1, *system.config.data.crop, 3)).astype(np.float32),
     }
     batch = {**batch, **jax.device_put(extra, mesh_lib.batch_sharding(mesh))}

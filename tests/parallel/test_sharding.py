@@ -10,10 +10,12 @@ from uwm_jax.codecs import VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
 from uwm_jax.models.activations import constrain
 from uwm_jax.parallel import sharding
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import state as state_lib
 
 
@@ -27,8 +29,15 @@ def droid():
     c = base()
     c.optimizer.ema_decay, c.optimizer.clip_norm = 0.99, 1.0
     c.data.low_dim, c.model.encoder.use_low_dim = ("state",), True
-    facts = DataFacts(dict.fromkeys(c.data.cameras, (180, 320)), {"state": 7}, 10, 0, Normalizer())
-    system, optimizer = System(c, facts, VAECodec(AutoencoderKL())), state_lib.make_optimizer(c)
+    spec = DataSpec(
+        WindowSpec.from_config(c.data.window),
+        dict.fromkeys(c.data.cameras, (180, 320)),
+        {"state": 7},
+        10,
+        0,
+        Normalizer(),
+    )
+    system, optimizer = System(c, spec, VAECodec(AutoencoderKL())), state_lib.make_optimizer(c)
     return jax.eval_shape(lambda key: state_lib.create(c, system.init(key), optimizer), jax.random.key(0))
 
 
@@ -66,8 +75,10 @@ def test_moments_and_average_lie_with_their_parameters(droid, rules):
 def test_moments_of_what_is_trained_lie_with_their_parameters_where_the_rest_is_frozen(rules):
     c = base()
     c.optimizer.freeze = ("obs_encoder/*", "noise_pred_net/blocks/qkv/*")
-    facts = DataFacts(dict.fromkeys(c.data.cameras, (180, 320)), {}, 10, 0, Normalizer())
-    system, optimizer = System(c, facts, VAECodec(AutoencoderKL())), state_lib.make_optimizer(c)
+    spec = DataSpec(
+        WindowSpec.from_config(c.data.window), dict.fromkeys(c.data.cameras, (180, 320)), {}, 10, 0, Normalizer()
+    )
+    system, optimizer = System(c, spec, VAECodec(AutoencoderKL())), state_lib.make_optimizer(c)
     shapes = jax.eval_shape(lambda key: state_lib.create(c, system.init(key), optimizer), jax.random.key(0))
     placed = sharding.state_sharding(abstract(fsdp=2, tensor=4), rules, shapes)
     adam = next(s for s in placed.opt_state if hasattr(s, "mu"))

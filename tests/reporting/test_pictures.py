@@ -15,18 +15,26 @@ from PIL import Image
 from uwm_jax.config import base
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.reporting import pictures
 from uwm_jax.reporting.drawing import Plane, draw_outline, save_gif
 from uwm_jax.reporting.page import figure
 from uwm_jax.reporting.pictures import draw, formula
 from uwm_jax.reporting.sheets import Labels, read_labels, write_labels
 from uwm_jax.systems.uwm.modes import MODES, generated
-from uwm_jax.systems.uwm.system import DataFacts
 
 
-def facts_of(cameras: tuple[str, ...], action_dim: int = 2) -> DataFacts:
+def spec_of(cameras: tuple[str, ...], action_dim: int = 2) -> DataSpec:
     normalizer = Normalizer({"action": (np.full(action_dim, 256, np.float32), np.full(action_dim, 256, np.float32))})
-    return DataFacts({camera: (64, 64) for camera in cameras}, {}, action_dim, 0, normalizer)
+    return DataSpec(
+        WindowSpec.from_config(base().data.window),
+        {camera: (64, 64) for camera in cameras},
+        {},
+        action_dim,
+        0,
+        normalizer,
+    )
 
 
 def config_of(plane: tuple = (), resize: tuple = (64, 64), crop: tuple = (64, 64)):
@@ -42,13 +50,13 @@ def test_formulas():
 
 def test_corners_of_the_plane_are_corners_of_the_frame():
     config = config_of(("wrist", -1.0, 1.0, 10.0, 30.0), resize=(40, 80), crop=(20, 60))
-    plane = Plane.of(facts_of(("zenith", "wrist")), config.data, config.eval.action_plane)
+    plane = Plane.of(spec_of(("zenith", "wrist")), config.data, config.eval.action_plane)
     assert plane.view == 0  # views are sorted by name
     corners = plane.to_pixels(np.array([[-1, 10, 7], [1, 30, 7], [0, 20, 7]]))
     # 10 pixels are cut off at each side; the first pixel's centre is 0, its left edge -0.5.
     np.testing.assert_allclose(corners, [[-10.5, -10.5], [69.5, 29.5], [29.5, 9.5]])
-    assert Plane.of(facts_of(("wrist",)), config.data, ()) is None
-    assert Plane.of(facts_of(("zenith",)), config.data, config.eval.action_plane) is None  # it does not see the plane
+    assert Plane.of(spec_of(("wrist",)), config.data, ()) is None
+    assert Plane.of(spec_of(("zenith",)), config.data, config.eval.action_plane) is None  # it does not see the plane
 
 
 @pytest.mark.parametrize(("resize", "crop"), [((64, 64), (64, 64)), ((96, 96), (80, 88))])
@@ -60,7 +68,7 @@ def test_an_action_is_drawn_where_the_simulator_shows_that_position(resize, crop
     env.reset(seed=3)
     render = Renderer(env, 128)
     shown = ("image", 0.0, 512.0, 0.0, 512.0)
-    plane = Plane.of(facts_of(("image",)), config_of(resize=resize, crop=crop).data, shown)
+    plane = Plane.of(spec_of(("image",)), config_of(resize=resize, crop=crop).data, shown)
     for position in ((150.0, 230.0), (260.0, 120.0), (90.0, 400.0)):
         env.agent.position = position
         env.space.reindex_shapes_for_body(env.agent)
@@ -98,7 +106,7 @@ def windows_of(views: int, action_dim: int) -> dict[str, np.ndarray]:
 @pytest.mark.filterwarnings("error")  # at an evaluation, warnings are noise
 def test_all_pictures_of_one_view_and_of_several(parse, tmp_path, cameras, plane):
     windows = windows_of(len(cameras), 2 if plane else 10)
-    files = draw(windows, facts_of(cameras, 2 if plane else 10), config_of(plane), tmp_path)
+    files = draw(windows, spec_of(cameras, 2 if plane else 10), config_of(plane), tmp_path)
     assert {path.name for path in files.values()} == {"idea.png", "modes.png", "actions.png", "denoise.gif"}
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files.values()} | {"pictures.json"}
     for path in files.values():
@@ -107,7 +115,7 @@ def test_all_pictures_of_one_view_and_of_several(parse, tmp_path, cameras, plane
             assert getattr(image, "n_frames", 1) == (4 if path.suffix == ".gif" else 1)
     del windows["denoise/next_obs"], windows["mean_image"], windows["forward_shuffled/next_obs"]
     (tmp_path / "fewer").mkdir()
-    fewer = draw(windows, facts_of(cameras, 2 if plane else 10), config_of(plane), tmp_path / "fewer")
+    fewer = draw(windows, spec_of(cameras, 2 if plane else 10), config_of(plane), tmp_path / "fewer")
     assert set(fewer) == {"idea", "modes", "actions"}
     for path in (*files.values(), *fewer.values()):
         page = parse(figure(path, "about", "caption"))
@@ -124,9 +132,9 @@ def test_all_pictures_of_one_view_and_of_several(parse, tmp_path, cameras, plane
 
 @pytest.mark.parametrize("plane", [("image", 0.0, 512.0, 0.0, 512.0), ()])
 def test_no_picture_holds_text_but_the_numbers_of_axes(plane):
-    windows, facts, config = windows_of(1, 2), facts_of(("image",), 2), config_of(plane)
-    raw = {name: facts.normalizer.unnormalize("action", x) for name, x in windows.items() if name.endswith("action")}
-    place = Plane.of(facts, config.data, plane)
+    windows, spec, config = windows_of(1, 2), spec_of(("image",), 2), config_of(plane)
+    raw = {name: spec.normalizer.unnormalize("action", x) for name, x in windows.items() if name.endswith("action")}
+    place = Plane.of(spec, config.data, plane)
     drawn = [pictures._idea(windows, raw, place), pictures._modes(windows, raw, place, ["image"])]
     drawn += (
         [pictures._actions_on_frames(windows, raw, place)] if place else [pictures._actions_over_time(windows, raw)]
@@ -159,9 +167,9 @@ def test_a_page_cuts_a_picture_into_its_tiles(parse, tmp_path):
 
 def test_crosses_are_where_the_actions_end():
     plane = ("image", 0.0, 512.0, 0.0, 512.0)
-    windows, facts, config = windows_of(1, 2), facts_of(("image",), 2), config_of(plane)
-    raw = {name: facts.normalizer.unnormalize("action", x) for name, x in windows.items() if name.endswith("action")}
-    place = Plane.of(facts, config.data, plane)
+    windows, spec, config = windows_of(1, 2), spec_of(("image",), 2), config_of(plane)
+    raw = {name: spec.normalizer.unnormalize("action", x) for name, x in windows.items() if name.endswith("action")}
+    place = Plane.of(spec, config.data, plane)
     figure = pictures._modes(windows, raw, place, ["image"])[0].figure
     found = [line.get_xydata()[0] for axis in figure.axes for line in axis.lines if line.get_marker() == "+"]
     names = ("action", "joint/action", "shuffled_action")  # forward, joint, control

@@ -32,9 +32,9 @@ def test_a_description_is_read(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(json.dumps(_description()))
     found = description.read(tmp_path / "model.json", "--official-config")
     assert (found.step, found.parameters, found.config.model.depth) == (20, "average", config_lib.base().model.depth)
-    facts = found.facts
-    assert (facts.cameras, facts.low_dim, facts.action_dim) == ({"front": (45, 80)}, {"state": 7}, 2)
-    assert facts.normalizer.entries["action"][0].tolist() == [0.5, 2.0]
+    spec = found.spec
+    assert (spec.cameras, spec.low_dim, spec.action_dim) == ({"front": (45, 80)}, {"state": 7}, 2)
+    assert spec.normalizer.entries["action"][0].tolist() == [0.5, 2.0]
 
 
 INFINITE = float("inf")

@@ -245,7 +245,7 @@ def test_an_export_of_ours_loads_and_agrees(codec, tmp_path):
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     params = jax.tree.map(lambda s: jnp.float32(0.2 * rng.normal(size=s.shape)), shapes)
-    checkpoint.save_params_only(tmp_path / "run", config, system.facts, params, frozen)
+    checkpoint.save_params_only(tmp_path / "run", config, system.spec, params, frozen)
     convert.to_torch(tmp_path / "run", tmp_path / "out.safetensors")
     network, description = torch_network.load(tmp_path / "out.safetensors")
     assert description["codec"]["name"] == codec

@@ -13,7 +13,8 @@ import numpy as np
 
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.systems.uwm.system import DataFacts
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.training.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.state import TrainState, create, make_optimizer
@@ -33,7 +34,8 @@ CODEC = {"components": np.random.default_rng(0).normal(size=(3, 200)).astype(np.
 
 def assets_of(note: str = "") -> dict:
     normalizer = Normalizer({"action": (np.full(4, 0.123456789), np.zeros(4))})
-    return make_assets(base(), DataFacts({"wrist": (16, 16)}, {}, 4, 0, normalizer), note=note)
+    window = WindowSpec.from_config(base().data.window)
+    return make_assets(base(), DataSpec(window, {"wrist": (16, 16)}, {}, 4, 0, normalizer), note=note)
 
 
 def save_steps(workdir: Path, *steps: int, keep: int | None = None) -> Path:

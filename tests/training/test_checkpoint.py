@@ -38,7 +38,7 @@ def converted(tmp_path_factory, make_tiny_config):
     workdir = tmp_path_factory.mktemp("checkpoint") / "run"
     system, frozen = synthetic_system(config, 10)
     params = jax.jit(system.init)(jax.random.key(1))
-    save_params_only(workdir, config, system.facts, params, frozen)
+    save_params_only(workdir, config, system.spec, params, frozen)
     return workdir, system, params, frozen
 
 
@@ -133,7 +133,7 @@ def test_parameters_alone_are_read(converted, tmp_path):
     write_config(tmp_path, system.config)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(
-        state.replace(ema_params=averaged), {"position": 3}, frozen, make_assets(system.config, system.facts)
+        state.replace(ema_params=averaged), {"position": 3}, frozen, make_assets(system.config, system.spec)
     )
     checkpoints.close()
     for item in ("params", "train_state", "data_iter"):
@@ -149,7 +149,7 @@ def test_sampling_falls_back_too_but_not_from_a_step_that_was_asked_for(small_ru
     _, system, params, frozen = converted
     newer = jax.tree.map(lambda x: x + 1, params)
     for step, values in ((2, params), (4, newer)):
-        save_params_only(tmp_path, system.config, system.facts, values, frozen, step)
+        save_params_only(tmp_path, system.config, system.spec, values, frozen, step)
     small_run.flip(small_run.largest_file(tmp_path / "checkpoints" / "4" / "params"))
     _, found, _, step = load_for_inference(tmp_path)
     assert step == 2
@@ -171,7 +171,7 @@ def test_the_newest_comes_back_and_old_ones_go(small_run, workdir):
     assert stored.step == 6 and stored.data_iter == {"position": 48, "history": [[0, 1.5]]}
     np.testing.assert_array_equal(stored.codec["components"], small_run.CODEC["components"])
     state, stored = checkpoints.restore_latest(small_run.like())
-    assert stored.step == 6 and stored.assets["data_facts"]["action_dim"] == 4
+    assert stored.step == 6 and stored.assets["data_spec"]["action_dim"] == 4
     small_run.assert_is_step(state, 6)
     checkpoints.save(small_run.state_at(8), {"position": 64}, small_run.CODEC, small_run.assets_of())
     checkpoints.wait()

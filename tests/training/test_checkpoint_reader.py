@@ -44,7 +44,7 @@ def test_no_flipped_bit_goes_unseen(small_run, workdir, capfd):
         checkpoints.close()
         small_run.assert_is_step(state, stored.step)
         assert stored.data_iter["position"] == 8 * stored.step
-        assert stored.assets["data_facts"] == small_run.assets_of()["data_facts"]
+        assert stored.assets["data_spec"] == small_run.assets_of()["data_spec"]
         np.testing.assert_array_equal(stored.codec["components"], small_run.CODEC["components"])
         assert (damaged / "corrupt" / "6").is_dir() == (stored.step == 4)
         if stored.step == 4:

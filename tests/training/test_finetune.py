@@ -15,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError
 from uwm_jax.synthetic import synthetic_system
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import compatibility
 from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
 from uwm_jax.training.codec_store import open_codec
@@ -49,14 +50,14 @@ def origin_run(tmp_path_factory, make_tiny_config):
     config.checkpoint.keep = 5
     workdir = tmp_path_factory.mktemp("finetune") / "origin"
     system, frozen = synthetic_system(config, 10)
-    facts = dataclasses.replace(system.facts, normalizer=OLD)
+    spec = dataclasses.replace(system.spec, normalizer=OLD)
     params = jax.jit(system.init)(jax.random.key(1))
     write_config(workdir, config)
     checkpoints = Checkpoints(workdir)
-    checkpoints.save_params(2, jax.tree.map(lambda x: x + 2, params), frozen, make_assets(config, facts))
+    checkpoints.save_params(2, jax.tree.map(lambda x: x + 2, params), frozen, make_assets(config, spec))
     state = create(config, params, make_optimizer(config))
     state = state.replace(step=jnp.asarray(4), ema_params=jax.tree.map(lambda x: x + 1, params))
-    checkpoints.save(state, {}, frozen, make_assets(config, facts))
+    checkpoints.save(state, {}, frozen, make_assets(config, spec))
     checkpoints.wait()
     checkpoints.close()
     return workdir, state, frozen
@@ -68,18 +69,18 @@ def origin(origin_run):
 
 
 def shapes_of(config, action_dim=10):
-    """The new run's parameters, and the facts of its data."""
+    """The new run's parameters, and the spec of its data."""
     system, _ = synthetic_system(config, action_dim)
-    return jax.eval_shape(system.init, jax.random.key(0)), dataclasses.replace(system.facts, normalizer=NEW)
+    return jax.eval_shape(system.init, jax.random.key(0)), dataclasses.replace(system.spec, normalizer=NEW)
 
 
-def with_facts(facts, **changed):
-    return dataclasses.replace(facts, **changed)
+def changed_spec(spec, **changed):
+    return dataclasses.replace(spec, **changed)
 
 
-def check(origin, config, facts, ranges=None):
-    """What is told, of data whose ranges are those that the facts' normaliser, or another, maps onto [-1, 1]."""
-    return compatibility.check(origin, config, facts, {"data": ranges_of(ranges or facts.normalizer)})
+def check(origin, config, spec, ranges=None):
+    """What is told, of data whose ranges are those that the spec's normaliser, or another, maps onto [-1, 1]."""
+    return compatibility.check(origin, config, spec, {"data": ranges_of(ranges or spec.normalizer)})
 
 
 def ranges_of(normalizer):
@@ -138,14 +139,14 @@ def test_what_a_checkpoint_says_of_itself_counts_not_the_files_next_to_it(origin
 
 
 def test_an_average_that_is_still_its_start_is_told(origin_run, origin, tiny_config):
-    _, facts = shapes_of(tiny_config)
-    assert not [line for line in check(origin, tiny_config, facts) if "averaged" in line]  # the ramp: 0.1 %
+    _, spec = shapes_of(tiny_config)
+    assert not [line for line in check(origin, tiny_config, spec) if "averaged" in line]  # the ramp: 0.1 %
     slow = origin.config.copy_and_resolve_references()
     slow.optimizer.ema_decay, slow.optimizer.ema_warmup = 0.9999, "none"
-    told = "\n".join(check(dataclasses.replace(origin, config=slow), tiny_config, facts))
+    told = "\n".join(check(dataclasses.replace(origin, config=slow), tiny_config, spec))
     assert "warning: 100.0% of the averaged parameters of step 4 are still the random start" in told
     assert "--config.init_from_parameters=raw" in told
-    raw = check(dataclasses.replace(origin, config=slow, parameters="raw"), tiny_config, facts)
+    raw = check(dataclasses.replace(origin, config=slow, parameters="raw"), tiny_config, spec)
     assert not [line for line in raw if "averaged" in line]
 
 
@@ -227,7 +228,7 @@ def test_the_refusal_names_the_fields_that_differ(origin, tiny_config):
 
 def test_a_longer_action_window_costs_the_position_embedding_alone(origin, tiny_config):
     tiny_config.data.window.action, tiny_config.data.window.next_obs = (1, 2, 3, 4, 5, 6), (7, 8)
-    shapes, facts = shapes_of(tiny_config)
+    shapes, spec = shapes_of(tiny_config)
     with pytest.raises(UserError) as caught:
         origin.skipped(shapes, tiny_config)
     message = str(caught.value)
@@ -237,15 +238,15 @@ def test_a_longer_action_window_costs_the_position_embedding_alone(origin, tiny_
     flag = re.search(r"--config.init_from_skip='(.*)'", message).group(1)
     params, skipped = origin.params(zeros(shapes), skipping(tiny_config, flag))
     assert skipped == ["noise_pred_net/pos_embed"]
-    check(origin, tiny_config, facts)
+    check(origin, tiny_config, spec)
 
 
 def test_image_weights_that_are_not_read_are_told(origin, tiny_config):
-    _, facts = shapes_of(tiny_config)
+    _, spec = shapes_of(tiny_config)
     tiny_config.model.encoder.imagenet_weights = "timm/resnet18.tv_in1k"
-    assert [x for x in check(origin, tiny_config, facts) if "config.model.encoder.imagenet_weights is not read" in x]
+    assert [x for x in check(origin, tiny_config, spec) if "config.model.encoder.imagenet_weights is not read" in x]
     skipping(tiny_config, "obs_encoder/img_encoder/*")
-    assert not [x for x in check(origin, tiny_config, facts) if "imagenet_weights" in x]
+    assert not [x for x in check(origin, tiny_config, spec) if "imagenet_weights" in x]
 
 
 def test_arrays_that_only_one_side_has(origin, tiny_config):
@@ -280,36 +281,36 @@ def test_a_pattern_that_matches_nothing_is_an_error(origin, tiny_config):
     ],
 )
 def test_fields_that_change_the_meaning_of_parameters_are_refused(origin, tiny_config, field, value):
-    _, facts = shapes_of(tiny_config)
+    _, spec = shapes_of(tiny_config)
     config_lib.apply_overrides(tiny_config, [(field, value)])
     with pytest.raises(UserError, match=rf"config.{re.escape(field)} is .*were trained with .*Use the origin's value"):
-        check(origin, tiny_config, facts)
+        check(origin, tiny_config, spec)
 
 
 def test_fresh_layers_free_what_belongs_to_them(origin, tiny_config):
-    _, facts = shapes_of(tiny_config)
+    _, spec = shapes_of(tiny_config)
     tiny_config.init_from_skip = INTERFACE["action"] + INTERFACE["next_obs"]
     tiny_config.diffusion.prediction.action = "sample"
     tiny_config.model.codec.name = "pixels"
-    check(origin, tiny_config, facts)
+    check(origin, tiny_config, spec)
     assert not origin.gives_codec(tiny_config)
     tiny_config.diffusion.beta_schedule = "linear"
     with pytest.raises(UserError, match="beta_schedule"):
-        check(origin, tiny_config, facts)
+        check(origin, tiny_config, spec)
 
 
 def test_the_normaliser_is_the_origins(origin, tiny_config):
-    _, facts = shapes_of(tiny_config)
-    found = origin.normalizer_for(tiny_config, with_facts(facts, low_dim={"state": 7, "gripper": 1}))
+    _, spec = shapes_of(tiny_config)
+    found = origin.normalizer_for(tiny_config, changed_spec(spec, low_dim={"state": 7, "gripper": 1}))
     assert found.to_json() == {**OLD.to_json(), "gripper": NEW.to_json()["gripper"]}
-    assert origin.normalizer_for(tiny_config, with_facts(facts, low_dim={})).to_json().keys() == {"action"}
+    assert origin.normalizer_for(tiny_config, changed_spec(spec, low_dim={})).to_json().keys() == {"action"}
 
 
 @pytest.mark.parametrize("patterns", [ACTION_PATTERNS, INTERFACE["action"], ("noise_pred_net/*",)])
 def test_fresh_action_layers_take_the_new_datas_normaliser(origin, tiny_config, patterns):
-    _, facts = shapes_of(tiny_config)
+    _, spec = shapes_of(tiny_config)
     tiny_config.init_from_skip = patterns
-    found = origin.normalizer_for(tiny_config, facts).to_json()
+    found = origin.normalizer_for(tiny_config, spec).to_json()
     assert found["action"] == NEW.to_json()["action"]
     state = NEW if "noise_pred_net/*" in patterns else OLD  # the AdaLN kernels read the state
     assert found["state"] == state.to_json()["state"]
@@ -317,28 +318,28 @@ def test_fresh_action_layers_take_the_new_datas_normaliser(origin, tiny_config, 
 
 def test_another_width_takes_the_new_datas_normaliser(origin, tiny_config):
     """Whether the layers are skipped is judged with the arrays; a normaliser of the wrong width would hide that."""
-    _, facts = shapes_of(tiny_config)
+    _, spec = shapes_of(tiny_config)
     narrow = Normalizer({"action": (np.ones(7, np.float32), np.zeros(7, np.float32))})
-    found = origin.normalizer_for(tiny_config, with_facts(facts, action_dim=7, normalizer=narrow))
+    found = origin.normalizer_for(tiny_config, changed_spec(spec, action_dim=7, normalizer=narrow))
     assert found.to_json() == {"action": narrow.to_json()["action"], "state": OLD.to_json()["state"]}
 
 
 def test_what_the_origin_leaves_raw_stays_raw(origin, tiny_config):
     """Official LIBERO checkpoints have no normaliser."""
-    raw = dataclasses.replace(origin, facts=with_facts(origin.facts, normalizer=Normalizer()))
-    _, facts = shapes_of(tiny_config)
-    assert raw.normalizer_for(tiny_config, facts).to_json() == {}
-    said = "\n".join(check(raw, tiny_config, facts))
+    raw = dataclasses.replace(origin, data_spec=changed_spec(origin.data_spec, normalizer=Normalizer()))
+    _, spec = shapes_of(tiny_config)
+    assert raw.normalizer_for(tiny_config, spec).to_json() == {}
+    said = "\n".join(check(raw, tiny_config, spec))
     assert "(action, state: none, raw values)" in said
     assert "warning: action of this data reaches 2.3 where the model was trained within about 1" in said  # 0.1 + 2.2
 
 
 def test_a_person_is_told_of_quiet_differences(origin, tiny_config):
-    _, facts = shapes_of(tiny_config)
-    assert not [x for x in check(origin, tiny_config, facts) if x.startswith("note: ")]
+    _, spec = shapes_of(tiny_config)
+    assert not [x for x in check(origin, tiny_config, spec) if x.startswith("note: ")]
     tiny_config.data.cameras = ("exterior",)
     tiny_config.data.window.action = (2, 4, 6, 8)
-    said = "\n".join(check(origin, tiny_config, facts))
+    said = "\n".join(check(origin, tiny_config, spec))
     assert "note: config.data.cameras is ['exterior']; the origin was trained with ['wrist']" in said
     assert "note: config.data.window.action is (2, 4, 6, 8); the origin was trained with (1, 2, 3, 4)" in said
     assert "the origin's pca arrays" in said and "starting from ema_params of step 4" in said
@@ -346,10 +347,10 @@ def test_a_person_is_told_of_quiet_differences(origin, tiny_config):
 
 def test_keys_of_sources_are_compared_as_they_are_read(origin, tiny_config):
     """What a source says of its own counts, and what another run's fields come to; video does not act."""
-    _, facts = shapes_of(tiny_config)
+    _, spec = shapes_of(tiny_config)
 
     def notes() -> list[str]:
-        return [x for x in check(origin, tiny_config, facts) if x.startswith("note: ")]
+        return [x for x in check(origin, tiny_config, spec) if x.startswith("note: ")]
 
     action = tiny_config.data.action
     tiny_config.data.sources.video = config_lib.source(use_actions=False, cameras=("front",))
@@ -366,25 +367,25 @@ def test_keys_of_sources_are_compared_as_they_are_read(origin, tiny_config):
 
 
 def test_views_that_change_places_are_noticed(origin, tiny_config):
-    _, facts = shapes_of(tiny_config)
+    _, spec = shapes_of(tiny_config)
     before = origin.config.copy_and_resolve_references()
     before.data.cameras = ("wrist", "exterior")
     origin = dataclasses.replace(origin, config=before, codec_arrays=None)
     tiny_config.data.cameras = ("exterior", "wrist")
     tiny_config.data.sources.robot = config_lib.source()
-    assert not [x for x in check(origin, tiny_config, facts) if x.startswith("note: ")]
+    assert not [x for x in check(origin, tiny_config, spec) if x.startswith("note: ")]
     tiny_config.data.sources.robot.cameras = ("wrist", "exterior")
     assert (
         "note: config.data.sources.robot.cameras is ['wrist', 'exterior']; "
-        "the origin was trained with ['exterior', 'wrist']" in check(origin, tiny_config, facts)
+        "the origin was trained with ['exterior', 'wrist']" in check(origin, tiny_config, spec)
     )
 
 
 def test_data_that_stays_raw_is_compared_by_its_range(origin, tiny_config):
-    """With `normalize` "none" the facts have no normaliser, and the origin's is applied all the same."""
-    _, facts = shapes_of(tiny_config)
+    """With `normalize` "none" the spec has no normaliser, and the origin's is applied all the same."""
+    _, spec = shapes_of(tiny_config)
     tiny_config.data.normalize = "none"
-    raw = with_facts(facts, normalizer=Normalizer())
+    raw = changed_spec(spec, normalizer=Normalizer())
     wide = Normalizer({"action": (np.full(10, 4.0, np.float32), np.full(10, 0.5, np.float32))})
     said = check(origin, tiny_config, raw, wide)
     assert any(line.startswith("warning: action of this data reaches 2 where") for line in said)
@@ -393,38 +394,38 @@ def test_data_that_stays_raw_is_compared_by_its_range(origin, tiny_config):
 
 def test_data_that_reach_far_out_of_the_origins_range_are_noticed(origin, tiny_config):
     """Twice the origin's range is suspicious; data of exactly [-1, 1] are not taken for a constant."""
-    _, facts = shapes_of(tiny_config)
+    _, spec = shapes_of(tiny_config)
     half, middle = np.float32([4.0, *[2.0] * 9]), np.full(10, 0.5, np.float32)
     wide = Normalizer({"action": (half, middle)})
-    assert "warning: action of this data reaches 2 where" in "\n".join(check(origin, tiny_config, facts, wide))
+    assert "warning: action of this data reaches 2 where" in "\n".join(check(origin, tiny_config, spec, wide))
     half[0] = 2.0
-    assert "warning" not in "\n".join(check(origin, tiny_config, facts, wide))
+    assert "warning" not in "\n".join(check(origin, tiny_config, spec, wide))
     narrow = {"action": (np.full(10, 0.05, np.float32), np.zeros(10, np.float32)), "state": OLD.entries["state"]}
-    metres = dataclasses.replace(origin, facts=with_facts(origin.facts, normalizer=Normalizer(narrow)))
+    metres = dataclasses.replace(origin, data_spec=changed_spec(origin.data_spec, normalizer=Normalizer(narrow)))
     ones = Normalizer({"action": (np.ones(10, np.float32), np.zeros(10, np.float32))})
-    assert "warning: action of this data reaches 20 where" in "\n".join(check(metres, tiny_config, facts, ones))
+    assert "warning: action of this data reaches 20 where" in "\n".join(check(metres, tiny_config, spec, ones))
 
 
 def test_data_of_a_narrower_range_are_noticed_and_a_fresh_normaliser_is_offered(origin, tiny_config):
     """Metres under a normaliser of pixels, in some columns; a constant column tells nothing of units."""
-    _, facts = shapes_of(tiny_config)
+    _, spec = shapes_of(tiny_config)
     half = np.float32([0.004, 0.19, 0.21, 0.0, *[2.0] * 6])  # of the origin's 2.0
     metres = Normalizer({"action": (half, np.full(10, 0.5, np.float32)), "state": OLD.entries["state"]})
-    told = [line for line in check(origin, tiny_config, facts, metres) if line.startswith("warning")]
+    told = [line for line in check(origin, tiny_config, spec, metres) if line.startswith("warning")]
     assert len(told) == 1 and "--config.init_from_normalizer=fresh" in told[0]
     assert "action of this data uses little of the range" in told[0]
     assert "column 0 (0.20%), column 1 (9.50%)." in told[0]
     two = {"pixels": ranges_of(OLD), "metres": ranges_of(metres)}
-    told = [x for x in compatibility.check(origin, tiny_config, facts, two) if x.startswith("warning")]
+    told = [x for x in compatibility.check(origin, tiny_config, spec, two) if x.startswith("warning")]
     assert len(told) == 1 and told[0].startswith("warning: action of 'metres' uses little")
     tiny_config.init_from_normalizer = "fresh"
-    said = check(origin, tiny_config, facts, metres)
+    said = check(origin, tiny_config, spec, metres)
     assert "normaliser: action, state from this run's data (minmax)" in said
     assert not [line for line in said if line.startswith("warning")]
-    assert origin.normalizer_for(tiny_config, facts).to_json().keys() == {"action", "state"}
+    assert origin.normalizer_for(tiny_config, spec).to_json().keys() == {"action", "state"}
     jax.tree.map(
         np.testing.assert_array_equal,
-        origin.normalizer_for(tiny_config, facts).entries["action"],
+        origin.normalizer_for(tiny_config, spec).entries["action"],
         NEW.entries["action"],
     )
 
@@ -440,20 +441,20 @@ def test_a_pca_codec_for_other_views_is_refused(origin, tiny_config):
     tiny_config.data.cameras = ("exterior", "wrist")
     system = System(tiny_config, *_parts(tiny_config))
     with pytest.raises(UserError, match=r"fitted on 1 views of 16x16, but this run has 2 of 16x16(.|\n)*patch_encoder"):
-        check(origin, tiny_config, with_facts(system.facts, normalizer=NEW))
+        check(origin, tiny_config, changed_spec(system.spec, normalizer=NEW))
 
 
 def _parts(config):
     system, _ = synthetic_system(config, 10)
-    return system.facts, system.codec
+    return system.spec, system.codec
 
 
 def test_parameters_alone_serve_as_an_origin(tmp_path, tiny_config):
     """A converted checkpoint has no training state."""
     system, frozen = synthetic_system(tiny_config, 10)
     params = jax.jit(system.init)(jax.random.key(3))
-    facts = DataFacts.from_json(system.facts.to_json())
-    save_params_only(tmp_path / "run", tiny_config, facts, params, frozen)
+    spec = DataSpec.from_json(system.spec.to_json())
+    save_params_only(tmp_path / "run", tiny_config, spec, params, frozen)
     origin = open_origin(str(tmp_path / "run"))
     found, _ = origin.params(zeros(jax.eval_shape(lambda: params)), tiny_config)
     jax.tree.map(np.testing.assert_array_equal, found, params)

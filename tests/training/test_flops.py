@@ -15,13 +15,26 @@ from uwm_jax import config as config_lib
 from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import flops
 
 
 def droid() -> System:
     config = config_lib.load("configs/droid.py")
-    return System(config, DataFacts(dict.fromkeys(config.data.cameras, (180, 320)), {}, 10, 0, Normalizer()), VAE)
+    return System(
+        config,
+        DataSpec(
+            WindowSpec.from_config(config.data.window),
+            dict.fromkeys(config.data.cameras, (180, 320)),
+            {},
+            10,
+            0,
+            Normalizer(),
+        ),
+        VAE,
+    )
 
 
 VAE = VAECodec(AutoencoderKL())
@@ -41,8 +54,10 @@ def small(codec=None, crop=(24, 40), **model) -> System:
     c.model.encoder.stage_sizes, c.model.encoder.width = (1, 2), 16
     c.model.encoder.use_low_dim = c.model.encoder.use_language = True
     c.model.update(model)
-    facts = DataFacts(dict.fromkeys(c.data.cameras, crop), {"state": 7}, 6, 11, Normalizer())
-    return System(c, facts, codec or PCACodec(patch=8, channels=5))
+    spec = DataSpec(
+        WindowSpec.from_config(c.data.window), dict.fromkeys(c.data.cameras, crop), {"state": 7}, 6, 11, Normalizer()
+    )
+    return System(c, spec, codec or PCACodec(patch=8, channels=5))
 
 
 def products(function, *args) -> float:
@@ -76,7 +91,7 @@ def network_inputs(system, batch=1):
     params = jax.eval_shape(system.init, jax.random.key(0))
     noisy = {m: jnp.zeros(shape) for m, shape in system.noise_shapes(batch).items()}
     time = {m: jnp.zeros((batch,), jnp.int32) for m in noisy}
-    cond = jax.eval_shape(functools.partial(features, system), params, system.example_batch(batch))
+    cond = jax.eval_shape(functools.partial(features, system), params, system.spec.zeros(batch))
     return params, cond, noisy, time
 
 
@@ -102,12 +117,12 @@ def test_the_papers_model_costs_what_is_known():
 def test_every_product_of_network_and_encoder_is_counted(pool, crop):
     system = small(crop=crop)
     system.config.model.encoder.pool = pool
-    system = System(system.config, system.facts, system.codec)
+    system = System(system.config, system.spec, system.codec)
     sample = flops.count(system)
     inputs = network_inputs(system)
     assert products(functools.partial(evaluate, system), *inputs) == sample.network
     images = jnp.zeros((1, 2, 2, *crop, 3))
-    batch = system.example_batch(1)
+    batch = system.spec.zeros(1)
     assert products(lambda p: system.encode_obs(p, batch, images), inputs[0]) == sample.encoder
 
 
@@ -124,7 +139,7 @@ def test_every_product_of_the_codecs_is_counted():
 
 
 def training_loss(system, batch_size):
-    batch = system.example_batch(batch_size)
+    batch = system.spec.zeros(batch_size)
 
     def loss(params, frozen):
         errors, _ = system.row_losses(params, frozen, batch, jax.random.key(0), augment=False)

@@ -31,7 +31,7 @@ def run(tmp_path_factory, make_tiny_config):
     state = create(config, params, make_optimizer(config))
     state = dataclasses.replace(state, step=jnp.int32(4), ema_params=jax.tree.map(lambda x: x + 1, params))
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(state, {}, frozen, make_assets(config, system.facts))
+    checkpoints.save(state, {}, frozen, make_assets(config, system.spec))
     checkpoints.close()
     return workdir, params
 
@@ -52,7 +52,7 @@ def test_raw_and_averaged_parameters(run, parameters, more, capfd):
 
 def test_an_average_that_is_not_there(run, tmp_path, make_tiny_config):
     system, frozen = synthetic_system(make_tiny_config(), 10)
-    save_params_only(tmp_path / "converted", make_tiny_config(), system.facts, run[1], frozen)
+    save_params_only(tmp_path / "converted", make_tiny_config(), system.spec, run[1], frozen)
     assert parameters_used(tmp_path / "converted", 0)["parameters"] == "raw"
     with pytest.raises(UserError, match="--parameters=average: .*0 holds no average of the parameters"):
         load_for_inference(tmp_path / "converted", parameters="average")

@@ -33,7 +33,7 @@ def test_sizes_against_numpy(parts):
     source, batch = loader.sources["video"], loader.spec.empty(latents.WINDOWS)
     for row in range(latents.WINDOWS):
         place = row * len(source.windows) // latents.WINDOWS
-        source.load(batch, row, row, place, loader.normalizer, loader.spec)
+        source.load(batch, row, row, place, loader.spec)
     frames, _ = preprocess({"wrist": batch["next_obs/wrist"]}, None, resize=config.data.resize, crop=config.data.crop)
     centred = np.asarray(frames, np.float64)[:, 0] - np.asarray(arrays["mean"], np.float64)[0]
     n, p = len(centred) * 2, codec.patch

@@ -9,9 +9,10 @@ import pytest
 
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.diffusion.schedule import Schedule
 from uwm_jax.errors import UserError
-from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.step import gradient_norms, make_eval_step, make_train_step
@@ -103,8 +104,9 @@ def test_a_run_with_frozen_parameters_continues_exactly(tmp_path):
     step, state = make(learning_rate=0.05, ema_decay=0.9, freeze=("b",))
     state, _ = step(state, None, BATCH)
     checkpoints = Checkpoints(tmp_path)
-    facts = DataFacts({"wrist": (16, 16)}, {}, 4, 0, Normalizer({}))
-    checkpoints.save(state, {}, None, make_assets(base(), facts))
+    window = WindowSpec.from_config(base().data.window)
+    spec = DataSpec(window, {"wrist": (16, 16)}, {}, 4, 0, Normalizer({}))
+    checkpoints.save(state, {}, None, make_assets(base(), spec))
     checkpoints.wait()
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     again, stored = checkpoints.restore_latest(like)

@@ -32,7 +32,7 @@ from uwm_jax.benchmarking.names import (
 from uwm_jax.benchmarking.timing import Runner
 from uwm_jax.errors import UserError
 from uwm_jax.parallel.accumulate import value_and_grad
-from uwm_jax.synthetic import synthetic_arrays, synthetic_batch, synthetic_facts
+from uwm_jax.synthetic import synthetic_arrays, synthetic_batch, synthetic_spec
 from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import flops
@@ -82,7 +82,7 @@ class Model:
         self._inputs: dict[str, Inputs] = {}  # of each part
         codec = codecs.from_config(config)
         assert codec is not None
-        self.system = System(config, synthetic_facts(config, action_dim, frame_size), codec)
+        self.system = System(config, synthetic_spec(config, action_dim, frame_size), codec)
         self.optimizer = state_lib.make_optimizer(config)
         arrays = jax.eval_shape(lambda: synthetic_arrays(config, codec))
         key = jax.random.key(config.seed)
@@ -264,10 +264,10 @@ class Model:
         system, schedule = self.system, self.system.schedule
         return {
             "config": self.config.to_dict(),
-            "cameras": system.facts.cameras,
+            "cameras": system.spec.cameras,
             "images": {"crop": self.config.data.crop},
-            "low_dim": system.facts.low_dim,
-            "text_dim": system.facts.text_dim,
+            "low_dim": system.spec.low_dim,
+            "text_dim": system.spec.text_dim,
             "shapes": {"action": system.action_shape, "next_obs_latent": system.latent_shape},
             "diffusion": {
                 "timesteps": schedule.timesteps.tolist(),

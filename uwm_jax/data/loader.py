@@ -7,6 +7,7 @@ lets grain's threads work ahead, and joins samples to batches. It keeps no state
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +21,9 @@ from uwm_jax.data.mixture import MixtureOrder, continued
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.ranges import Range, about_pool, ranges_of
 from uwm_jax.data.remarks import far_out, few_held_out
-from uwm_jax.data.samples import Batch, Clip, RowSpec
-from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, pooled_stats, renamed, row_spec
+from uwm_jax.data.samples import Clip
+from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, pooled_stats, renamed, spec_of
+from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.data.windows import Windows
 from uwm_jax.ending import leave_behind
 from uwm_jax.errors import UserError
@@ -98,7 +100,7 @@ class Loader:
         directory: dataset of the first source with actions, in the order of names: its cameras' sizes are the model's,
             and the PCA codec is the one that was fitted on it.
         camera_keys: {camera: step key} in that dataset.
-        spec: what a row holds.
+        spec: of the batches; with the run's normaliser.
     """
 
     def __init__(
@@ -124,12 +126,13 @@ class Loader:
         self._robots = [source for source in self.sources.values() if source.use_actions]
         self.directory = self._robots[0].dataset.directory
         self.camera_keys = dict(self._robots[0].samples.camera_keys)
-        self.spec: RowSpec = row_spec(list(self.sources.values()))
+        spec = spec_of(list(self.sources.values()))
         if normalizer is None:
             normalizer = fit_normalizer(self._robots, config.normalize)
         else:
-            check_normalizer(normalizer, self.spec, str(self.directory))
+            check_normalizer(normalizer, spec, str(self.directory))
         self.normalizer = normalizer
+        self.spec: DataSpec = dataclasses.replace(spec, normalizer=normalizer)
         weights = {name: source.weight for name, source in self.sources.items()}
         history: list[Any] = [(0, weights)]
         if state is not None:
@@ -143,16 +146,6 @@ class Loader:
         except ValueError as e:
             raise UserError(f"config.data.sources: {e}.") from e
         self.local_batch_size = batch_size // process_count
-
-    def facts(self) -> dict[str, Any]:
-        """Facts that a model needs: cameras {name: (H, W)}, low_dim {name: D}, action_dim, text_dim, normalizer."""
-        return {
-            "cameras": dict(self.spec.cameras),
-            "low_dim": dict(self.spec.low_dim),
-            "action_dim": self.spec.action_dim,
-            "text_dim": self.spec.text_dim,
-            "normalizer": self.normalizer,
-        }
 
     def ranges(self) -> dict[str, dict[str, Range]]:
         """{source with actions: {key: the range of its training data that a normaliser of it alone would have}}."""
@@ -197,7 +190,7 @@ class Loader:
         name, place = self.order.locate(position)
         source = self.sources[name]
         with self._reads.going_on(lambda: _where(source, source.clip(place))):
-            source.load(batch, at, row, place, self.normalizer, self.spec)
+            source.load(batch, at, row, place, self.spec)
 
     def reading(self, source: Source, clip: Clip) -> contextlib.AbstractContextManager[None]:
         """Around the read of a window by others, so that `waits_for` knows of it."""
@@ -401,7 +394,7 @@ class FixedWindows:
             number, *clip = self._windows[r]
             samples, window = self._sources[number].samples, Clip(*clip)
             with loader.reading(self._sources[number], window):
-                samples.load(batch, at, int(r), [window], 0, loader.normalizer, loader.spec)
+                samples.load(batch, at, int(r), [window], 0, loader.spec)
             before = loader.spec.window.action[0] - 1
             batch["last_action"][at] = samples.action(window, (before,), loader.normalizer)[0]
             batch["has_last_action"][at] = window.origin + before >= 0

@@ -1,13 +1,12 @@
 """Windows of one source as rows of batches.
 
-`RowSpec` is what every row of a run's batches holds; `Samples` fills rows with the windows of one source, whatever it
+`Samples` fills rows with the windows of one source, whatever it
 lacks: a source without actions has zeros in their place, one with fewer cameras than the model fills the other views by
 one of three rules, and frames of another size are resized to cover the model's and cropped.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,45 +17,10 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import mix
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.selection import not_finite
+from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.data.transforms import get_transform
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class RowSpec:
-    """The contents of a row of a batch, in all sources alike.
-
-    Attributes:
-        window: the steps of a sample.
-        cameras: name -> (height, width) of the raw frames, names sorted.
-        low_dim: name -> D, names sorted.
-        action_dim, text_dim: widths; text_dim is 0 for none.
-    """
-
-    window: WindowSpec
-    cameras: dict[str, tuple[int, int]]
-    low_dim: dict[str, int]
-    action_dim: int
-    text_dim: int
-
-    def empty(self, rows: int) -> Batch:
-        """Arrays for a batch of `rows` samples, to be filled by `Samples.load`."""
-        window = self.window
-        batch: Batch = {}
-        for name, size in self.cameras.items():
-            batch[f"obs/{name}"] = np.empty((rows, len(window.obs), *size, 3), np.uint8)
-            batch[f"next_obs/{name}"] = np.empty((rows, len(window.next_obs), *size, 3), np.uint8)
-        for name, width in self.low_dim.items():
-            batch[f"obs/{name}"] = np.empty((rows, len(window.obs), width), np.float32)
-        if self.text_dim:
-            batch["obs/text"] = np.empty((rows, self.text_dim), np.float32)
-        batch["action"] = np.empty((rows, len(window.action), self.action_dim), np.float32)
-        batch["action_mask"] = np.empty(rows, np.bool_)
-        batch["row"] = np.empty(rows, np.int32)
-        return batch
 
 
 class Clip(NamedTuple):
@@ -130,17 +94,18 @@ class Samples:
                 found[key] = np.union1d(bad, found.get(key, bad))
         return {key: episodes for key, episodes in found.items() if len(episodes)}
 
-    def row_spec(self) -> RowSpec:
-        """The rows of a run of which this is the first source with actions."""
-        return RowSpec(
+    def spec(self) -> DataSpec:
+        """The rows of a run of which this is the first source with actions; without a normaliser."""
+        return DataSpec(
             window=self.window,
             cameras={name: self.dataset.cameras[key] for name, key in sorted(self.camera_keys.items())},
             low_dim={name: self._width(key) for name, key in self.low_dim_keys.items()},
             action_dim=self.action_dim,
             text_dim=self.text_dim,
+            normalizer=Normalizer(),
         )
 
-    def check_fits(self, spec: RowSpec, first: str) -> None:
+    def check_fits(self, spec: DataSpec, first: str) -> None:
         """Raises UserError where this source's widths differ from those of the `first` source with actions."""
         widths = {"obs/text": (self.text_dim, spec.text_dim)} if self._text else {}
         if self.use_actions:
@@ -153,9 +118,7 @@ class Samples:
                     "width in all. Choose other keys in the `action` of one of these sources, or leave one out."
                 )
 
-    def load(
-        self, batch: Batch, at: int, row: int, clips: Sequence[Clip], draw: int, normalizer: Normalizer, spec: RowSpec
-    ) -> None:
+    def load(self, batch: Batch, at: int, row: int, clips: Sequence[Clip], draw: int, spec: DataSpec) -> None:
         """Writes a sample into place `at` of a batch, as row `row`.
 
         Args:
@@ -178,8 +141,8 @@ class Samples:
                 batch[f"obs/{name}"][at] = 0
             return
         for name, key in self.low_dim_keys.items():
-            batch[f"obs/{name}"][at] = normalizer.normalize(name, self._rows(key, start, obs))
-        batch["action"][at] = self.action(clips[0], window.action, normalizer)
+            batch[f"obs/{name}"][at] = spec.normalizer.normalize(name, self._rows(key, start, obs))
+        batch["action"][at] = self.action(clips[0], window.action, spec.normalizer)
         for name in ("action", *(f"obs/{name}" for name in self.low_dim_keys)):
             self._check_finite(batch, at, name, clips[0])
 

@@ -12,8 +12,9 @@ import numpy as np
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import StreamOrder, mix
 from uwm_jax.data.records import Dataset, dataset_dir
-from uwm_jax.data.samples import Batch, Clip, RowSpec, Samples
+from uwm_jax.data.samples import Clip, Samples
 from uwm_jax.data.selection import select, tell_not_finite
+from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.data.stats import Stats, join_stats, key_stats, pool_stats
 from uwm_jax.data.transforms import get_transform
 from uwm_jax.data.windows import Windows, split_episodes
@@ -102,13 +103,13 @@ class Source:
         """The window at a position of this source's order."""
         return Clip(*self.windows.locate(self.order.window(position)))
 
-    def load(self, batch: Batch, at: int, row: int, position: int, normalizer: Normalizer, spec: RowSpec) -> None:
+    def load(self, batch: Batch, at: int, row: int, position: int, spec: DataSpec) -> None:
         """Writes the sample at a position of this source's order into place `at` of a batch, as row `row`."""
         draw = mix(mix(self.seed ^ 0x66696C6C) ^ position)  # apart from the seed of the order
         clips = [self.clip(position)]
         for i in range(1, self.samples.num_clips):
             clips.append(Clip(*self.windows.locate(mix(draw ^ i) % len(self.windows))))
-        self.samples.load(batch, at, row, clips, draw, normalizer, spec)
+        self.samples.load(batch, at, row, clips, draw, spec)
 
     def stats(self) -> dict[str, Stats]:
         """Statistics of `action` and of each low-dim key over the training episodes."""
@@ -174,14 +175,14 @@ def renamed(stored: Mapping[str, Any], ours: Sequence[str]) -> dict[str, Any]:
     return dict(zip(ours, stored.values(), strict=True)) if len(stored) == len(ours) == 1 else dict(stored)
 
 
-def row_spec(sources: Sequence[Source]) -> RowSpec:
-    """The contents of the rows of all sources: as the first one with actions has it.
+def spec_of(sources: Sequence[Source]) -> DataSpec:
+    """The contents of the rows of all sources: as the first one with actions has it; without a normaliser.
 
     Raises:
         UserError: another source has another width of the action or of a low-dimensional key.
     """
     first = next(source for source in sources if source.use_actions)
-    spec = first.samples.row_spec()
+    spec = first.samples.spec()
     for source in sources:
         source.samples.check_fits(spec, first.where)
     return spec
@@ -205,7 +206,7 @@ def fit_normalizer(sources: Sequence[Source], kind: str) -> Normalizer:
     return Normalizer.from_stats(stats, kind, stats)
 
 
-def check_normalizer(normalizer: Normalizer, spec: RowSpec, where: str) -> None:
+def check_normalizer(normalizer: Normalizer, spec: DataSpec, where: str) -> None:
     """Checks that a normaliser from elsewhere (a checkpoint) is for the data keys of this run.
 
     A key of ours without an entry is the identity, and an entry for nothing of ours is not used; but both at once mean

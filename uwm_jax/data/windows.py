@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from uwm_jax.errors import UserError
+
+GROUPS = ("obs", "action", "next_obs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +18,7 @@ class WindowSpec:
     """Relative step indices of a sample. The paper's is obs (0, 1), action 1..16, next_obs (17, 18).
 
     Attributes:
-        obs, action, next_obs: indices relative to the window's origin.
+        groups: {group: indices relative to the window's origin}; a group without indices is absent.
         pad: "none": every index lies inside the episode, so an episode of length L has
             L - (largest - smallest index) windows; "edge": every step is once the last observed one
             (`obs[-1]`), and indices outside the episode repeat its first or last step, so L windows.
@@ -23,15 +26,33 @@ class WindowSpec:
     Where an episode has fewer actions than steps, those of `action` lie inside (or repeat the last of) its actions.
     """
 
-    obs: tuple[int, ...]
-    action: tuple[int, ...]
-    next_obs: tuple[int, ...]
+    groups: Mapping[str, tuple[int, ...]]
     pad: str = "none"
 
     @classmethod
     def from_config(cls, config: Any) -> WindowSpec:
         """From `config.data.window`."""
-        return cls(tuple(config.obs), tuple(config.action), tuple(config.next_obs), config.pad)
+        return cls({name: tuple(config[name]) for name in GROUPS if config[name]}, config.pad)
+
+    @property
+    def obs(self) -> tuple[int, ...]:
+        return self.groups.get("obs", ())
+
+    @property
+    def action(self) -> tuple[int, ...]:
+        return self.groups.get("action", ())
+
+    @property
+    def next_obs(self) -> tuple[int, ...]:
+        return self.groups.get("next_obs", ())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"groups": {name: list(indices) for name, indices in self.groups.items()}, "pad": self.pad}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> WindowSpec:
+        groups = {str(name): tuple(int(i) for i in indices) for name, indices in stored["groups"].items()}
+        return cls(groups, str(stored["pad"]))
 
     @property
     def span(self) -> int:

@@ -110,15 +110,13 @@ def views_of(spec: EnvSpec, system: System) -> dict[str, str]:
     keys: dict[str, str] = {}
     if robots := [source for _, source in sorted(data.sources.items()) if source.use_actions]:
         keys = dict(zip(data.cameras, map(short_key, robots[0].cameras or data.cameras), strict=True))
-    shown = {
-        view: next((c for c in (keys.get(view), view) if c in spec.cameras), None) for view in system.facts.cameras
-    }
+    shown = {view: next((c for c in (keys.get(view), view) if c in spec.cameras), None) for view in system.spec.cameras}
     return {view: camera for view, camera in shown.items() if camera}
 
 
 def env_cameras(spec: EnvSpec, system: System) -> dict[str, tuple[int, int]]:
     """{the environment's camera: (height, width)} of the frames to draw."""
-    return {camera: system.facts.cameras[view] for view, camera in views_of(spec, system).items()}
+    return {camera: system.spec.cameras[view] for view, camera in views_of(spec, system).items()}
 
 
 def under_views(observation: Mapping[str, np.ndarray], views: Mapping[str, str]) -> dict[str, np.ndarray]:
@@ -138,21 +136,21 @@ def with_views(spec: EnvSpec, system: System) -> EnvSpec:
 
 def check_fits(spec: EnvSpec, system: System) -> None:
     """Raises UserError where the model reads what the environment does not show, or acts in another space."""
-    facts, views = system.facts, views_of(spec, system)
+    data, views = system.spec, views_of(spec, system)
     problems = [
         *(
             f"camera {c!r}: {spec.name} has {', '.join(spec.cameras)}"
-            for c in sorted(facts.cameras.keys() - views.keys())
+            for c in sorted(data.cameras.keys() - views.keys())
         ),
         *(
             f"{key} ({dim} numbers): {spec.name} has {dict(spec.low_dim)}"
-            for key, dim in facts.low_dim.items()
+            for key, dim in data.low_dim.items()
             if spec.low_dim.get(key) != dim
         ),
-        *(["a text"] if facts.text_dim else []),
+        *(["a text"] if data.text_dim else []),
     ]
-    if facts.action_dim != spec.action_dim:
-        problems.append(f"{facts.action_dim} numbers of action: {spec.name} takes {spec.action_dim}")
+    if data.action_dim != spec.action_dim:
+        problems.append(f"{data.action_dim} numbers of action: {spec.name} takes {spec.action_dim}")
     if problems:
         raise UserError(
             f"--env={spec.name} is not what the model was trained on. The model has\n  " + "\n  ".join(problems)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.sources import renamed
 from uwm_jax.errors import UserError
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def open_data(
     """
 
     def open_loader(config: ConfigDict) -> Loader:
-        return Loader(config.data, batch_size=1, seed=config.seed, normalizer=system.facts.normalizer)
+        return Loader(config.data, batch_size=1, seed=config.seed, normalizer=system.spec.normalizer)
 
     loader = open_loader(system.config)
     leak = kept.get("leak")  # of the run's own held-out episodes
@@ -116,7 +116,7 @@ def refuse_other_data(
     Raises:
       UserError: the dataset is not of the kind that the run was trained on; or it is another one, and no flag names it.
     """
-    trained, found = system.facts.to_json(), DataFacts(**loader.facts()).to_json()
+    trained, found = system.spec.to_json(), loader.spec.to_json()
     for name in ("cameras", "low_dim", "action_dim", "text_dim"):
         if trained[name] != found[name]:
             raise UserError(

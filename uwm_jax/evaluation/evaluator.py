@@ -69,7 +69,7 @@ class Evaluator:
         *,
         denoising: bool = True,
     ):
-        if system.config.eval.action_plane and system.facts.action_dim < 2:
+        if system.config.eval.action_plane and system.spec.action_dim < 2:
             raise UserError(
                 f"config.eval.action_plane={system.config.eval.action_plane} needs actions of at least two numbers, a "
                 "position; they have one here. Leave it empty: ()."
@@ -82,7 +82,7 @@ class Evaluator:
         self._num_shown = min(SHOWN, len(held_out))
         self._references: Arrays | None = None  # of the training data, made when they are first needed
         self._shown = pictures.spread(len(held_out), SHOWN).astype(np.int32)
-        self._denoised, self._view = pictures.denoised(self._num_shown, system.facts, system.config)
+        self._denoised, self._view = pictures.denoised(self._num_shown, system.spec, system.config)
 
     def compile(self, params: Any, frozen: Any) -> None:
         """Compiles the programs; runs none of them.
@@ -96,7 +96,7 @@ class Evaluator:
             return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._whole)
 
         image = whole(len(system.cameras), 1, *system.config.data.crop, 3)
-        references = {"mean_action": whole(system.facts.action_dim), "mean_image": image}
+        references = {"mean_action": whole(system.spec.action_dim), "mean_image": image}
         shown = self._shown_of(0)
         self._evaluate = self._compile(
             make_evaluation(system, self._denoising), params, frozen, batch, references, shown
@@ -240,7 +240,7 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
-    return pictures.draw(windows, system.facts, system.config, folder)
+    return pictures.draw(windows, system.spec, system.config, folder)
 
 
 # --- what is compiled ----------------------------------------------------------------------------------

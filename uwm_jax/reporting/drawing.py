@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from uwm_jax import files
-from uwm_jax.systems.uwm.system import DataFacts
+from uwm_jax.data.spec import DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,14 +37,14 @@ class Plane(NamedTuple):
     crop: tuple[int, int]
 
     @classmethod
-    def of(cls, facts: DataFacts, data: ConfigDict, shown: Sequence[Any] | None) -> Plane | None:
+    def of(cls, spec: DataSpec, data: ConfigDict, shown: Sequence[Any] | None) -> Plane | None:
         """From `shown`, what `config.eval.action_plane` may be: (camera, x_low, x_high, y_low, y_high). None where that
         is empty, or a camera that the model does not see."""
-        if not shown or shown[0] not in facts.cameras:
+        if not shown or shown[0] not in spec.cameras:
             return None
         camera, x_low, x_high, y_low, y_high = shown
         low, high = np.array([x_low, y_low], np.float64), np.array([x_high, y_high], np.float64)
-        return cls(sorted(facts.cameras).index(camera), low, high, tuple(data.resize), tuple(data.crop))
+        return cls(sorted(spec.cameras).index(camera), low, high, tuple(data.resize), tuple(data.crop))
 
     def to_pixels(self, action: np.ndarray) -> np.ndarray:
         """(..., Da) raw to (..., 2) x, y on the frame that the model sees; the first pixel's centre is 0, 0."""

@@ -66,7 +66,7 @@ def imagine(
         seen: {camera or low-dimensional key: (T + 1, ...)}, raw, as `uwm_jax.envs.parallel.replay` gives them.
         execute: steps between decisions.
     """
-    window, normalizer = WindowSpec.from_config(system.config.data.window), system.facts.normalizer
+    window, normalizer = WindowSpec.from_config(system.config.data.window), system.spec.normalizer
     present, length = max(window.obs), len(episode.actions)
     # The last step's action and the frame after it are the end of what there is.
     outcome = max(max(window.next_obs) - present, max(window.action) - present + 1)
@@ -78,10 +78,10 @@ def imagine(
     actions = [episode.actions[window.steps(window.action, int(t) - present, length)] for t in steps]
     batch = {}
     if len(steps):
-        for camera in system.facts.cameras:
+        for camera in system.spec.cameras:
             batch[f"obs/{camera}"] = frames(camera, window.obs)
             batch[f"next_obs/{camera}"] = frames(camera, window.next_obs)
-        for key in system.facts.low_dim:
+        for key in system.spec.low_dim:
             batch[f"obs/{key}"] = normalizer.normalize(key, frames(key, window.obs).astype(np.float32))
         batch["action"] = normalizer.normalize("action", np.stack(actions).astype(np.float32))
         batch["row"] = np.arange(len(steps), dtype=np.int32)
@@ -120,7 +120,7 @@ def draw(clips: Sequence[Clip], spec: EnvSpec, system: System, path: Path) -> bo
     if not clips:
         path.unlink(missing_ok=True)  # of an earlier start
         return False
-    sheet = _Sheet(clips, Plane.of(system.facts, system.config.data, spec.action_plane))
+    sheet = _Sheet(clips, Plane.of(system.spec, system.config.data, spec.action_plane))
     count = max(len(clip.steps) for clip in clips)
     save_gif([sheet.draw(i) for i in range(count)], path, [FRAME_MS] * (count - 1) + [LAST_MS])
     write_labels(path.parent, {path.name: sheet.labels(spec.score, system.config.data.window)})

@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from uwm_jax.data.spec import DataSpec
 from uwm_jax.evaluation.metrics import CHANGED
 from uwm_jax.reporting.drawing import (
     CHANGE,
@@ -40,7 +41,6 @@ from uwm_jax.reporting.drawing import (
 )
 from uwm_jax.reporting.sheets import Labels, Mark, write_labels
 from uwm_jax.systems.uwm.modes import MODES, QUESTIONS, Role
-from uwm_jax.systems.uwm.system import DataFacts
 
 Windows = Mapping[str, np.ndarray]
 
@@ -64,7 +64,7 @@ def formula(mode: str) -> str:
     return f"p({', '.join(made)} | {', '.join(known)})"
 
 
-def draw(windows: Windows, facts: DataFacts, config: ConfigDict, folder: Path) -> dict[str, Path]:
+def draw(windows: Windows, spec: DataSpec, config: ConfigDict, folder: Path) -> dict[str, Path]:
     """Writes the pictures of some windows into `folder`, each by rename, and their labels.
 
     Args:
@@ -73,36 +73,36 @@ def draw(windows: Windows, facts: DataFacts, config: ConfigDict, folder: Path) -
         they are there, also `forward_shuffled/next_obs` (N, V, T, h, w, 3) and `shuffled_action` (N, Ta, Da);
         `mean_image` (V, 1, h, w, 3); and the joint mode's states `denoise/action` (S+1, N, Ta, Da) and
         `denoise/next_obs` (S+1, D, h, w, 3), those that `denoised` names, without which there is no denoise.gif.
-      facts: of the model: names of the cameras (views are sorted by name) and the normaliser of actions.
+      spec: of the model: names of the cameras (views are sorted by name) and the normaliser of actions.
       config: the run's; `eval.action_plane` and `data` say where on a frame an action lies.
 
     Returns:
       {"idea", "modes", "actions", "denoise": file}.
     """
-    plane = Plane.of(facts, config.data, config.eval.action_plane)
+    plane = Plane.of(spec, config.data, config.eval.action_plane)
     raw = {
-        name: np.asarray(facts.normalizer.unnormalize("action", value), np.float32)
+        name: np.asarray(spec.normalizer.unnormalize("action", value), np.float32)
         for name, value in windows.items()
         if name.endswith("action")
     }
     drawn = {
         "idea": _idea(windows, raw, plane),
-        "modes": _modes(windows, raw, plane, sorted(facts.cameras)),
+        "modes": _modes(windows, raw, plane, sorted(spec.cameras)),
         "actions": _actions_on_frames(windows, raw, plane) if plane else _actions_over_time(windows, raw),
     }
     files = {name: save(tiles.figure, folder / f"{name}.png") for name, (tiles, _) in drawn.items()}
     labels = {f"{name}.png": found for name, (_, found) in drawn.items()}
     if "denoise/next_obs" in windows:
-        frames, labels["denoise.gif"] = _denoise(windows, raw, plane, *denoised(len(windows["episode"]), facts, config))
+        frames, labels["denoise.gif"] = _denoise(windows, raw, plane, *denoised(len(windows["episode"]), spec, config))
         times = [GIF_STEP_MS] * (len(frames) - 1) + [GIF_HOLD_MS]
         files["denoise"] = save_gif(frames, folder / "denoise.gif", times)
     write_labels(folder, labels)
     return files
 
 
-def denoised(count: int, facts: DataFacts, config: ConfigDict) -> tuple[np.ndarray, int]:
+def denoised(count: int, spec: DataSpec, config: ConfigDict) -> tuple[np.ndarray, int]:
     """Of which of `count` windows, (D,) int, and of which view denoise.gif shows the last frame."""
-    plane = Plane.of(facts, config.data, config.eval.action_plane)
+    plane = Plane.of(spec, config.data, config.eval.action_plane)
     return spread(count, 3), plane.view if plane else 0
 
 

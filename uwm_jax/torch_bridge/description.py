@@ -12,9 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
 from uwm_jax.reading import read_json
-from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import average
 
 FORMAT = "uwm_jax.torch"
@@ -28,7 +29,7 @@ class Described:
     (`raw` or `average`)."""
 
     config: ConfigDict
-    facts: DataFacts
+    spec: DataSpec
     step: int
     parameters: str
 
@@ -52,8 +53,9 @@ def read(path: str | Path, flag: str) -> Described:
         )
     config = config_lib.from_json(json.dumps(stored.get("config")), where)
     try:
-        facts = DataFacts.from_json(
+        spec = DataSpec.from_json(
             {
+                "window": WindowSpec.from_config(config.data.window).to_json(),
                 "cameras": stored["cameras"],
                 "low_dim": stored["low_dim"],
                 "action_dim": stored["shapes"]["action"][-1],
@@ -61,15 +63,15 @@ def read(path: str | Path, flag: str) -> Described:
                 "normalizer": stored["normalizers"],
             }
         )
-        _check(facts, stored)
-        return Described(config, facts, stored["step"], stored["parameters"])
+        _check(spec, stored)
+        return Described(config, spec, stored["step"], stored["parameters"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
         raise UserError(
             f"{where}: a field is missing or not as `convert to-torch` wrote it ({type(e).__name__}: {e})."
         ) from e
 
 
-def _check(facts: DataFacts, stored: Mapping[str, Any]) -> None:
+def _check(spec: DataSpec, stored: Mapping[str, Any]) -> None:
     """Raises ValueError for values that no run can have."""
     cameras, low_dim = stored["cameras"], stored["low_dim"]
     sizes = [*(n for size in cameras.values() for n in size), *low_dim.values(), stored["shapes"]["action"][-1]]
@@ -84,7 +86,7 @@ def _check(facts: DataFacts, stored: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} should be an integer from 0 on, found {stored[name]!r:.60}")
     if stored["parameters"] not in average.ITEMS:
         raise ValueError(f"parameters should be {' or '.join(average.ITEMS)}, found {stored['parameters']!r:.60}")
-    for key, pair in facts.normalizer.entries.items():
+    for key, pair in spec.normalizer.entries.items():
         if not all(np.isfinite(part).all() for part in pair):
             raise ValueError(f"the normaliser of {key} holds values that are not finite")
 

@@ -55,7 +55,7 @@ class OfficialRun:
 
 
 def read_official(official: OfficialYaml, shapes: Mapping[str, Shape]) -> OfficialRun:
-    """Our config and the data's facts of an official run.
+    """Our config and the data's sizes of an official run.
 
     Args:
       official: its saved configuration.

@@ -7,7 +7,7 @@
   train_state   optimizer state, hyper-parameters, step
   data_iter     where the data order stands (JSON, knows no topology)
   codec         arrays of a codec fitted on data; a pretrained one lies in `<workdir>/frozen/<name>` instead
-  assets        config, data facts with the normaliser, dataset manifest, code version, digests (JSON)
+  assets        config, data spec with the normaliser, dataset manifest, code version, digests (JSON)
 
 A checkpoint with only `params` and `assets` (a converted one) serves inference. A damaged one is found by its
 digests (`checkpoint_reader.py`), put into `<workdir>/corrupt/` and the one before it is used.
@@ -32,12 +32,12 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.files import write_text
 from uwm_jax.models import layers
 from uwm_jax.parallel import distributed
 from uwm_jax.reading import again, cause_of, no_room
-from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import lock, provenance
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint, prepare_digests, with_digests
 from uwm_jax.training.retention import Retention
@@ -104,11 +104,11 @@ def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None) 
         )
 
 
-def make_assets(config: ConfigDict, facts: DataFacts, **extra: Any) -> dict[str, Any]:
+def make_assets(config: ConfigDict, spec: DataSpec, **extra: Any) -> dict[str, Any]:
     """The JSON item that makes a checkpoint describe itself."""
     return {
         "config": config.to_dict(),
-        "data_facts": facts.to_json(),
+        "data_spec": spec.to_json(),
         "code_version": provenance.code_version(),
         **extra,
     }
@@ -433,7 +433,7 @@ def _restore_state(stored: CheckpointReader, like: TrainState) -> TrainState:
 def save_params_only(
     workdir: str | os.PathLike[str],
     config: ConfigDict,
-    facts: DataFacts,
+    spec: DataSpec,
     params: Any,
     frozen_arrays: Any = None,
     step: int = 0,
@@ -446,7 +446,7 @@ def save_params_only(
     """
     checkpoints = Checkpoints(workdir)
     write_config(workdir, config)
-    checkpoints.save_params(step, params, frozen_arrays, make_assets(config, facts, **(extra_assets or {})))
+    checkpoints.save_params(step, params, frozen_arrays, make_assets(config, spec, **(extra_assets or {})))
     checkpoints.close()
 
 

@@ -64,7 +64,7 @@ class CheckpointReader:
     def assets(self) -> dict[str, Any]:
         """The assets of `make_assets`, with the `digests` of all items (absent in checkpoints of early versions)."""
         assets = self._json("assets")
-        if not isinstance(assets, dict) or not {"config", "data_facts"} <= assets.keys():
+        if not isinstance(assets, dict) or not {"config", "data_spec"} <= assets.keys():
             raise CorruptCheckpoint(f"{self.path / 'assets'} is not what was saved")
         digests = assets.get("digests")
         if digests is not None:

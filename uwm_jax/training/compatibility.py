@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from uwm_jax import codecs
 from uwm_jax import config as config_lib
 from uwm_jax.data.ranges import Range, under
+from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError
-from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import average
 from uwm_jax.training.finetune import Origin
 from uwm_jax.training.patterns import IMAGE_WEIGHTS, INTERFACE, is_fresh, matches, skip_flag
@@ -33,12 +33,12 @@ _TOLD = (
 )
 
 
-def check(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Mapping[str, Mapping[str, Range]]) -> list[str]:
+def check(origin: Origin, config: ConfigDict, spec: DataSpec, ranges: Mapping[str, Mapping[str, Range]]) -> list[str]:
     """Lines for people before the run starts.
 
     Args:
       config: of the new run.
-      facts: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
+      spec: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
       ranges: of its data by source and key (`Loader.ranges()`).
 
     Raises:
@@ -57,7 +57,7 @@ def check(origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Mapping[
         *_about_average(origin),
         *_about_codec(origin, config),
         *_about_image_weights(config),
-        *_about_normalizer(origin, config, facts, ranges),
+        *_about_normalizer(origin, config, spec, ranges),
     ]
     keys_now, keys_before = _keys_read(config), _keys_read(origin.config)
     for kind, fields in keys_now.items():
@@ -112,10 +112,10 @@ def _about_codec(origin: Origin, config: ConfigDict) -> list[str]:
 
 
 def _about_normalizer(
-    origin: Origin, config: ConfigDict, facts: DataFacts, ranges: Mapping[str, Mapping[str, Range]]
+    origin: Origin, config: ConfigDict, spec: DataSpec, ranges: Mapping[str, Mapping[str, Range]]
 ) -> list[str]:
-    kept = origin.kept_keys(config, facts)
-    own = [key for key in ("action", *facts.low_dim) if key not in kept]
+    kept = origin.kept_keys(config, spec)
+    own = [key for key in ("action", *spec.low_dim) if key not in kept]
     plain = [key for key in kept if key not in origin.normalizer.entries]
     parts = [f"{', '.join(kept)} as in the origin"] if kept else []
     parts += [f"{', '.join(own)} from this run's data ({config.data.normalize})"] if own else []

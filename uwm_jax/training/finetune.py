@@ -30,9 +30,9 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError
 from uwm_jax.parallel.distributed import say
-from uwm_jax.systems.uwm.system import DataFacts
 from uwm_jax.training import average, codec_store, fixed_fields, lineage
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
@@ -90,7 +90,7 @@ def open_origin(spec: str, parameters: str = "auto") -> Origin:
             step=step,
             parameters=parameters,
             config=config,
-            facts=DataFacts.from_json(stored.assets["data_facts"]),
+            data_spec=DataSpec.from_json(stored.assets["data_spec"]),
             codec_arrays=stored.codec,
             learned_from=lineage.of_checkpoint(stored.assets, data_iter, config),
             latent_sizes=stored.assets.get("latent_sizes"),
@@ -110,7 +110,7 @@ class Origin:
       directory, step: the workdir and its checkpoint.
       parameters: which of that are read, "average" or "raw".
       config: of the origin's run.
-      facts: of its data, with its normaliser.
+      data_spec: of its data, with its normaliser.
       codec_arrays: of its codec, if that was fitted to data, else None.
       learned_from: all data that its parameters learned from; None where that is not known.
       latent_sizes: of its latents by source, as `latents.sizes`, where they were measured.
@@ -121,7 +121,7 @@ class Origin:
     step: int
     parameters: str
     config: ConfigDict
-    facts: DataFacts
+    data_spec: DataSpec
     codec_arrays: Any
     learned_from: lineage.Learned | None
     latent_sizes: Mapping[str, float] | None
@@ -133,9 +133,9 @@ class Origin:
 
     @property
     def normalizer(self) -> Normalizer:
-        return self.facts.normalizer
+        return self.data_spec.normalizer
 
-    def normalizer_for(self, config: ConfigDict, facts: DataFacts) -> Normalizer:
+    def normalizer_for(self, config: ConfigDict, spec: DataSpec) -> Normalizer:
         """The normaliser of the new run: the origin's for each key that it knows, in the same width.
 
         A key that is new, has another width, or belongs to layers that start fresh (`action`: the action layers;
@@ -144,12 +144,12 @@ class Origin:
 
         Args:
           config: of the new run.
-          facts: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
+          spec: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
         """
-        kept = set(self.kept_keys(config, facts))
+        kept = set(self.kept_keys(config, spec))
         entries = {}
-        for key in ("action", *facts.low_dim):
-            source = self.normalizer if key in kept else facts.normalizer
+        for key in ("action", *spec.low_dim):
+            source = self.normalizer if key in kept else spec.normalizer
             if key in source.entries:
                 entries[key] = source.entries[key]
         return Normalizer(entries)
@@ -230,12 +230,12 @@ class Origin:
             text += f"\nwarning: {', '.join(stuck)} start fresh, and config.optimizer.freeze leaves them random"
         return text
 
-    def kept_keys(self, config: ConfigDict, facts: DataFacts) -> list[str]:
+    def kept_keys(self, config: ConfigDict, spec: DataSpec) -> list[str]:
         """The keys, `action` and low-dim, whose normaliser is the origin's; arguments as for `normalizer_for`."""
         if config.init_from_normalizer == "fresh":
             return []
-        here = {"action": facts.action_dim, **facts.low_dim}
-        there = {"action": self.facts.action_dim, **self.facts.low_dim}
+        here = {"action": spec.action_dim, **spec.low_dim}
+        there = {"action": self.data_spec.action_dim, **self.data_spec.low_dim}
 
         def interface(key: str) -> str:
             return "action" if key == "action" else "low_dim"

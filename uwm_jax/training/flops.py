@@ -72,7 +72,7 @@ def count(system: System, from_pixels: bool = True) -> SampleFlops:
 def _condition_width(system: System) -> int:
     """F of `ObsEncoder`."""
     m, frames = system.config.model, len(system.cameras) * system.num_frames
-    low_dim = system.num_frames * sum(system.facts.low_dim.values()) if m.encoder.use_low_dim else 0
+    low_dim = system.num_frames * sum(system.spec.low_dim.values()) if m.encoder.use_low_dim else 0
     return frames * m.embed_dim + low_dim + (m.embed_dim if m.encoder.use_language else 0)
 
 
@@ -104,7 +104,7 @@ def _encoder(system: System) -> float:
     """`ObsEncoder`: a `ResNet` for every frame, and the text's projection."""
     m, e = system.config.model, system.config.model.encoder
     resnet = ResNet(tuple(e.stage_sizes), e.width, m.embed_dim, e.pool)
-    text = dense(system.facts.text_dim, m.embed_dim) if e.use_language else 0.0
+    text = dense(system.spec.text_dim, m.embed_dim) if e.use_language else 0.0
     return len(system.cameras) * system.num_frames * resnet.flops(*system.config.data.crop) + text
 
 

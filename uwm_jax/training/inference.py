@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.data.records import short_key
+from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import local_path
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import average, codec_store, fixed_fields
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
@@ -121,10 +122,10 @@ def _load(
             f"--parameters={parameters}: {stored.path} holds no average of the parameters (the run has "
             "config.optimizer.ema_decay=0, or was converted). Leave the flag out."
         )
-    facts = DataFacts.from_json(stored.assets["data_facts"])
+    spec = DataSpec.from_json(stored.assets["data_spec"])
     codec, frozen = codec_store.open_codec(config, codec_store.in_workdir(config, workdir, stored.codec))
     assert codec is not None
-    system = System(config, facts, codec)
+    system = System(config, spec, codec)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),

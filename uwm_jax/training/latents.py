@@ -63,7 +63,7 @@ def sizes(config: ConfigDict, codec: Codec, frozen: Any, loader: Loader) -> dict
         batch = loader.spec.empty(WINDOWS)
         for row in range(WINDOWS):
             place = row * len(source.windows) // WINDOWS
-            source.load(batch, row, row, place, loader.normalizer, loader.spec)
+            source.load(batch, row, row, place, loader.spec)
         frames = {camera: batch[f"next_obs/{camera}"] for camera in loader.spec.cameras}
         total, views = jax.device_get(program(frozen, frames))
         found[name] = math.sqrt(float(total) / max(float(views), 1.0))

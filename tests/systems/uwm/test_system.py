@@ -10,11 +10,14 @@ import pytest
 from uwm_jax.codecs import PixelsCodec, VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.diffusion.loss import row_weights
 from uwm_jax.errors import UserError
-from uwm_jax.systems.uwm.system import DataFacts, System
+from uwm_jax.systems.uwm.system import System
 
-FACTS = DataFacts(
+SPEC = DataSpec(
+    window=WindowSpec({"obs": (0, 1), "action": (1, 2, 3, 4), "next_obs": (5, 6)}),
     cameras={"wrist": (16, 16)},
     low_dim={"state": 3},
     action_dim=10,
@@ -47,7 +50,7 @@ def config(tiny_config):
 
 
 def make(config, codec=None):
-    system = System(config, FACTS, codec or PixelsCodec())
+    system = System(config, SPEC, codec or PixelsCodec())
     system.network = Recorder()
     return system
 
@@ -163,7 +166,7 @@ def test_the_posterior_is_sampled_or_its_mode(config):
 def test_the_loss_at_the_start_is_the_variance_of_the_noise(config):
     """The real network's outputs are zero at initialisation, so both losses are the mean square of the noise."""
     config.data.augment.hue = 0.0
-    system = System(config, FACTS, PixelsCodec())
+    system = System(config, SPEC, PixelsCodec())
     params = jax.jit(system.init)(jax.random.key(0))
     data = batch(16)
     key = jax.random.key(3)
@@ -196,7 +199,7 @@ def test_what_of_a_row_without_actions_reaches_the_action_loss(config):
     """
     rows = 8
     data = batch(rows) | {"action_mask": jnp.arange(rows) % 2 == 1}
-    system = System(config, FACTS, PixelsCodec())
+    system = System(config, SPEC, PixelsCodec())
     params = jax.jit(system.init)(jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
@@ -243,15 +246,15 @@ def test_latents_take_the_place_of_frames(config):
         np.testing.assert_allclose(from_latents[m], frames[m], rtol=1e-6)
 
 
-def test_facts_survive_storage():
-    again = DataFacts.from_json(FACTS.to_json())
+def test_the_spec_survives_storage():
+    again = DataSpec.from_json(SPEC.to_json())
     assert (again.cameras, again.low_dim, again.action_dim, again.text_dim) == (
         {"wrist": (16, 16)},
         {"state": 3},
         10,
         0,
     )
-    np.testing.assert_array_equal(again.normalizer.entries["action"][0], FACTS.normalizer.entries["action"][0])
+    np.testing.assert_array_equal(again.normalizer.entries["action"][0], SPEC.normalizer.entries["action"][0])
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ def test_shapes_that_do_not_fit_are_named(config, field, value, message):
         config.data.crop = value
         codec = VAECodec(AutoencoderKL())  # divides by 8
     with pytest.raises(UserError, match=message):
-        System(config, FACTS, codec)
+        System(config, SPEC, codec)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])

@@ -8,7 +8,6 @@ nor accumulation changes it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax.codecs import Codec
 from uwm_jax.data.images import preprocess
-from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
 from uwm_jax.diffusion import loss as losses
 from uwm_jax.diffusion import sampler
 from uwm_jax.diffusion.schedule import Schedule
@@ -33,44 +32,6 @@ Batch = Mapping[str, jax.Array]
 Params = Any
 
 _SAMPLE_KEYS = {"action": "action", "next_obs": "next_obs_latent"}  # how samples of a modality are called
-
-
-@dataclasses.dataclass(frozen=True)
-class DataFacts:
-    """What the model must know of its data; stored in every checkpoint.
-
-    Attributes:
-      cameras: {camera key: (height, width)} of the raw frames.
-      low_dim: {observation key: D}.
-      action_dim: Da.
-      text_dim: width of the text embedding, 0 for none.
-      normalizer: raw = normalised * scale + offset, for `action` and the low-dim keys.
-    """
-
-    cameras: dict[str, tuple[int, int]]
-    low_dim: dict[str, int]
-    action_dim: int
-    text_dim: int
-    normalizer: Normalizer
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "cameras": {k: list(v) for k, v in self.cameras.items()},
-            "low_dim": dict(self.low_dim),
-            "action_dim": self.action_dim,
-            "text_dim": self.text_dim,
-            "normalizer": self.normalizer.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> DataFacts:
-        return cls(
-            cameras={k: (int(v[0]), int(v[1])) for k, v in stored["cameras"].items()},
-            low_dim={k: int(v) for k, v in stored["low_dim"].items()},
-            action_dim=int(stored["action_dim"]),
-            text_dim=int(stored["text_dim"]),
-            normalizer=Normalizer.from_json(stored["normalizer"]),
-        )
 
 
 def _exact(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,9 +54,9 @@ class System:
     `row` (B,) int32.
     """
 
-    def __init__(self, config: ConfigDict, facts: DataFacts, codec: Codec):
-        self.config, self.facts, self.codec = config, facts, codec
-        self.cameras = tuple(sorted(facts.cameras))
+    def __init__(self, config: ConfigDict, spec: DataSpec, codec: Codec):
+        self.config, self.spec, self.codec = config, spec, codec
+        self.cameras = tuple(sorted(spec.cameras))
         self.schedule = Schedule(
             num_train_steps=config.diffusion.num_train_steps,
             num_inference_steps=config.diffusion.num_inference_steps,
@@ -105,9 +66,9 @@ class System:
         )
         self.prediction = config.diffusion.prediction.to_dict()
         self.clip = config.diffusion.clip.to_dict()
-        window = config.data.window
+        window = spec.window
         self.num_frames = len(window.obs)
-        self.action_shape = (len(window.action), facts.action_dim)
+        self.action_shape = (len(window.action), spec.action_dim)
         crop, patch = config.data.crop, config.model.patch
         try:
             self.latent_shape = codec.latent_shape(len(self.cameras), self.num_frames, *crop)
@@ -120,7 +81,7 @@ class System:
             )
         self.network = network_from_config(
             config.model,
-            action_dim=facts.action_dim,
+            action_dim=spec.action_dim,
             action_len=len(window.action),
             num_views=len(self.cameras),
             num_frames=self.num_frames,
@@ -132,7 +93,7 @@ class System:
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh trainable parameters, float32."""
-        batch = self.example_batch(1)
+        batch = jax.tree.map(jnp.asarray, self.spec.zeros(1))
         images = jnp.zeros((1, len(self.cameras), self.num_frames, *self.config.data.crop, 3))
         noisy = {m: jnp.zeros(shape) for m, shape in self.noise_shapes(1).items()}
         timestep = {m: jnp.zeros((1,), jnp.int32) for m in MODALITIES}
@@ -148,22 +109,6 @@ class System:
         """
         loops = self.network.noise_pred_net.scan_blocks
         return tree if loops or jax.device_count() > 1 else layers.apart(tree)
-
-    def example_batch(self, batch_size: int) -> dict[str, jax.Array]:
-        """A batch of zeros with the right keys, shapes and dtypes (the network accepts it)."""
-        batch = {
-            f"{group}/{camera}": jnp.zeros((batch_size, self.num_frames, *size, 3), jnp.uint8)
-            for group in ("obs", "next_obs")
-            for camera, size in self.facts.cameras.items()
-        }
-        for key, dim in self.facts.low_dim.items():
-            batch[f"obs/{key}"] = jnp.zeros((batch_size, self.num_frames, dim), jnp.float32)
-        if self.facts.text_dim:
-            batch["obs/text"] = jnp.zeros((batch_size, self.facts.text_dim), jnp.float32)
-        batch["action"] = jnp.zeros((batch_size, *self.action_shape), jnp.float32)
-        batch["action_mask"] = jnp.ones((batch_size,), bool)
-        batch["row"] = jnp.arange(batch_size, dtype=jnp.int32)
-        return batch
 
     def noise_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """{modality: shape} of a batch's noise."""
@@ -200,7 +145,7 @@ class System:
         )
 
     def _conditions(self, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array | None]:
-        return {k: batch[f"obs/{k}"] for k in sorted(self.facts.low_dim)}, batch.get("obs/text")
+        return {k: batch[f"obs/{k}"] for k in sorted(self.spec.low_dim)}, batch.get("obs/text")
 
     @_exact
     def encode_obs(self, params: Params, batch: Batch, current: jax.Array) -> jax.Array:

@@ -1,0 +1,134 @@
+"""The contract between data and models: what a batch and an observation hold, in which shapes, dtypes and units.
+
+`DataSpec` is made once, where the data of a run are opened, and travels inside every checkpoint. Loader, systems,
+policies, `sample` and rollouts read shapes from it and state none of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.windows import WindowSpec
+from uwm_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """The contents of a batch, the same for all sources of a run.
+
+    Attributes:
+        window: the steps of a sample; a group without steps has no keys in a batch.
+        cameras: {name: (height, width)} of the raw frames.
+        low_dim: {name: D}.
+        action_dim: Da.
+        text_dim: width of the text embedding, 0 for none.
+        normalizer: raw = normalised * scale + offset, of `action` and the low-dimensional keys.
+    """
+
+    window: WindowSpec
+    cameras: dict[str, tuple[int, int]]
+    low_dim: dict[str, int]
+    action_dim: int
+    text_dim: int
+    normalizer: Normalizer
+
+    def batch_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch of `rows` samples, by key.
+
+        `obs/<camera>`, `next_obs/<camera>` (B, T, H, W, 3) uint8 raw; `obs/<low-dim key>` (B, T, D) and `action`
+        (B, Ta, Da) float32 normalised; `obs/text` (B, E) float32; `action_mask` (B,) bool, False where no action was
+        recorded; `row` (B,) int32, the row's index in the global batch.
+        """
+        window = self.window
+        like: dict[str, tuple[tuple[int, ...], type]] = {}
+        for group, steps in (("obs", window.obs), ("next_obs", window.next_obs)):
+            like |= {f"{group}/{name}": ((len(steps), *size, 3), np.uint8) for name, size in self.cameras.items()}
+        for name, width in self.low_dim.items():
+            like[f"obs/{name}"] = (len(window.obs), width), np.float32
+        if self.text_dim:
+            like["obs/text"] = (self.text_dim,), np.float32
+        like["action"] = (len(window.action), self.action_dim), np.float32
+        like["action_mask"] = (), np.bool_
+        like["row"] = (), np.int32
+        return {key: jax.ShapeDtypeStruct((rows, *shape), dtype) for key, (shape, dtype) in like.items()}
+
+    def empty(self, rows: int) -> Batch:
+        """Uninitialised arrays for a batch of `rows` samples."""
+        return {key: np.empty(like.shape, like.dtype) for key, like in self.batch_like(rows).items()}
+
+    def zeros(self, rows: int) -> Batch:
+        """A batch of zeros."""
+        return {key: np.zeros(like.shape, like.dtype) for key, like in self.batch_like(rows).items()}
+
+    def observation_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one step's raw observation in `rows` episodes: {camera: (B, H, W, 3) uint8; low-dim
+        key: (B, D) float32; "text": (B, E) float32 where the data have text}."""
+        like: dict[str, tuple[tuple[int, ...], type]] = {c: ((*size, 3), np.uint8) for c, size in self.cameras.items()}
+        like |= {key: ((width,), np.float32) for key, width in self.low_dim.items()}
+        if self.text_dim:
+            like["text"] = (self.text_dim,), np.float32
+        return {key: jax.ShapeDtypeStruct((rows, *shape), dtype) for key, (shape, dtype) in like.items()}
+
+    def check(self, observation: Mapping[str, Any], rows: int) -> Batch:
+        """The arrays of one step's observation in `rows` episodes, in the dtypes of `observation_like`; other keys of
+        `observation` are left out.
+
+        Raises:
+            UserError: naming every key that is missing or has an unfit shape, dtype or value.
+        """
+        problems: list[str] = []
+        checked: Batch = {}
+        for key, like in self.observation_like(rows).items():
+            expected = f"expected {like.dtype.name} {like.shape}"
+            if key not in observation:
+                problems.append(f"missing {key}: {expected}")
+                continue
+            value = np.asarray(observation[key])
+            fits = value.dtype == np.uint8 if like.dtype == np.uint8 else value.dtype.kind in "fiu"
+            if not fits or value.shape != like.shape:
+                problems.append(f"{key}: {expected}, found {value.dtype} {value.shape}")
+                continue
+            checked[key] = value.astype(like.dtype)
+            if not np.isfinite(checked[key]).all():
+                problems.append(f"{key}: holds values that are not finite")
+        if problems:
+            raise UserError(
+                "the observation does not fit what the model was trained on:\n  "
+                + "\n  ".join(problems)
+                + f"\nIt has {', '.join(sorted(observation)) or 'no keys'}."
+            )
+        return checked
+
+    def normalized(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch in raw units with `action` and `obs/<low-dim key>`, those that it has, normalised."""
+        names = {"action": "action"} | {f"obs/{key}": key for key in self.low_dim}
+        return {key: self.normalizer.normalize(names[key], x) if key in names else x for key, x in batch.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "window": self.window.to_json(),
+            "cameras": {name: list(size) for name, size in self.cameras.items()},
+            "low_dim": dict(self.low_dim),
+            "action_dim": self.action_dim,
+            "text_dim": self.text_dim,
+            "normalizer": self.normalizer.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> DataSpec:
+        return cls(
+            window=WindowSpec.from_json(stored["window"]),
+            cameras={name: (int(size[0]), int(size[1])) for name, size in stored["cameras"].items()},
+            low_dim={name: int(width) for name, width in stored["low_dim"].items()},
+            action_dim=int(stored["action_dim"]),
+            text_dim=int(stored["text_dim"]),
+            normalizer=Normalizer.from_json(stored["normalizer"]),
+        )
