@@ -218,7 +218,7 @@ def test_commands_of_all_pages_name_flags_that_exist(monkeypatch):
     for file, name, flags in commands():
         assert (ROOT / (name.replace(".", "/") + ".py")).exists(), f"{file}: {name}"
         module = importlib.import_module(name)
-        monkeypatch.setattr(cli, "_takes_config", False)
+        monkeypatch.setattr(cli, "_describe_config", None)
         before = set(FLAGS)
         if hasattr(module, "define_flags"):
             module.define_flags()
@@ -228,7 +228,7 @@ def test_commands_of_all_pages_name_flags_that_exist(monkeypatch):
         for flag in flags:
             if flag.startswith("config."):
                 field = re.sub(r"^data\.sources\.\w+", "data.sources.ANY", flag.removeprefix("config."))
-                good = cli._takes_config and field in fields
+                good = cli._describe_config is not None and field in fields
             else:
                 good = flag.replace("_", "-") in known | {"help", "debug"}
             assert good, f"{file}: python -m {name} has no --{flag}"
