@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from uwm_jax.torch_bridge.layout import Path
@@ -41,3 +42,20 @@ def of_network(path: Path, layer: int | None, modules: Mapping[str, str]) -> str
     name = [modules["/".join(inner)]] if inner else []
     block = [] if layer is None else ["blocks", str(layer)]
     return ".".join([path[0], *block, *name, {"kernel": "weight"}.get(leaf, leaf)])
+
+
+def of_obs_encoder(path: Path, resnet: str) -> str:
+    """The official name of a parameter of the observation encoder.
+
+    Args:
+      path: from `obs_encoder` on.
+      resnet: the official name of the ResNet, such as `obs_encoder.img_encoder.model`.
+    """
+    *modules, leaf = path
+    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+    if modules == ["obs_encoder", "text_head"]:
+        return f"obs_encoder.text_encoder.head.{leaf}"
+    if modules[:2] == ["obs_encoder", "img_encoder"]:
+        inside = [re.sub(r"^(layer\d+|downsample)_(\d+)$", r"\1.\2", m) for m in modules[2:]]
+        return ".".join([resnet, *inside, leaf])
+    raise ValueError(f"parameter {'/'.join(path)} has no official name")

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import re
 
-from uwm_jax.torch_bridge import layout
+from uwm_jax.torch_bridge import layout, names
 from uwm_jax.torch_bridge.layout import Entry, EntryOf, Path, Shape
 
 _TRANSFORMER = {
+    **names.TRANSFORMER,
     "action_encoder/fc1": "input_encoder.0",
     "action_encoder/fc2": "input_encoder.2",
     "action_decoder/fc1": "output_decoder.0",
     "action_decoder/fc2": "output_decoder.2",
     "timestep_embedding/fc1": "timestep_encoder.1",  # 0 is the sinusoid, without parameters
     "timestep_embedding/fc2": "timestep_encoder.3",
-    "blocks/qkv": "attn.qkv",
-    "blocks/proj": "attn.proj",
-    "blocks/fc1": "mlp.fc1",
-    "blocks/fc2": "mlp.fc2",
-    "blocks/adaln": "adaLN_modulation.1",
-    "head/linear": "head.linear",
-    "head/adaln": "head.adaLN_modulation.1",
 }
 # Of the U-Net, its modules, and their parts.
 _LEVELS = (
@@ -65,19 +59,11 @@ def entry_of(predictor: str) -> EntryOf:
 
 
 def _official_name(path: Path, layer: int | None, predictor: str) -> str:
-    *modules, leaf = path
+    if path[0] != "noise_pred_net":
+        return names.of_obs_encoder(path, "obs_encoder.rgb_encoder")
+    if predictor != "unet":
+        return names.of_network(path, layer, _TRANSFORMER)
+    _, first, *parts, leaf = path
+    level = next(re.sub(ours, theirs, first) for ours, theirs in _LEVELS if re.fullmatch(ours, first))
     leaf = {"kernel": "weight", "scale": "weight", "frequency": "0.W"}.get(leaf, leaf)
-    if modules == ["obs_encoder", "text_head"]:
-        return f"obs_encoder.text_encoder.head.{leaf}"
-    if modules[:2] == ["obs_encoder", "img_encoder"]:
-        inside = [re.sub(r"^(layer\d+|downsample)_(\d+)$", r"\1.\2", m) for m in modules[2:]]
-        return ".".join(["obs_encoder.rgb_encoder", *inside, leaf])
-    if modules[0] != "noise_pred_net":
-        raise ValueError(f"parameter {'/'.join(path)} has no official name")
-    if predictor == "unet":
-        first, *parts = modules[1:]
-        level = next(re.sub(ours, theirs, first) for ours, theirs in _LEVELS if re.fullmatch(ours, first))
-        return ".".join(["noise_pred_net", level, *(_PARTS[part] for part in parts), leaf])
-    block = [] if layer is None else ["blocks", str(layer)]
-    name = [_TRANSFORMER["/".join(modules[1:])]] if modules[1:] else []
-    return ".".join(["noise_pred_net", *block, *name, leaf])
+    return ".".join([path[0], level, *(_PARTS[part] for part in parts), leaf])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from uwm_jax.torch_bridge import layout, names
@@ -34,13 +33,6 @@ def entry_of(patch: Sequence[int]) -> EntryOf:
 
 
 def _official_name(path: Path, layer: int | None) -> str:
-    *modules, leaf = path
-    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
-    if modules[0] == "noise_pred_net":
+    if path[0] == "noise_pred_net":
         return names.of_network(path, layer, names.ACTIONS_AND_VIDEO)
-    if modules == ["obs_encoder", "text_head"]:
-        return f"obs_encoder.text_encoder.head.{leaf}"
-    if modules[:2] == ["obs_encoder", "img_encoder"]:
-        inside = [re.sub(r"^(layer\d+|downsample)_(\d+)$", r"\1.\2", m) for m in modules[2:]]
-        return ".".join(["obs_encoder.img_encoder.model", *inside, leaf])
-    raise ValueError(f"parameter {'/'.join(path)} has no official name")
+    return names.of_obs_encoder(path, "obs_encoder.img_encoder.model")
