@@ -20,35 +20,23 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
-from safetensors.numpy import load_file
 
 from uwm_jax import cli, config_help, files
-from uwm_jax.codecs import Codec, PCACodec, PixelsCodec, VAECodec
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError, warn
-from uwm_jax.reading import read_json
 from uwm_jax.systems.uwm import official
 from uwm_jax.systems.uwm.modes import MODES
 from uwm_jax.systems.uwm.system import System
-from uwm_jax.torch_bridge import description, diffusers_vae, layout, state_dict, weights
-from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, PCA, Described
-from uwm_jax.torch_bridge.official_config import VAE, OfficialRun, read_official
+from uwm_jax.torch_bridge import description, layout, official_codecs, state_dict, weights
+from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, Described
+from uwm_jax.torch_bridge.official_config import OfficialRun, read_official
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
-from uwm_jax.training import average, checkpoint, inference
+from uwm_jax.training import average, checkpoint, codec_store, inference
 from uwm_jax.training.provenance import code_version
 
 FLAGS = flags.FLAGS
-
-Arrays = dict[str, np.ndarray]
-
-# Buffers of the official VAE wrapper: latents = (posterior * scaling_factor - shift) / scale
-LATENT_SHIFT, LATENT_SCALE = "obs_encoder.vae.shift", "obs_encoder.vae.scale"
-
-# What the official VAE always has; without this a missing layer would pass for another architecture.
-SDXL_PARTS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
 
 # The flags that only one of the words takes.
 _FLAGS_OF = {
@@ -139,9 +127,10 @@ def from_torch(
         spec = DataSpec(window, run.cameras, run.low_dim, run.action_dim, run.text_dim, normalisers)
 
     config, source = run.config, f"--input: {input_path}"
-    codec_tensors, network, faults = _split_codec(config, tensors)
+    codec_tensors, network, faults = official_codecs.split(config, tensors)
     try:
-        codec = _codec(config, codec_tensors)
+        codec = official_codecs.make(config, codec_tensors)
+        assert codec is not None
         like = jax.eval_shape(System(config, spec, codec).init, jax.random.key(0))
     except (UserError, ValueError) as e:  # such fields describe no model, so nothing tells which tensors to expect
         if not conflicts:
@@ -157,43 +146,12 @@ def from_torch(
 
     names = {"weights": Path(input_path).name, "config": Path(official_config).name, "parameters": parameters}
     with files.new_folder(workdir) as staging:
-        if isinstance(codec, VAECodec):
-            diffusers_vae.write_folder(staging / "frozen" / "vae", _vae_config(codec_tensors), codec_tensors)
-        arrays = codec_tensors if isinstance(codec, PCACodec) else None
+        arrays = official_codecs.keep(codec, codec_tensors, codec_store.folder(staging, config))
         checkpoint.save_params_only(
             staging, config, spec, params, arrays, step=step, extra_assets={"converted_from": names}
         )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"wrote {workdir}: {count / 1e6:.2f} M trainable parameters, cameras {', '.join(sorted(spec.cameras))}")
-
-
-def _split_codec(config: ConfigDict, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays, list[str]]:
-    """The codec's tensors without their prefix, all others, and a line about each that does not fit the codec."""
-    if config.model.codec.name != "vae":
-        return *description.split(tensors, PCA), []
-    vae_tensors, rest = description.split(tensors, VAE)
-    network = {name: t for name, t in rest.items() if name not in (LATENT_SHIFT, LATENT_SCALE)}
-    vae_config = _vae_config(vae_tensors)
-    faults = diffusers_vae.match_tensors(vae_config, vae_tensors, "its VAE", VAE)[1]
-    return vae_tensors, network, faults + _faults_of_latents(tensors, vae_config["latent_channels"])
-
-
-def _codec(config: ConfigDict, tensors: Arrays) -> Codec:
-    if config.model.codec.name == "vae":
-        return VAECodec(diffusers_vae.module_from_config(_vae_config(tensors)), config.model.codec.microbatch)
-    if config.model.codec.name == "pixels":
-        return PixelsCodec()
-    expected = {"mean": 4, "components": 3, "scale": 0}
-    if {name: t.ndim for name, t in tensors.items()} != expected:
-        found = ", ".join(f"{PCA}{name} {t.shape}" for name, t in tensors.items()) or "none"
-        raise UserError(
-            f"--input: expected the tensors {', '.join(PCA + n for n in expected)} of a codec, found {found}."
-        )
-    return PCACodec.from_arrays(tensors)
-
-
-def _vae_config(tensors: Arrays) -> dict[str, Any]:
-    return {**diffusers_vae.infer_config({name: t.shape for name, t in tensors.items()}), **SDXL_PARTS}
 
 
 def to_torch(
@@ -219,7 +177,7 @@ def to_torch(
         files.check_output_file(path)
     system, params, frozen, step = inference.load_for_inference(workdir, step, overrides, parameters)
     tensors = layout.to_official(params, official.entry_of(system.config.model.patch))
-    tensors |= _codec_tensors(system, frozen, workdir)
+    tensors |= official_codecs.tensors(system.codec, frozen, codec_store.folder(workdir, system.config))
     described = describe(system, tensors, step, workdir)
     described |= inference.parameters_used(workdir, step, parameters)
     weights.write_weights(output, dict(sorted(tensors.items())))
@@ -256,7 +214,7 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
             "alphas_cumprod": [float(a) for a in schedule.alphas_cumprod],
         },
         "modes": {mode: {m: role.value for m, role in roles.items()} for mode, roles in MODES.items()},
-        "codec": _codec_json(system, workdir),
+        "codec": official_codecs.describe(system.codec, codec_store.folder(workdir, system.config)),
         "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype.name} for name, t in sorted(tensors.items())},
     }
 
@@ -298,53 +256,6 @@ def _warn_of_infinities(tensors: Mapping[str, np.ndarray]) -> None:
     bad = [name for name in sorted(tensors) if not np.isfinite(tensors[name]).all()]
     if bad:
         warn(f"{len(bad)} tensors hold values that are not finite, first {bad[0]}.")
-
-
-def _faults_of_latents(tensors: Mapping[str, np.ndarray], channels: int) -> list[str]:
-    """The wrapper's buffers are constants of our codec, so they must hold what the official code puts there."""
-    faults, shape = [], (1, channels, 1, 1)
-    for name, constant in ((LATENT_SHIFT, 0.0), (LATENT_SCALE, VAECodec.divisor)):
-        if name not in tensors:
-            faults.append(f"missing tensor {name} {shape}")
-        elif tensors[name].shape != shape or not (tensors[name] == constant).all():
-            found = f"{tensors[name].shape} with {tensors[name].ravel()[:4]}"
-            faults.append(f"tensor {name} is {found}, expected {shape} with {constant:g} everywhere")
-    return faults
-
-
-def _codec_tensors(system: System, frozen: Any, workdir: Path) -> dict[str, np.ndarray]:
-    if isinstance(system.codec, VAECodec):
-        stored = load_file(workdir / "frozen" / "vae" / diffusers_vae.WEIGHTS_FILE)
-        shape = (1, system.latent_shape[-1], 1, 1)
-        constants = {
-            LATENT_SHIFT: np.zeros(shape, np.float32),
-            LATENT_SCALE: np.full(shape, VAECodec.divisor, np.float32),
-        }
-        return {VAE + name: tensor for name, tensor in stored.items()} | constants
-    return {PCA + name: np.asarray(value) for name, value in frozen.items()}
-
-
-def _codec_json(system: System, workdir: Path) -> dict[str, Any]:
-    codec = system.codec
-    if isinstance(codec, VAECodec):
-        return {
-            "name": "vae",
-            "tensors": VAE,
-            "latents": "(mode of the posterior of images * 2 - 1, minus shift_factor) * scaling_factor / divisor",
-            "scaling_factor": codec.vae.scaling_factor,
-            "shift_factor": codec.vae.shift_factor,
-            "divisor": codec.divisor,
-            "diffusers_config": read_json(workdir / "frozen" / "vae" / diffusers_vae.CONFIG_FILE),
-        }
-    if isinstance(codec, PCACodec):
-        return {
-            "name": "pca",
-            "tensors": PCA,
-            "latents": "patches (row, column, colour) of images - mean, times components / scale",
-            "patch": codec.patch,
-            "channels": codec.channels,
-        }
-    return {"name": "pixels", "latents": "images * 2 - 1"}
 
 
 command = cli.command(main, define_flags)

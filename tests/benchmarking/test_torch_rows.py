@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import subprocess
 import sys
 
@@ -92,7 +93,7 @@ def test_what_a_row_does_not_need_is_small(tiny: ConfigDict) -> None:
 def test_a_vae_without_diffusers_is_left_out(tiny: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.model.codec.name = "vae"
     model = Model(tiny, 3, [])
-    monkeypatch.setattr(torch_rows.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     side = torch_rows.TorchRows(model.description(), ["pixels/forward", "codec", "encoder/forward"])
     assert side.rows == ["encoder/forward"]
     assert side.call("codec", model.inputs("codec")) is None

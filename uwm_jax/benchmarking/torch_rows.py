@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from uwm_jax.benchmarking.names import CODEC, ENCODER, NETWORK, SAMPLES, needs
 from uwm_jax.systems.uwm.modes import MODALITIES
+from uwm_jax.torch_bridge import torch_codecs
 from uwm_jax.torch_bridge.torch_loop import TorchLoop
 from uwm_jax.torch_bridge.torch_network import UWM
 
@@ -51,7 +51,7 @@ class TorchRows:
 
     def __init__(self, description: Mapping[str, Any], rows: Sequence[str]):
         torch.set_num_threads(threads())
-        has_codec = description["codec"]["name"] != "vae" or importlib.util.find_spec("diffusers") is not None
+        has_codec = torch_codecs.is_available(description["codec"]["name"])
         self.rows = [row for row in rows if has_codec or CODEC not in needs(row)]
         config = ConfigDict(description["config"])
         needed = {part for row in self.rows for part in needs(row)}

@@ -20,7 +20,6 @@ from uwm_jax.training import average
 
 FORMAT = "uwm_jax.torch"
 FORMAT_VERSION = 1
-PCA = "obs_encoder.pca."  # prefix of the tensors of a `pca` codec
 
 
 @dataclasses.dataclass(frozen=True)

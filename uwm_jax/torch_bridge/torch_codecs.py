@@ -6,6 +6,7 @@ They hold what `uwm_jax.codecs` keeps in arrays, under the names of the official
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,20 +18,14 @@ from uwm_jax.errors import UserError
 VAE_DIVISOR = 3.0  # the official code's scale on top of the VAE's own
 
 
-def codec_from_description(description: Mapping[str, Any]) -> nn.Module:
-    """The codec that the `.json` of a `to-torch` export describes, without its weights."""
-    codec = description["codec"]
-    if codec["name"] == "vae":
-        return VAECodec(codec["diffusers_config"], description["config"]["model"]["codec"]["microbatch"])
-    if codec["name"] == "pca":
-        return PCACodec(codec["patch"], codec["channels"], len(description["cameras"]), description["images"]["crop"])
-    return PixelsCodec()
-
-
 class PixelsCodec(nn.Module):
     """Pixels moved to [-1, 1]."""
 
     name = "pixels"
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> PixelsCodec:
+        return cls()
 
     def encode(self, images: Tensor, sample: bool = False) -> Tensor:
         """`sample` changes nothing: there is no randomness."""
@@ -41,6 +36,11 @@ class PCACodec(nn.Module):
     """Principal components of image patches."""
 
     name = "pca"
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> PCACodec:
+        codec = description["codec"]
+        return cls(codec["patch"], codec["channels"], len(description["cameras"]), description["images"]["crop"])
 
     def __init__(self, patch: int, channels: int, views: int, crop: Sequence[int]):
         super().__init__()
@@ -71,6 +71,10 @@ class VAECodec(nn.Module):
 
     name = "vae"
 
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> VAECodec:
+        return cls(description["codec"]["diffusers_config"], description["config"]["model"]["codec"]["microbatch"])
+
     def __init__(self, diffusers_config: Mapping[str, Any], microbatch: int):
         super().__init__()
         try:
@@ -93,3 +97,24 @@ class VAECodec(nn.Module):
         latents = torch.cat(parts) - (self.vae.config.shift_factor or 0.0)
         latents = (latents * self.vae.config.scaling_factor - self.shift) / self.scale
         return latents.movedim(1, -1).unflatten(0, images.shape[:3])
+
+
+_CODECS: dict[str, Any] = {codec.name: codec for codec in (PixelsCodec, PCACodec, VAECodec)}
+_PACKAGES = {"vae": "diffusers"}  # that a codec needs
+
+
+def codec_from_description(description: Mapping[str, Any]) -> nn.Module:
+    """The codec that the `.json` of a `to-torch` export describes, without its weights.
+
+    Raises:
+      UserError: there is no module for it, or a package that it needs is not installed.
+    """
+    name = description["codec"]["name"]
+    if name not in _CODECS:
+        raise UserError(f"the codec {name!r} has no PyTorch module; those are {', '.join(_CODECS)}.")
+    return _CODECS[name].from_description(description)
+
+
+def is_available(name: str) -> bool:
+    """Whether this machine has the packages that a codec's PyTorch module needs."""
+    return name not in _PACKAGES or importlib.util.find_spec(_PACKAGES[name]) is not None

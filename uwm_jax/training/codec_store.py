@@ -76,7 +76,13 @@ def in_workdir(config: ConfigDict, workdir: str | os.PathLike[str], arrays: Mapp
     codec = codecs.of_config(config)
     if codec is None:
         return Place()
-    return Place(Path(workdir) / "frozen" / codec.name if codec.pretrained else "", arrays)
+    return Place(folder(workdir, config) if codec.pretrained else "", arrays)
+
+
+def folder(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
+    """The folder in which a workdir keeps the files of its codec, if that is pretrained."""
+    codec = codecs.of_config(config)
+    return Path(workdir) / "frozen" / (codec.name if codec else "")
 
 
 def open_codec(config: ConfigDict, place: Place) -> tuple[Codec | None, Any]:
@@ -107,7 +113,7 @@ def keep(config: ConfigDict, place: Place, workdir: str | os.PathLike[str]) -> N
     if codec is None or not codec.pretrained:
         return
     if distributed.is_main():
-        _FILES[codec.name].copy(place.files, Path(in_workdir(config, workdir, None).files))
+        _FILES[codec.name].copy(place.files, folder(workdir, config))
     distributed.barrier("the codec's files are in the workdir")
 
 
