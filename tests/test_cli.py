@@ -114,7 +114,7 @@ def test_every_path_is_local_and_no_scheme_becomes_a_folder(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     command = import_module(module)
     for path in paths:
-        for bad, message in (("s3://bucket/x", "s3:// is not supported"), ("~nobody_of_this_name/x", "is not known")):
+        for bad, message in (("s3://bucket/x", "s3:// is not supported"), ("~nobody_of_this_name/x", "is unknown")):
             flags = [f"--{p}={bad if p == path else p}" for p in paths]
             assert cli.call(command.main, [module, *others, *flags], command.define_flags) == 2
             error = capsys.readouterr().err

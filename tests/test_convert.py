@@ -283,7 +283,7 @@ def test_a_workdir_that_may_not_be_written(
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda path, mode: False)  # tests may run as root, who may write everywhere
         assert command(*libero_line(official, tmp_path / "a" / "run")) == 2
-    assert f"{str(tmp_path)!r} may not be written to" in capsys.readouterr().err
+    assert f"{str(tmp_path)!r} is not writable" in capsys.readouterr().err
 
     def full(*arguments: object, **keywords: object) -> None:
         raise OSError(28, "No space left on device")

@@ -52,7 +52,7 @@ def test_three_more_tries_after_1_4_and_16_seconds(waits, capsys, error):
     assert waits == [1.0, 4.0, 16.0]
     assert capsys.readouterr().err.count("warning: /data/x: cannot be read") == 3
     disk = Disk(error, times=4)
-    with pytest.raises(RunError, match=r"/data/x: cannot be read.*4 times in 21 s"):
+    with pytest.raises(RunError, match=r"/data/x: cannot be read.*4 attempts in 21 s"):
         again(disk.read, "/data/x")
     assert disk.tries == 4
 

@@ -1,12 +1,12 @@
 """Flags and errors, wrapped once for every command.
 
 Exit status: 0 success; 2 for an unusable flag, config, file or shape, with one message and no
-traceback (unless `--debug`); 143 (SIGTERM), 130 (Ctrl-C) or 129 (SIGHUP) for a run that was told to
-end and saved itself; 1 for anything else.
+traceback (unless `--debug`); 143 (SIGTERM), 130 (Ctrl-C) or 129 (SIGHUP) for a run that was ended
+by a signal after saving; 1 for anything else.
 
 Flags are absl's, which by itself exits with 1 on a bad flag. Config fields (`--config.model.depth=6`)
-are taken out of the command line first and applied by `config.apply_overrides`, so that they work
-alike on a config file and on the stored config of a workdir, and a mistyped field gets a suggestion.
+are removed from the command line first and applied by `config.apply_overrides`, so that they work
+the same way on a config file and on the stored config of a workdir, and a mistyped field gets a suggestion.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ USAGE_STATUS = 2
 _HELP = {"--help", "-h", "-help"}
 INTERRUPTED_STATUS = 130
 
-# What the paths that a user gives can lead to; other OSErrors (a full disk) are no fault of the command line.
+# Errors that user-given paths can cause; other OSErrors (a full disk) are not the fault of the command line.
 _PATH_ERRORS: tuple[int, ...] = (
     errno.ENOENT,
     errno.EEXIST,
@@ -71,7 +71,7 @@ def accept_config_overrides(describe: DescribeConfig) -> None:
 
 
 def accept_arguments() -> None:
-    """Called by commands that take arguments which are no flags; the others refuse them."""
+    """Called by commands that take positional arguments; other commands refuse them."""
     global _takes_arguments
     _takes_arguments = True
 
@@ -87,20 +87,20 @@ def changed_fields() -> list[str]:
 
 
 def command_line() -> list[str]:
-    """The command that runs, as it can be typed again: `["python", "-m", "uwm_jax.train", "--workdir=..."]`."""
+    """The running command as it can be rerun: `["python", "-m", "uwm_jax.train", "--workdir=..."]`."""
     return list(_command)
 
 
 def began() -> tuple[float, float] | None:
-    """When the command was given, and when its imports were done, on the clock of `time.perf_counter`.
+    """When the process was started, and when its imports were done, on the clock of `time.perf_counter`.
 
-    None where no command runs (a call from Python), or the system does not say when a process was started.
+    None if no command is running (a call from Python), or the system does not report when a process was started.
     """
     return (_began[0], _began[1]) if _began else None
 
 
 def required(name: str) -> str:
-    """The value of a string flag that must be given."""
+    """The value of a required string flag."""
     value = FLAGS[name].value
     if not value:
         raise UserError(f"--{name.replace('_', '-')} is required. Run with --help to see the flags.")
@@ -108,23 +108,23 @@ def required(name: str) -> str:
 
 
 def required_path(name: str) -> Path:
-    """The path that a flag must give, as `files.local_path`; `workdir` may not lead to or through a file."""
+    """The path of a required flag, as `files.local_path`; `workdir` must not be a file or lie below one."""
     value = required(name)
     path = local_path(value, f"--{name.replace('_', '-')}")
     if name == "workdir":
         there = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not there.is_dir():
-            raise UserError(f"--workdir={value}: {there} is a file. Expected a directory, or one that can be made.")
+            raise UserError(f"--workdir={value}: {there} is a file. Expected a directory, existing or new.")
     return path
 
 
 def optional_path(name: str) -> Path | None:
-    """The path of a flag, as `files.local_path`; None where the flag is not given."""
+    """The path of an optional flag, as `files.local_path`; None if the flag is absent."""
     return required_path(name) if FLAGS[name].value else None
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of the same number of cells, as lines for the terminal with aligned columns."""
+    """Rows of equal length as text with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  " + "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -135,18 +135,18 @@ Main = Callable[[list[str]], None]
 def run(main: Main, define_flags: Callable[[], None] | None = None) -> None:
     """Parses the flags, calls `main` with the positional arguments and exits the process."""
     _note_time()
-    gc.freeze()  # what imports have made stays: the collector need not look through it again and again
+    gc.freeze()  # objects created by imports stay alive: the collector need not scan them
     host_memory.keep_freed()
     exit_process(call(main, sys.argv, define_flags))
 
 
 def command(main: Main, define_flags: Callable[[], None] | None = None) -> Callable[[], None]:
-    """`run` of these, without arguments: what `python -m` and the console script of a command call."""
+    """`run` with these arguments bound: the entry point of `python -m` and of the console script."""
     return functools.partial(run, main, define_flags)
 
 
 def _note_time() -> None:
-    """Sets what `began` returns; the start of the process is known to 10 ms."""
+    """Sets the result of `began`; the start of the process is known to 10 ms."""
     with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # no /proc
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22, since the boot
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -158,8 +158,8 @@ def call(main: Main, argv: Sequence[str], define_flags: Callable[[], None] | Non
     """Like `run`, but returns the exit status.
 
     Args:
-      define_flags: declares the command's flags; they are gone afterwards, so that several commands, which share
-        names such as --workdir, can be called in one process.
+      define_flags: declares the command's flags; they are removed afterwards, so that several commands, which share
+        flag names such as --workdir, can be called in one process.
     """
     global _describe_config, _takes_arguments
     before = set(FLAGS)
@@ -193,7 +193,7 @@ def _call(main: Main, argv: Sequence[str], own: Set[str]) -> int:
         return USAGE_STATUS if isinstance(e, UserError) else 1
     except BrokenPipeError as e:
         drop_output(sys.stdout)
-        _tell(f"error: the reader of the output is gone ({e.strerror}).", with_traceback=debug)
+        _tell(f"error: stdout is closed ({e.strerror}).", with_traceback=debug)
         return 1
     except OSError as e:
         message = _os_error(e)
@@ -203,25 +203,25 @@ def _call(main: Main, argv: Sequence[str], own: Set[str]) -> int:
         _tell("interrupted")
         return INTERRUPTED_STATUS
     except Exception as e:
-        full = no_room(e) and f"error: {cause_of(e)}. Free some space and run the same command again."
+        full = no_room(e) and f"error: {cause_of(e)}. Free some space and rerun the same command."
         _tell(full, with_traceback=debug or not full)
         return 1
     return 0
 
 
 def _os_error(error: OSError) -> str:
-    """What to say of it; empty for one that does not tell what went wrong with which file."""
+    """The message for an OSError; "" if it names no file or no reason."""
     if no_room(error):
         where = error.filename or "the output"
-        return f"error: {where} cannot be written: {error.strerror}. Free some space and run the same command again."
+        return f"error: {where} cannot be written: {error.strerror}. Free some space and rerun the same command."
     if error.errno is None or error.filename is None:
         return ""
-    rest = "Check the paths of the flags." if error.errno in _PATH_ERRORS else "Mend this and run the same command."
+    rest = "Check the paths of the flags." if error.errno in _PATH_ERRORS else "Fix this and rerun the same command."
     return f"error: {error.filename}: {error.strerror}. {rest}"
 
 
 def _tell(message: str, with_traceback: bool = False) -> None:
-    """Prints to stderr, after the traceback of the exception that is being handled; nothing where stderr is gone."""
+    """Prints to stderr, after the traceback of the current exception; does nothing if stderr is closed."""
     text = (traceback.format_exc() if with_traceback else "") + (message and f"{message}\n")
     try:
         print(text, end="", file=sys.stderr, flush=True)
@@ -230,31 +230,31 @@ def _tell(message: str, with_traceback: bool = False) -> None:
 
 
 def _flag_lines(own: Set[str]) -> list[str]:
-    """The help of a command's flags, whichever module declares them; of those of the main module where it has none."""
+    """Help of a command's flags, in whichever modules they are declared; of the main module's if it has none."""
     declared = FLAGS.flags_by_module_dict().items()
     modules = [module for module, defined in declared if any(flag.name in own for flag in defined)]
     texts = [FLAGS.module_help(module) for module in modules] or [FLAGS.main_module_help()]
-    return [line for text in texts for line in text.strip().split("\n")[1:]]  # the first one is the module's name
+    return [line for text in texts for line in text.strip().split("\n")[1:]]  # without the module's name
 
 
 def _config_lines(argv: Sequence[str]) -> list[str]:
     """The help of the config fields of a command that takes them, of its `--config` where that is given."""
     if _describe_config is None:
         return []
-    with contextlib.suppress(UserError):  # help is most wanted where another flag is wrong
+    with contextlib.suppress(UserError):  # help is wanted most when another flag is wrong
         _parse([a for a in argv if a not in _HELP])
     spec = FLAGS["config"].value if "config" in FLAGS else ""
     return _describe_config(spec or "", config_overrides())
 
 
 def _module_name(main: Main) -> str:
-    """`uwm_jax.train`, also where it runs as `__main__`."""
+    """The command's module, `uwm_jax.train`, also when it runs as `__main__`."""
     spec = getattr(main, "__globals__", {}).get("__spec__")
     return spec.name if spec else main.__module__
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Absl flags are set, overrides kept; the positional arguments are returned."""
+    """Sets absl's flags, keeps the overrides, and returns the positional arguments."""
     rest, _overrides[:] = [argv[0]], []
     arguments = iter(argv[1:])
     for argument in arguments:

@@ -12,21 +12,21 @@ from uwm_jax.ending import drop_output
 class UserError(Exception):
     """An unusable flag, config, file or shape; exit status 2.
 
-    Says what is wrong, where, what was expected, what was found and what to do about it."""
+    Names what is wrong, where, what was expected, what was found and what to do about it."""
 
 
 class RunError(Exception):
-    """A run that was well asked for went wrong (a loss that is not finite); exit status 1.
+    """A valid run failed (a loss that is not finite, a full disk); exit status 1.
 
-    Says at which step, what was seen and what to do about it.
+    Names the step, what was found and what to do about it.
     """
 
 
 class Preempted(RunError):
-    """The process was told to end by a signal and did so in good order: nothing is lost.
+    """A signal ended the process, after everything was saved.
 
     Args:
-      status: of the process, 128 and the signal's number: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP.
+      status: exit status, 128 plus the signal's number: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP.
     """
 
     def __init__(self, message: str, status: int = 143):
@@ -35,7 +35,7 @@ class Preempted(RunError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean x?`, of what is spelt like `name` or ends in the same field; empty where nothing is."""
+    """` Did you mean x?` for known names that are spelt like `name` or end in the same field; "" if there are none."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     close = close or [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:2]
@@ -43,7 +43,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def warn(message: str) -> None:
-    """A line on stderr, at once; raises nothing where nobody can read it any more."""
+    """Prints a line to stderr and flushes it; does nothing if stderr is closed."""
     try:
         print(f"warning: {message}", file=sys.stderr, flush=True)
     except (OSError, ValueError):

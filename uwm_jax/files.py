@@ -1,7 +1,8 @@
-"""Paths that a user gives, and files that are written all of them or nothing.
+"""User-given paths, and atomic writes of files and folders.
 
 Every path of a flag, a config field or an environment variable goes through `local_path`; every file that a command
-writes goes through `replacing`, `writing`, `write_text` or `write_bytes`. Folders that appear complete: `new_folder`.
+writes goes through `replacing`, `writing`, `write_text` or `write_bytes`, every folder that must appear complete
+through `new_folder`.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from typing import IO, Any
 
 from uwm_jax.errors import UserError
 
-READER_SECONDS = 10.0  # for somebody to open the other end of a FIFO
+READER_SECONDS = 10.0  # how long to wait for a reader of a FIFO
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # a `Path` keeps one slash of the two
-_OPEN_FILES = ("/dev/fd/", "/dev/stdout", "/dev/stderr", "/proc/")  # names of what a process has open
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # `Path` collapses the two slashes to one
+_OPEN_FILES = ("/dev/fd/", "/dev/stdout", "/dev/stderr", "/proc/")  # open file descriptors under a path
 
 
 def local_path(value: str | os.PathLike[str], flag: str) -> Path:
-    """A path that a user gave, with `~` expanded.
+    """A user-given path, with `~` expanded.
 
     Args:
       flag: the flag, config field or variable that it comes from, for messages: `--output`, `config.init_from`.
 
     Raises:
-      UserError: a URL (`gs://...`), the home of an unknown user, or a path that no file system takes.
+      UserError: a URL (`gs://...`), the home directory of an unknown user, or an invalid path.
     """
     text = os.fspath(value)
     scheme = _SCHEME.match(text)
@@ -45,11 +46,11 @@ def local_path(value: str | os.PathLike[str], flag: str) -> Path:
     try:
         path = Path(text).expanduser()
     except RuntimeError as e:
-        raise UserError(f"{flag}={text}: the home of {text.split('/')[0]!r} is not known.") from e
+        raise UserError(f"{flag}={text}: the home directory of {text.split('/')[0]!r} is unknown.") from e
     try:
         os.lstat(path)
     except ValueError as e:
-        raise UserError(f"{flag}={text!r}: not a path ({e}).") from e
+        raise UserError(f"{flag}={text!r}: not a valid path ({e}).") from e
     except OSError as e:
         if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"{flag}={_shortened(text)}: not a usable path: {e.strerror}.") from e
@@ -57,7 +58,7 @@ def local_path(value: str | os.PathLike[str], flag: str) -> Path:
 
 
 def data_dir() -> Path:
-    """$UWM_DATA_DIR, `data/` by default: where datasets of a relative path are looked for."""
+    """$UWM_DATA_DIR, `data/` by default: the directory that relative dataset paths refer to."""
     return local_path(os.environ.get("UWM_DATA_DIR", "data"), "UWM_DATA_DIR")
 
 
@@ -66,18 +67,18 @@ def _shortened(text: str, most: int = 120) -> str:
 
 
 def check_output(path: str | os.PathLike[str], flag: str) -> None:
-    """Raises UserError where a file or folder could not be made at `path`; nothing is made."""
+    """Raises UserError if a file or folder could not be created at `path`; creates nothing."""
     nearest = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not nearest.is_dir():
         raise UserError(f"{flag}: cannot write {str(path)!r}, because {str(nearest)!r} is not a folder.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: cannot write {str(path)!r}, because {str(nearest)!r} may not be written to.")
+        raise UserError(f"{flag}: cannot write {str(path)!r}, because {str(nearest)!r} is not writable.")
 
 
 def check_output_file(path: str | os.PathLike[str], flag: str = "--output") -> None:
-    """Like `check_output`, for a file that may exist already, but not as a folder."""
+    """Like `check_output`, for a file, which may exist already."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        return  # a FIFO or a device is written to, whatever its folder
+        return  # a FIFO or a device can be written to in any folder
     check_output(path, flag)
     if os.path.isdir(path):
         raise UserError(f"{flag}: {str(path)!r} is a folder; name a file.")
@@ -85,14 +86,14 @@ def check_output_file(path: str | os.PathLike[str], flag: str = "--output") -> N
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file, with the ending of `path`, whose contents `path` gets if the block succeeds.
+    """A temporary file, with the suffix of `path`, that replaces `path` if the block succeeds.
 
-    A regular file appears, or is replaced, by rename: a reader, or a crash, never sees half of it. A link stays, and
-    what it points at is replaced. What is neither (a FIFO, a device) is written to. Folders above it are made.
+    A regular file is replaced by rename, so neither a reader nor a crash sees a partial one. A symbolic link is kept
+    and its target replaced; a FIFO or a device is written to. Parent folders are created.
 
     Raises:
-      OSError: names `path`, also where the disk is full.
-      UserError: `path` is a folder, or a FIFO that nobody reads.
+      OSError: names `path`, also if the disk is full.
+      UserError: `path` is a folder, or a FIFO without a reader.
     """
     path = Path(path)
     target = _regular_target(path)
@@ -118,13 +119,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _regular_target(path: Path) -> Path | None:
-    """The file that `path` is or leads to, which need not exist; None for what can only be written to."""
+    """The regular file that `path` is or links to, which need not exist; None for a FIFO, a device or a descriptor."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return Path(os.path.realpath(path))
     if stat.S_ISDIR(mode):
-        raise UserError(f"{path} is a folder; expected the name of a file.")
+        raise UserError(f"{path} is a folder; expected a file name.")
     if not stat.S_ISREG(mode) or os.path.abspath(path).startswith(_OPEN_FILES):
         return None
     return Path(os.path.realpath(path))
@@ -140,7 +141,7 @@ def _copy_into(path: Path, source: Path) -> None:
             if e.errno != errno.ENXIO:
                 raise
             if time.monotonic() > deadline:
-                raise UserError(f"{path}: nobody reads this FIFO; start its reader, or name a file.") from e
+                raise UserError(f"{path}: this FIFO has no reader; start one, or name a file.") from e
         time.sleep(0.1)
     os.set_blocking(descriptor, True)
     with os.fdopen(descriptor, "wb") as out, source.open("rb") as file:
@@ -149,29 +150,29 @@ def _copy_into(path: Path, source: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """A file, open as text in UTF-8 (`w`) or bytes (`wb`), that takes its place as in `replacing`."""
+    """A file open for text in UTF-8 (`w`) or bytes (`wb`) that replaces `path` as in `replacing`."""
     with replacing(path) as temporary, temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
         file.close()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file of text in UTF-8, all of it or nothing, as `replacing` does."""
+    """Writes a text file in UTF-8 atomically, as `replacing` does."""
     with writing(path) as file:
         file.write(text)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file, all of it or nothing, as `replacing` does."""
+    """Writes a file atomically, as `replacing` does."""
     with writing(path, "wb") as file:
         file.write(data)
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder next to `path` that takes its place if the block succeeds; `path` is absent or empty.
+    """A temporary folder next to `path` that is renamed to `path` if the block succeeds; `path` is absent or empty.
 
-    A link to an empty folder stays, and the folder that it points at is replaced. Folders above it are made.
+    A symbolic link to an empty folder is kept and its target replaced. Parent folders are created.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         if target.exists():
-            target.rmdir()  # fails where somebody else has put something into it
+            target.rmdir()  # fails if it is no longer empty
         os.replace(temporary, target)
     except OSError as e:
         if e.errno is None or not _lies_in(e.filename, temporary):
@@ -191,5 +192,5 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _lies_in(name: Any, temporary: Path) -> bool:
-    """Whether an error's `filename` says no more than that the temporary file or folder could not be written."""
+    """Whether an error's `filename` is absent or inside the temporary file or folder."""
     return name is None or str(name).startswith(str(temporary))

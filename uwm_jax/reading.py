@@ -1,4 +1,4 @@
-"""Reading files: again where a disk or the network fails for a moment, and JSON whatever it turns out to be."""
+"""Reading files with retries after transient errors, and JSON and Python files with errors for users."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from uwm_jax.errors import RunError, UserError, warn
 
-AGAIN_SECONDS = (1.0, 4.0, 16.0)  # waits before the second, third and fourth try
+AGAIN_SECONDS = (1.0, 4.0, 16.0)  # waits before the second, third and fourth attempt
 MOST_JSON = 256 << 20  # bytes; the manifest of a thousand hours of video has a hundredth of that
 
 _Value = TypeVar("_Value")
 
-# Disks and network file systems that may do better a moment later: as errors of the system, and as libraries word them.
+# Transient errors of disks and network file systems: errno values, and their texts in messages of libraries.
 _FLEETING: tuple[int, ...] = (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 _FLEETING += (errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -27,13 +27,13 @@ _SIGNS = tuple(os.strerror(number).lower() for number in _FLEETING)
 
 
 def again(read: Callable[[], _Value], path: str | os.PathLike[str]) -> _Value:
-    """`read()`, up to three times more, after 1, 4 and 16 s, where it fails for a reason that may pass.
+    """`read()`, retried after 1, 4 and 16 s if it fails with a transient error.
 
     Args:
-      path: what is read, for messages.
+      path: the file that is read, for messages.
 
     Raises:
-      RunError: it failed so each time. Any other exception of `read` is raised at once.
+      RunError: every attempt failed with a transient error. Other exceptions of `read` are raised immediately.
     """
     for seconds in (*AGAIN_SECONDS, None):
         try:
@@ -44,16 +44,16 @@ def again(read: Callable[[], _Value], path: str | os.PathLike[str]) -> _Value:
             reason = cause_of(e)
             if seconds is None:
                 raise RunError(
-                    f"{path}: cannot be read: {reason} ({len(AGAIN_SECONDS) + 1} times in "
-                    f"{sum(AGAIN_SECONDS):g} s). Nothing was changed; mend this and start again."
+                    f"{path}: cannot be read: {reason} ({len(AGAIN_SECONDS) + 1} attempts in "
+                    f"{sum(AGAIN_SECONDS):g} s). Nothing was changed; fix this and rerun the same command."
                 ) from e
-        warn(f"{path}: cannot be read: {reason}; once more in {seconds:g} s.")
+        warn(f"{path}: cannot be read: {reason}; retrying in {seconds:g} s.")
         time.sleep(seconds)
     raise AssertionError
 
 
 def is_fleeting(error: BaseException, path: str | os.PathLike[str] = "") -> bool:
-    """Whether reading failed for a reason that may pass, and not for what the files hold."""
+    """Whether reading failed with a transient error, rather than because of the files' contents."""
     if isinstance(error, UserError | RunError):
         return False
     if isinstance(error, OSError) and error.errno is not None:
@@ -62,18 +62,18 @@ def is_fleeting(error: BaseException, path: str | os.PathLike[str] = "") -> bool
 
 
 def reason_of(error: BaseException, path: str | os.PathLike[str] = "") -> str:
-    """`cause_of` in lower case, without paths: what those are made of says nothing about the reason."""
+    """`cause_of` in lower case without paths, whose words must not be taken for a reason."""
     return re.sub(r"\S*/\S*/\S*", "", cause_of(error).replace(os.fspath(path) or "\0", "")).lower()
 
 
 def cause_of(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none; for `OSError` the path too."""
+    """The first line of an error's message, or its type if it has none; for `OSError` with the path."""
     lines = str(error).strip().splitlines()
     return lines[0][:600] if lines else type(error).__name__
 
 
 def no_room(error: BaseException) -> str:
-    """The system's words where an error is that of a full disk, also where a library has wrapped it; else empty."""
+    """The system's message if an error, or one that it wraps, reports a full disk; else ""."""
     found: BaseException | None = error
     while found is not None:
         for number in _NO_ROOM:
@@ -87,10 +87,11 @@ def run_python(path: str | os.PathLike[str], where: str, expected: str, use: Cal
     """`use(module)` of a user's Python file.
 
     Args:
-      where: flag or field and file, and `expected`: what it should be, for messages.
+      where: flag or field and file, for messages.
+      expected: description of a valid file, for messages.
 
     Raises:
-      UserError: the file, or `use`, raises anything or asks to exit.
+      UserError: the file or `use` raises an exception or exits.
     """
     spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
@@ -103,10 +104,10 @@ def run_python(path: str | os.PathLike[str], where: str, expected: str, use: Cal
 
 
 def read_json(path: str | os.PathLike[str], also: type | tuple[type, ...] = ()) -> Any:
-    """The object of a JSON file, or a value of the types `also`.
+    """The object in a JSON file, or a value of the types `also`.
 
     Raises:
-      UserError: the file is no JSON in UTF-8, too large, nested too deeply, or holds something else.
+      UserError: the file is not JSON in UTF-8, too large, nested too deeply, or holds another type.
       OSError: it cannot be opened.
     """
     path = Path(path)
@@ -122,11 +123,11 @@ def read_json(path: str | os.PathLike[str], also: type | tuple[type, ...] = ()) 
 
 
 def parse_json(text: str | bytes, where: str, also: type | tuple[type, ...] = ()) -> Any:
-    """The same of text; `where` it is from, for messages."""
+    """The object in a JSON text, as `read_json`; `where` names its origin in messages."""
     try:
         value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except RecursionError as e:
-        raise UserError(f"{where}: not usable JSON: nested too deeply.") from e
+        raise UserError(f"{where}: not valid JSON: nested too deeply.") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{where}: not JSON: the text is not UTF-8.") from e
     except ValueError as e:

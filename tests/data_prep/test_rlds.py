@@ -183,7 +183,7 @@ def test_splits_of_no_known_form(source: Path, splits: Any, message: str) -> Non
     [
         (b"[1]", "expected a JSON object"),
         (b"\xff\xfe{", "not JSON: the text is not UTF-8"),
-        (b"[" * 100_000, "not usable JSON: nested too deeply"),
+        (b"[" * 100_000, "not valid JSON: nested too deeply"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "is a Git LFS pointer"),
         (b"\x1f\x8b\x08\0", "is compressed by gzip"),
     ],

@@ -61,7 +61,7 @@ def saved(small_run, tmp_path):
 def test_what_may_pass_is_no_damage(saved, monkeypatch, error):
     calls = failing(monkeypatch, error, times=99)
     checkpoints = Checkpoints(saved)
-    with pytest.raises(RunError, match="Nothing was changed; mend this and start again"):
+    with pytest.raises(RunError, match="Nothing was changed; fix this and rerun"):
         checkpoints.newest_readable()
     checkpoints.close()
     assert checkpoints.steps() == [2, 4] and not (saved / "corrupt").exists()

@@ -326,6 +326,6 @@ def _reading(path: Path, read: Callable[[], _Value]) -> _Value:
         raise
     except Exception as e:
         if isinstance(e, MemoryError) or any(sign in reason_of(e, path.parent) for sign in _PASSING):
-            hint = "Nothing was changed; mend this and start again."
+            hint = "Nothing was changed; fix this and rerun the same command."
             raise RunError(f"{path}: cannot be read: {cause_of(e)}. {hint}") from e
         raise CorruptCheckpoint(f"{path}: {cause_of(e)}") from e
