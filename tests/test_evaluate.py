@@ -10,9 +10,9 @@ import pytest
 from uwm_jax import cli, evaluate
 from uwm_jax.config import source
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation import evaluator
 from uwm_jax.evaluation.evaluator import Evaluator
 from uwm_jax.evaluation.metrics import interval
+from uwm_jax.reporting import pictures
 from uwm_jax.synthetic import synthetic_system
 from uwm_jax.train import train
 
@@ -89,7 +89,7 @@ def sampled(monkeypatch):
 
     monkeypatch.setattr(Evaluator, "compile", lambda *_: None)
     monkeypatch.setattr(Evaluator, "run", run)
-    monkeypatch.setattr(evaluator.pictures, "draw", lambda *_: {})
+    monkeypatch.setattr(pictures, "draw", lambda *_: {})
     return seen
 
 

@@ -39,6 +39,7 @@ from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
 from uwm_jax.policy import Policy
+from uwm_jax.reporting import pictures
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.systems.uwm.modes import MODES
 from uwm_jax.systems.uwm.system import System
@@ -131,7 +132,8 @@ def main(argv: list[str]) -> None:
         print("compiling the samplers of all modes...", flush=True)
         evaluation.compile(params, frozen)
         metrics, windows = evaluation.run(params, frozen, progress=True)
-        write_results(folder, system, metrics, windows, about)
+        write_results(folder, metrics, about)
+        pictures.draw(windows, system.spec, system.config, folder)
         table, file = text_table(metrics), folder / "metrics.json"
     seconds = time.perf_counter() - start
     print(f"{about['windows']} held-out windows of {about['episodes']} episodes, {len(MODES)} modes, {seconds:.1f} s")

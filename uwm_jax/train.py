@@ -33,6 +33,7 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
 from uwm_jax.parallel.turns import Turns
 from uwm_jax.parallel.watchdog import Watchdog
+from uwm_jax.reporting import pictures
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import codec_store, compatibility, finetune, fixed_fields, latents, lineage, patterns, provenance
@@ -211,7 +212,7 @@ def run(
         if not stored:
             checkpoints.warm_up(state, codec_store.checkpointed(codec, frozen))  # SIGTERM leaves little time
         if config.eval.every:
-            held_out = HeldOut(system, loader, mesh, rules, like, frozen)
+            held_out = HeldOut(system, loader, mesh, rules, like, frozen, command=start["command"], draw=pictures.draw)
 
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.
@@ -271,7 +272,7 @@ def run(
         if step % config.log_every == 0 or step == 1 or due or evaluates:
             means = window.means()  # raises on NaN, so that none is ever saved
             with goodput.spend("evaluation"):
-                evaluated, pictures = (
+                evaluated, drawn = (
                     held_out.evaluate(workdir, step, state, frozen, turns, watchdog) if evaluates else ({}, {})
                 )
             rates = goodput.rates(step)
@@ -281,7 +282,7 @@ def run(
                 say(headlines(evaluated))
             del rates["eta_seconds"]
             with goodput.spend("other"):
-                log.write(step, {**means, **rates, **evaluated}, pictures)
+                log.write(step, {**means, **rates, **evaluated}, drawn)
         if due:
             saved_step = step
             save(step, state)

@@ -16,7 +16,6 @@ from uwm_jax.errors import RunError, UserError
 from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import load_rules
-from uwm_jax.reporting import pictures
 from uwm_jax.systems.uwm.modes import MODES, generated
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import codec_store
@@ -184,7 +183,7 @@ def test_the_joint_sample_is_shown_on_its_way(setup, evaluated):
     _, shown = evaluated
     _, _, system, frozen = setup
     noise = system.draw_noise(jax.random.key(0), jnp.arange(6))
-    picked, view = pictures.denoised(6, system.spec, system.config)
+    picked, view = shown["denoise/windows"], int(shown["denoise/view"])
     np.testing.assert_array_equal(picked, [0, 2, 5])
     assert shown["denoise/action"].shape[:2] == (11, 6) and shown["denoise/next_obs"].shape == (11, 3, 16, 16, 3)
     np.testing.assert_allclose(shown["denoise/action"][0], noise["action"], atol=1e-6)

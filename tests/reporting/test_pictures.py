@@ -94,11 +94,13 @@ def windows_of(views: int, action_dim: int) -> dict[str, np.ndarray]:
         "forward_shuffled/next_obs": rng.uniform(0, 1, (n, *frames)),
         "denoise/action": rng.normal(size=(4, n, *actions)),
         "denoise/next_obs": rng.uniform(0, 1, (4, n, 16, 16, 3)),
+        "denoise/windows": np.arange(n),
+        "denoise/view": np.array(0),
     }
     for mode in MODES:
         for modality in generated(mode):
             windows[f"{mode}/{modality}"] = rng.uniform(0, 1, windows[modality].shape)
-    return {name: x if name == "episode" else x.astype(np.float32) for name, x in windows.items()}
+    return {name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in windows.items()}
 
 
 @pytest.mark.slow

@@ -24,7 +24,6 @@ from uwm_jax.evaluation.metrics import CHANGED, Metrics, errors, summarize
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import Rules
-from uwm_jax.reporting import pictures
 from uwm_jax.systems.uwm.modes import MODALITIES, MODES, generated
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.training.step import compile_for
@@ -35,6 +34,7 @@ Windows = dict[str, np.ndarray]
 
 AT_A_TIME = 64  # windows in a batch, over all devices, or few more
 SHOWN = 8  # windows that come to the host, evenly spread
+DENOISED = 3  # of them, whose frames are decoded on their way from noise
 GAP_AT = 90  # % of T, where the shuffle gap is measured, whatever the sampler: little of the frames is left there
 MEAN_IMAGE_WINDOWS = 256  # of training episodes, whose next frames are averaged
 
@@ -81,8 +81,10 @@ class Evaluator:
         self._batches = list(held_out.batches(batch_size))
         self._num_shown = min(SHOWN, len(held_out))
         self._references: Arrays | None = None  # of the training data, made when they are first needed
-        self._shown = pictures.spread(len(held_out), SHOWN).astype(np.int32)
-        self._denoised, self._view = pictures.denoised(self._num_shown, system.spec, system.config)
+        self._shown = spread(len(held_out), SHOWN).astype(np.int32)
+        self._denoised = spread(self._num_shown, DENOISED)
+        plane = system.config.eval.action_plane
+        self._view = system.cameras.index(plane[0]) if plane and plane[0] in system.cameras else 0
 
     def compile(self, params: Any, frozen: Any) -> None:
         """Compiles the programs; runs none of them.
@@ -136,8 +138,8 @@ class Evaluator:
           `shuffled_action` (N, Ta, Da) and `last_action` (N, Da) normalised, `current`, `next_obs` (N, V, T, h, w, 3)
           float32 in [0, 1], `mean_image` (V, 1, h, w, 3), `<mode>/action` and `<mode>/next_obs` of what each mode
           generates, `forward_shuffled/next_obs`, and if `denoising` the joint mode's samples from noise to end:
-          `denoise/action` (S + 1, N, Ta, Da), and what `pictures.denoised` names of the frames, `denoise/next_obs`
-          (S + 1, D, h, w, 3).
+          `denoise/action` (S + 1, N, Ta, Da), and `denoise/next_obs` (S + 1, D, h, w, 3), the last frame of the view
+          `denoise/view` () int of those windows that `denoise/windows` (D,) int numbers.
 
         Raises:
           RunError: a metric is NaN or infinite.
@@ -200,6 +202,7 @@ class Evaluator:
         flat = mesh_lib.place(latents.reshape(-1, *latents.shape[2:]), self._whole)
         frames = np.asarray(self._decode(frozen, flat))
         windows["denoise/next_obs"] = frames.reshape(*latents.shape[:2], *frames.shape[1:])
+        windows |= {"denoise/windows": self._denoised, "denoise/view": np.asarray(self._view)}
         return windows
 
     def _one_view(self, frozen: Any, latents: jax.Array) -> jax.Array:
@@ -232,15 +235,16 @@ def join(parts: list[dict[str, np.ndarray]], total: int) -> dict[str, np.ndarray
     return {name: np.concatenate([part[name] for part in parts])[:total] for name in parts[0]}
 
 
-def write_results(
-    folder: Path, system: System, metrics: Metrics, windows: Windows, about: Mapping[str, Any]
-) -> dict[str, Path]:
-    """Writes what `Evaluator.run` returned to a folder, and to `about.json` there how it was made; returns
-    {name of a picture: file}."""
+def spread(count: int, most: int) -> np.ndarray:
+    """At most `most` evenly spread numbers below `count`."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def write_results(folder: Path, metrics: Metrics, about: Mapping[str, Any]) -> None:
+    """Writes `metrics.json`, which `Evaluator.run` returned, to a folder, and its provenance to `about.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
-    return pictures.draw(windows, system.spec, system.config, folder)
 
 
 # --- what is compiled ----------------------------------------------------------------------------------

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from uwm_jax import cli
 from uwm_jax.data.loader import Loader
+from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import warn
-from uwm_jax.evaluation.evaluator import Each, Evaluator, join, rows_at_a_time, write_results
+from uwm_jax.evaluation.evaluator import Each, Evaluator, Windows, join, rows_at_a_time, write_results
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel.sharding import Rules
 from uwm_jax.parallel.turns import Left, Turns
@@ -26,6 +27,8 @@ from uwm_jax.training.provenance import describe_use
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.step import compile_for, make_eval_step
 
+Draw = Callable[[Windows, DataSpec, ConfigDict, Path], dict[str, Path]]
+
 
 class HeldOut:
     """The programs of the losses and of `Evaluator`, compiled for the trainer's mesh, and the windows.
@@ -35,10 +38,25 @@ class HeldOut:
       loader: of its data.
       mesh, rules: the trainer's.
       state, frozen: shapes with shardings, or arrays, of what will be evaluated.
+      command: the command line, for the provenance of results.
+      draw: draws (windows of `Evaluator.run`, specification of the data, config) into a folder; gives {name of a
+        picture: file}.
     """
 
-    def __init__(self, system: System, loader: Loader, mesh: Mesh, rules: Rules, state: Any, frozen: Any):
+    def __init__(
+        self,
+        system: System,
+        loader: Loader,
+        mesh: Mesh,
+        rules: Rules,
+        state: Any,
+        frozen: Any,
+        *,
+        command: Sequence[str],
+        draw: Draw,
+    ):
         config = system.config
+        self._command, self._draw = command, draw
         windows = loader.held_out(config.eval.num_windows)
         rows = rows_at_a_time(mesh, min(len(windows), config.batch_size))
         self._system, self._loader = system, loader
@@ -89,12 +107,14 @@ class HeldOut:
         if distributed.is_main():
             config = self._system.config
             used = average.AVERAGE if state.ema_params is not None else average.RAW
-            about = self._modes.about() | {"own_data": True} | describe_use(cli.command_line(), config, ())
+            about = self._modes.about() | {"own_data": True} | describe_use(self._command, config, ())
             about |= average.describe(config, step, used)
             if used == average.AVERAGE and (told := average.warning(config, step, "evaluate --parameters=raw")):
                 distributed.say(f"warning: {told}")
             try:
-                files = write_results(workdir / "eval" / str(step), self._system, metrics, shown, about)
+                folder = workdir / "eval" / str(step)
+                write_results(folder, metrics, about)
+                files = self._draw(shown, self._system.spec, config, folder)
             except Exception as e:  # a full disk, a picture that cannot be drawn: no reason to end a run
                 again = f"python -m uwm_jax.evaluate --workdir={workdir} --step={step}"
                 where = getattr(e, "filename", None) or workdir / "eval" / str(step)

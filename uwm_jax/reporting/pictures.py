@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from uwm_jax.data.spec import DataSpec
+from uwm_jax.evaluation.evaluator import spread
 from uwm_jax.evaluation.metrics import CHANGED
 from uwm_jax.reporting.drawing import (
     CHANGE,
@@ -72,7 +73,8 @@ def draw(windows: Windows, spec: DataSpec, config: ConfigDict, folder: Path) -> 
         (N, V, T, h, w, 3) float32 in [0, 1]; `<mode>/action`, `<mode>/next_obs` of what each mode samples. Where
         they are there, also `forward_shuffled/next_obs` (N, V, T, h, w, 3) and `shuffled_action` (N, Ta, Da);
         `mean_image` (V, 1, h, w, 3); and the joint mode's states `denoise/action` (S+1, N, Ta, Da) and
-        `denoise/next_obs` (S+1, D, h, w, 3), those that `denoised` names, without which there is no denoise.gif.
+        `denoise/next_obs` (S+1, D, h, w, 3), the last frame of the view `denoise/view` () of the windows
+        `denoise/windows` (D,); without them there is no denoise.gif.
       spec: of the model: names of the cameras (views are sorted by name) and the normaliser of actions.
       config: the run's; `eval.action_plane` and `data` say where on a frame an action lies.
 
@@ -93,17 +95,11 @@ def draw(windows: Windows, spec: DataSpec, config: ConfigDict, folder: Path) -> 
     files = {name: save(tiles.figure, folder / f"{name}.png") for name, (tiles, _) in drawn.items()}
     labels = {f"{name}.png": found for name, (_, found) in drawn.items()}
     if "denoise/next_obs" in windows:
-        frames, labels["denoise.gif"] = _denoise(windows, raw, plane, *denoised(len(windows["episode"]), spec, config))
+        frames, labels["denoise.gif"] = _denoise(windows, raw, plane)
         times = [GIF_STEP_MS] * (len(frames) - 1) + [GIF_HOLD_MS]
         files["denoise"] = save_gif(frames, folder / "denoise.gif", times)
     write_labels(folder, labels)
     return files
-
-
-def denoised(count: int, spec: DataSpec, config: ConfigDict) -> tuple[np.ndarray, int]:
-    """Of which of `count` windows, (D,) int, and of which view denoise.gif shows the last frame."""
-    plane = Plane.of(spec, config.data, config.eval.action_plane)
-    return spread(count, 3), plane.view if plane else 0
 
 
 # --- the pictures ------------------------------------------------------------------------------------------------
@@ -240,10 +236,9 @@ def _actions_over_time(windows: Windows, raw: Windows, most: int = 5) -> tuple[T
     return tiles, Labels(columns, rows, (), key, _SHARP)
 
 
-def _denoise(
-    windows: Windows, raw: Windows, plane: Plane | None, picked: np.ndarray, view: int
-) -> tuple[list[Image.Image], Labels]:
+def _denoise(windows: Windows, raw: Windows, plane: Plane | None) -> tuple[list[Image.Image], Labels]:
     """The joint mode's sample at the start and after each of its steps, next to the truth; one picture each."""
+    picked, view = windows["denoise/windows"], int(windows["denoise/view"])
     count = len(windows["denoise/next_obs"])
     tiles = Tiles(len(picked), 3, windows["next_obs"].shape[3:5], longer=200, bottom=22)
     axes = [[tiles.axis(row, column) for column in range(3)] for row in range(len(picked))]
@@ -300,8 +295,3 @@ def _change(windows: Windows) -> np.ndarray:
     """(N, V, h, w) bool: where the last next frame differs from the last current one in any colour."""
     difference = np.abs(windows["next_obs"][:, :, -1] - windows["current"][:, :, -1])
     return difference.max(axis=-1) > CHANGED
-
-
-def spread(count: int, most: int) -> np.ndarray:
-    """At most `most` evenly spread numbers below `count`."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
