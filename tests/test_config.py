@@ -86,6 +86,8 @@ def test_stored_config_comes_back_equal(path, tmp_path):
         (("data.window.obs", "now"), "a list of integers such as (1, 2), found ('now',)"),
         (("data.window.next_obs", ""), "at least one frame index"),
         (("data.window.action", "1.5"), "a list of integers"),
+        (("data.window.reserve", "(18,)"), "expected () or (first, last) such as (0, 18), found (18,)"),
+        (("data.window.reserve", "(18,0)"), "expected () or (first, last)"),
         (("model.patch", "2"), "3 positive integers"),
         (("model.patch", "((1,),2,2)"), "a list of integers"),
         (("data.resize", "large"), "a list of integers"),

@@ -115,11 +115,14 @@ def base() -> ConfigDict:
     c.data.low_dim = ()  # observation keys of low-dimensional state, e.g. ("gripper_position",)
     c.data.text = ""  # step key of a precomputed text embedding; "" = none
     c.data.action = (("action", "identity"),)  # pairs (step key, transform) that make the action, joined in this order
-    c.data.window = ConfigDict()
+    c.data.window = ConfigDict()  # a group of steps that is () is absent: it is neither in batches nor decoded
     c.data.window.obs = (0, 1)  # current frames, in steps from the window's origin
     c.data.window.action = tuple(range(1, 17))  # steps of the action chunk, from the window's origin
     c.data.window.next_obs = (17, 18)  # frames to predict, in steps from the window's origin
     c.data.window.pad = "none"  # none: windows lie inside the episode; edge: its first and last step are repeated
+    # () or (first, last) steps that lie inside the episode as well, unread, so that configs with shorter windows have
+    # the windows (episode and origin) of the longest
+    c.data.window.reserve = ()
     c.data.drop_nonfinite = False  # whether to leave out episodes with NaN or infinity in the keys that are read
     c.data.val_ratio = 0.05  # share of episodes held out for evaluation
     # of an episode, where the data mark it by is_last (RLDS leaves it undefined): drop, or keep (official)

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from uwm_jax import codecs
+from uwm_jax.data.windows import GROUPS
 from uwm_jax.errors import UserError
 
 # Values that a field may take, where its type says too little.
@@ -130,7 +131,7 @@ def _check_combinations(c: ConfigDict) -> None:
         if not holds:
             raise UserError(message)
 
-    m, d, w = c.model, c.data, c.data.window
+    m, d = c.model, c.data
     check(
         c.batch_size % c.accumulation_steps == 0,
         f"config.accumulation_steps={c.accumulation_steps} does not divide config.batch_size={c.batch_size}.",
@@ -164,22 +165,8 @@ def _check_combinations(c: ConfigDict) -> None:
         d.crop[0] <= d.resize[0] and d.crop[1] <= d.resize[1],
         f"config.data.crop={d.crop} is larger than config.data.resize={d.resize}.",
     )
-    for name in ("obs", "action", "next_obs"):
-        check(len(w[name]) > 0, f"config.data.window.{name}: expected at least one frame index.")
-        check(
-            w.pad == "edge" or min(w[name]) >= 0,
-            f"config.data.window.{name}: negative indices need config.data.window.pad='edge'; found {w[name]}.",
-        )
-    check(
-        len(w.obs) == len(w.next_obs),
-        f"config.data.window.next_obs has {len(w.next_obs)} frames and config.data.window.obs {len(w.obs)}; both "
-        "need the same number, since one augmentation and one latent shape serve both.",
-    )
-    check(
-        len(w.next_obs) % m.patch[0] == 0,
-        f"config.model.patch[0]={m.patch[0]} does not divide the {len(w.next_obs)} frames of next_obs.",
-    )
-    check(len(d.cameras) > 0, "config.data.cameras: expected at least one camera key.")
+    _check_window(d, check)
+    check_window_of_uwm(c, check)
     check(
         len(set(d.cameras)) == len(d.cameras),
         f"config.data.cameras: a key is named twice in {d.cameras}. Each view of the model needs its own name. One "
@@ -187,7 +174,6 @@ def _check_combinations(c: ConfigDict) -> None:
         "config.data.sources.NAME = source(cameras=('image', 'image')).",
     )
     check(len(set(d.low_dim)) == len(d.low_dim), f"config.data.low_dim: a key is named twice in {d.low_dim}.")
-    check(len(d.action) > 0, "config.data.action: expected at least one pair (step key, transform).")
     check(0.0 <= d.val_ratio < 1.0, f"config.data.val_ratio: expected 0 <= ratio < 1, found {d.val_ratio}.")
     check(
         not m.encoder.use_low_dim or len(d.low_dim) > 0,
@@ -254,6 +240,45 @@ def _check_retention(c: ConfigDict, check: Callable[[bool, str], None]) -> None:
         f"config.checkpoint.keep_best={best!r} compares steps that are both evaluated and saved: expected one of "
         f"config.checkpoint.every={every} and config.eval.every={evaluated} to be a multiple of the other.",
     )
+
+
+def _check_window(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
+    w = d.window
+    check(
+        any(len(w[name]) > 0 for name in GROUPS),
+        f"config.data.window: expected at least one index in one of {', '.join(GROUPS)}.",
+    )
+    for name in GROUPS:
+        check(
+            w.pad == "edge" or min(w[name], default=0) >= 0,
+            f"config.data.window.{name}: negative indices need config.data.window.pad='edge'; found {w[name]}.",
+        )
+    check(
+        len(w.reserve) == 0 or (len(w.reserve) == 2 and w.reserve[0] <= w.reserve[1]),
+        f"config.data.window.reserve: expected () or (first, last) such as (0, 18), found {w.reserve}.",
+    )
+    check(
+        len(d.action) > 0 or not w.action,
+        f"config.data.action: expected at least one pair (step key, transform) for config.data.window.action="
+        f"{w.action}. Without actions both are ().",
+    )
+
+
+def check_window_of_uwm(c: ConfigDict, check: Callable[[bool, str], None]) -> None:
+    """Checks what a Unified World Model needs of the window and the cameras."""
+    w, patch = c.data.window, c.model.patch
+    for name in ("obs", "action", "next_obs"):
+        check(len(w[name]) > 0, f"config.data.window.{name}: expected at least one frame index.")
+    check(
+        len(w.obs) == len(w.next_obs),
+        f"config.data.window.next_obs has {len(w.next_obs)} frames and config.data.window.obs {len(w.obs)}; both "
+        "need the same number, since one augmentation and one latent shape serve both.",
+    )
+    check(
+        len(w.next_obs) % patch[0] == 0,
+        f"config.model.patch[0]={patch[0]} does not divide the {len(w.next_obs)} frames of next_obs.",
+    )
+    check(len(c.data.cameras) > 0, "config.data.cameras: expected at least one camera key.")
 
 
 def _check_sources(d: ConfigDict, check: Callable[[bool, str], None]) -> None:

@@ -7,8 +7,9 @@ from uwm_jax.data.windows import Windows, WindowSpec, split_episodes
 from uwm_jax.errors import UserError
 
 
-def window(obs: tuple, action: tuple, next_obs: tuple, pad: str = "none") -> WindowSpec:
-    return WindowSpec({"obs": obs, "action": action, "next_obs": next_obs}, pad)
+def window(obs: tuple, action: tuple, next_obs: tuple, pad: str = "none", reserve: tuple = ()) -> WindowSpec:
+    groups = {"obs": obs, "action": action, "next_obs": next_obs}
+    return WindowSpec({name: steps for name, steps in groups.items() if steps}, pad, reserve)
 
 
 PAPER = window((0, 1), tuple(range(1, 17)), (17, 18))
@@ -36,7 +37,14 @@ def test_windows_equal_a_plain_enumeration(spec: WindowSpec) -> None:
     assert [windows.locate(w) for w in range(len(windows))] == expected
 
 
-@pytest.mark.parametrize("spec", [PAPER, window((0,), (0, 1, 2), (1,)), window((2, 3), (3, 7), (5, 6))])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(PAPER, window((0,), (0, 1, 2), (1,)), window((2, 3), (3, 7), (5, 6))),
+        *(window((0, 1), (1, 2), ()), window((1,), (), (4,)), window((), (2, 3), ()), window((2,), (), ())),
+        *(window((0, 1), (1, 2), (), reserve=(0, 7)), window((3,), (), (), reserve=(1, 2))),
+    ],
+)
 def test_actions_stay_within_those_of_an_episode(spec: WindowSpec) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 40, 25)
@@ -45,7 +53,7 @@ def test_actions_stay_within_those_of_an_episode(spec: WindowSpec) -> None:
         (e, origin)
         for e in range(25)
         for origin in range(-100, 100)
-        if all(0 <= origin + i < lengths[e] for i in spec.obs + spec.next_obs)
+        if all(0 <= origin + i < lengths[e] for i in spec.obs + spec.next_obs + spec.reserve)
         and all(0 <= origin + i < actions[e] for i in spec.action)
     ]
     windows = Windows(spec, lengths, np.arange(25), action_lengths=actions)
@@ -55,6 +63,26 @@ def test_actions_stay_within_those_of_an_episode(spec: WindowSpec) -> None:
 def test_edge_padding_leaves_out_only_episodes_without_any_action() -> None:
     spec = window((0, 1), (1, 2, 3), (4, 5), "edge")
     assert spec.count(np.array([4, 1, 1, 7]), np.array([3, 0, 1, 7])).tolist() == [4, 0, 1, 7]
+
+
+def test_a_reserve_holds_for_padded_windows_too() -> None:
+    lengths = np.random.default_rng(0).integers(1, 40, 25)
+    longest, padded = (
+        Windows(spec, lengths, np.arange(25))
+        for spec in (PAPER, window((0, 1), tuple(range(16)), (), "edge", reserve=(0, 18)))
+    )
+    assert [longest.locate(w) for w in range(len(longest))] == [padded.locate(w) for w in range(len(padded))]
+    assert window((1,), (1, 2), (), "edge").count(lengths).tolist() == lengths.tolist()
+    with pytest.raises(UserError, match=r"spans 19 steps, but the longest of 2 episodes has 12"):
+        Windows(padded.spec, np.array([12, 11]), np.arange(2))
+
+
+def test_absent_groups_ask_for_nothing() -> None:
+    video = window((0, 1), (), (3,))
+    assert video.count(np.array([5, 4]), np.array([0, 0])).tolist() == [2, 1]
+    padded = window((0, 1), (), (3,), "edge")
+    assert padded.count(np.array([5, 4]), np.array([0, 0])).tolist() == [5, 4]
+    assert WindowSpec.from_json(video.to_json()) == video
 
 
 def test_a_window_that_only_the_last_action_would_fill_is_explained() -> None:

@@ -159,7 +159,7 @@ class Loader:
 
     def summary(self) -> str:
         """A line about each source, for people."""
-        action = f"action {self.spec.action_dim}-d"
+        action = f"action {self.spec.action_dim}-d" if self.spec.window.action else "no action"
         if len(self.sources) == 1:
             return f"data: {self._robots[0].describe()}; {action}"
         total = sum(source.weight for source in self.sources.values())
@@ -167,7 +167,8 @@ class Loader:
             f"  {name} ({source.weight / total:.1%} of the samples): {source.describe()}"
             for name, source in self.sources.items()
         ]
-        return "\n".join([f"data: {len(lines)} sources; cameras {', '.join(self.spec.cameras)}; {action}", *lines])
+        cameras = ", ".join(self.spec.cameras) or "none"
+        return "\n".join([f"data: {len(lines)} sources; cameras {cameras}; {action}", *lines])
 
     def warnings(self, clip: float, fewest: int) -> list[str]:
         """Lines for people about values that lie far out, sources in other units, and too few held-out episodes.
@@ -265,7 +266,7 @@ class Loader:
         return Trace(name, str(source.dataset.directory), shard, episode, origin)
 
     def mean_action(self) -> np.ndarray:
-        """(Da,) float32 mean of all actions of the training episodes, normalised."""
+        """(Da,) float32 mean of all actions of the training episodes, normalised; only with actions in the window."""
         mean = np.asarray(pooled_stats(self._robots)["action"]["mean"], np.float32)
         return np.asarray(self.normalizer.normalize("action", mean), np.float32)
 
@@ -380,28 +381,35 @@ class FixedWindows:
     def batch(self, start: int, stop: int) -> Batch:
         """Windows [start, stop) as a batch; `row` is the window's number. Windows beyond the last start over.
 
-        Beside what a training batch has: `last_action` (b, Da) float32, the normalised one just before the chunk,
-        `has_last_action` (b,) bool, False where the episode has none, and `shuffled_action` (b, Ta, Da) float32, the
-        chunk of the window `shuffled` names.
+        A batch with `action` has, next to what a training batch has: `last_action` (b, Da) float32, the normalised one
+        just before the chunk, `has_last_action` (b,) bool, False where the episode has none, and `shuffled_action`
+        (b, Ta, Da) float32, the chunk of the window `shuffled` names.
         """
         rows = np.arange(start, stop) % len(self)
-        loader = self._loader
-        batch = loader.spec.empty(len(rows))
-        batch["shuffled_action"] = np.empty_like(batch["action"])
-        batch["last_action"] = np.empty_like(batch["action"][:, 0])
-        batch["has_last_action"] = np.empty_like(batch["action_mask"])
+        batch = self._loader.spec.empty(len(rows))
         for at, r in enumerate(rows):
-            number, *clip = self._windows[r]
-            samples, window = self._sources[number].samples, Clip(*clip)
-            with loader.reading(self._sources[number], window):
-                samples.load(batch, at, int(r), [window], 0, loader.spec)
-            before = loader.spec.window.action[0] - 1
-            batch["last_action"][at] = samples.action(window, (before,), loader.normalizer)[0]
-            batch["has_last_action"][at] = window.origin + before >= 0
-            number, *clip = self._windows[self.shuffled[r]]
-            other = self._sources[number].samples
-            batch["shuffled_action"][at] = other.action(Clip(*clip), loader.spec.window.action, loader.normalizer)
-        return batch
+            source, clip = self._window(int(r))
+            with self._loader.reading(source, clip):
+                source.samples.load(batch, at, int(r), [clip], 0, self._loader.spec)
+        return batch | (self._actions(rows) if "action" in batch else {})
+
+    def _actions(self, rows: np.ndarray) -> Batch:
+        spec = self._loader.spec
+        like = spec.batch_like(len(rows))["action"]
+        last = np.empty((like.shape[0], like.shape[2]), like.dtype)
+        has_last, shuffled = np.empty(len(rows), np.bool_), np.empty(like.shape, like.dtype)
+        before = spec.window.action[0] - 1
+        for at, r in enumerate(rows):
+            source, clip = self._window(int(r))
+            last[at] = source.samples.action(clip, (before,), spec.normalizer)[0]
+            has_last[at] = clip.origin + before >= 0
+            source, clip = self._window(int(self.shuffled[r]))
+            shuffled[at] = source.samples.action(clip, spec.window.action, spec.normalizer)
+        return {"last_action": last, "has_last_action": has_last, "shuffled_action": shuffled}
+
+    def _window(self, number: int) -> tuple[Source, Clip]:
+        source, episode, origin = self._windows[number]
+        return self._sources[source], Clip(episode, origin)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All windows in batches of one size, of which the one that begins at `start` (a multiple of `batch_size`)

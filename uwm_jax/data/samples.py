@@ -19,7 +19,7 @@ from uwm_jax.data.records import Dataset
 from uwm_jax.data.selection import not_finite
 from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.data.transforms import get_transform
-from uwm_jax.data.windows import WindowSpec
+from uwm_jax.data.windows import OF_FRAMES, WindowSpec
 from uwm_jax.errors import UserError
 
 
@@ -43,7 +43,8 @@ class Samples:
 
     Attributes:
         camera_keys: the model's camera -> step key, for the cameras that the source has of its own.
-        actions: (step key, transform) of the parts of the action; empty for a source that is used as video.
+        actions: (step key, transform) of the parts of the action; empty for a source that is used as video, and where
+            the window has no actions.
         low_dim_keys: name -> step key; empty for a source that is used as video.
         action_lengths: (E,) int64, the steps of each episode whose action counts: with `config.last_action` "drop" not
             the last where `is_last` marks it. All steps for a source that is used as video.
@@ -63,10 +64,11 @@ class Samples:
         self.actions, self.low_dim_keys = [], {}
         self._text = ""
         self.action_lengths = dataset.episode_lengths
-        if self.use_actions and config.last_action == "drop":
+        if self.use_actions and self.window.action and config.last_action == "drop":
             self.action_lengths = dataset.action_lengths()
         if self.use_actions:
-            self.actions = [(dataset.column_key(key), get_transform(t)) for key, t in source.action or config.action]
+            columns = (source.action or config.action) if self.window.action else ()
+            self.actions = [(dataset.column_key(key), get_transform(t)) for key, t in columns]
             self.low_dim_keys = {name: dataset.column_key(name) for name in sorted(config.low_dim)}
             self._text = dataset.float_key(config.text) if config.text else ""
         elif config.text and dataset.has_float_key(config.text):
@@ -109,7 +111,7 @@ class Samples:
         """Raises UserError where this source's widths differ from those of the `first` source with actions."""
         widths = {"obs/text": (self.text_dim, spec.text_dim)} if self._text else {}
         if self.use_actions:
-            widths["action"] = (self.action_dim, spec.action_dim)
+            widths |= {"action": (self.action_dim, spec.action_dim)}
             widths |= {name: (self._width(key), spec.low_dim[name]) for name, key in self.low_dim_keys.items()}
         for name, (found, expected) in widths.items():
             if found != expected:
@@ -130,21 +132,22 @@ class Samples:
         episode, origin = clips[0]
         length, start = int(dataset.episode_lengths[episode]), int(dataset.episode_starts[episode])
         obs = window.steps(window.obs, origin, length)
-        if spec.text_dim:
+        if "obs/text" in batch:
             batch["obs/text"][at] = dataset.values(episode, obs[-1], self._text) if self._text else 0
             self._check_finite(batch, at, "obs/text", clips[0])
         batch["action_mask"][at] = self.use_actions
         batch["row"][at] = row
-        if not self.use_actions:
-            batch["action"][at] = 0
-            for name in spec.low_dim:
-                batch[f"obs/{name}"][at] = 0
-            return
-        for name, key in self.low_dim_keys.items():
-            batch[f"obs/{name}"][at] = spec.normalizer.normalize(name, self._rows(key, start, obs))
-        batch["action"][at] = self.action(clips[0], window.action, spec.normalizer)
-        for name in ("action", *(f"obs/{name}" for name in self.low_dim_keys)):
-            self._check_finite(batch, at, name, clips[0])
+        for key in ("action", *(f"obs/{name}" for name in spec.low_dim)):
+            if key not in batch:
+                continue
+            if not self.use_actions:
+                batch[key][at] = 0
+            elif key == "action":
+                batch[key][at] = self.action(clips[0], window.action, spec.normalizer)
+            else:
+                name = key.removeprefix("obs/")
+                batch[key][at] = spec.normalizer.normalize(name, self._rows(self.low_dim_keys[name], start, obs))
+            self._check_finite(batch, at, key, clips[0])
 
     def _check_finite(self, batch: Batch, at: int, name: str, clip: Clip) -> None:
         """Columns are known to be finite; what they are mapped to, and what has no column, may not be."""
@@ -175,7 +178,8 @@ class Samples:
             elif self._fill == "random":
                 filled[view] = (1 + i, keys[i % len(keys)])
             else:
-                batch[f"obs/{view}"][at] = batch[f"next_obs/{view}"][at] = 0
+                for frames in _frames_of(batch, view):
+                    frames[at] = 0
         for number, clip in enumerate(clips):
             wanted: dict[str, list[str]] = {}  # step key -> views
             for view, (n, key) in filled.items():
@@ -187,9 +191,11 @@ class Samples:
         """Decodes a clip's frames of some step keys, each once, into the views that show them."""
         dataset, window = self.dataset, self.window
         length = int(dataset.episode_lengths[clip.episode])
-        steps = window.steps(window.obs, clip.origin, length) + window.steps(window.next_obs, clip.origin, length)
+        steps = [s for group in OF_FRAMES for s in window.steps(window.groups.get(group, ()), clip.origin, length)]
+        if not steps or not wanted:
+            return
         places = {
-            view: [*batch[f"obs/{view}"][at], *batch[f"next_obs/{view}"][at]]
+            view: [frame for frames in _frames_of(batch, view) for frame in frames[at]]
             for views in wanted.values()
             for view in views
         }
@@ -211,6 +217,11 @@ class Samples:
 
     def _width(self, key: str) -> int:
         return int(np.prod(self.dataset.step_shape(key), dtype=np.int64))
+
+
+def _frames_of(batch: Batch, view: str) -> list[np.ndarray]:
+    """The arrays of a view, in the order of `OF_FRAMES`."""
+    return [batch[f"{group}/{view}"] for group in OF_FRAMES if f"{group}/{view}" in batch]
 
 
 def cover(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:

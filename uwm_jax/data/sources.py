@@ -112,13 +112,13 @@ class Source:
         self.samples.load(batch, at, row, clips, draw, spec)
 
     def stats(self) -> dict[str, Stats]:
-        """Statistics of `action` and of each low-dim key over the training episodes."""
+        """Statistics of `action`, where it is read, and of each low-dim key over the training episodes."""
         where = dict(val_ratio=self._val_ratio, episodes=self.episodes, selection=str(self.selection))
         samples, identity = self.samples, get_transform("identity")
         stats = {name: key_stats(self.dataset, key, identity, **where) for name, key in samples.low_dim_keys.items()}
         steps = samples.action_lengths
         parts = [key_stats(self.dataset, key, t, **where, action_lengths=steps) for key, t in samples.actions]
-        return stats | {"action": join_stats(parts)}
+        return stats | ({"action": join_stats(parts)} if parts else {})
 
     def describe(self) -> str:
         """One line, for people."""
@@ -130,7 +130,7 @@ class Source:
         return (
             f"{dataset.directory} ({dataset.split}): {dataset.num_episodes} episodes{counts}, "
             f"{int(lengths.sum())} steps; {len(self.windows)} training windows in {len(self.windows.episodes)} "
-            f"episodes, {len(self.held_out)} held out; cameras {', '.join(sorted(self.samples.camera_keys))}"
+            f"episodes, {len(self.held_out)} held out; cameras {', '.join(sorted(self.samples.camera_keys)) or 'none'}"
             f"{use}"
         )
 
@@ -215,7 +215,7 @@ def check_normalizer(normalizer: Normalizer, spec: DataSpec, where: str) -> None
     Raises:
         UserError: it does not.
     """
-    ours = {"action": spec.action_dim, **spec.low_dim}
+    ours = ({"action": spec.action_dim} if spec.window.action else {}) | spec.low_dim
     theirs = {key: len(scale) for key, (scale, _) in normalizer.entries.items()}
     differing = any(ours[key] != theirs[key] for key in ours.keys() & theirs.keys())
     if differing or (ours.keys() - theirs.keys() and theirs.keys() - ours.keys()):

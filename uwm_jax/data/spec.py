@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.data.windows import WindowSpec
+from uwm_jax.data.windows import OF_FRAMES, WindowSpec
 from uwm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -28,7 +28,7 @@ class DataSpec:
         window: the steps of a sample; a group without steps has no keys in a batch.
         cameras: {name: (height, width)} of the raw frames.
         low_dim: {name: D}.
-        action_dim: Da.
+        action_dim: Da; 0 without actions.
         text_dim: width of the text embedding, 0 for none.
         normalizer: raw = normalised * scale + offset, of `action` and the low-dimensional keys.
     """
@@ -45,17 +45,19 @@ class DataSpec:
 
         `obs/<camera>`, `next_obs/<camera>` (B, T, H, W, 3) uint8 raw; `obs/<low-dim key>` (B, T, D) and `action`
         (B, Ta, Da) float32 normalised; `obs/text` (B, E) float32; `action_mask` (B,) bool, False where no action was
-        recorded; `row` (B,) int32, the row's index in the global batch.
+        recorded; `row` (B,) int32, the row's index in the global batch. A group that the window lacks has no keys.
         """
         window = self.window
         like: dict[str, tuple[tuple[int, ...], type]] = {}
-        for group, steps in (("obs", window.obs), ("next_obs", window.next_obs)):
-            like |= {f"{group}/{name}": ((len(steps), *size, 3), np.uint8) for name, size in self.cameras.items()}
-        for name, width in self.low_dim.items():
-            like[f"obs/{name}"] = (len(window.obs), width), np.float32
-        if self.text_dim:
+        for group in OF_FRAMES:
+            if steps := window.groups.get(group):
+                like |= {f"{group}/{name}": ((len(steps), *size, 3), np.uint8) for name, size in self.cameras.items()}
+        if window.obs:
+            like |= {f"obs/{name}": ((len(window.obs), width), np.float32) for name, width in self.low_dim.items()}
+        if window.obs and self.text_dim:
             like["obs/text"] = (self.text_dim,), np.float32
-        like["action"] = (len(window.action), self.action_dim), np.float32
+        if window.action:
+            like["action"] = (len(window.action), self.action_dim), np.float32
         like["action_mask"] = (), np.bool_
         like["row"] = (), np.int32
         return {key: jax.ShapeDtypeStruct((rows, *shape), dtype) for key, (shape, dtype) in like.items()}

@@ -10,7 +10,9 @@ import numpy as np
 
 from uwm_jax.errors import UserError
 
-GROUPS = ("obs", "action", "next_obs")
+OF_FRAMES = ("obs", "next_obs")  # groups with camera frames
+OF_ACTIONS = ("action",)  # groups whose steps need an action; the steps of the others are observed
+GROUPS = (*OF_FRAMES, *OF_ACTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +20,25 @@ class WindowSpec:
     """Relative step indices of a sample. The paper's is obs (0, 1), action 1..16, next_obs (17, 18).
 
     Attributes:
-        groups: {group: indices relative to the window's origin}; a group without indices is absent.
+        groups: {group of `GROUPS`: indices relative to the window's origin}; a group without indices is absent.
         pad: "none": every index lies inside the episode, so an episode of length L has
             L - (largest - smallest index) windows; "edge": every step is once the last observed one
             (`obs[-1]`), and indices outside the episode repeat its first or last step, so L windows.
+        reserve: () or (first, last) indices that lie inside the episode too, whatever `pad` says, without being read:
+            systems with shorter windows get the (episode, origin) windows of the longest.
 
     Where an episode has fewer actions than steps, those of `action` lie inside (or repeat the last of) its actions.
     """
 
     groups: Mapping[str, tuple[int, ...]]
     pad: str = "none"
+    reserve: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> WindowSpec:
         """From `config.data.window`."""
-        return cls({name: tuple(config[name]) for name in GROUPS if config[name]}, config.pad)
+        groups = {name: tuple(config[name]) for name in GROUPS if config[name]}
+        return cls(groups, config.pad, tuple(config.reserve))
 
     @property
     def obs(self) -> tuple[int, ...]:
@@ -47,33 +53,47 @@ class WindowSpec:
         return self.groups.get("next_obs", ())
 
     def to_json(self) -> dict[str, Any]:
-        return {"groups": {name: list(indices) for name, indices in self.groups.items()}, "pad": self.pad}
+        groups = {name: list(indices) for name, indices in self.groups.items()}
+        return {"groups": groups, "pad": self.pad, "reserve": list(self.reserve)}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> WindowSpec:
         groups = {str(name): tuple(int(i) for i in indices) for name, indices in stored["groups"].items()}
-        return cls(groups, str(stored["pad"]))
+        return cls(groups, str(stored["pad"]), tuple(int(i) for i in stored["reserve"]))
 
     @property
     def span(self) -> int:
-        """Steps from the first to the last index, both included."""
-        indices = self.obs + self.action + self.next_obs
+        """Steps that an episode must have for one window."""
+        indices = [*self._observed, *self._acted]
         return max(indices) - min(indices) + 1
 
     @property
     def first_origin(self) -> int:
         """Origin of an episode's first window."""
-        return -max(self.obs) if self.pad == "edge" else -min(self.obs + self.action + self.next_obs)
+        return -min([*self._observed, *self._acted])
 
     def count(self, lengths: np.ndarray, action_lengths: np.ndarray | None = None) -> np.ndarray:
         """Windows of episodes of these lengths, (E,) int64, whose first `action_lengths` steps have an action (all of
         them if None)."""
         lengths = np.asarray(lengths, np.int64)
         actions = lengths if action_lengths is None else np.asarray(action_lengths, np.int64)
+        ends = [n - max(indices) for n, indices in ((lengths, self._observed), (actions, self._acted)) if indices]
+        counts = np.maximum(np.min(ends, axis=0) - self.first_origin, 0)
+        return np.where(actions > 0, counts, 0) if self.action else counts
+
+    @property
+    def _observed(self) -> tuple[int, ...]:
+        """Indices that lie inside the episode's steps."""
         if self.pad == "edge":
-            return np.where(actions > 0, lengths, 0)
-        ends = np.minimum(lengths - max(self.obs + self.next_obs), actions - max(self.action))
-        return np.maximum(ends - self.first_origin, 0)
+            return (max(self.obs, default=0), *self.reserve)
+        return (*(i for name, steps in self.groups.items() if name not in OF_ACTIONS for i in steps), *self.reserve)
+
+    @property
+    def _acted(self) -> tuple[int, ...]:
+        """Indices that lie inside the episode's actions."""
+        if self.pad == "edge":
+            return ()
+        return tuple(i for name, steps in self.groups.items() if name in OF_ACTIONS for i in steps)
 
     def steps(self, indices: tuple[int, ...], origin: int, length: int) -> list[int]:
         """Steps of an episode of `length` (for actions: with so many of them) that `indices` mean for a window at
