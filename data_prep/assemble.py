@@ -1,4 +1,4 @@
-"""Joins what the input files were cut into to one dataset in the training layout."""
+"""Assembles the parts that input files were cut into as one dataset in the training layout."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from uwm_jax.files import write_text, writing
 
 
 def check_files(layout: Layout, splits: Iterable[str], where: Path) -> None:
-    """Checks that no two files of the dataset would have one name; raises UserError that names what they hold."""
+    """Checks that all files of the dataset have different names; raises UserError that names the colliding contents."""
     owners: dict[str, str] = {}
     for split in splits:
         files = [(records.index_file(split), f"split {split!r}")]
-        files += [(records.text_file(split), f"the texts of split {split!r}")]
+        files += [(records.text_file(split), f"the strings of split {split!r}")]
         files += [(records.column_file(split, key), f"the feature {key!r}") for key in layout.columns]
         for file, owner in files:
             if file in owners:
@@ -36,7 +36,7 @@ def check_files(layout: Layout, splits: Iterable[str], where: Path) -> None:
 
 
 def assemble(building: Path, source: rlds.Source, layout: Layout, results: dict[str, list[Result]]) -> dict[str, Any]:
-    """Joins the parts: final shard names, index, columns, TFDS's two files, manifest."""
+    """Assembles the parts: final shard names, index, columns, TFDS's two files, manifest."""
     splits, info_splits = {}, []
     for split, parts in results.items():
         if any(part.lengths for part in parts):
@@ -51,7 +51,7 @@ def assemble(building: Path, source: rlds.Source, layout: Layout, results: dict[
                 }
             )
         else:
-            notes = "\n  ".join(note for part in parts for note in part.notes) or "its files hold no records"
+            notes = "\n  ".join(note for part in parts for note in part.notes) or "its files hold no record"
             if len(results) == 1:
                 raise UserError(f"{source.path}: no usable episode in split {split!r}:\n  {notes}")
             print(f"split {split!r} has no usable episode and is left out:\n  {notes}")
@@ -150,7 +150,7 @@ def _described(key: str, feature: Feature, layout: Layout) -> dict[str, Any]:
 
 
 def _stored_features(source: rlds.Source, layout: Layout) -> dict[str, Any]:
-    """The feature tree of the records: with the place of a chunk in its episode, and pixels stored as PNG."""
+    """The feature tree of the records: with a chunk's position in its episode, and pixels as PNG."""
     scalar = {
         "pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar",
         "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},

@@ -21,7 +21,7 @@ _FLAT, _LENGTHS = b"/ragged_flat_values", b"/ragged_row_lengths_"
 
 
 class EpisodeError(Exception):
-    """An episode that cannot be used: `reason` is one of few words to count by, the message says more."""
+    """An unusable episode: `reason` is a short category for counting, the message has details."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -36,7 +36,7 @@ class Layout:
         sizes: values per step of the step features whose shape is known (1 for an image or an encoded tensor).
         columns: numeric step keys to keep as columns -> (shape, numpy dtype of the column).
         cameras: image keys that can be used as cameras -> (height, width).
-        texts: full names of the features that are one text per episode.
+        texts: full names of the episode-level string features.
         decoded: keys among `columns` and `pixels` whose steps are encoded tensors -> their feature.
         pixels: keys among `cameras` whose steps are tensors, stored as PNG -> (height, width, channels).
     """
@@ -52,7 +52,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """A cut episode: its length, serialized chunks of consecutive steps, columns (length, ...), and texts as UTF-8."""
+    """A cut episode: length, serialized chunks of consecutive steps, columns (length, ...), and strings in UTF-8."""
 
     length: int
     chunks: list[bytes]
@@ -67,7 +67,7 @@ def plan_layout(features: dict[str, Feature], chunk_steps: int, sizes: dict[str,
     for key, feature in step_features(features).items():
         if feature.shape is None or min(feature.shape, default=1) < 1 and not feature.image:
             continue
-        # Images and encoded tensors are one value; a text feature may have a shape of its own.
+        # Images and encoded tensors are one value; a string feature may have any shape.
         known[key] = 1 if feature.image or feature.encoding != "none" else math.prod(feature.shape)
         if is_column(feature):
             columns[key] = (feature.shape, "<f4" if _is_float(feature) else "<i8")
@@ -86,8 +86,8 @@ def step_features(features: dict[str, Feature]) -> dict[str, Feature]:
 
 
 def camera_features(features: dict[str, Feature]) -> dict[str, Feature]:
-    """The step features that can be cameras, by key without `steps/`: 8-bit images, grey, RGB or RGBA, encoded or as
-    tensors of more values than a column has."""
+    """The step features that can be cameras, by key without `steps/`: 8-bit grey, RGB or RGBA images, encoded or as
+    tensors that are too large for a column."""
     return {key: f for key, f in step_features(features).items() if _is_frames(f) or _is_pixels(f)}
 
 
@@ -99,7 +99,7 @@ def is_column(feature: Feature) -> bool:
 
 
 def why_unusable(feature: Feature) -> str:
-    """Why a step feature is neither a camera nor a column; empty if it is one."""
+    """The reason why a step feature is neither a camera nor a column; "" if it is one."""
     shape, dtype = feature.shape, feature.dtype
     if is_column(feature) or _is_frames(feature) or _is_pixels(feature):
         return ""
@@ -111,17 +111,17 @@ def why_unusable(feature: Feature) -> str:
         return f"images of shape {shape}; a camera has 1, 3 or 4 channels, last"
     if dtype == "string":
         return (
-            "text: config.data.text wants an embedding of it, a vector of floats in every step, made beforehand "
+            "a string: config.data.text takes a precomputed embedding of it, a vector of floats in every step "
             "(docs/training.md, Language)"
         )
     if dtype == "unknown":
-        return "a kind of feature that is not read"
+        return "an unsupported kind of feature"
     if feature.encoding not in _ENCODINGS:
         return f"a tensor encoded by {feature.encoding!r}; expected {' or '.join(_ENCODINGS)}"
     if not _is_numeric(feature):
-        return f"values of {dtype}; a key that is read holds floats, integers or booleans"
+        return f"values of {dtype}; a usable key holds floats, integers or booleans"
     if shape is None or min(shape, default=1) < 1:
-        return "its number of values may differ from step to step (ragged); a key that is read has one shape"
+        return "its number of values may differ from step to step (ragged); a usable key has one shape"
     many = f"{math.prod(shape)} values of {dtype} per step"
     if _is_float(feature) and len(shape) == 1:
         return f"{many}, more than {COLUMN_MAX_SIZE}: it can be config.data.text, not an action or low-dimensional key"
@@ -130,7 +130,7 @@ def why_unusable(feature: Feature) -> str:
 
 
 def _is_numeric(feature: Feature) -> bool:
-    """Whether the values of a feature that is no image are numbers, in an encoding that is known."""
+    """Whether the values of a feature that is not an image are numbers in a known encoding."""
     return feature.dtype.startswith(("float", "bfloat", "int", "uint", "bool")) and feature.encoding in _ENCODINGS
 
 
@@ -221,7 +221,7 @@ def _check_frames(view: memoryview, steps: dict[str, example.Field], layout: Lay
 def _split(
     view: memoryview, name: bytes, fields: dict[bytes, example.Field], edges: list[int], layout: Layout
 ) -> list[bytes]:
-    """A feature's values in each chunk, serialized; `edges` are the steps between chunks, from 0 to the last."""
+    """A feature's values in each chunk, serialized; `edges` are the chunks' boundaries, from 0 to the length."""
     field = fields[name]
     if not name.startswith(STEPS.encode()):
         return [example.whole_feature(view, field)] * (len(edges) - 1)

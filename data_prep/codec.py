@@ -14,11 +14,11 @@ from uwm_jax.errors import UserError
 from uwm_jax.files import writing
 
 MAX_FRAMES = 2000
-_MAX_BYTES = 1 << 26  # of decoded frames: bounds memory and seconds, and leaves patches enough
+_MAX_BYTES = 1 << 26  # of decoded frames: bounds memory and time, and leaves enough patches
 
 
 def check_options(size: tuple[int, int] | None, patch: int, channels: int, val_ratio: float) -> None:
-    """Raises UserError that names the first option of `fit_codec` that no dataset could be fitted with."""
+    """Raises UserError that names the first option of `fit_codec` that is invalid for every dataset."""
     if patch < 1:
         raise UserError(f"--pca_patch={patch}: expected at least 1 pixel.")
     if not 1 <= channels <= patch * patch * 3:
@@ -43,24 +43,24 @@ def common_size(cameras: dict[str, tuple[int, int]], patch: int) -> tuple[int, i
 
 
 def why_not_fitted(cameras: dict[str, tuple[int, int]], patch: int) -> str:
-    """Why `common_size` is None, and what helps."""
+    """The reason why `common_size` is None, and the remedy."""
     if not cameras:
         return "there are no cameras"
     shapes = ", ".join(f"{short_key(key)} {h}x{w}" for key, (h, w) in cameras.items())
     height, width = (max(patch, min(size[axis] for size in cameras.values()) // patch * patch) for axis in (0, 1))
     return (
-        f"the cameras have no common size of whole patches ({shapes}). A config with the `pca` codec needs it at the "
-        f"size of config.data.crop: reshard with --codec_size={height},{width} and set config.data.resize and "
-        "config.data.crop to the same, or choose another size"
+        f"the cameras have no common size that is a multiple of the patch ({shapes}). A config with the `pca` codec "
+        f"needs it at the size of config.data.crop: reshard with --codec_size={height},{width} and set "
+        "config.data.resize and config.data.crop to the same, or choose another size"
     )
 
 
 def fit_codec(dataset: Dataset, file: Path, size: tuple[int, int], patch: int, channels: int, val_ratio: float) -> int:
-    """Fits the codec of each camera, and one scale for all, at `size` (height, width), and writes it to `file`.
+    """Fits a codec per camera, with a common scale, at `size` (height, width), and writes it to `file`.
 
     The file is an npz with `<camera>/mean` (H, W, 3) float32 in [0, 1], `<camera>/components` (patch*patch*3, channels)
-    float32, `scale` (), `patch`, `channels`, `image_size` (2,), `val_ratio`, `num_frames`, and the dataset's
-    `fingerprint`, and `digest`, the `content_digest` of all these.
+    float32, `scale` (), `patch`, `channels`, `image_size` (2,), `val_ratio`, `num_frames`, the dataset's `fingerprint`,
+    and `digest`, the `content_digest` of these.
 
     Returns:
         The number of steps whose frames were used: evenly spaced over the training episodes of `val_ratio`.

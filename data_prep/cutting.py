@@ -23,10 +23,10 @@ from data_prep.output import naming
 from data_prep.source_files import read_records
 from data_prep.workers import pool
 
-# Riegeli's hashes detect damage; compressing encoded images would only cost reading time.
+# Riegeli's hashes detect damage; compressing encoded images would only slow down reading.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-MAX_NOTES = 20  # of skipped records that are described one by one
-_MISSING = "missing, though dataset_info.json promises it"
+MAX_NOTES = 20  # skipped records that are described individually
+_MISSING = "missing, though dataset_info.json declares it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Job:
 
 @dataclasses.dataclass
 class Result:
-    """One input file, cut: shards in order (temporary name, records, bytes, sha256), the crc32c of each record,
-    lengths and texts of its episodes, and what was skipped."""
+    """The result of one input file: shards in order (temporary name, records, bytes, sha256), the crc32c of each
+    record, lengths and strings of its episodes, and skipped records by reason."""
 
     shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     checksums: list[int] = dataclasses.field(default_factory=list)
@@ -59,18 +59,18 @@ class Result:
 
     @property
     def episodes(self) -> int:
-        """Those kept and those skipped."""
+        """Number of episodes, kept and skipped."""
         return len(self.lengths) + self.skipped.total()
 
     def count_missing(self, where: str, found: int, promised: int | None) -> None:
-        """Counts as skipped what `dataset_info.json` promises and is not there."""
+        """Counts as skipped the episodes that `dataset_info.json` declares and the data lack."""
         if promised is not None and found < promised:
             self.skipped[_MISSING] += promised - found
             self.notes.insert(
-                0, f"{where}: ends after {found} of the {promised} episodes that dataset_info.json promises"
+                0, f"{where}: ends after {found} of the {promised} episodes that dataset_info.json declares"
             )
         elif promised is not None and found > promised:
-            self.notes.insert(0, f"{where}: has {found} episodes, though dataset_info.json promises {promised}")
+            self.notes.insert(0, f"{where}: has {found} episodes, though dataset_info.json declares {promised}")
 
 
 _done_bytes: Any = None  # shared counters of progress, set in every worker
@@ -121,7 +121,7 @@ def _run_job(job: Job) -> Result:
     result.shards = writer.close()
     result.count_missing(job.file.name, found, job.promised)
     with _done_bytes.get_lock():
-        _done_bytes.value += bytes_left  # what follows a broken frame is not read
+        _done_bytes.value += bytes_left  # data after a broken frame are not read
     del result.notes[MAX_NOTES:]
     return result
 
@@ -152,7 +152,7 @@ class _ShardWriter:
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """The library has one error for all, with the system's message in its text."""
+        """Turns the library's only error type, which has the system's message in its text, into OSError."""
         try:
             yield
         except RuntimeError as e:
@@ -173,7 +173,11 @@ class _ShardWriter:
 
 
 def run_jobs(jobs: list[Job], workers: int, watch: Callable[[Result], None] = lambda result: None) -> list[Result]:
-    """Runs the jobs in `workers` processes (in this one if 1); what `watch` raises, told of each result, ends them."""
+    """Runs the jobs in `workers` processes (in this one if 1).
+
+    Args:
+        watch: called with each result; an exception that it raises ends all jobs.
+    """
     context = multiprocessing.get_context("spawn")
     done_bytes, done_episodes = context.Value("q", 0), context.Value("q", 0)
     counters = (done_bytes, done_episodes)
@@ -190,7 +194,7 @@ def run_jobs(jobs: list[Job], workers: int, watch: Callable[[Result], None] = la
             while pending:
                 done, pending = concurrent.futures.wait(pending, timeout=0.5)
                 for future in done:
-                    watch(future.result())  # a failure ends the job now, not after all the others
+                    watch(future.result())  # a failure ends all jobs immediately
                 bar.set_postfix(episodes=done_episodes.value, refresh=False)
                 bar.update(done_bytes.value - bar.n)
         except BaseException:

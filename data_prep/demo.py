@@ -2,10 +2,9 @@
 
     python -m data_prep.demo
 
-With no flags this makes what `configs/quickstart.py` reads: the training layout in `$UWM_DATA_DIR/pusht`
-(default `data/pusht`), and beside it, in `pusht_rlds`, the RLDS dataset that it was cut from, which
-TFDS can read. An episode is a function of the seed and its number alone, so the number of worker processes
-changes nothing but the time.
+With no flags this makes the dataset that `configs/quickstart.py` reads: the training layout in `$UWM_DATA_DIR/pusht`
+(default `data/pusht`), and next to it, in `pusht_rlds`, the RLDS dataset that it was cut from, readable by TFDS. An
+episode depends on the seed and its number alone, so the number of worker processes affects only the time.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from uwm_jax.reading import read_json
 
 FLAGS = flags.FLAGS
 
-SEEDS_PER_RUN = 1_000_000  # the episodes of `--seed=1` share none with those of `--seed=0`
+SEEDS_PER_RUN = 1_000_000  # `--seed=0` and `--seed=1` have no episode in common
 RECORD = "demo.json"
 VAL_RATIO = 0.1  # of configs/quickstart.py: the codec is fitted on the other episodes
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Everything that determines the dataset."""
+    """The settings that determine the dataset."""
 
     episodes: int = 216
     image_size: int = 64
@@ -89,14 +88,14 @@ def main(argv: list[str]) -> None:
 
 
 def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite: bool = False) -> None:
-    """Makes the dataset in `output` and its RLDS source in `<output>_rlds`; what is there already is kept.
+    """Makes the dataset in `output` and its RLDS source in `<output>_rlds`; existing ones of these settings are kept.
 
-    Each takes the place of an older one when it is complete, so an interrupted run has lost nothing.
+    Each replaces an older one only when it is complete, so an interrupted run loses nothing.
 
     Raises:
         UserError: another dataset is there, the extra `demo` is not installed, or the expert fails too often.
     """
-    from data_prep.reshard import is_training_dataset, reshard  # worker processes import this module, and need none
+    from data_prep.reshard import is_training_dataset, reshard  # worker processes import this module without it
 
     output = Path(output)
     source = Path(f"{os.path.abspath(output)}_rlds")
@@ -104,14 +103,14 @@ def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite
     same = made is not None and made["demo"] == dataclasses.asdict(demo)
     if made is not None and same and made.get("fingerprint", "unfinished") == _fingerprint(output):
         if _is_current(output):
-            print(f"{output}: {demo.episodes} demonstrations are there already, made with the same flags.")
+            print(f"{output}: {demo.episodes} demonstrations exist already, made with the same flags.")
             return
-        print(f"{output} has the layout of another version: it is cut again from {source}.")
+        print(f"{output} has the layout of another version; cutting it again from {source}.")
         overwrite = True
     if not is_vacant(output) and not overwrite:
-        found = f"made with {made['demo']}" if made and not same else f"not cut from what is in {source}"
+        found = f"made with {made['demo']}" if made and not same else f"not cut from {source}"
         raise UserError(
-            f"{output} holds another dataset ({found}); asked for {dataclasses.asdict(demo)}. "
+            f"{output} holds another dataset ({found}); requested: {dataclasses.asdict(demo)}. "
             "Pass --overwrite to replace it, or another --output."
         )
     check_output(output, is_training_dataset, "a training dataset", overwrite=overwrite)
@@ -120,13 +119,13 @@ def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite
         check_output(source, _is_source, "the source of such a dataset", overwrite=overwrite)
         made = _write_source(demo, source, workers)
     reshard(source / made["dataset"], output, val_ratio=VAL_RATIO, workers=workers, overwrite=overwrite)
-    # Last, so that a dataset that was not replaced is never taken for one made from this source.
+    # Last, so that a dataset that was not replaced is never mistaken for one made from this source.
     _write_record(source, made | {"fingerprint": _fingerprint(output)})
     print(f"{output}: {demo.episodes} demonstrations, {made['steps']} steps; {made['failed']} failed and were dropped.")
 
 
 def _fingerprint(output: Path) -> str | None:
-    """Of a training dataset of this or another version; None where there is none that can be read."""
+    """The fingerprint of a training dataset of any version; None if there is none, or it cannot be read."""
     from uwm_jax.data.records import fingerprint
 
     try:
@@ -146,9 +145,10 @@ def _is_current(output: Path) -> bool:
 
 
 def episodes(demo: Demo, workers: int = 0) -> Iterator[tuple[int, Episode]]:
-    """The episodes by number, solved and failed, without end; the caller stops when it has enough.
+    """An endless iterator over (number, episode), solved and failed.
 
-    workers: processes, 0 = all cores, 1 = in this process.
+    Args:
+        workers: processes; 0 = all cores, 1 = in this process.
     """
     workers = workers or cores()
     if workers == 1:
@@ -159,7 +159,7 @@ def episodes(demo: Demo, workers: int = 0) -> Iterator[tuple[int, Episode]]:
         waiting: collections.deque = collections.deque()
         for i in range(SEEDS_PER_RUN):
             waiting.append((i, executor.submit(run_episode, i, demo)))
-            if len(waiting) > 2 * workers:  # a little ahead, so that no worker idles behind a long episode
+            if len(waiting) > 2 * workers:  # so that no worker idles while a long episode runs
                 number, future = waiting.popleft()
                 yield number, future.result()
     finally:
@@ -173,7 +173,7 @@ def _tools(image_size: int, candidates: int) -> tuple[Any, PushTExpert, Renderer
 
 
 def run_episode(number: int, demo: Demo) -> Episode:
-    """Episode `number` of the run, until the block covers 95 % of the goal or `max_steps` are over."""
+    """Episode `number`, until the block covers 95 % of the goal or `max_steps` have passed."""
     env, expert, render = _tools(demo.image_size, demo.candidates)
     seed = demo.seed * SEEDS_PER_RUN + number
     env.reset(seed=seed)
@@ -210,8 +210,10 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def rlds_record(episode: Episode) -> dict[str, Any]:
-    """The episode as TFDS takes it. The last step repeats the last action (RLDS leaves it undefined; a zero
-    would widen the range of the actions), its reward and discount are 0."""
+    """The episode in the form that TFDS writes.
+
+    The last step repeats the last action (RLDS leaves it undefined; a zero would widen the range of the actions); its
+    reward and discount are 0."""
     steps = len(episode.action)
     action = np.concatenate([episode.action, episode.action[-1:]])
     return {
@@ -240,7 +242,7 @@ def _require_packages() -> None:
 
 
 def _write_source(demo: Demo, directory: Path, workers: int) -> dict[str, Any]:
-    """Writes the RLDS dataset with TFDS, episodes in the order of their numbers; returns its record."""
+    """Writes the RLDS dataset with TFDS, episodes ordered by number; returns its record."""
     import tensorflow_datasets as tfds
 
     from data_prep.pusht_rlds import PushtExpert
@@ -270,7 +272,7 @@ def _write_source(demo: Demo, directory: Path, workers: int) -> dict[str, Any]:
 
     with building(directory) as new:
         builder = PushtExpert(demo.image_size, records, data_dir=new, file_format="array_record")
-        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports a download
             builder.download_and_prepare()
         record = {"demo": dataclasses.asdict(demo), "dataset": os.path.relpath(builder.data_dir, new), **counts}
         _write_record(new, record)
@@ -283,7 +285,7 @@ def _write_record(directory: Path, record: dict[str, Any]) -> None:
 
 def _read_record(directory: Path) -> dict[str, Any] | None:
     """The record that `_write_record` wrote: the flags, `dataset` (the builder's directory), counts, and `fingerprint`
-    of the training dataset once it is cut; None if the directory is no source of this command."""
+    of the training dataset once it is cut; None if this command did not make the directory."""
     try:
         record = read_json(directory / RECORD)
     except (OSError, UserError):

@@ -1,4 +1,4 @@
-"""Reads `features.json`, the tree that says what a record of a TFDS dataset means, with neither TensorFlow nor tfds."""
+"""Reads `features.json`, the feature tree of a TFDS dataset's records, without TensorFlow and tfds."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Feature:
     """One leaf of `features.json`.
 
     Attributes:
-        shape: of one step, for step features; None where it is ragged, -1 for an unknown dimension.
+        shape: of one step, for step features; None if ragged, -1 for an unknown dimension.
         dtype: a numpy name, `string`, or `unknown`.
         image: whether the values are encoded images.
-        encoding: `none`, or how a tensor became one string per step: `bytes` or `zlib`.
+        encoding: `none`, or the encoding of a tensor as one string per step: `bytes` or `zlib`.
     """
 
     shape: tuple[int, ...] | None
@@ -53,11 +53,11 @@ class Feature:
     encoding: str = "none"
 
 
-def modern(node: dict[str, Any]) -> dict[str, Any]:
-    """A feature tree in today's schema, {"pythonClassName": ..., <kind>: ...}.
+def upgrade(node: dict[str, Any]) -> dict[str, Any]:
+    """A feature tree in the current schema, {"pythonClassName": ..., <kind>: ...}.
 
-    Older versions of TFDS wrote {"type": class, "content": ...}, where the content is a dictionary of their own, or,
-    later, today's message (then with "proto_cls").
+    Older versions of TFDS wrote {"type": class, "content": ...}, where the content is a dictionary in a schema of its
+    own or, later, the current message (then with "proto_cls").
     """
     if "type" in node and "content" in node:
         name, content = str(node["type"]), node["content"]
@@ -68,15 +68,15 @@ def modern(node: dict[str, Any]) -> dict[str, Any]:
             return {"pythonClassName": name}
         node = {"pythonClassName": name, kind: content if node.get("proto_cls") else _content(kind, content)}
     if "featuresDict" in node:
-        children = {key: modern(child) for key, child in node["featuresDict"].get("features", {}).items()}
+        children = {key: upgrade(child) for key, child in node["featuresDict"].get("features", {}).items()}
         return node | {"featuresDict": {"features": children}}
     if "sequence" in node:
-        return node | {"sequence": node["sequence"] | {"feature": modern(node["sequence"]["feature"])}}
+        return node | {"sequence": node["sequence"] | {"feature": upgrade(node["sequence"]["feature"])}}
     return node
 
 
 def _content(kind: str, old: dict[str, Any]) -> dict[str, Any]:
-    """Content of an older `features.json` in today's schema."""
+    """Content of an older `features.json` in the current schema."""
     if kind == "featuresDict":
         return {"features": old}
     if kind == "sequence":
@@ -96,9 +96,9 @@ def _content(kind: str, old: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(node: dict[str, Any], prefix: str = "", ragged: bool = False) -> Iterator[tuple[str, Feature]]:
-    """Leaves of a feature tree in today's schema, by path.
+    """Leaves of a feature tree in the current schema, by path.
 
-    Those below a sequence within a step are ragged: records hold such lists row by row, of fixed length or not.
+    Leaves below a sequence within a step are ragged: records hold such lists row by row, also those of fixed length.
     """
     if "featuresDict" in node:
         for key, child in node["featuresDict"]["features"].items():
@@ -115,7 +115,7 @@ def flatten(node: dict[str, Any], prefix: str = "", ragged: bool = False) -> Ite
 
 
 def as_images(node: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> dict[str, Any]:
-    """A feature tree in today's schema whose leaves at the paths of `shapes` are PNG images of these shapes."""
+    """A feature tree in the current schema whose leaves at the paths in `shapes` are PNG images of these shapes."""
     if "featuresDict" in node:
         children = node["featuresDict"]["features"].items()
         new = {key: as_images(child, shapes, f"{prefix}/{key}" if prefix else key) for key, child in children}

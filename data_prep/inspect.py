@@ -1,4 +1,4 @@
-"""Shows what a training dataset holds: a contact sheet, histograms, and a summary.
+"""Shows the contents of a training dataset: a contact sheet, histograms, and a summary.
 
     python -m data_prep.inspect --dataset=DIR [--output=DIR/inspect]     (or its name in $UWM_DATA_DIR)
 
@@ -40,14 +40,14 @@ def inspect(dataset: Dataset, output: Path, num_episodes: int = 6, num_frames: i
     """Writes the pictures of a dataset into `output`.
 
     Returns:
-        Remarks on what looks wrong: black cameras, constant action dimensions.
+        Remarks on suspicious data: black cameras, constant action dimensions.
     Raises:
-        UserError: the directory cannot be made.
+        UserError: the directory cannot be created.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"{output} cannot be made: {e.filename}: {e.strerror}. Choose another --output.") from e
+        raise UserError(f"{output} cannot be created: {e.filename}: {e.strerror}. Choose another --output.") from e
     sheet, remarks = contact_sheet(dataset, num_episodes, num_frames)
     with replacing(output / "contact_sheet.png") as file:
         sheet.save(file)
@@ -59,7 +59,7 @@ def inspect(dataset: Dataset, output: Path, num_episodes: int = 6, num_frames: i
 
 
 def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple[Image.Image, list[str]]:
-    """Episodes (evenly spread) as rows, one strip per camera; frames (evenly spaced) as columns."""
+    """Evenly spaced episodes as rows, a strip per camera; evenly spaced frames as columns."""
     cameras = sorted(dataset.cameras)
     if not cameras:
         return _note("this dataset has no cameras"), ["no cameras"]
@@ -89,19 +89,19 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
             for j, (step, frame) in enumerate(zip(steps, frames[camera], strict=True)):
                 x = _LABEL_WIDTH + j * (max(widths.values()) + _MARGIN)
                 draw.text((x, y + 1), f"step {step}", "gray", small)
-                # Nearest neighbour: enlarged pixels stay what they are.
+                # Nearest neighbour keeps enlarged pixels sharp.
                 tile = Image.fromarray(frame).resize(
                     (widths[camera], _TILE_HEIGHT),
                     Image.Resampling.NEAREST if height < _TILE_HEIGHT else Image.Resampling.LANCZOS,
                 )
                 sheet.paste(tile, (x, y + 16))
             brightest[camera] = max(brightest[camera], int(frames[camera].max()))
-    remarks = [f"camera {c}: black in every frame looked at" for c in cameras if brightest[c] < 16]
+    remarks = [f"camera {c}: black in every frame shown" for c in cameras if brightest[c] < 16]
     return sheet, remarks
 
 
 def language(dataset: Dataset, episode: int) -> str:
-    """The episode's instruction: the first non-empty text whose key speaks of language, at its first step."""
+    """The episode's instruction: the first non-empty string, at the first step, whose key names language."""
     record = dataset.record(episode, 0)
     features = {f"steps/{key}": feature for key, feature in dataset.manifest["step_features"].items()}
     features |= dataset.manifest["episode_features"]
@@ -117,7 +117,7 @@ def language(dataset: Dataset, episode: int) -> str:
 
 @functools.cache
 def _font_file() -> str:
-    # Of the fonts that come with the project's dependencies, the one with the most scripts.
+    # Of the fonts that the dependencies bring, this one covers the most scripts.
     from matplotlib.font_manager import findfont
 
     return findfont("DejaVu Sans")
@@ -135,13 +135,13 @@ def _glyphs() -> frozenset[int]:
 
 
 def printable(text: str) -> str:
-    """One line of text in which characters that the pictures' font lacks are escaped, as in a Python string."""
+    """The text on one line, with characters that the font lacks escaped as in a Python string."""
     kept = (c if ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
     return "".join(kept)
 
 
 def fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """As much of `printable` text as fits into a width in pixels, with an ellipsis where it is cut."""
+    """`printable` text, cut with an ellipsis to a width in pixels."""
     text = printable(text)
     if font.getlength(text) <= width:
         return text
@@ -178,7 +178,7 @@ def _plot_actions(dataset: Dataset, file: Path) -> list[str]:
 
 
 def _histograms(panels: list[tuple[str, np.ndarray]]) -> tuple[Figure, list[str]]:
-    """A panel for each (name, values); and remarks on values that are never finite or always the same."""
+    """A panel per (name, values), and remarks on values that are never finite or constant."""
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = _figure(4 * columns, 2.4 * rows)
@@ -229,9 +229,9 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("dataset", None, "training dataset: a directory, or what is called so in $UWM_DATA_DIR")
+    flags.DEFINE_string("dataset", None, "training dataset: a directory, or its name in $UWM_DATA_DIR")
     flags.DEFINE_string("output", "", "directory for the pictures; default DATASET/inspect")
-    flags.DEFINE_string("split", "", "which split; default train, or the only one")
+    flags.DEFINE_string("split", "", "split; default train, else the first")
     flags.DEFINE_integer("episodes", 6, "rows of the contact sheet", lower_bound=1)
     flags.DEFINE_integer("frames", 8, "columns of the contact sheet", lower_bound=1)
 

@@ -1,7 +1,7 @@
-"""Directories that the jobs make: whole or not at all, and nothing is deleted that a job did not make.
+"""Output directories of jobs: they appear complete or not at all, and only directories of such jobs are ever deleted.
 
-A job builds `.<name>.<id>.building` next to its output and renames it. In that directory lies a file that the job has
-locked and that names its host, so that a later job can tell what a killed one left behind from what is being built.
+A job builds `.<name>.<id>.building` next to its output and renames it. That directory holds a file with the name of the
+host, which the job has locked, so that a later job can distinguish the remains of a killed job from one in progress.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ _LOCK = ".building.lock"
 
 
 def is_vacant(output: Path) -> bool:
-    """Whether there is nothing at `output`, or an empty directory."""
+    """Whether `output` does not exist or is an empty directory."""
     return not output.exists() or (output.is_dir() and not any(output.iterdir()))
 
 
 def check_output(
     output: Path, is_ours: Callable[[Path], bool], what: str, *, overwrite: bool, source: Path | None = None
 ) -> None:
-    """Checks that a job may put a new directory at `output`.
+    """Checks that a job may create or replace the directory `output`.
 
-    What a killed job left there is removed or put back first, and told.
+    First removes or restores the remains of killed jobs, as `clear_leftovers` does.
 
     Args:
-        is_ours: whether a directory is one that the job makes, so that `overwrite` may replace it.
-        what: names such directories in messages.
-        source: what the job reads; neither may lie inside the other, as replacing one would delete both.
+        is_ours: whether a directory is of the kind that the job makes, so that `overwrite` may replace it.
+        what: the name of that kind, for messages.
+        source: the job's input; neither may be inside the other, since replacing one would delete both.
 
     Raises:
-        UserError: it may not.
+        UserError: `output` cannot be used.
     """
     if source is not None:
         a, b = source.resolve(), output.resolve()
         if a == b or a in b.parents or b in a.parents:
             raise UserError(
-                f"--output={output} and the input {source} are the same directory, or one lies inside the other. "
+                f"--output={output} and the input {source} are the same directory, or one is inside the other. "
                 "Choose an --output outside the input."
             )
     clear_leftovers(output)
@@ -56,39 +56,39 @@ def check_output(
     if not output.is_dir() or not is_ours(output):
         raise UserError(
             f"{output} exists and is not {what}, so --overwrite does not replace it. "
-            "Choose another --output, or remove it yourself."
+            "Choose another --output, or remove it by hand."
         )
 
 
-def tell_room(output: Path, needed: int, what: str) -> None:
-    """Says so where the disk of `output` has less room than `needed` bytes, the size of `what`."""
+def warn_of_space(output: Path, needed: int, what: str) -> None:
+    """Warns if the disk of `output` has less free space than `needed` bytes, the size of `what`."""
     there = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     if free < needed:
         print(
-            f"warning: {_size(free)} are free for {output}, but {what} has {_size(needed)}, and the output is about as "
-            "large: the disk may run full. Free some space, or choose another --output."
+            f"warning: {_size(free)} are free for {output}, but {what} has {_size(needed)}, and the output is of about "
+            "the same size. Free some space, or choose another --output."
         )
 
 
 @contextlib.contextmanager
 def building(output: Path) -> Iterator[Path]:
-    """A new directory next to `output` that takes its place when the block ends well.
+    """A new directory next to `output` that replaces it if the block succeeds.
 
-    What was there stays until then, and stays if the block fails: then the new directory is removed.
+    Until then, and if the block fails, `output` is unchanged; after a failure the new directory is removed.
 
     Raises:
-        UserError: the directory cannot be made there.
-        OSError: of the block, naming the file as if it lay in `output`: the disk is full, say.
+        UserError: the directory cannot be created.
+        OSError: of the block (a full disk, say), naming the file as if it were in `output`.
     """
-    target = output.resolve()  # a link stays, and what it points at is replaced
+    target = output.resolve()  # a symbolic link is kept and its target replaced
     clear_leftovers(output)
     new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.building")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _make_locked(new)
     except OSError as e:
-        raise UserError(f"{output} cannot be made: {e.filename}: {e.strerror}. Choose another --output.") from e
+        raise UserError(f"{output} cannot be created: {e.filename}: {e.strerror}. Choose another --output.") from e
     try:
         yield new
         _replace(target, new)
@@ -104,7 +104,7 @@ def building(output: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Gives the errors of writing a file its name, which those of an open file lack."""
+    """Adds the file's name to errors of writing to it, which those of open files lack."""
     try:
         yield
     except OSError as e:
@@ -114,7 +114,7 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def _make_locked(new: Path) -> IO[str]:
-    """Makes a directory that appears with its lock taken; returns the locked file."""
+    """Creates a directory that appears with its lock held; returns the locked file."""
     hidden = new.with_suffix(".new")
     hidden.mkdir()
     try:
@@ -123,7 +123,9 @@ def _make_locked(new: Path) -> IO[str]:
         lock.flush()
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # a file system without locks: nobody can tell later, so nobody may delete
+        except (
+            OSError
+        ):  # a file system without locks: no later job can tell whether this one is alive, so none may delete
             (hidden / _LOCK).unlink()
         hidden.rename(new)
     except BaseException:
@@ -133,9 +135,9 @@ def _make_locked(new: Path) -> IO[str]:
 
 
 def clear_leftovers(output: Path) -> None:
-    """Removes what killed jobs left next to `output`, puts back what one had moved away, and says so.
+    """Removes the remains of killed jobs next to `output`, restores a directory that one had moved away, and prints it.
 
-    What a living job builds stays, and so does, with a note, what a job of another host or an unlocked one has left.
+    The directory of a running job is kept; that of a job on another host, or without a lock, is kept with a note.
     """
     target = output.resolve()
     names = glob.escape(f".{target.name}.") + "[0-9a-f]" * 8
@@ -144,22 +146,22 @@ def clear_leftovers(output: Path) -> None:
         size = _size(sum(p.stat().st_size for p in left.rglob("*") if p.is_file())) if dead is not False else ""
         if dead:
             shutil.rmtree(left, ignore_errors=True)
-            print(f"removed {left} ({size}), which a job that was killed had left")
+            print(f"removed {left} ({size}), left behind by a killed job")
         elif dead is None:
-            print(f"note: {left} ({size}) may be left of a job that was killed; if none is running, remove it")
+            print(f"note: {left} ({size}) may be left behind by a killed job; if none is running, remove it")
     for old in sorted(target.parent.glob(names + ".replaced")):
         if old.with_suffix(".building").exists():
-            continue  # being replaced just now
+            continue  # a job is replacing it
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
-            print(f"removed {old}, which a job that was killed had replaced by {output}")
+            print(f"removed {old}, which a killed job had replaced by {output}")
         else:
             old.rename(target)
-            print(f"put {old} back as {output}: a job that was killed had not yet replaced it")
+            print(f"restored {output} from {old}: a killed job had not yet replaced it")
 
 
 def _is_dead(directory: Path) -> bool | None:
-    """Whether the job that built a directory is over; None where that cannot be known."""
+    """Whether the job that built a directory has ended; None if unknown."""
     try:
         with (directory / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

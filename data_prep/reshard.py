@@ -2,10 +2,9 @@
 
     python -m data_prep.reshard --input=DIR --output=DIR
 
-The input directory holds the TFDS `dataset_info.json`. Episodes are cut into records of `--chunk_steps`
-steps; encoded images and all other values keep their bytes. `uwm_jax.data.records` describes the output. At the
-end the PCA image codec is fitted on training episodes and the statistics are computed, so that the dataset
-is ready to train on.
+The input directory holds the TFDS `dataset_info.json`. Episodes are cut into records of `--chunk_steps` steps; encoded
+images and all other values keep their bytes. `uwm_jax.data.records` describes the output. Finally the statistics are
+computed and the PCA image codec is fitted on training episodes, so that the dataset is ready to train on.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from data_prep.assemble import assemble, check_files
 from data_prep.chunks import EpisodeError, camera_features, frame_size, plan_layout
 from data_prep.codec import check_options, common_size, fit_codec, why_not_fitted
 from data_prep.cutting import Job, Result, run_jobs
-from data_prep.output import building, check_output, tell_room
+from data_prep.output import building, check_output, warn_of_space
 from data_prep.source_files import read_records
 from data_prep.stats import write_stats
 from uwm_jax import cli
@@ -37,8 +36,8 @@ from uwm_jax.reading import read_json
 FLAGS = flags.FLAGS
 
 MAX_SKIPPED = 0.01
-_SIZED_EPISODES = 64  # whose images tell the size of a camera that features.json leaves open
-_NOTES = 5  # about skipped episodes, in the message that too many were
+_SIZED_EPISODES = 64  # read to find the size of a camera that features.json does not specify
+_NOTES = 5  # about skipped episodes, in the error message
 
 
 def reshard(
@@ -56,23 +55,23 @@ def reshard(
     overwrite: bool = False,
     max_skipped: float = MAX_SKIPPED,
 ) -> dict[str, Any]:
-    """Makes the training dataset `output` from the RLDS dataset `source`; all or nothing.
+    """Makes the training dataset `output` from the RLDS dataset `source`, completely or not at all.
 
     Args:
-        splits: which splits; all if empty.
+        splits: names of the splits to take; all if empty.
         chunk_steps: steps per record; shard_mb: size at which a new shard begins.
         codec_size: (height, width) at which the PCA codec is fitted; None: the cameras' own.
         pca_patch, pca_channels: side of its patches in pixels, and latent channels.
-        val_ratio: share of episodes that the codec is not fitted on (`config.data.val_ratio`).
-        workers: processes (one per core if 0), each on input files of its own.
+        val_ratio: share of episodes held out from the codec's fit (`config.data.val_ratio`).
+        workers: processes (one per core if 0); each reads its own input files.
         overwrite: replace an existing output.
-        max_skipped: largest share of the episodes, of each split and of all, that may be skipped; one always may.
+        max_skipped: largest share of episodes that may be skipped, in each split and overall; one is always allowed.
     Returns:
         The manifest.
     Raises:
-        UserError: an option no dataset could be made with, a source that cannot be read, an output that exists or
-            (with `overwrite`) is no training dataset, or one that lies inside the source or around it.
-        RunError: more than `max_skipped` was skipped; nothing is left of the output.
+        UserError: an invalid option, an unreadable source, an output that exists or (with `overwrite`) is not a
+            training dataset, or source and output inside each other.
+        RunError: more than `max_skipped` was skipped; no output is left.
     """
     source, output = Path(source), Path(output)
     check_options(codec_size, pca_patch, pca_channels, val_ratio)
@@ -80,7 +79,9 @@ def reshard(
         raise UserError(f"--max_skipped={max_skipped}: expected a share of the episodes, 0 <= share <= 1.")
     check_output(output, is_training_dataset, "a training dataset", overwrite=overwrite, source=source)
     if (source / "manifest.json").exists():
-        raise UserError(f"{source} is already in the training layout. Give --input the RLDS dataset it was made from.")
+        raise UserError(
+            f"{source} is already in the training layout. Expected as --input the RLDS dataset it was made from."
+        )
     opened = rlds.open_source(source, splits)
     unknown = set(splits) - set(opened.splits)
     if unknown:
@@ -88,7 +89,9 @@ def reshard(
     chosen = {split: files for split, files in opened.splits.items() if split in splits or not splits}
     layout = plan_layout(opened.features, chunk_steps, _camera_sizes(opened, chosen))
     check_files(layout, chosen, source / "features.json")
-    tell_room(output, sum(file.stat().st_size for files in chosen.values() for file in files), f"the input {source}")
+    warn_of_space(
+        output, sum(file.stat().st_size for files in chosen.values() for file in files), f"the input {source}"
+    )
 
     with building(output) as new:
         jobs = [
@@ -110,10 +113,10 @@ def reshard(
 
 
 class _SkipLimit:
-    """Ends the job where more than a share of the episodes is skipped; one may be skipped always.
+    """Ends the job if more than a share of the episodes is skipped; one is always allowed.
 
     Args:
-        totals: episodes that each split promises; None where it does not say.
+        totals: number of episodes that each split declares; None if it declares none.
     """
 
     def __init__(self, share: float, totals: Sequence[int | None]):
@@ -122,13 +125,13 @@ class _SkipLimit:
         self._seen: list[Result] = []
 
     def watch(self, result: Result) -> None:
-        """Told of each file's result; ends the job as soon as the promised episodes cannot make up for what is lost."""
+        """Takes the result of a file; ends the job as soon as the share is exceeded whatever the other files hold."""
         self._seen.append(result)
         if self._promised is not None:
             self._check("", self._seen, max(self._promised, sum(r.episodes for r in self._seen)))
 
     def check(self, by_split: Mapping[str, Sequence[Result]]) -> None:
-        """Checks each split and all of them together, when everything is read."""
+        """Checks each split, and all splits together, after all files are read."""
         for split, parts in by_split.items():
             self._check(f" of split {split!r}", parts, sum(r.episodes for r in parts))
         everything = [r for parts in by_split.values() for r in parts]
@@ -147,8 +150,8 @@ class _SkipLimit:
             at_least, more = "at least ", ", or more: not all files were read"
         raise RunError(
             f"nothing was published: {at_least}{skipped} of {total} episodes{of} were skipped, more than "
-            f"--max_skipped={self._share:g} allows:\n{counts}\n{_first_lines(notes, _NOTES)}\nMend the source, or do "
-            f"without them by --max_skipped={share:g}{more}."
+            f"--max_skipped={self._share:g} allows:\n{counts}\n{_first_lines(notes, _NOTES)}\nRepair the source, or "
+            f"accept the loss with --max_skipped={share:g}{more}."
         )
 
 
@@ -167,7 +170,7 @@ def is_training_dataset(directory: Path) -> bool:
 
 
 def _camera_sizes(source: rlds.Source, splits: dict[str, list[Path]]) -> dict[str, tuple[int, int]]:
-    """Sizes of the cameras; where features.json leaves one open, the one that most of the first episodes have."""
+    """Sizes of the cameras; for one that features.json does not specify, the most frequent in the first episodes."""
     sizes: dict[str, tuple[int, int]] = {}
     votes: dict[str, collections.Counter[tuple[int, int]]] = {}
     for key, feature in camera_features(source.features).items():
@@ -184,18 +187,18 @@ def _camera_sizes(source: rlds.Source, splits: dict[str, list[Path]]) -> dict[st
             try:
                 counter[frame_size(record, key)] += 1
             except EpisodeError:
-                pass  # cutting it tells
+                pass  # reported when the episode is cut
     unread = [key for key, counter in votes.items() if not counter]
     if unread:
         raise UserError(
             f"{source.path}: none of the first {_SIZED_EPISODES} episodes has readable images of {', '.join(unread)}, "
-            "whose size features.json leaves open."
+            "whose size features.json does not specify."
         )
     for key, counter in votes.items():
         sizes[key] = counter.most_common(1)[0][0]
         if len(counter) > 1:
             found = ", ".join(f"{h}x{w} in {n}" for (h, w), n in counter.most_common())
-            print(f"{key}: images of several sizes ({found} of the first episodes): the first of these is taken.")
+            print(f"{key}: images of several sizes ({found} of the first episodes); the first size is used.")
     return sizes
 
 
@@ -207,19 +210,19 @@ def _derive(
     channels: int,
     val_ratio: float,
 ) -> None:
-    """Computes statistics from the finished records, and fits the PCA codec on the (first or) `train` split."""
+    """Computes statistics from the finished records, and fits the PCA codec on the `train` split, else the first."""
     write_stats(directory)
     dataset = Dataset(directory, "train" if "train" in manifest["splits"] else next(iter(manifest["splits"])))
     size = codec_size or common_size(dataset.cameras, patch)
     if not dataset.cameras or size is None:
-        print(f"PCA codec: not fitted, as {why_not_fitted(dataset.cameras, patch)}.")
+        print(f"PCA codec: not fitted, because {why_not_fitted(dataset.cameras, patch)}.")
         return
     frames = fit_codec(dataset, directory / "codec" / "pca.npz", size, patch, channels, val_ratio)
     print(f"PCA codec: fitted at {size[0]}x{size[1]} on {frames} steps of training episodes.")
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    """Describes the contents of a dataset, and what was skipped in making it, for people."""
+    """Text about the contents of a dataset and what was skipped when it was made."""
     lines = [f"{manifest['name']} {manifest['version']}, {manifest['chunk_steps']} steps per record"]
     for split, s in manifest["splits"].items():
         size = sum(shard["bytes"] for shard in s["shards"]) / 1e6
@@ -240,7 +243,7 @@ def summary(manifest: dict[str, Any]) -> str:
 
 def define_flags() -> None:
     flags.DEFINE_string("input", None, "directory of an RLDS dataset, with dataset_info.json and features.json")
-    flags.DEFINE_string("output", None, "directory to make")
+    flags.DEFINE_string("output", None, "directory to create")
     flags.DEFINE_list("split", [], "splits to take, separated by commas; default all")
     flags.DEFINE_integer("chunk_steps", 16, "steps per record", lower_bound=1)
     flags.DEFINE_integer("shard_mb", 256, "size of a shard in MiB", lower_bound=1)
@@ -250,7 +253,9 @@ def define_flags() -> None:
     flags.DEFINE_float("val_ratio", 0.05, "share of episodes held out of the codec's fit, as config.data.val_ratio")
     flags.DEFINE_integer("workers", 0, "processes; 0 = one per core", lower_bound=0)
     flags.DEFINE_bool("overwrite", False, "replace an existing output")
-    flags.DEFINE_float("max_skipped", MAX_SKIPPED, "largest share of the episodes that may be skipped; one always may")
+    flags.DEFINE_float(
+        "max_skipped", MAX_SKIPPED, "largest share of episodes that may be skipped; one is always allowed"
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""Opens RLDS datasets in TFDS layout, with neither TensorFlow nor tfds.
+"""Opens RLDS datasets in TFDS layout, without TensorFlow and tfds.
 
-A directory holds `dataset_info.json` (splits and their files), `features.json` (what a record
-means) and the shards, TFRecord or ArrayRecord, one serialized episode per record.
+A directory holds `dataset_info.json` (splits and their files), `features.json` (the features of a record) and the
+shards, TFRecord or ArrayRecord, one serialized episode per record.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep.features import STEPS, Feature, flatten, modern
+from data_prep.features import STEPS, Feature, flatten, upgrade
 from data_prep.source_files import starts_with_record
 from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.errors import UserError
@@ -29,9 +29,9 @@ class Source:
 
     Attributes:
         splits: the files of each split.
-        lengths: how many episodes `dataset_info.json` promises in each file of a split; None where it does not say.
-        totals: the same for a split altogether; None where it does not say.
-        features_json: the feature tree in today's schema.
+        lengths: number of episodes that `dataset_info.json` declares for each file of a split; None if undeclared.
+        totals: the same for a split; None if undeclared.
+        features_json: the feature tree in the current schema.
     """
 
     path: Path
@@ -50,9 +50,9 @@ def open_source(path: Path, only: Iterable[str] = ()) -> Source:
     """Reads the two JSON files and checks the shards that they name.
 
     Args:
-        only: the splits whose files must be there; all if empty.
+        only: the splits whose files must exist; all if empty.
     Raises:
-        UserError: it is no RLDS dataset, a file is missing or not the data, or a name leads out of the dataset.
+        UserError: not an RLDS dataset, a file is missing or a placeholder, or a name leads out of the dataset.
     """
     info_file = path / "dataset_info.json"
     info = _read_json(path, info_file.name)
@@ -68,13 +68,13 @@ def open_source(path: Path, only: Iterable[str] = ()) -> Source:
     for split in _splits(info, info_file):
         name = check_name(split.get("name"), "the name of a split", info_file)
         if name in splits:
-            raise UserError(f"{info_file}: two entries of `splits` have the name {name!r}. Keep the one that is right.")
-        lengths[name], totals[name] = _promised(split, info_file)
+            raise UserError(f"{info_file}: two entries of `splits` have the name {name!r}. Keep the correct one.")
+        lengths[name], totals[name] = _declared(split, info_file)
         splits[name] = _shard_files(path, info, split, file_format, len(lengths[name]))
         if not only or name in only:
             _check_files(path, name, splits[name], _name_pattern(info, split, file_format))
     if not splits:
-        raise UserError(f"{info_file} names no splits.")
+        raise UserError(f"{info_file} lists no splits.")
     version = str(info.get("version", ""))
     return Source(path, info["name"], version, file_format, splits, lengths, totals, info, features_json, features)
 
@@ -83,7 +83,7 @@ def _read_features(path: Path) -> tuple[dict[str, Any], dict[str, Feature]]:
     file = path / "features.json"
     tree = _read_json(path, file.name)
     try:
-        tree = modern(tree)
+        tree = upgrade(tree)
         features = dict(flatten(tree))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
         raise UserError(f"{file} is not in the schema of TFDS ({type(e).__name__}: {str(e)[:200]}).") from e
@@ -106,13 +106,13 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _version(path: Path) -> tuple[bool, list[int], str]:
-    """Orders folders: versions by their numbers (1.10.0 after 1.9.0), after everything else."""
+    """Sort key of folders: versions by their numbers (1.10.0 after 1.9.0), after all others."""
     numbers = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", path.name)
     return numbers is not None, [int(n) for n in numbers.groups()] if numbers else [], path.name
 
 
 def _splits(info: dict[str, Any], file: Path) -> list[dict[str, Any]]:
-    """The entries of `splits`, which is a list, or a dictionary by name."""
+    """The entries of `splits`, which is a list or a dictionary by name."""
     splits = info.get("splits") or []
     if isinstance(splits, dict):
         splits = [{"name": name} | split if isinstance(split, dict) else split for name, split in splits.items()]
@@ -121,8 +121,8 @@ def _splits(info: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     return splits
 
 
-def _promised(split: dict[str, Any], file: Path) -> tuple[list[int | None], int | None]:
-    """Episodes of each file and of the split, as far as an entry of `splits` tells."""
+def _declared(split: dict[str, Any], file: Path) -> tuple[list[int | None], int | None]:
+    """Number of episodes in each file and in the split, by an entry of `splits`; None if undeclared."""
     name = split["name"]
     try:
         stored = split.get("shardLengths") or split.get("shard_lengths") or []
@@ -131,19 +131,19 @@ def _promised(split: dict[str, Any], file: Path) -> tuple[list[int | None], int 
         lengths: list[int | None] = [_count(n, "shardLengths", _MOST_EPISODES) for n in stored]
         if lengths:
             return lengths, sum(n or 0 for n in lengths)
-        # Before shardLengths there were the number of files, and statistics.
+        # Older versions have no shardLengths, but the number of files, and statistics.
         count = _count(split.get("numShards") or split.get("num_shards") or 0, "numShards", _MOST_FILES)
-        told = (split.get("statistics") or {}).get("numExamples")
-        total = None if told is None else _count(told, "numExamples", _MOST_EPISODES)
+        examples = (split.get("statistics") or {}).get("numExamples")
+        total = None if examples is None else _count(examples, "numExamples", _MOST_EPISODES)
         return [total] if count == 1 else [None] * count, total
     except (TypeError, ValueError, OverflowError, AttributeError) as e:
         raise UserError(
-            f"{file}: split {name!r}: shardLengths, numShards and numExamples are expected to be integers ({e})."
+            f"{file}: split {name!r}: expected integers in shardLengths, numShards and numExamples ({e})."
         ) from e
 
 
 def _count(value: Any, field: str, most: int) -> int:
-    """A count that is stored as an integer or, as protobuf's JSON has it, as a string of digits."""
+    """A count, stored as an integer or, in protobuf's JSON, as a string of digits."""
     count = int(value)
     if isinstance(value, bool | float) or not 0 <= count <= most:
         raise ValueError(f"{field} has {str(value)[:60]}; expected 0 to {most}")
@@ -165,14 +165,14 @@ def _shard_files(path: Path, info: dict, split: dict, file_format: str, num_shar
         files.append(path / check_name(name, f"the name of a file of split {split['name']!r}", where))
     if len(set(files)) < len(files):
         raise UserError(
-            f"{where}: the {len(files)} files of split {split['name']!r} have one name, {files[0].name!r}. "
-            "filepathTemplate is expected to hold the number of the file, as {SHARD_X_OF_Y} or {SHARD_INDEX}."
+            f"{where}: the {len(files)} files of split {split['name']!r} have the same name, {files[0].name!r}. "
+            "Expected the number of the file in filepathTemplate, as {SHARD_X_OF_Y} or {SHARD_INDEX}."
         )
     return files
 
 
 def _name_pattern(info: dict, split: dict, file_format: str) -> re.Pattern[str]:
-    """Matches the names of a split's files, whatever their number; the first group, if any, is that number."""
+    """A pattern of the names of a split's files for any number of files; the first group, if any, is that number."""
     pattern = re.escape(_named(info, split, file_format))
     for key, digits in (("SHARD_X_OF_Y", r"\d+-of-(\d+)"), ("NUM_SHARDS", r"(\d+)"), ("SHARD_INDEX", r"\d+")):
         pattern = pattern.replace(re.escape("{" + key + "}"), digits)
@@ -180,7 +180,7 @@ def _name_pattern(info: dict, split: dict, file_format: str) -> re.Pattern[str]:
 
 
 def _named(info: dict, split: dict, file_format: str) -> str:
-    """The template of a split's file names, with all filled in but the shard."""
+    """The template of a split's file names, with everything but the shard filled in."""
     name = str(split.get("filepathTemplate") or split.get("filepath_template") or _TEMPLATE)
     for key, value in (("DATASET", info["name"]), ("SPLIT", split["name"]), ("FILEFORMAT", file_format)):
         name = name.replace("{" + key + "}", value)
@@ -188,7 +188,7 @@ def _named(info: dict, split: dict, file_format: str) -> str:
 
 
 def _check_files(path: Path, split: str, files: list[Path], pattern: re.Pattern[str]) -> None:
-    """Checks that the files of a split are there and are data."""
+    """Checks that the files of a split exist and are not placeholders."""
     matches = [m for p in path.iterdir() if (m := pattern.fullmatch(p.name)) and pattern.groups]
     counts = {m[1] for m in matches}
     missing = [f.name for f in files if not f.exists()]
@@ -197,7 +197,7 @@ def _check_files(path: Path, split: str, files: list[Path], pattern: re.Pattern[
         raise UserError(
             f"{path / 'dataset_info.json'}: split {split!r} has {len(files)} files by its shardLengths (or numShards), "
             f"but files here are named -of-{others[0]}. The JSON belongs to another version of the dataset: take both "
-            "from the same place."
+            "from the same version."
         )
     if missing:
         raise UserError(

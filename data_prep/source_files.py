@@ -17,13 +17,14 @@ DAMAGED = "data checksum mismatch"
 
 
 def read_records(path: Path, file_format: str) -> Iterator[tuple[bytes | None, str, int]]:
-    """Yields (record, "", size) per record, or (None, reason, size) for what cannot be read: a record with a wrong
-    checksum is skipped, a broken frame ends the file. Sizes are shares of the file's bytes: their sum is the size
-    of the file, or less where a broken frame ends it. An ArrayRecord file that is cut off anywhere has no index, so
-    none of its records can be read. A disk or network that fails for a moment is asked again, as `reading.again`.
+    """Yields (record, "", size) per record, or (None, reason, size) for a damaged part of the file.
+
+    A record with a wrong checksum is skipped; a broken frame ends the file. Sizes are shares of the file's bytes: they
+    sum to the size of the file, or less if a broken frame ends it. A truncated ArrayRecord file has no index, so none
+    of its records can be read. Transient errors are retried, as in `reading.again`.
 
     Raises:
-        RunError: it failed each time.
+        RunError: every attempt failed.
     """
     if file_format == "tfrecord":
         yield from _read_tfrecord(path)
@@ -32,7 +33,7 @@ def read_records(path: Path, file_format: str) -> Iterator[tuple[bytes | None, s
 
 
 def starts_with_record(path: Path) -> bool:
-    """Whether a file begins as TFRecord files do: with a length and its checksum."""
+    """Whether a file begins with a length and its checksum, as TFRecord files do."""
     with path.open("rb") as f:
         header = f.read(12)
     return len(header) == 12 and struct.unpack("<I", header[8:])[0] == _masked_crc(header[:8])
@@ -86,7 +87,7 @@ def _read_array_record(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
             raise
 
     for i in range(count):
-        # Records may be compressed, and a damaged one has no length: equal shares are as good as any.
+        # Records may be compressed, and a damaged one has no known length: count equal shares.
         size = total * (i + 1) // count - total * i // count
         try:
             record = again(lambda i=i: read(i), path)  # type: ignore[misc]
@@ -94,7 +95,7 @@ def _read_array_record(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
             yield None, DAMAGED, size
             continue
         yield record, "", size
-    with contextlib.suppress(RuntimeError):  # it repeats what a read has told
+    with contextlib.suppress(RuntimeError):  # it repeats errors of reads
         reader.close()
 
 
@@ -103,12 +104,12 @@ def _open_array_record(path: Path) -> Any:
 
     reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
     if not reader.ok():
-        reader.close()  # tells why
-        raise RuntimeError("not a whole ArrayRecord file")
+        reader.close()  # raises the reason
+        raise RuntimeError("not a complete ArrayRecord file")
     return reader
 
 
 def _masked_crc(data: bytes) -> int:
-    """CRC-32C as TFRecord stores it, rotated and offset."""
+    """The masked (rotated and offset) CRC-32C of TFRecord."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

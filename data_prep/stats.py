@@ -2,12 +2,12 @@
 
     python -m data_prep.stats --dataset=DIR     (or its name in $UWM_DATA_DIR)
 
-Reads the columns only, no record and no image, so it takes seconds. `data_prep.reshard` has already done
-it; this computes them again, shows them, and warns of constant dimensions and of values that are not finite.
+Reads only columns, no records or images, so it takes seconds. `data_prep.reshard` has already computed them; this
+command computes them again, prints them, and warns of constant dimensions and of values that are not finite.
 
-They describe whole splits, but for actions at the last step of an episode where `is_last` marks it: RLDS leaves
-these undefined. The normaliser of a run does not use them: its own are those of the run's training
-episodes (`uwm_jax.data.stats.key_stats`).
+The statistics are over all episodes of a split, without the actions of last steps that `is_last` marks, which RLDS
+leaves undefined. The normaliser of a run does not use them: it is fitted on the run's own training episodes
+(`uwm_jax.data.stats.key_stats`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from uwm_jax.files import write_text
 FLAGS = flags.FLAGS
 
 STATS_FILE = "stats.json"
-_EPISODES = "all episodes of each split, also those that a run holds out; actions without those where is_last is true"
+_EPISODES = "all episodes of each split, held-out ones included; actions without those where is_last is true"
 
 
 def write_stats(directory: str | os.PathLike[str]) -> dict[str, dict[str, Stats]]:
-    """Writes `stats.json`: {"fingerprint": of the manifest, "episodes": which ones, in words, "splits": {split:
-    {step key: statistics}}}.
+    """Writes `stats.json`: {"fingerprint": of the manifest, "episodes": a description, "splits": {split: {step key:
+    statistics}}}.
 
     Statistics are those of `uwm_jax.data.stats.dataset_stats`.
 
@@ -63,8 +63,8 @@ def table(stats: dict[str, Stats]) -> str:
 
 
 def warnings(stats: dict[str, Stats]) -> list[str]:
-    """Obstacles to a run on one split, one line per key: constant dimensions (as the normaliser sees
-    them) and values that are not finite."""
+    """Warnings about one split, one line per key: constant dimensions (as the normaliser defines them) and values that
+    are not finite."""
     lines = []
     for key, s in stats.items():
         found = []
@@ -82,7 +82,7 @@ def warnings(stats: dict[str, Stats]) -> list[str]:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("dataset", None, "training dataset: a directory, or what is called so in $UWM_DATA_DIR")
+    flags.DEFINE_string("dataset", None, "training dataset: a directory, or its name in $UWM_DATA_DIR")
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Processes that share the work of a `data_prep` command."""
+"""Worker processes of `data_prep` commands."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 def pool(
     processes: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
 ) -> concurrent.futures.ProcessPoolExecutor:
-    """Fresh processes that end in silence with the command, by Ctrl-C as well as where it is killed.
+    """A pool of spawned processes that exit silently with the command, on Ctrl-C as well as if it is killed.
 
     Args:
-      initializer: called once in each process with `initargs`; as what is submitted, importable by name.
+      initializer: called once in each process with `initargs`; like submitted functions, importable by name.
     """
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(processes, context, _start, (initializer, initargs))
 
 
 def _start(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # the command has it too, and tells
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # the command gets the signal too, and reports it
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if initializer:
         initializer(*initargs)
@@ -33,5 +33,5 @@ def _start(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -
 def _end_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent:
-        parent.join()  # without this a worker would wait for work for ever
+        parent.join()  # otherwise a worker would wait for work forever
         os._exit(1)

@@ -18,5 +18,5 @@ def test_no_two_files_have_one_name() -> None:
     check_files(_layout("a/b", "a_b", "b"), ["train", "val"], where)
     with pytest.raises(UserError, match=r"'a/b' and the feature 'a.b' would both become columns/train/a.b.npy"):
         check_files(_layout("a/b", "b", "a.b"), ["train"], where)
-    with pytest.raises(UserError, match=r"texts of split 'train' and split 'train.texts' would both become index/"):
+    with pytest.raises(UserError, match=r"strings of split 'train' and split 'train.texts' would both become index/"):
         check_files(_layout("a"), ["train", "train.texts"], where)

@@ -123,7 +123,7 @@ def test_texts_of_an_episode_may_be_missing() -> None:
 @pytest.mark.parametrize(
     ("feature", "reason"),
     [
-        (Feature((3,), "complex64"), "values of complex64; a key that is read holds floats, integers or booleans"),
+        (Feature((3,), "complex64"), "values of complex64; a usable key holds floats, integers or booleans"),
         (Feature((3,), "float32", encoding="lz4"), "a tensor encoded by 'lz4'; expected none or bytes or zlib"),
         (Feature((20, 20, 3), "uint8", encoding="lz4"), "a tensor encoded by 'lz4'; expected none or bytes or zlib"),
     ],

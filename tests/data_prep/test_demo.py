@@ -94,7 +94,7 @@ def test_make_is_ready_to_train_on_and_keeps_what_is_there(short_episodes, tmp_p
 
     capsys.readouterr()
     demo.make(TINY, output, workers=1)
-    assert "there already" in capsys.readouterr().out
+    assert "exist already" in capsys.readouterr().out
     other = dataclasses.replace(TINY, seed=9)
     with pytest.raises(UserError, match="--overwrite"):
         demo.make(other, output, workers=1)
@@ -113,10 +113,10 @@ def test_a_dataset_of_an_older_version_is_cut_again_from_its_source(short_episod
     demo._write_record(tmp_path / "pusht_rlds", record | {"fingerprint": fingerprint(json.loads(older))})
     monkeypatch.setattr(demo, "run_episode", None)
     demo.make(TINY, output, workers=1)
-    assert "another version: it is cut again from" in capsys.readouterr().out
+    assert "another version; cutting it again from" in capsys.readouterr().out
     assert fingerprint(read_manifest(output)) == fingerprint(current)
     demo.make(TINY, output, workers=1)
-    assert "there already" in capsys.readouterr().out
+    assert "exist already" in capsys.readouterr().out
 
 
 def test_an_expert_that_always_fails_is_an_error(monkeypatch, tmp_path):
@@ -152,7 +152,7 @@ def test_an_interrupted_overwrite_loses_nothing_and_is_not_taken_for_done(short_
     assert _files(output) == {p.relative_to("pusht"): b for p, b in before.items() if p.parts[0] == "pusht"}
 
     # The source is the new one now, the dataset still the old one: this must not count as ready.
-    with pytest.raises(UserError, match="holds another dataset .not cut from what is in .*pusht_rlds"):
+    with pytest.raises(UserError, match="holds another dataset .not cut from .*pusht_rlds"):
         demo.make(other, output, workers=1)
     monkeypatch.setattr(demo, "run_episode", None)  # the source is kept
     demo.make(other, output, workers=1, overwrite=True)
@@ -175,7 +175,7 @@ def test_overwrite_deletes_nothing_of_others(monkeypatch, tmp_path, name):
 def test_output_in_a_place_that_is_no_directory(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "run_episode", None)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         demo.make(TINY, tmp_path / "file" / "pusht", workers=1)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

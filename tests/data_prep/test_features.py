@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data_prep.features import Feature, as_images, flatten, modern
+from data_prep.features import Feature, as_images, flatten, upgrade
 
 F = tfds.features
 
@@ -19,7 +19,7 @@ def _tree(steps: dict[str, Any], **episode: Any) -> dict[str, Any]:
 
 
 def _steps(steps: dict[str, Any]) -> dict[str, Feature]:
-    return {k.removeprefix("steps/"): f for k, f in flatten(modern(_tree(steps)))}
+    return {k.removeprefix("steps/"): f for k, f in flatten(upgrade(_tree(steps)))}
 
 
 def test_shapes_kinds_and_encodings() -> None:
@@ -75,9 +75,9 @@ def test_the_oldest_schema_reads_as_tfds_reads_it() -> None:
     }
     steps = _old("sequence_feature.Sequence", {"feature": _old("features_dict.FeaturesDict", step), "length": None})
     old = _old("features_dict.FeaturesDict", {"steps": steps, "path": _old("text_feature.Text", {})})
-    tree = modern(old)
+    tree = upgrade(old)
     expected = F.FeatureConnector.from_json(json.loads(json.dumps(old)))
-    assert dict(flatten(tree)) == dict(flatten(modern(json.loads(json.dumps(expected.to_json())))))
+    assert dict(flatten(tree)) == dict(flatten(upgrade(json.loads(json.dumps(expected.to_json())))))
     assert dict(flatten(tree))["steps/image"] == Feature((8, -1, 3), "uint8", image=True)
 
 
@@ -87,11 +87,14 @@ def test_messages_in_the_older_frame(as_text: bool) -> None:
     assert tree.keys() == {"type", "content", "proto_cls"}
     if as_text:
         tree["content"] = json.dumps(tree["content"])
-    assert dict(flatten(modern(tree))) == {"steps/state": Feature((3,), "float32"), "path": Feature((), "string")}
+    assert dict(flatten(upgrade(tree))) == {
+        "steps/state": Feature((3,), "float32"),
+        "path": Feature((), "string"),
+    }
 
 
 def test_leaves_become_images() -> None:
-    tree = modern(_tree({"observation": {"a": F.Tensor(shape=(4, 6, 3), dtype=np.uint8), "b": F.Scalar(np.int64)}}))
+    tree = upgrade(_tree({"observation": {"a": F.Tensor(shape=(4, 6, 3), dtype=np.uint8), "b": F.Scalar(np.int64)}}))
     found = dict(flatten(as_images(tree, {"steps/observation/a": (4, 6, 3)})))
     assert found == {
         "steps/observation/a": Feature((4, 6, 3), "uint8", image=True),

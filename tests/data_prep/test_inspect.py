@@ -69,7 +69,7 @@ def test_an_action_that_rlds_leaves_undefined_is_not_drawn(out: Path, tmp_path: 
 def test_an_output_that_cannot_be_made_is_one_message(out: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     for output in (tmp_path / "file", tmp_path / "file" / "x"):
-        with pytest.raises(UserError, match=r"cannot be made: .*Choose another --output"):
+        with pytest.raises(UserError, match=r"cannot be created: .*Choose another --output"):
             inspect(Dataset(out), output)
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
 

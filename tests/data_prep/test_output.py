@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import data_prep.output
-from data_prep.output import building, check_output, clear_leftovers, tell_room
+from data_prep.output import building, check_output, clear_leftovers, warn_of_space
 from uwm_jax.errors import UserError
 
 
@@ -105,7 +105,7 @@ def test_a_failure_of_the_swap_puts_the_old_directory_back(tmp_path: Path, monke
 def test_a_place_where_no_directory_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match=r"file.x cannot be made: .*Choose another --output"),
+        pytest.raises(UserError, match=r"file.x cannot be created: .*Choose another --output"),
         building(tmp_path / "file" / "x"),
     ):
         pass
@@ -148,7 +148,7 @@ def test_what_a_killed_job_left_is_removed_and_told(killed, tmp_path: Path, caps
     with building(tmp_path / "out") as new:
         (new / "text").touch()
         assert not left.exists()
-    assert f"removed {left} (3.0 MB), which a job that was killed had left" in capsys.readouterr().out
+    assert f"removed {left} (3.0 MB), left behind by a killed job" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == [".other.12345678.building", "out"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["text"]
 
@@ -161,7 +161,7 @@ def test_what_may_be_anothers_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
     _check(tmp_path / "out")
     printed = capsys.readouterr().out
     for directory in (unlocked, elsewhere):
-        assert directory.exists() and f"note: {directory} (0.0 MB) may be left of a job that was killed" in printed
+        assert directory.exists() and f"note: {directory} (0.0 MB) may be left behind by a killed job" in printed
 
 
 def test_a_job_that_was_killed_while_it_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +171,7 @@ def test_a_job_that_was_killed_while_it_replaced(tmp_path: Path, capsys: pytest.
     with pytest.raises(UserError, match="replace it with --overwrite"):
         _check(tmp_path / "out", overwrite=False)  # it is back
     assert (tmp_path / "out" / "mark").exists() and not old.exists()
-    assert f"put {old} back as {tmp_path / 'out'}" in capsys.readouterr().out
+    assert f"restored {tmp_path / 'out'} from {old}" in capsys.readouterr().out
     old.mkdir()
     (tmp_path / ".out.00000002.replaced").mkdir()
     (tmp_path / ".out.00000002.building").mkdir()
@@ -199,7 +199,7 @@ def test_too_little_room_is_told(
     monkeypatch.setattr(
         data_prep.output.shutil, "disk_usage", lambda path: asked.append(path) or usage(9e9, 8e9, 1_000_000_000)
     )
-    tell_room(tmp_path / "a" / "b", 1_000_000_000, "the input x")
+    warn_of_space(tmp_path / "a" / "b", 1_000_000_000, "the input x")
     assert not capsys.readouterr().out and asked == [tmp_path]
-    tell_room(tmp_path / "a" / "b", 2_500_000_000, "the input x")
+    warn_of_space(tmp_path / "a" / "b", 2_500_000_000, "the input x")
     assert "1.00 GB are free for" in (printed := capsys.readouterr().out) and "the input x has 2.50 GB" in printed

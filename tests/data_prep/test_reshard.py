@@ -179,7 +179,7 @@ def test_a_broken_length_ends_the_file(tmp_path: Path) -> None:
     info = reshard(tmp_path / "source", tmp_path / "out", max_skipped=0.5, **OPTIONS)["splits"]["train"]
     assert info["skipped"] == {
         "length checksum mismatch (rest of the file lost)": 1,
-        "missing, though dataset_info.json promises it": 1,
+        "missing, though dataset_info.json declares it": 1,
     }
     assert info["episodes"] == 2
 
@@ -254,7 +254,7 @@ def test_bad_options_are_found_before_any_work(
 def test_an_output_that_cannot_be_made_is_one_message(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_prep.reshard.run_jobs", None)
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(UserError, match=r"file.out cannot be made: .*Choose another --output"):
+    with pytest.raises(UserError, match=r"file.out cannot be created: .*Choose another --output"):
         reshard(made[0], tmp_path / "file" / "out", **OPTIONS)
     with pytest.raises(UserError, match="file exists"):
         reshard(made[0], tmp_path / "file", **OPTIONS)

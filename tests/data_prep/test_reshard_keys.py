@@ -28,7 +28,7 @@ UNUSABLE = {
     "observation/channels_first": "channels, last|image has shape",
     "ragged": "ragged",
     "pairs": "ragged",
-    "text": "config.data.text wants an embedding",
+    "text": "config.data.text takes a precomputed embedding",
     "wide_floats": "it can be config.data.text",
     "wide_encoded": "it can be config.data.text",
     "wide_ints": "more than the 256",
@@ -190,7 +190,7 @@ def test_what_cannot_be_used_is_told_with_the_reason(made: tuple[Path, list[dict
         (dataset.camera_key, "observation/channels_first", "image has shape"),
         (dataset.column_key, "wide_floats", "it can be config.data.text"),
         (dataset.column_key, "ragged", "ragged"),
-        (dataset.float_key, "text", "wants an embedding of it, a vector of floats in every step"),
+        (dataset.float_key, "text", "takes a precomputed embedding of it, a vector of floats in every step"),
         (dataset.float_key, "ragged", "ragged"),
     ):
         with pytest.raises(UserError, match=f"{name!r} is there, but cannot be used so: .*{part}"):

@@ -26,7 +26,7 @@ rlds_source = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(rlds_source)
 
 FORMATS = ["tfrecord", "array_record"]
-MISSING = "missing, though dataset_info.json promises it"
+MISSING = "missing, though dataset_info.json declares it"
 
 
 def _tree(size: tuple[int | None, int | None] = (8, 8), width: int = 2) -> Any:
@@ -80,7 +80,7 @@ def test_a_file_that_lacks_what_is_promised_is_told(tmp_path: Path, file_format:
     manifest = _reshard(tmp_path)
     info = manifest["splits"]["train"]
     assert (info["episodes"], info["skipped"]) == (left + 2, {MISSING: 3 - left})
-    note = f"{first.name}: ends after {left} of the 3 episodes that dataset_info.json promises"
+    note = f"{first.name}: ends after {left} of the 3 episodes that dataset_info.json declares"
     assert info["skipped_notes"] == [note]
     assert f"skipped: {3 - left}" in summary(manifest) and note in summary(manifest)
     assert manifest["splits"]["val"]["skipped"] == {}
@@ -115,7 +115,7 @@ def test_more_than_promised_is_taken_and_told(tmp_path: Path) -> None:
         assert file.name.endswith("-of-00001")
     info = _reshard(tmp_path)["splits"]["train"]
     assert (info["episodes"], info["skipped"]) == (3, {})
-    assert "has 3 episodes, though dataset_info.json promises 2" in info["skipped_notes"][0]
+    assert "has 3 episodes, though dataset_info.json declares 2" in info["skipped_notes"][0]
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

@@ -73,7 +73,7 @@ def test_what_is_no_rlds_dataset(source: Path) -> None:
     with pytest.raises(UserError, match="fileFormat is 'parquet'; expected tfrecord or array_record"):
         open_source(source)
     _change(source, fileFormat="tfrecord", splits=[])
-    with pytest.raises(UserError, match="names no splits"):
+    with pytest.raises(UserError, match="lists no splits"):
         open_source(source)
     (source / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match=r"dataset_info.json: not JSON"):
@@ -148,12 +148,12 @@ def test_older_dataset_infos(source: Path) -> None:
         ([{"shardLengths": ["3"]}], "the name of a split is None; expected a string"),
         (
             [{"name": "train", "shardLengths": ["x"]}],
-            "split 'train': shardLengths, numShards and numExamples are expected to be int",
+            "split 'train': expected integers in shardLengths, numShards and numExamples",
         ),
         ([{"name": "train", "shardLengths": 3}], "shardLengths is '3', not a list"),
         (
             [{"name": "train", "numShards": "two"}],
-            "split 'train': shardLengths, numShards and numExamples are expected",
+            "split 'train': expected integers in shardLengths, numShards and numExamples",
         ),
         ([{"name": "train", "numShards": "9" * 23}], "numShards has 9{23}; expected 0 to 1000000"),
         ([{"name": "train", "numShards": 30_000_000}], "numShards has 30000000; expected 0 to 1000000"),
@@ -161,13 +161,13 @@ def test_older_dataset_infos(source: Path) -> None:
         ([{"name": "train", "numShards": 2, "statistics": {"numExamples": "-3"}}], "numExamples has -3; expected 0"),
         ([{"name": "train", "shardLengths": ["-2", "5"]}], "shardLengths has -2; expected 0"),
         ([{"name": "train", "shardLengths": ["9" * 23, "1"]}], "shardLengths has 9{23}; expected 0"),
-        ([{"name": "train", "shardLengths": [math.inf]}], "are expected to be integers"),
+        ([{"name": "train", "shardLengths": [math.inf]}], "expected integers in"),
         ([{"name": "train", "shardLengths": [1.5, 1.5]}], "shardLengths has 1.5; expected 0"),
         ([{"name": "train", "shardLengths": "21"}], "shardLengths is '21', not a list"),
         ([{"name": "train", "shardLengths": ["2", "1"]}] * 2, "two entries of `splits` have the name 'train'"),
         (
             [{"name": "train", "shardLengths": ["2", "1"], "filepathTemplate": "{SPLIT}.{FILEFORMAT}"}],
-            r"the 2 files of split 'train' have one name, 'train.tfrecord'",
+            r"the 2 files of split 'train' have the same name, 'train.tfrecord'",
         ),
     ],
 )
