@@ -114,3 +114,38 @@ def _tiny_config(tiny_dataset):
     c.data.resize = c.data.crop = (16, 16)
     c.optimizer.learning_rate, c.optimizer.ema_decay = 1e-3, 0.9
     return c
+
+
+@pytest.fixture(scope="session")
+def count_products():
+    """(function, *arguments) -> operations of all matrix products and convolutions that the function traces to.
+
+    Loops count by their length.
+    """
+    import math
+
+    import jax
+    from jax.extend import core
+
+    def visit(jaxpr) -> float:
+        total = 0.0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                (inputs, _), _ = eqn.params["dimension_numbers"]
+                contracted = math.prod(eqn.invars[0].aval.shape[i] for i in inputs)
+                total += 2 * eqn.outvars[0].aval.size * contracted
+            elif eqn.primitive.name == "conv_general_dilated":
+                kernel = eqn.invars[1].aval
+                outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+                # Going back through a stride spreads the input over zeros.
+                zeros = math.prod(eqn.params["lhs_dilation"])
+                total += 2 * eqn.outvars[0].aval.size * kernel.size / outputs / zeros
+            times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+            for value in eqn.params.values():
+                if isinstance(value, core.ClosedJaxpr):
+                    total += times * visit(value.jaxpr)
+                elif isinstance(value, core.Jaxpr):
+                    total += times * visit(value)
+        return total
+
+    return lambda function, *args: visit(jax.make_jaxpr(function)(*args).jaxpr)

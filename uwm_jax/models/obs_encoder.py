@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.resnet import ResNet, TorchDense
 
@@ -37,6 +38,16 @@ class ObsEncoder(nn.Module):
     outermost: str = "view"
     dtype: Any = jnp.float32
 
+    def num_features(self, views: int, frames: int, low_dim: int = 0) -> int:
+        """F for `frames` frames of `views` views, and `low_dim` low-dimensional columns in a frame."""
+        features = views * frames * self.embed_dim + (frames * low_dim if self.use_low_dim else 0)
+        return features + (self.embed_dim if self.use_language else 0)
+
+    def flops(self, views: int, frames: int, rows: int, columns: int, text_dim: int = 0) -> float:
+        """Operations of the products for `frames` frames of `views` views of `rows` x `columns`, and their text."""
+        text = flops.dense(text_dim, self.embed_dim) if self.use_language else 0.0
+        return views * frames * self._resnet(parent=None).flops(rows, columns) + text
+
     @nn.compact
     def __call__(self, images: Array, low_dim: Mapping[str, Array] | None = None, text: Array | None = None) -> Array:
         """Encodes a batch.
@@ -56,7 +67,7 @@ class ObsEncoder(nn.Module):
         if self.outermost not in ("view", "frame"):
             raise ValueError(f"outermost must be view or frame, found {self.outermost!r}")
         batch, views, frames = images.shape[:3]
-        net = ResNet(self.stage_sizes, self.width, self.embed_dim, self.pool, self.dtype, name="img_encoder")
+        net = self._resnet(name="img_encoder")
         seen = net(images.reshape(-1, *images.shape[3:]))
         if self.outermost == "frame":
             seen = seen.reshape(batch, views, frames, -1).swapaxes(1, 2)
@@ -71,3 +82,6 @@ class ObsEncoder(nn.Module):
                 raise ValueError("use_language needs a text embedding (B, E), found none")
             features.append(TorchDense(self.embed_dim, name="text_head")(text))
         return constrain(jnp.concatenate(features, axis=-1), "batch")
+
+    def _resnet(self, **options: Any) -> ResNet:
+        return ResNet(self.stage_sizes, self.width, self.embed_dim, self.pool, self.dtype, **options)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import normal, torch_linear
 from uwm_jax.models.preln import layer_norm
@@ -81,6 +82,14 @@ class Resampler(nn.Module):
     scan: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
+
+    def flops(self, tokens: int, width: int) -> float:
+        """Operations of the products on `tokens` tokens of `width` channels."""
+        inner, latents = self.heads * self.dim_head, self.num_latents
+        keys = tokens + latents
+        layer = 2 * flops.dense(width, inner, latents) + flops.dense(width, 2 * inner, keys)
+        layer += flops.attention(latents, inner, keys) + 2 * flops.dense(width, MLP_RATIO * width, latents)
+        return self.depth * layer
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:

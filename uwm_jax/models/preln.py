@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import normal, torch_linear
 from uwm_jax.models.products import dot_general
@@ -60,6 +61,11 @@ class Block(nn.Module):
     qkv_bias: bool = True
     start: Start = torch_start
     dtype: Any = jnp.float32
+
+    def flops(self, length: int, width: int) -> float:
+        """Operations of the products on `length` tokens of `width` channels."""
+        products = flops.dense(width, 4 * width, length) + 2 * flops.dense(width, self.mlp_dim, length)
+        return products + flops.attention(length, width)
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:

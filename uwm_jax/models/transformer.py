@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.models import flops
 from uwm_jax.models import layers as layers_lib
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import normal
@@ -83,6 +84,10 @@ class MLP(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         return self.fc2(self.activation(self.fc1(x)))
+
+    def flops(self, inputs: int, positions: int = 1) -> float:
+        """Operations of the products on `positions` vectors of `inputs` values."""
+        return flops.dense(inputs, self.hidden, positions) + flops.dense(self.hidden, self.features, positions)
 
 
 def exact_gelu(x: Array) -> Array:
@@ -153,6 +158,10 @@ class Head(nn.Module):
 
     def __call__(self, x: Array, modulation: Array) -> Array:
         return self.linear(modulate(x, modulation[:, 0], modulation[:, 1]))
+
+    def flops(self, length: int, cond_dim: int) -> float:
+        """Operations of the products on `length` tokens of one sample, with a condition of `cond_dim`."""
+        return flops.dense(self.embed_dim, self.embed_dim, length) + flops.dense(cond_dim, 2 * self.embed_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +299,13 @@ class BlockStack:
             return _apply(block, layer[0], x, layer[1], mask, method="apply_modulated")
 
         return layers_lib.run(body, x, (blocks, modulation), self.depth, scan=self.scan)
+
+    def flops(self, length: int, cond_dim: int) -> float:
+        """Operations of the products of all blocks on `length` tokens of one sample, with a condition of `cond_dim`."""
+        d, hidden = self.embed_dim, int(self.embed_dim * self.mlp_ratio)
+        # qkv is 3 D wide, and one product of the condition modulates all tokens of a block.
+        products = flops.dense(d, 4 * d, length) + 2 * flops.dense(d, hidden, length) + flops.dense(cond_dim, 6 * d)
+        return self.depth * (products + flops.attention(length, d))
 
     def _block(self) -> Block:
         """The body that all layers share; detached, because its parameters are slices of one stacked tree."""

@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import normal, uniform
 from uwm_jax.models.normalization import GroupNorm
@@ -224,6 +225,33 @@ class UNet1D(nn.Module):
         for blocks, double in zip(self.up, self.double, strict=True):
             x = double(through(blocks, jnp.concatenate([x, kept.pop()], axis=-1)))
         return self.output(self.final(x))
+
+    def flops(self, num_features: int) -> float:
+        """Operations of the products for one sequence with `num_features` features of the observation."""
+        width, taps, length = self.timestep_embed_dim, self.kernel_size, self.action_len
+
+        def convolution(taps: int, inputs: int, outputs: int) -> float:
+            return flops.dense(taps * inputs, outputs, length)
+
+        def pair(inputs: int, features: int) -> float:
+            """Two residual blocks."""
+            shortcut = convolution(1, inputs, features) if inputs != features else 0.0
+            first = convolution(taps, inputs, features) + 2 * flops.dense(width + num_features, 2 * features)
+            return shortcut + first + 3 * convolution(taps, features, features)
+
+        total, inputs = 2 * flops.dense(width, 4 * width), self.action_dim
+        for level, features in enumerate(self.down_dims):
+            total += pair(inputs, features)
+            inputs = features
+            if level + 1 < len(self.down_dims):
+                length //= 2
+                total += convolution(3, features, features)
+        total += pair(inputs, inputs)
+        for features in self.down_dims[-2::-1]:
+            total += pair(2 * inputs, features)
+            total += convolution(4, features, features)  # every input is multiplied with 4 taps
+            length, inputs = 2 * length, features
+        return total + convolution(taps, inputs, inputs) + convolution(1, inputs, self.action_dim)
 
     def _residuals(self) -> dict[str, Residual]:
         """The modulated blocks by their names."""

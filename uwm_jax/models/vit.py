@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import normal, torch_linear
 from uwm_jax.models.patches import patchify
@@ -51,6 +52,12 @@ class ViT(nn.Module):
     remat: str = "none"
     dtype: Any = jnp.float32
 
+    def flops(self, rows: int, columns: int) -> float:
+        """Operations of the products for one image of `rows` x `columns`."""
+        patches = rows * columns // self.patch**2
+        blocks = self.depth * self._block().flops(1 + patches, self.width)
+        return flops.dense(3 * self.patch**2, self.width, patches) + blocks
+
     @nn.compact
     def __call__(self, images: Array) -> Array:
         if self.width <= 0 or self.width % HEAD_WIDTH:
@@ -64,7 +71,11 @@ class ViT(nn.Module):
         first = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
         tokens = jnp.concatenate([jnp.broadcast_to(first, (len(images), 1, self.width)), tokens], axis=1)
         x = tokens + self.param("pos_embedding", normal(0.02), (1, *tokens.shape[1:]))
-        block = Block(
+        x = Stack(self._block(), self.depth, self.scan, self.remat, name="encoder")(constrain(x, "batch", "length"))
+        return layer_norm(EPSILON, name="ln")(x)
+
+    def _block(self) -> Block:
+        return Block(
             num_heads=self.width // HEAD_WIDTH,
             mlp_dim=self.mlp_dim,
             epsilon=EPSILON,
@@ -72,5 +83,3 @@ class ViT(nn.Module):
             dtype=self.dtype,
             parent=None,
         )
-        x = Stack(block, self.depth, self.scan, self.remat, name="encoder")(constrain(x, "batch", "length"))
-        return layer_norm(EPSILON, name="ln")(x)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uwm_jax.models import patches
+from uwm_jax.models import flops, patches
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, StepConditions, dense, sinusoid
 
@@ -67,11 +67,32 @@ class DiT(nn.Module):
     def num_tokens(self) -> int:
         return self.action_len + self.num_video_tokens + self.num_registers
 
+    def flops(self, num_features: int) -> float:
+        """Operations of the products of one evaluation of one sample with `num_features` observation features."""
+        d, t, hidden = self.embed_dim, self.timestep_embed_dim, 4 * max(self.action_dim, self.embed_dim)
+        cond, patch_values = num_features + t, int(np.prod(self.patch)) * self.latent_shape[-1]
+        action_encoder = MLP(hidden, d, parent=None).flops(self.action_dim, self.action_len)
+        total = 2 * action_encoder  # the decoder is its mirror, and so is that of the patches
+        total += 2 * flops.dense(patch_values, d, self.num_video_tokens)
+        total += MLP(4 * t, t, parent=None).flops(2 * t)
+        total += self._stack().flops(self.num_tokens, cond)
+        return total + Head(d, self.dtype, parent=None).flops(self.num_tokens, cond)
+
+    def _stack(self) -> BlockStack:
+        return BlockStack(
+            self.embed_dim,
+            self.depth,
+            self.num_heads,
+            self.mlp_ratio,
+            self.qkv_bias,
+            self.scan_blocks,
+            self.remat,
+            self.dtype,
+        )
+
     def setup(self) -> None:
         d, dtype = self.embed_dim, self.dtype
-        self.stack = BlockStack(
-            d, self.depth, self.num_heads, self.mlp_ratio, self.qkv_bias, self.scan_blocks, self.remat, dtype
-        )
+        self.stack = self._stack()
         hidden = 4 * max(self.action_dim, d)
         patch_values = int(np.prod(self.patch)) * self.latent_shape[-1]
         self.action_encoder = MLP(hidden, d, dtype=dtype)
