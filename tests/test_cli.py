@@ -96,6 +96,7 @@ CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
         ("uwm_jax.train", ["workdir"], [CONFIG]),
         ("uwm_jax.train", ["config"], []),
         ("uwm_jax.evaluate", ["workdir", "output"], []),
+        ("uwm_jax.compare_samplers", ["workdir", "output"], ["--steps=2"]),
         ("uwm_jax.rollout", ["workdir", "output"], ["--env=pusht"]),
         ("uwm_jax.sample", ["workdir", "output", "inputs"], ["--mode=policy"]),
         ("uwm_jax.sample_inputs", ["workdir", "output"], []),

@@ -1,4 +1,4 @@
-"""The command in tiny form: its files, that it agrees with the trainer, and its ways of sampling."""
+"""The command in tiny form: its files, and that it agrees with the trainer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import pytest
 
 from uwm_jax import cli, evaluate
 from uwm_jax.config import source
-from uwm_jax.errors import UserError
 from uwm_jax.evaluation.evaluator import Evaluator
 from uwm_jax.evaluation.metrics import interval
 from uwm_jax.reporting import pictures
-from uwm_jax.synthetic import synthetic_system
 from uwm_jax.train import train
 
 PICTURES = {"idea.png", "modes.png", "actions.png", "pictures.json"}
@@ -55,27 +53,6 @@ def test_the_command_finds_what_the_trainer_found(trained, capsys):
     assert "data:image/png;base64," in page and 'src="http' not in page
     output = capsys.readouterr().out
     assert "6 held-out windows of" in output and "paired/inverse_vs_policy/action_mse" in output
-
-
-@pytest.mark.slow
-def test_ways_of_sampling_are_compared(trained, capsys):
-    arguments = ["evaluate", f"--workdir={trained}", "--sampler=leading,trailing", "--steps=2,1"]
-    assert cli.call(evaluate.main, arguments, evaluate.define_flags) == 0
-    found = json.loads((trained / "eval" / "2" / "few_steps.json").read_text())
-    rows, about = found["rows"], found["about"]
-    assert about["windows"] == 6 and about["command"][2:] == ["uwm_jax.evaluate", *arguments[1:]] and about["own_data"]
-    ways = [(row["sampler"], row["steps"]) for row in rows]
-    assert [row["first_timestep"] for row in rows] == [row["hidden_timestep"] for row in rows] == [50, 0, 99, 99]
-    assert ways == [("leading", 2), ("leading", 1), ("trailing", 2), ("trailing", 1)]
-    assert len({row["metrics"]["policy/action_mse"]["mean"] for row in rows}) == 4
-    assert all(row["seconds_per_sample"] > 0 and row["metrics"]["joint/psnr"]["n"] == 6 for row in rows)
-    lines = capsys.readouterr().out.splitlines()
-    (head,) = [line for line in lines if line.split()[:2] == ["sampler", "steps"]]
-    assert "policy/action_mse" in head and "video/psnr" in head
-    assert [line.split()[:2] for line in lines if "[too few]" in line and "trailing" in line] == [
-        ["trailing", "2"],
-        ["trailing", "1"],
-    ]
 
 
 @pytest.fixture
@@ -129,25 +106,8 @@ def test_other_evaluations_leave_the_runs_own_alone(trained, sampled, tmp_path, 
 def test_flags_that_would_change_what_is_held_out_or_do_nothing_are_refused(trained, capsys):
     for flag, message in (
         ("--config.data.val_ratio=0.5", "the run decided which episodes"),
-        ("--episodes=3", "--episodes requires --env"),
-        ("--execute=4", "--execute requires --env"),
-        ("--env=pusht", "--env requires --sampler"),
+        ("--steps=4,2", "python -m uwm_jax.compare_samplers --steps=4,2"),
+        ("--sampler=trailing", "python -m uwm_jax.compare_samplers --sampler=trailing"),
     ):
         assert cli.call(evaluate.main, ["evaluate", f"--workdir={trained}", flag], evaluate.define_flags) == 2
         assert message in capsys.readouterr().err
-
-
-def test_ways_of_sampling_that_do_not_exist_are_refused(tiny_config):
-    system, _ = synthetic_system(tiny_config, 10)
-    ways = evaluate.parse_ways(system, "trailing", "4, 2,4")
-    assert [w.schedule.timesteps.tolist() for w in ways] == [[99, 74, 49, 24], [99, 49]]
-    assert len(evaluate.parse_ways(system, None, "3")) == len(evaluate.parse_ways(system, "leading", None)) == 1
-    for spacings, steps, message in (
-        ("uniform", None, "--sampler: expected leading or trailing, or both with a comma; found 'uniform'"),
-        (None, "0", "--steps: expected numbers from 1 to 100, such as 10,4,2; found '0'"),
-        (None, "101", "found '101'"),
-        (None, "4,two", "found 'two'"),
-        (None, "4,", "found ''"),
-    ):
-        with pytest.raises(UserError, match=message):
-            evaluate.parse_ways(system, spacings, steps)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 pytest.importorskip("gym_pusht")
 
 from data_prep import demo  # noqa: E402
-from uwm_jax import cli, envs, evaluate, rollout  # noqa: E402
+from uwm_jax import cli, compare_samplers, envs, rollout  # noqa: E402
 from uwm_jax.config import base, source  # noqa: E402
 from uwm_jax.data.loader import Loader  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
@@ -373,7 +373,7 @@ def test_other_closed_loops_leave_the_first_alone(trained, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_evaluate_lets_every_way_of_sampling_act_in_the_same_processes(trained, monkeypatch, capsys):
+def test_every_way_of_sampling_acts_in_the_same_processes(trained, monkeypatch, capsys):
     seen = []
 
     def act(system, params, frozen, envs, seeds, execute, progress):
@@ -382,8 +382,9 @@ def test_evaluate_lets_every_way_of_sampling_act_in_the_same_processes(trained, 
         return [EpisodeResult(seed, np.array([0.0, len(seen) / 10]), np.zeros((1, 2)), seed % 2 == 0) for seed in seeds]
 
     monkeypatch.setattr(closed_loop, "closed_loop", act)
-    arguments = ["evaluate", f"--workdir={trained}", "--steps=2,1", "--env=pusht", "--episodes=2", "--execute=4"]
-    assert cli.call(evaluate.main, [*arguments, "--config.eval.num_windows=4"], evaluate.define_flags) == 0
+    arguments = ["compare_samplers", f"--workdir={trained}", "--steps=2,1", "--env=pusht", "--episodes=2"]
+    arguments += ["--execute=4", "--config.eval.num_windows=4"]
+    assert cli.call(compare_samplers.main, arguments, compare_samplers.define_flags) == 0
     envs, again = seen[0][0], seen[1][0]
     assert envs is again and isinstance(envs, ParallelEnvs) and envs.spec.name == "pusht"
     assert [call[1:] for call in seen] == [(2, [100_000, 100_001]), (1, [100_000, 100_001])]
@@ -399,7 +400,7 @@ def test_evaluate_lets_every_way_of_sampling_act_in_the_same_processes(trained, 
         ("--env=other", "--env=other: there is no such environment. Known: pusht"),
         ("--execute=17", "execute=17: expected 1 to 16"),
     ):
-        assert cli.call(evaluate.main, [*arguments, flag], evaluate.define_flags) == 2
+        assert cli.call(compare_samplers.main, [*arguments, flag], compare_samplers.define_flags) == 2
         assert message in capsys.readouterr().err
 
 

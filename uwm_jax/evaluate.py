@@ -1,279 +1,81 @@
 """Samples every mode on held-out windows: `eval/<step>/metrics.json`, pictures, and `report.html`.
 
     python -m uwm_jax.evaluate --workdir=runs/quickstart [--step=N] [--output=DIR]
-    python -m uwm_jax.evaluate --workdir=runs/quickstart --sampler=leading,trailing --steps=10,4,2 \\
-        [--env=pusht --episodes=50]
 
 With other data, another config or other parameters than the run's own, results go to `eval/<step>/<name>/`: --name, or
 a digest of what differs. A split that the run was not trained on is evaluated whole.
 
 The windows are a fixed, evenly spread set of validation windows, and a window's noise depends on its place in
 that set alone, so two checkpoints see the same inputs.
-
-With --sampler or --steps, each of these ways of sampling is measured in place of the config's: how good all modes
-are against the number of network evaluations, in `eval/<step>/few_steps.json`; with --env the policy acts too.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
-import statistics
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
 
-import jax
 from absl import flags
 
 from uwm_jax import cli, config_help
-from uwm_jax.data.ranges import under
-from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError, warn
-from uwm_jax.evaluation import closed_loop, places
-from uwm_jax.evaluation.data import doubt, open_data
-from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time, write_results
+from uwm_jax.evaluation import places
+from uwm_jax.evaluation.data import doubt
+from uwm_jax.evaluation.evaluator import write_results
 from uwm_jax.evaluation.metrics import Metrics, text
-from uwm_jax.files import write_text
-from uwm_jax.parallel import mesh as mesh_lib
-from uwm_jax.parallel import sharding
-from uwm_jax.policy import Policy
+from uwm_jax.evaluation.run import open_run
 from uwm_jax.reporting import pictures
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.systems.uwm.modes import MODES
-from uwm_jax.systems.uwm.system import System
-from uwm_jax.training import fixed_fields, inference, lineage, provenance
-from uwm_jax.training.checkpoint_reader import CheckpointReader
+from uwm_jax.training import inference
 
 FLAGS = flags.FLAGS
-
-SPACINGS = ("leading", "trailing")  # of timesteps, as `uwm_jax.diffusion.schedule` has them
 
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run to evaluate")
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
-    flags.DEFINE_string("sampler", None, f"compare these spacings of timesteps: {', '.join(SPACINGS)} or both")
-    flags.DEFINE_string("steps", None, "compare these numbers of network evaluations, e.g. 10,4,2")
-    flags.DEFINE_string("env", None, "with --sampler or --steps: the policy also acts in this environment, e.g. pusht")
-    flags.DEFINE_integer("episodes", 50, "with --env: episodes", lower_bound=1)
-    flags.DEFINE_integer("execute", 8, "with --env: steps of each chunk of actions that are taken", lower_bound=1)
+    for name in ("sampler", "steps"):
+        flags.DEFINE_string(name, None, "a flag of python -m uwm_jax.compare_samplers, refused here")
     inference.define_flags()
     places.define_flags()
     cli.accept_config_overrides(config_help.describe)
 
 
 def main(argv: list[str]) -> None:
-    workdir = cli.required_path("workdir")
-    compares = FLAGS.sampler is not None or FLAGS.steps is not None
-    if FLAGS.env and not compares:
-        raise UserError("--env requires --sampler or --steps; python -m uwm_jax.rollout evaluates one policy alone.")
-    if FLAGS["episodes"].present and not FLAGS.env:
-        raise UserError("--episodes requires --env: the number of held-out windows is --config.eval.num_windows.")
-    if FLAGS["execute"].present and not FLAGS.env:
-        raise UserError("--execute requires --env: only a policy that acts takes a part of each chunk.")
-    root = places.root(cli.optional_path("output"), workdir)
-    system, params, frozen, step = inference.load_for_inference(
-        workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters, fixed_fields.EVALUATION
+    for name in ("sampler", "steps"):
+        if (value := FLAGS[name].value) is not None:
+            raise UserError(
+                f"--{name}={value}: samplers are compared by a command of its own: "
+                f"python -m uwm_jax.compare_samplers --{name}={value}. --config.diffusion.spacing and "
+                "--config.diffusion.num_inference_steps evaluate with another sampler than the run's."
+            )
+    run = open_run(
+        cli.required_path("workdir"),
+        cli.optional_path("output"),
+        step=FLAGS.step,
+        parameters=FLAGS.parameters,
+        overrides=cli.config_overrides(),
     )
-    params = system.held(params)
-    ways = parse_ways(system, FLAGS.sampler, FLAGS.steps) if compares else []
-    stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
-    own_config, _ = fixed_fields.config_of_run(workdir, stored)
-    data = open_data(
-        system, own_config, inference.datasets_of(workdir, step), lineage.kept(stored.assets), cli.changed_fields()
-    )
-    if data.own is not True:
-        for told in under(system.spec.normalizer, data.loader.ranges(), ("action", *system.spec.low_dim)):
-            warn(f"{told}. Are the units and the meaning of the columns the same?")
-    used = inference.parameters_used(workdir, step, FLAGS.parameters)
-    default = inference.parameters_used(workdir, step)["parameters"]
-    settings = places.differences(system.config, own_config, cli.changed_fields(), used["parameters"], default)
-    own = not settings and data.own is not False
-    settings |= data.settings
-    if compares:
-        settings["ways"] = [[way.config.diffusion.spacing, way.config.diffusion.num_inference_steps] for way in ways]
-        settings |= {name: FLAGS[name].value for name in ("env", "episodes", "execute") if FLAGS.env}
-    folder = places.choose(
-        root / "eval" / str(step),
-        "few_steps.json" if compares else "about.json",
-        settings,
-        own=own,
-        shared=compares or data.own is None,
-        name=FLAGS.name,
-        run=places.of_run(root, workdir),
-    )
-
-    mesh = local_mesh(system.config)
-    params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
-    held_out = data.loader.held_out(system.config.eval.num_windows, whole=data.whole)
-    rules = sharding.load_rules(system.config.mesh.rules)
-    rows = rows_at_a_time(mesh, min(len(held_out), system.config.batch_size))  # as in training, which memory held
-    evaluation = Evaluator(system, data.references, held_out, mesh, rules, rows)
-    about = evaluation.about() | data.about()
-    about |= provenance.describe_use(cli.command_line(), system.config, cli.changed_fields())
-    about |= used | {"settings": settings} | places.of_run(root, workdir)
+    folder = run.folder("about.json", run.settings, shared=False, name=FLAGS.name)
+    evaluator = run.evaluator()
+    about = run.about(evaluator, run.settings, cli.command_line())
     if told := doubt(about):
         warn(told)
 
     start = time.perf_counter()
-    if compares:
-        found: list[dict[str, Any]] = []
-        file = folder / "few_steps.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open_acting(FLAGS.env, system, FLAGS.episodes, FLAGS.execute) as acting:
-            how = about | {"ways": len(ways)} | (acting.about() if acting else {})
-            for way in ways:
-                found.append(compare(evaluation, way, params, frozen, acting))
-                write_text(file, json.dumps({"about": how, "rows": found}, indent=2) + "\n")
-        table = few_steps_table(found)
-    else:
-        print("compiling the samplers of all modes...", flush=True)
-        evaluation.compile(params, frozen)
-        metrics, windows = evaluation.run(params, frozen, progress=True)
-        write_results(folder, metrics, about)
-        pictures.draw(windows, system.spec, system.config, folder)
-        table, file = text_table(metrics), folder / "metrics.json"
+    print("compiling the samplers of all modes...", flush=True)
+    evaluator.compile(run.params, run.frozen)
+    metrics, windows = evaluator.run(run.params, run.frozen, progress=True)
+    write_results(folder, metrics, about)
+    pictures.draw(windows, run.system.spec, run.system.config, folder)
     seconds = time.perf_counter() - start
     print(f"{about['windows']} held-out windows of {about['episodes']} episodes, {len(MODES)} modes, {seconds:.1f} s")
-    print(f"{table}\nwrote {file}", flush=True)
-    print(f"wrote {write_report(workdir, results=root)}")
-
-
-def local_mesh(config: Any) -> Any:
-    """All devices of this process, each with all parameters and rows of its own, whatever mesh the run had."""
-    config = config.copy_and_resolve_references()
-    devices = jax.local_devices()
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
-    config.batch_size, config.accumulation_steps = len(devices), 1
-    return mesh_lib.make_mesh(config, devices)
-
-
-# --- ways of sampling ----------------------------------------------------------------------------------
-
-
-def parse_ways(system: System, spacings: str | None, steps: str | None) -> list[System]:
-    """A system for every pair of `leading,trailing` and `10,4,2`; None is the config's own.
-
-    Raises:
-      UserError: something else, or more steps than the network was trained with.
-    """
-    diffusion, most = system.config.diffusion, system.config.diffusion.num_train_steps
-    names = [part.strip() for part in (spacings or diffusion.spacing).split(",")]
-    for name in names:
-        if name not in SPACINGS:
-            raise UserError(f"--sampler: expected {' or '.join(SPACINGS)}, or both with a comma; found {name!r}.")
-    numbers = [part.strip() for part in (steps or str(diffusion.num_inference_steps)).split(",")]
-    for number in numbers:
-        if not number.isdecimal() or not 1 <= int(number) <= most:
-            raise UserError(f"--steps: expected numbers from 1 to {most}, such as 10,4,2; found {number!r}.")
-    ways = []
-    for name in dict.fromkeys(names):
-        for number in dict.fromkeys(numbers):
-            config = system.config.copy_and_resolve_references()
-            config.diffusion.spacing, config.diffusion.num_inference_steps = name, int(number)
-            ways.append(System(config, system.spec, system.codec))
-    return ways
-
-
-@dataclasses.dataclass(frozen=True)
-class Acting:
-    """The environment that the policy acts in during an evaluation, one episode from each of `seeds`."""
-
-    envs: ParallelEnvs
-    seeds: range
-    execute: int
-
-    def about(self) -> dict[str, Any]:
-        return {"env": self.envs.spec.name, "closed_loop_episodes": len(self.seeds), "execute": self.execute}
-
-
-@contextlib.contextmanager
-def open_acting(env: str | None, system: System, episodes: int, execute: int) -> Iterator[Acting | None]:
-    """Opens the processes that simulate; None without an `env`.
-
-    Raises:
-      UserError: as `closed_loop.closed_loop`.
-    """
-    if not env:
-        yield None
-        return
-    Policy(system, None, None, execute=execute)  # refuses what does not fit before minutes of sampling
-    seeds = range(closed_loop.FIRST_SEED, closed_loop.FIRST_SEED + episodes)
-    with closed_loop.open_envs(env, system, seeds) as envs:
-        yield Acting(envs, seeds, execute)
-
-
-def compare(evaluation: Evaluator, way: System, params: Any, frozen: Any, acting: Acting | None) -> dict[str, Any]:
-    """One row of `few_steps.json`.
-
-    Returns:
-      {"sampler": the spacing, "steps": network evaluations, "first_timestep": the noisiest that they visit,
-      "hidden_timestep": that of what a mode hides, "metrics": {metric of a mode: interval}, "seconds_per_sample": until
-      the policy mode has sampled one chunk for one observation}; where it acts the metrics have
-      `closed_loop/max_<score>` and `closed_loop/success`, with intervals over episodes.
-    """
-    diffusion = way.config.diffusion
-    name = f"{diffusion.spacing}, {diffusion.num_inference_steps} steps"
-    metrics = evaluation.run_modes(way, params, frozen, name)
-    if acting:
-        envs, execute, progress = acting.envs, acting.execute, f"{name}, {acting.envs.spec.name}"
-        results = closed_loop.closed_loop(way, params, frozen, envs, acting.seeds, execute=execute, progress=progress)
-        acted = closed_loop.measure({closed_loop.POLICY: results}, envs.spec)
-        for metric in (f"max_{envs.spec.score}", "success"):
-            metrics[f"closed_loop/{metric}"] = acted[f"{closed_loop.POLICY}/{metric}"]
-    return {
-        "sampler": diffusion.spacing,
-        "steps": diffusion.num_inference_steps,
-        "first_timestep": int(way.schedule.timesteps[0]),
-        "hidden_timestep": way.schedule.sample_hidden_timestep,
-        "seconds_per_sample": policy_seconds(way, params, frozen),
-        "metrics": metrics,
-    }
-
-
-def policy_seconds(system: System, params: Any, frozen: Any, repeats: int = 5) -> float:
-    """Seconds until a chunk of actions is sampled for one observation, without compilation; the median of some."""
-
-    @jax.jit
-    def sample(params: Any, frozen: Any, batch: Any) -> Any:
-        noise = system.draw_noise(jax.random.key(0), batch["row"])
-        return system.sample(params, frozen, batch, "policy", noise)
-
-    device = jax.local_devices()[0]
-    inputs = jax.device_put((params, frozen, system.spec.zeros(1)), device)
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(sample(*inputs))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
-# --- tables --------------------------------------------------------------------------------------------
+    print(f"{text_table(metrics)}\nwrote {folder / 'metrics.json'}", flush=True)
+    print(f"wrote {write_report(run.workdir, results=run.root)}")
 
 
 def text_table(metrics: Metrics) -> str:
     """The metrics as aligned lines `name  mean [lo, hi]`."""
     return cli.table([(name, text(value)) for name, value in metrics.items()])
-
-
-def few_steps_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `compare` as text, one line per way of sampling: the main metric of each modality of each mode."""
-    shown = [f"{mode}/{metric}" for mode in MODES for metric in ("action_mse", "psnr")]
-    names = [name for name in rows[0]["metrics"] if name in shown or name.startswith("closed_loop/")]
-    lines = [("sampler", "steps", "first t", "hidden t", "policy ms", *names)]
-    for row in rows:
-        cells = [
-            row["sampler"],
-            str(row["steps"]),
-            str(row["first_timestep"]),
-            str(row["hidden_timestep"]),
-            f"{1000 * row['seconds_per_sample']:.1f}",
-        ]
-        lines.append((*cells, *(text(row["metrics"][name]) for name in names)))
-    return cli.table(lines)
 
 
 command = cli.command(main, define_flags)

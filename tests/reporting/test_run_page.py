@@ -94,7 +94,7 @@ def test_sections_without_files_say_which_command_makes_them(parse, tmp_path):
     for command in (
         f"python -m uwm_jax.evaluate {where}</code>",
         f"python -m uwm_jax.rollout {where} --env=pusht</code>",
-        f"python -m uwm_jax.evaluate {where} --sampler=leading,trailing --steps=10,4,2</code>",
+        f"python -m uwm_jax.compare_samplers {where} --sampler=leading,trailing --steps=10,4,2</code>",
     ):
         assert command in page
     assert "<img" not in page and "What the numbers say" not in page

@@ -177,7 +177,7 @@ def _closed_loop(run: Run) -> Html:
 
 def _few_steps(run: Run) -> Html:
     if not run.few_steps:
-        return _missing("Comparison of samplers", run, "evaluate --sampler=leading,trailing --steps=10,4,2")
+        return _missing("Comparison of samplers", run, "compare_samplers --sampler=leading,trailing --steps=10,4,2")
     return fill(
         "{}<p>Fewer evaluations of the network make a sample quicker. What does it cost? Leading timesteps end at 0, "
         "and so begin well below the noisiest when they are few; trailing ones begin at the noisiest. What a mode "

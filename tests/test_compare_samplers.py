@@ -1,0 +1,72 @@
+"""The command in tiny form: a row for every way of sampling. tests/test_rollout.py lets the policy act by each."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from uwm_jax import cli, compare_samplers
+from uwm_jax.compare_samplers import parse_ways
+from uwm_jax.errors import UserError
+from uwm_jax.synthetic import synthetic_system
+from uwm_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_tiny_config):
+    config = make_tiny_config()
+    config.total_steps = 2
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    train(config, workdir)
+    return workdir
+
+
+@pytest.mark.slow
+def test_ways_of_sampling_are_compared(trained, capsys):
+    arguments = ["compare_samplers", f"--workdir={trained}", "--sampler=leading,trailing", "--steps=2,1"]
+    assert cli.call(compare_samplers.main, arguments, compare_samplers.define_flags) == 0
+    found = json.loads((trained / "eval" / "2" / "few_steps.json").read_text())
+    rows, about = found["rows"], found["about"]
+    assert about["windows"] == 6 and about["own_data"]
+    assert about["command"][2:] == ["uwm_jax.compare_samplers", *arguments[1:]]
+    ways = [(row["sampler"], row["steps"]) for row in rows]
+    assert [row["first_timestep"] for row in rows] == [row["hidden_timestep"] for row in rows] == [50, 0, 99, 99]
+    assert ways == [("leading", 2), ("leading", 1), ("trailing", 2), ("trailing", 1)]
+    assert len({row["metrics"]["policy/action_mse"]["mean"] for row in rows}) == 4
+    assert all(row["seconds_per_sample"] > 0 and row["metrics"]["joint/psnr"]["n"] == 6 for row in rows)
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = [line for line in lines if line.split()[:2] == ["sampler", "steps"]]
+    assert "policy/action_mse" in head and "video/psnr" in head
+    assert [line.split()[:2] for line in lines if "[too few]" in line and "trailing" in line] == [
+        ["trailing", "2"],
+        ["trailing", "1"],
+    ]
+
+
+@pytest.mark.slow
+def test_flags_without_an_effect_are_refused(trained, capsys):
+    for flags, message in (
+        (["--env=pusht"], "--sampler or --steps is required"),
+        (["--steps=2", "--episodes=3"], "--episodes requires --env"),
+        (["--steps=2", "--execute=4"], "--execute requires --env"),
+    ):
+        arguments = ["compare_samplers", f"--workdir={trained}", *flags]
+        assert cli.call(compare_samplers.main, arguments, compare_samplers.define_flags) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_ways_of_sampling_that_do_not_exist_are_refused(tiny_config):
+    system, _ = synthetic_system(tiny_config, 10)
+    ways = parse_ways(system, "trailing", "4, 2,4")
+    assert [w.schedule.timesteps.tolist() for w in ways] == [[99, 74, 49, 24], [99, 49]]
+    assert len(parse_ways(system, None, "3")) == len(parse_ways(system, "leading", None)) == 1
+    for spacings, steps, message in (
+        ("uniform", None, "--sampler: expected leading or trailing, or both with a comma; found 'uniform'"),
+        (None, "0", "--steps: expected numbers from 1 to 100, such as 10,4,2; found '0'"),
+        (None, "101", "found '101'"),
+        (None, "4,two", "found 'two'"),
+        (None, "4,", "found ''"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_ways(system, spacings, steps)
