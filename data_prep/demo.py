@@ -95,7 +95,7 @@ def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite
     Raises:
         UserError: another dataset is there, the extra `demo` is not installed, or the expert fails too often.
     """
-    from data_prep.reshard import is_training_dataset, reshard  # worker processes import this module without it
+    from data_prep.training_layout import is_training_dataset, reshard  # worker processes import this module without it
 
     output = Path(output)
     source = Path(f"{os.path.abspath(output)}_rlds")

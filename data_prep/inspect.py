@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.reshard import summary
+from data_prep.training_layout import summary
 from uwm_jax import cli
 from uwm_jax.data import example
 from uwm_jax.data.records import Dataset, find_dataset, read_manifest, short_key

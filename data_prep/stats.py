@@ -12,43 +12,20 @@ leaves undefined. The normaliser of a run does not use them: it is fitted on the
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+from data_prep.dataset_stats import EPISODES, STATS_FILE, write_stats
 from uwm_jax import cli
 from uwm_jax.data.normalize import is_constant
-from uwm_jax.data.records import Dataset, find_dataset, read_manifest
+from uwm_jax.data.records import find_dataset
 from uwm_jax.data.selection import some_episodes
-from uwm_jax.data.stats import Stats, dataset_stats
-from uwm_jax.files import write_text
+from uwm_jax.data.stats import Stats
 
 FLAGS = flags.FLAGS
-
-STATS_FILE = "stats.json"
-_EPISODES = "all episodes of each split, held-out ones included; actions without those where is_last is true"
-
-
-def write_stats(directory: str | os.PathLike[str]) -> dict[str, dict[str, Stats]]:
-    """Writes `stats.json`: {"fingerprint": of the manifest, "episodes": a description, "splits": {split: {step key:
-    statistics}}}.
-
-    Statistics are those of `uwm_jax.data.stats.dataset_stats`.
-
-    Returns:
-        The "splits" entry.
-    Raises:
-        UserError: the directory is not a training dataset.
-    """
-    datasets = [Dataset(directory, split) for split in read_manifest(directory)["splits"]]
-    splits = {dataset.split: dataset_stats(dataset) for dataset in datasets}
-    described = {"fingerprint": datasets[0].fingerprint, "episodes": _EPISODES, "splits": splits}
-    write_text(Path(directory) / STATS_FILE, json.dumps(described, indent=1))
-    return splits
 
 
 def table(stats: dict[str, Stats]) -> str:
@@ -89,7 +66,7 @@ def main(argv: list[str]) -> None:
     directory = find_dataset(cli.required_path("dataset"))
     for split, stats in write_stats(directory).items():
         steps = max((s["count"] for s in stats.values()), default=0)
-        print("\n".join([f"{split}: {steps} steps of {_EPISODES}", table(stats), *warnings(stats)]))
+        print("\n".join([f"{split}: {steps} steps of {EPISODES}", table(stats), *warnings(stats)]))
     print(f"wrote {Path(directory) / STATS_FILE}")
 
 

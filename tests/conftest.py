@@ -70,7 +70,7 @@ def _load_rlds_source():
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
     """Six short DROID-like episodes in the training layout, with a PCA codec for 16-pixel frames."""
-    from data_prep.reshard import reshard
+    from data_prep.training_layout import reshard
 
     root = tmp_path_factory.mktemp("tiny_dataset")
     _load_rlds_source().make(root / "source", [21, 9, 30, 19, 12, 25])

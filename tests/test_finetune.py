@@ -35,7 +35,7 @@ def load_module(file: str):
 @pytest.fixture(scope="module")
 def new_dataset(tmp_path_factory):
     """Other episodes than those of `tiny_dataset`, so other statistics and another PCA codec."""
-    from data_prep.reshard import reshard
+    from data_prep.training_layout import reshard
 
     root = tmp_path_factory.mktemp("new_dataset")
     load_module("data/rlds_source.py").make(root / "source", [24, 20, 22], seed=7)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_prep.reshard import reshard
+from data_prep.training_layout import reshard
 from uwm_jax.config import base
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.sources import Source

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.reshard import reshard
+from data_prep.training_layout import reshard
 from uwm_jax import reading
 from uwm_jax.data import columns, records, shards
 from uwm_jax.data.records import Dataset, dataset_dir, find_dataset, short_key

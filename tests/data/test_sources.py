@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_prep.reshard import reshard
+from data_prep.training_layout import reshard
 from uwm_jax import config as config_lib
 from uwm_jax.config import base, source
 from uwm_jax.data.loader import Loader

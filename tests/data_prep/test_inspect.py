@@ -14,7 +14,7 @@ from PIL import Image
 
 import data_prep.inspect
 from data_prep.inspect import contact_sheet, fitting, inspect, language, printable
-from data_prep.reshard import reshard
+from data_prep.training_layout import reshard
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.reshard import reshard
+from data_prep.training_layout import reshard
 from uwm_jax.codecs import fit_pca
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.windows import split_episodes
@@ -222,7 +222,7 @@ def test_an_interrupted_overwrite_keeps_the_old_dataset(made, tmp_path: Path, mo
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_prep.reshard.fit_codec", interrupt)
+    monkeypatch.setattr("data_prep.training_layout.fit_codec", interrupt)
     with pytest.raises(KeyboardInterrupt):
         reshard(source, tmp_path / "out", chunk_steps=4, codec_size=(16, 16), overwrite=True, **OPTIONS)
     assert Dataset(tmp_path / "out").fingerprint == Dataset(out).fingerprint
@@ -245,14 +245,14 @@ def test_an_interrupted_overwrite_keeps_the_old_dataset(made, tmp_path: Path, mo
 def test_bad_options_are_found_before_any_work(
     made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr("data_prep.reshard.run_jobs", None)
+    monkeypatch.setattr("data_prep.training_layout.run_jobs", None)
     with pytest.raises(UserError, match=message):
         reshard(made[0], tmp_path / "out", **OPTIONS | options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_cannot_be_made_is_one_message(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.reshard.run_jobs", None)
+    monkeypatch.setattr("data_prep.training_layout.run_jobs", None)
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UserError, match=r"file.out cannot be created: .*Choose another --output"):
         reshard(made[0], tmp_path / "file" / "out", **OPTIONS)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.reshard import reshard, summary
+from data_prep.training_layout import reshard, summary
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.reshard import reshard
-from data_prep.stats import table, warnings, write_stats
+from data_prep.dataset_stats import write_stats
+from data_prep.stats import table, warnings
+from data_prep.training_layout import reshard
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError
 
