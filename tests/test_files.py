@@ -162,3 +162,16 @@ def test_a_new_folder_does_not_replace_what_came_meanwhile(tmp_path):
         (target / "theirs").touch()
     assert e.value.errno == errno.ENOTEMPTY
     assert os.listdir(tmp_path) == ["run"] and os.listdir(target) == ["theirs"]
+
+
+def test_what_a_rename_leads_to_is_on_disk_before(tmp_path, monkeypatch):
+    """A machine that crashes after the rename finds the new file, not an empty one."""
+    order, sync, replace = [], files._sync, os.replace
+    monkeypatch.setattr(files, "_sync", lambda path: (order.append(path.name), sync(path)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    write_text(tmp_path / "a.json", "x")
+    assert order[0].endswith(".tmp.json") and order[1:] == ["rename", tmp_path.name]
+    order.clear()
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "weights").write_bytes(b"x")
+    assert order == ["weights", "rename"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import uwm_jax
 from uwm_jax.ending import drop_output
+from uwm_jax.errors import closest
 
 _FOLDER = Path(uwm_jax.__file__).parent
 
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
                 return 1
         return 0
     names = {module.rpartition(".")[2]: module for module, _ in commands()}
-    close = difflib.get_close_matches(arguments[0].replace("-", "_"), names, n=1)
+    close = closest(arguments[0].replace("-", "_"), names)
     hint = f"Did you mean python -m {names[close[0]]}?" if close else "Without arguments it lists the commands."
     print(f"error: python -m uwm_jax takes no arguments, found {arguments[0]!r}. {hint}", file=sys.stderr)
     return 2

@@ -34,10 +34,19 @@ class Preempted(RunError):
         self.status = status
 
 
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """At most two of the known names that are spelt like `name`, the closest first.
+
+    Args:
+      cutoff: similarity from 0 to 1 below which a name does not count.
+    """
+    return difflib.get_close_matches(name, list(known), n=2, cutoff=cutoff)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """` Did you mean x?` for known names that are spelt like `name` or end in the same field; "" if there are none."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    close = closest(name, known)
     close = close or [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:2]
     return f" Did you mean {' or '.join(close)}?" if close else ""
 

@@ -106,7 +106,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
             if target:
+                _sync(temporary)
                 os.replace(temporary, target)
+                with contextlib.suppress(OSError):  # a file system that does not sync folders
+                    _sync(folder)
             else:
                 _copy_into(path, temporary)
         except OSError as e:
@@ -116,6 +119,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Waits until what was written to a file or folder is on disk: after a crash, a rename must not lead to less."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _regular_target(path: Path) -> Path | None:
@@ -182,6 +194,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         if target.exists():
             target.rmdir()  # fails if it is no longer empty
+        for file in temporary.rglob("*"):
+            _sync(file)
         os.replace(temporary, target)
     except OSError as e:
         if e.errno is None or not _lies_in(e.filename, temporary):

@@ -16,7 +16,6 @@ cropped size), those that the mode makes; for `denoise` `noise_pred/*`, `loss/*`
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from absl import flags
 
 from uwm_jax import cli, config_help, files
 from uwm_jax.data.ranges import far_out
-from uwm_jax.errors import UserError, warn
+from uwm_jax.errors import UserError, closest, warn
 from uwm_jax.systems.uwm.modes import MODALITIES, MODES, given
 from uwm_jax.systems.uwm.system import System
 from uwm_jax.torch_bridge import weights
@@ -204,7 +203,7 @@ def _unknown_keys(system: System, keys: Iterable[str], data_keys: Iterable[str] 
     for key in sorted(keys - known):
         group = key.partition("/")[0] + "/"
         candidates = sorted(name for name in known if name.startswith(group)) or sorted(known)
-        close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.8)
+        close = closest(key, candidates, cutoff=0.8)[:1]
         if data_keys is None and group in ("obs/", "next_obs/") and not set(close) - keys:
             continue
         expected = f"did you mean {close[0]}?" if close else f"known are {', '.join(candidates)}."
