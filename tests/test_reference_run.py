@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.golden.reference import filler
 from uwm_jax import config as config_lib
 
 REFERENCE = Path(__file__).parent / "golden" / "reference_run.json"
@@ -30,12 +31,6 @@ TOLERANCE = 1e-5  # of which XLA's optimisation levels and instruction sets take
 XLA_FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"  # compiles in half the time
 
 pytestmark = pytest.mark.slow
-
-
-def filler(count: int, k: int) -> np.ndarray:
-    """(count,) float64 in [-1/2, 1/2), another one for each k."""
-    position = np.arange(1, count + 1, dtype=np.float64)
-    return np.mod(np.sin(position * 12.9898 + (k + 1) * 78.233) * 43758.5453, 1.0) - 0.5
 
 
 def write_vae(folder: Path, reference: dict) -> Path:
