@@ -62,19 +62,21 @@ class Company:
     def exchange(self, value: Any) -> list[Any]:
         """Everybody's value, by process."""
         turn = next(self._round)
-        self._client.key_value_set(f"uwm/exchange/{turn}/{self.index}", json.dumps(value))
+        self._client.key_value_set(f"uwm_jax/exchange/{turn}/{self.index}", json.dumps(value))
         self.barrier("exchange", AGREE_SECONDS)
-        found = {key.rsplit("/", 1)[1]: text for key, text in self._client.key_value_dir_get(f"uwm/exchange/{turn}/")}
+        found = {
+            key.rsplit("/", 1)[1]: text for key, text in self._client.key_value_dir_get(f"uwm_jax/exchange/{turn}/")
+        }
         if self.index == 0 and turn > 0:  # which everybody has read, being here
-            self._client.key_value_delete(f"uwm/exchange/{turn - 1}/")
+            self._client.key_value_delete(f"uwm_jax/exchange/{turn - 1}/")
         return [json.loads(found[str(p)]) for p in range(self.count)]
 
     def barrier(self, name: str, seconds: float) -> None:
         self._barriers[name] = use = self._barriers.get(name, 0) + 1
-        here = f"uwm/barrier/{name}/{use}/"
+        here = f"uwm_jax/barrier/{name}/{use}/"
         self._client.key_value_set(f"{here}{self.index}", "")
         try:
-            self._client.wait_at_barrier(f"uwm/{name}/{use}", timeout_in_ms=int(seconds * 1000))
+            self._client.wait_at_barrier(f"uwm_jax/{name}/{use}", timeout_in_ms=int(seconds * 1000))
         except jax.errors.JaxRuntimeError as e:
             if "DEADLINE_EXCEEDED" not in str(e):
                 raise
@@ -90,22 +92,22 @@ class Company:
 
     def come(self, turn: int, report: Any) -> None:
         """This process is at a turn, and says so once more whenever its report (JSON) changes."""
-        self._client.key_value_set(f"uwm/turn/{turn}/at/{self.index}", json.dumps(report), allow_overwrite=True)
+        self._client.key_value_set(f"uwm_jax/turn/{turn}/at/{self.index}", json.dumps(report), allow_overwrite=True)
 
     def who_came(self, turn: int) -> list[Any]:
         """The reports of those who are at a turn, by process."""
-        found = {key: text for key, text in self._client.key_value_dir_get(f"uwm/turn/{turn}/at/")}
+        found = {key: text for key, text in self._client.key_value_dir_get(f"uwm_jax/turn/{turn}/at/")}
         return [json.loads(found[key]) for key in sorted(found, key=lambda key: int(key.rsplit("/", 1)[1]))]
 
     def give(self, turn: int, verdict: Any) -> None:
         """What is decided at a turn (JSON); the main process decides, once."""
-        self._client.key_value_set(f"uwm/turn/{turn}/verdict", json.dumps(verdict))
+        self._client.key_value_set(f"uwm_jax/turn/{turn}/verdict", json.dumps(verdict))
         if turn > 2:  # whoever came to the turn before this one has read the one before that
-            self._client.key_value_delete(f"uwm/turn/{turn - 2}/")
+            self._client.key_value_delete(f"uwm_jax/turn/{turn - 2}/")
 
     def given(self, turn: int, seconds: float) -> Any:
         """What was decided at a turn; None where nothing is within `seconds`."""
-        key = f"uwm/turn/{turn}/verdict"
+        key = f"uwm_jax/turn/{turn}/verdict"
         try:
             if seconds > 0:
                 return json.loads(self._client.blocking_key_value_get(key, timeout_in_ms=int(1000 * seconds)))
@@ -154,13 +156,13 @@ class Company:
     def leave(self) -> None:
         """The last thing before a failing process ends; process 0 ends after those that are still there."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(f"uwm/left/{self.index}", "", allow_overwrite=True)
+            self._client.key_value_set(f"uwm_jax/left/{self.index}", "", allow_overwrite=True)
             first = self._failure() or {"process": self.index, "lost": True}
             alive = first["process"] != self.index and not first["lost"] and not first.get("silent")
             deadline = time.monotonic() + (_LEAVE_SECONDS_AFTER if alive else _LEAVE_SECONDS)
             expected = self.count - bool(first.get("silent"))
             while self.index == 0 and time.monotonic() < deadline:
-                if len(self._client.key_value_dir_get("uwm/left/")) >= expected:
+                if len(self._client.key_value_dir_get("uwm_jax/left/")) >= expected:
                     time.sleep(1.0)  # they say so just before they end
                     break
                 time.sleep(0.1)
@@ -176,7 +178,7 @@ class Company:
             try:
                 record = self._failure()
                 if turn % _POLLS_PER_BEAT == 0:
-                    self._client.key_value_set(f"uwm/beat/{self.index}", str(turn), allow_overwrite=True)
+                    self._client.key_value_set(f"uwm_jax/beat/{self.index}", str(turn), allow_overwrite=True)
                     if self.index == 0:
                         self._look_for_silence(beats)
                 answered = time.monotonic()
@@ -200,7 +202,7 @@ class Company:
 
     def _look_for_silence(self, beats: dict[int, tuple[str, float]]) -> None:
         now = time.monotonic()
-        found = {key.rsplit("/", 1)[1]: beat for key, beat in self._client.key_value_dir_get("uwm/beat/")}
+        found = {key.rsplit("/", 1)[1]: beat for key, beat in self._client.key_value_dir_get("uwm_jax/beat/")}
         for process in range(self.count):
             beat = found.get(str(process), "")
             if process not in beats or beats[process][0] != beat:
@@ -234,14 +236,14 @@ class Company:
 
     def _failure(self) -> dict[str, Any] | None:
         """The first failure, or, while none is known, the first loss of contact, which is the trace of one."""
-        found = dict(self._client.key_value_dir_get("uwm/failure/"))
-        text = found.get("uwm/failure/first") or found.get("uwm/failure/lost")
+        found = dict(self._client.key_value_dir_get("uwm_jax/failure/"))
+        text = found.get("uwm_jax/failure/first") or found.get("uwm_jax/failure/lost")
         return json.loads(text) if text else None
 
     def _publish(self, record: Mapping[str, Any]) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or nobody is left
             kind = "lost" if record["lost"] else "first"
-            self._client.key_value_set(f"uwm/failure/{kind}", json.dumps(record))
+            self._client.key_value_set(f"uwm_jax/failure/{kind}", json.dumps(record))
 
 
 current: Company | None = None  # None in a run of one process
