@@ -313,7 +313,7 @@ def test_inputs_far_out_of_the_normalisers_range_are_told() -> None:
     arrays["action"][0, :2, 1] = 300
     arrays["obs/state"][:, 0] = 7
     action, state = sample.far_out_inputs(system, sample.check_inputs(system, ["forward"], arrays))[::-1]
-    assert "action is far out of the range that the model was trained on: column 1 (33.3% of its values)." in action
+    assert "action is far outside the range that the model was trained on: column 1 (33.3% of its values)." in action
     assert "Column 1 was within about -5 to 3 there." in action and "column 0" not in action
     assert "state is far out" in state and "column 0 (50.0% of its values)" in state
     assert len(sample.far_out_inputs(system, sample.check_inputs(system, ["policy"], arrays))) == 1, (

@@ -72,5 +72,5 @@ def test_a_damaged_or_edited_codec_is_refused(tiny_dataset, tmp_path):
         arrays = dict(stored)
     for name, edited in (("scale", arrays["scale"] * 2), ("val_ratio", np.asarray(0.1)), ("extra", np.zeros(1))):
         np.savez(file, **arrays | {name: edited})
-        with pytest.raises(UserError, match=r"pca.npz is not as data_prep.reshard wrote it"):
+        with pytest.raises(UserError, match=r"pca.npz has been damaged or edited"):
             read_pca(copy, ("wrist",), (16, 16), 0.3)

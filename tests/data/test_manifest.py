@@ -97,7 +97,7 @@ def test_a_field_that_is_missing_is_named(tmp_path: Path, place: tuple[str, ...]
 def test_a_dataset_without_splits(tmp_path: Path) -> None:
     manifest = MANIFEST | {"format_version": FORMAT_VERSION, "splits": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest\.json is not as data_prep\.reshard wrote it: it names no splits"):
+    with pytest.raises(UserError, match=r"manifest\.json has been damaged or edited: it lists no splits"):
         read_manifest(tmp_path)
 
 
@@ -108,6 +108,6 @@ def test_what_is_unfit_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_manifest(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path / 'manifest.json'} is not as data_prep.reshard wrote it: splits/train/files/columns/train/"
+        f"{tmp_path / 'manifest.json'} has been damaged or edited: splits/train/files/columns/train/"
         "action.npy/crc32c is '17', expected an integer of at least 0. Copy it again, or make the dataset again."
     )

@@ -72,7 +72,7 @@ def test_values_too_wide_for_a_column_come_from_the_record(made) -> None:
         (dataset.camera_key, "state", r"float32 of shape \[3\]"),
         (dataset.column_key, "wrist", r"uint8 of shape \[16, 16, 3\]"),
     ):
-        with pytest.raises(UserError, match=f"it has: .*{name!r} is there, but cannot be used so: .*{found}"):
+        with pytest.raises(UserError, match=f"it has: .*{name!r} exists, but cannot be used so: .*{found}"):
             ask(name)
     np.testing.assert_array_equal(dataset.values(2, 19, "embedding"), np.full(300, 2 + 19 / 64, np.float32))
 
@@ -244,7 +244,7 @@ def test_sound_shards_of_another_dataset_are_refused(copy: Path, monkeypatch: py
     writer.close()
     assert _shard(copy).stat().st_size == size
     with pytest.raises(
-        UserError, match=rf"{_shard(copy).name}: record 2 is not the one .* another dataset or was over"
+        UserError, match=rf"{_shard(copy).name}: record 2 has another checksum .* another dataset or was over"
     ):
         Dataset(copy).record(0, 2)
 

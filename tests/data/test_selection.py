@@ -12,7 +12,7 @@ from etils import epath
 
 from uwm_jax.config import source
 from uwm_jax.data.columns import DiskColumn
-from uwm_jax.data.selection import Condition, Selection, conditions, not_finite, select, tell_not_finite
+from uwm_jax.data.selection import Condition, Selection, conditions, describe_not_finite, not_finite, select
 from uwm_jax.errors import UserError
 
 LABS, OUTCOMES = ("IRIS", "WEIRD", "CLVR"), ("success", "failure")
@@ -107,6 +107,6 @@ def test_broken_episodes_are_found_across_blocks(tmp_path: Path) -> None:
 
 
 def test_the_first_few_broken_episodes_are_named() -> None:
-    text = tell_not_finite({"action": np.arange(2, 9), "observation/state": np.array([8, 20])}, 30, "here")
+    text = describe_not_finite({"action": np.arange(2, 9), "observation/state": np.array([8, 20])}, 30, "here")
     assert "action: 7 episodes (2, 3, 4, 5, 6 and 2 more)" in text
     assert "observation/state: 2 episodes (8, 20)" in text and "here 8 of 30 episodes" in text

@@ -193,7 +193,7 @@ def test_what_cannot_be_used_is_told_with_the_reason(made: tuple[Path, list[dict
         (dataset.float_key, "text", "takes a precomputed embedding of it, a vector of floats in every step"),
         (dataset.float_key, "ragged", "ragged"),
     ):
-        with pytest.raises(UserError, match=f"{name!r} is there, but cannot be used so: .*{part}"):
+        with pytest.raises(UserError, match=f"{name!r} exists, but cannot be used so: .*{part}"):
             ask(name)
     with pytest.raises(UserError) as caught:
         dataset.camera_key("front")
@@ -206,7 +206,7 @@ def test_image_sequences_stay_in_the_records_and_are_named(tmp_path: Path) -> No
     rlds_source.write(tmp_path / "source", {"train": [records]}, tree)
     reshard(tmp_path / "source", tmp_path / "out", codec_size=(8, 16), pca_channels=4, workers=1)
     dataset = Dataset(tmp_path / "out")
-    with pytest.raises(UserError, match="'images' is there, but cannot be used so: a sequence of images in every step"):
+    with pytest.raises(UserError, match="'images' exists, but cannot be used so: a sequence of images in every step"):
         dataset.camera_key("images")
     assert dataset.record(0, 0).count(b"steps/observation/images/ragged_flat_values") == 1
 

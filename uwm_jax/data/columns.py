@@ -1,8 +1,8 @@
-"""Columns of a split: numeric values of all its steps, compared with their checksum in manifest.json.
+"""Columns of a split: numeric values of all its steps, verified by the checksum in manifest.json.
 
-A column that is small enough is read into memory, where nothing that happens to the file later reaches it. A larger one
-stays on disk: its file is checked in one pass when it is opened, and each block of it again whenever rows of it are
-read, so that a file overwritten while a run is going is found.
+A small column is read into memory and is independent of the file from then on. A large one stays on disk: its file is
+verified in one pass when it is opened, and each block again whenever rows of it are read, so that a file that is
+overwritten during a run is detected.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from etils import epath
 from uwm_jax.errors import UserError
 from uwm_jax.reading import again
 
-BLOCK = 1 << 16  # bytes; a row costs the reading of one or two blocks
+BLOCK = 1 << 16  # bytes; a row is in one or two blocks
 
 
 class WrongChecksum(Exception):
-    """The file is not the one that was written."""
+    """The file's contents are not those that were written."""
 
 
 class DiskColumn:
-    """A column that stays on disk: `len`, and rows by a slice with step 1 or a list of row numbers, as copies.
+    """A column on disk: `len`, and copies of rows by a slice with step 1 or a list of row numbers.
 
     Args:
         file: an npy of format 1.0 on a local disk.
         crc32c: of the file.
     Raises:
-        WrongChecksum: it has another checksum.
-        ValueError: it is not such an npy.
+        WrongChecksum: the checksum differs.
+        ValueError: not an npy of this format.
         OSError: it cannot be read.
 
     Attributes:
@@ -43,7 +43,7 @@ class DiskColumn:
 
     def __init__(self, file: epath.Path, crc32c: int):
         self._path = file
-        self._file = open(file, "rb", buffering=0)  # noqa: SIM115 - stays open: a file renamed over this one is another
+        self._file = open(file, "rb", buffering=0)  # noqa: SIM115 - stays open: a file renamed over it is ignored
         found, blocks = 0, list[int]()
         while data := os.pread(self._file.fileno(), BLOCK, BLOCK * len(blocks)):
             found = google_crc32c.extend(found, data)
@@ -61,7 +61,7 @@ class DiskColumn:
         """Values of these rows, (n, ...).
 
         Raises:
-            UserError: the file is not what it was when the column was opened.
+            UserError: the file has changed since the column was opened.
         """
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(len(self))
@@ -71,7 +71,7 @@ class DiskColumn:
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} of a column of {len(self)}")
         values = np.empty((len(wanted), *self.shape[1:]), self.dtype)
         order = np.argsort(wanted, kind="stable")
-        piece = max(1, 4 * BLOCK // self._row_bytes)  # rows that are read at once: those of a window lie together
+        piece = max(1, 4 * BLOCK // self._row_bytes)  # rows per read: those of a window are adjacent
         while len(order):
             low = int(wanted[order[0]])
             count = int(np.searchsorted(wanted[order], low + piece))
@@ -88,8 +88,8 @@ class DiskColumn:
         for i in range(first, last):
             if google_crc32c.value(data[(i - first) * BLOCK : (i - first + 1) * BLOCK]) != self._blocks[i]:
                 raise UserError(
-                    f"{self._path} changed while it was in use: bytes {i * BLOCK} to {(i + 1) * BLOCK} are not what "
-                    "they were at the start. Copy the file again and start the same command again."
+                    f"{self._path} changed while it was in use: bytes {i * BLOCK} to {(i + 1) * BLOCK} differ "
+                    "from those at the start. Copy the file again and rerun the same command."
                 )
         values = np.frombuffer(data, self.dtype, (stop - start) * math.prod(self.shape[1:]), begin - first * BLOCK)
         return values.reshape(stop - start, *self.shape[1:])
@@ -97,7 +97,7 @@ class DiskColumn:
     def _pread(self, count: int, offset: int) -> bytes:
         try:
             return os.pread(self._file.fileno(), count, offset)
-        except OSError:  # its handle may be stale; that it is the same file is told by the checksums
+        except OSError:  # its handle may be stale; checksums show whether the file is the same
             self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115
             raise
 
@@ -106,11 +106,11 @@ Column = np.ndarray | DiskColumn
 
 
 def open_column(file: epath.Path, crc32c: int, *, in_memory: bool) -> Column:
-    """The column of an npy file of format 1.0, read-only; one at a URL is always in memory.
+    """The column of an npy file of format 1.0, read-only; a file at a URL is always read into memory.
 
     Raises:
         WrongChecksum: its checksum is not `crc32c`.
-        ValueError: it is not such an npy.
+        ValueError: not an npy of this format.
         OSError: it cannot be read.
     """
     if not in_memory and "://" not in os.fspath(file):
@@ -123,7 +123,7 @@ def open_column(file: epath.Path, crc32c: int, *, in_memory: bool) -> Column:
 
 
 def _header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
-    """(shape, dtype, where the values begin) of the bytes of an npy file."""
+    """(shape, dtype, offset of the values) of the bytes of an npy file."""
     stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("expected an npy file of format 1.0")

@@ -1,9 +1,9 @@
 """Reads and re-frames serialized `tf.train.Example` messages without protobuf or TensorFlow.
 
 An RLDS episode is one `Example`: a map from feature name to a list of bytes, floats or int64s, in
-which `steps/<key>` holds the values of all steps one after another. Random access needs a few of
-those values out of a record of a megabyte, so nothing is decoded that is not asked for: `scan`
-finds where each feature lies, and the other functions look inside one feature.
+which `steps/<key>` holds the values of all steps, concatenated. Random access needs few of the values of a record of
+about a megabyte, so only these are decoded: `scan` finds the byte range of each feature, and the other functions read
+one feature.
 
 Wire format: protobuf encoding guide; message numbers: tensorflow/core/example/{example,feature}.proto.
 All functions raise `ValueError` for bytes that are not such a message.
@@ -26,8 +26,8 @@ BYTES, FLOAT, INT64 = 1, 2, 3
 
 
 class Field(NamedTuple):
-    """Place of the values of a feature: `kind` (BYTES, FLOAT, INT64, or 0 for an empty feature) and
-    the byte range of the list message inside the record."""
+    """Location of the values of a feature: `kind` (BYTES, FLOAT, INT64, or 0 for an empty feature) and the byte range
+    of the list message inside the record."""
 
     kind: int
     start: int
@@ -44,7 +44,7 @@ def scan(record: Buffer, wanted: Collection[bytes] | None = None) -> dict[bytes,
             for number, entry, entry_stop in _messages(record, start, stop):
                 if number != 1:  # Features.feature, a map of (key, value)
                     continue
-                # Writers put the key first, and keys are short: then what is not wanted costs one comparison.
+                # Writers put the key first, and keys are short: then an unwanted feature costs one comparison.
                 if record[entry] == 0x0A and record[entry + 1] < 128:
                     name = bytes(record[entry + 2 : entry + 2 + record[entry + 1]])
                     if wanted is not None and name not in wanted:
@@ -66,7 +66,7 @@ def bytes_spans(record: Buffer, field: Field, stop: int | None = None) -> list[t
         raise ValueError("expected a list of bytes")
     spans: list[tuple[int, int]] = []
     at, end = field.start, field.stop
-    # The same as `_messages`, written out: this runs once per frame of every record that is read.
+    # `_messages` inlined: this runs once per frame of every record that is read.
     while at < end and (stop is None or len(spans) < stop):
         length = record[at + 1]
         start = at + 2
@@ -110,7 +110,7 @@ def ints(record: Buffer, field: Field) -> np.ndarray:
 def small_ints(record: Buffer, field: Field) -> np.ndarray:
     """Values of an INT64 feature that all lie in [0, 255], (n,) uint8, in a byte of memory each."""
     raw = np.frombuffer(_packed_ints(record, field), np.uint8)
-    more = raw >= 128  # a value of 128 or more is its own low byte and then a 1
+    more = raw >= 128  # a value of 128 or more is its low byte followed by 1
     second = np.concatenate([[False], more[:-1]]) if len(raw) else more
     if (raw[second] != 1).any() or (len(raw) and more[-1]):
         raise ValueError("expected integers from 0 to 255")
@@ -118,7 +118,7 @@ def small_ints(record: Buffer, field: Field) -> np.ndarray:
 
 
 def decode_tensor(data: Buffer, encoding: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor that TFDS stored as one string: its `bytes`, or these compressed by `zlib`."""
+    """A tensor that TFDS stored as one string: its bytes (`bytes`), or these compressed (`zlib`)."""
     try:
         kind = np.dtype(dtype if dtype != "bfloat16" else _bfloat16())
     except TypeError:
@@ -131,7 +131,7 @@ def decode_tensor(data: Buffer, encoding: str, dtype: str, shape: tuple[int, ...
         except zlib.error as e:
             raise ValueError(f"an encoded tensor that zlib cannot decompress ({e})") from e
         if not stream.eof:
-            raise ValueError(f"an encoded tensor that is cut off or longer than {dtype} of shape {shape}")
+            raise ValueError(f"an encoded tensor that is truncated or longer than {dtype} of shape {shape}")
     elif encoding != "bytes":
         raise ValueError(f"unknown encoding {encoding!r} of a tensor; expected bytes or zlib")
     if len(data) != size:
@@ -151,7 +151,7 @@ def count(record: Buffer, field: Field) -> int:
 def split_feature(record: Buffer, field: Field, edges: Sequence[int]) -> list[bytes]:
     """Cuts a feature into serialized `Feature`s of the values [edges[i], edges[i + 1]); bytes are untouched."""
     if field.kind == BYTES:
-        # The list message is nothing but its values one after another, each with its tag.
+        # The list message consists of its values in order, each with its tag.
         at = [field.start, *(end for _, end in bytes_spans(record, field))]
         payloads: list[Buffer] = [record[at[a] : at[b]] for a, b in itertools.pairwise(edges)]
     elif field.kind == FLOAT:

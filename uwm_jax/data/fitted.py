@@ -1,4 +1,4 @@
-"""Image codecs that were fitted to a dataset's training episodes, as they lie next to its records.
+"""Image codecs fitted to a dataset's training episodes, stored in the dataset's directory.
 
 `<dataset>/codec/<name>.npz` holds `<camera>/<array>` for arrays with one entry per camera, `<array>` for the others,
 `image_size` (2,), `val_ratio`, the dataset's `fingerprint`, and `digest`, the `content_digest` of all these.
@@ -45,7 +45,7 @@ def read_fitted(
       float32 {array: with these axes}, cameras sorted.
 
     Raises:
-      UserError: there is none, it is damaged or edited, or it was fitted for other cameras, another size, another
+      UserError: there is none, it is damaged or edited, or it was fitted to other cameras, another size, another
         split or another dataset.
     """
     path = Path(dataset) / "codec" / f"{name}.npz"
@@ -66,7 +66,7 @@ def read_fitted(
         raise UserError(f"{path} cannot be read ({e}): copy it again, or reshard the dataset again.") from e
     if str(stored.pop("digest", "")) != content_digest(stored):
         raise UserError(
-            f"{path} is not as data_prep.reshard wrote it: its digest is not that of its content. Copy it again, or "
+            f"{path} has been damaged or edited (its digest differs from that of its content). Copy it again, or "
             "reshard the dataset again."
         )
     if (fitted_on := str(stored["fingerprint"])) != (found := fingerprint(read_manifest(dataset))):
@@ -101,16 +101,16 @@ def read_fitted(
 
 
 def _codec_size(crop: tuple[int, int], patch: int) -> str:
-    """Advice for a codec of the frames that a model sees; it consists of patches of `patch` pixels."""
+    """Advice for a codec, of patches of `patch` pixels, that fits the frames of a model."""
     size = tuple(max(patch, n // patch * patch) for n in crop)
     reshard = f"reshard the dataset again with --codec_size={size[0]},{size[1]}"
     if size == tuple(crop):
-        return f"Make one of this size: {reshard}"
+        return f"For a codec of this size, {reshard}"
     return f"A codec has whole patches of {patch} pixels: set config.data.crop to {size} and {reshard}"
 
 
 def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """sha256 of arrays with their names, dtypes and shapes, whatever their order."""
+    """sha256 of arrays with their names, dtypes and shapes, independent of their order."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         array = np.ascontiguousarray(array)

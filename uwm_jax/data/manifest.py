@@ -1,4 +1,4 @@
-"""The form of `manifest.json`, on which all that read it may rely once `check_manifest` has passed it."""
+"""The schema of `manifest.json`, which `check_manifest` validates once for all readers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from uwm_jax.errors import UserError
 
 
 class _Each(NamedTuple):
-    """An object of any keys, with values of one form."""
+    """An object with arbitrary keys and values of one schema."""
 
     form: Any
 
 
 class _Count(NamedTuple):
-    """An integer from `least` on."""
+    """An integer of at least `least`."""
 
     least: int = 0
 
 
 class _Shape(NamedTuple):
-    """A list of integers from -1 on, or null."""
+    """A list of integers of at least -1, or null."""
 
 
 _FEATURE = {"shape": _Shape(), "dtype": str, "image": bool, "column": bool}
@@ -49,20 +49,18 @@ _OPTIONAL = {
 
 
 def check_manifest(manifest: dict[str, Any], where: object) -> None:
-    """Checks the fields of a manifest, and every name in it that is followed to a file.
+    """Checks the fields of a manifest, and every name in it that becomes part of a path.
 
     Args:
         where: the file, for messages.
     Raises:
-        UserError: a field is missing or of another form, or a name leads out of the dataset.
+        UserError: a field is missing or of another schema, or a name leads out of the dataset.
     """
     if missing := sorted(_FORM.keys() - manifest.keys()):
         raise UserError(f"{where}: the fields {', '.join(missing)} are missing. Make the dataset again.")
     form = _FORM | {field: of_field for field, of_field in _OPTIONAL.items() if field in manifest}
-    if unfit := _unfit(manifest, form, "") or ("" if manifest["splits"] else "it names no splits"):
-        raise UserError(
-            f"{where} is not as data_prep.reshard wrote it: {unfit}. Copy it again, or make the dataset again."
-        )
+    if unfit := _unfit(manifest, form, "") or ("" if manifest["splits"] else "it lists no splits"):
+        raise UserError(f"{where} has been damaged or edited: {unfit}. Copy it again, or make the dataset again.")
     for key, feature in manifest["step_features"].items():
         if feature["column"] and (feature["shape"] is None or min(feature["shape"], default=1) < 1):
             raise UserError(
@@ -79,7 +77,7 @@ def check_manifest(manifest: dict[str, Any], where: object) -> None:
 
 
 def _unfit(value: Any, form: Any, at: str) -> str:
-    """The first value that is not of a form: its place, what was found, what was expected; empty if there is none."""
+    """The first value that violates a schema: its path, the value found, what was expected; "" if there is none."""
 
     def within(parts: Any) -> str:
         return next((found for part, of_part, name in parts if (found := _unfit(part, of_part, f"{at}/{name}"))), "")

@@ -1,14 +1,14 @@
 """The order of a weighted mixture as a pure function of (seed, history of weights, position).
 
-Position n belongs to stream n mod S and is that stream's draw n // S. Within a stream the draws are dealt out by
-nested apportionment: of the first d draws, floor(w * d + u) belong to the first source, where w is its share and u, in
-[0, 1), the stream's phase; of the rest, floor(w' * rest + u') belong to the second, with its share of what is left; and
-so on. Counts never fall, are exact at any position, and cost a few integer operations. Phases of consecutive streams
-are spread evenly over [0, 1) (multiples of an irrational number: Weyl 1916), so that every batch, which is a run of
-consecutive streams, is close to the weights too.
+Position n belongs to stream n mod S and is that stream's draw n // S. Within a stream the draws are divided among the
+sources by nested apportionment: of the first d draws, floor(w * d + u) belong to the first source, where w is its share
+and u, in [0, 1), the stream's phase; of the rest, floor(w' * rest + u') belong to the second, with its share of the
+rest; and so on. Counts never fall, are exact at any position, and cost a few integer operations. Phases of consecutive
+streams are spread evenly over [0, 1) (multiples of an irrational number: Weyl 1916), so that every batch, which is a
+run of consecutive streams, is close to the weights too.
 
-A change of weights at some position starts a new segment. Counts add over segments, so no source loses its place: the
-c-th draw of a source in stream s is its position c * S + s, whatever the weights were, and `StreamOrder` maps that to a
+A change of weights at some position starts a new segment. Counts add over segments, so every source keeps its position:
+the c-th draw of a source in stream s is its position c * S + s for any weights, and `StreamOrder` maps that to a
 window. With one source this is the position itself.
 """
 
@@ -22,24 +22,24 @@ from typing import NamedTuple
 from uwm_jax.data.order import mix
 
 Weights = Mapping[str, float]
-History = Sequence[tuple[int, Weights]]  # (from which position on, weight of each source), positions rising from 0
+History = Sequence[tuple[int, Weights]]  # (first position, weight of each source), positions rising from 0
 
 _BITS = 64
-_ONE = 1 << _BITS  # shares and phases are whole multiples of 2**-64
+_ONE = 1 << _BITS  # shares and phases are integer multiples of 2**-64
 
 
 class Draw(NamedTuple):
-    """The meaning of a position of the mixture: a source, and the position in that source's own order."""
+    """A position of the mixture: a source, and the position in that source's own order."""
 
     source: str
     position: int
 
 
 class MixtureOrder:
-    """The sources of a mixture, dealt out over positions 0, 1, ...
+    """Assigns the sources of a mixture to positions 0, 1, ...
 
     Args:
-        history: weights by the position from which they hold; all name the same sources. Only their ratios matter.
+        history: weights by the position from which they apply, of the same sources. Only their ratios matter.
             A source with weight 0 is not drawn.
         num_streams: S.
         seed: of the phases.
@@ -55,7 +55,7 @@ class MixtureOrder:
         self.history = [(int(start), dict(weights)) for start, weights in history]
         self.names = sorted(self.history[0][1])
         if any(sorted(weights) != self.names for _, weights in self.history):
-            raise ValueError("expected the same sources in all of the history of weights")
+            raise ValueError("expected the same sources throughout the history of weights")
         self.num_streams = num_streams
         self._segments = [(start, self._levels(start, weights, seed)) for start, weights in self.history]
 
@@ -70,7 +70,7 @@ class MixtureOrder:
         return Draw(self.names[chosen], before[chosen] * self.num_streams + stream)
 
     def counts(self, stream: int, draws: int) -> list[int]:
-        """How many of the first `draws` draws of a stream belong to each source, in the order of `names`."""
+        """The number of the first `draws` draws of a stream that belong to each source, in the order of `names`."""
         total = [0] * len(self.names)
         for i, (start, levels) in enumerate(self._segments):
             stop = draws
@@ -78,7 +78,7 @@ class MixtureOrder:
                 stop = min(draws, self._first_draw(self._segments[i + 1][0], stream))
             rest = stop - self._first_draw(start, stream)
             if rest <= 0:
-                continue  # not begun yet, or a segment so short that it skips this stream
+                continue  # not yet begun, or a segment too short to reach this stream
             for j, (share, phase, turn) in enumerate(levels):
                 count = share * rest + (phase + turn * stream) % _ONE >> _BITS
                 total[j] += count
@@ -86,16 +86,15 @@ class MixtureOrder:
         return total
 
     def _first_draw(self, position: int, stream: int) -> int:
-        """A stream's first draw at `position` or after it: some streams are one draw ahead of others."""
+        """A stream's first draw at or after `position`: some streams are one draw ahead of others."""
         return (position - stream + self.num_streams - 1) // self.num_streams
 
     def _levels(self, start: int, weights: Weights, seed: int) -> list[tuple[int, int, int]]:
-        """(share of what the sources before it leave, phase of stream 0, step of the phase from stream to stream) of
-        each source."""
+        """(share of what earlier sources leave, phase of stream 0, phase increment per stream) of each source."""
         shares = [share for _, share in sorted(shares_of(weights).items())]
         levels, left = [], Fraction(1)
         for i, share in enumerate(shares):
-            # Whole numbers of 2**-64, and exactly one for the last source that is drawn at all: nothing is left over.
+            # Integer multiples of 2**-64, and exactly 1 for the last source that is drawn at all: no rest remains.
             of_rest = round(share / left * _ONE) if left else 0
             phase = mix(mix(mix(seed) ^ start) ^ i)
             levels.append((of_rest, phase, _irrational(i)))
@@ -119,7 +118,7 @@ def shares_of(weights: Weights) -> dict[str, Fraction]:
 
 
 def continued(history: History, weights: Weights, position: int) -> list[tuple[int, Weights]]:
-    """The history of a run that goes on at `position` with these weights: a new segment where they differ."""
+    """The history of a run that continues at `position` with these weights: with a new segment if they differ."""
     kept: list[tuple[int, Weights]] = [(start, dict(w)) for start, w in history if start < position]
     if kept and shares_of(kept[-1][1]) == shares_of(weights):
         return kept

@@ -1,4 +1,4 @@
-"""Checks of what others named: names that become files of a dataset, and files that are not what their name says."""
+"""Checks of untrusted names that become paths in a dataset, and of placeholders in place of data files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _LFS, _GZIP = b"version https://git-lfs.github.com/spec", b"\x1f\x8b"
 
 
 def check_name(name: object, what: str, where: object, *, nested: bool = False) -> str:
-    """A name that becomes (part of) a file's name, and so may not lead out of the dataset's directory.
+    """A name that becomes part of a path and must not lead out of the dataset's directory.
 
     Args:
-        what: says what it names ("the split"); where: the file that has it.
-        nested: whether it may have several parts, separated by `/`, as keys of features and files in folders have.
+        what: description of the named thing ("the split"); where: the file that contains the name.
+        nested: whether it may have several parts separated by `/`, like keys of features and files in folders.
     Returns:
         The name.
     Raises:
-        UserError: it is no string, empty, absolute, has a part `.` or `..`, a `/` (unless nested), a backslash, a
-            control character or half a surrogate pair, or is too long for a file.
+        UserError: it is not a string, is empty or absolute, has a part `.` or `..`, a `/` (unless nested), a backslash,
+            a control character or an unpaired surrogate, or is too long for a file.
     """
     if not isinstance(name, str):
         raise UserError(f"{where}: {what} is {name!r}; expected a string.")
@@ -34,13 +34,13 @@ def check_name(name: object, what: str, where: object, *, nested: bool = False) 
         raise UserError(
             f"{where}: {what} is {shown!r}, which cannot name a file inside the dataset: expected at most {_MAX_NAME} "
             f"bytes of UTF-8 without `..`, backslashes, control characters{'' if nested else ', `/`'} or empty parts. "
-            "Rename it there."
+            "Rename it."
         )
     return name
 
 
 def not_the_data(file: str | os.PathLike[str]) -> str:
-    """The kind of a file that is no data, with the remedy: a Git LFS pointer, or compressed by gzip; else empty."""
+    """The kind of placeholder that a file is, with the remedy: a Git LFS pointer or a gzip file; "" for neither."""
     with epath.Path(file).open("rb") as f:
         head = f.read(len(_LFS))
     if head == _LFS:

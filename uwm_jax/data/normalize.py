@@ -1,4 +1,4 @@
-"""The normaliser of a run: one affine map per low-dimensional key, made from statistics of its data."""
+"""The normaliser of a run: an affine map per low-dimensional key, from statistics of its data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uwm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Normalizer:
-    """raw = normalised * scale + offset, per key and dimension; a key without an entry is left alone.
+    """raw = normalised * scale + offset, per key and dimension; a key without an entry is unchanged.
 
     Attributes:
         entries: key (`action`, `state`, ...) -> (scale (D,), offset (D,)) float32.
@@ -27,10 +27,10 @@ class Normalizer:
 
         Args:
             stats: as `uwm_jax.data.stats.column_stats` returns them, by key.
-            kind: "minmax": the whole range; "quantile": the 1 % to the 99 % quantile (the whole range for a
+            kind: "minmax": the full range; "quantile": the 1 % to the 99 % quantile (the full range for a
                 dimension where these are equal); "none": nothing is normalised.
-            keys: which keys to normalise.
-        Dimensions that are constant get scale 1: they become 0, and a prediction of 0 gives the constant.
+            keys: the keys to normalise.
+        Constant dimensions get scale 1: they become 0, and a prediction of 0 gives the constant.
 
         Raises:
             UserError: a key has values that are not finite.

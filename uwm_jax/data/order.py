@@ -2,19 +2,19 @@
 
 The sample at global position n belongs to virtual stream n mod S and is that stream's draw n // S. Each
 stream runs over its own contiguous range of windows, of nearly equal size, and visits every window
-of the range once per epoch in an order reshuffled every epoch. Whatever reads the data (any number of
-processes or threads, from any step) computes the same samples, and the only state is a position.
+of the range once per epoch in an order reshuffled every epoch. Every reader (any number of processes or threads, from
+any step) computes the same samples, and the only state is a position.
 
 Of P processes, where P divides S, process p owns the positions n with n mod P = p, which are whole streams and
-hence ranges of windows (shards) of its own. (A source of so few streams that P does not divide them is read by all.)
+hence ranges of windows (shards) of its own. (A source with too few streams for P to divide is read by all.)
 
-A small source has fewer streams. Ranges differ by one window, and a window of a shorter range is drawn more often: a
-range of two windows beside ranges of one would be visited half as often per window.
+A small source has fewer streams, because ranges differ by one window, and a window of a shorter range is drawn more
+often: among ranges of one window, the windows of a range of two would be visited half as often.
 """
 
 from __future__ import annotations
 
-MIN_RANGE = 16  # windows per stream: the rates at which windows are drawn differ by 1/16 at most
+MIN_RANGE = 16  # windows per stream: the rates at which windows are drawn differ by at most 1/16
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8
@@ -45,7 +45,7 @@ class StreamOrder:
         )
 
     def draw(self, stream: int, draw: int) -> int:
-        """The window that is draw number `draw` (0, 1, ...) of a stream."""
+        """The window of draw number `draw` (0, 1, ...) of a stream."""
         start, stop = self.stream_range(stream)
         epoch, i = divmod(draw, stop - start)
         return start + permute(i, stop - start, mix(mix(mix(self.seed) ^ stream) ^ epoch))
@@ -57,7 +57,7 @@ class StreamOrder:
 
 
 def permute(i: int, n: int, key: int) -> int:
-    """Image of `i` under a pseudo-random permutation of 0 .. n - 1, without listing it.
+    """Image of `i` under a pseudo-random permutation of 0 .. n - 1, computed without a table.
 
     A Feistel network over the smallest even number of bits that holds n, applied until the result is
     below n (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).

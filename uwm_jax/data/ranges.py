@@ -1,4 +1,4 @@
-"""How much of the range of a normaliser, or of a pool of sources, data use: a unit that differs shows here alone."""
+"""Checks of the range that data use of a normaliser's, or of a pool's of sources: they reveal differing units."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from uwm_jax.data.normalize import Normalizer, is_constant, range_of
 
 Range = tuple[np.ndarray, np.ndarray]  # (D,) lowest and highest value of each column, float64
 
-# Largest normalised value that passes without a word; training data lie within about 1.
+# Largest normalised value without a warning; training data lie within about 1.
 _FAR = 1.5
-# Smallest share of a range that does: a model that knows the whole range sees little of what happens in less.
+# Smallest share of a range without one: differences within less are hard to see for a model of the full range.
 _NARROW = 0.1
 
 
 def ranges_of(stats: Mapping[str, Mapping[str, Any]], kind: str) -> dict[str, Range]:
-    """The range of each key that `Normalizer.from_stats` maps onto [-1, 1]; the whole one for the kind "none"."""
+    """The range of each key that `Normalizer.from_stats` maps onto [-1, 1]; the full range for the kind "none"."""
     return {key: range_of(of_key, kind) for key, of_key in stats.items()}
 
 
 def about_pool(ranges: Mapping[str, Mapping[str, Range]]) -> list[str]:
-    """A warning for each source and key that uses little of what all sources together span, as `_narrow` says.
+    """A warning for each source and key that uses little of the range of all sources (see `_narrow`).
 
     Args:
       ranges: {source: {key: range}} of the sources that share a normaliser.
@@ -36,20 +36,20 @@ def about_pool(ranges: Mapping[str, Mapping[str, Range]]) -> list[str]:
             if columns := _narrow(part, (high - low) / 2):
                 lines.append(
                     f"warning: source {name!r} uses little of the range of {key} that all sources together have: "
-                    f"{columns}. Are the units the same? They share one normaliser, so that differences within such "
-                    f"a column are next to nothing to the model. Make the units equal, let "
-                    f"config.data.sources.{name} read other columns, or take its video alone: "
+                    f"{columns}. Are the units the same? They share one normaliser, so the model hardly sees "
+                    f"differences within such a column. Convert the units, let config.data.sources.{name} read other "
+                    f"columns, or use only its video: "
                     f"--config.data.sources.{name}.use_actions=false"
                 )
     return lines
 
 
 def under(normalizer: Normalizer, ranges: Mapping[str, Mapping[str, Range]], keys: Iterable[str]) -> list[str]:
-    """A sentence for each source and key of data that do not suit a normaliser from elsewhere, far out or narrow.
+    """A sentence for each source and key that is far outside, or in a small part of, another run's normaliser's range.
 
     Args:
       ranges: {source: {key: range}}.
-      keys: what to look at; a key without an entry is compared as it is.
+      keys: the keys to check; one without an entry is compared unnormalised.
     """
     lines = []
     for key in keys:
@@ -68,8 +68,8 @@ def under(normalizer: Normalizer, ranges: Mapping[str, Mapping[str, Range]], key
 
 
 def far_out(normalizer: Normalizer, key: str, values: np.ndarray) -> str:
-    """A sentence about the columns of raw `values` (..., D) that leave the normaliser's range by far, each with the
-    share of its values that do; "" if there are none, or the key is not normalised."""
+    """A sentence about the columns of raw `values` (..., D) with values far outside the normaliser's range, each with
+    the share of such values; "" if there are none, or the key is not normalised."""
     if key not in normalizer.entries:
         return ""
     share = (np.abs(normalizer.normalize(key, values)) > _FAR).reshape(-1, values.shape[-1]).mean(axis=0)
@@ -81,13 +81,13 @@ def far_out(normalizer: Normalizer, key: str, values: np.ndarray) -> str:
     more = f" and {len(columns) - 6} more" if len(columns) > 6 else ""
     low, high = offset[columns[0]] - abs(scale[columns[0]]), offset[columns[0]] + abs(scale[columns[0]])
     return (
-        f"{key} is far out of the range that the model was trained on: {', '.join(shown)}{more}. Column {columns[0]} "
+        f"{key} is far outside the range that the model was trained on: {', '.join(shown)}{more}. Column {columns[0]} "
         f"was within about {low:.4g} to {high:.4g} there. Are the units raw, and the columns in the same order?"
     )
 
 
 def _narrow(part: Range, half: np.ndarray) -> str:
-    """The columns that vary, but in less than a tenth of +-half, each with its share; "" if there are none."""
+    """The columns that vary, but by less than a tenth of +-half, each with its share; "" if there are none."""
     low, high = part
     share = np.where(is_constant(low, high), 1.0, (high - low) / 2 / np.maximum(half, 1e-30))
     columns = np.flatnonzero(share < _NARROW)

@@ -2,23 +2,23 @@
 
 A dataset directory is a TFDS-readable RLDS dataset in ArrayRecord (`dataset_info.json`,
 `features.json`, shards with one record per group) whose records are chunks of up to `chunk_steps`
-consecutive steps of one episode, encoded images untouched. Beside it lie
+consecutive steps of one episode, encoded images untouched. The directory also holds
 
-- `manifest.json`: format version, source, keys with shapes and dtypes, why a key is neither camera nor column
-  (`unusable_keys`), camera sizes, and per split the counts, what was skipped, the shards with size and sha256, and the
+- `manifest.json`: format version, source, keys with shapes and dtypes, reasons why keys are neither camera nor column
+  (`unusable_keys`), camera sizes, and per split the counts, skipped episodes, the shards with size and sha256, and the
   crc32c of every index and column file;
 - `index/<split>.npz`: `episode_length` (E,), `episode_first_chunk` (E,), `chunk_shard` (K,),
   `chunk_record` (K,), all int64, and `chunk_crc32c` (K,) uint32 of the record, chunks of an episode being consecutive;
-- `index/<split>.texts.npz`: for every episode-level text, such as the path of the recording, `<key>/utf8` (bytes of
-  all episodes one after another) and `<key>/ends` (E,) int64, so that episodes are chosen without reading a record;
+- `index/<split>.texts.npz`: for every episode-level string, such as the path of the recording, `<key>/utf8` (bytes of
+  all episodes, concatenated) and `<key>/ends` (E,) int64, so that episodes are selected without reading a record;
 - `columns/<split>/<key>.npy`: every numeric step key of at most `COLUMN_MAX_SIZE` values, (steps, ...)
   in episode order, float32 or int64, so that actions and statistics need no record;
 - `codec/pca.npz` and `stats.json`, which `data_prep` derives from the above, and `derived_stats/`, a cache of
   what `uwm_jax.data.stats` computes.
 
-The fingerprint of the manifest identifies all of it: index, texts and columns are compared with their crc32c when they
-are opened, each record with its own whenever it is read, and what is derived names the fingerprint and carries a digest
-of its own content.
+The fingerprint of the manifest identifies all of these: index, strings and columns are verified by their crc32c when
+they are opened, each record whenever it is read, and derived files hold the fingerprint and a digest of their own
+content.
 
 A window then costs a few reads of whole records, a scan of their wire format, and the decoding of
 only the frames that it uses.
@@ -57,20 +57,20 @@ FORMAT = "uwm_jax/chunks"
 FORMAT_VERSION = 2
 COLUMN_MAX_SIZE = 256
 
-COLUMNS_IN_MEMORY = 1 << 31  # bytes of a split's columns, as far as they are used; further ones stay on disk
+COLUMNS_IN_MEMORY = 1 << 31  # bytes of a split's used columns in memory; further columns stay on disk
 
 _BLOCK = 1 << 22
 
 
 def dataset_dir(path: str | os.PathLike[str], flag: str = "config.data.path") -> epath.Path:
-    """A dataset's directory: `path` itself if absolute, else under $UWM_DATA_DIR; `flag` is where `path` comes from."""
+    """A dataset's directory: `path` itself if absolute, else under $UWM_DATA_DIR; `flag` is for messages."""
     return epath.Path(data_dir() / local_path(path, flag))
 
 
 def find_dataset(path: str | os.PathLike[str], flag: str = "--dataset") -> Path:
-    """The dataset that a command is given: where `path` leads from here, else, as for a config, under $UWM_DATA_DIR.
+    """The dataset of a command's flag: `path` relative to the current directory, else, as in a config, $UWM_DATA_DIR.
 
-    A path that leads to a dataset in neither place is returned as the config would take it.
+    A path without a dataset in either place is resolved as in a config.
     """
     here = local_path(path, flag)
     if (here / "manifest.json").exists():
@@ -79,14 +79,14 @@ def find_dataset(path: str | os.PathLike[str], flag: str = "--dataset") -> Path:
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Identifies a dataset's content, wherever it came from: sha256 of its manifest, which holds the sha256 of
+    """Identifies a dataset's content, independent of its source: sha256 of its manifest, which holds the sha256 of
     every shard."""
     content = {k: v for k, v in manifest.items() if k != "source"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def short_key(key: str) -> str:
-    """A step key without the leading `observation/`, as files beside the records (`codec/pca.npz`) name cameras."""
+    """A step key without the leading `observation/`, as derived files (`codec/pca.npz`) name cameras."""
     return key.removeprefix("observation/")
 
 
@@ -101,7 +101,7 @@ def index_file(split: str) -> str:
 
 
 def text_file(split: str) -> str:
-    """File of the episodes' texts, relative to the dataset directory."""
+    """File of the episodes' strings, relative to the dataset directory."""
     return f"index/{split}.texts.npz"
 
 
@@ -118,7 +118,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The checked manifest of a dataset directory.
 
     Raises:
-        UserError: there is none, or it is of another format.
+        UserError: there is none, or it has another format.
     """
     file = epath.Path(path) / "manifest.json"
     if not file.exists():
@@ -128,9 +128,9 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
             hint = (
                 f"Make it with `python -m data_prep.reshard --input=RLDS_DIR --output={path}`, or the demonstration "
                 "data `pusht` with `python -m data_prep.demo`. A config's relative path is looked up under "
-                f"$UWM_DATA_DIR, which is {os.environ.get('UWM_DATA_DIR', 'not set (default data/)')}. Where a run's "
-                "dataset has moved, --config.data.path=DIR (for a source: --config.data.sources.NAME.path=DIR) tells "
-                "its new place."
+                f"$UWM_DATA_DIR, which is {os.environ.get('UWM_DATA_DIR', 'not set (default data/)')}. If a run's "
+                "dataset has moved, name its new place with --config.data.path=DIR (for a source: "
+                "--config.data.sources.NAME.path=DIR)."
             )
         raise UserError(f"{path}: no training dataset here (no manifest.json). {hint}")
     manifest = read_json(file)
@@ -147,7 +147,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkRef:
-    """The place of a step: the shard's file name, the record in it, and the step's place in the record."""
+    """The location of a step: the shard's file name, the record in it, and the step's offset in the record."""
 
     shard: str
     record: int
@@ -192,8 +192,8 @@ class Dataset:
         return sorted(k for k, f in self.manifest["step_features"].items() if f["column"])
 
     def action_lengths(self) -> np.ndarray:
-        """(E,) int64 how many steps of each episode have an action: all but the last where `is_last` marks that one,
-        since RLDS leaves its action undefined."""
+        """(E,) int64, the number of steps of each episode with an action: all except last steps that `is_last` marks,
+        whose action RLDS leaves undefined."""
         if "is_last" not in self.column_keys:
             return self.episode_lengths
         ends = self.episode_starts + self.episode_lengths - 1
@@ -227,11 +227,11 @@ class Dataset:
         ]
 
     def episode_texts(self, key: str) -> list[str]:
-        """The text of every episode under an episode-level key, named in full (for example
+        """The string of every episode under an episode-level key, named in full (for example
         `episode_metadata/file_path`) or without `episode_metadata/`.
 
         Raises:
-            UserError: the dataset has no such text.
+            UserError: the dataset has no such string.
         """
         file = self.directory / text_file(self.split)
         try:
@@ -254,11 +254,11 @@ class Dataset:
         return tuple(self.manifest["step_features"][key]["shape"])
 
     def column(self, key: str) -> Column:
-        """Values of all steps, (steps, ...) float32 or int64: a read-only array where the split's columns that were
-        asked for fit into `COLUMNS_IN_MEMORY`, else one on disk.
+        """Values of all steps, (steps, ...) float32 or int64: a read-only array as long as the split's used columns
+        fit into `COLUMNS_IN_MEMORY`, else a column on disk.
 
         Raises:
-            UserError: there is no such column, or its file is not the one that was made.
+            UserError: there is no such column, or its file is damaged.
         """
         key = self._resolve(key, self.column_keys, "column")
         with self._lock:
@@ -267,7 +267,7 @@ class Dataset:
             return self._columns[key]
 
     def locate(self, episode: int, step: int) -> ChunkRef:
-        """The place of a step of an episode."""
+        """The location of a step of an episode."""
         chunk, offset = divmod(step, self.chunk_steps)
         chunk += int(self._first_chunk[episode])
         return ChunkRef(self._shards.names[self._chunk_shard[chunk]], int(self._chunk_record[chunk]), offset)
@@ -296,7 +296,7 @@ class Dataset:
                 chunk, offset = divmod(step, self.chunk_steps)
                 wanted.setdefault(chunk, {}).setdefault(camera, []).append((offset, place))
         for chunk, cameras in wanted.items():
-            # The view keeps slices of a record of a megabyte from being copied.
+            # Slices of a view are not copied; a record has about a megabyte.
             record = memoryview(self.record(episode, chunk))
             names = {b"steps/" + camera.encode(): camera for camera in cameras}
             try:
@@ -310,8 +310,8 @@ class Dataset:
                 ref = self.locate(episode, chunk * self.chunk_steps)
                 raise UserError(
                     f"{self.directory / ref.shard}: record {ref.record} (episode {episode}, steps from "
-                    f"{chunk * self.chunk_steps}): {', '.join(cameras)}: {e!s}. The record is not what manifest.json "
-                    "describes: make the dataset again."
+                    f"{chunk * self.chunk_steps}): {', '.join(cameras)}: {e!s}. The record does not match "
+                    "manifest.json: make the dataset again."
                 ) from e
 
     def values(self, episode: int, step: int, key: str) -> np.ndarray:
@@ -351,7 +351,7 @@ class Dataset:
             reason = f"it holds {features[found]['dtype']} of shape {features[found]['shape']}"
         raise UserError(
             f"{self.directory}: no {what} {name!r}; it has: {', '.join(sorted(keys)) or 'none'}."
-            + (f" {name!r} is there, but cannot be used so: {reason}." if reason else "")
+            + (f" {name!r} exists, but cannot be used so: {reason}." if reason else "")
         )
 
     def _read_index(self, info: dict[str, Any]) -> None:
@@ -391,7 +391,7 @@ class Dataset:
         return column
 
     def _read_file(self, name: str) -> bytes:
-        """A file of the index: one of another dataset of the same size would be read without complaint."""
+        """The bytes of an index file, verified: a file of another dataset might have the same size."""
         try:
             data = again((self.directory / name).read_bytes, self.directory / name)
         except OSError as e:

@@ -1,4 +1,4 @@
-"""Warnings about data before a run trains: values that no sample will have, too little to judge by."""
+"""Warnings about data at the start of a run: values out of the samplers' reach, too few held-out episodes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from uwm_jax.data.sources import Source
 from uwm_jax.data.stats import counted_steps
 from uwm_jax.data.windows import split_episodes
 
-_FAR = 1.5  # times the clip: values up to there lose little by it
-_RARE = 1e-3  # share of values farther out than that of which nothing is said, ...
-_HUGE = 3.0  # ... unless one of them is as far out as this
-_FAR_INPUT = 10.0  # normalised low-dimensional values up to there are what a network can read
-_ROWS = 1 << 22  # steps that shares are counted over: more are thinned evenly
+_FAR = 1.5  # times the clip: values up to this lose little by clipping
+_RARE = 1e-3  # smallest share of values beyond it that is reported, ...
+_HUGE = 3.0  # ... unless one of them is beyond this
+_FAR_INPUT = 10.0  # normalised low-dimensional values up to this are fine for a network
+_ROWS = 1 << 22  # steps that shares are counted over; more are thinned evenly
 _BLOCK = 1 << 18
-_SHOWN = 6  # columns that a line names
+_SHOWN = 6  # columns named in a line
 
 
 def far_out(sources: Sequence[Source], normalizer: Normalizer, clip: float) -> list[str]:
-    """A warning for each source and key of which values lie far beyond what is sampled, or read by the network.
+    """A warning for each source and key with values far beyond the clip of samples, or a network's usual inputs.
 
     Args:
         sources: those with actions.
-        normalizer: the run's, wherever it comes from.
+        normalizer: the run's.
         clip: range of a predicted action (`config.diffusion.clip.action`), normalised; 0 = unlimited.
     """
     lines = []
@@ -48,18 +48,18 @@ def far_out(sources: Sequence[Source], normalizer: Normalizer, clip: float) -> l
             if key == "action":
                 what += f"config.diffusion.clip.action={clip:g} cuts samples there: such values can never be sampled. "
             else:
-                what += "The network reads them as they are, and is hard to train on such. "
+                what += "The network reads them unclipped, which makes it hard to train. "
             other = ", or a larger diffusion.clip.action (0 = no clip)" if key == "action" else ""
             lines.append(
-                f"{what}Take config.data.normalize=minmax (with init_from, init_from_normalizer=fresh){other}; where "
+                f"{what}Use config.data.normalize=minmax (with init_from, init_from_normalizer=fresh){other}; where "
                 "the values are errors, leave out their episodes."
             )
     return lines
 
 
 def few_held_out(sources: Sequence[Source], val_ratio: float, fewest: int) -> list[str]:
-    """A warning where fewer than `fewest` episodes of the sources with actions are held out; none for a `val_ratio` of
-    0, which means that none should be."""
+    """A warning if fewer than `fewest` episodes of the sources with actions are held out; none for a `val_ratio` of
+    0, where none should be."""
 
     def held_out(ratio: float) -> tuple[int, int]:
         """Episodes with windows: held out, and left for training."""
@@ -87,7 +87,7 @@ def few_held_out(sources: Sequence[Source], val_ratio: float, fewest: int) -> li
 def _shares(
     source: Source, key: str, normalizer: Normalizer, limits: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(D,) shares of the normalised values of training steps that are larger than each of the limits."""
+    """(D,) shares of training steps whose normalised absolute value exceeds each of the limits."""
     total, above = 0, [np.zeros(1), np.zeros(1)]
     for values in _blocks(source, key):
         size = np.abs(normalizer.normalize(key, values))
@@ -97,7 +97,7 @@ def _shares(
 
 
 def _blocks(source: Source, key: str) -> Iterator[np.ndarray]:
-    """Raw values (n, D) of a key at the training steps, evenly thinned where there are many."""
+    """Raw values (n, D) of a key at the training steps, evenly thinned if there are many."""
     dataset, samples = source.dataset, source.samples
     in_training = np.zeros(dataset.num_episodes, np.int64)
     counted = samples.action_lengths if key == "action" else dataset.episode_lengths

@@ -1,4 +1,4 @@
-"""Episodes of a dataset that a source uses: those that pass its conditions, at most so many, only finite ones."""
+"""Selection of the episodes that a source uses: by conditions on their strings, up to a number, only finite ones."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from uwm_jax.data.columns import Column
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError
 
-_NAMED = 5  # episodes that a message names of those that it counts
+_NAMED = 5  # episodes that a message lists by number
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """A condition on an episode's text under `key`, its path for example.
+    """A condition on an episode's string under `key`, such as its path.
 
     Attributes:
-        include: one of these; () = whatever.
-        exclude: none of these.
+        include: it must contain one of these; () = no condition.
+        exclude: it must contain none of these.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Condition:
         return f"{' but '.join(wanted + unwanted)} in {self.key}"
 
     def holds(self, texts: Iterable[str]) -> np.ndarray:
-        """(E,) bool, of the texts of E episodes."""
+        """(E,) bool, for the strings of E episodes."""
         held = [
             (not self.include or any(part in text for part in self.include))
             and not any(part in text for part in self.exclude)
@@ -45,7 +45,7 @@ class Condition:
 
 
 def conditions(fields: Any) -> tuple[Condition, ...]:
-    """Those of a source, one for each key, from `include` and `exclude` of `uwm_jax.config.source`."""
+    """The conditions of a source, one per key, from `include` and `exclude` of `uwm_jax.config.source`."""
     names: dict[str, str] = {}  # a key without `episode_metadata/` -> as it is spelled first
     parts: dict[str, tuple[list[str], list[str]]] = {}
     for place, entries in enumerate((fields.include, fields.exclude)):
@@ -87,13 +87,13 @@ class Selection:
 
 
 def select(dataset: Dataset, fields: Any, where: str) -> Selection:
-    """The episodes that pass the conditions of a source, and if these are too many, some of them.
+    """The episodes that meet the conditions of a source, or a random choice of them if there are too many.
 
     Args:
         fields: those of `uwm_jax.config.source`.
-        where: what to call the source in messages.
+        where: the name of the source in messages.
     Raises:
-        UserError: no episode passes; a text that the dataset does not have.
+        UserError: no episode meets the conditions, or the dataset lacks a string.
     """
     selection = Selection(np.ones(dataset.num_episodes, np.bool_))
     if asked := conditions(fields):
@@ -132,7 +132,7 @@ def _nothing_passes(
 
 
 def not_finite(column: Column, lengths: np.ndarray, counted: np.ndarray, block: int = 1 << 18) -> np.ndarray:
-    """(n,) numbers of the episodes of which one of the first `counted` (E,) steps is NaN or infinite.
+    """(n,) numbers of the episodes with NaN or infinity in one of the first `counted` (E,) steps.
 
     Args:
         column: (steps, ...) of all episodes, one after another; read once, by blocks.
@@ -150,8 +150,8 @@ def not_finite(column: Column, lengths: np.ndarray, counted: np.ndarray, block: 
     return np.unique(np.concatenate(bad)) if bad else np.zeros(0, np.int64)
 
 
-def tell_not_finite(found: Mapping[str, np.ndarray], total: int, where: str) -> str:
-    """The message, with the remedy, where these episodes of these keys are not finite, of so many in all."""
+def describe_not_finite(found: Mapping[str, np.ndarray], total: int, where: str) -> str:
+    """The message, with the remedy, about episodes that are not finite, {key: numbers}, of `total` episodes."""
     lines = [f"{where} has values that are NaN or infinite:"]
     lines += [f"  {key}: {some_episodes(episodes)}" for key, episodes in found.items()]
     every = len(np.unique(np.concatenate(list(found.values()))))
@@ -163,7 +163,7 @@ def tell_not_finite(found: Mapping[str, np.ndarray], total: int, where: str) -> 
 
 
 def some_episodes(episodes: Sequence[int] | np.ndarray) -> str:
-    """How many these are, and the numbers of the first."""
+    """The number of episodes, and the first of them."""
     some = ", ".join(str(e) for e in episodes[:_NAMED])
     more = f" and {len(episodes) - _NAMED} more" if len(episodes) > _NAMED else ""
     return f"{len(episodes)} episode{'s' if len(episodes) != 1 else ''} ({some}{more})"

@@ -1,4 +1,4 @@
-"""The shards of a split: ArrayRecord files that are opened when a record of theirs is read first."""
+"""The shards of a split: ArrayRecord files, opened when a record is first read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from uwm_jax.data.names import not_the_data
 from uwm_jax.errors import UserError
 from uwm_jax.reading import again, is_fleeting
 
-# Open files are kept for this many shards; a reader holds a descriptor and its shard's index.
+# Number of shards that stay open; a reader holds a descriptor and its shard's index.
 _MAX_OPEN_SHARDS = 256
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 1 << 15
@@ -43,7 +43,7 @@ class Shards:
             try:
                 size = again(lambda file=file: file.stat().length, file)  # type: ignore[misc]
             except FileNotFoundError as e:
-                raise UserError(f"{file} is missing, though manifest.json names it. Copy it again.") from e
+                raise UserError(f"{file} is missing, though manifest.json lists it. Copy it again.") from e
             if size != entry["bytes"]:
                 if found := not_the_data(file):
                     raise UserError(f"{file} {found}.")
@@ -55,8 +55,8 @@ class Shards:
         """A record of a shard.
 
         Raises:
-            UserError: it is damaged, or its checksum is not the index's.
-            RunError: it cannot be read, nor some seconds later.
+            UserError: it is damaged, or its checksum is not that in the index.
+            RunError: it cannot be read, even after retries.
         """
         file = self._directory / self.names[shard]
         try:
@@ -66,12 +66,11 @@ class Shards:
                 f"{file}: record {record} cannot be read ({str(e)[:200]}). "
                 "The file is damaged: copy it again (manifest.json has its sha256) or make the dataset again."
             ) from e
-        # ArrayRecord's own hashes find damage, but not a sound file of another dataset.
+        # ArrayRecord's own hashes detect damage, but not an intact file of another dataset.
         if google_crc32c.value(data) != crc32c:
             raise UserError(
-                f"{file}: record {record} is not the one that this dataset was made with (its checksum is not the "
-                "index's): the file belongs to another dataset or was overwritten. Copy it again (manifest.json has "
-                "its sha256) or make the dataset again."
+                f"{file}: record {record} has another checksum than the index: the file belongs to another dataset or "
+                "was overwritten. Copy it again (manifest.json has its sha256) or make the dataset again."
             )
         return data
 
@@ -79,7 +78,7 @@ class Shards:
         try:
             return self._reader(shard).read([record])[0]
         except RuntimeError:
-            with self._lock:  # opened again by the next try: the file's handle may be stale
+            with self._lock:  # reopened by the next attempt: the file's handle may be stale
                 self._readers.pop(shard, None)
             raise
 
@@ -101,11 +100,11 @@ class Shards:
             )
             if not reader.ok():
                 try:
-                    reader.close()  # tells why
+                    reader.close()  # raises the reason
                 except RuntimeError as e:
                     if is_fleeting(e, file):
                         raise
-                raise UserError(f"{file} is not a whole ArrayRecord file. Copy it again.")
+                raise UserError(f"{file} is not a complete ArrayRecord file. Copy it again.")
             self._readers[shard] = reader
             # The evicted reader is closed by its last user, not here: another thread may be reading from it.
             if len(self._readers) > _MAX_OPEN_SHARDS:

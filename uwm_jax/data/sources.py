@@ -1,4 +1,4 @@
-"""The sources of a run: open datasets, which of their episodes count, and the order of their windows."""
+"""The sources of a run: open datasets, the episodes used of each, and the order of their windows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import StreamOrder, mix
 from uwm_jax.data.records import Dataset, dataset_dir
 from uwm_jax.data.samples import Clip, Samples
-from uwm_jax.data.selection import select, tell_not_finite
+from uwm_jax.data.selection import describe_not_finite, select
 from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.data.stats import Stats, join_stats, key_stats, pool_stats
 from uwm_jax.data.transforms import get_transform
 from uwm_jax.data.windows import Windows, split_episodes
 from uwm_jax.errors import UserError
 
-# The fields of `uwm_jax.config.source` for a run that names no sources.
+# The fields of `uwm_jax.config.source` for a run without sources.
 _PLAIN = types.SimpleNamespace(
     **dict(weight=1.0, use_actions=True, cameras=(), fill_views="same", action=()),
     **dict(include=(), exclude=(), path_key="", max_episodes=0, max_episodes_seed=0),
@@ -28,20 +28,20 @@ _PLAIN = types.SimpleNamespace(
 
 
 class Source:
-    """One dataset of a run, with the episodes that it uses of it, their windows and order.
+    """A dataset of a run, with the episodes that are used, their windows and their order.
 
     Args:
         name: its name in the mixture.
-        where: what to call it in messages.
+        where: its name in messages.
         dataset: an open split; config: `config.data`; fields: those of `uwm_jax.config.source`.
         seed: of its order.
     Raises:
         UserError: as `Samples` and `select`; values that are not finite, unless `config.drop_nonfinite`; no training
-            episode that is long enough.
+            episode is long enough.
 
     Attributes:
-        selection: the episodes that it uses.
-        episodes, held_out: numbers of those that train and of those that validate.
+        selection: the episodes that are used.
+        episodes, held_out: numbers of the training and of the validation episodes.
     """
 
     def __init__(self, name: str, where: str, dataset: Dataset, config: Any, fields: Any, seed: int):
@@ -53,10 +53,10 @@ class Source:
         self.selection = select(dataset, fields, where)
         broken = self.samples.not_finite(self.selection.kept)
         if broken and not config.drop_nonfinite:
-            raise UserError(tell_not_finite(broken, dataset.num_episodes, where))
+            raise UserError(describe_not_finite(broken, dataset.num_episodes, where))
         if broken:
             self.selection = self.selection.without(np.unique(np.concatenate(list(broken.values()))))
-        # Held out first and chosen then, so that sources of one dataset agree about what is held out.
+        # Held out first and selected then, so that sources of one dataset hold out the same episodes.
         train, held_out = split_episodes(dataset.num_episodes, config.val_ratio)
         self._num_held_out = len(held_out)
         kept = self.selection.kept
@@ -84,7 +84,7 @@ class Source:
         return Windows(self.samples.window, lengths, episodes, what, actions)
 
     def about_held_out(self) -> str:
-        """The fate of its validation episodes, for a person who misses them."""
+        """A sentence about the number and lengths of its validation episodes, for messages."""
         text = f"{self.where}: {self._num_held_out} of {self.dataset.num_episodes} episodes are held out"
         if self._num_held_out and self.selection.rules:
             text += f", {len(self.held_out)} of them used ({self.selection})"
@@ -95,7 +95,7 @@ class Source:
 
     @property
     def identity(self) -> str:
-        """Identifies what must not change while a run continues: the dataset's content and which of it is used."""
+        """Identifies what must stay the same when a run continues: the dataset's content and the selection."""
         used = f" ({self.selection})" if self.selection.rules else ""
         return f"{self.dataset.fingerprint}{used}"
 
@@ -104,8 +104,8 @@ class Source:
         return Clip(*self.windows.locate(self.order.window(position)))
 
     def load(self, batch: Batch, at: int, row: int, position: int, spec: DataSpec) -> None:
-        """Writes the sample at a position of this source's order into place `at` of a batch, as row `row`."""
-        draw = mix(mix(self.seed ^ 0x66696C6C) ^ position)  # apart from the seed of the order
+        """Writes the sample at a position of this source's order to index `at` of a batch, as row `row`."""
+        draw = mix(mix(self.seed ^ 0x66696C6C) ^ position)  # independent of the order's seed
         clips = [self.clip(position)]
         for i in range(1, self.samples.num_clips):
             clips.append(Clip(*self.windows.locate(mix(draw ^ i) % len(self.windows))))
@@ -121,7 +121,7 @@ class Source:
         return stats | ({"action": join_stats(parts)} if parts else {})
 
     def describe(self) -> str:
-        """One line, for people."""
+        """A one-line summary."""
         lengths, dataset = self.dataset.episode_lengths, self.dataset
         counts = f" ({'; '.join(self.selection.counts)})" if self.selection.counts else ""
         use = "" if self.use_actions else "; used without actions"
@@ -158,8 +158,8 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
             except UserError as e:
                 raise UserError(f"{field}={fields.path or config.path}: source {name!r}: {e}") from e
         dataset = opened[place]
-        # A source that stands alone keeps the run's seed. Else one dataset in two roles must not show the same
-        # windows at the same time.
+        # A single source keeps the run's seed. With several, one dataset in two roles must not show the same windows
+        # at the same time.
         own = seed if len(config.sources) == 1 else mix(mix(seed) ^ _hash(name))
         where = f"source {name!r} ({dataset.directory})"
         sources[name] = Source(name, where, dataset, config, fields, own)
@@ -167,10 +167,10 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
 
 
 def renamed(stored: Mapping[str, Any], ours: Sequence[str]) -> dict[str, Any]:
-    """{source: value} that a run stored, under our names of its sources.
+    """{source: value} that a run stored, under the current names of its sources.
 
-    The one dataset of a run without `config.data.sources` is named after its directory, so it may have another name
-    where it was moved; the names of several sources are the config's, and decide the order of samples.
+    The single dataset of a run without `config.data.sources` is named after its directory, so its name changes if it is
+    moved; the names of several sources are the config's, and determine the order of samples.
     """
     return dict(zip(ours, stored.values(), strict=True)) if len(stored) == len(ours) == 1 else dict(stored)
 
@@ -207,13 +207,13 @@ def fit_normalizer(sources: Sequence[Source], kind: str) -> Normalizer:
 
 
 def check_normalizer(normalizer: Normalizer, spec: DataSpec, where: str) -> None:
-    """Checks that a normaliser from elsewhere (a checkpoint) is for the data keys of this run.
+    """Checks that a normaliser of a checkpoint is for the data keys of this run.
 
-    A key of ours without an entry is the identity, and an entry for nothing of ours is not used; but both at once mean
-    that the normaliser belongs to other keys.
+    A key without an entry is not normalised, and an entry without a key is unused; but both at once mean that the
+    normaliser belongs to other keys.
 
     Raises:
-        UserError: it does not.
+        UserError: the normaliser is for other keys or widths.
     """
     ours = ({"action": spec.action_dim} if spec.window.action else {}) | spec.low_dim
     theirs = {key: len(scale) for key, (scale, _) in normalizer.entries.items()}

@@ -1,4 +1,4 @@
-"""Statistics of low-dimensional columns, as they are or after an action transform."""
+"""Statistics of low-dimensional columns, raw or after an action transform."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from uwm_jax.reading import read_json
 Stats = dict[str, Any]
 
 _BLOCK = 1 << 18  # rows in memory at a time
-_QUANTILE_VALUES = 1 << 26  # values that quantiles are taken of: more are thinned evenly
+_QUANTILE_VALUES = 1 << 26  # values that quantiles are computed from; more are thinned evenly
 _FIELDS = ("min", "max", "mean", "std", "q01", "q99")
 
 
@@ -34,12 +34,12 @@ def column_stats(
 ) -> Stats:
     """Statistics per dimension of N rows of values.
 
-    The column is read once, front to back, a block at a time.
+    The column is read once, in order, a block at a time.
 
     Args:
         column: (rows, ...), in memory or on disk.
         transform: applied to (n, D) blocks, if given.
-        keep: (rows,) bool, which rows count; all if None.
+        keep: (rows,) bool, the rows that count; all if None.
     Returns:
         {"count": N, "nonfinite": rows with NaN or infinity (left out of the rest), and lists of D floats
         "min", "max", "mean", "std", "q01", "q99"}. Quantiles come from at most 2**26 values, rows evenly thinned.
@@ -64,7 +64,7 @@ def column_stats(
         if not len(block):
             continue
         low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
-        # Chan et al. 1979: joining the moments of two sets keeps float64 exact enough for any count.
+        # Chan et al. 1979: merging the moments of two sets is accurate in float64 for any count.
         delta, n = block.mean(axis=0) - mean, len(block)
         square = square + block.var(axis=0) * n + delta**2 * (finite_rows * n / (finite_rows + n))
         mean = mean + delta * (n / (finite_rows + n))
@@ -80,8 +80,8 @@ def column_stats(
 
 
 def dataset_stats(dataset: Dataset) -> dict[str, Stats]:
-    """Statistics of every column of a split, by step key, over all its episodes; those of actions without the last step
-    of an episode where `is_last` marks it. Where values are not finite, `nonfinite_episodes` lists the episodes."""
+    """Statistics of every column of a split, by step key, over all its episodes; of actions, without last steps that
+    `is_last` marks. If values are not finite, `nonfinite_episodes` lists the episodes."""
     found = {}
     for key in dataset.column_keys:
         counted = dataset.action_lengths() if is_action(key) else dataset.episode_lengths
@@ -114,15 +114,15 @@ def key_stats(
 ) -> Stats:
     """Statistics of one column after a transform, over the training episodes that `val_ratio` leaves.
 
-    Computed once, in a pass over the column, and kept in the dataset's `derived_stats/` where that is writable, with
-    a digest of the file's content. A file of another selection is replaced, and one that is not as it was written is
-    too, with a line that says so.
+    Computed once, in a pass over the column, and cached in the dataset's `derived_stats/` if that is writable, with a
+    digest of the file's content. A file of another selection is replaced; so is an edited or damaged one, with a
+    message.
 
     Args:
-        episodes: the training episodes that count, if not all; `selection` says in words which these are.
-        action_lengths: (E,) for a column of actions: how many steps of each episode count, if not all.
+        episodes: the training episodes to use, if not all; `selection` is a description of them.
+        action_lengths: (E,) for a column of actions: the number of steps to use of each episode, if not all.
     Raises:
-        UserError: the file there is of another dataset.
+        UserError: the cached file is of another dataset.
     """
     chosen = f".{hashlib.sha256(selection.encode()).hexdigest()[:8]}" if selection else ""
     counted = dataset.episode_lengths if action_lengths is None else action_lengths
@@ -138,8 +138,8 @@ def key_stats(
     if stored.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
         raise UserError(
             f"{file} holds statistics of another dataset (fingerprint {str(stored['fingerprint'])[:12]}, this one is "
-            f"{dataset.fingerprint[:12]}). If the dataset itself is the right one, delete {file.parent}: it is "
-            "computed again."
+            f"{dataset.fingerprint[:12]}). If the dataset is the right one, delete {file.parent}, which is computed "
+            "again."
         )
     if meaning.items() <= stored.items():
         return stored["stats"]
@@ -158,7 +158,7 @@ def key_stats(
 
 
 def _read_derived(file: epath.Path) -> dict[str, Any]:
-    """The content of a file that `key_stats` wrote; {} where there is none, or where it was changed."""
+    """The content of a file that `key_stats` wrote; {} if there is none, or if it was changed."""
     if not file.exists() or not file.stat().length:
         return {}
     try:
@@ -176,17 +176,17 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def join_stats(parts: Iterable[Stats]) -> Stats:
-    """Statistics of a vector that is joined from parts."""
+    """Statistics of a vector that is a concatenation of parts."""
     parts = list(parts)
     joined: Stats = {"count": parts[0]["count"], "nonfinite": sum(p["nonfinite"] for p in parts)}
     return joined | {name: sum((p[name] for p in parts), []) for name in _FIELDS if all(name in p for p in parts)}
 
 
 def pool_stats(parts: Iterable[Stats]) -> Stats:
-    """Statistics of the steps of several datasets together.
+    """Statistics of the pooled steps of several datasets.
 
-    Exact but for the quantiles, which a pool's parts do not determine: they are the smallest 1 % and the largest 99 %
-    quantile of any part, so that the middle of every part lies between them however small that part is.
+    Exact except for the quantiles, which the parts do not determine: they are the smallest 1 % and the largest 99 %
+    quantile of any part, so that even the middle of a small part lies between them.
     """
     parts = list(parts)
     if len(parts) == 1:
