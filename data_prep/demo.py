@@ -82,7 +82,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "replace a dataset made with other flags")
 
 
-def main(argv: list[str]) -> None:
+def main(call: cli.Call) -> None:
     demo = Demo(FLAGS.episodes, FLAGS.image_size, FLAGS.seed, FLAGS.candidates)
     make(demo, cli.optional_path("output") or data_dir() / "pusht", FLAGS.workers, FLAGS.overwrite)
 

@@ -236,7 +236,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("frames", 8, "columns of the contact sheet", lower_bound=1)
 
 
-def main(argv: list[str]) -> None:
+def main(call: cli.Call) -> None:
     directory = find_dataset(cli.required_path("dataset"))
     output = cli.optional_path("output") or directory / "inspect"
     manifest = read_manifest(directory)

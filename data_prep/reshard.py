@@ -35,7 +35,7 @@ def define_flags() -> None:
     )
 
 
-def main(argv: list[str]) -> None:
+def main(call: cli.Call) -> None:
     source, output = cli.required_path("input"), cli.required_path("output")
     size = None
     if FLAGS.codec_size:

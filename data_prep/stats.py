@@ -62,7 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "training dataset: a directory, or its name in $UWM_DATA_DIR")
 
 
-def main(argv: list[str]) -> None:
+def main(call: cli.Call) -> None:
     directory = find_dataset(cli.required_path("dataset"))
     for split, stats in write_stats(directory).items():
         steps = max((s["count"] for s in stats.values()), default=0)

@@ -24,7 +24,8 @@ flags.DEFINE_integer("count", 3, "a number")
 flags.DEFINE_string("workdir", None, "a directory")
 cli.accept_config_overrides(lambda config, overrides: [f"fields of {config!r} with {overrides}"])
 cli.accept_arguments()
-def main(argv):
+def main(call):
+    argv = list(call.arguments)
     if "usage" in argv:
         raise UserError("FILE: expected that, found this.")
     if "workdir" in argv:
@@ -42,7 +43,7 @@ def main(argv):
         raise RuntimeError("write() failed: No space left on device; writing /a/b; at byte 3")
     if "bug" in argv:
         raise RuntimeError("a defect of ours")
-    print(argv, flags.FLAGS.official_config, flags.FLAGS.count, cli.config_overrides())
+    print(argv, flags.FLAGS.official_config, flags.FLAGS.count, list(call.overrides))
 cli.run(main)
 """
 

@@ -43,8 +43,8 @@ def define_flags() -> None:
     cli.accept_config_overrides(config_help.describe)
 
 
-def main(argv: list[str]) -> None:
-    config = config_lib.load(cli.required("config"), cli.config_overrides())
+def main(call: cli.Call) -> None:
+    config = config_lib.load(cli.required("config"), call.overrides)
     print(json.dumps(benchmark(config, FLAGS.pairs, FLAGS.steps), indent=2))
 
 

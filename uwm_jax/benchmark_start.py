@@ -34,9 +34,9 @@ def define_flags() -> None:
     cli.accept_config_overrides(config_help.describe)
 
 
-def main(argv: list[str]) -> None:
-    config_lib.load(cli.required("config"), cli.config_overrides())  # a mistake is told before anything is started
-    changed = [f"--config.{name}={value}" for name, value in cli.config_overrides()]
+def main(call: cli.Call) -> None:
+    config_lib.load(cli.required("config"), call.overrides)  # a mistake is told before anything is started
+    changed = [f"--config.{name}={value}" for name, value in call.overrides]
     print(json.dumps(benchmark([f"--config={cli.required('config')}", *changed], FLAGS.starts), indent=2))
 
 

@@ -60,8 +60,8 @@ def define_flags() -> None:
     cli.accept_config_overrides(config_help.describe)
 
 
-def main(argv: list[str]) -> None:
-    config = config_lib.load(cli.required("config"), cli.config_overrides())
+def main(call: cli.Call) -> None:
+    config = config_lib.load(cli.required("config"), call.overrides)
     rows, frame_size = select(FLAGS.part), _frame_size(FLAGS.frame_size)
     beside_torch, note = _torch_wanted(FLAGS.torch)
     memory_rows = _memory_rows(FLAGS.memory)

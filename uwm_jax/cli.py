@@ -12,6 +12,7 @@ the same way on a config file and on the stored config of a workdir, and a misty
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import gc
@@ -52,9 +53,6 @@ flags.DEFINE_bool("debug", False, "show the traceback behind an error message")
 
 DescribeConfig = Callable[[str, list[tuple[str, str]]], list[str]]
 
-_overrides: list[tuple[str, str]] = []
-_command: list[str] = []
-_began: list[float] = []
 _describe_config: DescribeConfig | None = None
 _takes_arguments = False
 
@@ -76,27 +74,27 @@ def accept_arguments() -> None:
     _takes_arguments = True
 
 
-def config_overrides() -> list[tuple[str, str]]:
-    """The `--config.any.field=value` pairs of the command line, in order."""
-    return list(_overrides)
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A command as it was called, besides its flags.
 
-
-def changed_fields() -> list[str]:
-    """The names of the fields that `config_overrides` changes, in order."""
-    return [name for name, _ in config_overrides()]
-
-
-def command_line() -> list[str]:
-    """The running command as it can be rerun: `["python", "-m", "uwm_jax.train", "--workdir=..."]`."""
-    return list(_command)
-
-
-def began() -> tuple[float, float] | None:
-    """When the process was started, and when its imports were done, on the clock of `time.perf_counter`.
-
-    None if no command is running (a call from Python), or the system does not report when a process was started.
+    Attributes:
+      arguments: the positional arguments.
+      overrides: the `--config.any.field=value` pairs, in order.
+      line: the command as it can be rerun: `("python", "-m", "uwm_jax.train", "--workdir=...")`.
+      began: when the process was started, and when its imports were done, on the clock of `time.perf_counter`; None if
+        it is not a process of its own, or the system does not report when a process was started.
     """
-    return (_began[0], _began[1]) if _began else None
+
+    arguments: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, str], ...] = ()
+    line: tuple[str, ...] = ()
+    began: tuple[float, float] | None = None
+
+    @property
+    def changed(self) -> list[str]:
+        """The names of the fields that `overrides` change, in order."""
+        return [name for name, _ in self.overrides]
 
 
 def required(name: str) -> str:
@@ -129,15 +127,15 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  " + "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-Main = Callable[[list[str]], None]
+Main = Callable[[Call], None]
 
 
 def run(main: Main, define_flags: Callable[[], None] | None = None) -> None:
-    """Parses the flags, calls `main` with the positional arguments and exits the process."""
-    _note_time()
+    """Parses the flags, calls `main` and exits the process."""
+    began = _beginning()
     gc.freeze()  # objects created by imports stay alive: the collector need not scan them
     host_memory.keep_freed()
-    exit_process(call(main, sys.argv, define_flags))
+    exit_process(call(main, sys.argv, define_flags, began))
 
 
 def command(main: Main, define_flags: Callable[[], None] | None = None) -> Callable[[], None]:
@@ -145,28 +143,35 @@ def command(main: Main, define_flags: Callable[[], None] | None = None) -> Calla
     return functools.partial(run, main, define_flags)
 
 
-def _note_time() -> None:
-    """Sets the result of `began`; the start of the process is known to 10 ms."""
+def _beginning() -> tuple[float, float] | None:
+    """`Call.began` of this process, whose imports are done now; its start is known to 10 ms."""
     with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # no /proc
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22, since the boot
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         now = time.perf_counter()
-        _began[:] = [now - age, now]
+        return now - age, now
+    return None
 
 
-def call(main: Main, argv: Sequence[str], define_flags: Callable[[], None] | None = None) -> int:
+def call(
+    main: Main,
+    argv: Sequence[str],
+    define_flags: Callable[[], None] | None = None,
+    began: tuple[float, float] | None = None,
+) -> int:
     """Like `run`, but returns the exit status.
 
     Args:
       define_flags: declares the command's flags; they are removed afterwards, so that several commands, which share
         flag names such as --workdir, can be called in one process.
+      began: as `Call` has it.
     """
     global _describe_config, _takes_arguments
     before = set(FLAGS)
     try:
         if define_flags:
             define_flags()
-        return _call(main, argv, set(FLAGS) - before)
+        return _call(main, argv, set(FLAGS) - before, began)
     finally:
         for name in set(FLAGS) - before:
             delattr(FLAGS, name)
@@ -174,7 +179,7 @@ def call(main: Main, argv: Sequence[str], define_flags: Callable[[], None] | Non
             _describe_config, _takes_arguments = None, False
 
 
-def _call(main: Main, argv: Sequence[str], own: Set[str]) -> int:
+def _call(main: Main, argv: Sequence[str], own: Set[str], began: tuple[float, float] | None) -> int:
     debug = any(a.lower() in ("-debug", "--debug", "--debug=true", "--debug=t", "--debug=1") for a in argv)
     try:
         if _HELP & set(argv):
@@ -183,8 +188,8 @@ def _call(main: Main, argv: Sequence[str], own: Set[str]) -> int:
             return 0
         module = _module_name(main)
         started = ["-m", module] if module != "__main__" else [argv[0]]  # `python uwm_jax/train.py`
-        _command[:] = ["python", *started, *argv[1:]]
-        main(_parse(argv))
+        arguments, overrides = _parse(argv)
+        main(Call(tuple(arguments), tuple(overrides), ("python", *started, *argv[1:]), began))
     except Preempted as e:
         _tell(str(e))
         return e.status
@@ -241,10 +246,11 @@ def _config_lines(argv: Sequence[str]) -> list[str]:
     """The help of the config fields of a command that takes them, of its `--config` where that is given."""
     if _describe_config is None:
         return []
+    overrides: list[tuple[str, str]] = []
     with contextlib.suppress(UserError):  # help is wanted most when another flag is wrong
-        _parse([a for a in argv if a not in _HELP])
+        _, overrides = _parse([a for a in argv if a not in _HELP])
     spec = FLAGS["config"].value if "config" in FLAGS else ""
-    return _describe_config(spec or "", config_overrides())
+    return _describe_config(spec or "", overrides)
 
 
 def _module_name(main: Main) -> str:
@@ -253,14 +259,14 @@ def _module_name(main: Main) -> str:
     return spec.name if spec else main.__module__
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Sets absl's flags, keeps the overrides, and returns the positional arguments."""
-    rest, _overrides[:] = [argv[0]], []
+def _parse(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Sets absl's flags; returns the positional arguments and the overrides."""
+    rest, overrides = [argv[0]], []
     arguments = iter(argv[1:])
     for argument in arguments:
         if _describe_config and argument.lstrip("-").startswith("config.") and argument.startswith("-"):
             name, equals, value = argument.lstrip("-").removeprefix("config.").partition("=")
-            _overrides.append((name, value if equals else next(arguments, "true")))
+            overrides.append((name, value if equals else next(arguments, "true")))
         elif argument.startswith("--"):
             name, equals, value = argument.partition("=")
             rest.append(name.replace("-", "_").replace("__", "--", 1) + equals + value)
@@ -279,4 +285,4 @@ def _parse(argv: Sequence[str]) -> list[str]:
     for flag_name, value in FLAGS.flag_values_dict().items():
         if isinstance(value, int) and abs(value) >= 2**63:
             raise UserError(f"--{flag_name}={value}: expected an integer of at most 63 bits.")
-    return found
+    return found, overrides

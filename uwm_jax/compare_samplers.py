@@ -55,7 +55,7 @@ def define_flags() -> None:
     cli.accept_config_overrides(config_help.describe)
 
 
-def main(argv: list[str]) -> None:
+def main(call: cli.Call) -> None:
     workdir = cli.required_path("workdir")
     if FLAGS.sampler is None and FLAGS.steps is None:
         raise UserError("--sampler or --steps is required, such as --sampler=leading,trailing --steps=10,4,2.")
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         cli.optional_path("output"),
         step=FLAGS.step,
         parameters=FLAGS.parameters,
-        overrides=cli.config_overrides(),
+        overrides=call.overrides,
     )
     ways = parse_ways(run.system, FLAGS.sampler, FLAGS.steps)
     diffusions = [way.config.diffusion for way in ways]
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     settings |= {name: FLAGS[name].value for name in ("env", "episodes", "execute") if FLAGS.env}
     folder = run.folder("few_steps.json", settings, shared=True, name=FLAGS.name)
     evaluator = run.evaluator()
-    about = run.about(evaluator, settings, cli.command_line())
+    about = run.about(evaluator, settings, call.line)
     if told := doubt(about):
         warn(told)
 

@@ -59,13 +59,13 @@ def define_flags() -> None:
     cli.accept_config_overrides(config_help.describe)
 
 
-def main(argv: list[str]) -> None:
-    overrides = cli.config_overrides()
+def main(call: cli.Call) -> None:
+    words, overrides = list(call.arguments), call.overrides
     for word, names in _FLAGS_OF.items():
-        for name in names if argv and argv != [word] and argv[0] in _FLAGS_OF else ():
+        for name in names if words and words != [word] and words[0] in _FLAGS_OF else ():
             if FLAGS[name].present:
-                raise UserError(f"--{name.replace('_', '-')} is a flag of {word}; {argv[0]} does not take it.")
-    if argv == ["from-torch"]:
+                raise UserError(f"--{name.replace('_', '-')} is a flag of {word}; {words[0]} does not take it.")
+    if words == ["from-torch"]:
         if overrides:
             raise UserError(f"--config.{overrides[0][0]}: from-torch takes every field from --official-config.")
         from_torch(
@@ -76,10 +76,10 @@ def main(argv: list[str]) -> None:
             no_normalizer=FLAGS.no_normalizer,
             which=FLAGS.weights,
         )
-    elif argv == ["to-torch"]:
+    elif words == ["to-torch"]:
         to_torch(cli.required_path("workdir"), cli.required_path("output"), FLAGS.step, overrides, FLAGS.parameters)
     else:
-        found = " ".join(argv) or "nothing"
+        found = " ".join(words) or "nothing"
         raise UserError(f"expected one of the words from-torch and to-torch, found {found}. Run with --help.")
 
 

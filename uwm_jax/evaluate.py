@@ -40,7 +40,7 @@ def define_flags() -> None:
     cli.accept_config_overrides(config_help.describe)
 
 
-def main(argv: list[str]) -> None:
+def main(call: cli.Call) -> None:
     for name in ("sampler", "steps"):
         if (value := FLAGS[name].value) is not None:
             raise UserError(
@@ -53,11 +53,11 @@ def main(argv: list[str]) -> None:
         cli.optional_path("output"),
         step=FLAGS.step,
         parameters=FLAGS.parameters,
-        overrides=cli.config_overrides(),
+        overrides=call.overrides,
     )
     folder = run.folder("about.json", run.settings, shared=False, name=FLAGS.name)
     evaluator = run.evaluator()
-    about = run.about(evaluator, run.settings, cli.command_line())
+    about = run.about(evaluator, run.settings, call.line)
     if told := doubt(about):
         warn(told)
 

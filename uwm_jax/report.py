@@ -33,11 +33,12 @@ def define_flags() -> None:
     )
 
 
-def main(argv: list[str]) -> None:
+def main(call: cli.Call) -> None:
     workdir = cli.optional_path("workdir")
-    if workdir and argv:
-        raise UserError(f"--workdir={FLAGS.workdir}: found {argv[0]!r} too. To compare, give all without the flag.")
-    runs = [workdir] if workdir else [local_path(a, "DIR") for a in argv]
+    if workdir and call.arguments:
+        other = call.arguments[0]
+        raise UserError(f"--workdir={FLAGS.workdir}: found {other!r} too. To compare, give all without the flag.")
+    runs = [workdir] if workdir else [local_path(a, "DIR") for a in call.arguments]
     if not runs:
         raise UserError("--workdir is required, or the directories of several runs to compare; found none.")
     output, name = cli.optional_path("output"), "comparison.html" if runs[1:] else "report.html"

@@ -64,18 +64,16 @@ def define_flags() -> None:
     cli.accept_config_overrides(config_help.describe)
 
 
-def main(argv: list[str]) -> None:
+def main(call: cli.Call) -> None:
     workdir, env = cli.required_path("workdir"), cli.required("env")
     spec, root = get(env), places.root(cli.optional_path("output"), workdir)
-    system, params, frozen, step = inference.load_for_inference(
-        workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters
-    )
+    system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, call.overrides, FLAGS.parameters)
     check_fits(spec, system)
     params = system.held(params)
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.episodes)
     used = inference.parameters_used(workdir, step, FLAGS.parameters)
     default = inference.parameters_used(workdir, step)["parameters"]
-    fields = [name for name in cli.changed_fields() if not name.startswith("eval.")]
+    fields = [name for name in call.changed if not name.startswith("eval.")]
     own_config, _ = fixed_fields.config_of_run(workdir, CheckpointReader(workdir.absolute() / "checkpoints", step))
     settings = places.differences(system.config, own_config, fields, used["parameters"], default)
     own = not settings
@@ -108,7 +106,7 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "episodes.gif").unlink(missing_ok=True)  # an older closed loop's, until this one's is drawn
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    how = describe_use(cli.command_line(), system.config, cli.changed_fields())
+    how = describe_use(call.line, system.config, call.changed)
     how |= record(spec, system, results, FLAGS.execute, FLAGS.seed)
     how |= used | {"settings": settings} | places.of_run(root, workdir)
     write_text(folder / "episodes.json", json.dumps(how, indent=1) + "\n")

@@ -51,13 +51,13 @@ def define_flags() -> None:
     cli.accept_config_overrides(config_help.describe)
 
 
-def main(argv: list[str]) -> None:
+def main(call: cli.Call) -> None:
     workdir, output = cli.required_path("workdir"), cli.required_path("output")
     modes = parse_modes(cli.required("mode"))
     files.check_output_file(output)
     with weights.NpzArrays(cli.required_path("inputs"), "--inputs") as arrays:
         system, params, frozen, step = inference.load_for_inference(
-            workdir, FLAGS.step, cli.config_overrides(), FLAGS.parameters
+            workdir, FLAGS.step, call.overrides, FLAGS.parameters
         )
         inputs = check_inputs(system, modes, arrays, arrays.where, inference.data_keys(workdir, step))
     for told in far_out_inputs(system, inputs):

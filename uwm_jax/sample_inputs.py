@@ -42,18 +42,18 @@ def define_flags() -> None:
     cli.accept_config_overrides(config_help.describe)
 
 
-def main(argv: list[str]) -> None:
+def main(call: cli.Call) -> None:
     workdir, output = cli.required_path("workdir"), cli.required_path("output")
     files.check_output_file(output)
     system, _, _, step = inference.load_for_inference(
-        workdir, FLAGS.step, cli.config_overrides(), average.RAW, fixed_fields.WINDOWS
+        workdir, FLAGS.step, call.overrides, average.RAW, fixed_fields.WINDOWS
     )
     # A normaliser without entries leaves actions and low-dimensional keys in raw units.
     system = System(system.config, dataclasses.replace(system.spec, normalizer=Normalizer()), system.codec)
     stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
     own_config, _ = fixed_fields.config_of_run(workdir, stored)
     data = open_data(
-        system, own_config, inference.datasets_of(workdir, step), lineage.kept(stored.assets), cli.changed_fields()
+        system, own_config, inference.datasets_of(workdir, step), lineage.kept(stored.assets), call.changed
     )
     if told := doubt(data.about()):
         warn(told)

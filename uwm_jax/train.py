@@ -57,12 +57,12 @@ def define_flags() -> None:
     cli.accept_config_overrides(config_help.describe)
 
 
-def main(argv: list[str]) -> None:
-    config = config_lib.load(cli.required("config"), cli.config_overrides())
+def main(call: cli.Call) -> None:
+    config = config_lib.load(cli.required("config"), call.overrides)
     workdir = cli.required_path("workdir")
-    start = provenance.describe(cli.command_line(), cli.required("config"), config, cli.changed_fields())
+    start = provenance.describe(call.line, cli.required("config"), config, call.changed)
     with distributed.session():
-        train(config, workdir, FLAGS.profile, start)
+        train(config, workdir, FLAGS.profile, start, call.began)
 
 
 def train(
@@ -70,12 +70,14 @@ def train(
     workdir: str | os.PathLike[str],
     profile: str | None = None,
     start: dict[str, Any] | None = None,
+    began: tuple[float, float] | None = None,
 ) -> None:
     """Runs `config` in `workdir` up to `config.total_steps`.
 
     Args:
       profile: as the flag.
       start: what `run.json` gets of this start, of `provenance.describe`; None: what is known of a call from Python.
+      began: as `Startup` takes it.
 
     Raises:
       UserError: a config, data or a workdir that cannot be used.
@@ -85,7 +87,7 @@ def train(
     place = local_path(workdir, "workdir")
     start = start or provenance.describe_use(["python", *sys.orig_argv[1:]], config, ())
     with contextlib.ExitStack() as closing:  # what is open is closed in reverse, all of it, whatever happens
-        run(config, place, profile, start, closing)
+        run(config, place, profile, start, began, closing)
 
 
 def run(
@@ -93,9 +95,10 @@ def run(
     workdir: Path,
     profile: str | None,
     start: dict[str, Any],
+    began: tuple[float, float] | None,
     closing: contextlib.ExitStack,
 ) -> None:
-    startup, goodput = Startup(cli.began()), Goodput(config.total_steps, config.batch_size)
+    startup, goodput = Startup(began), Goodput(config.total_steps, config.batch_size)
     closing.callback(signals.restore)
     if config.compilation_cache_dir:
         compilation_cache.reset_cache()  # else whatever compiled before this run decides where it lies

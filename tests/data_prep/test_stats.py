@@ -95,7 +95,7 @@ def test_the_command_prints_the_warnings(tmp_path: Path, capsys: pytest.CaptureF
     values(["stats"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stats.cli, "FLAGS", values)
-        stats.main([])
+        stats.main(stats.cli.Call())
     printed = capsys.readouterr().out
     assert "warning: action: 1 of 7 dimensions are constant ([6] = 0.5)" in printed
     assert "train: 39 steps of all episodes" in printed and "stats.json" in printed

@@ -79,11 +79,15 @@ def test_the_code_version_names_the_commit_of_a_clone(tmp_path, monkeypatch):
     assert version() == f"{uwm_jax.__version__}+g{commit}.changed"
 
 
-def test_a_command_that_is_started_as_a_file(monkeypatch):
+def test_a_command_that_is_started_as_a_file(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(train, "train", lambda *arguments: given.append(arguments))
     monkeypatch.setattr(train, "__spec__", None)
     monkeypatch.setattr(train.main, "__module__", "__main__")
-    assert cli.call(train.main, ["uwm_jax/train.py", "--workdir=x"], train.define_flags) == 2  # it lacks --config
-    assert cli.command_line() == ["python", "uwm_jax/train.py", "--workdir=x"]
+    (tmp_path / "mine.py").write_text(FILE)
+    flags = [f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}"]
+    assert cli.call(train.main, ["uwm_jax/train.py", *flags], train.define_flags) == 0
+    assert given[0][3]["command"] == ["python", "uwm_jax/train.py", *flags]
 
 
 def test_the_train_command_describes_itself(tmp_path, monkeypatch):
@@ -93,7 +97,7 @@ def test_the_train_command_describes_itself(tmp_path, monkeypatch):
     file.write_text(FILE)
     flags = [f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.model.depth=3", "--config.seed", "4"]
     assert cli.call(train.main, ["/somewhere/train.py", *flags], train.define_flags) == 0
-    start = given[0][-1]
+    start = given[0][3]
     assert start["command"] == ["python", "-m", "uwm_jax.train", *flags]
     assert start["about"] == "A run of seven steps."
     assert start["changed"] == {"model.depth": 3, "seed": 4} and start["in_file"] == {"model.depth": 12, "seed": 0}

@@ -71,7 +71,7 @@ def main() -> None:
     if "description" in task:  # with the C library's defaults, as `torch_process` has them
         _report(_run_torch(**task))
     else:
-        cli.run(lambda argv: _report(_run_ours(**task)))
+        cli.run(lambda call: _report(_run_ours(**task)))
 
 
 def _report(ran: bool) -> None:

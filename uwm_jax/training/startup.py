@@ -24,7 +24,8 @@ class Startup:
     """The clock of a start.
 
     Args:
-      began: as `cli.began` returns it; None, in a call from Python, starts the clock now.
+      began: when the process was started and its imports were done, on the clock of `time.perf_counter`; None, in a
+        call from Python, starts the clock now.
     """
 
     def __init__(self, began: tuple[float, float] | None = None):
