@@ -20,7 +20,7 @@ from uwm_jax.codecs import PCACodec, PixelsCodec, fit_pca
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import checkpoint, inference
 
 _SPEC = importlib.util.spec_from_file_location("reference", Path(__file__).parent / "golden" / "reference.py")
@@ -341,7 +341,7 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
         7,
         Normalizer({"action": pair}),
     )
-    system = System(config, spec, PCACodec(patch=8, channels=5))
+    system = UWM(config, spec, PCACodec(patch=8, channels=5))
     params = jax.jit(system.init)(jax.random.key(0))
     checkpoint.save_params_only(tmp_path / "run", config, spec, params, arrays, step=12)
 
@@ -422,7 +422,7 @@ def test_no_description_is_left_without_its_tensors(
     config.data.update(cameras=("a",), resize=(8, 8), crop=(8, 8))
     window = WindowSpec.from_config(config.data.window)
     spec = DataSpec(window, {"a": (8, 8)}, {}, 2, 0, Normalizer())
-    params = jax.jit(System(config, spec, PixelsCodec()).init)(jax.random.key(0))
+    params = jax.jit(UWM(config, spec, PixelsCodec()).init)(jax.random.key(0))
     checkpoint.save_params_only(tmp_path / "run", config, spec, params)
 
     def full(*arguments: object, **keywords: object) -> None:

@@ -35,11 +35,16 @@ class Stub:
         )
         self.length, self.bad, self.calls = len(action), bad, []
 
-    def draw_noise(self, key, rows):
+    acting = "policy"
+
+    def noise(self, key, rows, use):
         return {"action": jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), (self.length, 1)))(rows)}
 
-    def sample(self, params, frozen, batch, mode, noise):
-        assert mode == "policy" and set(batch) == {"obs/front", "obs/state"} | (
+    def encode(self, frozen, batch):
+        return batch
+
+    def sample(self, params, batch, use, noise):
+        assert use == "policy" and set(batch) == {"obs/front", "obs/state"} | (
             {"obs/text"} if self.spec.text_dim else set()
         )
         self.calls.append(batch["obs/front"].shape)

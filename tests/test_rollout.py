@@ -83,20 +83,26 @@ class Stub:
         self.spec = DataSpec(window, {"image": (size, size)}, {"agent_pos": 2}, 2, 0, Normalizer({"action": half}))
         self.cameras = ("image",)
 
-    def draw_noise(self, key, rows):
+    acting = "policy"
+
+    def noise(self, key, rows, use):
         return {"action": jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), (16, 2)))(rows)}
 
-    def preprocess(self, batch):
+    def images(self, batch):
         return tuple(batch[f"{group}/image"][:, None] / 255 for group in ("obs", "next_obs"))
 
-    def sample(self, params, frozen, batch, mode, noise):
-        if mode == "forward":
+    def encode(self, frozen, batch):
+        return batch
+
+    def sample(self, params, batch, use, noise):
+        if use == "forward":
             return {"next_obs_latent": batch["action"][:, -1, 0]}
         here = batch["obs/agent_pos"][:, -1:] / 256 - 1
         brightness = batch["obs/image"].mean(axis=(1, 2, 3, 4))[:, None, None] / 255
         return {"action": here * jnp.linspace(1, 0, 16)[:, None] + 0.1 * brightness * noise["action"]}
 
-    def decode(self, frozen, latents):
+    def frames(self, frozen, made):
+        latents = made["next_obs_latent"]
         return jnp.broadcast_to(latents[:, None, None, None, None, None], (len(latents), 1, 2, SIZE, SIZE, 3))
 
 
@@ -300,8 +306,13 @@ def test_observations_take_the_path_of_training_bit_for_bit(trained):
         assert value.dtype == window[key].dtype
         np.testing.assert_array_equal(value, window[key])
     own = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), 0)
-    noise = system.draw_noise(own, jnp.zeros(1, jnp.int32))
-    chunk = jax.jit(lambda batch, noise: system.sample(params, frozen, batch, "policy", noise))(window, noise)["action"]
+    noise = system.noise(own, jnp.zeros(1, jnp.int32), "policy")
+
+    @jax.jit
+    def sample(batch, noise):
+        return system.sample(params, system.encode(frozen, batch), "policy", noise)["action"]
+
+    chunk = sample(window, noise)
     np.testing.assert_array_equal(policy.plan(), system.spec.normalizer.unnormalize("action", np.asarray(chunk)))
 
 

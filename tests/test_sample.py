@@ -22,7 +22,7 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
 from uwm_jax.systems.uwm import official
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training import checkpoint, inference
 
@@ -128,7 +128,7 @@ def test_images_and_gradients_match_the_official_code(golden: Golden) -> None:
     system, params, frozen, _ = inference.load_for_inference(golden.workdir)
     g = golden.numbers
     batch = {k: v for k, v in g.items() if k.startswith("obs/")}
-    current, following = system.preprocess(batch)
+    current, following = system.images(batch)
     assert following is None
     np.testing.assert_allclose(current, golden.expected("enc/curr_imgs"), rtol=0, atol=2e-5)
 
@@ -137,8 +137,8 @@ def test_images_and_gradients_match_the_official_code(golden: Golden) -> None:
     timestep = {m: g[f"timestep/{m}"].astype(np.int32) for m in ("action", "next_obs")}
 
     def loss(params: dict) -> jax.Array:
-        out = system.denoise(params, frozen, batch, noise, timestep)
-        return out["loss/action"] + out["loss/next_obs"]
+        found = system.losses(params, system.encode(frozen, batch), {"noise": noise, "timestep": timestep})
+        return sum(x.mean() for x in found.parts.values())
 
     gradients = layout.to_official(jax.jit(jax.grad(loss))(params), official.entry_of(system.config.model.patch))
     names = [k.removeprefix("grad/") for k in g if k.startswith("grad/")]
@@ -154,7 +154,7 @@ def test_images_and_gradients_match_the_official_code(golden: Golden) -> None:
 CAMERAS = {"front": (12, 16), "wrist": (16, 16)}
 
 
-def tiny_system() -> System:
+def tiny_system() -> UWM:
     config = config_lib.base()
     config.model.update(embed_dim=16, depth=1, num_heads=2, num_registers=1, timestep_embed_dim=8)
     config.model.encoder.update(stage_sizes=(1,), width=16, use_low_dim=True)
@@ -171,7 +171,7 @@ def tiny_system() -> System:
         text_dim=0,
         normalizer=Normalizer(pairs),
     )
-    return System(config, spec, PixelsCodec())
+    return UWM(config, spec, PixelsCodec())
 
 
 def perturbed(params: dict) -> dict:
@@ -235,7 +235,7 @@ def test_given_noise_units_of_inputs_and_overrides(tiny: Path, tmp_path: Path) -
     arrays = tiny_inputs()
     drawn = run_tiny(tiny, tmp_path, arrays, "--mode=policy,forward")
     system = inference.load_for_inference(tiny)[0]
-    noise = system.draw_noise(jax.random.key(0), jnp.arange(2))
+    noise = system.noise(jax.random.key(0), jnp.arange(2), "policy")
     given = arrays | {f"noise/{m}": np.asarray(v) for m, v in noise.items()}
     same = run_tiny(tiny, tmp_path, given, "--mode=policy,forward", "--seed=5")
     assert same.keys() == drawn.keys()
@@ -253,7 +253,7 @@ def test_given_noise_units_of_inputs_and_overrides(tiny: Path, tmp_path: Path) -
 def test_latents_stand_in_for_frames(tiny: Path, tmp_path: Path) -> None:
     arrays = tiny_inputs()
     system = inference.load_for_inference(tiny)[0]
-    latents = jax.jit(lambda batch: system.codec.encode({}, system.preprocess(batch)[1], None))(arrays)
+    latents = jax.jit(lambda batch: system.codec.encode({}, system.images(batch)[1], None))(arrays)
     frames = run_tiny(tiny, tmp_path, arrays, "--mode=inverse")
     arrays = {k: v for k, v in arrays.items() if not k.startswith("next_obs/")}
     instead = run_tiny(tiny, tmp_path, arrays | {"next_obs_latent": np.asarray(latents)}, "--mode=inverse")

@@ -11,7 +11,7 @@ import pytest
 from uwm_jax import cli, codecs, sample, sample_inputs
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import UserError
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import checkpoint, inference
 
 
@@ -22,7 +22,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory, make_tiny_config) -> Path:
     config.model.codec.name = "pixels"
     config.diffusion.num_inference_steps = 2
     loader = Loader(config.data, batch_size=1, seed=0)
-    system = System(config, loader.spec, codecs.from_config(config))
+    system = UWM(config, loader.spec, codecs.from_config(config))
     folder = tmp_path_factory.mktemp("untrained") / "run"
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     params = jax.tree.map(lambda x: np.full(x.shape, 0.01, x.dtype), shapes)  # quicker than to initialise them

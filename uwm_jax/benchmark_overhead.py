@@ -59,7 +59,7 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
     """
     system, frozen = synthetic_system(config, action_dim=10)
     optimizer = state_lib.make_optimizer(config)
-    make_state = jax.jit(lambda key: state_lib.create(config, system.init(key), optimizer))
+    make_state = jax.jit(lambda key: state_lib.create(config, system.init(key), optimizer, system.tree.untrained))
     batch = synthetic_batch(system, config.batch_size)
     full = make_train_step(config, system, optimizer)
 

@@ -34,7 +34,7 @@ from uwm_jax.files import write_text
 from uwm_jax.policy import Policy
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.systems.uwm.modes import MODES
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import inference
 
 FLAGS = flags.FLAGS
@@ -93,7 +93,7 @@ def main(call: cli.Call) -> None:
     print(f"wrote {write_report(workdir, results=run.root)}")
 
 
-def parse_ways(system: System, spacings: str | None, steps: str | None) -> list[System]:
+def parse_ways(system: UWM, spacings: str | None, steps: str | None) -> list[UWM]:
     """A system for every pair of `leading,trailing` and `10,4,2`; None is the config's own.
 
     Raises:
@@ -113,7 +113,7 @@ def parse_ways(system: System, spacings: str | None, steps: str | None) -> list[
         for number in dict.fromkeys(numbers):
             config = system.config.copy_and_resolve_references()
             config.diffusion.spacing, config.diffusion.num_inference_steps = name, int(number)
-            ways.append(System(config, system.spec, system.codec))
+            ways.append(UWM(config, system.spec, system.codec))
     return ways
 
 
@@ -130,7 +130,7 @@ class Acting:
 
 
 @contextlib.contextmanager
-def open_acting(env: str | None, system: System, episodes: int, execute: int) -> Iterator[Acting | None]:
+def open_acting(env: str | None, system: UWM, episodes: int, execute: int) -> Iterator[Acting | None]:
     """Opens the processes that simulate; None without an `env`.
 
     Raises:
@@ -145,7 +145,7 @@ def open_acting(env: str | None, system: System, episodes: int, execute: int) ->
         yield Acting(envs, seeds, execute)
 
 
-def compare(evaluator: Evaluator, way: System, params: Any, frozen: Any, acting: Acting | None) -> dict[str, Any]:
+def compare(evaluator: Evaluator, way: UWM, params: Any, frozen: Any, acting: Acting | None) -> dict[str, Any]:
     """One row of `few_steps.json`.
 
     Returns:
@@ -173,13 +173,13 @@ def compare(evaluator: Evaluator, way: System, params: Any, frozen: Any, acting:
     }
 
 
-def policy_seconds(system: System, params: Any, frozen: Any, repeats: int = 5) -> float:
+def policy_seconds(system: UWM, params: Any, frozen: Any, repeats: int = 5) -> float:
     """Seconds until a chunk of actions is sampled for one observation, without compilation; the median of some."""
 
     @jax.jit
     def sample(params: Any, frozen: Any, batch: Any) -> Any:
-        noise = system.draw_noise(jax.random.key(0), batch["row"])
-        return system.sample(params, frozen, batch, "policy", noise)
+        noise = system.noise(jax.random.key(0), batch["row"], system.acting)
+        return system.sample(params, system.encode(frozen, batch), system.acting, noise)
 
     device = jax.local_devices()[0]
     inputs = jax.device_put((params, frozen, system.spec.zeros(1)), device)

@@ -12,16 +12,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
-from ml_collections.config_dict import placeholder
+from ml_collections import ConfigDict
 
-from uwm_jax import codecs, config_checks
+from uwm_jax import config_checks, systems
 from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import local_path
 from uwm_jax.reading import parse_json, read_json, run_python
-from uwm_jax.systems.uwm.modes import MODALITIES
 
 # What a continued run may change; every other field decides what the numbers mean.
 MAY_CHANGE = (
@@ -33,22 +31,21 @@ MAY_CHANGE = (
     *("data.path", "data.sources.*.path", "data.sources.*.weight"),
 )
 
-# What a stored config without the field meant, where that is not the field's default.
-_WHERE_ABSENT = {"data.last_action": "keep", "optimizer.ema_warmup": "none", "loss.action_free": "kept"}
-
-# Fields that may be None, and their types where they are not.
-_OPTIONAL: dict[str, type] = {"model.scan_blocks": bool}
-
-# Fields that have no effect in some configs, which `flatten` gave.
+# Fields that have no effect in some configs, which `flatten` gave; a system names those of its own.
 _IDLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "optimizer.ema_warmup": lambda flat: not flat["optimizer.ema_decay"],
-    "loss.action_free": lambda flat: all(use for name, use in flat.items() if name.endswith(".use_actions")),
 }
 
 
-def base() -> ConfigDict:
-    """The paper's model on DROID-like data (`configs/droid.py` runs it); other configs edit it."""
+def base(system: str = "uwm") -> ConfigDict:
+    """The official model of a system on DROID-like data (`configs/droid.py` runs UWM's); other configs edit it.
+
+    The fields of `model`, `diffusion` and `loss` are the system's own: `uwm_jax/systems/<system>/config.py`.
+    """
+    kind = systems.get(system)
     c = ConfigDict()
+    # model that is trained: uwm, dp, pad, gr1; its fields come with it, so a config file chooses it
+    c.system = system
     c.seed = 0  # of parameters, noise, timesteps, augmentation and the order of samples
     c.total_steps = 100_000  # optimizer steps of the run
     c.batch_size = 36  # rows of a step, over all devices and processes
@@ -63,48 +60,6 @@ def base() -> ConfigDict:
     # of init_from: origin, or fresh (fitted to this run's data, for data in other units)
     c.init_from_normalizer = "origin"
     c.init_from_skip = ()  # of init_from: patterns of parameters that start fresh, e.g. ("*/action_encoder/*",)
-
-    c.model = ConfigDict()
-    c.model.embed_dim = 768
-    c.model.depth = 12
-    c.model.num_heads = 12
-    c.model.mlp_ratio = 4
-    c.model.qkv_bias = True
-    c.model.num_registers = 8
-    c.model.timestep_embed_dim = 512
-    c.model.patch = (2, 4, 4)  # latent frames, rows, columns per video token
-    # One compiled block in a loop, or (False) one after the other: same parameters, same outputs. None: the loop, which
-    # compiles faster, but on a single CPU device, where copies of parameters make it slower (uwm_jax/models/layers.py).
-    c.model.scan_blocks = placeholder(bool)
-    c.model.remat = "none"  # none, dots, full
-    c.model.dtype = "float32"  # float32 (exact products) or bfloat16 (fp32 norms, softmax, modulation, loss)
-
-    c.model.encoder = ConfigDict()
-    c.model.encoder.stage_sizes = (2, 2, 2, 2)  # basic blocks per stage: ResNet-18
-    c.model.encoder.width = 64  # channels of the first stage, doubled per stage
-    c.model.encoder.pool = "average"  # average, or flatten (keeps the map's layout; small images)
-    c.model.encoder.use_low_dim = False
-    c.model.encoder.use_language = False
-    c.model.encoder.imagenet_weights = ""  # safetensors file, its folder, or hub name[@revision][/file]
-
-    c.model.codec = codecs.fields()
-
-    c.diffusion = ConfigDict()
-    c.diffusion.num_train_steps = 100
-    c.diffusion.num_inference_steps = 10
-    c.diffusion.beta_schedule = "squaredcos_cap_v2"  # or linear, scaled_linear
-    c.diffusion.spacing = "leading"  # leading (official: 90, 80, ..., 0) or trailing (99, 89, ..., 9)
-    c.diffusion.hide_at = "first"  # of these timesteps (official), or train: T - 1, as what is hidden in training
-    c.diffusion.prediction = ConfigDict({m: "epsilon" for m in MODALITIES})  # epsilon, sample, v
-    c.diffusion.clip = ConfigDict({m: 1.0 for m in MODALITIES})  # range of predicted x0; 0 = no clipping
-    c.diffusion.clip.next_obs = _follows(c.model.codec, "name", _clip_of_codec)  # 1; with the codec pca: 20
-    c.diffusion.next_obs_timesteps = "uniform"  # or high_noise: half of the draws from the noisiest quarter
-
-    c.loss = ConfigDict()
-    c.loss.weights = ConfigDict({m: 1.0 for m in MODALITIES})
-    # Rows without actions: kept (official: with epsilon they predict the noise that they were given) or dropped. With
-    # sample and v, kept would teach the centre of the actions' range, and dilute loss/action with what is easy.
-    c.loss.action_free = _follows(c.diffusion.prediction, "action", _action_free_of_prediction)
 
     c.data = ConfigDict()
     c.data.path = "droid"  # dataset directory, relative to $UWM_DATA_DIR (default data/) unless absolute
@@ -161,7 +116,7 @@ def base() -> ConfigDict:
     c.mesh.data = -1  # devices along the axis data, which cuts the batch; -1 = those that the other axes leave
     c.mesh.fsdp = 1  # devices along the axis fsdp, which cuts the batch, parameters and optimizer state
     c.mesh.tensor = 1  # devices along the axis tensor, which cuts heads, hidden units and channels of the products
-    c.mesh.rules = "uwm"  # the table of configs/meshes/ that says which array lies on which axis, or a FILE.py
+    c.mesh.rules = ""  # which array lies on which axis: "" = the table of the system, or a FILE.py with one
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10_000  # steps between checkpoints; the last step is saved too
@@ -179,39 +134,9 @@ def base() -> ConfigDict:
     # (camera, x_low, x_high, y_low, y_high) where the first two numbers of a raw action are a position in the rectangle
     # that this camera shows: pictures draw them there; () = not
     c.eval.action_plane = ()
+
+    kind.add_fields(c)
     return c
-
-
-class _Operation(NamedTuple):
-    """An operation of `ml_collections` on a reference: `fn(value, *args)`."""
-
-    fn: Callable[..., Any]
-    args: list[Any]
-
-
-def _follows(node: ConfigDict, field: str, value_of: Callable[[Any, Any], Any]) -> FieldReference:
-    """A value that `value_of(None, node[field])` gives, whenever it is read and until it is set itself."""
-    return FieldReference(value_of(None, node[field]), op=_Operation(value_of, [node.get_oneway_ref(field)]))
-
-
-def _action_free_of_prediction(_: Any, prediction: str) -> str:
-    return "kept" if prediction == "epsilon" else "dropped"
-
-
-def _clip_of_codec(_: Any, name: str) -> float:
-    return codecs.get(name).clip if name in codecs.names() else 1.0
-
-
-def about_clip(config: ConfigDict) -> str:
-    """A sentence where `diffusion.clip.next_obs` cuts off the codec's latents, which no error tells; else ""."""
-    codec = codecs.of_config(config)
-    if codec is None or not 0 < config.diffusion.clip.next_obs < codec.smallest_clip:
-        return ""
-    return (
-        f"config.diffusion.clip.next_obs={config.diffusion.clip.next_obs:g} cuts off latents of the codec "
-        f"{codec.name}, whose standard deviation is {codec.latent_rms:g}: sampled frames lose detail. "
-        f"--config.diffusion.clip.next_obs={codec.clip:g} does not, also with a trained model."
-    )
 
 
 def source(**fields: Any) -> ConfigDict:
@@ -293,14 +218,19 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]]) ->
         *parents, leaf = name.split(".")
         for parent in parents:
             node = node[parent]
-        optional = _OPTIONAL.get(name)
+        optional = systems.get(config.system).optional.get(name)
+        if name == "system" and text != config.system:
+            raise UserError(
+                f"--config.system={text}: the fields of a config belong to its system, {config.system}. Choose another "
+                "with the config file, which starts from uwm_jax.config.base(SYSTEM)."
+            )
         if optional and text == "None":
             node[leaf] = None
         else:
-            node[leaf] = _parse(name, text, optional() if optional else flat[name])
+            node[leaf] = _parse(config, name, text, optional() if optional else flat[name])
 
 
-def _parse(name: str, text: str, like: Any) -> Any:
+def _parse(config: ConfigDict, name: str, text: str, like: Any) -> Any:
     try:
         if isinstance(like, bool):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -319,12 +249,14 @@ def _parse(name: str, text: str, like: Any) -> Any:
             return _tuples(value) if isinstance(value, list | tuple) else (value,)
         return text
     except (KeyError, ValueError) as e:
-        raise UserError(f"--config.{name}: expected {_expected(name, like)} such as {like!r}, found {text!r}.") from e
+        raise UserError(
+            f"--config.{name}: expected {_expected(config, name, like)} such as {like!r}, found {text!r}."
+        ) from e
 
 
-def _expected(name: str, like: Any) -> str:
+def _expected(config: ConfigDict, name: str, like: Any) -> str:
     """The values that a field takes, for a message; `like` is its default."""
-    optional = _OPTIONAL.get(name)
+    optional = systems.get(config.system).optional.get(name)
     return f"{_type_name(optional())}, or None" if optional else _type_name(like)
 
 
@@ -362,8 +294,7 @@ def from_json(text: str, where: str) -> ConfigDict:
 
 def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
     """The same of the object that `config.json` holds."""
-    config = base()
-    config.update_from_flattened_dict(_WHERE_ABSENT)
+    config = base(_system_of(stored, where))
     if isinstance(stored, Mapping) and isinstance(stored.get("data"), Mapping):
         sources = stored["data"].get("sources")
         config.data.sources = ConfigDict()
@@ -384,7 +315,7 @@ def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
             try:
                 node[key] = _tuples(value)
             except (TypeError, ValueError) as e:
-                expected = _expected(prefix + key, node[key])
+                expected = _expected(config, prefix + key, node[key])
                 raise UserError(f"{where}: {prefix + key}: expected {expected}, found {value!r}.") from e
 
     fill(config, stored, "")
@@ -393,6 +324,14 @@ def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
     return config
+
+
+def _system_of(stored: Any, where: str) -> str:
+    """The name of a stored config's system."""
+    name = stored.get("system", "uwm") if isinstance(stored, Mapping) else "uwm"
+    if name not in systems.names():
+        raise UserError(f"{where}: system: expected one of {', '.join(systems.names())}, found {name!r}.")
+    return name
 
 
 def read(workdir: str | os.PathLike[str], overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
@@ -430,6 +369,11 @@ def with_origin(config: ConfigDict, spec: str) -> ConfigDict:
 def refuse_changed(config: ConfigDict, stored: ConfigDict) -> None:
     """Raises UserError for a field that differs from the run's stored config and is not one of `MAY_CHANGE`."""
     now, before = flatten(config), flatten(stored)
+    if now["system"] != before["system"]:
+        raise UserError(
+            f"config.system is {now['system']!r}, but this workdir is a {before['system']} run: use a new --workdir."
+        )
+    idle = {**_IDLE, **systems.get(config.system).fields.idle}
     if now["init_from"] and before["init_from"]:  # which spellings of one place name one origin
         (here, step), (there, stored_step) = parse_origin(now["init_from"]), parse_origin(before["init_from"])
         if here.resolve() == there.resolve() and (step == stored_step or None in (step, stored_step)):
@@ -437,7 +381,7 @@ def refuse_changed(config: ConfigDict, stored: ConfigDict) -> None:
     for name in sorted(now.keys() | before.keys()):
         if now.get(name) == before.get(name) or config_checks.matches(name, MAY_CHANGE):
             continue
-        if name in _IDLE and _IDLE[name](now) and _IDLE[name](before):
+        if name in idle and idle[name](now) and idle[name](before):
             continue
         is_now, was = (repr(fields[name]) if name in fields else "absent" for fields in (now, before))
         raise UserError(
@@ -448,7 +392,10 @@ def refuse_changed(config: ConfigDict, stored: ConfigDict) -> None:
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError that names the first field that is missing, unknown, mistyped or inconsistent."""
-    defaults = base()
+    if not isinstance(config.get("system"), str):
+        raise UserError("config.system is missing: start the config from uwm_jax.config.base(SYSTEM).")
+    defaults = base(config.system)
+    optionals = systems.get(config.system).optional
     if isinstance(config.get("data"), ConfigDict) and isinstance(config.data.get("sources"), ConfigDict):
         for name, value in config.data.sources.items():
             if not isinstance(value, ConfigDict):
@@ -466,7 +413,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is missing: start the config from uwm_jax.config.base().")
         value = flat[name]
         whole = isinstance(default, float) and type(value) is int  # 1 for 1.0
-        optional = value is None or type(value) is _OPTIONAL[name] if name in _OPTIONAL else False
+        optional = value is None or type(value) is optionals[name] if name in optionals else False
         if type(value) is not type(default) and not whole and not optional:
-            raise UserError(f"config.{name}: expected {_expected(name, default)}, found {value!r}.")
+            raise UserError(f"config.{name}: expected {_expected(config, name, default)}, found {value!r}.")
     config_checks.check(config, flat)

@@ -11,24 +11,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from uwm_jax import codecs
+from uwm_jax import codecs, systems
 from uwm_jax.data.windows import GROUPS
 from uwm_jax.errors import UserError
+from uwm_jax.systems import fields
 
 # Values that a field may take, where its type says too little.
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "model.remat": ("none", "dots", "full"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.encoder.pool": ("average", "flatten"),
-    "model.codec.posterior": ("sample", "mode"),
-    "model.codec.dtype": ("float32", "bfloat16"),
-    "diffusion.beta_schedule": ("squaredcos_cap_v2", "linear", "scaled_linear"),
-    "diffusion.spacing": ("leading", "trailing"),
-    "diffusion.hide_at": ("first", "train"),
-    "diffusion.prediction.action": ("epsilon", "sample", "v"),
-    "diffusion.prediction.next_obs": ("epsilon", "sample", "v"),
-    "diffusion.next_obs_timesteps": ("uniform", "high_noise"),
-    "loss.action_free": ("kept", "dropped"),
     "data.window.pad": ("none", "edge"),
     "data.last_action": ("drop", "keep"),
     "data.normalize": ("minmax", "quantile", "none"),
@@ -38,16 +27,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.keep_best_mode": ("min", "max"),
     "init_from_normalizer": ("origin", "fresh"),
     "init_from_parameters": ("auto", "average", "raw"),
+    "data.sources.*.fill_views": ("same", "none", "random"),
 }
 
 # Smallest value of a number; everything named here is otherwise at least 0.
 _AT_LEAST_ONE = (
-    "total_steps batch_size accumulation_steps log_every mesh.fsdp mesh.tensor "
-    "model.embed_dim model.depth model.num_heads model.mlp_ratio "
-    "model.timestep_embed_dim model.encoder.width model.codec.microbatch diffusion.num_train_steps "
-    "diffusion.num_inference_steps data.num_streams data.prefetch checkpoint.every "
-    "checkpoint.keep eval.num_windows"
-).split()
+    *("total_steps", "batch_size", "accumulation_steps", "log_every", "mesh.fsdp", "mesh.tensor"),
+    *("data.num_streams", "data.prefetch", "checkpoint.every", "checkpoint.keep", "eval.num_windows"),
+)
 
 
 # Lists of strings; the other lists are of integers, except for those below.
@@ -69,24 +56,24 @@ def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
       config: with all fields, each of its type.
       flat: the same as `{"model.depth": 12, ...}`.
     """
+    kind = systems.get(config.system)
+    at_least_one = {*_AT_LEAST_ONE, *fields.AT_LEAST_ONE, *kind.at_least_one}
     for name, value in flat.items():
         if isinstance(value, int | float) and name != "mesh.data":
-            lowest = 1 if name in _AT_LEAST_ONE else 0
+            lowest = 1 if name in at_least_one else 0
             if not value >= lowest or value == float("inf"):
                 raise UserError(f"config.{name}: expected a number of at least {lowest}, found {value}.")
         if type(value) is int and abs(value) >= 2**63:
             raise UserError(f"config.{name}: expected an integer of at most 63 bits, found {value}.")
         elif isinstance(value, tuple):
             _check_elements(name, value)
-    choices_of = dict(_CHOICES) | {
-        f"data.sources.{s}.fill_views": ("same", "none", "random") for s in config.data.sources
-    }
-    if "model.codec.name" in flat:
-        choices_of["model.codec.name"] = codecs.names()
-    for name, choices in choices_of.items():
-        if flat[name] not in choices:
-            raise UserError(f"config.{name}: expected one of {', '.join(choices)}; found {flat[name]!r}.")
+    choices_of = {**_CHOICES, **fields.CHOICES, **kind.choices, "model.codec.name": codecs.names()}
+    for pattern, choices in choices_of.items():
+        for name in fnmatch.filter(flat, pattern):
+            if flat[name] not in choices:
+                raise UserError(f"config.{name}: expected one of {', '.join(choices)}; found {flat[name]!r}.")
     _check_combinations(config)
+    kind.check(config)
 
 
 def _check_elements(name: str, value: tuple[Any, ...]) -> None:
@@ -131,42 +118,23 @@ def _check_combinations(c: ConfigDict) -> None:
         if not holds:
             raise UserError(message)
 
-    m, d = c.model, c.data
+    d = c.data
     check(
         c.batch_size % c.accumulation_steps == 0,
         f"config.accumulation_steps={c.accumulation_steps} does not divide config.batch_size={c.batch_size}.",
     )
     _check_sources(d, check)
-    check(
-        m.embed_dim % m.num_heads == 0,
-        f"config.model.num_heads={m.num_heads} does not divide config.model.embed_dim={m.embed_dim}.",
-    )
-    check(
-        m.timestep_embed_dim % 2 == 0 and m.timestep_embed_dim >= 4,
-        f"config.model.timestep_embed_dim: expected an even number of at least 4, found {m.timestep_embed_dim}.",
-    )
-    check(
-        m.encoder.width > 0 and m.encoder.width % 16 == 0,
-        f"config.model.encoder.width: expected a multiple of 16 (GroupNorm's channels per group), found "
-        f"{m.encoder.width}.",
-    )
     check(c.seed < 2**32, f"config.seed: expected less than 2**32, found {c.seed}.")
-    sizes = {"model.patch": (m.patch, 3), "data.resize": (d.resize, 2), "data.crop": (d.crop, 2)}
-    for name, (value, length) in sizes.items():
+    for name in ("resize", "crop"):
         check(
-            len(value) == length and min(value) > 0,
-            f"config.{name}: expected {length} positive integers, found {value}.",
+            len(d[name]) == 2 and min(d[name]) > 0,
+            f"config.data.{name}: expected 2 positive integers, found {d[name]}.",
         )
-    check(
-        len(m.encoder.stage_sizes) > 0 and min(m.encoder.stage_sizes) > 0,
-        f"config.model.encoder.stage_sizes: expected positive integers, found {m.encoder.stage_sizes}.",
-    )
     check(
         d.crop[0] <= d.resize[0] and d.crop[1] <= d.resize[1],
         f"config.data.crop={d.crop} is larger than config.data.resize={d.resize}.",
     )
     _check_window(d, check)
-    check_window_of_uwm(c, check)
     check(
         len(set(d.cameras)) == len(d.cameras),
         f"config.data.cameras: a key is named twice in {d.cameras}. Each view of the model needs its own name. One "
@@ -175,19 +143,6 @@ def _check_combinations(c: ConfigDict) -> None:
     )
     check(len(set(d.low_dim)) == len(d.low_dim), f"config.data.low_dim: a key is named twice in {d.low_dim}.")
     check(0.0 <= d.val_ratio < 1.0, f"config.data.val_ratio: expected 0 <= ratio < 1, found {d.val_ratio}.")
-    check(
-        not m.encoder.use_low_dim or len(d.low_dim) > 0,
-        "config.model.encoder.use_low_dim=True needs keys in config.data.low_dim.",
-    )
-    check(
-        not m.encoder.use_language or bool(d.text),
-        "config.model.encoder.use_language=True needs config.data.text, the key of a text embedding.",
-    )
-    check(
-        c.diffusion.num_inference_steps <= c.diffusion.num_train_steps,
-        f"config.diffusion.num_inference_steps={c.diffusion.num_inference_steps} exceeds "
-        f"num_train_steps={c.diffusion.num_train_steps}.",
-    )
     for name in ("b1", "b2", "ema_decay"):
         check(c.optimizer[name] < 1.0, f"config.optimizer.{name}: expected less than 1, found {c.optimizer[name]}.")
     check(d.augment.hue <= 0.5, f"config.data.augment.hue: expected at most 0.5, found {d.augment.hue}.")
@@ -201,7 +156,6 @@ def _check_combinations(c: ConfigDict) -> None:
         f"config.mesh.data: expected a number of devices or -1 for all, found {c.mesh.data}.",
     )
     _check_retention(c, check)
-    check(bool(c.mesh.rules), "config.mesh.rules: expected the name of a table in configs/meshes/, or a FILE.py.")
     plane = c.eval.action_plane
     if plane and plane[0] not in d.cameras:
         raise UserError(
@@ -262,23 +216,6 @@ def _check_window(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
         f"config.data.action: expected at least one pair (step key, transform) for config.data.window.action="
         f"{w.action}. Without actions both are ().",
     )
-
-
-def check_window_of_uwm(c: ConfigDict, check: Callable[[bool, str], None]) -> None:
-    """Checks what a Unified World Model needs of the window and the cameras."""
-    w, patch = c.data.window, c.model.patch
-    for name in ("obs", "action", "next_obs"):
-        check(len(w[name]) > 0, f"config.data.window.{name}: expected at least one frame index.")
-    check(
-        len(w.obs) == len(w.next_obs),
-        f"config.data.window.next_obs has {len(w.next_obs)} frames and config.data.window.obs {len(w.obs)}; both "
-        "need the same number, since one augmentation and one latent shape serve both.",
-    )
-    check(
-        len(w.next_obs) % patch[0] == 0,
-        f"config.model.patch[0]={patch[0]} does not divide the {len(w.next_obs)} frames of next_obs.",
-    )
-    check(len(c.data.cameras) > 0, "config.data.cameras: expected at least one camera key.")
 
 
 def _check_sources(d: ConfigDict, check: Callable[[bool, str], None]) -> None:

@@ -43,7 +43,7 @@ def describe(spec: str, overrides: Iterable[tuple[str, str]]) -> list[str]:
     else:
         config, title = config_lib.base(), "defaults"
         config_lib.apply_overrides(config, overrides)
-    known = meanings(config_lib.base)
+    known = meanings(functools.partial(config_lib.base, config.system))
     of_source = meanings(config_lib.source)
     lines = ["", f"Config fields, set by --config.FIELD=VALUE, with {title}:"]
     fields = config_lib.flatten(config)

@@ -21,14 +21,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from uwm_jax import cli, config_help, files
+from uwm_jax import cli, config_help, files, systems
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError, warn
 from uwm_jax.systems.uwm import official
 from uwm_jax.systems.uwm.modes import MODES
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.torch_bridge import description, layout, official_codecs, state_dict, weights
 from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, Described
 from uwm_jax.torch_bridge.official_config import OfficialRun, read_official
@@ -130,8 +130,7 @@ def from_torch(
     codec_tensors, network, faults = official_codecs.split(config, tensors)
     try:
         codec = official_codecs.make(config, codec_tensors)
-        assert codec is not None
-        like = jax.eval_shape(System(config, spec, codec).init, jax.random.key(0))
+        like = jax.eval_shape(systems.make(config, spec, codec).init, jax.random.key(0))
     except (UserError, ValueError) as e:  # such fields describe no model, so nothing tells which tensors to expect
         if not conflicts:
             raise
@@ -185,7 +184,7 @@ def to_torch(
     print(f"wrote {output}: {len(tensors)} tensors of step {step}, described in {output.with_suffix('.json').name}")
 
 
-def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Path) -> dict[str, Any]:
+def describe(system: UWM, tensors: Mapping[str, np.ndarray], step: int, workdir: Path) -> dict[str, Any]:
     """Everything that the tensors mean: enough to run the model without our code (JSON values only)."""
     c, spec, schedule = system.config, system.spec, system.schedule
     return {

@@ -20,9 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uwm_jax.errors import RunError, UserError
-from uwm_jax.systems.uwm.system import System
-
-MODE = "policy"
+from uwm_jax.systems.base import System
 
 Rows = Sequence[int] | np.ndarray | None
 
@@ -158,9 +156,10 @@ def _sampler(system: System) -> Callable[..., jax.Array]:
     def sample(params: Any, frozen: Any, batch: Any, key: jax.Array, seeds: jax.Array, decisions: jax.Array) -> Any:
         def noise(seed: jax.Array, decision: jax.Array) -> dict[str, jax.Array]:
             own = jax.random.fold_in(jax.random.fold_in(key, seed), decision)
-            return jax.tree.map(lambda x: x[0], system.draw_noise(own, jnp.zeros(1, jnp.int32)))
+            return jax.tree.map(lambda x: x[0], system.noise(own, jnp.zeros(1, jnp.int32), system.acting))
 
-        return system.sample(params, frozen, batch, MODE, jax.vmap(noise)(seeds, decisions))["action"]
+        encoded = system.encode(frozen, batch)
+        return system.sample(params, encoded, system.acting, jax.vmap(noise)(seeds, decisions))["action"]
 
     return jax.jit(sample)
 

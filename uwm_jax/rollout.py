@@ -42,7 +42,7 @@ from uwm_jax.evaluation.metrics import Metrics, text
 from uwm_jax.files import write_text
 from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.base import System
 from uwm_jax.training import fixed_fields, inference
 from uwm_jax.training.checkpoint_reader import CheckpointReader
 from uwm_jax.training.provenance import describe_use
@@ -132,7 +132,7 @@ def record(
         "env": spec.name,
         "execute": execute,
         "sampler_seed": seed,
-        **system.schedule.describe(),
+        **system.describe_sampling(),
         "max_steps": spec.max_steps,
         "episodes": {
             who: [

@@ -29,8 +29,8 @@ from absl import flags
 from uwm_jax import cli, config_help, files
 from uwm_jax.data.ranges import far_out
 from uwm_jax.errors import UserError, closest, warn
-from uwm_jax.systems.uwm.modes import MODALITIES, MODES, given
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.modes import MODALITIES, MODES, USES
+from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.torch_bridge import weights
 from uwm_jax.training import inference
 
@@ -100,7 +100,7 @@ class Inputs:
 
 
 def check_inputs(
-    system: System,
+    system: UWM,
     modes: Sequence[str],
     arrays: Mapping[str, np.ndarray],
     where: str = "--inputs",
@@ -117,7 +117,7 @@ def check_inputs(
     """
     spec, frames = system.spec, system.num_frames
     denoise = DENOISE in modes
-    known = {m for mode in modes for m in (MODALITIES if mode == DENOISE else given(mode))}
+    known = {m for mode in modes for m in (MODALITIES if mode == DENOISE else USES[mode].given)}
     problems = _unknown_keys(system, arrays, data_keys)
     batch_size: int | None = None
 
@@ -173,8 +173,8 @@ def check_inputs(
                     f"(or next_obs_latent: expected float32 (B, {', '.join(map(str, system.latent_shape))}))"
                 )
 
-    shapes = {m: shape[1:] for m, shape in system.noise_shapes(1).items()}
-    used = [m for m in MODALITIES if any(mode == DENOISE or m not in given(mode) for mode in modes)]
+    shapes = {m: x.shape[1:] for m, x in _noise_like(system).items()}
+    used = [m for m in MODALITIES if any(mode == DENOISE or m not in USES[mode].given for mode in modes)]
     noise = {m: take(f"noise/{m}", shapes[m], "float32", needed=denoise) for m in used}
     timestep = {m: take(f"timestep/{m}", (), "integer") for m in MODALITIES if denoise}
     steps = system.schedule.num_train_steps
@@ -192,7 +192,12 @@ def check_inputs(
     )
 
 
-def _unknown_keys(system: System, keys: Iterable[str], data_keys: Iterable[str] | None) -> list[str]:
+def _noise_like(system: UWM) -> dict[str, jax.ShapeDtypeStruct]:
+    """{modality: shape and dtype} of the noise of one row."""
+    return jax.eval_shape(lambda: system.noise(jax.random.key(0), jnp.zeros(1, jnp.int32), system.acting))
+
+
+def _unknown_keys(system: UWM, keys: Iterable[str], data_keys: Iterable[str] | None) -> list[str]:
     """A line about every key that no mode knows, with the known one that it resembles."""
     keys, spec = set(keys), system.spec
     observed = {*spec.cameras, *spec.low_dim, *system.config.data.low_dim, "text", *(data_keys or ())}
@@ -211,14 +216,14 @@ def _unknown_keys(system: System, keys: Iterable[str], data_keys: Iterable[str] 
     return lines
 
 
-def far_out_inputs(system: System, inputs: Inputs) -> list[str]:
+def far_out_inputs(system: UWM, inputs: Inputs) -> list[str]:
     """A sentence for each key in raw units that leaves the range of the run's normaliser by far."""
     raw = {"action": "action", **{f"obs/{key}": key for key in system.spec.low_dim}}
     found = [far_out(system.spec.normalizer, raw[key], x) for key, x in inputs.batch.items() if key in raw]
     return [told for told in found if told]
 
 
-def run(system: System, params: Any, frozen: Any, inputs: Inputs, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+def run(system: UWM, params: Any, frozen: Any, inputs: Inputs, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
     """Runs the modes of `inputs`; returns {mode: arrays of OUT, without the mode's prefix}.
 
     Args:
@@ -232,7 +237,7 @@ def run(system: System, params: Any, frozen: Any, inputs: Inputs, seed: int = 0)
         batch[f"obs/{key}"] = normalizer.normalize(key, batch[f"obs/{key}"])
     if "action" in batch:
         batch["action"] = normalizer.normalize("action", batch["action"])
-    drawn = system.draw_noise(jax.random.key(seed), jnp.arange(inputs.batch_size, dtype=jnp.int32))
+    drawn = system.noise(jax.random.key(seed), jnp.arange(inputs.batch_size, dtype=jnp.int32), system.acting)
     made = _modes(system, inputs.modes)(params, frozen, batch, {**drawn, **inputs.noise}, inputs.timestep)
     results: dict[str, dict[str, np.ndarray]] = {}
     for mode in inputs.modes:
@@ -257,22 +262,28 @@ def check_results(results: Mapping[str, np.ndarray], modes: str) -> None:
 
 # Cached, so that repeated calls compile once. All modes are one program: they share the encoders' work.
 @functools.lru_cache(maxsize=16)
-def _modes(system: System, modes: tuple[str, ...]) -> Callable[..., Any]:
+def _modes(system: UWM, modes: tuple[str, ...]) -> Callable[..., Any]:
     def run_modes(params: Any, frozen: Any, batch: Any, noise: Any, timestep: Any) -> dict[str, Any]:
+        encoded = system.encode(frozen, batch)
         return {
-            mode: system.denoise(params, frozen, batch, noise, timestep)
+            mode: _denoise(system, params, encoded, noise, timestep)
             if mode == DENOISE
-            else system.sample(params, frozen, batch, mode, noise)
+            else system.sample(params, encoded, mode, noise)
             for mode in modes
         }
 
     return jax.jit(run_modes)
 
 
+def _denoise(system: UWM, params: Any, encoded: Any, noise: Any, timestep: Any) -> dict[str, jax.Array]:
+    found = system.losses(params, encoded, {"noise": noise, "timestep": timestep})
+    return {**{f"loss/{name}": x.mean() for name, x in found.parts.items()}, **found.outputs}
+
+
 @functools.lru_cache(maxsize=4)
-def _pictures(system: System) -> Callable[..., Any]:
+def _pictures(system: UWM) -> Callable[..., Any]:
     def pictures(frozen: Any, latents: jax.Array) -> jax.Array:
-        images = jnp.clip(system.decode(frozen, latents), 0.0, 1.0)
+        images = jnp.clip(system.frames(frozen, {"next_obs_latent": latents}), 0.0, 1.0)
         return jnp.round(images * 255).astype(jnp.uint8)
 
     return jax.jit(pictures)

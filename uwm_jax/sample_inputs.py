@@ -26,7 +26,7 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation.data import doubt, open_data
 from uwm_jax.systems.uwm.modes import MODALITIES
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import average, fixed_fields, inference, lineage
 from uwm_jax.training.checkpoint_reader import CheckpointReader
 
@@ -49,7 +49,7 @@ def main(call: cli.Call) -> None:
         workdir, FLAGS.step, call.overrides, average.RAW, fixed_fields.WINDOWS
     )
     # A normaliser without entries leaves actions and low-dimensional keys in raw units.
-    system = System(system.config, dataclasses.replace(system.spec, normalizer=Normalizer()), system.codec)
+    system = UWM(system.config, dataclasses.replace(system.spec, normalizer=Normalizer()), system.codec)
     stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
     own_config, _ = fixed_fields.config_of_run(workdir, stored)
     data = open_data(
@@ -82,9 +82,7 @@ def parse_windows(text: str, count: int) -> tuple[int, int]:
     return start, stop
 
 
-def sample_inputs(
-    system: System, held_out: FixedWindows, start: int, stop: int, seed: int = 0
-) -> dict[str, np.ndarray]:
+def sample_inputs(system: UWM, held_out: FixedWindows, start: int, stop: int, seed: int = 0) -> dict[str, np.ndarray]:
     """The arrays of held-out windows [start, stop) that `sample` takes, for every mode.
 
     Args:
@@ -94,7 +92,7 @@ def sample_inputs(
     batch = held_out.batch(start, stop)
     frames = [f"{when}/{camera}" for when in ("obs", "next_obs") for camera in system.cameras]
     others = [f"obs/{key}" for key in system.spec.low_dim] + (["obs/text"] if system.spec.text_dim else [])
-    noise = system.draw_noise(jax.random.key(seed), jnp.asarray(batch["row"]))
+    noise = system.noise(jax.random.key(seed), jnp.asarray(batch["row"]), system.acting)
     draws = [np.random.default_rng([seed, row]) for row in range(start, stop)]
     steps = np.asarray([rng.integers(0, system.schedule.num_train_steps, len(MODALITIES)) for rng in draws], np.int32)
     return {

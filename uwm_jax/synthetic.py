@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from uwm_jax import codecs
+from uwm_jax import codecs, systems
 from uwm_jax.codecs import Codec
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.base import System
 
 LOW_DIM, TEXT_DIM = 7, 512  # widths of synthetic low-dim keys and text embeddings
 
@@ -23,7 +23,7 @@ def synthetic_system(config: ConfigDict, action_dim: int) -> tuple[System, Any]:
     """A system of the config's shapes and random codec arrays; a VAE is SDXL's."""
     codec, frozen = synthetic_codec(config)
     assert codec is not None
-    return System(config, synthetic_spec(config, action_dim), codec), frozen
+    return systems.make(config, synthetic_spec(config, action_dim), codec), frozen
 
 
 def synthetic_spec(config: ConfigDict, action_dim: int, frame_size: tuple[int, int] | None = None) -> DataSpec:

@@ -16,35 +16,42 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from uwm_jax import cli, config_help
+from uwm_jax import cli, config_help, systems
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import Loader, prefetch_to_device
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.evaluation.in_training import HeldOut, headlines
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.files import local_path
-from uwm_jax.parallel import distributed, sharding, signals
+from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
 from uwm_jax.parallel.turns import Turns
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.reporting import pictures
-from uwm_jax.systems.uwm.system import System
 from uwm_jax.training import checkpoint as checkpoint_lib
-from uwm_jax.training import codec_store, compatibility, finetune, fixed_fields, latents, lineage, patterns, provenance
+from uwm_jax.training import (
+    codec_store,
+    compatibility,
+    finetune,
+    fixed_fields,
+    latents,
+    lineage,
+    pretrained,
+    provenance,
+)
 from uwm_jax.training import state as state_lib
+from uwm_jax.training.build import Program, build
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.log import MetricsLog, Window, progress_line
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup
-from uwm_jax.training.step import compile_for, make_train_step
 
 FLAGS = flags.FLAGS
 
@@ -118,7 +125,7 @@ def run(
             return
 
     # --- Mesh: rows of a batch and parameters over devices. ----------------------------------------
-    mesh, rules = mesh_lib.make_mesh(config), sharding.load_rules(config.mesh.rules)
+    mesh = mesh_lib.make_mesh(config)
     batch_sharding, replicated = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
 
     # --- Where from: the newest checkpoint that is whole; else another run's parameters, or nothing. -
@@ -157,48 +164,40 @@ def run(
         past = lineage.begin(loader, origin.learned_from if origin else None, bool(origin))
         past |= latents.look(config, codec, frozen, loader, origin)
     frozen = mesh_lib.place(frozen, replicated)
-    system = System(config, spec, codec)
-    optimizer = state_lib.make_optimizer(config)
 
     # --- Shapes first: nothing is made before it is known where it lives. --------------------------
-    def init_state(seed: jax.Array) -> state_lib.TrainState:
-        rng = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)  # no step has this number
-        return state_lib.create(config, system.init(rng), optimizer)
-
-    seed = np.uint32(config.seed)
-    shapes = jax.eval_shape(init_state, seed)
-    shardings = sharding.state_sharding(mesh, rules, shapes)
-    like = mesh_lib.with_sharding(shapes, shardings)
-    about_codec = codec_store.describe(codec, frozen)
-    print_summary(config, loader, about_codec, mesh, sharding.table(mesh, rules, shapes, shardings), shapes.params)
+    program = build(config, spec, codec, mesh)
+    system = program.system
+    print_summary(program, loader, codec_store.describe(codec, frozen))
 
     # --- State: the checkpoint's, or fresh. --------------------------------------------------------
     startup.reached("state")
     if stored:
         newest = stored.step
-        state, stored = checkpoints.restore_latest(like)
+        state, stored = checkpoints.restore_latest(program.shapes)
         if stored.step != newest:  # whose arrays are damaged
             loader = open_loader(config, mesh, stored, closing)
         say(f"continuing from step {stored.step}{state_lib.change_of_rate(config, before, stored.step)}")
     else:
-        skipped = origin.skipped(like.params, config) if origin else []
-        init = jax.jit(init_state, out_shardings=shardings).lower(seed).compile()
+        skipped = origin.skipped(program.shapes.params, config) if origin else []
+        init = program.compile_init()
         distributed.barrier("all have compiled the state", distributed.LATE_SECONDS)
-        state = init(seed)
-        if config.model.encoder.imagenet_weights and (not origin or patterns.IMAGE_WEIGHTS in skipped):
-            state = state_lib.with_params(state, load_pretrained_encoder(config, state.params, shardings.params))
+        state = init()
+        params = pretrained.load(system, state.params, fresh=skipped if origin else None)
         if origin:
-            state = state_lib.with_params(state, origin.params(state.params, config)[0])
-            say(origin.describe_skipped(like.params, skipped, config.optimizer.freeze))
-
-    state, like = system.held(state), system.held(like)
+            params, _ = origin.params(params, config)
+        if params is not state.params:
+            state = state_lib.with_params(state, params)
+        if origin:
+            say(origin.describe_skipped(program.shapes.params, skipped, config.optimizer.freeze))
+    state = system.held(state)
 
     # --- Workdir: locked first; nothing is written before all of the above is known to be good. ----
     if not stored:
         checkpoints = checkpoint_lib.Checkpoints(workdir, Retention.of(config), first_start=True)
         closing.callback(checkpoints.close)
     if distributed.is_main():
-        checkpoint_lib.warn_of_room(workdir, like, Retention.of(config).at_most(config.total_steps))
+        checkpoint_lib.warn_of_room(workdir, program.like, Retention.of(config).at_most(config.total_steps))
         checkpoint_lib.write_config(workdir, config)
         provenance.add_start(workdir, start)
     checkpoint_lib.require_shared(workdir, config)
@@ -209,13 +208,11 @@ def run(
     startup.reached("compile")
     say("compiling the step...")
     with goodput.spend("compile"):
-        inputs = like, frozen, mesh_lib.with_sharding(spec.batch_like(config.batch_size), batch_sharding)
-        step_function = make_train_step(config, system, optimizer, mesh)
-        train_step = compile_for(mesh, rules, step_function, *inputs, updates_state=True)
+        train_step = program.compile_step(frozen)
         if not stored:
             checkpoints.warm_up(state, codec_store.checkpointed(codec, frozen))  # SIGTERM leaves little time
         if config.eval.every:
-            held_out = HeldOut(system, loader, mesh, rules, like, frozen, command=start["command"], draw=pictures.draw)
+            held_out = HeldOut(program, loader, frozen, command=start["command"], draw=pictures.draw)
 
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.
@@ -325,23 +322,14 @@ def find_codec(config: ConfigDict, workdir: Path, loader: Loader, stored: Any, o
     return codec_store.in_dataset(config, loader)
 
 
-def load_pretrained_encoder(config: ConfigDict, params: Any, shardings: Any) -> Any:
-    """`params` with ImageNet weights in the image encoder."""
-    from uwm_jax.torch_bridge.torchvision_resnet import load_imagenet_resnet
-
-    encoder = load_imagenet_resnet(config.model.encoder.imagenet_weights, params["obs_encoder"]["img_encoder"])
-    encoder = mesh_lib.place(encoder, shardings["obs_encoder"]["img_encoder"])
-    return {**params, "obs_encoder": {**params["obs_encoder"], "img_encoder": encoder}}
-
-
-def print_summary(config: ConfigDict, loader: Loader, codec: str, mesh: Any, table: str, params: Any) -> None:
-    lines = [loader.summary(), *loader.warnings(config.diffusion.clip.action, FEWEST)]
-    lines += [f"warning: {told}"] if (told := config_lib.about_clip(config)) else []
+def print_summary(program: Program, loader: Loader, codec: str) -> None:
+    config, system = program.config, program.system
+    lines = [loader.summary(), *loader.warnings(system.action_clip, FEWEST)]
+    lines += [f"warning: {told}" for told in systems.get(config.system).remarks(config)]
     data = "\n".join(lines)
     say(
-        f"{data}\n{table}\n{state_lib.about_frozen(config, params)}"
-        f"{codec}"
-        f"devices: {mesh.size} {jax.default_backend()}, processes: {jax.process_count()}; "
+        f"{data}\n{program.table()}\n{state_lib.about_frozen(config, program.shapes.params)}{codec}"
+        f"devices: {program.mesh.size} {jax.default_backend()}, processes: {jax.process_count()}; "
         f"batch {config.batch_size}, {config.total_steps} steps"
     )
 

@@ -31,13 +31,14 @@ def test_mfu_is_the_time_at_peak_over_the_time_taken(tiny: ConfigDict, monkeypat
     tiny.model.dtype = "bfloat16"
     model = Model(tiny, 3, ["network/forward"], initialize=False)
     monkeypatch.setattr(flops, "peak_flops", lambda kind, dtype: {"bfloat16": 2e12, "float32": 1e12}[dtype])
-    sample = flops.count(model.system)
-    whole, samples = sample.network + sample.encoder, 2 * sample.network + sample.encoder
+    counted = model.system.flops()
+    network, encoder, frozen = counted.trained["network"], counted.trained["encoder"], counted.frozen
+    whole, samples = network + encoder, 2 * network + encoder
     for row, trained, codec in (
-        ("pixels/forward", whole, sample.codec), ("pixels/forward_backward", 3 * whole, sample.codec),
-        ("pixels/step", 3 * whole, sample.codec), ("latents/step", 3 * whole, 0), ("codec", 0, sample.codec),
-        ("network/forward", sample.network, 0), ("network/forward_backward", 3 * sample.network, 0),
-        ("encoder/forward", sample.encoder, 0), ("encoder/forward_backward", 3 * sample.encoder, 0),
+        ("pixels/forward", whole, frozen), ("pixels/forward_backward", 3 * whole, frozen),
+        ("pixels/step", 3 * whole, frozen), ("latents/step", 3 * whole, 0), ("codec", 0, frozen),
+        ("network/forward", network, 0), ("network/forward_backward", 3 * network, 0),
+        ("encoder/forward", encoder, 0), ("encoder/forward_backward", 3 * encoder, 0),
         ("policy", samples, 0), ("forward_dynamics", samples, 0), ("preprocessing", 0, 0),
     ):  # fmt: skip
         operations, seconds = model.operations(row)

@@ -62,7 +62,7 @@ def test_pusht_at_its_own_sizes(name):
     small = [(field, value) for field, value in TINY if not field.startswith(("data.", "model.encoder."))]
     config = config_lib.load(str(CONFIGS[0].parent / name), small)
     system, state, frozen, batch = assert_a_step_runs(config)
-    noise = system.draw_noise(jax.random.key(0), batch["row"])
+    noise = system.noise(jax.random.key(0), batch["row"], "policy")
     made = jax.jit(system.sample, static_argnums=3)(state.eval_params, frozen, batch, "joint", noise)
     assert made["action"].shape == (2, 16, 3) and made["next_obs_latent"].shape == (2, *system.latent_shape)
     frames = jax.jit(system.decode)(frozen, made["next_obs_latent"])

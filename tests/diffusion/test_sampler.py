@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uwm_jax.diffusion.roles import Role, generated, given
 from uwm_jax.diffusion.sampler import sample
 from uwm_jax.diffusion.schedule import Schedule
-from uwm_jax.systems.uwm.modes import MODES, Role, generated, given
+from uwm_jax.systems.uwm.modes import MODES
 
 WHAT_IS_KNOWN = {"policy": (), "video": (), "forward": ("action",), "inverse": ("next_obs",), "joint": ()}
 WHAT_IS_MADE = {
@@ -32,7 +33,8 @@ def toy(noisy, timestep):
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_against_a_loop(mode, spacing, hide_at, hidden):
-    assert given(mode) == WHAT_IS_KNOWN[mode] and generated(mode) == WHAT_IS_MADE[mode]
+    roles = MODES[mode]
+    assert given(roles) == WHAT_IS_KNOWN[mode] and generated(roles) == WHAT_IS_MADE[mode]
     schedule = Schedule(spacing=spacing, hide_at=hide_at)
     rng = np.random.default_rng(0)
     shapes = {"action": (2, 4, 3), "next_obs": (2, 5)}
@@ -45,7 +47,7 @@ def test_every_mode_against_a_loop(mode, spacing, hide_at, hidden):
         calls.append(timestep)
         return timestep
 
-    result = sample(modulation, toy, schedule, mode, noise=noise, given=known, prediction=prediction, clip=clip)
+    result = sample(modulation, toy, schedule, roles, noise=noise, given=known, prediction=prediction, clip=clip)
 
     x = {m: known[m] if m in WHAT_IS_KNOWN[mode] else noise[m] for m in shapes}
     states = [dict(x)]
@@ -63,7 +65,7 @@ def test_every_mode_against_a_loop(mode, spacing, hide_at, hidden):
         assert jnp.abs(result[m]).max() <= clip[m]
     assert len(calls) == 1, "what depends on timesteps alone is computed once, before the scan"
     path = sample(
-        modulation, toy, schedule, mode, noise=noise, given=known, prediction=prediction, clip=clip, path=True
+        modulation, toy, schedule, roles, noise=noise, given=known, prediction=prediction, clip=clip, path=True
     )
     for m in result:
         np.testing.assert_allclose(path[m], jnp.stack([state[m] for state in states]), atol=1e-5)

@@ -14,7 +14,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.evaluation import data as held_out_data
 from uwm_jax.evaluation.data import doubt, open_data, refuse_other_data
 from uwm_jax.synthetic import synthetic_spec, synthetic_system
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
 
 
 def test_other_data_than_the_runs_are_refused_unless_named(tiny_config):
@@ -38,7 +38,7 @@ def test_other_data_than_the_runs_are_refused_unless_named(tiny_config):
 def test_the_runs_own_dataset_is_known_wherever_it_lies(tiny_config, tiny_dataset, tmp_path):
     system, _ = synthetic_system(tiny_config, 10)
     trained = Loader(tiny_config.data, batch_size=1, seed=0)
-    system = System(tiny_config, trained.spec, system.codec)
+    system = UWM(tiny_config, trained.spec, system.codec)
     tiny_config.data.path = str(shutil.copytree(tiny_dataset, tmp_path / "moved"))
     loader = Loader(tiny_config.data, batch_size=1, seed=0)
     assert refuse_other_data(system, loader, trained.state(0)["datasets"], []) is True

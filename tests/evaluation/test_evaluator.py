@@ -16,8 +16,9 @@ from uwm_jax.errors import RunError, UserError
 from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import load_rules
-from uwm_jax.systems.uwm.modes import MODES, generated
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.modes import MODES, USES
+from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.uwm.tree import MESH_RULES
 from uwm_jax.training import codec_store
 
 
@@ -51,7 +52,7 @@ def setup(make_tiny_config):
     config.diffusion.clip.next_obs = 20.0
     loader = Loader(config.data, batch_size=4, seed=0)
     arrays = codec_store.in_dataset(config, loader).arrays
-    system = System(config, loader.spec, PCACodec.from_arrays(arrays))
+    system = UWM(config, loader.spec, PCACodec.from_arrays(arrays))
     system.network = OneLine()
     return config, loader, system, {name: jnp.asarray(x) for name, x in arrays.items()}
 
@@ -62,7 +63,7 @@ def evaluate(setup, batch_size=4, params=PARAMS):
     config.batch_size = batch_size
     mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
     held_out = loader.held_out(config.eval.num_windows)
-    evaluation = Evaluator(system, loader, held_out, mesh, load_rules("uwm"), batch_size)
+    evaluation = Evaluator(system, loader, held_out, mesh, load_rules("", "uwm", MESH_RULES), batch_size)
     params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
     evaluation.compile(params, frozen)
     return evaluation, *evaluation.run(params, frozen)
@@ -92,7 +93,7 @@ def test_metrics_are_those_of_what_is_shown(setup, evaluated):
     np.testing.assert_array_equal(shown["episode"], loader.held_out(6).episodes)
     truth, current = shown["next_obs"], shown["current"][:, :, -1:]
     changed = np.abs(truth - current) > 0.05
-    frames = {mode: shown[f"{mode}/next_obs"] for mode in MODES if "next_obs" in generated(mode)}
+    frames = {mode: shown[f"{mode}/next_obs"] for mode in MODES if "next_obs" in USES[mode].makes}
     frames["control/forward_shuffled"] = shown["forward_shuffled/next_obs"]
     frames["baseline/copied_frame"] = np.broadcast_to(current, truth.shape)
     frames["baseline/mean_image"] = np.broadcast_to(shown["mean_image"], truth.shape)
@@ -106,7 +107,7 @@ def test_metrics_are_those_of_what_is_shown(setup, evaluated):
         of_changed = np.mean([s[c].mean() for s, c in zip(square, changed, strict=True)])
         np.testing.assert_allclose(mean(metrics, f"{name}/changed_mse"), of_changed, rtol=1e-4)
     for mode in MODES:
-        assert (f"{mode}/action" in shown) == ("action" in generated(mode)) == (f"{mode}/action_mse" in metrics)
+        assert (f"{mode}/action" in shown) == ("action" in USES[mode].makes) == (f"{mode}/action_mse" in metrics)
         if f"{mode}/action" in shown:
             error = np.mean((shown[f"{mode}/action"] - shown["action"]) ** 2)
             np.testing.assert_allclose(mean(metrics, f"{mode}/action_mse"), error, rtol=1e-4)
@@ -146,10 +147,10 @@ def test_the_control_differs_by_its_actions_alone(setup, evaluated, windows):
     metrics, shown = evaluated
     _, loader, system, frozen = setup
     np.testing.assert_array_equal(shown["shuffled_action"], windows["action"][loader.held_out(6).shuffled])
-    noise = system.draw_noise(jax.random.key(0), jnp.arange(6))
+    noise = system.noise(jax.random.key(0), jnp.arange(6), "policy")
     for name, action in (("forward", windows["action"]), ("forward_shuffled", shown["shuffled_action"])):
-        made = system.sample(PARAMS, frozen, {**windows, "action": action}, "forward", noise)["next_obs_latent"]
-        frames = np.clip(system.decode(frozen, made), 0, 1)
+        made = system.sample(PARAMS, system.encode(frozen, {**windows, "action": action}), "forward", noise)
+        frames = np.clip(system.frames(frozen, made), 0, 1)
         np.testing.assert_allclose(shown[f"{name}/next_obs"], frames, atol=1e-5)
     assert np.abs(shown["forward/next_obs"] - shown["forward_shuffled/next_obs"]).max() > 1e-3
     difference = mean(metrics, "control/forward_shuffled/latent_mse") - mean(metrics, "forward/latent_mse")
@@ -161,7 +162,7 @@ def test_shuffle_gap_in_closed_form(setup, evaluated, windows):
     metrics, shown = evaluated
     _, _, system, frozen = setup
     latent = np.asarray(system.codec.encode(frozen, jnp.asarray(shown["next_obs"]), None), np.float64).reshape(6, -1)
-    noise = np.asarray(system.draw_noise(jax.random.key(0), jnp.arange(6))["next_obs"]).reshape(6, -1)
+    noise = np.asarray(system.noise(jax.random.key(0), jnp.arange(6), "policy")["next_obs"]).reshape(6, -1)
     noisy = np.sqrt(0.0195443742) * latent + np.sqrt(1 - 0.0195443742) * noise
     rest = 0.1 * noisy + (0.3 * noisy.mean(axis=1) + shown["current"].reshape(6, -1).mean(axis=1))[:, None] - latent
     error = [
@@ -182,13 +183,13 @@ def test_a_model_that_ignores_actions_has_no_gap(setup):
 def test_the_joint_sample_is_shown_on_its_way(setup, evaluated):
     _, shown = evaluated
     _, _, system, frozen = setup
-    noise = system.draw_noise(jax.random.key(0), jnp.arange(6))
+    noise = system.noise(jax.random.key(0), jnp.arange(6), "policy")
     picked, view = shown["denoise/windows"], int(shown["denoise/view"])
     np.testing.assert_array_equal(picked, [0, 2, 5])
     assert shown["denoise/action"].shape[:2] == (11, 6) and shown["denoise/next_obs"].shape == (11, 3, 16, 16, 3)
     np.testing.assert_allclose(shown["denoise/action"][0], noise["action"], atol=1e-6)
     np.testing.assert_allclose(shown["denoise/action"][-1], shown["joint/action"], atol=1e-6)
-    start = np.clip(system.decode(frozen, noise["next_obs"]), 0, 1)
+    start = np.clip(system.frames(frozen, {"next_obs_latent": noise["next_obs"]}), 0, 1)
     np.testing.assert_allclose(shown["denoise/next_obs"][0], start[picked, view, -1], atol=1e-5)
     np.testing.assert_allclose(shown["denoise/next_obs"][-1], shown["joint/next_obs"][picked, view, -1], atol=1e-5)
 
@@ -214,7 +215,7 @@ def test_another_sampler_is_measured_on_the_same_windows(setup):
         np.testing.assert_allclose(mean(same, name), mean(metrics, name), rtol=1e-5)
     config = config.copy_and_resolve_references()
     config.diffusion.num_inference_steps = 1
-    one_step = System(config, system.spec, system.codec)
+    one_step = UWM(config, system.spec, system.codec)
     one_step.network = system.network
     assert mean(evaluation.run_modes(one_step, PARAMS, frozen), "joint/action_mse") != mean(metrics, "joint/action_mse")
 
@@ -224,7 +225,7 @@ def test_windows_are_evenly_spread_where_there_are_many(setup):
     mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
     held_out = loader.held_out(19)
     assert len(held_out) > 12
-    evaluation = Evaluator(system, loader, held_out, mesh, load_rules("uwm"), 4)
+    evaluation = Evaluator(system, loader, held_out, mesh, load_rules("", "uwm", MESH_RULES), 4)
     params, frozen = mesh_lib.place((PARAMS, frozen), mesh_lib.replicated(mesh))
     evaluation.compile(params, frozen)
     metrics, shown = evaluation.run(params, frozen)
@@ -253,5 +254,6 @@ def test_what_cannot_be_evaluated_is_explained(setup):
     config = config.copy_and_resolve_references()
     config.eval.action_plane = ("wrist", 0.0, 1.0, 0.0, 1.0)
     with pytest.raises(UserError, match=r"config.eval.action_plane=.*at least two numbers"):
-        narrow = System(config, spec, system.codec)
-        Evaluator(narrow, loader, loader.held_out(6), mesh_lib.make_mesh(config), load_rules("uwm"), 4)
+        narrow = UWM(config, spec, system.codec)
+        rules = load_rules("", "uwm", MESH_RULES)
+        Evaluator(narrow, loader, loader.held_out(6), mesh_lib.make_mesh(config), rules, 4)

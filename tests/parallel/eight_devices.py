@@ -29,7 +29,8 @@ from uwm_jax.evaluation.evaluator import make_evaluation
 from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.synthetic import synthetic_batch
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.uwm.tree import MESH_RULES
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import compile_for, make_eval_step, make_train_step
 
@@ -69,7 +70,7 @@ def drawn(shapes):
     return jax.tree.map(lambda x: rng.normal(scale=0.1, size=x.shape).astype(x.dtype), shapes)
 
 
-def make_system(config: ConfigDict) -> tuple[System, dict]:
+def make_system(config: ConfigDict) -> tuple[UWM, dict]:
     vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
     frozen = drawn(jax.eval_shape(vae.init, jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"])
     spec = DataSpec(
@@ -80,10 +81,10 @@ def make_system(config: ConfigDict) -> tuple[System, dict]:
         0,
         Normalizer(),
     )
-    return System(config, spec, VAECodec(vae, microbatch=config.model.codec.microbatch)), frozen
+    return UWM(config, spec, VAECodec(vae, microbatch=config.model.codec.microbatch)), frozen
 
 
-def evaluate_modes(system: System, mesh, rules, params, frozen, batch) -> dict:
+def evaluate_modes(system: UWM, mesh, rules, params, frozen, batch) -> dict:
     """What the evaluation of all modes gives for a batch, and the bytes that it moves between devices."""
     rng = np.random.default_rng(1)
     extra = {
@@ -110,7 +111,7 @@ def evaluate_modes(system: System, mesh, rules, params, frozen, batch) -> dict:
 def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     config = tiny(sizes, accumulation_steps)
     mesh = mesh_lib.make_mesh(config, jax.devices()[: int(np.prod(sizes))])
-    rules = sharding.load_rules(config.mesh.rules)
+    rules = sharding.load_rules(config.mesh.rules, "uwm", MESH_RULES)
     system, frozen = make_system(config)
     optimizer = state_lib.make_optimizer(config)
     batch = synthetic_batch(system, config.batch_size)

@@ -15,7 +15,8 @@ from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
 from uwm_jax.models.activations import constrain
 from uwm_jax.parallel import sharding
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.uwm.tree import MESH_RULES
 from uwm_jax.training import state as state_lib
 
 
@@ -37,13 +38,13 @@ def droid():
         0,
         Normalizer(),
     )
-    system, optimizer = System(c, spec, VAECodec(AutoencoderKL())), state_lib.make_optimizer(c)
+    system, optimizer = UWM(c, spec, VAECodec(AutoencoderKL())), state_lib.make_optimizer(c)
     return jax.eval_shape(lambda key: state_lib.create(c, system.init(key), optimizer), jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def rules():
-    return sharding.load_rules("uwm")
+    return sharding.load_rules("", "uwm", MESH_RULES)
 
 
 def on_device(shapes, shardings):
@@ -78,7 +79,7 @@ def test_moments_of_what_is_trained_lie_with_their_parameters_where_the_rest_is_
     spec = DataSpec(
         WindowSpec.from_config(c.data.window), dict.fromkeys(c.data.cameras, (180, 320)), {}, 10, 0, Normalizer()
     )
-    system, optimizer = System(c, spec, VAECodec(AutoencoderKL())), state_lib.make_optimizer(c)
+    system, optimizer = UWM(c, spec, VAECodec(AutoencoderKL())), state_lib.make_optimizer(c)
     shapes = jax.eval_shape(lambda key: state_lib.create(c, system.init(key), optimizer), jax.random.key(0))
     placed = sharding.state_sharding(abstract(fsdp=2, tensor=4), rules, shapes)
     adam = next(s for s in placed.opt_state if hasattr(s, "mu"))
@@ -137,20 +138,22 @@ GOOD = 'PARAMS = (("*/kernel", ("fsdp", None)), ("*", ()))\nACTIVATIONS = (("bat
 def test_malformed_rules_are_refused(tmp_path, text, message):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=message):
-        sharding.load_rules(str(tmp_path / "mine.py"))
+        sharding.load_rules(str(tmp_path / "mine.py"), "uwm", MESH_RULES)
 
 
 def test_rules_of_a_file(tmp_path, droid):
     (tmp_path / "mine.py").write_text(GOOD)
-    rules = sharding.load_rules(str(tmp_path / "mine.py"))
+    rules = sharding.load_rules(str(tmp_path / "mine.py"), "uwm", MESH_RULES)
     assert rules.params == (("*/kernel", (("fsdp",), ())), ("*", ()))
     assert rules.find("a/b/kernel")[0] == "*/kernel" and rules.find("a/b/bias")[0] == "*"
     for name in ("umw", str(tmp_path / "none.py")):
-        with pytest.raises(UserError, match="config.mesh.rules=.*there is no file.* uwm "):
-            sharding.load_rules(name)
+        with pytest.raises(UserError, match=r"config.mesh.rules=.*there is no such file.*\(uwm\)"):
+            sharding.load_rules(name, "uwm", MESH_RULES)
     (tmp_path / "long.py").write_text(GOOD.replace('"*/kernel", ("fsdp", None)', '"*/bias", (None,) * 9'))
     with pytest.raises(UserError, match=r"'\*/bias' has 9 entries, but .* has the shape"):
-        sharding.state_sharding(abstract(fsdp=2), sharding.load_rules(str(tmp_path / "long.py")), droid)
+        sharding.state_sharding(
+            abstract(fsdp=2), sharding.load_rules(str(tmp_path / "long.py"), "uwm", MESH_RULES), droid
+        )
 
 
 def constraints(mesh, rules, *shape_and_names):

@@ -22,7 +22,7 @@ from uwm_jax.reporting.drawing import Plane, draw_outline, save_gif
 from uwm_jax.reporting.page import figure
 from uwm_jax.reporting.pictures import draw, formula
 from uwm_jax.reporting.sheets import Labels, read_labels, write_labels
-from uwm_jax.systems.uwm.modes import MODES, generated
+from uwm_jax.systems.uwm.modes import MODES, USES
 
 
 def spec_of(cameras: tuple[str, ...], action_dim: int = 2) -> DataSpec:
@@ -98,7 +98,7 @@ def windows_of(views: int, action_dim: int) -> dict[str, np.ndarray]:
         "denoise/view": np.array(0),
     }
     for mode in MODES:
-        for modality in generated(mode):
+        for modality in USES[mode].makes:
             windows[f"{mode}/{modality}"] = rng.uniform(0, 1, windows[modality].shape)
     return {name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in windows.items()}
 

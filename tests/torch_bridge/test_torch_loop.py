@@ -148,11 +148,16 @@ def test_samples_are_those_of_our_sampler(fields):
     side.loop.network.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in stored.items()})
 
     batch = synthetic_batch(model.system, ROWS)
-    noise = model.system.draw_noise(jax.random.key(1), batch["row"])
+    noise = model.system.noise(jax.random.key(1), batch["row"], "policy")
     given = batch | {"next_obs_latent": noise["next_obs"] / 2}
-    sample = jax.jit(model.system.sample, static_argnums=3, compiler_options={"xla_backend_optimization_level": 0})
+    system = model.system
+    sample = jax.jit(
+        lambda params, given, use, noise: system.sample(params, system.encode({}, given), use, noise),
+        static_argnums=2,
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
     for mode in ("policy", "forward", "inverse"):
-        wanted = sample(params, {}, given, mode, noise)
+        wanted = sample(params, given, mode, noise)
         theirs = side.loop.sample(*({k: torch.from_numpy(np.array(x)) for k, x in given.items()}, mode,
                                     {m: torch.from_numpy(np.array(x)) for m, x in noise.items()}))  # fmt: skip
         names = {"action": "action", "next_obs": "next_obs_latent"}

@@ -252,10 +252,12 @@ def test_an_export_of_ours_loads_and_agrees(codec, tmp_path):
     assert network.state_dict().keys() == load_file(tmp_path / "out.safetensors").keys()
 
     batch = synthetic_batch(system, 2)
-    current, following = fast_jit(system.preprocess)(batch)
-    noise = fast_jit(system.draw_noise)(jax.random.key(1), batch["row"])
+    current, following = fast_jit(system.images)(batch)
+    noise = fast_jit(system.noise, static_argnums=2)(jax.random.key(1), batch["row"], "policy")
     timestep = {"action": jnp.array([5, 60]), "next_obs": jnp.array([99, 20])}
-    wanted = fast_jit(system.denoise)(params, frozen, batch, noise, timestep)
+    draws = {"noise": noise, "timestep": timestep}
+    wanted = fast_jit(lambda params, batch: system.losses(params, system.encode(frozen, batch), draws))(params, batch)
+    wanted = wanted.outputs
     with torch.no_grad():
         latents = network.encode_frames(tensors(following))
         features = network.encode_obs(tensors(current), {"state": tensors(batch["obs/state"])})

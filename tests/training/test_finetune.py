@@ -18,12 +18,12 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError
 from uwm_jax.synthetic import synthetic_system
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import compatibility
 from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
 from uwm_jax.training.codec_store import open_codec
 from uwm_jax.training.finetune import open_origin
-from uwm_jax.training.patterns import INTERFACE
 from uwm_jax.training.state import create, make_optimizer
 
 # Of the dataset that the origin was trained on, and of another one.
@@ -289,7 +289,7 @@ def test_fields_that_change_the_meaning_of_parameters_are_refused(origin, tiny_c
 
 def test_fresh_layers_free_what_belongs_to_them(origin, tiny_config):
     _, spec = shapes_of(tiny_config)
-    tiny_config.init_from_skip = INTERFACE["action"] + INTERFACE["next_obs"]
+    tiny_config.init_from_skip = TREE.interfaces["action"] + TREE.interfaces["next_obs"]
     tiny_config.diffusion.prediction.action = "sample"
     tiny_config.model.codec.name = "pixels"
     check(origin, tiny_config, spec)
@@ -306,7 +306,7 @@ def test_the_normaliser_is_the_origins(origin, tiny_config):
     assert origin.normalizer_for(tiny_config, changed_spec(spec, low_dim={})).to_json().keys() == {"action"}
 
 
-@pytest.mark.parametrize("patterns", [ACTION_PATTERNS, INTERFACE["action"], ("noise_pred_net/*",)])
+@pytest.mark.parametrize("patterns", [ACTION_PATTERNS, TREE.interfaces["action"], ("noise_pred_net/*",)])
 def test_fresh_action_layers_take_the_new_datas_normaliser(origin, tiny_config, patterns):
     _, spec = shapes_of(tiny_config)
     tiny_config.init_from_skip = patterns
@@ -439,7 +439,7 @@ def test_the_origins_codec_comes_along(origin_run, origin, tiny_config):
 
 def test_a_pca_codec_for_other_views_is_refused(origin, tiny_config):
     tiny_config.data.cameras = ("exterior", "wrist")
-    system = System(tiny_config, *_parts(tiny_config))
+    system = UWM(tiny_config, *_parts(tiny_config))
     with pytest.raises(UserError, match=r"fitted on 1 views of 16x16, but this run has 2 of 16x16(.|\n)*patch_encoder"):
         check(origin, tiny_config, changed_spec(system.spec, normalizer=NEW))
 

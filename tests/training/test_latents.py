@@ -12,6 +12,7 @@ from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.loader import Loader
+from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import codec_store, latents
 
 
@@ -34,7 +35,7 @@ def test_sizes_against_numpy(parts):
     for row in range(latents.WINDOWS):
         place = row * len(source.windows) // latents.WINDOWS
         source.load(batch, row, row, place, loader.spec)
-    frames, _ = preprocess({"wrist": batch["next_obs/wrist"]}, None, resize=config.data.resize, crop=config.data.crop)
+    frames, _ = preprocess({"wrist": batch["obs/wrist"]}, None, resize=config.data.resize, crop=config.data.crop)
     centred = np.asarray(frames, np.float64)[:, 0] - np.asarray(arrays["mean"], np.float64)[0]
     n, p = len(centred) * 2, codec.patch
     patches = centred.reshape(n, 16 // p, p, 16 // p, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * 3)
@@ -47,10 +48,10 @@ def test_pictures_of_another_kind_are_told_with_what_mends_it(parts, capsys):
     assert latents.look(config, codec, arrays, loader, None)["latent_sizes"].keys() == {"robot", "video"}
     assert "warning" not in capsys.readouterr().out
     found = {"robot": 1.1, "video": 17.0}
-    (told,) = latents.about(codec, found, 1.0, from_origin=False)
+    (told,) = latents.about(codec, found, 1.0, False, TREE.codec_interface)
     assert "latents of 'video' have a root mean square of 17 under the pca codec of this run" in told
     assert "--config.model.codec.name=vae" in told and "--config.data.sources.video.weight=0" in told
-    (told,) = latents.about(codec, {"mine": 0.2}, 1.0, from_origin=True)
+    (told,) = latents.about(codec, {"mine": 0.2}, 1.0, True, TREE.codec_interface)
     assert "of the origin, where the model expects 1" in told
     assert "--config.init_from_skip='noise_pred_net/patch_encoder/kernel,noise_pred_net/patch_decoder/kernel'" in told
     tenth = arrays | {"scale": arrays["scale"] / 10}

@@ -11,8 +11,9 @@ from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.diffusion.schedule import Schedule
 from uwm_jax.errors import UserError
+from uwm_jax.systems.base import Bucket, Losses, TreeInfo, share_equally
+from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.step import gradient_norms, make_eval_step, make_train_step
@@ -21,14 +22,27 @@ from uwm_jax.training.step import gradient_norms, make_eval_step, make_train_ste
 class Quadratic:
     """A system whose loss is a distance of the parameters to the batch's target, row by row."""
 
-    schedule = Schedule()
+    tree = TreeInfo(gradient_groups=(("w", "weights"), ("", "rest")), mesh_rules=())
 
-    def row_losses(self, params, frozen, batch, key, *, augment=True):
-        errors = {  # twice, since a batch of two rows is averaged
-            "action": 2 * jnp.sum((params["w"][batch["row"]] - batch["w"]) ** 2, axis=1),
-            "next_obs": jnp.broadcast_to(jnp.sum(jnp.cos(params["b"])), batch["row"].shape),
+    def encode(self, frozen, batch, key=None):
+        return batch
+
+    def draws(self, key, rows):
+        return {}
+
+    def shares(self, batch, key):
+        return {
+            "action": share_equally(batch["action_mask"]),
+            "next_obs": share_equally(jnp.ones_like(batch["action_mask"])),
         }
-        return errors, {m: batch["t"] for m in errors}
+
+    def losses(self, params, encoded, draws, *, train=False):
+        errors = {  # twice, since a batch of two rows is averaged
+            "action": 2 * jnp.sum((params["w"][encoded["row"]] - encoded["w"]) ** 2, axis=1),
+            "next_obs": jnp.broadcast_to(jnp.sum(jnp.cos(params["b"])), encoded["row"].shape),
+        }
+        late = (encoded["t"] > 50).astype(jnp.float32)
+        return Losses(errors, {"action/late": Bucket((late * errors["action"]).sum(), late.sum())}, {})
 
 
 START = {"w": np.array([[1.0, -2.0], [0.5, 3.0]], np.float32), "b": np.array([0.3, -0.7], np.float32)}
@@ -205,13 +219,15 @@ def test_eval_step_uses_the_average():
     assert set(metrics) == {"eval/loss/action", "eval/loss/next_obs"}
 
 
-def test_losses_by_timestep_and_gradient_norms_by_group():
+def test_losses_are_ratios_and_gradient_norms_are_by_group():
     step, state = make()
     _, metrics = step(state, None, BATCH)
     distance = ((START["w"] - np.asarray(BATCH["w"])) ** 2).sum(axis=1) * 2
-    np.testing.assert_allclose(metrics["loss/action/t0-24"], [distance[0], 1], rtol=1e-6)
-    np.testing.assert_allclose(metrics["loss/action/t75-99"], [distance[1], 1], rtol=1e-6)
-    np.testing.assert_array_equal(metrics["loss/action/t25-49"], [0, 0])
+    np.testing.assert_allclose(metrics["loss/action"], [distance.mean(), 1], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/action/late"], [distance[1], 1], rtol=1e-6)
+    assert {"grad_norm/weights", "grad_norm/rest"} < set(metrics)
+    _, metrics = step(state, None, BATCH | {"action_mask": jnp.zeros(2, bool)})  # a part that no row trains
+    np.testing.assert_array_equal(metrics["loss/action"], [0, 0])
     grads = {
         "obs_encoder": {"conv": {"kernel": np.full(4, 1.0)}},
         "noise_pred_net": {
@@ -222,7 +238,9 @@ def test_losses_by_timestep_and_gradient_norms_by_group():
             "action_encoder": {"fc1": {"kernel": np.full(1, 8.0)}},
         },
     }
-    norms = {k.removeprefix("grad_norm/"): float(v) ** 2 for k, v in gradient_norms(grads).items()}
+    norms = {
+        k.removeprefix("grad_norm/"): float(v) ** 2 for k, v in gradient_norms(grads, TREE.gradient_groups).items()
+    }
     expected = {"obs_encoder": 4, "adaln": 4 + 36, "attention": 9 + 16, "mlp": 25, "tokens": 49 + 64, "grad_norm": 207}
     assert norms == pytest.approx(expected, rel=1e-6)
 

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.synthetic import synthetic_arrays, synthetic_batch, synthetic_spec
 from uwm_jax.systems.uwm.modes import MODALITIES
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import flops
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import make_train_step
@@ -82,7 +82,7 @@ class Model:
         self._inputs: dict[str, Inputs] = {}  # of each part
         codec = codecs.from_config(config)
         assert codec is not None
-        self.system = System(config, synthetic_spec(config, action_dim, frame_size), codec)
+        self.system = UWM(config, synthetic_spec(config, action_dim, frame_size), codec)
         self.optimizer = state_lib.make_optimizer(config)
         arrays = jax.eval_shape(lambda: synthetic_arrays(config, codec))
         key = jax.random.key(config.seed)
@@ -106,7 +106,7 @@ class Model:
         self.state: state_lib.TrainState | None = None
         self._params = params
         if any(trains(row) for row in rows):
-            self.state = state_lib.create(config, params, self.optimizer)
+            self.state = state_lib.create(config, params, self.optimizer, self.system.tree.untrained)
 
     @property
     def params(self) -> Any:
@@ -155,19 +155,20 @@ class Model:
             return {name: x for name, x in batch.items() if not name.startswith("next_obs/")}
         batch = synthetic_batch(system, rows)
         if part == "latents":
-            batch["next_obs_latent"] = system.draw_noise(jax.random.key(1), batch["row"])["next_obs"] / 3
+            batch["next_obs_latent"] = system.noise(jax.random.key(1), batch["row"], system.acting)["next_obs"] / 3
             return {name: x for name, x in batch.items() if not name.startswith("next_obs/")}
         if part == PREPROCESSING:
             return {name: x for name, x in batch.items() if x.dtype == jnp.uint8 or name == "row"}
         images = (rows, len(system.cameras), system.num_frames, *self.config.data.crop, 3)
-        features = jax.eval_shape(system.encode_obs, self._shapes, batch, jax.ShapeDtypeStruct(images, jnp.float32))
+        encoded = _conditions(batch, jax.ShapeDtypeStruct(images, jnp.float32))
+        features = jax.eval_shape(system.encode_obs, self._shapes, encoded)
         if part == CODEC:
             return {"images": _random(images), "row": batch["row"]}
         if part == ENCODER:
             conditions = {name: x for name, x in batch.items() if name.startswith("obs/") and x.dtype != jnp.uint8}
             return {"images": _random(images), "target": _random(features.shape), **conditions}
         if part == NETWORK:
-            noise = {m: _random(shape) for m, shape in system.noise_shapes(rows).items()}
+            noise = {m: _random((rows, *shape)) for m, shape in system.shapes.items()}
             middle = jnp.full((rows,), self.config.diffusion.num_train_steps // 2)
             return {
                 "global_cond": _random(features.shape),
@@ -199,7 +200,9 @@ class Model:
         weights = self.config.loss.weights
 
         def objective(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            errors, _ = self.system.row_losses(params, frozen, batch, jax.random.key(0))
+            system, key = self.system, jax.random.key(0)
+            encoded, draws = system.encode(frozen, batch, key), system.draws(key, batch["row"])
+            errors = system.losses(params, encoded, draws, train=True).parts
             return sum(weights[m] * errors[m].sum() for m in errors) / self.config.batch_size, {}
 
         return objective
@@ -226,7 +229,7 @@ class Model:
         return value_and_grad(objective, params | {"global_cond": inputs["global_cond"]}, inputs, mesh=None)
 
     def _features(self, params: Any, frozen: Any, inputs: Inputs) -> jax.Array:
-        return self.system.encode_obs(params, inputs, inputs["images"])
+        return self.system.encode_obs(params, _conditions(inputs, inputs["images"]))
 
     def _encoder_gradients(self, params: Any, frozen: Any, inputs: Inputs) -> Any:
         def objective(params: Any, inputs: Any) -> tuple[jax.Array, Any]:
@@ -239,25 +242,26 @@ class Model:
         return self.system.encode_frames(frozen, inputs["images"], _keys(inputs["row"]) if sampled else None)
 
     def _preprocess(self, params: Any, frozen: Any, batch: Inputs) -> Any:
-        return self.system.preprocess(batch, _keys(batch["row"]))
+        return self.system.images(batch, _keys(batch["row"]))
 
     def _sample(self, mode: str, params: Any, frozen: Any, batch: Inputs) -> dict[str, jax.Array]:
-        noise = self.system.draw_noise(jax.random.key(0), batch["row"])
-        return self.system.sample(params, frozen, batch, mode, noise)
+        system = self.system
+        noise = system.noise(jax.random.key(0), batch["row"], mode)
+        return system.sample(params, system.encode(frozen, batch), mode, noise)
 
     # --- numbers -------------------------------------------------------------------------------
 
     def operations(self, row: str) -> tuple[float, float | None]:
         """The model's operations for one sample, and the seconds that they take at the device's peak, if known."""
-        sample, needed = flops.count(self.system), needs(row)
+        sample, needed = self.system.flops(), needs(row)
         passes = 1 if row.endswith("/forward") else 3
-        network = sample.network * (NETWORK in needed) * passes
-        codec = sample.codec * (CODEC in needed)
+        network = sample.trained["network"] * (NETWORK in needed) * passes
+        codec = sample.frozen * (CODEC in needed)
         if row in SAMPLES:
-            passes, network = 1, self.config.diffusion.num_inference_steps * sample.network
-        trained = network + passes * sample.encoder * (ENCODER in needed)
+            passes, network = 1, self.config.diffusion.num_inference_steps * sample.trained["network"]
+        trained = network + passes * sample.trained["encoder"] * (ENCODER in needed)
         kind = jax.devices()[0].device_kind
-        return trained + codec, flops.seconds_at_peak(self.config, trained, codec, kind)
+        return trained + codec, flops.seconds_at_peak(self.system, trained, codec, kind)
 
     def description(self) -> dict[str, Any]:
         """The model as `convert to-torch` describes it (JSON values only), as far as torch's rows need it."""
@@ -311,3 +315,9 @@ def _random(shape: Sequence[int]) -> jax.Array:
 def _keys(rows: jax.Array) -> jax.Array:
     """(B,) keys, one per row."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(rows)
+
+
+def _conditions(batch: Mapping[str, Any], images: Any) -> dict[str, Any]:
+    """Images, low-dimensional keys and text, as a system encodes them."""
+    low_dim = {name.removeprefix("obs/"): x for name, x in batch.items() if name.startswith("obs/") and x.ndim == 3}
+    return {"images": images, "low_dim": dict(sorted(low_dim.items())), "text": batch.get("obs/text")}

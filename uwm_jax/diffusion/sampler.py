@@ -1,4 +1,4 @@
-"""The sampler: one scan over the network, for every mode of the table."""
+"""The sampler: one scan over the network, for every combination of roles."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.diffusion.roles import Role, Roles, generated
 from uwm_jax.diffusion.schedule import Schedule
-from uwm_jax.systems.uwm.modes import MODALITIES, MODES, Role, generated
 
 Arrays = Mapping[str, jax.Array]
 
@@ -18,7 +18,7 @@ def sample(
     modulation: Callable[[dict[str, jax.Array]], Any],
     predict: Callable[[dict[str, jax.Array], Any], dict[str, jax.Array]],
     schedule: Schedule,
-    mode: str,
+    roles: Roles,
     *,
     noise: Arrays,
     given: Arrays,
@@ -26,31 +26,30 @@ def sample(
     clip: Mapping[str, float],
     path: bool = False,
 ) -> dict[str, jax.Array]:
-    """Samples what `mode` generates, by deterministic DDIM.
+    """Samples the modalities whose role is to be generated, by deterministic DDIM.
 
     Args:
       modulation: {modality: (S,) timesteps} -> a tree with leading axis S, what the network needs to know
         of the timesteps; called once, so that nothing that depends on timesteps alone is in the scan.
       predict: ({modality: array}, one slice of that tree) -> {modality: network output}.
       schedule: noise schedule with S inference steps.
-      mode: a key of `MODES`.
+      roles: of all modalities.
       noise: {modality: array}, N(0, 1): where generation starts, or what stands in for a hidden modality.
-      given: {modality: clean array} for the modalities that the mode is given.
+      given: {modality: clean array} for the modalities that are given.
       prediction, clip: per modality, as in `Schedule.ddim_step`.
-      path: whether to return how the samples came about.
+      path: whether to return the states on the way.
 
     Returns:
       {modality: array} of the generated modalities; with `path` (S + 1, ...): the noise, and what each step made of it.
     """
-    roles = MODES[mode]
     steps, previous = jnp.asarray(schedule.timesteps), jnp.asarray(schedule.previous_timesteps)
     levels = {
         Role.GENERATE: steps,
         Role.GIVEN: jnp.zeros_like(steps),
         Role.HIDDEN: jnp.full_like(steps, schedule.sample_hidden_timestep),
     }
-    modulations = modulation({m: levels[roles[m]] for m in MODALITIES})
-    fixed = {m: (given if roles[m] is Role.GIVEN else noise)[m] for m in MODALITIES if roles[m] is not Role.GENERATE}
+    modulations = modulation({m: levels[role] for m, role in roles.items()})
+    fixed = {m: (given if role is Role.GIVEN else noise)[m] for m, role in roles.items() if role is not Role.GENERATE}
 
     def body(x: dict[str, jax.Array], step: tuple[jax.Array, jax.Array, Any]) -> tuple[dict[str, jax.Array], Any]:
         timestep, landing, slice_ = step
@@ -58,6 +57,6 @@ def sample(
         x = {m: schedule.ddim_step(prediction[m], output[m], x[m], timestep, landing, clip[m]) for m in x}
         return x, x if path else None
 
-    start = {m: noise[m] for m in generated(mode)}
+    start = {m: noise[m] for m in generated(roles)}
     end, after = jax.lax.scan(body, start, (steps, previous, modulations))
     return {m: jnp.concatenate([start[m][None], after[m]]) for m in end} if path else end

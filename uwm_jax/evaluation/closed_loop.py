@@ -17,7 +17,7 @@ from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, cores
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import Metrics, difference_bounds, interval, proportion, proportion_difference
 from uwm_jax.policy import Policy
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.base import System
 
 POLICY = "policy"
 FIRST_SEED = 100_000  # as published PushT evaluations begin; far from the seeds of demonstrations

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.sources import renamed
 from uwm_jax.errors import UserError
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.base import System
 
 
 @dataclasses.dataclass(frozen=True)

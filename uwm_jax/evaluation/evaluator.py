@@ -24,8 +24,8 @@ from uwm_jax.evaluation.metrics import CHANGED, Metrics, errors, summarize
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import Rules
-from uwm_jax.systems.uwm.modes import MODALITIES, MODES, generated
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.modes import MODALITIES, MODES, USES
+from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training.step import compile_for
 
 Arrays = dict[str, jax.Array]
@@ -35,10 +35,9 @@ Windows = dict[str, np.ndarray]
 AT_A_TIME = 64  # windows in a batch, over all devices, or few more
 SHOWN = 8  # windows that come to the host, evenly spread
 DENOISED = 3  # of them, whose frames are decoded on their way from noise
-GAP_AT = 90  # % of T, where the shuffle gap is measured, whatever the sampler: little of the frames is left there
 MEAN_IMAGE_WINDOWS = 256  # of training episodes, whose next frames are averaged
 
-_JOINT = next(mode for mode in MODES if generated(mode) == MODALITIES)  # the mode whose denoising is shown
+_JOINT = next(mode for mode in MODES if USES[mode].makes == MODALITIES)  # the mode whose denoising is shown
 
 
 class Evaluator:
@@ -60,7 +59,7 @@ class Evaluator:
 
     def __init__(
         self,
-        system: System,
+        system: UWM,
         loader: Loader,
         held_out: FixedWindows,
         mesh: Mesh,
@@ -164,10 +163,10 @@ class Evaluator:
             "windows": len(self.held_out),
             "episodes": len(set(self.held_out.episodes.tolist())),
             "datasets": {name: source.identity for name, source in self._loader.sources.items()},
-            **self._system.schedule.describe(),
+            **self._system.describe_sampling(),
         }
 
-    def run_modes(self, system: System, params: Any, frozen: Any, progress: str = "") -> Metrics:
+    def run_modes(self, system: UWM, params: Any, frozen: Any, progress: str = "") -> Metrics:
         """The metrics of the modes alone for another system of the same parameters, such as one with fewer steps.
 
         Args:
@@ -250,7 +249,7 @@ def write_results(folder: Path, metrics: Metrics, about: Mapping[str, Any]) -> N
 # --- what is compiled ----------------------------------------------------------------------------------
 
 
-def make_evaluation(system: System, denoising: bool = True) -> Callable[..., tuple[Arrays, Arrays]]:
+def make_evaluation(system: UWM, denoising: bool = True) -> Callable[..., tuple[Arrays, Arrays]]:
     """`(params, frozen, batch, references, shown) -> (scores, windows)`.
 
     Args of the function:
@@ -263,21 +262,16 @@ def make_evaluation(system: System, denoising: bool = True) -> Callable[..., tup
     """
 
     def evaluate(params: Any, frozen: Any, batch: Arrays, references: Arrays, shown: Any) -> tuple[Arrays, Arrays]:
-        batch, truth, noise = _inputs(system, frozen, batch)
-        shuffled = {**batch, "action": batch["shuffled_action"]}
-        made = {mode: system.sample(params, frozen, batch, mode, noise) for mode in MODES if mode != _JOINT}
-        joint = system.sample(params, frozen, batch, _JOINT, noise, path=denoising)
+        encoded, truth, noise = _inputs(system, frozen, batch)
+        shuffled = {**encoded, "action": batch["shuffled_action"]}
+        made = {mode: system.sample(params, encoded, mode, noise) for mode in MODES if mode != _JOINT}
+        joint = system.sample(params, encoded, _JOINT, noise, trace=denoising)
         made[_JOINT] = {name: x[-1] for name, x in joint.items()} if denoising else joint
-        made["control/forward_shuffled"] = system.sample(params, frozen, shuffled, "forward", noise)
+        made["control/forward_shuffled"] = system.sample(params, shuffled, "forward", noise)
         made = _decoded(system, frozen, made)
 
         scores = _scores(made | _baselines(system, frozen, batch, truth, references), truth)
-        gap_at = system.schedule.num_train_steps * GAP_AT // 100
-        with_others, with_own = (
-            errors(system.estimate(params, frozen, rows, "forward", noise, gap_at), truth)["latent_mse"]
-            for rows in (shuffled, batch)
-        )
-        scores["control/shuffle_gap"] = with_others - with_own
+        scores |= {name: probe(params, encoded, shuffled, noise) for name, probe in system.probes.items()}
         scores["has_changed"] = _has_changed(truth)
         scores["has_last_action"] = batch["has_last_action"]
 
@@ -293,50 +287,49 @@ def make_evaluation(system: System, denoising: bool = True) -> Callable[..., tup
     return evaluate
 
 
-def make_scores(system: System) -> Callable[..., Arrays]:
+def make_scores(system: UWM) -> Callable[..., Arrays]:
     """`(params, frozen, batch) -> scores` of the modes alone, with the noise of `make_evaluation`."""
 
     def scores(params: Any, frozen: Any, batch: Arrays) -> Arrays:
-        batch, truth, noise = _inputs(system, frozen, batch)
-        made = {mode: system.sample(params, frozen, batch, mode, noise) for mode in MODES}
+        encoded, truth, noise = _inputs(system, frozen, batch)
+        made = {mode: system.sample(params, encoded, mode, noise) for mode in MODES}
         return {**_scores(_decoded(system, frozen, made), truth), "has_changed": _has_changed(truth)}
 
     return scores
 
 
-def make_frame_sum(system: System) -> Callable[..., jax.Array]:
+def make_frame_sum(system: UWM) -> Callable[..., jax.Array]:
     """`(batch, weight (B,)) -> (V, h, w, 3)`, the sum of the batch's next frames."""
 
     def frame_sum(batch: Arrays, weight: jax.Array) -> jax.Array:
-        _, following = system.preprocess(batch)
+        _, following = system.images(batch)
         assert following is not None
         return (following * weight.reshape(-1, 1, 1, 1, 1, 1)).sum(axis=(0, 2))
 
     return frame_sum
 
 
-def make_decoder(system: System) -> Callable[..., jax.Array]:
+def make_decoder(system: UWM) -> Callable[..., jax.Array]:
     """`(frozen, latents (B, V, T, h, w, C)) -> (B, V, T, H, W, 3)`, frames in [0, 1]."""
-    return lambda frozen, latents: jnp.clip(system.decode(frozen, latents), 0.0, 1.0)
+    return lambda frozen, latents: jnp.clip(system.frames(frozen, {"next_obs_latent": latents}), 0.0, 1.0)
 
 
-def _inputs(system: System, frozen: Any, batch: Arrays) -> tuple[Arrays, Arrays, Arrays]:
-    """The batch with latents in place of next frames, the truth, and the noise of each window."""
-    current, following = system.preprocess(batch)
+def _inputs(system: UWM, frozen: Any, batch: Arrays) -> tuple[Any, Arrays, Arrays]:
+    """What the system takes of a batch, the truth, and the noise of each window."""
+    current, following = system.images(batch)
     assert following is not None
-    latent = system.encode_frames(frozen, following)
+    encoded = system.encode(frozen, batch)
     truth = {
         "action": batch["action"],
         "current": current,
         "next_obs": following,
-        "next_obs_latent": latent,
+        "next_obs_latent": encoded["next_obs_latent"],
         "changed": jnp.abs(following - current[:, :, -1:]) > CHANGED,
     }
-    rest = {name: x for name, x in batch.items() if not name.startswith("next_obs/")}
-    return {**rest, "next_obs_latent": latent}, truth, system.draw_noise(jax.random.key(0), batch["row"])
+    return encoded, truth, system.noise(jax.random.key(0), batch["row"], _JOINT)
 
 
-def _decoded(system: System, frozen: Any, made: Mapping[str, Arrays]) -> dict[str, Arrays]:
+def _decoded(system: UWM, frozen: Any, made: Mapping[str, Arrays]) -> dict[str, Arrays]:
     """Samples, with frames in [0, 1] next to latents."""
     decode = make_decoder(system)
     return {
@@ -346,7 +339,7 @@ def _decoded(system: System, frozen: Any, made: Mapping[str, Arrays]) -> dict[st
 
 
 def _baselines(
-    system: System, frozen: Any, batch: Arrays, truth: Arrays, references: Mapping[str, jax.Array]
+    system: UWM, frozen: Any, batch: Arrays, truth: Arrays, references: Mapping[str, jax.Array]
 ) -> dict[str, Arrays]:
     """Baselines, which need no model, in the form of samples."""
     last = batch["last_action"][:, None]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from uwm_jax.data.loader import Loader
@@ -17,15 +16,15 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import warn
 from uwm_jax.evaluation.evaluator import Each, Evaluator, Windows, join, rows_at_a_time, write_results
 from uwm_jax.parallel import distributed, signals
-from uwm_jax.parallel.sharding import Rules
 from uwm_jax.parallel.turns import Left, Turns
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.systems.uwm.modes import MODES
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import average
+from uwm_jax.training.build import Program
 from uwm_jax.training.provenance import describe_use
 from uwm_jax.training.state import TrainState
-from uwm_jax.training.step import compile_for, make_eval_step
+from uwm_jax.training.step import make_eval_step
 
 Draw = Callable[[Windows, DataSpec, ConfigDict, Path], dict[str, Path]]
 
@@ -34,27 +33,16 @@ class HeldOut:
     """The programs of the losses and of `Evaluator`, compiled for the trainer's mesh, and the windows.
 
     Args:
-      system: the model.
+      program: the trainer's.
       loader: of its data.
-      mesh, rules: the trainer's.
-      state, frozen: shapes with shardings, or arrays, of what will be evaluated.
+      frozen: arrays of the codec.
       command: the command line, for the provenance of results.
       draw: draws (windows of `Evaluator.run`, specification of the data, config) into a folder; gives {name of a
         picture: file}.
     """
 
-    def __init__(
-        self,
-        system: System,
-        loader: Loader,
-        mesh: Mesh,
-        rules: Rules,
-        state: Any,
-        frozen: Any,
-        *,
-        command: Sequence[str],
-        draw: Draw,
-    ):
+    def __init__(self, program: Program, loader: Loader, frozen: Any, *, command: Sequence[str], draw: Draw):
+        system, mesh, rules, state = cast(UWM, program.system), program.mesh, program.rules, program.like
         config = system.config
         self._command, self._draw = command, draw
         windows = loader.held_out(config.eval.num_windows)
@@ -63,7 +51,7 @@ class HeldOut:
         self._modes = Evaluator(system, loader, windows, mesh, rules, rows, denoising=False)
         self._modes.compile(state.eval_params, frozen)
         inputs = state, frozen, self._modes.example()
-        self._losses = compile_for(mesh, rules, make_eval_step(system), *inputs, updates_state=False)
+        self._losses = program.compile(make_eval_step(system), *inputs)
 
     def evaluate(
         self, workdir: Path, step: int, state: TrainState, frozen: Any, turns: Turns, watchdog: Watchdog

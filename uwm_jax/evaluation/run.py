@@ -17,9 +17,8 @@ from uwm_jax.evaluation import places
 from uwm_jax.evaluation.data import Data, open_data
 from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time
 from uwm_jax.parallel import mesh as mesh_lib
-from uwm_jax.parallel import sharding
-from uwm_jax.systems.uwm.system import System
-from uwm_jax.training import fixed_fields, inference, lineage, provenance
+from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.training import build, fixed_fields, inference, lineage, provenance
 from uwm_jax.training.checkpoint_reader import CheckpointReader
 
 
@@ -41,7 +40,7 @@ class EvaluatedRun:
     workdir: Path
     step: int
     root: Path
-    system: System
+    system: UWM
     params: Any
     frozen: Any
     mesh: Mesh
@@ -68,7 +67,7 @@ class EvaluatedRun:
         config = self.system.config
         windows = self.data.loader.held_out(config.eval.num_windows, whole=self.data.whole)
         rows = rows_at_a_time(self.mesh, min(len(windows), config.batch_size))
-        rules = sharding.load_rules(config.mesh.rules)
+        rules = build.rules_of(self.system)
         return Evaluator(self.system, self.data.references, windows, self.mesh, rules, rows)
 
     def about(self, evaluator: Evaluator, settings: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which array lies on which axis of the mesh: an ordered table of patterns, applied and shown.
 
-A table is a Python file with `PARAMS` and `ACTIVATIONS`; `configs/meshes/uwm.py` explains both.
+A table of parameters belongs to a system (`TreeInfo.mesh_rules`; `uwm_jax/systems/uwm/tree.py` explains one), or is
+`PARAMS` of a Python file that `config.mesh.rules` names, which may have `ACTIVATIONS` too.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,8 @@ from uwm_jax.files import local_path
 from uwm_jax.models.activations import NAMES
 from uwm_jax.parallel.mesh import AXES, replicated
 from uwm_jax.reading import run_python
+
+EXAMPLE = "docs/training.md"  # which explains a table
 
 Entry = tuple[str, ...]  # the mesh axes that cut one axis of an array, outermost first; () = whole
 
@@ -45,23 +47,41 @@ class Rules:
         return next((rule for rule in self.params if fnmatch.fnmatchcase(path, rule[0])), ("-", ()))
 
 
-def load_rules(name: str) -> Rules:
-    """The table `name` of `configs/meshes/`, or that of a FILE.py.
+# Which mesh axes cut the named axes of activations (`uwm_jax.models.activations`).
+ACTIVATIONS = (
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("heads", "tensor"),
+    ("hidden", "tensor"),
+)
+
+
+def load_rules(file: str, system: str, params: Sequence[tuple[str, tuple[Any, ...]]]) -> Rules:
+    """The table of a system, or that of a file.
+
+    Args:
+      file: `config.mesh.rules`: "" for the system's own, or a FILE.py.
+      system: its name; params: its table, as `TreeInfo.mesh_rules`.
 
     Raises UserError for a missing or malformed file, an unknown mesh axis or an unknown activation name.
     """
-    folder = Path(__file__).resolve().parents[2] / "configs" / "meshes"
-    path = local_path(name, "config.mesh.rules") if name.endswith(".py") else folder / f"{name}.py"
-    if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+    if not file:
+        return _rules(system, params, ACTIVATIONS, f"the mesh rules of {system}")
+    path = local_path(file, "config.mesh.rules")
+    if not file.endswith(".py") or not path.is_file():
         raise UserError(
-            f"config.mesh.rules={name!r}: there is no file {path.name if not name.endswith('.py') else name}. Expected "
-            f"one of {', '.join(known)} (configs/meshes/), or the path of a FILE.py.{suggest(name, known)}"
+            f"config.mesh.rules={file!r}: there is no such file. Expected '', the table of the system ({system}), or "
+            "the path of a FILE.py."
         )
     where = f"config.mesh.rules: {path}"
-    module = run_python(path, where, "tables as in configs/meshes/uwm.py", lambda module: module)
+    module = run_python(path, where, f"tables as in {EXAMPLE}", lambda module: module)
+    activations = getattr(module, "ACTIVATIONS", ACTIVATIONS)
+    return _rules(file, getattr(module, "PARAMS", None), activations, where)
+
+
+def _rules(name: str, params_table: Any, activations_table: Any, where: str) -> Rules:
     params = []
-    for pattern, entries in _pairs(module, "PARAMS", where):
+    for pattern, entries in _pairs(params_table, "PARAMS", where):
         if not isinstance(entries, tuple | list):
             raise UserError(
                 f"{where}: the spec of {pattern!r} is {entries!r}, expected a tuple such as (None, 'fsdp')."
@@ -72,23 +92,22 @@ def load_rules(name: str) -> Rules:
             raise UserError(f"{where}: the spec of {pattern!r} names a mesh axis twice: {entries!r}.")
         params.append((pattern, spec_of))
     activations = []
-    for logical, entry in _pairs(module, "ACTIVATIONS", where):
+    for logical, entry in _pairs(activations_table, "ACTIVATIONS", where):
         if logical not in NAMES:
             raise UserError(
                 f"{where}: ACTIVATIONS names {logical!r}, expected one of {', '.join(NAMES)}.{suggest(logical, NAMES)}"
             )
         activations.append((logical, _entry(entry, f"{where}: ACTIVATIONS {logical!r}")))
-    return Rules(str(name), tuple(params), tuple(activations))
+    return Rules(name, tuple(params), tuple(activations))
 
 
-def _pairs(module: Any, name: str, where: str) -> list[tuple[str, Any]]:
-    pairs = getattr(module, name, None)
+def _pairs(pairs: Any, name: str, where: str) -> list[tuple[str, Any]]:
     if not isinstance(pairs, tuple | list) or not all(
         isinstance(p, tuple | list) and len(p) == 2 and isinstance(p[0], str) for p in pairs
     ):
         found = "nothing of that name" if pairs is None else repr(pairs)
         found = found if len(found) < 200 else found[:200] + "..."
-        raise UserError(f"{where}: expected {name} = ((name, spec), ...), as in configs/meshes/uwm.py; found {found}.")
+        raise UserError(f"{where}: expected {name} = ((name, spec), ...), as in {EXAMPLE}; found {found}.")
     return [(p[0], p[1]) for p in pairs]
 
 

@@ -21,7 +21,7 @@ from uwm_jax.envs import EnvSpec
 from uwm_jax.envs.parallel import EpisodeResult
 from uwm_jax.reporting.drawing import SAMPLE, TRACK, TRUTH, Plane, save_gif
 from uwm_jax.reporting.sheets import Labels, Mark, write_labels
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.base import System
 
 BATCH = 16
 CELL = 256  # pixels of a frame's longer side, at least
@@ -99,11 +99,11 @@ def _forward(system: System) -> Callable[..., tuple[jax.Array, jax.Array, jax.Ar
     """(params, frozen, batch) -> the last current, imagined and true next frame, each (B, V, h, w, 3)."""
 
     def forward(params: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        noise = system.draw_noise(jax.random.key(0), batch["row"])
-        current, following = system.preprocess(batch)
+        noise = system.noise(jax.random.key(0), batch["row"], "forward")
+        current, following = system.images(batch)
         assert following is not None
-        latent = system.sample(params, frozen, batch, "forward", noise)["next_obs_latent"]
-        imagined = jnp.clip(system.decode(frozen, latent), 0, 1)
+        made = system.sample(params, system.encode(frozen, batch), "forward", noise)
+        imagined = jnp.clip(system.frames(frozen, made), 0, 1)
         return current[:, :, -1], imagined[:, :, -1], following[:, :, -1]
 
     return jax.jit(forward)

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from uwm_jax.data.spec import DataSpec
+from uwm_jax.diffusion.roles import Role
 from uwm_jax.evaluation.evaluator import spread
 from uwm_jax.evaluation.metrics import CHANGED
 from uwm_jax.reporting.drawing import (
@@ -41,7 +42,7 @@ from uwm_jax.reporting.drawing import (
     save_gif,
 )
 from uwm_jax.reporting.sheets import Labels, Mark, write_labels
-from uwm_jax.systems.uwm.modes import MODES, QUESTIONS, Role
+from uwm_jax.systems.uwm.modes import MODES, USES
 
 Windows = Mapping[str, np.ndarray]
 
@@ -140,7 +141,7 @@ def _idea(windows: Windows, raw: Windows, plane: Plane | None) -> tuple[Tiles, L
             draw_border(axis, color, 4.0 if role is Role.GENERATE else 2.0)
             captions[row].append(word)
     columns = [("now", "what every mode sees"), ("the truth", "what really happened")]
-    columns += [(mode, QUESTIONS[mode]) for mode in MODES]
+    columns += [(mode, USES[mode].question) for mode in MODES]
     borders = [Mark("frame", color, says) for _, color, says in ROLES.values()]
     key = _key_of_actions(windows, plane) + borders
     return tiles, Labels(columns, ["the next actions", "the frame after them"], captions, key, _SHARP)
@@ -209,7 +210,7 @@ def _actions_on_frames(windows: Windows, raw: Windows, plane: Plane) -> tuple[Ti
             draw_path(axis, plane.to_pixels(raw["action"][window]), TRUTH, 2.5)
             draw_path(axis, plane.to_pixels(raw[f"{mode}/action"][window]), SAMPLE, 2.5)
     columns = [(f"episode {windows['episode'][window]}", "held out") for window in picked]
-    rows = [f"{mode}: {QUESTIONS[mode]}" for mode in modes]
+    rows = [f"{mode}: {USES[mode].question}" for mode in modes]
     return tiles, Labels(columns, rows, (), _key_of_actions(windows, plane), _SHARP)
 
 
@@ -230,7 +231,7 @@ def _actions_over_time(windows: Windows, raw: Windows, most: int = 5) -> tuple[T
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axis.yaxis.set_major_locator(MaxNLocator(4))
             axis.tick_params(labelsize=8)
-    key = [Mark("-", TRUTH, "really done"), *(Mark("-", COLORS[m], f"{m}: {QUESTIONS[m]}") for m in modes)]
+    key = [Mark("-", TRUTH, "really done"), *(Mark("-", COLORS[m], f"{m}: {USES[m].question}") for m in modes)]
     columns = [(f"action, dimension {dim}", "over the steps of the chunk, raw units") for dim in dims]
     rows = [f"episode {windows['episode'][window]}" for window in picked]
     return tiles, Labels(columns, rows, (), key, _SHARP)

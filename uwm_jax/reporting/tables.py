@@ -11,7 +11,7 @@ from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import cell, formats, head, number_head, table
 from uwm_jax.reporting.pictures import formula
 from uwm_jax.reporting.results import Interval
-from uwm_jax.systems.uwm.modes import MODES, QUESTIONS
+from uwm_jax.systems.uwm.modes import MODES, USES
 
 COLUMNS = ("action_mse", "pixel_mse", "changed_mse", "psnr", "latent_mse")
 FEW_STEPS = ("policy/action_mse", "inverse/action_mse", "forward/changed_mse", "video/psnr")
@@ -20,7 +20,7 @@ FEW_STEPS = ("policy/action_mse", "inverse/action_mse", "forward/changed_mse", "
 def evaluation(metrics: Mapping[str, Interval]) -> Html:
     """Modes, the control and the baselines of an evaluation as rows, kinds of errors as columns."""
     columns = [name for name in COLUMNS if any(key.endswith("/" + name) for key in metrics)]
-    heads = [(mode, mode, fill("<code>{}</code> {}", formula(mode), QUESTIONS[mode])) for mode in MODES]
+    heads = [(mode, mode, fill("<code>{}</code> {}", formula(mode), USES[mode].question)) for mode in MODES]
     heads.append(
         ("control", "control/forward_shuffled", fill("forward, but with the actions of a window of another episode"))
     )

@@ -243,7 +243,7 @@ def _read_diffusion(official: OfficialYaml, c: ConfigDict) -> None:
     c.diffusion.num_inference_steps = typed(official, "model.num_inference_steps", int)
     c.diffusion.beta_schedule = typed(official, "model.beta_schedule", str)
     clip = 1.0 if typed(official, "model.clip_sample", bool) else 0.0
-    for modality in config_lib.MODALITIES:
+    for modality in c.diffusion.clip:
         c.diffusion.clip[modality] = clip
 
 

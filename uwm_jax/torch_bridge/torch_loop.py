@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uwm_jax.systems.uwm.modes import MODALITIES, MODES, Role, generated
+from uwm_jax.diffusion.roles import Role
+from uwm_jax.systems.uwm.modes import MODALITIES, MODES, USES
 from uwm_jax.torch_bridge import torch_images
 from uwm_jax.torch_bridge.torch_network import UWM
 
@@ -116,8 +117,8 @@ class TorchLoop:
         for step, landing in zip(self.timesteps, [*self.timesteps[1:], -1], strict=True):
             level = {Role.GENERATE: step, Role.GIVEN: 0, Role.HIDDEN: self.hidden}
             output = self.predict(features, x, {m: torch.full((rows,), level[roles[m]]) for m in MODALITIES})
-            x = {m: self._ddim(m, output[m], x[m], step, landing) if m in generated(mode) else x[m] for m in x}
-        return {m: x[m] for m in generated(mode)}
+            x = {m: self._ddim(m, output[m], x[m], step, landing) if m in USES[mode].makes else x[m] for m in x}
+        return {m: x[m] for m in USES[mode].makes}
 
     def _ddim(self, modality: str, output: Tensor, x: Tensor, step: int, landing: int) -> Tensor:
         """One deterministic DDIM step; the noise is estimated before the clean data is clipped."""

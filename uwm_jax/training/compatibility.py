@@ -7,24 +7,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from uwm_jax import codecs
+from uwm_jax import codecs, systems
 from uwm_jax import config as config_lib
 from uwm_jax.data.ranges import Range, under
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError
 from uwm_jax.training import average
 from uwm_jax.training.finetune import Origin
-from uwm_jax.training.patterns import IMAGE_WEIGHTS, INTERFACE, is_fresh, matches, skip_flag
-
-# Fields that change what the parameters mean without changing a shape, and the interface that frees them, if any.
-_FIXED = {
-    "diffusion.num_train_steps": None,
-    "diffusion.beta_schedule": None,
-    "diffusion.prediction.action": "action",
-    "diffusion.prediction.next_obs": "next_obs",
-    "model.codec.name": "next_obs",
-    "model.patch": "next_obs",
-}
+from uwm_jax.training.patterns import is_fresh, matches, skip_flag
 
 # Fields that finetuning often changes; a person is told, since no shape may show it.
 _TOLD = (
@@ -45,9 +35,16 @@ def check(origin: Origin, config: ConfigDict, spec: DataSpec, ranges: Mapping[st
       UserError: a field, or a fitted codec, that gives the origin's parameters another meaning.
     """
     now, before = config_lib.flatten(config), config_lib.flatten(origin.config)
-    for name, interface in _FIXED.items():
-        if now[name] != before[name] and not (interface and is_fresh(interface, config.init_from_skip)):
-            remedy = f", or let its layers start fresh: {skip_flag(INTERFACE[interface])}" if interface else ""
+    if now["system"] != before["system"]:
+        raise UserError(
+            f"config.init_from={origin.spec!r}: this workdir is a {before['system']} run, whose parameters a "
+            f"{now['system']} run cannot start from."
+        )
+    tree = systems.tree(config)
+    for name, freed_by in systems.get(config.system).fields.fixed.items():
+        interface = tree.interfaces.get(freed_by or "", ())
+        if now[name] != before[name] and not is_fresh(interface, config.init_from_skip):
+            remedy = f", or let its layers start fresh: {skip_flag(interface)}" if interface else ""
             raise UserError(
                 f"config.{name} is {now[name]!r}, but the parameters of config.init_from={origin.spec!r} were "
                 f"trained with {before[name]!r}. Use the origin's value{remedy}."
@@ -56,7 +53,7 @@ def check(origin: Origin, config: ConfigDict, spec: DataSpec, ranges: Mapping[st
         f"starting from {origin.item} of step {origin.step} in {origin.directory}; optimizer and step are fresh",
         *_about_average(origin),
         *_about_codec(origin, config),
-        *_about_image_weights(config),
+        *_about_pretrained(config),
         *_about_normalizer(origin, config, spec, ranges),
     ]
     keys_now, keys_before = _keys_read(config), _keys_read(origin.config)
@@ -82,12 +79,13 @@ def _about_average(origin: Origin) -> list[str]:
     return [f"warning: {told}"] if told else []
 
 
-def _about_image_weights(config: ConfigDict) -> list[str]:
-    if not config.model.encoder.imagenet_weights or matches(IMAGE_WEIGHTS, config.init_from_skip):
-        return []
+def _about_pretrained(config: ConfigDict) -> list[str]:
+    flat = config_lib.flatten(config)
     return [
-        "note: config.model.encoder.imagenet_weights is not read, since the image encoder is the origin's; it starts "
-        f"from them with {skip_flag(['obs_encoder/img_encoder/*'])}"
+        f"note: config.{part.field} is not read, since {part.path} is the origin's; it starts from them with "
+        f"{skip_flag([f'{part.path}/*'])}"
+        for part in systems.tree(config).pretrained
+        if flat[part.field] and not matches(part.marker, config.init_from_skip)
     ]
 
 
@@ -106,7 +104,7 @@ def _about_codec(origin: Origin, config: ConfigDict) -> list[str]:
             f"config.init_from={origin.spec!r}: the origin's {name} codec was fitted on {fitted[0]} views of "
             f"{fitted[1]}x{fitted[2]}, but this run has {wanted[0]} of {wanted[1]}x{wanted[2]}. Use the origin's "
             "views and crop, or this dataset's own codec, with layers for it that start fresh: "
-            f"{skip_flag(INTERFACE['next_obs'])}"
+            f"{skip_flag(systems.tree(config).codec_interface)}"
         )
     return [f"codec: the origin's {name} arrays"]
 
@@ -125,7 +123,7 @@ def _about_normalizer(
         lines.append(
             f"warning: {told}. Are the units and the meaning of the columns the same? A normaliser that fits this "
             f"data is --config.init_from_normalizer=fresh; for action, fresh layers with one are "
-            f"{skip_flag(INTERFACE['action'])}"
+            f"{skip_flag(systems.tree(config).interface('action'))}"
         )
     return lines
 

@@ -16,6 +16,7 @@ its own normaliser for `action`, its own codec for `next_obs`.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax import systems
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError
@@ -36,15 +38,7 @@ from uwm_jax.parallel.distributed import say
 from uwm_jax.training import average, codec_store, fixed_fields, lineage
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
-from uwm_jax.training.patterns import INTERFACE, POSITIONS, is_fresh, matches, require_matches, share, skip_flag
-
-# Fields that decide the shapes of parameters.
-_SHAPING = (
-    *("model.embed_dim", "model.depth", "model.mlp_ratio", "model.qkv_bias", "model.num_registers", "model.patch"),
-    *("model.timestep_embed_dim", "model.codec.name", "data.cameras", "data.low_dim", "data.text", "data.action"),
-    *("model.encoder.stage_sizes", "model.encoder.width", "model.encoder.pool", "model.encoder.use_*"),
-    *("data.window.obs", "data.window.action", "data.window.next_obs", "data.crop"),
-)
+from uwm_jax.training.patterns import is_fresh, matches, require_matches, share, skip_flag
 
 
 def open_origin(spec: str, parameters: str = "auto") -> Origin:
@@ -155,8 +149,8 @@ class Origin:
         return Normalizer(entries)
 
     def gives_codec(self, config: ConfigDict) -> bool:
-        """Whether the new run takes its codec: not if the layers of `next_obs` are fresh."""
-        return not is_fresh("next_obs", config.init_from_skip)
+        """Whether the new run takes its codec: not if the layers that meet its latents are fresh."""
+        return not is_fresh(systems.tree(config).codec_interface, config.init_from_skip)
 
     @property
     def codec(self) -> codec_store.Place:
@@ -237,13 +231,11 @@ class Origin:
         here = {"action": spec.action_dim, **spec.low_dim}
         there = {"action": self.data_spec.action_dim, **self.data_spec.low_dim}
 
-        def interface(key: str) -> str:
-            return "action" if key == "action" else "low_dim"
-
+        tree = systems.tree(config)
         return [
             key
             for key, width in here.items()
-            if there.get(key) == width and not is_fresh(interface(key), config.init_from_skip)
+            if there.get(key) == width and not is_fresh(tree.interface(key), config.init_from_skip)
         ]
 
     def _shapes(self) -> dict[str, Any]:
@@ -260,7 +252,8 @@ class Origin:
         lines += [f"  {n}: {there.get(n, 'absent')} in the origin, {here.get(n, 'absent')} here" for n in misfits]
         sizes = {name: int(np.prod(shape)) for name, shape in here.items()}
         now, before = config_lib.flatten(config), config_lib.flatten(self.config)
-        changed = [n for n in sorted(now) if matches(n, _SHAPING) and now[n] != before.get(n)]
+        shaping = systems.get(config.system).fields.shaping
+        changed = [n for n in sorted(now) if matches(n, shaping) and now[n] != before.get(n)]
         for name in changed:
             lines.append(f"  config.{name} is {now[name]}, the origin's is {before.get(name, 'absent')}")
         lines.append(
@@ -268,17 +261,8 @@ class Origin:
             f"start fresh instead ({share([n for n in misfits if n in here], sizes)}):\n"
             f"  {skip_flag([*config.init_from_skip, *misfits])}"
         )
-        if POSITIONS in misfits:
-            lines.append(
-                "The position embedding has a row for each action, video token and register, so that another number of "
-                "actions (config.data.window.action) changes it alone."
-            )
-        if any(name in misfits for name in INTERFACE["low_dim"]):
-            lines.append(
-                "The AdaLN kernels read the condition, whose width follows from views, frames, low-dim keys and text; "
-                "they start at zero and are most of the network, so little of the origin is left without them."
-            )
-        return "\n".join(lines)
+        told = systems.tree(config).misfits
+        return "\n".join(lines + [told[pattern] for pattern in told if fnmatch.filter(misfits, pattern)])
 
 
 def _replicated(like: jax.sharding.Sharding) -> jax.sharding.Sharding:

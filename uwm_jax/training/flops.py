@@ -13,105 +13,11 @@ Recomputation (`config.model.remat`) is executed but is no part of the model's o
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
-from ml_collections import ConfigDict
 
-from uwm_jax.models.flops import dense
-from uwm_jax.models.resnet import ResNet
-from uwm_jax.systems.uwm.system import System
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleFlops:
-    """Operations of one training sample's forward pass, by part.
-
-    Attributes:
-      network: the diffusion transformer, of which
-      blocks: its blocks, of which
-      attention: their products of queries, keys and values.
-      encoder: the observation encoder, all current frames.
-      codec: the frozen codec's encoder, all next frames; 0 where latents are given.
-    """
-
-    network: float
-    blocks: float
-    attention: float
-    encoder: float
-    codec: float
-
-    @property
-    def training(self) -> float:
-        """One sample's share of a training step, without recomputation."""
-        return 3 * (self.network + self.encoder) + self.codec
-
-    def executed(self, remat: str) -> float:
-        """`training` and what a rematerialisation policy (none, dots, full) computes again."""
-        return self.training + {"none": 0.0, "dots": self.attention, "full": self.blocks}[remat]
-
-
-def count(system: System, from_pixels: bool = True) -> SampleFlops:
-    """The operations of a system's training sample.
-
-    Args:
-      from_pixels: False where batches hold `next_obs_latent`.
-    """
-    blocks, attention, rest = _network(system)
-    return SampleFlops(
-        network=blocks + rest,
-        blocks=blocks,
-        attention=attention,
-        encoder=_encoder(system),
-        codec=_codec(system) if from_pixels else 0.0,
-    )
-
-
-def _condition_width(system: System) -> int:
-    """F of `ObsEncoder`."""
-    m, frames = system.config.model, len(system.cameras) * system.num_frames
-    low_dim = system.num_frames * sum(system.spec.low_dim.values()) if m.encoder.use_low_dim else 0
-    return frames * m.embed_dim + low_dim + (m.embed_dim if m.encoder.use_language else 0)
-
-
-def _network(system: System) -> tuple[float, float, float]:
-    """(blocks, their attention, the rest) of `DiT`."""
-    m = system.config.model
-    steps, action_dim = system.action_shape
-    views, *grid, channels = system.latent_shape
-    d, t = m.embed_dim, m.timestep_embed_dim
-    video = views * math.prod(n // p for n, p in zip(grid, m.patch, strict=True))
-    patch = math.prod(m.patch) * channels
-    length = steps + video + m.num_registers
-    cond = _condition_width(system) + t
-
-    attention = 4 * length * length * d
-    # qkv 3 D, projection D, and the MLP there and back; the modulation of six rows is one product per sample.
-    dense = 2 * length * d * (4 * d + 2 * int(m.mlp_ratio * d))
-    blocks = m.depth * (attention + dense + 2 * cond * 6 * d)
-
-    hidden = 4 * max(action_dim, d)
-    actions = 2 * steps * (action_dim * hidden + hidden * d)  # the encoder; the decoder is its mirror
-    patches = 2 * video * patch * d
-    timesteps = 2 * (2 * t * 4 * t + 4 * t * t)
-    head = 2 * cond * 2 * d + 2 * length * d * d
-    return blocks, m.depth * attention, 2 * actions + 2 * patches + timesteps + head
-
-
-def _encoder(system: System) -> float:
-    """`ObsEncoder`: a `ResNet` for every frame, and the text's projection."""
-    m, e = system.config.model, system.config.model.encoder
-    resnet = ResNet(tuple(e.stage_sizes), e.width, m.embed_dim, e.pool)
-    text = dense(system.spec.text_dim, m.embed_dim) if e.use_language else 0.0
-    return len(system.cameras) * system.num_frames * resnet.flops(*system.config.data.crop) + text
-
-
-def _codec(system: System) -> float:
-    views, frames = system.latent_shape[:2]
-    return system.codec.encode_flops(views * frames, *system.config.data.crop)
-
+from uwm_jax.systems.base import System
 
 # Peak TFLOP/s of dense bfloat16 products with float32 sums, of one device as jax counts them, by the beginning of
 # `device_kind`; the longest that fits counts. Sources: Google Cloud's "TPU architecture" pages for each version
@@ -169,20 +75,19 @@ class Mfu:
     Args:
       system: the model.
       devices: all devices of the run.
-      from_pixels: as in `count`.
 
     Attributes:
       note: a line for people on a device that is not in the table; "" otherwise.
     """
 
-    def __init__(self, system: System, devices: Sequence[jax.Device], from_pixels: bool = True):
+    def __init__(self, system: System, devices: Sequence[jax.Device]):
         self.note = ""
         self._seconds: float | None = None  # at peak, per sample
         kind = devices[0].device_kind
         if devices[0].platform == "cpu":
             return
-        sample = count(system, from_pixels)
-        ideal = seconds_at_peak(system.config, sample.training - sample.codec, sample.codec, kind)
+        sample = system.flops()
+        ideal = seconds_at_peak(system, sample.training - sample.frozen, sample.frozen, kind)
         if ideal is None:
             self.note = f"mfu is not logged: the peak of {kind!r} is not in the table of uwm_jax/training/flops.py"
         else:
@@ -193,10 +98,11 @@ class Mfu:
         return {} if self._seconds is None else {"mfu": samples_per_second * self._seconds}
 
 
-def seconds_at_peak(config: ConfigDict, trained: float, codec: float, device_kind: str) -> float | None:
+def seconds_at_peak(system: System, trained: float, frozen: float, device_kind: str) -> float | None:
     """How long a device at its peak takes for operations of the trained parts and of the frozen codec, each in its own
     dtype; None for an unknown device."""
-    peak, codec_peak = (peak_flops(device_kind, dtype) for dtype in (config.model.dtype, config.model.codec.dtype))
+    dtypes = system.config.model.dtype, str(system.codec.dtype) if system.codec else "float32"
+    peak, codec_peak = (peak_flops(device_kind, dtype) for dtype in dtypes)
     if peak is None or codec_peak is None:
         return None
-    return trained / peak + codec / codec_peak
+    return trained / peak + frozen / codec_peak

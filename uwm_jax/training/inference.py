@@ -12,11 +12,12 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax import systems
 from uwm_jax.data.records import short_key
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import local_path
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.base import System
 from uwm_jax.training import average, codec_store, fixed_fields
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
@@ -38,7 +39,7 @@ def load_for_inference(
     overrides: Iterable[tuple[str, str]] = (),
     parameters: str | None = None,
     may_change: Sequence[str] = fixed_fields.SAMPLING,
-) -> tuple[System, Any, Any, int]:
+) -> tuple[Any, Any, Any, int]:
     """A workdir as `(system, params, frozen, step)`. A warning tells where an average is still much of its start.
 
     What runs them often takes `system.held(params)`.
@@ -76,7 +77,7 @@ def load_for_inference(
             if step is not None:
                 raise UserError(f"--step={step}: {e}. There are checkpoints of steps {steps}.") from e
             checkpoints.pass_over(stored.step, e)
-    if told := config_lib.about_clip(config):
+    for told in systems.get(config.system).remarks(config):
         warn(told)
     if used["parameters"] == average.AVERAGE and (told := average.warning(config, stored.step, "--parameters=raw")):
         warn(told)
@@ -124,8 +125,7 @@ def _load(
         )
     spec = DataSpec.from_json(stored.assets["data_spec"])
     codec, frozen = codec_store.open_codec(config, codec_store.in_workdir(config, workdir, stored.codec))
-    assert codec is not None
-    system = System(config, spec, codec)
+    system = systems.make(config, spec, codec)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),

@@ -7,7 +7,7 @@ tens of times larger, and no loss says so: it is only high.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from uwm_jax import systems
 from uwm_jax.codecs import Codec
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.loader import Loader
 from uwm_jax.parallel.distributed import say
 from uwm_jax.training.finetune import Origin
-from uwm_jax.training.patterns import INTERFACE, skip_flag
+from uwm_jax.training.patterns import skip_flag
 
 WINDOWS = 8  # of each source
 FAR = 2.0  # the factor, either way, that is worth a warning
@@ -41,13 +42,13 @@ def look(config: ConfigDict, codec: Codec | None, frozen: Any, loader: Loader, o
     found = sizes(config, codec, frozen, loader)
     drawn = {name: size for name, size in found.items() if loader.sources[name].weight}
     known = expected(codec, origin.latent_sizes if origin and from_origin else None)
-    for line in about(codec, drawn, known, from_origin):
+    for line in about(codec, drawn, known, from_origin, systems.tree(config).codec_interface):
         say(line)
     return {"latent_sizes": found}
 
 
 def sizes(config: ConfigDict, codec: Codec, frozen: Any, loader: Loader) -> dict[str, float]:
-    """{source: root mean square of the latents of `WINDOWS` windows' next frames}, on one device.
+    """{source: root mean square of the latents of `WINDOWS` windows' current frames}, on one device.
 
     Views without a picture (`fill_views="none"`) do not count.
     """
@@ -64,7 +65,7 @@ def sizes(config: ConfigDict, codec: Codec, frozen: Any, loader: Loader) -> dict
         for row in range(WINDOWS):
             place = row * len(source.windows) // WINDOWS
             source.load(batch, row, row, place, loader.spec)
-        frames = {camera: batch[f"next_obs/{camera}"] for camera in loader.spec.cameras}
+        frames = {camera: batch[f"obs/{camera}"] for camera in loader.spec.cameras}
         total, views = jax.device_get(program(frozen, frames))
         found[name] = math.sqrt(float(total) / max(float(views), 1.0))
     return found
@@ -78,13 +79,16 @@ def expected(codec: Codec, of_origin: Mapping[str, float] | None) -> float:
     return codec.latent_rms
 
 
-def about(codec: Codec, found: Mapping[str, float], known: float, from_origin: bool) -> list[str]:
+def about(
+    codec: Codec, found: Mapping[str, float], known: float, from_origin: bool, interface: Sequence[str]
+) -> list[str]:
     """A warning for each source whose latents are `FAR` from those that are known, with the flag that mends it.
 
     Args:
       found: as `sizes` gives it.
       known: as `expected` gives it.
       from_origin: whether codec and layers come from another run; else the codec was fitted on a source of this one.
+      interface: names of the arrays that touch latents.
     """
     lines = []
     for source, size in found.items():
@@ -96,7 +100,7 @@ def about(codec: Codec, found: Mapping[str, float], known: float, from_origin: b
             "are of another kind than those that the codec is for."
         )
         if from_origin:
-            told += f" A codec for these data, with layers for it that start fresh: {skip_flag(INTERFACE['next_obs'])}"
+            told += f" A codec for these data, with layers for it that start fresh: {skip_flag(interface)}"
         elif codec.arrays:
             told += (
                 " A codec for pictures of any kind is --config.model.codec.name=vae; without this source: "

@@ -13,16 +13,6 @@ from flax import traverse_util
 
 from uwm_jax.errors import UserError
 
-# The arrays that meet the raw values of an input or output: when all of them start fresh, its units are free.
-INTERFACE = {
-    "action": ("noise_pred_net/action_encoder/fc1/kernel", "noise_pred_net/action_decoder/fc2/kernel"),
-    "next_obs": ("noise_pred_net/patch_encoder/kernel", "noise_pred_net/patch_decoder/kernel"),
-    "low_dim": ("noise_pred_net/blocks/adaln/kernel", "noise_pred_net/head/adaln/kernel"),
-}
-
-POSITIONS = "noise_pred_net/pos_embed"
-IMAGE_WEIGHTS = "obs_encoder/img_encoder/conv1/kernel"  # fresh when the image encoder starts fresh
-
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a name matches one of the patterns."""
@@ -58,9 +48,9 @@ def join(first: Any, rest: Any) -> Any:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def is_fresh(interface: str, skip: Sequence[str]) -> bool:
-    """Whether all arrays of an interface match the patterns."""
-    return all(matches(name, skip) for name in INTERFACE[interface])
+def is_fresh(interface: Sequence[str], skip: Sequence[str]) -> bool:
+    """Whether all arrays of an interface (`TreeInfo.interfaces`) match the patterns; an empty one is never fresh."""
+    return bool(interface) and all(matches(name, skip) for name in interface)
 
 
 def skip_flag(patterns: Sequence[str]) -> str:

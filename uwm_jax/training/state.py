@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -12,7 +13,6 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from uwm_jax.errors import UserError
-from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.training.patterns import matches, require_matches, share, split
 
 Params = Any
@@ -24,7 +24,7 @@ class Hparams(flax.struct.PyTreeNode):
     Attributes:
       seed: () uint32, root of every random draw of the run.
       learning_rate: () float32, the peak; the schedule's shape is static.
-      weights: {modality: () float32}.
+      weights: {loss part: () float32}.
     """
 
     seed: jax.Array
@@ -36,7 +36,7 @@ class Hparams(flax.struct.PyTreeNode):
         return cls(
             seed=jnp.asarray(config.seed, jnp.uint32),
             learning_rate=jnp.asarray(config.optimizer.learning_rate, jnp.float32),
-            weights={m: jnp.asarray(config.loss.weights[m], jnp.float32) for m in MODALITIES},
+            weights={name: jnp.asarray(weight, jnp.float32) for name, weight in config.loss.weights.items()},
         )
 
 
@@ -104,15 +104,17 @@ def change_of_rate(config: ConfigDict, before: ConfigDict, step: int) -> str:
     )
 
 
-def create(config: ConfigDict, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around parameters.
+def create(
+    config: ConfigDict, params: Params, optimizer: optax.GradientTransformation, untrained: Sequence[str] = ()
+) -> TrainState:
+    """A fresh state around parameters; `untrained` as `TreeInfo` has it.
 
     Raises:
       UserError: a pattern of `optimizer.freeze` matches nothing, or all together everything.
     """
     freeze = config.optimizer.freeze
     require_matches("optimizer.freeze", freeze, sorted(traverse_util.flatten_dict(params, sep="/")))
-    trained, _ = split(params, freeze)
+    trained, _ = split(params, (*freeze, *untrained))
     if not trained:
         raise UserError(f"config.optimizer.freeze={freeze} matches all parameters: there is nothing to train.")
     return TrainState(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,26 +11,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from uwm_jax import host_memory
-from uwm_jax.diffusion.loss import by_timestep, row_weights
 from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.parallel.mesh import replicated
 from uwm_jax.parallel.sharding import Rules, activations
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.base import System
 from uwm_jax.training import average
 from uwm_jax.training.patterns import join, split
 from uwm_jax.training.state import TrainState, schedule_factor
 
 Metrics = dict[str, jax.Array]
-
-# Gradient norms are logged by group: the first pattern that a parameter's path holds names its group.
-GRADIENT_GROUPS = (
-    ("obs_encoder/", "obs_encoder"),
-    ("/adaln/", "adaln"),
-    ("/qkv/", "attention"),
-    ("/proj/", "attention"),
-    ("/blocks/fc", "mlp"),
-    ("", "tokens"),  # embeddings of actions, patches, positions, timesteps and registers, and the way back
-)
 
 
 def make_train_step(
@@ -38,30 +27,34 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """`(state, frozen, batch) -> (state, metrics)`.
 
-    Metrics are float32: `loss` (weighted sum), `loss/<modality>`, `grad_norm`, `grad_norm/<group>`, `learning_rate`
-    as () arrays, and `loss/<modality>/t<low>-<high>` as (2,) arrays [sum over rows, number of rows].
+    Metrics are float32: `loss` (weighted sum), `grad_norm`, `grad_norm/<group>`, `learning_rate` as () arrays;
+    `loss/<part>` as (2,) arrays [mean over rows, 1, or 0 where no row trained the part], and a system's buckets, such
+    as `loss/<part>/t<low>-<high>`, as (2,) arrays [sum over rows, number of rows].
 
     Args:
       mesh: over which the batch is spread; None on one device.
     """
-    averages, action_free = bool(config.optimizer.ema_decay), config.loss.action_free
+    averages, still_names = bool(config.optimizer.ema_decay), (*config.optimizer.freeze, *system.tree.untrained)
 
     def train_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.hparams.seed), state.step)
-        shares = row_weights(batch["action_mask"], action_free)
-        trained, still = split(state.params, config.optimizer.freeze)  # no gradients are made for what stays as it is
+        shares = system.shares(batch, key)
+        trained, still = split(state.params, still_names)  # no gradients are made for what stays as it is
 
         def objective(trained: Any, rows: Any) -> tuple[jax.Array, Metrics]:
             batch, shares = rows
-            errors, timestep = system.row_losses(join(trained, still), frozen, batch, key)
-            parts = {m: (shares[m] * errors[m]).sum() for m in errors}
-            total = sum((state.hparams.weights[m] * parts[m] for m in parts), jnp.zeros(()))
-            named = parts | by_timestep(jax.lax.stop_gradient(errors), timestep, batch["action_mask"], system.schedule)
-            return total, {f"loss/{name}": value for name, value in named.items()}
+            encoded, draws = system.encode(frozen, batch, key), system.draws(key, batch["row"])
+            found = system.losses(join(trained, still), encoded, draws, train=True)
+            parts = {name: (shares[name] * x).sum() for name, x in found.parts.items()}
+            total = sum((state.hparams.weights[name] * x for name, x in parts.items()), jnp.zeros(()))
+            return total, {**parts, **{name: jnp.stack(bucket) for name, bucket in found.buckets.items()}}
 
-        (loss, parts), grads = value_and_grad(
+        (loss, sums), grads = value_and_grad(
             objective, trained, (dict(batch), shares), mesh=mesh, steps=config.accumulation_steps
         )
+        # A part that no row trained counts for nothing in the means of the log.
+        counts = {name: (share > 0).any().astype(jnp.float32) for name, share in shares.items()}
+        parts = {f"loss/{name}": jnp.stack([x, counts[name]]) if name in counts else x for name, x in sums.items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         learning_rate = state.hparams.learning_rate * schedule_factor(config, state.step)
         params = join(jax.tree.map(lambda p, u: p - learning_rate * u, trained, updates), still)
@@ -69,33 +62,39 @@ def make_train_step(
         if averages:
             rate = average.rate(config, state.step)
             ema_params = jax.tree.map(lambda e, p: e + rate * (p - e), ema_params, params)
-        metrics = {"loss": loss, **parts, **gradient_norms(grads), "learning_rate": learning_rate}
+        norms = gradient_norms(grads, system.tree.gradient_groups)
+        metrics = {"loss": loss, **parts, **norms, "learning_rate": learning_rate}
         state = state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
         return state, metrics
 
     return train_step
 
 
-def gradient_norms(grads: Any) -> Metrics:
-    """`grad_norm` of all gradients and `grad_norm/<group>` of each group of parameters; () float32."""
+def gradient_norms(grads: Any, groups: Sequence[tuple[str, str]]) -> Metrics:
+    """`grad_norm` of all gradients and `grad_norm/<group>` of each group of parameters; () float32.
+
+    Args:
+      groups: (part of a parameter's path, group) pairs; the first that fits counts.
+    """
     squares: Metrics = {}
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        group = next(group for pattern, group in GRADIENT_GROUPS if pattern in name)
+        group = next(group for pattern, group in groups if pattern in name)
         squares[group] = squares.get(group, jnp.zeros(())) + jnp.sum(jnp.square(grad))
-    groups = {f"grad_norm/{group}": jnp.sqrt(square) for group, square in sorted(squares.items())}
-    return {"grad_norm": jnp.sqrt(sum(squares.values(), jnp.zeros(()))), **groups}
+    norms = {f"grad_norm/{group}": jnp.sqrt(square) for group, square in sorted(squares.items())}
+    return {"grad_norm": jnp.sqrt(sum(squares.values(), jnp.zeros(()))), **norms}
 
 
 def make_eval_step(system: System) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], Metrics]:
-    """`(state, frozen, batch) -> {"eval/loss/<modality>": (B,)}` with noise that depends on the row alone.
+    """`(state, frozen, batch) -> {"eval/loss/<part>": (B,)}` with draws that depend on the row alone.
 
-    The noise does not depend on the step or the seed of the run, so two checkpoints compare.
+    The draws do not depend on the step or the seed of the run, so two checkpoints compare.
     """
 
     def eval_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-        errors, _ = system.row_losses(state.eval_params, frozen, batch, jax.random.key(0), augment=False)
-        return {f"eval/loss/{m}": errors[m] for m in errors}
+        key = jax.random.key(0)
+        found = system.losses(state.eval_params, system.encode(frozen, batch), system.draws(key, batch["row"]))
+        return {f"eval/loss/{name}": x for name, x in found.parts.items()}
 
     return eval_step
 

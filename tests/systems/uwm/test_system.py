@@ -12,9 +12,9 @@ from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.diffusion.loss import row_weights
 from uwm_jax.errors import UserError
-from uwm_jax.systems.uwm.system import System
+from uwm_jax.systems.uwm import objective
+from uwm_jax.systems.uwm.system import UWM
 
 SPEC = DataSpec(
     window=WindowSpec({"obs": (0, 1), "action": (1, 2, 3, 4), "next_obs": (5, 6)}),
@@ -50,7 +50,7 @@ def config(tiny_config):
 
 
 def make(config, codec=None):
-    system = System(config, SPEC, codec or PixelsCodec())
+    system = UWM(config, SPEC, codec or PixelsCodec())
     system.network = Recorder()
     return system
 
@@ -67,14 +67,19 @@ def batch(rows=64, seed=0):
     }
 
 
+def evaluate(system, params, frozen, data, key, augment=True):
+    """One training evaluation, as the trainer makes it, or without augmentation."""
+    encoded = system.encode(frozen, data, key if augment else None)
+    return system.losses(params, encoded, system.draws(key, data["row"]))
+
+
 def loss(system, data, seed=0, frozen=None, **options):
     """{modality: loss} and what reached the network."""
 
     @jax.jit
     def run(frozen, data, key):
-        errors, _ = system.row_losses({}, frozen, data, key, **options)
-        weights = row_weights(data["action_mask"], system.config.loss.action_free)
-        return {m: (weights[m] * errors[m]).sum() for m in errors}, system.network.seen
+        errors, shares = evaluate(system, {}, frozen, data, key, **options).parts, system.shares(data, key)
+        return {m: (shares[m] * errors[m]).sum() for m in errors}, system.network.seen
 
     return run(frozen or {}, data, jax.random.key(seed))
 
@@ -118,8 +123,8 @@ def test_a_row_depends_on_its_index_alone(config):
     Draws are equal to the bit; the jitter's arithmetic, compiled for another batch size, to float32 rounding.
     """
     data = batch(8)
-    noise = make(config).draw_noise(jax.random.key(0), data["row"])
-    for name, value in make(config).draw_noise(jax.random.key(0), data["row"][:3]).items():
+    noise = make(config).noise(jax.random.key(0), data["row"], "policy")
+    for name, value in make(config).noise(jax.random.key(0), data["row"][:3], "policy").items():
         np.testing.assert_array_equal(value, noise[name][:3])
     _, whole = loss(make(config), data)
     order = np.array([3, 0, 7, 1, 2, 6, 5, 4])
@@ -166,12 +171,12 @@ def test_the_posterior_is_sampled_or_its_mode(config):
 def test_the_loss_at_the_start_is_the_variance_of_the_noise(config):
     """The real network's outputs are zero at initialisation, so both losses are the mean square of the noise."""
     config.data.augment.hue = 0.0
-    system = System(config, SPEC, PixelsCodec())
+    system = UWM(config, SPEC, PixelsCodec())
     params = jax.jit(system.init)(jax.random.key(0))
     data = batch(16)
     key = jax.random.key(3)
-    errors, _ = jax.jit(system.row_losses)(params, {}, data, key)
-    noise = system.draw_noise(jax.random.fold_in(key, 0), data["row"])
+    errors = jax.jit(lambda params, data: evaluate(system, params, {}, data, key).parts)(params, data)
+    noise = system.noise(jax.random.fold_in(key, 0), data["row"], "policy")
     for m in noise:
         np.testing.assert_allclose(errors[m], jnp.square(noise[m]).reshape(16, -1).mean(axis=1), rtol=1e-5)
 
@@ -185,8 +190,8 @@ class Nudged:
     def apply(self, variables, *args, method=None):
         if method is not None:
             return self.network.apply(variables, *args, method=method)
-        cond, noisy, timestep = args
-        return self.network.apply(variables, cond, {**noisy, "action": noisy["action"] + self.nudge}, timestep)
+        cond, noisy, self.timestep = args
+        return self.network.apply(variables, cond, {**noisy, "action": noisy["action"] + self.nudge}, self.timestep)
 
 
 @pytest.mark.slow
@@ -199,20 +204,20 @@ def test_what_of_a_row_without_actions_reaches_the_action_loss(config):
     """
     rows = 8
     data = batch(rows) | {"action_mask": jnp.arange(rows) % 2 == 1}
-    system = System(config, SPEC, PixelsCodec())
+    system = UWM(config, SPEC, PixelsCodec())
     params = jax.jit(system.init)(jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
-    network, (images, following) = system.network, system.preprocess(data)
+    network, (images, following) = system.network, system.images(data)
 
     def action_losses(inputs):
-        system.preprocess = lambda *_: (inputs["images"], None)
+        system.images = lambda *_: (inputs["images"], None)
         system.network = Nudged(network, inputs["noisy action"])
         given = {k: v for k, v in data.items() if not k.startswith("next_obs/")}
         given |= {"obs/state": inputs["state"], "action": inputs["action"], "next_obs_latent": inputs["latents"]}
-        errors, timestep = system.row_losses(params, {}, given, jax.random.key(3), augment=False)
-        weights = [row_weights(given["action_mask"], kind)["action"] for kind in ("kept", "dropped")]
-        return jnp.stack(weights) @ errors["action"], timestep["action"]
+        errors = evaluate(system, params, {}, given, jax.random.key(3), augment=False).parts
+        weights = [objective.shares(given["action_mask"], kind)["action"] for kind in ("kept", "dropped")]
+        return jnp.stack(weights) @ errors["action"], system.network.timestep["action"]
 
     inputs = {
         "images": images,
@@ -237,7 +242,7 @@ def test_latents_take_the_place_of_frames(config):
     config.data.augment.random_crop = False
     data = batch(8)
     system = make(config)
-    latents = system.encode_frames({}, system.preprocess(data)[1])
+    latents = system.encode_frames({}, system.images(data)[1])
     cached = {k: v for k, v in data.items() if not k.startswith("next_obs/")} | {"next_obs_latent": latents}
     frames, seen = loss(system, data, augment=False)
     from_latents, seen_latents = loss(system, cached, augment=False)
@@ -269,7 +274,7 @@ def test_shapes_that_do_not_fit_are_named(config, field, value, message):
         config.data.crop = value
         codec = VAECodec(AutoencoderKL())  # divides by 8
     with pytest.raises(UserError, match=message):
-        System(config, SPEC, codec)
+        UWM(config, SPEC, codec)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
@@ -277,8 +282,8 @@ def test_an_estimate_is_the_clean_data_that_the_output_means(config, prediction)
     """Against the formulas; forward mode: the action is given at timestep 0, the next frames at the one asked for."""
     config.diffusion.prediction.next_obs = prediction
     system, data = make(config), batch(4)
-    noise = system.draw_noise(jax.random.key(1), data["row"])
-    found = system.estimate({}, {}, data, "forward", noise, 90)
+    noise = system.noise(jax.random.key(1), data["row"], "policy")
+    found = system.estimate({}, system.encode({}, data), "forward", noise, 90)
     assert set(found) == {"next_obs_latent"}
     seen = system.network.seen
     assert (seen["timestep"]["action"] == 0).all() and (seen["timestep"]["next_obs"] == 90).all()
@@ -297,8 +302,8 @@ def test_an_estimate_is_the_clean_data_that_the_output_means(config, prediction)
 def test_an_estimate_hides_what_the_mode_hides(config, hide_at, hidden):
     config.diffusion.hide_at = hide_at
     system, data = make(config), batch(4)
-    noise = system.draw_noise(jax.random.key(1), data["row"])
-    assert set(system.estimate({}, {}, data, "policy", noise, 70)) == {"action"}
+    noise = system.noise(jax.random.key(1), data["row"], "policy")
+    assert set(system.estimate({}, system.encode({}, data), "policy", noise, 70)) == {"action"}
     seen = system.network.seen
     np.testing.assert_array_equal(seen["noisy"]["next_obs"], noise["next_obs"])
     assert (seen["timestep"]["action"] == 70).all() and (seen["timestep"]["next_obs"] == hidden).all()

@@ -1,1 +1,23 @@
 """The Unified World Model (Zhu et al., RSS 2025, arXiv 2504.02792)."""
+
+from uwm_jax.systems import fields
+from uwm_jax.systems.base import SystemType
+from uwm_jax.systems.uwm import config
+from uwm_jax.systems.uwm.modes import ACTING, USES
+from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.uwm.tree import TREE
+
+SYSTEM = SystemType(
+    name="uwm",
+    title="Unified World Model",
+    add_fields=config.add_fields,
+    check=config.check,
+    make=UWM,
+    tree=lambda config: TREE,
+    uses=USES,
+    acting=ACTING,
+    fields=config.FIELDS,
+    choices=config.CHOICES,
+    optional=fields.OPTIONAL,
+    remarks=fields.about_clip,
+)

@@ -1,25 +1,19 @@
 """The one idea of the paper as a table: a mode is a role for each modality.
 
-Each modality has its own diffusion timestep. At the noisiest timestep a modality says nothing, so it
-is marginalised; at timestep 0 it is clean, so it is conditioned on; in between it is being generated
+Each modality has its own diffusion timestep. At the noisiest timestep it carries no information, so it is
+marginalised; at timestep 0 it is clean, so it is conditioned on; in between it is being generated
 (Unified World Models, sections III-B and III-C). Training draws both timesteps independently, which
 is what makes every row of the table a query to the same weights.
 
-The loss, the sampler, the sample command and the evaluation all read this table.
+The loss, the sampler, the evaluation and the exports all read this table.
 """
 
 from __future__ import annotations
 
-import enum
+from uwm_jax.diffusion.roles import Role, generated, given
+from uwm_jax.systems.base import Use
 
 MODALITIES = ("action", "next_obs")
-
-
-class Role(enum.Enum):
-    GENERATE = "generate"  # denoised from pure noise; in training: a random timestep, and a loss
-    GIVEN = "given"  # clean, at timestep 0
-    HIDDEN = "hidden"  # pure noise at the noisiest timestep
-
 
 MODES: dict[str, dict[str, Role]] = {
     "policy": {"action": Role.GENERATE, "next_obs": Role.HIDDEN},  # p(a | o)
@@ -29,8 +23,7 @@ MODES: dict[str, dict[str, Role]] = {
     "joint": {"action": Role.GENERATE, "next_obs": Role.GENERATE},  # p(a, o' | o)
 }
 
-# What a mode asks, in words for reports.
-QUESTIONS = {
+_QUESTIONS = {
     "policy": "what to do, seeing now",
     "video": "what will be seen, whatever is done",
     "forward": "what will be seen, after these actions",
@@ -38,16 +31,9 @@ QUESTIONS = {
     "joint": "what to do and what will be seen",
 }
 
+USES = {mode: Use(generated(roles), given(roles), _QUESTIONS[mode]) for mode, roles in MODES.items()}
+ACTING = "policy"
+
 # How a training row is treated: with its actions, and without any (video).
 TRAINING_MODE = "joint"
 ACTION_FREE_MODE = "video"
-
-
-def generated(mode: str) -> tuple[str, ...]:
-    """The modalities that a mode samples."""
-    return tuple(m for m in MODALITIES if MODES[mode][m] is Role.GENERATE)
-
-
-def given(mode: str) -> tuple[str, ...]:
-    """The modalities that a mode is conditioned on, beside the observation."""
-    return tuple(m for m in MODALITIES if MODES[mode][m] is Role.GIVEN)
