@@ -32,7 +32,7 @@ def describe(spec: str, overrides: Iterable[tuple[str, str]]) -> list[str]:
     """All fields of a config with their values and meanings, as lines for the terminal.
 
     Args:
-      spec: `FILE.py[:argument]`; "": the fields that every config of the default system starts from.
+      spec: `FILE.py[:argument]`; "": the defaults of the system `uwm`.
       overrides: fields that flags change on top of it.
 
     Raises:

@@ -68,9 +68,9 @@ def from_config(config: ConfigDict) -> Codec | None:
 def fields() -> ConfigDict:
     """The fields of `config.model.codec`, for the configs of systems that have one."""
     c = ConfigDict()
-    c.name = "vae"  # vae, pixels, pca
-    c.vae = "stabilityai/sdxl-vae"  # diffusers folder or hub name[@revision]
+    c.name = "vae"  # image codec: vae, pixels, pca
+    c.vae = "stabilityai/sdxl-vae"  # weights of the VAE: diffusers folder or hub name[@revision]
     c.microbatch = 72  # frames per pass through the VAE, on each device
-    c.posterior = "sample"  # sample (official) or mode, in training
+    c.posterior = "sample"  # latents of the VAE in training: sample (official) of the posterior, or its mode
     c.dtype = "float32"  # of the VAE; bfloat16 keeps GroupNorm in fp32
     return c

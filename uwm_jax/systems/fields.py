@@ -55,7 +55,7 @@ def require(holds: bool, message: str) -> None:
 def add_transformer(m: ConfigDict) -> None:
     """A transformer of stacked blocks, and the precision of all products."""
     m.embed_dim = 768  # width of the tokens
-    m.depth = 12  # blocks
+    m.depth = 12  # number of blocks
     m.num_heads = 12  # attention heads of a block
     m.mlp_ratio = 4  # hidden units of a block's MLP, in widths of the tokens
     m.qkv_bias = True  # whether queries, keys and values have biases
@@ -87,9 +87,9 @@ def check_timestep_width(m: ConfigDict) -> None:
 def add_resnet_encoder(m: ConfigDict) -> None:
     """An observation encoder: one ResNet for all frames, optionally low-dimensional keys and text."""
     m.encoder = ConfigDict()
-    m.encoder.stage_sizes = (2, 2, 2, 2)  # basic blocks per stage: ResNet-18
+    m.encoder.stage_sizes = (2, 2, 2, 2)  # basic blocks per stage of the ResNet; these are ResNet-18's
     m.encoder.width = 64  # channels of the first stage, doubled per stage
-    m.encoder.pool = "average"  # average, or flatten (keeps the map's layout; small images)
+    m.encoder.pool = "average"  # of the last feature map: average, or flatten (keeps its layout; for small images)
     m.encoder.use_low_dim = False  # whether the low-dimensional observation conditions the network
     m.encoder.use_language = False  # whether the text embedding conditions the network
     # ImageNet weights to start from: safetensors file, its folder, or hub name[@revision][/file]; "" = none
@@ -144,7 +144,7 @@ def add_ddim(c: ConfigDict, modalities: Iterable[str]) -> None:
     c.diffusion.prediction = ConfigDict({m: "epsilon" for m in modalities})  # network output: epsilon, sample, v
     c.diffusion.clip = ConfigDict({m: 1.0 for m in modalities})  # range of predicted x0; 0 = no clipping
     if "next_obs" in c.diffusion.clip:
-        c.diffusion.clip.next_obs = follows(c.model.codec, "name", _clip_of_codec)  # 1; with the codec pca: 20
+        c.diffusion.clip.next_obs = follows(c.model.codec, "name", _clip_of_codec)
 
 
 def check_ddim(c: ConfigDict) -> None:
