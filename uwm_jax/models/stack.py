@@ -25,7 +25,7 @@ class Stack(nn.Module):
         remat: "none", "dots" (recompute all but the dense layers' products) or "full" in the backward pass.
     """
 
-    layer: nn.Module
+    layer: Any
     depth: int
     scan: bool = True
     remat: str = "none"

@@ -18,6 +18,7 @@ Parameters (D = embed_dim; kernels are (inputs..., outputs...)):
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uwm_jax.models import layers
+from uwm_jax.models import flops, layers
 from uwm_jax.models.activations import constrain
 from uwm_jax.models.initializers import normal, torch_linear
 from uwm_jax.models.patches import unpatchify
@@ -58,6 +59,16 @@ class GR1Encoder(nn.Module):
     resampler: Resampler
     embed_dim: int
 
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.resampler.num_latents + 1
+
+    def flops(self, rows: int, columns: int) -> float:
+        """Operations of the products for one frame of `rows` x `columns`."""
+        width, tokens = self.vit.width, 1 + rows * columns // self.vit.patch**2
+        heads = flops.dense(width, self.embed_dim, self.tokens_per_frame)
+        return self.vit.flops(rows, columns) + self.resampler.flops(tokens, width) + heads
+
     @nn.compact
     def __call__(self, images: Array) -> Array:
         b, v, t, *image = images.shape
@@ -84,6 +95,12 @@ class ActionHead(nn.Module):
 
     action_dim: int
     dtype: Any
+
+    def flops(self, actions: int, width: int) -> float:
+        """Operations of the products on `actions` tokens of `width` channels."""
+        half = width // 2
+        hidden = flops.dense(width, half, actions) + flops.dense(half, half, actions)
+        return hidden + flops.dense(half, self.action_dim, actions)
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -115,6 +132,13 @@ class ImageDecoder(nn.Module):
         rows, columns = (size // patch for size, patch in zip(self.size, self.patch, strict=True))
         return sincos_table(rows, columns, self.embed_dim)
 
+    def flops(self, tokens: int) -> float:
+        """Operations of the products for one image, from `tokens` tokens."""
+        d, values = self.embed_dim, 3 * math.prod(self.patch)
+        patches = 3 * math.prod(self.size) // values
+        blocks = self.depth * self.layer.flops(tokens + patches, d)
+        return flops.dense(d, d, tokens) + blocks + flops.dense(d, values, patches)
+
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
         n, _, d = tokens.shape
@@ -125,7 +149,7 @@ class ImageDecoder(nn.Module):
         layer = self.layer.clone(parent=None)
         x = Stack(layer, self.depth, self.scan, self.remat, name="layers")(constrain(x, "batch", "length"))
         x = layer_norm(EPSILON, name="norm")(x[:, -query.shape[1] :])
-        x = _dense(3 * self.patch[0] * self.patch[1], d, "head")(x)
+        x = _dense(3 * math.prod(self.patch), d, "head")(x)
         return unpatchify(x, (1, *self.patch), (1, 1, *self.size, 3))[:, 0, 0]
 
 
@@ -144,6 +168,18 @@ class GR1Network(nn.Module):
     decoder: ImageDecoder
     num_views: int
     action_len: int
+
+    def flops(self, frames: int) -> dict[str, float]:
+        """Operations of the products of one sample with `frames` current frames in all views: of the observation
+        `encoder`, the transformer with the action head (`network`), and the image `decoder`."""
+        tokens, d = self.obs_encoder.tokens_per_frame, self.obs_encoder.embed_dim
+        length = 2 * frames * tokens + self.action_len
+        layer = self.transformer.layer.flops(length, d)
+        return {
+            "encoder": frames * self.obs_encoder.flops(*self.decoder.size),
+            "network": self.transformer.depth * layer + self.action_head.flops(self.action_len, d),
+            "decoder": frames * self.decoder.flops(tokens),
+        }
 
     def encode(self, images: Array) -> Array:
         """Normalised current frames (B, V, T, H, W, 3) to tokens (B, V*T*(latents + 1), D) (`GR1Encoder`)."""
@@ -172,8 +208,7 @@ class GR1Network(nn.Module):
             is_action = (position >= n) & (position < n + self.action_len)
             mask = action_mask[:, None, None] | ~is_action  # (B, 1, keys): the same for all queries
         x = self.transformer(x, mask)
-        per_frame = self.obs_encoder.resampler.num_latents + 1
-        frames = self.decoder(x[:, n + self.action_len :].reshape(-1, per_frame, d))
+        frames = self.decoder(x[:, n + self.action_len :].reshape(-1, self.obs_encoder.tokens_per_frame, d))
         return {
             "action": self.action_head(x[:, n : n + self.action_len]),
             "next_obs": frames.reshape(b, self.num_views, -1, *frames.shape[1:]),
