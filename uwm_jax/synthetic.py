@@ -22,7 +22,6 @@ LOW_DIM, TEXT_DIM = 7, 512  # widths of synthetic low-dim keys and text embeddin
 def synthetic_system(config: ConfigDict, action_dim: int) -> tuple[System, Any]:
     """A system of the config's shapes and random codec arrays; a VAE is SDXL's."""
     codec, frozen = synthetic_codec(config)
-    assert codec is not None
     return systems.make(config, synthetic_spec(config, action_dim), codec), frozen
 
 

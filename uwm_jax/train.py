@@ -157,7 +157,6 @@ def run(
     startup.reached("model")
     place = find_codec(config, workdir, loader, stored, origin)
     codec, frozen = codec_store.open_codec(config, place)
-    assert codec is not None
     if stored:
         past = lineage.kept(stored.assets)
     else:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend import core
 
 from uwm_jax import config as config_lib
 from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
@@ -58,33 +56,6 @@ def small(codec=None, crop=(24, 40), **model) -> UWM:
     return UWM(c, spec, codec or PCACodec(patch=8, channels=5))
 
 
-def products(function, *args) -> float:
-    """Operations of all matrix products and convolutions that `function` traces to; loops by their length."""
-
-    def visit(jaxpr) -> float:
-        total = 0.0
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                (inputs, _), _ = eqn.params["dimension_numbers"]
-                contracted = math.prod(eqn.invars[0].aval.shape[i] for i in inputs)
-                total += 2 * eqn.outvars[0].aval.size * contracted
-            elif eqn.primitive.name == "conv_general_dilated":
-                kernel = eqn.invars[1].aval
-                outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-                # Going back through a stride spreads the input over zeros.
-                zeros = math.prod(eqn.params["lhs_dilation"])
-                total += 2 * eqn.outvars[0].aval.size * kernel.size / outputs / zeros
-            times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-            for value in eqn.params.values():
-                if isinstance(value, core.ClosedJaxpr):
-                    total += times * visit(value.jaxpr)
-                elif isinstance(value, core.Jaxpr):
-                    total += times * visit(value)
-        return total
-
-    return visit(jax.make_jaxpr(function)(*args).jaxpr)
-
-
 def network_inputs(system, batch=1):
     params = jax.eval_shape(system.init, jax.random.key(0))
     noisy = {m: jnp.zeros((batch, *shape)) for m, shape in system.shapes.items()}
@@ -112,26 +83,26 @@ def test_the_papers_model_costs_what_is_known():
 
 @pytest.mark.parametrize("pool", ["average", "flatten"])
 @pytest.mark.parametrize("crop", [(24, 40), (56, 24)])
-def test_every_product_of_network_and_encoder_is_counted(pool, crop):
+def test_every_product_of_network_and_encoder_is_counted(pool, crop, count_products):
     system = small(crop=crop)
     system.config.model.encoder.pool = pool
     system = UWM(system.config, system.spec, system.codec)
     sample = system.flops()
     inputs = network_inputs(system)
-    assert products(functools.partial(evaluate, system), *inputs) == sample.trained["network"]
+    assert count_products(functools.partial(evaluate, system), *inputs) == sample.trained["network"]
     encoded = system.encode({}, {k: x for k, x in system.spec.zeros(1).items() if k.startswith("obs/")})
-    assert products(lambda p: system.encode_obs(p, encoded), inputs[0]) == sample.trained["encoder"]
+    assert count_products(lambda p: system.encode_obs(p, encoded), inputs[0]) == sample.trained["encoder"]
 
 
-def test_every_product_of_the_codecs_is_counted():
+def test_every_product_of_the_codecs_is_counted(count_products):
     frames = jnp.zeros((1, 2, 2, 24, 40, 3))
     key = jax.random.split(jax.random.key(0), 1)
     image = jnp.zeros((1, 24, 40, 3))
     params = jax.eval_shape(SMALL_VAE.vae.init, jax.random.key(0), image)["params"]
-    assert products(lambda p: SMALL_VAE.encode(p, frames, key), params) == small(SMALL_VAE).flops().frozen
+    assert count_products(lambda p: SMALL_VAE.encode(p, frames, key), params) == small(SMALL_VAE).flops().frozen
     pca = PCACodec(patch=8, channels=5)
     arrays = {"mean": jnp.zeros((2, 24, 40, 3)), "components": jnp.zeros((2, 192, 5)), "scale": jnp.ones(())}
-    assert products(lambda p: pca.encode(p, frames, None), arrays) == small(pca).flops().frozen
+    assert count_products(lambda p: pca.encode(p, frames, None), arrays) == small(pca).flops().frozen
     assert small(PixelsCodec()).flops().frozen == 0
 
 
@@ -145,14 +116,14 @@ def training_loss(system, batch_size):
     return loss
 
 
-def test_every_product_of_a_training_step_is_counted():
+def test_every_product_of_a_training_step_is_counted(count_products):
     system = small()
     frozen = {"mean": jnp.zeros((2, 24, 40, 3)), "components": jnp.zeros((2, 192, 5)), "scale": jnp.ones(())}
     params = jax.eval_shape(system.init, jax.random.key(0))
     # Three times the forward pass counts the gradients of the step's inputs, which nobody asks for.
     d, t, hidden, tokens = 48, 20, 4 * 48, 2 * 3 * 5
     inputs = 2 * (5 * 6 * hidden + tokens * 2 * 5 * d + 2 * t * 4 * t + 11 * d) + 4 * 2 * 49 * 3 * 16 * 12 * 20
-    assert products(jax.grad(training_loss(system, 1)), params, frozen) == system.flops().training - inputs
+    assert count_products(jax.grad(training_loss(system, 1)), params, frozen) == system.flops().training - inputs
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from uwm_jax.systems.base import (
     exact,
     row_keys,
 )
-from uwm_jax.systems.uwm import flops, objective
+from uwm_jax.systems.uwm import objective
 from uwm_jax.systems.uwm.modes import ACTING, MODALITIES, MODES, USES
 from uwm_jax.systems.uwm.network import network_from_config
 from uwm_jax.systems.uwm.tree import TREE
@@ -245,7 +245,16 @@ class UWM(System):
     # --- about -----------------------------------------------------------------------------------
 
     def flops(self) -> Flops:
-        return flops.count(self)
+        """`network` is the diffusion transformer, `encoder` the observation encoder on all current frames; frozen the
+        codec's encoder on all next frames."""
+        views, frames, (rows, columns) = len(self.cameras), self.num_frames, self.config.data.crop
+        encoder, network = self.network.obs_encoder, self.network.noise_pred_net
+        features = encoder.num_features(views, frames, sum(self.spec.low_dim.values()))
+        trained = {
+            "network": network.flops(features),
+            "encoder": encoder.flops(views, frames, rows, columns, self.spec.text_dim),
+        }
+        return Flops(trained, self.codec.encode_flops(views * frames, rows, columns))
 
     def describe_sampling(self) -> dict[str, Any]:
         return self.schedule.describe()
