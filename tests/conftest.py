@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import sys
@@ -59,21 +58,14 @@ def ends():
     return wait
 
 
-def _load_rlds_source():
-    file = Path(__file__).parent / "data" / "rlds_source.py"
-    spec = importlib.util.spec_from_file_location("rlds_source", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
     """Six short DROID-like episodes in the training layout, with a PCA codec for 16-pixel frames."""
     from data_prep.training_layout import reshard
+    from tests.data import rlds_source
 
     root = tmp_path_factory.mktemp("tiny_dataset")
-    _load_rlds_source().make(root / "source", [21, 9, 30, 19, 12, 25])
+    rlds_source.make(root / "source", [21, 9, 30, 19, 12, 25])
     reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, chunk_steps=8, val_ratio=0.3, workers=1)
     return root / "out"
 

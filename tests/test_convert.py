@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
+from tests.golden import reference
 from uwm_jax import cli, convert
 from uwm_jax import config as config_lib
 from uwm_jax.codecs import PCACodec, PixelsCodec, fit_pca
@@ -22,10 +22,6 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import checkpoint, inference
-
-_SPEC = importlib.util.spec_from_file_location("reference", Path(__file__).parent / "golden" / "reference.py")
-reference = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(reference)
 
 LIBERO = "uwm_libero_small"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,12 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.golden import reference
 from uwm_jax import cli, convert
 from uwm_jax.training import checkpoint
-
-_SPEC = importlib.util.spec_from_file_location("reference", Path(__file__).parent / "golden" / "reference.py")
-reference = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(reference)
 
 LIBERO = "uwm_libero_small"
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from absl.flags import FLAGS
 
+from tests.data import rlds_source
 from uwm_jax import cli
 from uwm_jax.config import MAY_CHANGE, base, flatten, source
 from uwm_jax.training.checkpoint import Checkpoints
@@ -67,10 +68,7 @@ def place(tmp_path_factory):
     for name, code in zip(re.findall(r"`(configs/mine\w*\.py)`[,:]", PAGE), blocks("python"), strict=True):
         (folder / name).write_text(code)
 
-    spec = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parent / "data" / "rlds_source.py")
-    source = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(source)
-    source.make(folder / "source", [21, 9, 30, 19, 12, 25])
+    rlds_source.make(folder / "source", [21, 9, 30, 19, 12, 25])
 
     python = folder / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

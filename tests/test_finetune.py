@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import re
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.data import rlds_source
+from tests.golden import reference
 from uwm_jax import config as config_lib
 from uwm_jax import convert
 from uwm_jax.errors import UserError
@@ -24,21 +24,13 @@ from uwm_jax.training.inference import load_for_inference
 GOLDEN = "uwm_libero_small"
 
 
-def load_module(file: str):
-    path = Path(__file__).parent / file
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def new_dataset(tmp_path_factory):
     """Other episodes than those of `tiny_dataset`, so other statistics and another PCA codec."""
     from data_prep.training_layout import reshard
 
     root = tmp_path_factory.mktemp("new_dataset")
-    load_module("data/rlds_source.py").make(root / "source", [24, 20, 22], seed=7)
+    rlds_source.make(root / "source", [24, 20, 22], seed=7)
     reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, chunk_steps=8, val_ratio=0.3, workers=1)
     return root / "out"
 
@@ -142,7 +134,6 @@ def test_another_action_width_starts_with_fresh_layers_and_its_own_normaliser(co
 @pytest.mark.slow
 def test_a_converted_official_checkpoint_is_an_origin(new_dataset, tmp_path, capsys):
     """Official LIBERO weights: no training state, no normaliser, a VAE of their own."""
-    reference = load_module("golden/reference.py")
     save_file(reference.weights(GOLDEN), tmp_path / "official.safetensors")
     official = tmp_path / "official"
     convert.from_torch(tmp_path / "official.safetensors", reference.official_yaml(GOLDEN), official, no_normalizer=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.golden import reference
 from uwm_jax import cli, convert, sample
 from uwm_jax import config as config_lib
 from uwm_jax.codecs import PixelsCodec
@@ -25,10 +25,6 @@ from uwm_jax.systems.uwm import official
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training import checkpoint, inference
-
-_SPEC = importlib.util.spec_from_file_location("reference", Path(__file__).parent / "golden" / "reference.py")
-reference = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(reference)
 
 MODES = ("policy", "video", "forward", "inverse", "joint")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_prep.training_layout import reshard
+from tests.data import rlds_source
 from uwm_jax.config import base
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.sources import Source
 from uwm_jax.data.transforms import xyz_euler_to_rot6d
-
-_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
-rlds_source = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(rlds_source)
 
 LENGTHS = [21, 5, 100, 32, 12, 33]  # 129 training windows: 8 streams of 16 or more
 

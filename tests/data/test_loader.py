@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tests.data import loader_case as case
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import Trace, prefetch_to_device, strangers
 from uwm_jax.data.records import Dataset
@@ -24,9 +24,6 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec, split_episodes
 from uwm_jax.errors import UserError
 
-_SPEC = importlib.util.spec_from_file_location("loader_case", Path(__file__).with_name("loader_case.py"))
-case = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(case)
 LENGTHS, made, config, rlds_source = case.LENGTHS, case.made, case.config, case.rlds_source
 _loader, _source, _take, _raw_actions = case.open_loader, case.source_of, case.take, case.raw_actions
 _minmax = case.minmax

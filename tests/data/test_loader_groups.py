@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tests.data import loader_case as case
 from uwm_jax.config import source
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset
 
-_SPEC = importlib.util.spec_from_file_location("loader_case", Path(__file__).with_name("loader_case.py"))
-case = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(case)
 made, config, open_loader, take = case.made, case.config, case.open_loader, case.take
 
 ACTED = {"last_action", "has_last_action", "shuffled_action"}  # further keys of a held-out batch with actions

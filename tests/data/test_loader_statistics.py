@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,15 +11,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tests.data import loader_case as case
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
 
-_SPEC = importlib.util.spec_from_file_location("loader_case", Path(__file__).with_name("loader_case.py"))
-case = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(case)
 LENGTHS, made, config, rlds_source = case.LENGTHS, case.made, case.config, case.rlds_source
 _loader, _take = case.open_loader, case.take
 _raw_actions, _minmax = case.raw_actions, case.minmax

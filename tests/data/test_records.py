@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -14,14 +13,11 @@ import pytest
 from PIL import Image
 
 from data_prep.training_layout import reshard
+from tests.data import rlds_source
 from uwm_jax import reading
 from uwm_jax.data import columns, records, shards
 from uwm_jax.data.records import Dataset, dataset_dir, find_dataset, short_key
 from uwm_jax.errors import RunError, UserError
-
-_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
-rlds_source = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(rlds_source)
 
 LENGTHS = [21, 5, 40]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -13,15 +12,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_prep.training_layout import reshard
+from tests.data import rlds_source
 from uwm_jax.config import base, source
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.windows import split_episodes
-
-_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
-rlds_source = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(rlds_source)
 
 LENGTHS = [9] * 16
 STEPS = sum(LENGTHS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,15 +13,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from data_prep.training_layout import reshard
+from tests.data import rlds_source
 from uwm_jax.config import base, source
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.samples import Clip, cover
 from uwm_jax.errors import UserError
-
-_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
-rlds_source = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(rlds_source)
 
 VIEWS = ("wrist", "exterior")  # not sorted: a source's keys stand for the model's in the config's order
 OBS, NEXT = (0, 1), (5, 6)

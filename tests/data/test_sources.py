@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_prep.training_layout import reshard
+from tests.data import rlds_source
 from uwm_jax import config as config_lib
 from uwm_jax.config import base, source
 from uwm_jax.data.loader import Loader
@@ -22,10 +22,6 @@ from uwm_jax.data.samples import Clip
 from uwm_jax.data.stats import column_stats, pool_stats
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
-
-_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).with_name("rlds_source.py"))
-rlds_source = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(rlds_source)
 
 LENGTHS = [21, 30, 25, 32, 12, 33, 18, 27]
 FOLDERS = [f"/r2d2/{'WEIRD' if i % 2 else 'AUTOLab'}/success/ép-{i}" for i in range(8)]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -15,12 +14,9 @@ from PIL import Image
 import data_prep.inspect
 from data_prep.inspect import contact_sheet, fitting, inspect, language, printable
 from data_prep.training_layout import reshard
+from tests.data import rlds_source
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError
-
-_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parents[1] / "data" / "rlds_source.py")
-rlds_source = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(rlds_source)
 
 
 @pytest.fixture(scope="module")

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 from data_prep.training_layout import reshard
+from tests.data import rlds_source
 from uwm_jax.codecs import fit_pca
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
 
 LENGTHS = [37, 5, 16, 33, 1, 20]
-
-
-def _load_source() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parents[1] / "data" / "rlds_source.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-rlds_source = _load_source()
 OPTIONS: dict[str, Any] = {"pca_channels": 4, "workers": 1}
 
 

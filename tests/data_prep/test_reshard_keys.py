@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -14,12 +13,9 @@ import pytest
 from PIL import Image
 
 from data_prep.training_layout import reshard, summary
+from tests.data import rlds_source
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError
-
-_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parents[1] / "data" / "rlds_source.py")
-rlds_source = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(rlds_source)
 
 LENGTHS = [3, 18]
 PIXELS = {"raw": (12, 20, 3), "raw_zlib": (12, 20, 3), "raw_bytes": (12, 20, 4), "raw_grey": (20, 16, 1)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import io
 import json
 import math
@@ -18,12 +17,9 @@ from PIL import Image
 
 from data_prep.cutting import Result
 from data_prep.training_layout import _SkipLimit, reshard, summary
+from tests.data import rlds_source
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import RunError, UserError
-
-_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parents[1] / "data" / "rlds_source.py")
-rlds_source = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(rlds_source)
 
 FORMATS = ["tfrecord", "array_record"]
 MISSING = "missing, though dataset_info.json declares it"

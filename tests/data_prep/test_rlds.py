@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -13,11 +12,8 @@ import pytest
 from data_prep.features import Feature
 from data_prep.rlds import open_source
 from data_prep.source_files import read_records
+from tests.data import rlds_source
 from uwm_jax.errors import UserError
-
-_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parents[1] / "data" / "rlds_source.py")
-rlds_source = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(rlds_source)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,12 +9,9 @@ import pytest
 from data_prep.dataset_stats import write_stats
 from data_prep.stats import table, warnings
 from data_prep.training_layout import reshard
+from tests.data import rlds_source
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError
-
-_SPEC = importlib.util.spec_from_file_location("rlds_source", Path(__file__).parents[1] / "data" / "rlds_source.py")
-rlds_source = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(rlds_source)
 
 
 def test_statistics_equal_numpys_and_carry_the_fingerprint(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Run as a program of its own, because the number of devices is fixed when jax starts:
 
-    python tests/parallel/droid_collectives.py OUTPUT.json
+    python -m tests.parallel.droid_collectives OUTPUT.json
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
 import jax
 from ml_collections import ConfigDict

@@ -14,6 +14,7 @@ import pytest
 from uwm_jax.parallel import collectives
 from uwm_jax.parallel.accumulate import value_and_grad
 
+ROOT = Path(__file__).parents[2]
 SPANS = ("t0-24", "t25-49", "t50-74", "t75-99")
 MESHES = ("data 8", "data 8, accumulated", "fsdp 8", "2x2x2, accumulated", "data 2, tensor 4")
 
@@ -66,8 +67,9 @@ def test_activations_of_one_part_live_at_a_time(problem):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Results of `eight_devices.py`, by variant."""
-    script, output = Path(__file__).with_name("eight_devices.py"), tmp_path_factory.mktemp("meshes") / "runs.json"
-    done = subprocess.run([sys.executable, str(script), str(output)], capture_output=True, text=True, env=os.environ)
+    output = tmp_path_factory.mktemp("meshes") / "runs.json"
+    command = [sys.executable, "-m", "tests.parallel.eight_devices", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(output.read_text())
 

@@ -110,8 +110,9 @@ STEP = {
 
 @pytest.mark.slow
 def test_the_step_of_droid_sends_what_it_always_did(tmp_path):
-    script, output = Path(__file__).with_name("droid_collectives.py"), tmp_path / "found.json"
-    done = subprocess.run([sys.executable, str(script), str(output)], capture_output=True, text=True, env=os.environ)
+    output = tmp_path / "found.json"
+    command = [sys.executable, "-m", "tests.parallel.droid_collectives", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(output.read_text())
     assert {mesh: {key: of[key] for key in ("bytes", "count")} for mesh, of in found.items()} == STEP

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.golden import reference
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.systems.uwm import official
@@ -133,9 +133,6 @@ def test_every_bad_tensor_is_named_in_one_error() -> None:
 
 
 def test_golden_filler_has_the_published_values() -> None:
-    spec = importlib.util.spec_from_file_location("reference", GOLDEN / "reference.py")
-    reference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reference)
     np.testing.assert_allclose(
         reference.filler(5, 0), [0.24008482, 0.06439513, -0.04525074, -0.22759926, 0.32344871], atol=5e-9
     )

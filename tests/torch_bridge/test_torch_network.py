@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -28,20 +25,13 @@ from uwm_jax.training import checkpoint
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
 torch = pytest.importorskip("torch")
 
+from tests.golden import reference  # noqa: E402
 from uwm_jax.torch_bridge import torch_network  # noqa: E402
 
 DROID = "uwm_droid_small"
 
 # Half the compile time: what is compared with torch is what the network computes, not how it is compiled.
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", Path(__file__).parents[1] / "golden" / "reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def relative(found, wanted) -> float:
@@ -62,7 +52,7 @@ def model_fields(**changes):
     return model
 
 
-def fill(reference: ModuleType, module) -> int:
+def fill(module) -> int:
     """Formula weights, numbered by registration as the published numbers are; norms' scales are moved to 1."""
     norms = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.GroupNorm)}
     count = 0
@@ -74,12 +64,12 @@ def fill(reference: ModuleType, module) -> int:
     return count
 
 
-def published(reference: ModuleType, shape: tuple[int, ...], k: int):
+def published(shape: tuple[int, ...], k: int):
     value = (2.0 * reference.filler(int(np.prod(shape)), k)).astype(np.float32)
     return torch.from_numpy(value.reshape(shape))
 
 
-def test_published_predictions(reference):
+def test_published_predictions():
     net = torch_network.NoisePredNet(model_fields(), 20, (4, 3), (2, 2, 8, 8, 4))
     assert fill(reference, net) == 42
     noisy = {
@@ -100,7 +90,7 @@ def test_published_predictions(reference):
     close(video.ravel()[-3:], [-0.111461, -0.066371, -0.017681])
 
 
-def test_published_features(reference):
+def test_published_features():
     net = torch_network.ResNet((2, 2, 2, 2), 64, 8, "average", (64, 64))
     assert fill(reference, net) == 62
     images = (reference.filler(2 * 3 * 2 * 64 * 64, 1007) + 0.5).astype(np.float32).reshape(2, 3, 2, 64, 64)
@@ -175,7 +165,7 @@ def test_our_flax_network_agrees_in_values_and_gradients(encoder):
 
 
 @pytest.fixture(scope="module")
-def official(reference, tmp_path_factory):
+def official(tmp_path_factory):
     """A converted official checkpoint, exported again and loaded: (network, description)."""
     pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("official")
@@ -188,7 +178,7 @@ def official(reference, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_official_names_load_strictly(official, reference):
+def test_official_names_load_strictly(official):
     network, _ = official
     assert not network.training
     stored = reference.weights(DROID)
@@ -197,7 +187,7 @@ def test_official_names_load_strictly(official, reference):
 
 
 @pytest.mark.slow
-def test_official_predictions_latents_and_gradients(official, reference):
+def test_official_predictions_latents_and_gradients(official):
     network, _ = official
     g = {name: torch.from_numpy(value) for name, value in reference.numbers(DROID).items()}
     images, latents = g["enc/curr_imgs"].movedim(2, -1), g["next_obs_latent"].movedim(2, -1)

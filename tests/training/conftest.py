@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture(scope="session")
-def small_run():
-    """The module `small_run.py`."""
-    spec = importlib.util.spec_from_file_location("small_run", Path(__file__).with_name("small_run.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.training import small_run
 
 
 @pytest.fixture(scope="session")
-def two_steps(small_run, tmp_path_factory):
+def two_steps(tmp_path_factory):
     return small_run.save_steps(tmp_path_factory.mktemp("two") / "run", 2, 4, 6, keep=2)
 
 

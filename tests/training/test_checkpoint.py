@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.training import small_run
 from uwm_jax import reading
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.synthetic import synthetic_codec, synthetic_system
@@ -145,7 +146,7 @@ def test_parameters_alone_are_read(converted, tmp_path):
         load_for_inference(tmp_path)
 
 
-def test_sampling_falls_back_too_but_not_from_a_step_that_was_asked_for(small_run, converted, tmp_path, capfd):
+def test_sampling_falls_back_too_but_not_from_a_step_that_was_asked_for(converted, tmp_path, capfd):
     _, system, params, frozen = converted
     newer = jax.tree.map(lambda x: x + 1, params)
     for step, values in ((2, params), (4, newer)):
@@ -163,7 +164,7 @@ def test_sampling_falls_back_too_but_not_from_a_step_that_was_asked_for(small_ru
 # --- a run's checkpoints ---------------------------------------------------------------------------
 
 
-def test_the_newest_comes_back_and_old_ones_go(small_run, workdir):
+def test_the_newest_comes_back_and_old_ones_go(workdir):
     checkpoints = Checkpoints(workdir, Retention(2))
     assert checkpoints.steps() == [4, 6]
     assert {p.name for p in checkpoints.directory.iterdir()} == {"4", "6"}
@@ -185,7 +186,7 @@ def test_an_empty_workdir_has_nothing_to_restore(tmp_path):
     checkpoints.close()
 
 
-def test_the_state_may_be_overwritten_while_it_is_saved(small_run, tmp_path):
+def test_the_state_may_be_overwritten_while_it_is_saved(tmp_path):
     """The step reuses the state's buffers at once."""
     checkpoints = Checkpoints(tmp_path)
     state = small_run.state_at(3)
@@ -220,7 +221,7 @@ def full_disk(monkeypatch):
     monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", fail)
 
 
-def test_a_failed_save_is_raised_at_the_next_step(small_run, workdir, full_disk, capfd):
+def test_a_failed_save_is_raised_at_the_next_step(workdir, full_disk, capfd):
     checkpoints = Checkpoints(workdir, Retention(1))
     checkpoints.check()
     checkpoints.save(small_run.state_at(8), {}, small_run.CODEC, small_run.assets_of())
@@ -238,14 +239,14 @@ def test_a_failed_save_is_raised_at_the_next_step(small_run, workdir, full_disk,
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_closing_tells_of_a_failed_save(small_run, workdir, full_disk):
+def test_closing_tells_of_a_failed_save(workdir, full_disk):
     checkpoints = Checkpoints(workdir)
     checkpoints.save(small_run.state_at(8), {}, small_run.CODEC, small_run.assets_of())
     with pytest.raises(RunError, match="checkpoints/8"):
         checkpoints.close()
 
 
-def test_closing_does_not_hide_another_error(small_run, workdir, full_disk, capfd):
+def test_closing_does_not_hide_another_error(workdir, full_disk, capfd):
     checkpoints = Checkpoints(workdir)
     checkpoints.save(small_run.state_at(8), {}, small_run.CODEC, small_run.assets_of())
     with pytest.raises(ZeroDivisionError):
@@ -256,7 +257,7 @@ def test_closing_does_not_hide_another_error(small_run, workdir, full_disk, capf
     assert "warning: " in (message := capfd.readouterr().err) and "No space left on device" in message
 
 
-def test_a_directory_that_cannot_be_read_hides_no_failed_save(small_run, workdir, full_disk, monkeypatch, capfd):
+def test_a_directory_that_cannot_be_read_hides_no_failed_save(workdir, full_disk, monkeypatch, capfd):
     """The thread that deletes old checkpoints, and tells of failures, must not die of it."""
 
     def steps(_):
@@ -286,7 +287,7 @@ def test_a_directory_is_listed_again_where_a_disk_fails_for_a_moment(workdir, mo
     assert latest_step(workdir) == 6 and slept == [1.0]
 
 
-def test_a_save_that_cannot_start(small_run, workdir):
+def test_a_save_that_cannot_start(workdir):
     checkpoints = Checkpoints(workdir)
     with pytest.raises(RunError, match="checkpoints/6: .*exists"):
         checkpoints.save(small_run.state_at(6), {}, small_run.CODEC, small_run.assets_of())

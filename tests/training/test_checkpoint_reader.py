@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from launch.rehearse import Processes, one_device
+from tests.training import small_run
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.checkpoint_reader import CorruptCheckpoint, array_digests, digests_on_devices, digests_on_host
@@ -33,7 +34,7 @@ def files_of(directory: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves coroutines behind
-def test_no_flipped_bit_goes_unseen(small_run, workdir, capfd):
+def test_no_flipped_bit_goes_unseen(workdir, capfd):
     """Whichever file a bit changes in: the state that comes back is the one that was saved, or the one before."""
     fell_back = set()
     for n, file in enumerate(files_of(workdir / "checkpoints" / "6")):
@@ -80,7 +81,7 @@ def edit(path: Path) -> None:
         (".", lambda path: [remove(p) for p in path.iterdir()]),
     ],
 )
-def test_a_damaged_checkpoint_is_set_aside(small_run, workdir, item, damage, capfd):
+def test_a_damaged_checkpoint_is_set_aside(workdir, item, damage, capfd):
     damage(workdir / "checkpoints" / "6" / item)
     before = {p for p in (workdir / "checkpoints" / "6").rglob("*")}
     checkpoints = Checkpoints(workdir)
@@ -99,7 +100,7 @@ def test_a_damaged_checkpoint_is_set_aside(small_run, workdir, item, damage, cap
     assert latest_step(workdir) == 6 and checkpoints.steps() == [4, 6]
 
 
-def test_when_none_is_left_nothing_is_deleted(small_run, workdir):
+def test_when_none_is_left_nothing_is_deleted(workdir):
     for step in ("4", "6"):
         small_run.flip(small_run.largest_file(workdir / "checkpoints" / step / "params"))
     for _ in range(2):  # the second start finds what the first one left
@@ -110,7 +111,7 @@ def test_when_none_is_left_nothing_is_deleted(small_run, workdir):
         assert latest_step(workdir) == 4 and (workdir / "corrupt" / "6").is_dir()
 
 
-def test_a_checkpoint_that_does_not_fit_is_not_damaged(small_run, workdir):
+def test_a_checkpoint_that_does_not_fit_is_not_damaged(workdir):
     wanted = small_run.like()
     wanted.params["net"]["bias"] = jax.ShapeDtypeStruct((17,), jnp.float32, sharding=wanted.step.sharding)
     checkpoints = Checkpoints(workdir)
@@ -122,7 +123,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_damaged(small_run, workdir):
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ValueError("RESOURCE_EXHAUSTED: memory")])
-def test_what_may_pass_moves_nothing(small_run, workdir, error, monkeypatch):
+def test_what_may_pass_moves_nothing(workdir, error, monkeypatch):
     def fail(*_, **__):
         raise error
 
@@ -134,7 +135,7 @@ def test_what_may_pass_moves_nothing(small_run, workdir, error, monkeypatch):
     assert latest_step(workdir) == 6 and not (workdir / "corrupt").exists()
 
 
-def test_checkpoints_without_digests_still_load(small_run, workdir):
+def test_checkpoints_without_digests_still_load(workdir):
     file = workdir / "checkpoints" / "6" / "assets" / "metadata"
     assets = json.loads(file.read_text())
     del assets["digests"]
@@ -178,7 +179,7 @@ def test_a_checkpoint_continues_on_other_meshes(tmp_path):
 import sys, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[1])
-import small_run as t
+from tests.training import small_run as t
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.checkpoint_reader import array_digests, digests_on_devices
 
@@ -205,7 +206,7 @@ checkpoints.close()
 print("all equal")
 """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "run")]
+    command = [sys.executable, "-c", program, str(Path(__file__).parents[2]), str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert "all equal" in result.stdout, result.stderr[-3000:]
 
@@ -223,9 +224,9 @@ from uwm_jax.parallel import distributed
 
 distributed.define_flags()
 argv = ["--" + a[2:].replace("-", "_") if a.startswith("--") else a for a in sys.argv]
-_, tests, workdir = flags.FLAGS(argv)
-sys.path.insert(0, tests)
-import small_run as t
+_, root, workdir = flags.FLAGS(argv)
+sys.path.insert(0, root)
+from tests.training import small_run as t
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.checkpoint_reader import array_digests, digests_on_devices
@@ -264,7 +265,7 @@ checkpoints.close()
 distributed.shutdown()
 print("all equal")
 """
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "run")]
+    command = [sys.executable, "-c", program, str(Path(__file__).parents[2]), str(tmp_path / "run")]
     with Processes(2, command, one_device(os.environ)) as processes:
         assert processes.wait(300) == [0, 0], processes.lines
     assert all("all equal" in "".join(lines) for lines in processes.lines), processes.lines

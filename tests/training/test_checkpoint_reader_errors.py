@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.training import small_run
 from uwm_jax import config, reading
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.training import checkpoint as checkpoint_lib
@@ -43,7 +44,7 @@ def failing(monkeypatch, error: Exception, times: int) -> list[int]:
 
 
 @pytest.fixture
-def saved(small_run, tmp_path):
+def saved(tmp_path):
     return small_run.save_steps(tmp_path / "run", 2, 4)
 
 
@@ -73,7 +74,7 @@ def test_a_disk_that_does_better_the_second_time_is_no_error(saved, monkeypatch)
     assert CheckpointReader(saved / "checkpoints", 4).assets["code_version"]
 
 
-def test_the_name_of_a_directory_is_no_reason(small_run, tmp_path):
+def test_the_name_of_a_directory_is_no_reason(tmp_path):
     for name in ("permission_study", "timed out, peer unavailable"):
         workdir = small_run.save_steps(tmp_path / name, 2, 4)
         shutil.rmtree(workdir / "checkpoints" / "4" / "data_iter")
@@ -86,7 +87,7 @@ def test_the_name_of_a_directory_is_no_reason(small_run, tmp_path):
         checkpoints.close()
 
 
-def test_a_checkpoint_that_is_replaced_while_it_is_read(small_run, saved, monkeypatch, capfd):
+def test_a_checkpoint_that_is_replaced_while_it_is_read(saved, monkeypatch, capfd):
     """A run that trains and keeps one: what a reader has begun to read is gone, and a newer one is there."""
     checkpoint_lib.write_config(saved, config.base())
     monkeypatch.setattr(config, "validate", lambda c: None)
@@ -161,7 +162,7 @@ def test_digests_of_small_and_large_arrays_are_those_of_the_host():
     assert checkpoint_reader._digests_by_size(arrays) == digests_on_host(arrays)
 
 
-def test_warming_up_prepares_every_program_of_a_save(small_run, monkeypatch, tmp_path):
+def test_warming_up_prepares_every_program_of_a_save(monkeypatch, tmp_path):
     """As on an accelerator: nothing is compiled any more when a state is saved."""
     monkeypatch.setattr(checkpoint_reader, "_SMALL_BYTES", 1)
     monkeypatch.setattr(checkpoint_reader, "_on_cpus", lambda arrays: False)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.training import small_run
 from uwm_jax.errors import UserError
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.retention import Retention
@@ -57,7 +58,7 @@ def test_without_a_measured_value_only_the_newest_stay(tmp_path):
     assert Retention(2, best=METRIC).surplus([2, 4, 6], tmp_path) == [2]
 
 
-def test_a_continued_run_goes_on_keeping_what_was_best(small_run, tmp_path):
+def test_a_continued_run_goes_on_keeping_what_was_best(tmp_path):
     """The decision is taken from the files, so it does not depend on how often the run was started again."""
     retention = Retention(1, every=6, best=METRIC)
     values = {2: 0.3, 4: 0.1, 6: 0.5, 8: 0.4, 10: 0.2}
@@ -81,7 +82,7 @@ def test_a_continued_run_goes_on_keeping_what_was_best(small_run, tmp_path):
     checkpoints.close()
 
 
-def test_nothing_is_deleted_where_the_metrics_cannot_be_read(small_run, tmp_path, monkeypatch, capfd):
+def test_nothing_is_deleted_where_the_metrics_cannot_be_read(tmp_path, monkeypatch, capfd):
     def fail(_):
         raise OSError(13, "Permission denied", "metrics.jsonl")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,20 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import reference
 from uwm_jax.systems.gr1.network import GR1Network, network_from_config
 from uwm_jax.torch_bridge import layout
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-
-
-def load_reference() -> Any:
-    spec = importlib.util.spec_from_file_location("reference", GOLDEN / "reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = load_reference()
 
 
 def numbered(entries: list[tuple[str, tuple[int, ...]]], norms: tuple[str, ...] = ("norm",)) -> dict[str, np.ndarray]:
