@@ -316,4 +316,6 @@ def test_progress_line():
     assert line == (
         "step 11/101  loss 1.5000 (action 1.0000, next_obs 0.5000)  16.0 samples/s  data wait 20 %  ETA 0:45"
     )
+    values |= {"loss/next_obs/t0-24": 0.1, "loss/x": 2.0}
+    assert "(action 1.0000, next_obs 0.5000, x 2.0000)" in progress_line(11, 101, values)
     assert "  MFU 41.2 %  data wait" in progress_line(11, 101, values | {"mfu": 0.4123})

@@ -166,6 +166,22 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
     return sources
 
 
+def keys_read(config: Any) -> dict[str, dict[str, Any]]:
+    """{"cameras" and "action": {config field: keys}} of all sources with actions, or of the run without sources.
+
+    Cameras are in the order of the views. `config` is `config.data`.
+    """
+    sources = {f"data.sources.{name}": s for name, s in config.sources.items() if s.use_actions} or {"data": config}
+    found: dict[str, dict[str, Any]] = {"cameras": {}, "action": {}}
+    for where, source in sources.items():
+        for kind, fields in found.items():
+            keys = source[kind] or config[kind]
+            if kind == "cameras":
+                keys = [key for _, key in sorted(zip(config.cameras, keys, strict=True))]
+            fields[f"{where if source[kind] else 'data'}.{kind}"] = keys
+    return found
+
+
 def renamed(stored: Mapping[str, Any], ours: Sequence[str]) -> dict[str, Any]:
     """{source: value} that a run stored, under the current names of its sources.
 
@@ -215,7 +231,7 @@ def check_normalizer(normalizer: Normalizer, spec: DataSpec, where: str) -> None
     Raises:
         UserError: the normaliser is for other keys or widths.
     """
-    ours = ({"action": spec.action_dim} if spec.window.action else {}) | spec.low_dim
+    ours = spec.widths
     theirs = {key: len(scale) for key, (scale, _) in normalizer.entries.items()}
     differing = any(ours[key] != theirs[key] for key in ours.keys() & theirs.keys())
     if differing or (ours.keys() - theirs.keys() and theirs.keys() - ours.keys()):

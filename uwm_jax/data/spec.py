@@ -62,6 +62,11 @@ class DataSpec:
         like["row"] = (), np.int32
         return {key: jax.ShapeDtypeStruct((rows, *shape), dtype) for key, (shape, dtype) in like.items()}
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """{key: D} of the vectors that are normalised: `action`, where there are actions, and the low-dim keys."""
+        return ({"action": self.action_dim} if self.window.action else {}) | self.low_dim
+
     def empty(self, rows: int) -> Batch:
         """Uninitialised arrays for a batch of `rows` samples."""
         return {key: np.empty(like.shape, like.dtype) for key, like in self.batch_like(rows).items()}

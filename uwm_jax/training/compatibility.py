@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from uwm_jax import codecs, systems
 from uwm_jax import config as config_lib
 from uwm_jax.data.ranges import Range, under
+from uwm_jax.data.sources import keys_read
 from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import GROUPS
 from uwm_jax.errors import UserError
 from uwm_jax.training import average
 from uwm_jax.training.finetune import Origin
@@ -19,7 +20,7 @@ from uwm_jax.training.patterns import is_fresh, matches, skip_flag
 # Fields that finetuning often changes; a person is told, since no shape may show it.
 _TOLD = (
     *("data.low_dim", "data.text", "data.resize", "data.crop"),
-    *("data.window.obs", "data.window.action", "data.window.next_obs"),
+    *(f"data.window.{group}" for group in GROUPS),
 )
 
 
@@ -56,7 +57,7 @@ def check(origin: Origin, config: ConfigDict, spec: DataSpec, ranges: Mapping[st
         *_about_pretrained(config),
         *_about_normalizer(origin, config, spec, ranges),
     ]
-    keys_now, keys_before = _keys_read(config), _keys_read(origin.config)
+    keys_now, keys_before = keys_read(config.data), keys_read(origin.config.data)
     for kind, fields in keys_now.items():
         known = list(keys_before[kind].values())
         lines += [
@@ -113,7 +114,7 @@ def _about_normalizer(
     origin: Origin, config: ConfigDict, spec: DataSpec, ranges: Mapping[str, Mapping[str, Range]]
 ) -> list[str]:
     kept = origin.kept_keys(config, spec)
-    own = [key for key in ("action", *spec.low_dim) if key not in kept]
+    own = [key for key in spec.widths if key not in kept]
     plain = [key for key in kept if key not in origin.normalizer.entries]
     parts = [f"{', '.join(kept)} as in the origin"] if kept else []
     parts += [f"{', '.join(own)} from this run's data ({config.data.normalize})"] if own else []
@@ -122,21 +123,7 @@ def _about_normalizer(
     for told in under(origin.normalizer, ranges, kept):
         lines.append(
             f"warning: {told}. Are the units and the meaning of the columns the same? A normaliser that fits this "
-            f"data is --config.init_from_normalizer=fresh; for action, fresh layers with one are "
-            f"{skip_flag(systems.tree(config).interface('action'))}"
+            f"data is --config.init_from_normalizer=fresh; for {kept[0]}, fresh layers with one are "
+            f"{skip_flag(systems.tree(config).interface(kept[0]))}"
         )
     return lines
-
-
-def _keys_read(config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """{"cameras" and "action": {config field: keys}} of all data with actions; cameras in the order of the views."""
-    data = config.data
-    sources = {f"data.sources.{name}": s for name, s in data.sources.items() if s.use_actions} or {"data": data}
-    found: dict[str, dict[str, Any]] = {"cameras": {}, "action": {}}
-    for where, source in sources.items():
-        for kind, fields in found.items():
-            keys = source[kind] or data[kind]
-            if kind == "cameras":
-                keys = [key for _, key in sorted(zip(data.cameras, keys, strict=True))]
-            fields[f"{where if source[kind] else 'data'}.{kind}"] = keys
-    return found

@@ -142,7 +142,7 @@ class Origin:
         """
         kept = set(self.kept_keys(config, spec))
         entries = {}
-        for key in ("action", *spec.low_dim):
+        for key in spec.widths:
             source = self.normalizer if key in kept else spec.normalizer
             if key in source.entries:
                 entries[key] = source.entries[key]
@@ -228,13 +228,10 @@ class Origin:
         """The keys, `action` and low-dim, whose normaliser is the origin's; arguments as for `normalizer_for`."""
         if config.init_from_normalizer == "fresh":
             return []
-        here = {"action": spec.action_dim, **spec.low_dim}
-        there = {"action": self.data_spec.action_dim, **self.data_spec.low_dim}
-
-        tree = systems.tree(config)
+        tree, there = systems.tree(config), self.data_spec.widths
         return [
             key
-            for key, width in here.items()
+            for key, width in spec.widths.items()
             if there.get(key) == width and not is_fresh(tree.interface(key), config.init_from_skip)
         ]
 

@@ -202,9 +202,11 @@ def _lines(path: Path) -> list[str]:
 def progress_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     """`step 200/1000  loss 0.812 (action 0.402, next_obs 0.410)  285 samples/s  data wait 1 %  ETA 3:20`.
 
-    With `mfu` among the metrics, it stands behind the samples.
+    In brackets are the parts of the loss, `loss/<part>`, that the metrics have. With `mfu` among them, it stands behind
+    the samples.
     """
-    parts = ", ".join(f"{m} {metrics[f'loss/{m}']:.4f}" for m in ("action", "next_obs"))
+    names = sorted(name for name in metrics if name.startswith("loss/") and name.count("/") == 1)
+    parts = ", ".join(f"{name.removeprefix('loss/')} {metrics[name]:.4f}" for name in names)
     mfu = f"  MFU {100 * metrics['mfu']:.1f} %" if "mfu" in metrics else ""
     return (
         f"step {step}/{total_steps}  loss {metrics['loss']:.4f} ({parts})  "
