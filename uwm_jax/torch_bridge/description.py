@@ -16,10 +16,10 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
 from uwm_jax.reading import read_json
-from uwm_jax.training import average
 
 FORMAT = "uwm_jax.torch"
 FORMAT_VERSION = 1
+_PARAMETERS = ("raw", "average")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,8 @@ def _check(spec: DataSpec, stored: Mapping[str, Any]) -> None:
     for name in ("text_dim", "step"):
         if type(stored[name]) is not int or not 0 <= stored[name] < 2**31:
             raise ValueError(f"{name} should be an integer from 0 on, found {stored[name]!r:.60}")
-    if stored["parameters"] not in average.ITEMS:
-        raise ValueError(f"parameters should be {' or '.join(average.ITEMS)}, found {stored['parameters']!r:.60}")
+    if stored["parameters"] not in _PARAMETERS:
+        raise ValueError(f"parameters should be {' or '.join(_PARAMETERS)}, found {stored['parameters']!r:.60}")
     for key, pair in spec.normalizer.entries.items():
         if not all(np.isfinite(part).all() for part in pair):
             raise ValueError(f"the normaliser of {key} holds values that are not finite")
