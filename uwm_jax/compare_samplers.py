@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from uwm_jax import cli, config_help
+from uwm_jax import cli, config_help, systems
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation import closed_loop, places
@@ -33,8 +33,7 @@ from uwm_jax.evaluation.run import open_run
 from uwm_jax.files import write_text
 from uwm_jax.policy import Policy
 from uwm_jax.reporting.run_page import write as write_report
-from uwm_jax.systems.uwm.modes import MODES
-from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.base import System
 from uwm_jax.training import inference
 
 FLAGS = flags.FLAGS
@@ -71,8 +70,7 @@ def main(call: cli.Call) -> None:
         overrides=call.overrides,
     )
     ways = parse_ways(run.system, FLAGS.sampler, FLAGS.steps)
-    diffusions = [way.config.diffusion for way in ways]
-    settings = dict(run.settings) | {"ways": [[d.spacing, d.num_inference_steps] for d in diffusions]}
+    settings = dict(run.settings) | {"ways": [_named(way) for way in ways]}
     settings |= {name: FLAGS[name].value for name in ("env", "episodes", "execute") if FLAGS.env}
     folder = run.folder("few_steps.json", settings, shared=True, name=FLAGS.name)
     evaluator = run.evaluator()
@@ -93,17 +91,24 @@ def main(call: cli.Call) -> None:
     print(f"wrote {write_report(workdir, results=run.root)}")
 
 
-def parse_ways(system: UWM, spacings: str | None, steps: str | None) -> list[UWM]:
+def parse_ways(system: System, spacings: str | None, steps: str | None) -> list[System]:
     """A system for every pair of `leading,trailing` and `10,4,2`; None is the config's own.
 
     Raises:
       UserError: something else, or more steps than the network was trained with.
     """
-    diffusion, most = system.config.diffusion, system.config.diffusion.num_train_steps
-    names = [part.strip() for part in (spacings or diffusion.spacing).split(",")]
-    for name in names:
+    diffusion = system.config.get("diffusion", {})
+    for flag, given, field in (("sampler", spacings, "spacing"), ("steps", steps, "num_inference_steps")):
+        if given and field not in diffusion:
+            raise UserError(
+                f"--{flag}={given}: this workdir is a {system.config.system} run, whose samples have no "
+                f"config.diffusion.{field}."
+            )
+    names = [part.strip() for part in spacings.split(",")] if spacings else [diffusion.get("spacing")]
+    for name in names if spacings else ():
         if name not in SPACINGS:
             raise UserError(f"--sampler: expected {' or '.join(SPACINGS)}, or both with a comma; found {name!r}.")
+    most = diffusion.get("num_train_steps", 1000)
     numbers = [part.strip() for part in (steps or str(diffusion.num_inference_steps)).split(",")]
     for number in numbers:
         if not number.isdecimal() or not 1 <= int(number) <= most:
@@ -112,8 +117,10 @@ def parse_ways(system: UWM, spacings: str | None, steps: str | None) -> list[UWM
     for name in dict.fromkeys(names):
         for number in dict.fromkeys(numbers):
             config = system.config.copy_and_resolve_references()
-            config.diffusion.spacing, config.diffusion.num_inference_steps = name, int(number)
-            ways.append(UWM(config, system.spec, system.codec))
+            config.diffusion.num_inference_steps = int(number)
+            if name is not None:
+                config.diffusion.spacing = name
+            ways.append(systems.make(config, system.spec, system.codec))
     return ways
 
 
@@ -130,7 +137,7 @@ class Acting:
 
 
 @contextlib.contextmanager
-def open_acting(env: str | None, system: UWM, episodes: int, execute: int) -> Iterator[Acting | None]:
+def open_acting(env: str | None, system: System, episodes: int, execute: int) -> Iterator[Acting | None]:
     """Opens the processes that simulate; None without an `env`.
 
     Raises:
@@ -145,7 +152,7 @@ def open_acting(env: str | None, system: UWM, episodes: int, execute: int) -> It
         yield Acting(envs, seeds, execute)
 
 
-def compare(evaluator: Evaluator, way: UWM, params: Any, frozen: Any, acting: Acting | None) -> dict[str, Any]:
+def compare(evaluator: Evaluator, way: System, params: Any, frozen: Any, acting: Acting | None) -> dict[str, Any]:
     """One row of `few_steps.json`.
 
     Returns:
@@ -154,9 +161,9 @@ def compare(evaluator: Evaluator, way: UWM, params: Any, frozen: Any, acting: Ac
       the policy mode has sampled one chunk for one observation}; where it acts the metrics have
       `closed_loop/max_<score>` and `closed_loop/success`, with intervals over episodes.
     """
-    diffusion = way.config.diffusion
-    name = f"{diffusion.spacing}, {diffusion.num_inference_steps} steps"
-    metrics = evaluator.run_modes(way, params, frozen, name)
+    spacing, steps = _named(way)
+    name = f"{spacing}, {steps} steps" if spacing else f"{steps} steps"
+    how, metrics = way.describe_sampling(), evaluator.run_uses(way, params, frozen, name)
     if acting:
         envs, execute, progress = acting.envs, acting.execute, f"{name}, {acting.envs.spec.name}"
         results = closed_loop.closed_loop(way, params, frozen, envs, acting.seeds, execute=execute, progress=progress)
@@ -164,16 +171,22 @@ def compare(evaluator: Evaluator, way: UWM, params: Any, frozen: Any, acting: Ac
         for metric in (f"max_{envs.spec.score}", "success"):
             metrics[f"closed_loop/{metric}"] = acted[f"{closed_loop.POLICY}/{metric}"]
     return {
-        "sampler": diffusion.spacing,
-        "steps": diffusion.num_inference_steps,
-        "first_timestep": int(way.schedule.timesteps[0]),
-        "hidden_timestep": way.schedule.sample_hidden_timestep,
+        "sampler": spacing,
+        "steps": steps,
+        "first_timestep": how.get("sampler_first_timestep"),
+        "hidden_timestep": how.get("sampler_hidden_timestep"),
         "seconds_per_sample": policy_seconds(way, params, frozen),
         "metrics": metrics,
     }
 
 
-def policy_seconds(system: UWM, params: Any, frozen: Any, repeats: int = 5) -> float:
+def _named(way: System) -> tuple[str, int]:
+    """(spacing, "" for systems without one; network evaluations)."""
+    diffusion = way.config.diffusion
+    return diffusion.get("spacing", ""), diffusion.num_inference_steps
+
+
+def policy_seconds(system: System, params: Any, frozen: Any, repeats: int = 5) -> float:
     """Seconds until a chunk of actions is sampled for one observation, without compilation; the median of some."""
 
     @jax.jit
@@ -191,10 +204,14 @@ def policy_seconds(system: UWM, params: Any, frozen: Any, repeats: int = 5) -> f
     return statistics.median(seconds[1:])
 
 
+def _is_main(name: str) -> bool:
+    group, _, metric = name.rpartition("/")
+    return "/" not in group and metric in ("action_mse", "psnr")
+
+
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `compare` as text, one line per way of sampling: the main metric of each modality of each mode."""
-    shown = [f"{mode}/{metric}" for mode in MODES for metric in ("action_mse", "psnr")]
-    names = [name for name in rows[0]["metrics"] if name in shown or name.startswith("closed_loop/")]
+    """The rows of `compare` as text, one line per way of sampling: the main metric of each modality of each use."""
+    names = [n for n in rows[0]["metrics"] if n.startswith("closed_loop/") or _is_main(n)]
     lines = [("sampler", "steps", "first t", "hidden t", "policy ms", *names)]
     for row in rows:
         cells = [

@@ -129,7 +129,11 @@ def base(system: str = "uwm") -> ConfigDict:
     c.checkpoint.keep_best_mode = "min"  # whether min or max of keep_best is best
 
     c.eval = ConfigDict()
-    c.eval.every = 0  # steps between evaluations of loss and all modes on held-out windows; 0 = never
+    c.eval.every = 0  # steps between evaluations in training; 0 = never
+    c.eval.losses = ConfigDict()
+    c.eval.losses.every = -1  # steps between measurements of the losses on held-out windows; -1 = eval.every, 0 = never
+    c.eval.samples = ConfigDict()
+    c.eval.samples.every = -1  # steps between samples of all uses on held-out windows; -1 = eval.every, 0 = never
     c.eval.num_windows = 256  # held-out windows of an evaluation
     # (camera, x_low, x_high, y_low, y_high) where the first two numbers of a raw action are a position in the rectangle
     # that this camera shows: pictures draw them there; () = not

@@ -41,7 +41,14 @@ _AT_LEAST_ONE = (
 _TEXTS = (*("init_from_skip", "optimizer.freeze", "data.cameras", "data.low_dim"), "data.sources.*.cameras")
 _CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # texts, or (key, text)
 _PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
+_MAY_INHERIT = "eval.*.every"  # -1 is config.eval.every
 _PLANE = "eval.action_plane"  # a camera and four numbers
+
+
+def cadence(config: ConfigDict, evaluator: str) -> int:
+    """Steps between measurements of an evaluator in training; 0 is never."""
+    every = config.eval[evaluator].every
+    return config.eval.every if every == -1 else every
 
 
 def is_list_of_texts(name: str) -> bool:
@@ -59,7 +66,7 @@ def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
     kind = systems.get(config.system)
     at_least_one = {*_AT_LEAST_ONE, *fields.AT_LEAST_ONE, *kind.at_least_one}
     for name, value in flat.items():
-        if isinstance(value, int | float) and name != "mesh.data":
+        if isinstance(value, int | float) and name != "mesh.data" and not fnmatch.fnmatchcase(name, _MAY_INHERIT):
             lowest = 1 if name in at_least_one else 0
             if not value >= lowest or value == float("inf"):
                 raise UserError(f"config.{name}: expected a number of at least {lowest}, found {value}.")
@@ -155,6 +162,12 @@ def _check_combinations(c: ConfigDict) -> None:
         c.mesh.data == -1 or c.mesh.data > 0,
         f"config.mesh.data: expected a number of devices or -1 for all, found {c.mesh.data}.",
     )
+    for name in ("losses", "samples"):
+        check(
+            c.eval[name].every >= -1,
+            f"config.eval.{name}.every: expected -1 (as config.eval.every), 0 (never) or steps, found "
+            f"{c.eval[name].every}.",
+        )
     _check_retention(c, check)
     plane = c.eval.action_plane
     if plane and plane[0] not in d.cameras:
@@ -171,7 +184,8 @@ def _check_combinations(c: ConfigDict) -> None:
 
 
 def _check_retention(c: ConfigDict, check: Callable[[bool, str], None]) -> None:
-    every, evaluated, kept = c.checkpoint.every, c.eval.every, c.checkpoint.keep_every
+    every, kept = c.checkpoint.every, c.checkpoint.keep_every
+    evaluated = cadence(c, "losses" if c.checkpoint.keep_best.startswith("eval/loss/") else "samples")
     check(
         kept % every == 0,
         f"config.checkpoint.keep_every={kept} is no multiple of config.checkpoint.every={every}: only steps at which a "

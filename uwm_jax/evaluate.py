@@ -20,11 +20,11 @@ from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation import places
 from uwm_jax.evaluation.data import doubt
 from uwm_jax.evaluation.evaluator import write_results
+from uwm_jax.evaluation.losses import HeldOutLosses
 from uwm_jax.evaluation.metrics import Metrics, text
 from uwm_jax.evaluation.run import open_run
 from uwm_jax.reporting import pictures
 from uwm_jax.reporting.run_page import write as write_report
-from uwm_jax.systems.uwm.modes import MODES
 from uwm_jax.training import inference
 
 FLAGS = flags.FLAGS
@@ -62,13 +62,17 @@ def main(call: cli.Call) -> None:
         warn(told)
 
     start = time.perf_counter()
-    print("compiling the samplers of all modes...", flush=True)
+    print("compiling the losses and the samplers of all uses...", flush=True)
+    losses = HeldOutLosses(evaluator)
+    losses.compile(run.params, run.frozen)
     evaluator.compile(run.params, run.frozen)
     metrics, windows = evaluator.run(run.params, run.frozen, progress=True)
+    metrics |= losses.run(run.params, run.frozen)
     write_results(folder, metrics, about)
     pictures.draw(windows, run.system.spec, run.system.config, folder)
     seconds = time.perf_counter() - start
-    print(f"{about['windows']} held-out windows of {about['episodes']} episodes, {len(MODES)} modes, {seconds:.1f} s")
+    count = len(run.system.uses)
+    print(f"{about['windows']} held-out windows of {about['episodes']} episodes, {count} uses, {seconds:.1f} s")
     print(f"{text_table(metrics)}\nwrote {folder / 'metrics.json'}", flush=True)
     print(f"wrote {write_report(run.workdir, results=run.root)}")
 

@@ -24,7 +24,8 @@ from uwm_jax import cli, config_help, systems
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import Loader, prefetch_to_device
 from uwm_jax.data.spec import DataSpec
-from uwm_jax.evaluation.in_training import HeldOut, headlines
+from uwm_jax.evaluation import in_training
+from uwm_jax.evaluation.in_training import InTraining
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.files import local_path
 from uwm_jax.parallel import distributed, signals
@@ -149,7 +150,7 @@ def run(
         say("\n".join(compatibility.check(origin, config, spec, loader.ranges())))
         spec = dataclasses.replace(spec, normalizer=origin.normalizer_for(config, spec))
         loader = open_loader(config, mesh, None, closing, spec.normalizer)
-    if config.eval.every:
+    if in_training.measures(config):
         loader.held_out(config.eval.num_windows)  # raises here where there is none
     trace = Profile.parse(profile, workdir, stored.step if stored else 0, config.total_steps)
 
@@ -210,8 +211,7 @@ def run(
         train_step = program.compile_step(frozen)
         if not stored:
             checkpoints.warm_up(state, codec_store.checkpointed(codec, frozen))  # SIGTERM leaves little time
-        if config.eval.every:
-            held_out = HeldOut(program, loader, frozen, command=start["command"], draw=pictures.draw)
+        evaluations = InTraining(program, loader, frozen, command=start["command"], draw=pictures.draw)
 
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.
@@ -267,18 +267,15 @@ def run(
 
         last = step == config.total_steps
         due = step % config.checkpoint.every == 0 or last
-        evaluates = config.eval.every > 0 and (step % config.eval.every == 0 or last)
-        if step % config.log_every == 0 or step == 1 or due or evaluates:
+        if step % config.log_every == 0 or step == 1 or due or evaluations.due(step):
             means = window.means()  # raises on NaN, so that none is ever saved
             with goodput.spend("evaluation"):
-                evaluated, drawn = (
-                    held_out.evaluate(workdir, step, state, frozen, turns, watchdog) if evaluates else ({}, {})
-                )
+                evaluated, drawn = evaluations.evaluate(workdir, step, state, frozen, turns, watchdog)
             rates = goodput.rates(step)
             rates |= mfu(rates["samples_per_second"])
             say(progress_line(step, config.total_steps, {**means, **rates}))
             if evaluated:
-                say(headlines(evaluated))
+                say(evaluations.headlines(evaluated))
             del rates["eta_seconds"]
             with goodput.spend("other"):
                 log.write(step, {**means, **rates, **evaluated}, drawn)

@@ -208,7 +208,7 @@ def test_neither_batches_nor_what_was_evaluated_before_change_a_metric(setup, ev
 def test_another_sampler_is_measured_on_the_same_windows(setup):
     config, _, system, frozen = setup
     evaluation, metrics, _ = evaluate(setup)
-    same = evaluation.run_modes(system, PARAMS, frozen)
+    same = evaluation.run_uses(system, PARAMS, frozen)
     names = {name for name in metrics if name.split("/")[0] in MODES}
     assert names <= set(same)
     for name in names:
@@ -217,7 +217,7 @@ def test_another_sampler_is_measured_on_the_same_windows(setup):
     config.diffusion.num_inference_steps = 1
     one_step = UWM(config, system.spec, system.codec)
     one_step.network = system.network
-    assert mean(evaluation.run_modes(one_step, PARAMS, frozen), "joint/action_mse") != mean(metrics, "joint/action_mse")
+    assert mean(evaluation.run_uses(one_step, PARAMS, frozen), "joint/action_mse") != mean(metrics, "joint/action_mse")
 
 
 def test_windows_are_evenly_spread_where_there_are_many(setup):

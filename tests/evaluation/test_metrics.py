@@ -13,11 +13,16 @@ from uwm_jax.evaluation.metrics import (
     bounds_of,
     errors,
     interval,
+    pairs_of,
     proportion,
     proportion_difference,
     summarize,
     text,
 )
+from uwm_jax.systems.base import Use
+from uwm_jax.systems.uwm.modes import ACTING, USES
+
+PAIRS = pairs_of(USES, ACTING)
 
 
 def test_interval_is_clustered():
@@ -174,7 +179,7 @@ def values(**changes):
 
 
 def test_summaries_pair_windows_and_leave_out_what_a_window_lacks():
-    metrics = summarize(values(), np.array([4, 4, 9, 9]))
+    metrics = summarize(values(), np.array([4, 4, 9, 9]), PAIRS)
     assert not [name for name in metrics if "has_" in name]
     assert metrics["forward/changed_mse"]["n"] == 3 and metrics["policy/action_mse"]["n"] == 4
     assert metrics["forward/changed_mse"]["mean"] == pytest.approx(7 / 3)
@@ -189,11 +194,24 @@ def test_summaries_pair_windows_and_leave_out_what_a_window_lacks():
     assert frames == {"mean": 0.5, "lo": None, "hi": None, "n": 3, "episodes": 2}
     assert metrics["paired/policy_vs_last_action/action_mse"]["n"] == 3
     assert "paired/policy_vs_mean_action/action_mse" not in metrics, "there is nothing to compare with"
-    nothing = summarize(values(has_changed=[False] * 4), np.arange(4))
+    nothing = summarize(values(has_changed=[False] * 4), np.arange(4), PAIRS)
     assert "forward/changed_mse" not in nothing and "policy/action_mse" in nothing
 
 
 def test_samples_that_are_not_finite_are_named_unless_they_do_not_count():
     with pytest.raises(RunError, match=r"policy/action_mse is nan in held-out window 2 and 1 more"):
-        summarize(values(**{"policy/action_mse": [0.3, 0.3, np.nan, np.inf]}), np.arange(4))
-    summarize(values(**{"baseline/linear_interpolation/action_mse": [0.5, np.nan, 0.3, 0.2]}), np.arange(4))
+        summarize(values(**{"policy/action_mse": [0.3, 0.3, np.nan, np.inf]}), np.arange(4), PAIRS)
+    summarize(values(**{"baseline/linear_interpolation/action_mse": [0.5, np.nan, 0.3, 0.2]}), np.arange(4), PAIRS)
+
+
+def test_a_use_is_compared_with_what_knows_no_more_than_it():
+    assert set(PAIRS) == {
+        *("policy_vs_mean_action", "policy_vs_last_action", "inverse_vs_mean_action"),
+        *("inverse_vs_linear_interpolation", "inverse_vs_policy", "forward_vs_video", "forward_vs_shuffled"),
+        *("forward_vs_copied_frame", "forward_vs_mean_image"),
+    }
+    assert PAIRS["forward_vs_shuffled"] == ("forward", "control/forward_shuffled")
+    assert set(pairs_of({"joint": Use(("action", "next_obs"))}, "joint")) == {
+        *("joint_vs_mean_action", "joint_vs_last_action", "joint_vs_copied_frame", "joint_vs_mean_image"),
+    }
+    assert pairs_of({}, "") == {}

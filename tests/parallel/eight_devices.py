@@ -97,7 +97,9 @@ def evaluate_modes(system: UWM, mesh, rules, params, frozen, batch) -> dict:
     }
     batch = {**batch, **jax.device_put(extra, mesh_lib.batch_sharding(mesh))}
     rest = jax.device_put((references, np.array([1, 9, 14])), mesh_lib.replicated(mesh))
-    program = compile_for(mesh, rules, make_evaluation(system), params, frozen, batch, *rest, updates_state=False)
+    program = compile_for(
+        mesh, rules, make_evaluation(system, "joint"), params, frozen, batch, *rest, updates_state=False
+    )
     scores, windows = jax.device_get(program(params, frozen, batch, *rest))
     return {
         "scores": {name: x.tolist() for name, x in scores.items()},
@@ -128,8 +130,8 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     evaluated, modes = None, None
     if (sizes, accumulation_steps) in (VARIANTS[name] for name in EVALUATED):
         eval_step = make_eval_step(system)
-        evaluate = compile_for(mesh, rules, eval_step, state, frozen, batch, updates_state=False)
-        evaluated = {name: value.tolist() for name, value in evaluate(state, frozen, batch).items()}
+        evaluate = compile_for(mesh, rules, eval_step, state.eval_params, frozen, batch, updates_state=False)
+        evaluated = {name: value.tolist() for name, value in evaluate(state.eval_params, frozen, batch).items()}
         modes = evaluate_modes(system, mesh, rules, state.params, frozen, batch)
 
     def on_first_device(tree) -> int:

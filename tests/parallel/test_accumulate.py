@@ -96,7 +96,7 @@ def by_name(steps):
 @pytest.mark.parametrize("name", ["data 8", "2x2x2, accumulated"])
 def test_held_out_losses_are_those_of_one_device(runs, name):
     one, many = runs["one"]["evaluated"], runs[name]["evaluated"]
-    assert one.keys() == many.keys() == {"eval/loss/action", "eval/loss/next_obs"}
+    assert one.keys() == many.keys() == {"loss/action", "loss/next_obs"}
     for what, value in one.items():
         assert len(value) == 16 and np.std(value) > 0
         np.testing.assert_allclose(many[what], value, rtol=1e-5, err_msg=what)

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from uwm_jax.evaluation.metrics import PAIRS
+from uwm_jax.evaluation.metrics import pairs_of
 from uwm_jax.reporting import names
-from uwm_jax.systems.uwm.modes import MODES
+from uwm_jax.systems.uwm.modes import ACTING, MODES, USES
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_names(name, words):
 
 
 def test_every_metric_has_words_of_its_own():
-    who = [*MODES, *(f"baseline/{b}" for b in names.BASELINES), *(f"paired/{p}" for p in PAIRS)]
+    who = [*MODES, *(f"baseline/{b}" for b in names.BASELINES), *(f"paired/{p}" for p in pairs_of(USES, ACTING))]
     who += [
         "control/forward_shuffled",
         *(f"rollout/{actor}" for actor in names.ACTORS),

@@ -214,9 +214,9 @@ def test_hyper_parameters_are_arrays_of_one_compiled_step():
 def test_eval_step_uses_the_average():
     _, state = make(ema_decay=0.9)
     state = state.replace(ema_params=jax.tree.map(jnp.zeros_like, state.params))
-    metrics = make_eval_step(Quadratic())(state, None, BATCH)
-    np.testing.assert_allclose(metrics["eval/loss/action"], 2 * jnp.sum(BATCH["w"] ** 2, axis=1))
-    assert set(metrics) == {"eval/loss/action", "eval/loss/next_obs"}
+    metrics = make_eval_step(Quadratic())(state.eval_params, None, BATCH)
+    np.testing.assert_allclose(metrics["loss/action"], 2 * jnp.sum(BATCH["w"] ** 2, axis=1))
+    assert set(metrics) == {"loss/action", "loss/next_obs"}
 
 
 def test_losses_are_ratios_and_gradient_norms_are_by_group():

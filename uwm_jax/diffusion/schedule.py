@@ -72,6 +72,7 @@ class Schedule:
         return {
             "sampler_spacing": self.spacing,
             "sampler_steps": self.num_inference_steps,
+            "sampler_first_timestep": int(self.timesteps[0]),
             "sampler_hidden_timestep": self.sample_hidden_timestep,
         }
 

@@ -1,4 +1,4 @@
-"""All modes of a model on fixed held-out windows: one program over the devices of a mesh, a number per window out.
+"""All uses of a model on fixed held-out windows: one program over the devices of a mesh, a number per window out.
 
 The trainer and `python -m uwm_jax.evaluate` both use `Evaluator`. A window's noise depends on its number alone, so
 that two checkpoints, or two ways of sampling, are compared on the same inputs.
@@ -20,12 +20,11 @@ from tqdm import tqdm
 
 from uwm_jax.data.loader import FixedWindows, Loader
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.metrics import CHANGED, Metrics, errors, summarize
+from uwm_jax.evaluation.metrics import CHANGED, Metrics, Pairs, errors, pairs_of, summarize
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import Rules
-from uwm_jax.systems.uwm.modes import MODALITIES, MODES, USES
-from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.base import Encoded, System
 from uwm_jax.training.step import compile_for
 
 Arrays = dict[str, jax.Array]
@@ -36,8 +35,6 @@ AT_A_TIME = 64  # windows in a batch, over all devices, or few more
 SHOWN = 8  # windows that come to the host, evenly spread
 DENOISED = 3  # of them, whose frames are decoded on their way from noise
 MEAN_IMAGE_WINDOWS = 256  # of training episodes, whose next frames are averaged
-
-_JOINT = next(mode for mode in MODES if USES[mode].makes == MODALITIES)  # the mode whose denoising is shown
 
 
 class Evaluator:
@@ -51,7 +48,7 @@ class Evaluator:
       held_out: the windows.
       mesh, rules: where the batch lies, and the parameters that will be given.
       batch_size: windows in one run of the program, over all devices; `rows_at_a_time` gives a fitting one.
-      denoising: whether windows are shown with the joint mode's states on the way to its samples.
+      denoising: whether windows are shown with the states on the way to samples of `traced_use`.
 
     Raises:
       UserError: `config.eval.action_plane` for actions of one number.
@@ -59,7 +56,7 @@ class Evaluator:
 
     def __init__(
         self,
-        system: UWM,
+        system: System,
         loader: Loader,
         held_out: FixedWindows,
         mesh: Mesh,
@@ -74,8 +71,8 @@ class Evaluator:
                 "position; they have one here. Leave it empty: ()."
             )
         self.held_out = held_out
-        self._system, self._loader, self._mesh, self._rules = system, loader, mesh, rules
-        self._batch_size, self._denoising = batch_size, denoising
+        self.system, self._loader, self._mesh, self._rules = system, loader, mesh, rules
+        self._batch_size = batch_size
         self._by_rows, self._whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
         self._batches = list(held_out.batches(batch_size))
         self._num_shown = min(SHOWN, len(held_out))
@@ -84,6 +81,7 @@ class Evaluator:
         self._denoised = spread(self._num_shown, DENOISED)
         plane = system.config.eval.action_plane
         self._view = system.cameras.index(plane[0]) if plane and plane[0] in system.cameras else 0
+        self._traced = traced_use(system) if denoising else ""
 
     def compile(self, params: Any, frozen: Any) -> None:
         """Compiles the programs; runs none of them.
@@ -91,23 +89,25 @@ class Evaluator:
         Args:
           params, frozen: arrays, or shapes with shardings, of what will be evaluated.
         """
-        system, batch = self._system, self.example()
+        system, batch = self.system, self.example()
 
         def whole(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._whole)
 
-        image = whole(len(system.cameras), 1, *system.config.data.crop, 3)
-        references = {"mean_action": whole(system.spec.action_dim), "mean_image": image}
-        shown = self._shown_of(0)
-        self._evaluate = self._compile(
-            make_evaluation(system, self._denoising), params, frozen, batch, references, shown
-        )
-        if self._denoising:
-            states = (system.schedule.num_inference_steps + 1) * len(self._denoised)
-            views, _, *latent = system.latent_shape
-            self._decode = self._compile(self._one_view, frozen, whole(states, views, 1, *latent))
-        weight = jax.ShapeDtypeStruct((self._batch_size,), jnp.float32, sharding=self._by_rows)
-        self._frame_sum = self._compile(make_frame_sum(system), batch, weight)
+        window, references = system.spec.window, {}
+        if window.action:
+            references["mean_action"] = whole(system.spec.action_dim)
+        if window.next_obs and system.cameras:
+            references["mean_image"] = whole(len(system.cameras), 1, *system.config.data.crop, 3)
+            weight = jax.ShapeDtypeStruct((self._batch_size,), jnp.float32, sharding=self._by_rows)
+            self._frame_sum = self.program(make_frame_sum(system), batch, weight)
+        inputs = params, frozen, batch, references, self._shown_of(0)
+        evaluate = make_evaluation(system, self._traced)
+        self._evaluate = self.program(evaluate, *inputs)
+        states = jax.eval_shape(evaluate, *inputs)[1].get("denoise/next_obs_latent")
+        if states is not None:
+            _, steps, views, _, *latent = states.shape
+            self._decode = self.program(self._one_view, frozen, whole(steps * len(self._denoised), views, 1, *latent))
 
     def batches(self) -> Iterator[Arrays]:
         """The windows on the devices, as `FixedWindows.batches` gives them, one batch at a time: beside a training
@@ -133,12 +133,13 @@ class Evaluator:
           each: gives the batches of an iterator on, one by one; what it raises ends the evaluation.
 
         Returns:
-          {metric: {mean, lo, hi, n, episodes}}, and numpy arrays of N windows for pictures: `episode` (N,), `action`,
-          `shuffled_action` (N, Ta, Da) and `last_action` (N, Da) normalised, `current`, `next_obs` (N, V, T, h, w, 3)
-          float32 in [0, 1], `mean_image` (V, 1, h, w, 3), `<mode>/action` and `<mode>/next_obs` of what each mode
-          generates, `forward_shuffled/next_obs`, and if `denoising` the joint mode's samples from noise to end:
-          `denoise/action` (S + 1, N, Ta, Da), and `denoise/next_obs` (S + 1, D, h, w, 3), the last frame of the view
-          `denoise/view` () int of those windows that `denoise/windows` (D,) int numbers.
+          {metric: {mean, lo, hi, n, episodes}}, and numpy arrays of N windows for pictures, as far as the data and the
+          uses have them: `episode` (N,), `action`, `shuffled_action` (N, Ta, Da) and `last_action` (N, Da) normalised,
+          `current`, `next_obs` (N, V, T, h, w, 3) float32 in [0, 1], `mean_image` (V, 1, h, w, 3), `<use>/action` and
+          `<use>/next_obs` of what each use makes, `<use>_shuffled/next_obs` of what it makes of another window's
+          actions, and if `denoising` the states of `traced_use` from noise to end: `denoise/action` (S + 1, N, Ta, Da),
+          and `denoise/next_obs` (S + 1, D, h, w, 3), the last frame of the view `denoise/view` () int of those windows
+          that `denoise/windows` (D,) int numbers.
 
         Raises:
           RunError: a metric is NaN or infinite.
@@ -147,14 +148,14 @@ class Evaluator:
         if self._references is None:
             self._references = self._make_references(each)
         scores, shown = [], []
-        with tqdm(total=total, desc="sampling all modes", unit="window", disable=not progress) as bar:
+        with tqdm(total=total, desc="sampling all uses", unit="window", disable=not progress) as bar:
             for number, batch in enumerate(each(self.batches())):
                 found, rows = self._evaluate(params, frozen, batch, self._references, self._shown_of(number))
                 scores.append(jax.device_get(found))
                 if count := int(np.count_nonzero(self._shown // self._batch_size == number)):
                     shown.append({name: np.asarray(x)[:count] for name, x in rows.items()})
                 bar.update(min(self._batch_size, total - bar.n))
-        return summarize(join(scores, total), self.held_out.episodes), self._windows(shown, frozen)
+        return summarize(join(scores, total), self.held_out.episodes, self._pairs()), self._windows(shown, frozen)
 
     def about(self) -> dict[str, Any]:
         """Provenance of the metrics: {"windows": number, "episodes": of how many, "datasets": {source: identity}},
@@ -163,11 +164,11 @@ class Evaluator:
             "windows": len(self.held_out),
             "episodes": len(set(self.held_out.episodes.tolist())),
             "datasets": {name: source.identity for name, source in self._loader.sources.items()},
-            **self._system.describe_sampling(),
+            **self.system.describe_sampling(),
         }
 
-    def run_modes(self, system: UWM, params: Any, frozen: Any, progress: str = "") -> Metrics:
-        """The metrics of the modes alone for another system of the same parameters, such as one with fewer steps.
+    def run_uses(self, system: System, params: Any, frozen: Any, progress: str = "") -> Metrics:
+        """The metrics of the uses alone for another system of the same parameters, such as one with fewer steps.
 
         Args:
           progress: the progress bar's description; "" shows none.
@@ -176,12 +177,15 @@ class Evaluator:
           RunError: a metric is NaN or infinite.
         """
         with tqdm(total=len(self._batches), desc=progress, unit="batch", disable=not progress) as bar:
-            program = self._compile(make_scores(system), params, frozen, self.example())
+            program = self.program(make_scores(system), params, frozen, self.example())
             scores = []
             for batch in self.batches():
                 scores.append(jax.device_get(program(params, frozen, batch)))
                 bar.update()
-        return summarize(join(scores, len(self.held_out)), self.held_out.episodes)
+        return summarize(join(scores, len(self.held_out)), self.held_out.episodes, self._pairs())
+
+    def _pairs(self) -> Pairs:
+        return pairs_of(self.system.uses, self.system.acting)
 
     def _shown_of(self, number: int) -> jax.Array:
         """The places in a batch of the windows to be shown, filled up with 0."""
@@ -191,34 +195,40 @@ class Evaluator:
     def _windows(self, shown: list[Any], frozen: Any) -> Windows:
         windows: Windows = {name: np.concatenate([part[name] for part in shown]) for name in shown[0]}
         windows["episode"] = self.held_out.episodes[self._shown]
-        assert self._references is not None
-        windows["mean_image"] = np.asarray(self._references["mean_image"])
-        if not self._denoising:
-            return windows
-        for name in ("action", "next_obs_latent"):
-            windows[f"denoise/{name}"] = windows[f"denoise/{name}"].swapaxes(0, 1)
-        latents = windows.pop("denoise/next_obs_latent")[:, self._denoised, :, -1:]
-        flat = mesh_lib.place(latents.reshape(-1, *latents.shape[2:]), self._whole)
-        frames = np.asarray(self._decode(frozen, flat))
-        windows["denoise/next_obs"] = frames.reshape(*latents.shape[:2], *frames.shape[1:])
-        windows |= {"denoise/windows": self._denoised, "denoise/view": np.asarray(self._view)}
-        return windows
+        if self._references and "mean_image" in self._references:
+            windows["mean_image"] = np.asarray(self._references["mean_image"])
+        states = {name: windows.pop(name).swapaxes(0, 1) for name in list(windows) if name.startswith("denoise/")}
+        if states:
+            windows |= {"denoise/windows": self._denoised, "denoise/view": np.asarray(self._view)}
+        if "denoise/next_obs_latent" in states:
+            latents = states.pop("denoise/next_obs_latent")[:, self._denoised, :, -1:]
+            flat = mesh_lib.place(latents.reshape(-1, *latents.shape[2:]), self._whole)
+            frames = np.asarray(self._decode(frozen, flat))
+            windows["denoise/next_obs"] = frames.reshape(*latents.shape[:2], *frames.shape[1:])
+        return windows | states
 
     def _one_view(self, frozen: Any, latents: jax.Array) -> jax.Array:
-        return make_decoder(self._system)(frozen, latents)[:, self._view, -1]
+        return _clipped(self.system, frozen, {"next_obs_latent": latents})[:, self._view, -1]
 
     def _make_references(self, each: Each) -> Arrays:
-        """Quantities of the training episodes for the baselines: `mean_action` (Da,), `mean_image` (V, 1, h, w, 3)."""
+        """Quantities of the training episodes for the baselines: `mean_action` (Da,), `mean_image` (V, 1, h, w, 3), of
+        these what the windows have."""
+        window, references = self.system.spec.window, {}
+        if window.action:
+            references["mean_action"] = self._loader.mean_action()
+        if not window.next_obs or not self.system.cameras:
+            return mesh_lib.place(references, self._whole)
         windows = self._loader.training_windows(MEAN_IMAGE_WINDOWS)
         total: Any = 0.0
         for number, batch in enumerate(each(windows.batches(self._batch_size))):
             own = number * self._batch_size + np.arange(self._batch_size) < len(windows)  # the last batch starts over
             inputs = mesh_lib.place((batch, own.astype(np.float32)), self._by_rows)
             total = total + np.asarray(self._frame_sum(*inputs), np.float64)
-        mean = (total / (len(windows) * self._system.num_frames)).astype(np.float32)[:, None]
-        return mesh_lib.place({"mean_action": self._loader.mean_action(), "mean_image": mean}, self._whole)
+        mean = (total / (len(windows) * len(window.next_obs))).astype(np.float32)[:, None]
+        return mesh_lib.place({**references, "mean_image": mean}, self._whole)
 
-    def _compile(self, function: Callable[..., Any], *inputs: Any) -> Any:
+    def program(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """A function of arrays, compiled for the mesh of the windows."""
         return compile_for(self._mesh, self._rules, function, *inputs, updates_state=False)
 
 
@@ -249,12 +259,22 @@ def write_results(folder: Path, metrics: Metrics, about: Mapping[str, Any]) -> N
 # --- what is compiled ----------------------------------------------------------------------------------
 
 
-def make_evaluation(system: UWM, denoising: bool = True) -> Callable[..., tuple[Arrays, Arrays]]:
+def traced_use(system: System) -> str:
+    """The use whose way from noise is shown, the one that makes most; "" where a system does not sample in steps."""
+    if not system.describe_sampling():
+        return ""
+    return max(system.uses, key=lambda use: len(system.uses[use].makes), default="")
+
+
+def make_evaluation(system: System, traced: str = "") -> Callable[..., tuple[Arrays, Arrays]]:
     """`(params, frozen, batch, references, shown) -> (scores, windows)`.
+
+    Args:
+      traced: the use whose states on the way are among the windows; "" for none.
 
     Args of the function:
       batch: of `FixedWindows`.
-      references: `mean_action` (Da,) normalised, `mean_image` (V, 1, h, w, 3).
+      references: `mean_action` (Da,) normalised, `mean_image` (V, 1, h, w, 3), of these what the windows have.
       shown: (K,) int32, rows of the batch.
 
     It returns what `uwm_jax.evaluation.metrics.summarize` takes, (B,), and of the rows `shown` what `Evaluator.run`
@@ -262,43 +282,50 @@ def make_evaluation(system: UWM, denoising: bool = True) -> Callable[..., tuple[
     """
 
     def evaluate(params: Any, frozen: Any, batch: Arrays, references: Arrays, shown: Any) -> tuple[Arrays, Arrays]:
-        encoded, truth, noise = _inputs(system, frozen, batch)
-        shuffled = {**encoded, "action": batch["shuffled_action"]}
-        made = {mode: system.sample(params, encoded, mode, noise) for mode in MODES if mode != _JOINT}
-        joint = system.sample(params, encoded, _JOINT, noise, trace=denoising)
-        made[_JOINT] = {name: x[-1] for name, x in joint.items()} if denoising else joint
-        made["control/forward_shuffled"] = system.sample(params, shuffled, "forward", noise)
-        made = _decoded(system, frozen, made)
+        encoded, truth = _inputs(system, frozen, batch)
+        shuffled = {**encoded, "action": batch["shuffled_action"]} if "shuffled_action" in batch else encoded
+        made, states = {}, {}
+        for use in system.uses:
+            made[use] = _sample(system, params, encoded, use, batch["row"], trace=use == traced)
+            if use == traced:
+                states, made[use] = made[use], {name: x[-1] for name, x in made[use].items()}
+            if "action" in system.uses[use].given:
+                made[f"control/{use}_shuffled"] = _sample(system, params, shuffled, use, batch["row"])
+        made = _with_frames(system, frozen, made)
 
         scores = _scores(made | _baselines(system, frozen, batch, truth, references), truth)
-        scores |= {name: probe(params, encoded, shuffled, noise) for name, probe in system.probes.items()}
-        scores["has_changed"] = _has_changed(truth)
-        scores["has_last_action"] = batch["has_last_action"]
+        for name, probe in system.probes.items():
+            scores[name] = probe(params, encoded, shuffled, _noise(system, batch["row"], next(iter(system.uses))))
+        if "changed" in truth:
+            scores["has_changed"] = _has_changed(truth)
+        if "has_last_action" in batch:
+            scores["has_last_action"] = batch["has_last_action"]
 
-        windows = {name: truth[name] for name in ("action", "current", "next_obs")}
-        windows |= {name: batch[name] for name in ("last_action", "shuffled_action")}
+        windows: Arrays = {name: truth[name] for name in ("action", "current", "next_obs") if name in truth}
+        windows |= {name: batch[name] for name in ("last_action", "shuffled_action") if name in batch}
         for name, parts in made.items():
             short = name.removeprefix("control/")
-            windows |= {f"{short}/{part}": x for part, x in parts.items() if part != "next_obs_latent"}
-        if denoising:
-            windows |= {f"denoise/{name}": jnp.moveaxis(x, 0, 1) for name, x in joint.items()}
+            windows |= {f"{short}/{part}": x for part, x in parts.items() if part in ("action", "next_obs")}
+        shown_states = ("action", "next_obs_latent")
+        windows |= {f"denoise/{name}": jnp.moveaxis(x, 0, 1) for name, x in states.items() if name in shown_states}
         return scores, {name: x[shown] for name, x in windows.items()}
 
     return evaluate
 
 
-def make_scores(system: UWM) -> Callable[..., Arrays]:
-    """`(params, frozen, batch) -> scores` of the modes alone, with the noise of `make_evaluation`."""
+def make_scores(system: System) -> Callable[..., Arrays]:
+    """`(params, frozen, batch) -> scores` of the uses alone, with the noise of `make_evaluation`."""
 
     def scores(params: Any, frozen: Any, batch: Arrays) -> Arrays:
-        encoded, truth, noise = _inputs(system, frozen, batch)
-        made = {mode: system.sample(params, encoded, mode, noise) for mode in MODES}
-        return {**_scores(_decoded(system, frozen, made), truth), "has_changed": _has_changed(truth)}
+        encoded, truth = _inputs(system, frozen, batch)
+        made = {use: _sample(system, params, encoded, use, batch["row"]) for use in system.uses}
+        found = _scores(_with_frames(system, frozen, made), truth)
+        return found | ({"has_changed": _has_changed(truth)} if "changed" in truth else {})
 
     return scores
 
 
-def make_frame_sum(system: UWM) -> Callable[..., jax.Array]:
+def make_frame_sum(system: System) -> Callable[..., jax.Array]:
     """`(batch, weight (B,)) -> (V, h, w, 3)`, the sum of the batch's next frames."""
 
     def frame_sum(batch: Arrays, weight: jax.Array) -> jax.Array:
@@ -309,56 +336,76 @@ def make_frame_sum(system: UWM) -> Callable[..., jax.Array]:
     return frame_sum
 
 
-def make_decoder(system: UWM) -> Callable[..., jax.Array]:
-    """`(frozen, latents (B, V, T, h, w, C)) -> (B, V, T, H, W, 3)`, frames in [0, 1]."""
-    return lambda frozen, latents: jnp.clip(system.frames(frozen, {"next_obs_latent": latents}), 0.0, 1.0)
-
-
-def _inputs(system: UWM, frozen: Any, batch: Arrays) -> tuple[Any, Arrays, Arrays]:
-    """What the system takes of a batch, the truth, and the noise of each window."""
-    current, following = system.images(batch)
-    assert following is not None
+def _inputs(system: System, frozen: Any, batch: Arrays) -> tuple[Encoded, Arrays]:
+    """What the system takes of a batch, and the truth: `action`, `current`, `next_obs`, its latents and `changed`, of
+    these what the windows have."""
     encoded = system.encode(frozen, batch)
-    truth = {
-        "action": batch["action"],
-        "current": current,
-        "next_obs": following,
-        "next_obs_latent": encoded["next_obs_latent"],
-        "changed": jnp.abs(following - current[:, :, -1:]) > CHANGED,
-    }
-    return encoded, truth, system.noise(jax.random.key(0), batch["row"], _JOINT)
+    truth = {name: encoded[name] for name in ("next_obs_latent",) if name in encoded}
+    if "action" in batch:
+        truth["action"] = batch["action"]
+    if system.cameras:
+        truth["current"], following = system.images(batch)
+        if following is not None:
+            changed = jnp.abs(following - truth["current"][:, :, -1:]) > CHANGED
+            truth |= {"next_obs": following, "changed": changed}
+    return encoded, truth
 
 
-def _decoded(system: UWM, frozen: Any, made: Mapping[str, Arrays]) -> dict[str, Arrays]:
-    """Samples, with frames in [0, 1] next to latents."""
-    decode = make_decoder(system)
+def _noise(system: System, rows: jax.Array, use: str) -> Arrays:
+    return system.noise(jax.random.key(0), rows, use)
+
+
+def _sample(
+    system: System, params: Any, encoded: Encoded, use: str, rows: jax.Array, *, trace: bool = False
+) -> dict[str, jax.Array]:
+    return system.sample(params, encoded, use, _noise(system, rows, use), trace=trace)
+
+
+def _clipped(system: System, frozen: Any, made: Mapping[str, jax.Array]) -> jax.Array:
+    """Frames of a sample in [0, 1]."""
+    return jnp.clip(system.frames(frozen, made), 0.0, 1.0)
+
+
+def _with_frames(system: System, frozen: Any, made: Mapping[str, Arrays]) -> dict[str, Arrays]:
+    """Samples, those of `next_obs` with its frames in [0, 1]."""
     return {
-        name: parts | ({"next_obs": decode(frozen, parts["next_obs_latent"])} if "next_obs_latent" in parts else {})
+        name: parts | ({"next_obs": _clipped(system, frozen, parts)} if any(map(_is_next_obs, parts)) else {})
         for name, parts in made.items()
     }
 
 
+def _is_next_obs(name: str) -> bool:
+    return name in ("next_obs_latent", "next_obs_float")
+
+
 def _baselines(
-    system: UWM, frozen: Any, batch: Arrays, truth: Arrays, references: Mapping[str, jax.Array]
+    system: System,
+    frozen: Any,
+    batch: Arrays,
+    truth: Arrays,
+    references: Mapping[str, jax.Array],
 ) -> dict[str, Arrays]:
     """Baselines, which need no model, in the form of samples."""
-    last = batch["last_action"][:, None]
-    steps = np.asarray(system.config.data.window.action, np.float32)
-    way = ((steps - steps[0] + 1) / (steps[-1] - steps[0] + 1))[:, None]  # from the step before the chunk to its end
-    frames = {
-        "copied_frame": truth["current"][:, :, -1:],
-        "mean_image": references["mean_image"][None],
-    }
-    return {
-        "baseline/mean_action": {"action": references["mean_action"]},
-        "baseline/last_action": {"action": last},
-        "baseline/linear_interpolation": {"action": last + way * (truth["action"][:, -1:] - last)},
-        **{
-            f"baseline/{name}": {"next_obs": x, "next_obs_latent": system.encode_frames(frozen, x)}
-            for name, x in frames.items()
-        },
-        "baseline/codec": {"next_obs": make_decoder(system)(frozen, truth["next_obs_latent"])},
-    }
+    found: dict[str, Arrays] = {}
+    if "action" in truth:
+        last = batch["last_action"][:, None]
+        steps = np.asarray(system.spec.window.action, np.float32)
+        way = ((steps - steps[0] + 1) / (steps[-1] - steps[0] + 1))[:, None]  # from the step before the chunk on
+        found |= {
+            "baseline/mean_action": {"action": references["mean_action"]},
+            "baseline/last_action": {"action": last},
+            "baseline/linear_interpolation": {"action": last + way * (truth["action"][:, -1:] - last)},
+        }
+    if "next_obs" in truth:
+        has_latents = "next_obs_latent" in truth
+        frames = {"copied_frame": truth["current"][:, :, -1:], "mean_image": references["mean_image"][None]}
+        for name, x in frames.items():
+            latents = {"next_obs_latent": system.encode_frames(frozen, x)} if has_latents else {}
+            found[f"baseline/{name}"] = {"next_obs": x, **latents}
+        if has_latents:
+            latent = {"next_obs_latent": truth["next_obs_latent"]}
+            found["baseline/codec"] = {"next_obs": _clipped(system, frozen, latent)}
+    return found
 
 
 def _scores(made: Mapping[str, Arrays], truth: Arrays) -> Arrays:

@@ -15,31 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from uwm_jax.errors import RunError
-from uwm_jax.systems.uwm.modes import MODES
+from uwm_jax.systems.base import Use
 
 Stored = dict[str, Any]  # mean, lo and hi of its interval (None below FEWEST episodes), over n windows of `episodes`
 Metrics = dict[str, Stored]
+Pairs = Mapping[str, tuple[str, str]]  # {name of a pair: (the one that should be better, the other)}
 
 FEWEST = 6  # episodes: that five all point one way happens by chance once in 16 times, which is more than 5 %
 TOO_FEW = "too few"  # in place of an interval
 
 CHANGED = 0.05  # how far a value must be from the last current frame's, in [0, 1], to count as changed
 
-# What is compared window by window: {name of the pair: (the one that should be better, the other)}.
-PAIRS = {
-    "policy_vs_mean_action": ("policy", "baseline/mean_action"),
-    "policy_vs_last_action": ("policy", "baseline/last_action"),
-    "inverse_vs_mean_action": ("inverse", "baseline/mean_action"),
-    "inverse_vs_linear_interpolation": ("inverse", "baseline/linear_interpolation"),
-    "inverse_vs_policy": ("inverse", "policy"),
-    "forward_vs_video": ("forward", "video"),
-    "forward_vs_shuffled": ("forward", "control/forward_shuffled"),
-    "forward_vs_copied_frame": ("forward", "baseline/copied_frame"),
-    "forward_vs_mean_image": ("forward", "baseline/mean_image"),
-}
 UNBOUNDED = (-math.inf, math.inf)
 _Z = 1.959964  # 97.5 % of the normal distribution lies below
-_GROUPS = (*MODES, "baseline", "control", "paired")  # in this order
+_LAST_GROUPS = ("loss", "baseline", "control", "paired")  # of metrics, in this order, after those of the uses
 _LEAST_PIXEL_MSE = 1e-10  # for psnr, which is 100 dB there
 
 # Smallest and largest possible value by the last part of a metric's name; frames lie in [0, 1].
@@ -58,6 +47,30 @@ _NEEDED = {
     "has_changed": ("changed_mse",),
     "has_last_action": ("last_action", "linear_interpolation"),
 }
+
+
+def pairs_of(uses: Mapping[str, Use], acting: str) -> Pairs:
+    """What is compared window by window.
+
+    A use that makes actions, and acts or is told something, is set against actions that need no model; one that makes
+    frames from known actions against another window's actions and against frames that need no model. A use that is told
+    all that another is, and more, is set against that one if both make the same.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    knows_actions = any("action" in use.given for use in uses.values())
+    for name, use in uses.items():
+        others = []
+        if "action" in use.makes and (name == acting or use.given):
+            others += ["mean_action", "linear_interpolation" if use.given else "last_action"]
+        if "next_obs" in use.makes and ("action" in use.given or not knows_actions):
+            others += ["copied_frame", "mean_image"]
+        found |= {f"{name}_vs_{other}": (name, f"baseline/{other}") for other in others}
+        if "next_obs" in use.makes and "action" in use.given:
+            found[f"{name}_vs_shuffled"] = (name, f"control/{name}_shuffled")
+        for other, less in uses.items():
+            if use.makes == less.makes and set(less.given) < set(use.given) and use.sees_obs >= less.sees_obs:
+                found[f"{name}_vs_{other}"] = (name, other)
+    return found
 
 
 def errors(made: Mapping[str, jax.Array], truth: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -89,14 +102,15 @@ def _mean(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1).mean(axis=1)
 
 
-def summarize(values: Mapping[str, np.ndarray], episodes: np.ndarray) -> Metrics:
-    """Every metric over windows, and the differences of `PAIRS`, each as `interval` gives it.
+def summarize(values: Mapping[str, np.ndarray], episodes: np.ndarray, pairs: Pairs) -> Metrics:
+    """Every metric over windows, and the differences of pairs, each as `interval` gives it.
 
     A metric for which no window counts is left out.
 
     Args:
       values: {metric: (N,)}, of which `has_changed` and `has_last_action`, bool, say which windows count for what.
       episodes: (N,) of each window.
+      pairs: as `pairs_of` gives them.
 
     Returns:
       {metric: interval} and {`paired/<pair>/<metric>`: interval of the other's error minus the first's}: positive
@@ -106,13 +120,15 @@ def summarize(values: Mapping[str, np.ndarray], episodes: np.ndarray) -> Metrics
       RunError: a metric is NaN or infinite.
     """
     measured = {name: np.asarray(value, np.float64) for name, value in values.items() if name not in _NEEDED}
-    for pair, (better, other) in PAIRS.items():
+    for pair, (better, other) in pairs.items():
         for metric in _PAIRED_METRICS:
             if f"{better}/{metric}" in measured and f"{other}/{metric}" in measured:
                 difference = measured[f"{other}/{metric}"] - measured[f"{better}/{metric}"]
                 measured[f"paired/{pair}/{metric}"] = difference
     summary = {}
-    for name, value in sorted(measured.items(), key=lambda item: (_GROUPS.index(item[0].split("/")[0]), item[0])):
+    groups = [group for group in dict.fromkeys(name.split("/")[0] for name in measured) if group not in _LAST_GROUPS]
+    groups += _LAST_GROUPS
+    for name, value in sorted(measured.items(), key=lambda item: (groups.index(item[0].split("/")[0]), item[0])):
         counts = np.ones(len(episodes), np.bool_)
         for needed, parts in _NEEDED.items():
             if needed in values and any(part in name for part in parts):

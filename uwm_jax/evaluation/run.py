@@ -17,7 +17,7 @@ from uwm_jax.evaluation import places
 from uwm_jax.evaluation.data import Data, open_data
 from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time
 from uwm_jax.parallel import mesh as mesh_lib
-from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.base import System
 from uwm_jax.training import build, fixed_fields, inference, lineage, provenance
 from uwm_jax.training.checkpoint_reader import CheckpointReader
 
@@ -40,7 +40,7 @@ class EvaluatedRun:
     workdir: Path
     step: int
     root: Path
-    system: UWM
+    system: System
     params: Any
     frozen: Any
     mesh: Mesh

@@ -272,6 +272,12 @@ class System(abc.ABC):
         augment = data.augment.to_dict()
         return preprocess(current, following, resize=data.resize, crop=data.crop, augment=augment, keys=keys)
 
+    def encode_frames(self, frozen: Params, frames: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Latents (B, V, T, h, w, C) of images; the posterior is sampled with keys (B,), else its mode."""
+        assert self.codec is not None
+        with jax.default_matmul_precision("highest" if self.config.model.dtype == "float32" else "default"):
+            return jax.lax.stop_gradient(self.codec.encode(frozen, frames, keys))
+
     def frames(self, frozen: Params, made: Mapping[str, jax.Array]) -> jax.Array:
         """Images (B, V, T, H, W, 3) float32 of a sample of `next_obs`, in [0, 1] units, not clipped."""
         if "next_obs_float" in made:

@@ -85,16 +85,16 @@ def gradient_norms(grads: Any, groups: Sequence[tuple[str, str]]) -> Metrics:
     return {"grad_norm": jnp.sqrt(sum(squares.values(), jnp.zeros(()))), **norms}
 
 
-def make_eval_step(system: System) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], Metrics]:
-    """`(state, frozen, batch) -> {"eval/loss/<part>": (B,)}` with draws that depend on the row alone.
+def make_eval_step(system: System) -> Callable[[Any, Any, Mapping[str, jax.Array]], Metrics]:
+    """`(params, frozen, batch) -> {"loss/<part>": (B,)}` with draws that depend on the row alone.
 
     The draws do not depend on the step or the seed of the run, so two checkpoints compare.
     """
 
-    def eval_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> Metrics:
+    def eval_step(params: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Metrics:
         key = jax.random.key(0)
-        found = system.losses(state.eval_params, system.encode(frozen, batch), system.draws(key, batch["row"]))
-        return {f"eval/loss/{name}": x for name, x in found.parts.items()}
+        found = system.losses(params, system.encode(frozen, batch), system.draws(key, batch["row"]))
+        return {f"loss/{name}": x for name, x in found.parts.items()}
 
     return eval_step
 

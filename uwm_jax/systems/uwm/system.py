@@ -134,11 +134,6 @@ class UWM(System):
         """One evaluation of the network for features (B, F): its outputs {modality: (B, ...)} float32."""
         return self.network.apply({"params": params}, global_cond, noisy, timestep)[0]
 
-    @exact
-    def encode_frames(self, frozen: Params, frames: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Latents (B, V, T, h, w, C) of images; the posterior is sampled with keys (B,), else its mode."""
-        return jax.lax.stop_gradient(self.codec.encode(frozen, frames, keys))
-
     # --- training ------------------------------------------------------------------------------
 
     def _row_keys(self, key: jax.Array, rows: jax.Array) -> jax.Array:
