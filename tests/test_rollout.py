@@ -261,8 +261,8 @@ def test_metrics_are_paired_by_episode():
     success = metrics["paired/policy_vs_random_held/success"]
     assert -1 < success["lo"] < success["mean"] == 0.125 < success["hi"] < 1
     assert metrics["no_action/max_coverage"]["mean"] == pytest.approx(0.035)
-    assert rollout.telling(results["policy"][:4]) == [("best of 4", 1), ("median of 4", 2), ("worst of 4", 0)]
-    assert rollout.telling(results["policy"][:1]) == [("best of 1", 0)]
+    assert film.representative(results["policy"][:4]) == [("best of 4", 1), ("median of 4", 2), ("worst of 4", 0)]
+    assert film.representative(results["policy"][:1]) == [("best of 1", 0)]
     table = rollout.text_table(metrics, "coverage")
     assert "0.700" in table and "+0.200 [+0.200, +0.200]" in table
     two = closed_loop.measure({who: episodes[:2] for who, episodes in results.items()}, envs.get("pusht"))

@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
 from absl import flags
 
 from uwm_jax import cli, config_help
-from uwm_jax.envs import EnvSpec, get
-from uwm_jax.envs.parallel import EpisodeResult, controllers, replay
+from uwm_jax.envs import get
+from uwm_jax.envs.parallel import controllers, replay
 from uwm_jax.errors import warn
 from uwm_jax.evaluation import places
 from uwm_jax.evaluation.closed_loop import (
@@ -30,6 +27,7 @@ from uwm_jax.evaluation.closed_loop import (
     POLICY,
     check_fits,
     closed_loop,
+    describe_episodes,
     env_cameras,
     measure,
     open_envs,
@@ -42,7 +40,6 @@ from uwm_jax.evaluation.metrics import Metrics, text
 from uwm_jax.files import write_text
 from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
-from uwm_jax.systems.base import System
 from uwm_jax.training import fixed_fields, inference
 from uwm_jax.training.checkpoint_reader import CheckpointReader
 from uwm_jax.training.provenance import describe_use
@@ -107,11 +104,11 @@ def main(call: cli.Call) -> None:
     (folder / "episodes.gif").unlink(missing_ok=True)  # an older closed loop's, until this one's is drawn
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     how = describe_use(call.line, system.config, call.changed)
-    how |= record(spec, system, results, FLAGS.execute, FLAGS.seed)
+    how |= describe_episodes(spec, system, results, FLAGS.execute, FLAGS.seed)
     how |= used | {"settings": settings} | places.of_run(root, workdir)
     write_text(folder / "episodes.json", json.dumps(how, indent=1) + "\n")
     clips = []
-    for label, i in telling(results[POLICY]):
+    for label, i in film.representative(results[POLICY]):
         episode = results[POLICY][i]
         seen = under_views(replay(spec.make(env_cameras(spec, system)), episode), views_of(spec, system))
         clips.append(film.imagine(system, params, frozen, episode, seen, execute=FLAGS.execute, label=label))
@@ -122,42 +119,6 @@ def main(call: cli.Call) -> None:
     print(text_table(metrics, spec.score))
     print(f"wrote {', '.join(str(folder / file) for file in files)}", flush=True)
     print(f"wrote {write_report(workdir, results=root)}")
-
-
-def record(
-    spec: EnvSpec, system: System, results: Mapping[str, Sequence[EpisodeResult]], execute: int, seed: int
-) -> dict[str, Any]:
-    """Contents of `episodes.json`: how it was run; each episode's seed, best and last score, steps and success."""
-    return {
-        "env": spec.name,
-        "execute": execute,
-        "sampler_seed": seed,
-        **system.describe_sampling(),
-        "max_steps": spec.max_steps,
-        "episodes": {
-            who: [
-                {
-                    "seed": e.seed,
-                    f"max_{spec.score}": e.max_score,
-                    f"last_{spec.score}": float(e.scores[-1]),
-                    "steps": len(e.actions),
-                    "success": e.success,
-                }
-                for e in episodes
-            ]
-            for who, episodes in results.items()
-        },
-    }
-
-
-def telling(episodes: Sequence[EpisodeResult]) -> list[tuple[str, int]]:
-    """(words, place) of the best, the median and the worst episode by their best score, as far as there are."""
-    order = np.argsort([e.max_score for e in episodes], kind="stable")
-    places = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
-    chosen: dict[int, str] = {}
-    for word, place in places.items():
-        chosen.setdefault(int(place), f"{word} of {len(episodes)}")
-    return [(words, place) for place, words in chosen.items()]
 
 
 def text_table(metrics: Metrics, score: str) -> str:

@@ -179,3 +179,29 @@ def measure(results: Mapping[str, Sequence[EpisodeResult]], spec: EnvSpec) -> Me
 def _bar(description: str, total: int, unit: str) -> tqdm:
     pause = 0.5 if sys.stderr.isatty() else 10.0  # seconds between lines of a log file
     return tqdm(total=total, desc=description, unit=unit, mininterval=pause, disable=not description)
+
+
+def describe_episodes(
+    spec: EnvSpec, system: System, results: Mapping[str, Sequence[EpisodeResult]], execute: int, seed: int
+) -> dict[str, Any]:
+    """Contents of `episodes.json`: how it was run; each episode's seed, best and last score, steps and success."""
+    return {
+        "env": spec.name,
+        "execute": execute,
+        "sampler_seed": seed,
+        **system.describe_sampling(),
+        "max_steps": spec.max_steps,
+        "episodes": {
+            who: [
+                {
+                    "seed": e.seed,
+                    f"max_{spec.score}": e.max_score,
+                    f"last_{spec.score}": float(e.scores[-1]),
+                    "steps": len(e.actions),
+                    "success": e.success,
+                }
+                for e in episodes
+            ]
+            for who, episodes in results.items()
+        },
+    }

@@ -50,6 +50,16 @@ class Clip(NamedTuple):
     truth: np.ndarray
 
 
+def representative(episodes: Sequence[EpisodeResult]) -> list[tuple[str, int]]:
+    """(words, place) of the best, the median and the worst episode by their best score, as far as there are."""
+    order = np.argsort([e.max_score for e in episodes], kind="stable")
+    places = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
+    chosen: dict[int, str] = {}
+    for word, place in places.items():
+        chosen.setdefault(int(place), f"{word} of {len(episodes)}")
+    return [(words, place) for place, words in chosen.items()]
+
+
 def imagine(
     system: System,
     params: Any,
