@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -44,3 +47,20 @@ def test_a_fitted_or_pretrained_codec_is_one_of_both():
     assert {kind.name: (bool(kind.arrays), kind.pretrained) for kind in kinds} == {
         "vae": (False, True), "pixels": (False, False), "pca": (True, False),
     }  # fmt: skip
+
+
+def test_only_readers_of_files_know_a_codec_by_its_class():
+    package = Path(codecs.__file__).parents[1]
+    classes = {codecs.get(name).__name__ for name in codecs.names()} | {"AutoencoderKL"}
+    found = {}
+    for file in package.rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        ours = [node for node in nodes if (node.module or "").startswith("uwm_jax.codecs")]
+        if known := classes & {alias.name for node in ours for alias in node.names}:
+            found[file.relative_to(package).as_posix()] = known
+    outside = {name: known for name, known in found.items() if not name.startswith("codecs/")}
+    assert outside == {
+        "training/codec_store.py": {"VAECodec"},
+        "torch_bridge/diffusers_vae.py": {"AutoencoderKL"},
+        "torch_bridge/official_codecs.py": {"VAECodec"},
+    }
