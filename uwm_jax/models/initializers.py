@@ -43,3 +43,8 @@ def torch_linear(inputs: int) -> Any:
     (torch calls it Kaiming-uniform with a = sqrt(5).)
     """
     return uniform(1 / math.sqrt(inputs))
+
+
+def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Uniform with variance 2 / (fan-in + fan-out), for kernels (inputs, outputs) (Glorot and Bengio 2010)."""
+    return uniform(math.sqrt(6 / sum(shape)))(key, shape, dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
-from uwm_jax.models.initializers import normal, torch_linear
+from uwm_jax.models.initializers import normal, torch_linear, xavier_uniform
 from uwm_jax.models.patches import patchify
 from uwm_jax.models.preln import Block, Initializer, layer_norm
 from uwm_jax.models.products import dot_general
@@ -27,7 +27,7 @@ def torchvision_start(layer: str, inputs: int) -> tuple[Initializer, Initializer
     zeros = nn.initializers.zeros
     if layer == "proj":
         return torch_linear(inputs), zeros
-    return nn.initializers.xavier_uniform(), zeros if layer == "qkv" else normal(1e-6)
+    return xavier_uniform, zeros if layer == "qkv" else normal(1e-6)
 
 
 class ViT(nn.Module):
