@@ -21,6 +21,8 @@ import jax.numpy as jnp
 
 from uwm_jax.models import patches
 from uwm_jax.models.activations import constrain
+from uwm_jax.models.flops import attention as attention_flops
+from uwm_jax.models.flops import dense as dense_flops
 from uwm_jax.models.initializers import uniform
 from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, StepConditions, dense, sinusoid
 
@@ -125,6 +127,18 @@ class PADNet(nn.Module):
         tokens, _ = self._tokens(obs_latent, noisy, None)
         x, hidden = self.stack.apply_modulated(self.get_variable("params", "blocks"), tokens, modulation["blocks"])
         return self._outputs(x, modulation["head"], {"tokens": tokens, "hidden": hidden})
+
+    def flops(self) -> float:
+        """Operations of one sample's evaluation."""
+        steps, d, t = self.action_len, self.embed_dim, self.timestep_embed_dim
+        video, values = patches.count(self.latent_shape, self.patch), math.prod(self.patch) * self.latent_shape[-1]
+        tokens, hidden, mlp = steps + video, 4 * max(self.action_dim, d), int(self.mlp_ratio * d)
+        # qkv 3 D, projection D, and the MLP there and back; the modulation of six rows is one product per sample.
+        block = attention_flops(tokens, d) + dense_flops(d, 4 * d + 2 * mlp, tokens) + dense_flops(t, 6 * d)
+        head = dense_flops(t, 2 * d) + dense_flops(d, d, tokens)
+        # The decoders mirror the encoders, of which that of patches reads current and noisy frames.
+        actions = 2 * (dense_flops(self.action_dim, hidden, steps) + dense_flops(hidden, d, steps))
+        return self.depth * block + head + actions + 3 * dense_flops(values, d, video) + 2 * dense_flops(t, 4 * t)
 
     def _embed(self, timestep: Array) -> Array:
         return self.timestep_embedding(sinusoid(timestep, self.timestep_embed_dim))
