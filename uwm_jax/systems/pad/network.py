@@ -19,10 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uwm_jax.models import patches
+from uwm_jax.models import flops, patches
 from uwm_jax.models.activations import constrain
-from uwm_jax.models.flops import attention as attention_flops
-from uwm_jax.models.flops import dense as dense_flops
 from uwm_jax.models.initializers import uniform
 from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, StepConditions, dense, sinusoid
 
@@ -86,9 +84,7 @@ class PADNet(nn.Module):
         d, dtype = self.embed_dim, self.dtype
         num_tokens = self.action_len + patches.count(self.latent_shape, self.patch)
         hidden = 4 * max(self.action_dim, d)
-        self.stack = BlockStack(
-            d, self.depth, self.num_heads, self.mlp_ratio, self.qkv_bias, self.scan_blocks, self.remat, dtype
-        )
+        self.stack = self._stack()
         self.action_encoder = MLP(hidden, d, jax.nn.silu, dtype=dtype)
         self.patch_encoder = dense(d, dtype=dtype)
         self.timestep_embedding = MLP(4 * self.timestep_embed_dim, self.timestep_embed_dim, jax.nn.silu)
@@ -129,16 +125,27 @@ class PADNet(nn.Module):
         return self._outputs(x, modulation["head"], {"tokens": tokens, "hidden": hidden})
 
     def flops(self) -> float:
-        """Operations of one sample's evaluation."""
-        steps, d, t = self.action_len, self.embed_dim, self.timestep_embed_dim
-        video, values = patches.count(self.latent_shape, self.patch), math.prod(self.patch) * self.latent_shape[-1]
-        tokens, hidden, mlp = steps + video, 4 * max(self.action_dim, d), int(self.mlp_ratio * d)
-        # qkv 3 D, projection D, and the MLP there and back; the modulation of six rows is one product per sample.
-        block = attention_flops(tokens, d) + dense_flops(d, 4 * d + 2 * mlp, tokens) + dense_flops(t, 6 * d)
-        head = dense_flops(t, 2 * d) + dense_flops(d, d, tokens)
-        # The decoders mirror the encoders, of which that of patches reads current and noisy frames.
-        actions = 2 * (dense_flops(self.action_dim, hidden, steps) + dense_flops(hidden, d, steps))
-        return self.depth * block + head + actions + 3 * dense_flops(values, d, video) + 2 * dense_flops(t, 4 * t)
+        """Operations of the products of one evaluation of one sample."""
+        d, t, hidden = self.embed_dim, self.timestep_embed_dim, 4 * max(self.action_dim, self.embed_dim)
+        video = patches.count(self.latent_shape, self.patch)
+        tokens, values = self.action_len + video, math.prod(self.patch) * self.latent_shape[-1]
+        total = 2 * MLP(hidden, d, parent=None).flops(self.action_dim, self.action_len)  # the decoder is its mirror
+        total += 3 * flops.dense(values, d, video)  # patches of current and noisy frames on the way in
+        total += MLP(4 * t, t, parent=None).flops(t)
+        total += self._stack().flops(tokens, t)
+        return total + Head(d, self.dtype, parent=None).flops(tokens, t)
+
+    def _stack(self) -> BlockStack:
+        return BlockStack(
+            self.embed_dim,
+            self.depth,
+            self.num_heads,
+            self.mlp_ratio,
+            self.qkv_bias,
+            self.scan_blocks,
+            self.remat,
+            self.dtype,
+        )
 
     def _embed(self, timestep: Array) -> Array:
         return self.timestep_embedding(sinusoid(timestep, self.timestep_embed_dim))
