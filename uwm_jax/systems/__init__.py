@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from uwm_jax.codecs import Codec
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError, suggest
-from uwm_jax.systems import gr1, uwm
+from uwm_jax.systems import gr1, pad, uwm
 from uwm_jax.systems.base import System, SystemType, TreeInfo
 
-_TYPES: dict[str, SystemType] = {kind.SYSTEM.name: kind.SYSTEM for kind in (uwm, gr1)}
+_TYPES: dict[str, SystemType] = {kind.SYSTEM.name: kind.SYSTEM for kind in (uwm, pad, gr1)}
 
 
 def register(kind: SystemType) -> None:

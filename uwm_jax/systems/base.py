@@ -58,6 +58,14 @@ class Bucket(NamedTuple):
     rows: jax.Array
 
 
+class StepKeys(NamedTuple):
+    """Keys (B,) of the rows of one step, for what they are named by."""
+
+    timestep: jax.Array
+    image: jax.Array
+    posterior: jax.Array
+
+
 class Losses(NamedTuple):
     """One training evaluation.
 
@@ -277,6 +285,14 @@ class System(abc.ABC):
         assert self.codec is not None
         with jax.default_matmul_precision("highest" if self.config.model.dtype == "float32" else "default"):
             return jax.lax.stop_gradient(self.codec.encode(frozen, frames, keys))
+
+    def step_keys(self, key: jax.Array, rows: jax.Array) -> StepKeys:
+        """The keys of rows in one step; arguments as in `draws`."""
+        keys = jax.vmap(functools.partial(jax.random.split, num=3))(row_keys(jax.random.fold_in(key, 1), rows)).T
+        timestep, image, posterior = keys
+        if self.config.data.augment.draw == "batch":  # one draw for the step, whichever of its rows are at hand
+            image = jnp.broadcast_to(jax.random.fold_in(key, 2), image.shape)
+        return StepKeys(timestep, image, posterior)
 
     def frames(self, frozen: Params, made: Mapping[str, jax.Array]) -> jax.Array:
         """Images (B, V, T, H, W, 3) float32 of a sample of `next_obs`, in [0, 1] units, not clipped."""

@@ -3,7 +3,7 @@
 from uwm_jax.systems import fields
 from uwm_jax.systems.base import SystemType
 from uwm_jax.systems.pad import config
-from uwm_jax.systems.pad.system import PAD
+from uwm_jax.systems.pad.system import ACTING, PAD, USES
 from uwm_jax.systems.pad.tree import TREE
 
 SYSTEM = SystemType(
@@ -13,8 +13,8 @@ SYSTEM = SystemType(
     check=config.check,
     make=PAD,
     tree=lambda config: TREE,
-    uses=PAD.uses,
-    acting=PAD.acting,
+    uses=USES,
+    acting=ACTING,
     fields=config.FIELDS,
     optional=fields.OPTIONAL,
     remarks=config.remarks,

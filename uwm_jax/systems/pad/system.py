@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -34,6 +36,8 @@ from uwm_jax.systems.pad.tree import TREE
 
 NET = "noise_pred_net"
 ROLES = dict.fromkeys(MODALITIES, Role.GENERATE)
+ACTING = "joint"
+USES = {ACTING: Use(generated(ROLES), question="what to do and what will be seen")}
 SAMPLE_KEYS = {"action": "action", "next_obs": "next_obs_latent"}  # of `sample`, by modality
 
 
@@ -44,13 +48,15 @@ class PAD(System):
     of `action`, `action_mask` and `next_obs_latent` what the batch has.
     """
 
-    uses = {"joint": Use(generated(ROLES), question="what to do and what will be seen")}
-    acting = "joint"
+    uses = USES
+    acting = ACTING
     tree = TREE
 
-    def __init__(self, config: ConfigDict, spec: DataSpec, codec: Codec):
+    codec: Codec
+
+    def __init__(self, config: ConfigDict, spec: DataSpec, codec: Codec | None):
+        assert codec is not None, "PAD reads and samples latents of a codec"
         super().__init__(config, spec, codec)
-        self.codec: Codec = codec
         self.schedule = Schedule(
             num_train_steps=config.diffusion.num_train_steps,
             num_inference_steps=config.diffusion.num_inference_steps,
@@ -100,28 +106,24 @@ class PAD(System):
     def encode(self, frozen: Params, batch: Batch, key: jax.Array | None = None) -> Encoded:
         image_keys = posterior_keys = None
         if key is not None:
-            keys = self.row_keys(key, batch["row"])
+            keys = self.step_keys(key, batch["row"])
             image_keys = keys.image
             if self.config.model.codec.posterior == "sample":
                 posterior_keys = keys.posterior
         current, following = self.images(batch, image_keys)
         encoded: Encoded = {n: batch[n] for n in ("action", "action_mask", "next_obs_latent") if n in batch}
         if "next_obs_latent" in batch or following is None:
-            encoded["obs_latent"] = self._latents(frozen, current, posterior_keys)
+            encoded["obs_latent"] = self.encode_frames(frozen, current, posterior_keys)
         else:  # both in one pass
-            both = self._latents(frozen, jnp.concatenate([current, following], axis=2), posterior_keys)
+            both = self.encode_frames(frozen, jnp.concatenate([current, following], axis=2), posterior_keys)
             encoded["obs_latent"], encoded["next_obs_latent"] = jnp.split(both, [self.num_frames], axis=2)
         return encoded
-
-    def _latents(self, frozen: Params, frames: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Latents (B, V, T, h, w, C); the posterior is sampled with keys (B,), else its mode."""
-        return jax.lax.stop_gradient(self.codec.encode(frozen, frames, keys))
 
     # --- training ------------------------------------------------------------------------------
 
     def draws(self, key: jax.Array, rows: jax.Array) -> Draws:
         total = self.schedule.num_train_steps
-        timestep = jax.vmap(lambda k: jax.random.randint(k, (), 0, total))(self.row_keys(key, rows).timestep)
+        timestep = jax.vmap(lambda k: jax.random.randint(k, (), 0, total))(self.step_keys(key, rows).timestep)
         noise = draw_normal(jax.random.fold_in(key, 0), rows, self.shapes)
         return {"noise": noise, "timestep": dict.fromkeys(MODALITIES, timestep)}
 
@@ -175,5 +177,5 @@ class PAD(System):
         frames = 2 * self.num_frames * len(self.cameras)
         return Flops({"network": self.network.flops()}, self.codec.encode_flops(frames, *self.config.data.crop))
 
-    def describe_sampling(self) -> dict[str, object]:
+    def describe_sampling(self) -> dict[str, Any]:
         return self.schedule.describe()

@@ -27,7 +27,6 @@ from uwm_jax.systems.base import (
     System,
     draw_normal,
     exact,
-    row_keys,
 )
 from uwm_jax.systems.uwm import objective
 from uwm_jax.systems.uwm.modes import ACTING, MODALITIES, MODES, USES
@@ -108,9 +107,7 @@ class UWM(System):
     def encode(self, frozen: Params, batch: Batch, key: jax.Array | None = None) -> Encoded:
         image_keys = posterior_keys = None
         if key is not None:
-            _, image_keys, posterior_keys = self._row_keys(key, batch["row"])
-            if self.config.data.augment.draw == "batch":  # one draw for the step, whichever of its rows are at hand
-                image_keys = jnp.broadcast_to(jax.random.fold_in(key, 2), image_keys.shape)
+            _, image_keys, posterior_keys = self.step_keys(key, batch["row"])
         current, following = self.images(batch, image_keys)
         encoded: Encoded = {
             "images": current,
@@ -136,17 +133,12 @@ class UWM(System):
 
     # --- training ------------------------------------------------------------------------------
 
-    def _row_keys(self, key: jax.Array, rows: jax.Array) -> jax.Array:
-        """(3, B) keys of the rows: of timesteps, augmentation and posterior."""
-        keys = row_keys(jax.random.fold_in(key, 1), rows)
-        return jax.vmap(functools.partial(jax.random.split, num=3))(keys).T
-
     def draws(self, key: jax.Array, rows: jax.Array) -> Draws:
         draw = functools.partial(
             objective.draw_timesteps, schedule=self.schedule, next_obs=self.config.diffusion.next_obs_timesteps
         )
         noise = draw_normal(jax.random.fold_in(key, 0), rows, self.shapes)
-        return {"noise": noise, "timestep": jax.vmap(draw)(self._row_keys(key, rows)[0])}
+        return {"noise": noise, "timestep": jax.vmap(draw)(self.step_keys(key, rows).timestep)}
 
     def shares(self, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         return objective.shares(batch["action_mask"], self.config.loss.action_free)
