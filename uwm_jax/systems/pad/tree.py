@@ -1,15 +1,17 @@
-"""PAD's parameters by name: how they lie on a mesh, and what they belong to; patterns and entries are as in
-`systems/uwm/tree.py`, whose rules hold for these blocks too."""
+"""The parameters of PAD by name: how they lie on a mesh, and what they belong to."""
 
 from __future__ import annotations
 
+from uwm_jax.systems import tables
 from uwm_jax.systems.base import TreeInfo
-from uwm_jax.systems.uwm import tree
 
 TREE = TreeInfo(
-    gradient_groups=tuple(pair for pair in tree.TREE.gradient_groups if pair[1] != "obs_encoder"),
-    mesh_rules=tuple(rule for rule in tree.MESH_RULES if not rule[0].startswith("obs_encoder/")),
-    interfaces={key: tree.TREE.interfaces[key] for key in ("action", "next_obs")},
+    gradient_groups=tables.ADALN_TRANSFORMER_GROUPS,
+    mesh_rules=(*tables.ADALN_TRANSFORMER_RULES, *tables.WHOLE),
+    interfaces={
+        "action": tables.ACTION_INTERFACE,
+        "next_obs": ("noise_pred_net/patch_encoder/kernel", "noise_pred_net/patch_decoder/kernel"),
+    },
     codec="next_obs",
     misfits={
         "noise_pred_net/pos_embed": (
