@@ -212,6 +212,7 @@ def run(
         if not stored:
             checkpoints.warm_up(state, codec_store.checkpointed(codec, frozen))  # SIGTERM leaves little time
         evaluations = InTraining(program, loader, frozen, command=start["command"], draw=pictures.draw)
+        Retention.of(config).check(evaluations.metrics)
 
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from uwm_jax.data.loader import FixedWindows, Loader
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.metrics import CHANGED, Metrics, Pairs, errors, pairs_of, summarize
+from uwm_jax.evaluation.metrics import CHANGED, Metrics, Pairs, errors, names_of, pairs_of, summarize
 from uwm_jax.files import write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import Rules
@@ -108,6 +108,13 @@ class Evaluator:
         if states is not None:
             _, steps, views, _, *latent = states.shape
             self._decode = self.program(self._one_view, frozen, whole(steps * len(self._denoised), views, 1, *latent))
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """The names of the metrics that `run` can measure; `compile` comes first."""
+        tree = self._evaluate.out_tree
+        scores, _ = jax.tree.unflatten(tree, range(tree.num_leaves))
+        return names_of(scores, self._pairs())
 
     def batches(self) -> Iterator[Arrays]:
         """The windows on the devices, as `FixedWindows.batches` gives them, one batch at a time: beside a training

@@ -68,6 +68,13 @@ class InTraining:
         last = step == self._config.total_steps
         return [name for name, every in self._every.items() if step % every == 0 or last]
 
+    @property
+    def metrics(self) -> frozenset[str]:
+        """The names of the means that `evaluate` can return."""
+        found = self._losses.metrics if LOSSES in self._every else frozenset()
+        found |= self._samples.metrics if SAMPLES in self._every else frozenset()
+        return frozenset(f"eval/{name}" for name in found)
+
     def evaluate(
         self, workdir: Path, step: int, state: TrainState, frozen: Any, turns: Turns, watchdog: Watchdog
     ) -> tuple[dict[str, float], dict[str, Path]]:

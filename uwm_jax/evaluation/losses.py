@@ -22,6 +22,12 @@ class HeldOutLosses:
         evaluator = self._evaluator
         self._losses = evaluator.program(make_eval_step(evaluator.system), params, frozen, evaluator.example())
 
+    @property
+    def metrics(self) -> frozenset[str]:
+        """The names of the metrics that `run` measures; `compile` comes first."""
+        tree = self._losses.out_tree
+        return frozenset(jax.tree.unflatten(tree, range(tree.num_leaves)))
+
     def run(self, params: Any, frozen: Any, *, each: Each = iter) -> Metrics:
         """{`loss/<part>`: interval over windows}, unweighted; `each` as for `Evaluator.run`.
 

@@ -7,7 +7,7 @@ host (`summarize`), where all windows are at hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -120,11 +120,8 @@ def summarize(values: Mapping[str, np.ndarray], episodes: np.ndarray, pairs: Pai
       RunError: a metric is NaN or infinite.
     """
     measured = {name: np.asarray(value, np.float64) for name, value in values.items() if name not in _NEEDED}
-    for pair, (better, other) in pairs.items():
-        for metric in _PAIRED_METRICS:
-            if f"{better}/{metric}" in measured and f"{other}/{metric}" in measured:
-                difference = measured[f"{other}/{metric}"] - measured[f"{better}/{metric}"]
-                measured[f"paired/{pair}/{metric}"] = difference
+    for name, (better, other) in _differences(measured, pairs).items():
+        measured[name] = measured[other] - measured[better]
     summary = {}
     groups = [group for group in dict.fromkeys(name.split("/")[0] for name in measured) if group not in _LAST_GROUPS]
     groups += _LAST_GROUPS
@@ -142,6 +139,23 @@ def summarize(values: Mapping[str, np.ndarray], episodes: np.ndarray, pairs: Pai
         if counts.any():
             summary[name] = interval(value[counts], episodes[counts], bounds_of(name))
     return summary
+
+
+def names_of(values: Iterable[str], pairs: Pairs) -> frozenset[str]:
+    """The metrics that `summarize` can give for values of these names."""
+    measured = set(values) - _NEEDED.keys()
+    return frozenset(measured | _differences(measured, pairs).keys())
+
+
+def _differences(measured: Collection[str], pairs: Pairs) -> dict[str, tuple[str, str]]:
+    """{`paired/<pair>/<metric>`: (metric of the better, of the other)} of those pairs that are measured."""
+    found = {}
+    for pair, names in pairs.items():
+        for metric in _PAIRED_METRICS:
+            better, other = (f"{name}/{metric}" for name in names)
+            if better in measured and other in measured:
+                found[f"paired/{pair}/{metric}"] = better, other
+    return found
 
 
 def bounds_of(name: str) -> tuple[float, float]:
