@@ -19,8 +19,9 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.reporting import pictures
 from uwm_jax.reporting.drawing import Plane, draw_outline, save_gif
+from uwm_jax.reporting.names import formula
 from uwm_jax.reporting.page import figure
-from uwm_jax.reporting.pictures import draw, formula
+from uwm_jax.reporting.pictures import draw
 from uwm_jax.reporting.sheets import Labels, read_labels, write_labels
 from uwm_jax.systems.uwm.modes import MODES, USES
 
@@ -44,8 +45,10 @@ def config_of(plane: tuple = (), resize: tuple = (64, 64), crop: tuple = (64, 64
 
 
 def test_formulas():
-    assert formula("policy") == "p(a | o)" and formula("forward") == "p(o' | o, a)"
-    assert formula("inverse") == "p(a | o, o')" and formula("joint") == "p(a, o' | o)"
+    assert {name: formula(use) for name, use in USES.items()} == {
+        **{"policy": "p(a | o)", "video": "p(o' | o)", "forward": "p(o' | o, a)"},
+        **{"inverse": "p(a | o, o')", "joint": "p(a, o' | o)"},
+    }
 
 
 def test_corners_of_the_plane_are_corners_of_the_frame():
@@ -137,10 +140,13 @@ def test_no_picture_holds_text_but_the_numbers_of_axes(plane):
     windows, spec, config = windows_of(1, 2), spec_of(("image",), 2), config_of(plane)
     raw = {name: spec.normalizer.unnormalize("action", x) for name, x in windows.items() if name.endswith("action")}
     place = Plane.of(spec, config.data, plane)
-    drawn = [pictures._idea(windows, raw, place), pictures._modes(windows, raw, place, ["image"])]
-    drawn += (
-        [pictures._actions_on_frames(windows, raw, place)] if place else [pictures._actions_over_time(windows, raw)]
-    )
+    drawn = [
+        pictures._idea(windows, raw, place, USES, ("action", "next_obs")),
+        pictures._modes(windows, raw, place, ["image"], USES),
+        pictures._actions_on_frames(windows, raw, place, USES)
+        if place
+        else pictures._actions_over_time(windows, raw, USES),
+    ]
     for tiles, labels in drawn:
         assert (tiles.rows, tiles.columns) == (len(labels.rows), len(labels.columns))
         texts = [text.get_text() for axis in tiles.figure.axes for text in axis.findobj(Text)]
@@ -172,12 +178,12 @@ def test_crosses_are_where_the_actions_end():
     windows, spec, config = windows_of(1, 2), spec_of(("image",), 2), config_of(plane)
     raw = {name: spec.normalizer.unnormalize("action", x) for name, x in windows.items() if name.endswith("action")}
     place = Plane.of(spec, config.data, plane)
-    figure = pictures._modes(windows, raw, place, ["image"])[0].figure
+    figure = pictures._modes(windows, raw, place, ["image"], USES)[0].figure
     found = [line.get_xydata()[0] for axis in figure.axes for line in axis.lines if line.get_marker() == "+"]
-    names = ("action", "joint/action", "shuffled_action")  # forward, joint, control
+    names = ("action", "shuffled_action", "joint/action")  # forward, control, joint
     expected = [place.to_pixels(raw[name][window, -1]) for window in range(3) for name in names]
     np.testing.assert_allclose(np.array(found)[::2], expected, atol=1e-4)  # each with its halo
-    unplaced = pictures._modes(windows, raw, None, ["image"])[0].figure
+    unplaced = pictures._modes(windows, raw, None, ["image"], USES)[0].figure
     assert not [line for axis in unplaced.axes for line in axis.lines if line.get_marker() == "+"]
 
 

@@ -62,6 +62,12 @@ class WindowSpec:
         return cls(groups, str(stored["pad"]), tuple(int(i) for i in stored["reserve"]))
 
     @property
+    def places(self) -> dict[str, Any]:
+        """What decides at which (episode, origin) there are windows: equal for specs that have the same ones."""
+        reach = [(min(x), max(x)) if x else () for x in (self._observed, self._acted)]
+        return {"pad": self.pad, "first_origin": self.first_origin, "reach": reach}
+
+    @property
     def span(self) -> int:
         """Steps that an episode must have for one window."""
         indices = [*self._observed, *self._acted]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from uwm_jax.envs.parallel import HOLD
 from uwm_jax.reporting import names
@@ -12,76 +11,40 @@ from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import NOTHING, head, interval, number_head, table
 from uwm_jax.reporting.results import Interval, verdict
 
-
-class Claim(NamedTuple):
-    """A question, and the metric whose interval answers it: positive is yes. Those of one group are in one unit."""
-
-    group: str
-    question: str
-    metric: str
-
-
 ACTIONS, FRAMES, SIMULATED = "Actions", "Frames", "In the simulator"
 
 
-CLAIMS = (
-    Claim(ACTIONS, "Does it act? The policy mode against the mean action", "paired/policy_vs_mean_action/action_mse"),
-    Claim(ACTIONS, "… against the last action, repeated", "paired/policy_vs_last_action/action_mse"),
-    Claim(
-        ACTIONS,
-        "Does it explain? The inverse mode against the mean action",
-        "paired/inverse_vs_mean_action/action_mse",
-    ),
-    Claim(
-        ACTIONS,
-        "… against the policy mode, which does not see the later frame",
-        "paired/inverse_vs_policy/action_mse",
-    ),
-    Claim(
-        ACTIONS,
-        "… against a straight line to the true last action",
-        "paired/inverse_vs_linear_interpolation/action_mse",
-    ),
-    Claim(
-        FRAMES,
-        "Does it predict what actions do? One evaluation with the true actions against another window's",
-        "control/shuffle_gap",
-    ),
-    Claim(FRAMES, "… whole samples, all pixels", "paired/forward_vs_shuffled/pixel_mse"),
-    Claim(FRAMES, "… whole samples, pixels that changed", "paired/forward_vs_shuffled/changed_mse"),
-    Claim(
-        FRAMES,
-        "Do known actions help to predict? Forward against video, pixels that changed",
-        "paired/forward_vs_video/changed_mse",
-    ),
-    Claim(
-        FRAMES,
-        "Are the forward mode's frames better than the current frame, copied?",
-        "paired/forward_vs_copied_frame/pixel_mse",
-    ),
-    Claim(FRAMES, "Are they better than the mean image?", "paired/forward_vs_mean_image/pixel_mse"),
-    Claim(FRAMES, "… on pixels that changed", "paired/forward_vs_mean_image/changed_mse"),
-)
-CLOSED_LOOP_CLAIMS = (
-    Claim(SIMULATED, "Does it do better than random targets?", "random_uniform"),
-    Claim(SIMULATED, f"… than random targets that are held for {HOLD} steps?", "random_held"),
-)
+SIMULATED_QUESTIONS = {  # by the actor that the policy is set against
+    "random_uniform": "Does it do better than random targets?",
+    "random_held": f"\u2026 than random targets that are held for {HOLD} steps?",
+}
+_ASKED = ("action_mse", "pixel_mse", "changed_mse")  # of pairs without a question of their own
 
 
-def answers(metrics: Mapping[str, Interval], closed_loop: Mapping[str, Interval], step: str = "") -> Html:
+def answers(
+    metrics: Mapping[str, Interval],
+    closed_loop: Mapping[str, Interval],
+    questions: Mapping[str, str],
+    step: str = "",
+) -> Html:
     """Verdicts of the intervals of an evaluation and of a closed loop, a table for each unit; "" for none.
 
     Args:
+      questions: {metric: what it answers} of a system, asked first; other pairs are asked in general words.
       step: of the closed loop, in words, where it is another one than the evaluation's.
     """
     found: dict[str, list[tuple[str, str, Interval]]] = {}
-    for group, question, name in CLAIMS:
+    asked = dict(questions)
+    if not questions:
+        pairs = [name for name in metrics if name.startswith("paired/") and name.rpartition("/")[2] in _ASKED]
+        asked = {name: f"Is it better? {names.of(name)[0]}" for name in pairs}
+    for name, question in asked.items():
         if (m := metrics.get(name)) is not None:
-            found.setdefault(group, []).append((question, name, m))
-    for group, question, other in CLOSED_LOOP_CLAIMS:
+            found.setdefault(ACTIONS if name.endswith("/action_mse") else FRAMES, []).append((question, name, m))
+    for other, question in SIMULATED_QUESTIONS.items():
         for name, m in closed_loop.items():
             if name.startswith(f"paired/policy_vs_{other}/max_"):
-                found.setdefault(group, []).append((f"{question} ({m.n} episodes{step})", name, m))
+                found.setdefault(SIMULATED, []).append((f"{question} ({m.n} episodes{step})", name, m))
     return fill("{}", [_table(group, rows) for group, rows in found.items()]) if found else NOTHING
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uwm_jax.config import flatten
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
 from uwm_jax.reporting import names
@@ -17,18 +18,15 @@ from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import NOTHING, Section, cell, curves, fields, head, number_head, page, table
 from uwm_jax.reporting.provenance import facts
 from uwm_jax.reporting.results import Interval, Run, differing_fields, seeds_of
-from uwm_jax.systems.uwm.modes import MODES
 
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#a0418f", "#e69f00", "#56b4e9", "#777777")
 
 # Fields that decide which windows are held out, and in which units errors are.
 DECISIVE = (
-    *("data.path", "data.split", "data.sources", "data.val_ratio", "data.window", "data.action", "data.normalize"),
-    *("data.cameras", "data.resize", "data.crop", "model.codec.name", "model.codec.vae", "eval.num_windows"),
+    *("data.path", "data.split", "data.sources", "data.val_ratio", "data.window.action", "data.action"),
+    *("data.normalize", "data.cameras", "data.resize", "data.crop", "model.codec.name", "model.codec.vae"),
+    "eval.num_windows",
 )
-
-# Of these metrics the best is marked; those of baselines, of the expert and of shuffled actions are no merits.
-MARKED = (*(f"{mode}/" for mode in MODES), "control/shuffle_gap", "paired/", "rollout/policy/", "rollout/paired/")
 
 # What an evaluation or a closed loop records of itself and depends on.
 HOW = (
@@ -56,7 +54,7 @@ def compare(workdirs: Sequence[Path], output: Path) -> Path:
         Section("curves", "Curves", curves(_panels(runs))),
         Section("configs", "Config fields that differ", _configs(runs)),
     ]
-    write_text(output, page("UWM: " + ", ".join(run.name for run in runs), top, sections))
+    write_text(output, page(", ".join(run.name for run in runs), top, sections))
     return output
 
 
@@ -67,6 +65,8 @@ def _facts(runs: Sequence[Run]) -> Html:
 def same_windows(runs: Sequence[Run]) -> Html:
     """A warning where the numbers are not of the same windows or not in the same units."""
     reasons = [name for name in differing_fields(runs) if name.startswith(DECISIVE)]
+    if any(_places(run) != _places(runs[0]) for run in runs[1:]):
+        reasons.append("data.window")
     trained = [{source: m["splits"] for source, m in run.manifests.items()} for run in runs if run.manifests]
     # A source is what it holds: its name and place may differ.
     evaluated = [sorted((run.eval_how.get("datasets") or {}).values()) for run in runs if run.metrics]
@@ -103,6 +103,11 @@ def same_windows(runs: Sequence[Run]) -> Html:
     )
 
 
+def _places(run: Run) -> Mapping[str, Any]:
+    """What decides where the windows of a run lie: systems read different parts of the same ones."""
+    return WindowSpec.from_config(run.config.data.window).places
+
+
 def _how(record: Mapping[str, Any]) -> dict[str, str]:
     """Settings of an evaluation or a closed loop that its numbers depend on, by name."""
     how = {name: str(record[name]) for name in HOW if name in record}
@@ -122,9 +127,11 @@ def _metrics(runs: Sequence[Run]) -> list[Section]:
     heads = ["metric", *(number_head(run.name, _steps(run)) for run in runs)]
 
     def rows(chosen: Sequence[str]) -> Html:
-        return table(heads, [_row(name, [metrics.get(name) for metrics in by_run]) for name in chosen], "metrics")
+        cells = [_row(name, [metrics.get(name) for metrics in by_run], _is_merit(name, runs)) for name in chosen]
+        return table(heads, cells, "metrics")
 
-    main = [name for name in found if name.startswith((*(f"{mode}/" for mode in MODES), "control/", "rollout/policy/"))]
+    uses = {f"{use}/" for run in runs for use in run.kind.uses}
+    main = [name for name in found if name.startswith((*uses, "loss/", "control/", "rollout/policy/"))]
     rest = [name for name in found if name not in main]
     about = "<p>Mean, and below it the 95 % interval. Marked: better than all others, with intervals apart.</p>{}"
     return [
@@ -142,9 +149,17 @@ def _steps(run: Run) -> str:
     return evaluated + (f", in the simulator at {run.rollout_step}" if run.rollout else "")
 
 
-def _row(name: str, found: Sequence[Interval | None]) -> list[Html]:
+def _is_merit(name: str, runs: Sequence[Run]) -> bool:
+    """Whether the best of a metric is marked: those of baselines, of the expert and of shuffled actions are no
+    merits."""
+    uses = {f"{use}/" for run in runs for use in run.kind.uses}
+    probe = name.startswith("control/") and name.count("/") == 1
+    return probe or name.startswith((*uses, "paired/", "rollout/policy/", "rollout/paired/"))
+
+
+def _row(name: str, found: Sequence[Interval | None], merit: bool) -> list[Html]:
     """Cells of a metric of all runs, in one format."""
-    best = _best(found, _more_is_better(name)) if name.startswith(MARKED) else None
+    best = _best(found, _more_is_better(name)) if merit else None
     form = Format.of(m and m.mean for m in found)
     return [head(*names.of(name)), *(cell(m, form, "best" if m and m is best else "") for m in found)]
 
@@ -172,25 +187,28 @@ def _configs(runs: Sequence[Run]) -> Html:
 def _panels(runs: Sequence[Run]) -> list[Panel]:
     named = [(run, RUN_COLORS[i % len(RUN_COLORS)]) for i, run in enumerate(runs)]
 
-    def losses(modality: str) -> list[Curve]:
+    def losses(part: str) -> list[Curve]:
         return [
-            run.logged(f"{prefix}loss/{modality}", f"{run.name}{suffix}", color, style)
+            run.logged(f"{prefix}loss/{part}", f"{run.name}{suffix}", color, style)
             for run, color in named
+            if part in run.config.loss.weights
             for prefix, style, suffix in (("", "-", ""), ("eval/", "--", ", held out"))
         ]
 
     def values(name: str) -> list[Curve]:
         return [run.evaluated(name, run.name, color) for run, color in named]
 
+    parts = dict.fromkeys(part for run in runs for part in run.config.loss.weights)
+    uses = dict.fromkeys(use for run in runs for use in run.kind.uses)
+    shown = [f"{use}/{metric}" for use in uses for metric in ("action_mse", "changed_mse")]
+    shown += [n for n in runs[0].metrics if n.startswith("control/") and n.count("/") == 1]
+    evaluated = [name for name in shown if any(name in run.metrics for run in runs)]
+    scores = Panel(
+        "The best of an episode in the simulator",
+        [run.rolled_out(f"policy/{run.score}", run.name, c) for run, c in named],
+    )
     return [
-        Panel("Loss of actions", losses("action"), logarithmic=True),
-        Panel("Loss of later frames", losses("next_obs"), logarithmic=True),
-        Panel("Error of the policy mode's actions", values("policy/action_mse")),
-        Panel("Error of the inverse mode's actions", values("inverse/action_mse")),
-        Panel("Error of forward frames where the picture changed", values("forward/changed_mse")),
-        Panel("What wrong actions cost, one evaluation", values("control/shuffle_gap"), zero=True),
-        Panel(
-            "The best of an episode in the simulator",
-            [run.rolled_out(f"policy/{run.score}", run.name, c) for run, c in named],
-        ),
+        *(Panel(f"Loss: {part}", losses(part), logarithmic=True) for part in parts),
+        *(Panel(names.of(name)[0], values(name), zero=name.startswith("control/")) for name in evaluated),
+        scores,
     ]

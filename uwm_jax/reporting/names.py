@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 from uwm_jax.envs.parallel import HOLD
 from uwm_jax.evaluation.evaluator import MEAN_IMAGE_WINDOWS
+from uwm_jax.systems.base import Use
+
+SYMBOLS = {"action": "a", "next_obs": "o'"}  # of what a use makes or is given
+_COLORS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#a0418f")  # of uses, in the order of a system
 
 METRICS = {  # a metric's name, and what its numbers are
     "action_mse": ("action error (MSE)", "actions from -1 to 1"),
@@ -23,13 +30,24 @@ BASELINES = {
     "codec": "not a baseline but the ceiling: the true frame through the image codec",
 }
 ACTORS = {
-    "policy": "the policy mode",
+    "policy": "the model",
     "expert": "the expert that made the demonstrations",
     "random_held": f"random targets, each held for {HOLD} steps",
     "random_uniform": "random targets, a new one each step",
     "no_action": "doing nothing: how the episodes start",
 }
 KNOWS_MORE = ("linear_interpolation", "codec")  # these are told some of the truth, so that to be worse is no defect
+
+
+def colors(uses: Iterable[str]) -> dict[str, str]:
+    """{use: colour of its lines}."""
+    return dict(zip(uses, itertools.cycle(_COLORS), strict=False))
+
+
+def formula(use: Use) -> str:
+    """`p(o' | o, a)` of a use."""
+    known = ["o"] * use.sees_obs + [SYMBOLS[m] for m in use.given]
+    return f"p({', '.join(SYMBOLS[m] for m in use.makes)}{' | ' + ', '.join(known) if known else ''})"
 
 
 def of_metric(name: str) -> tuple[str, str]:
@@ -63,8 +81,7 @@ def of(name: str) -> tuple[str, str]:
 
 _PLAIN = {
     "linear_interpolation": "a straight line to the true end",
-    "forward_shuffled": "forward with another window's actions",
-    "shuffled": "forward with another window's actions",
+    "shuffled": "the same with another window's actions",
     "random_held": f"random targets held for {HOLD} steps",
     "random_uniform": "random targets",
     "mean_action": "the mean action",
@@ -78,4 +95,6 @@ _PLAIN = {
 
 
 def _plain(who: str) -> str:
+    if who.endswith("_shuffled"):
+        return f"{who.removesuffix('_shuffled')} with another window's actions"
     return _PLAIN.get(who, who.replace("_", " "))

@@ -47,16 +47,16 @@ def _one(result: Result, run: Run) -> Html:
         fill("<p><b>{}</b></p>", told) if told else NOTHING,
         result.folder,
         table(["setting", "value"], settings, "settings"),
-        _tables(result),
+        _tables(result, run),
         fill("<details><summary>Command</summary>{}</details>", command) if command else NOTHING,
     )
 
 
-def _tables(result: Result) -> Html:
+def _tables(result: Result, run: Run) -> Html:
     if result.kind == "few_steps":
         return tables.samplers(result.rows)
     if result.kind == "rollout":
-        return fill("{}{}", tables.closed_loop(result.metrics), answers({}, result.metrics))
-    told = answers(result.metrics, {})
+        return fill("{}{}", tables.closed_loop(result.metrics), answers({}, result.metrics, {}))
+    told = answers(result.metrics, {}, run.kind.questions)
     fold = fill("<details><summary>What the numbers say</summary>{}</details>", told) if told else NOTHING
-    return fill("{}{}", tables.evaluation(result.metrics), fold)
+    return fill("{}{}", tables.evaluation(result.metrics, run.kind.uses), fold)

@@ -1,12 +1,12 @@
 """Pictures of what a model samples on held-out windows, next to the truth and to baselines.
 
-  idea.png     one window: every mode as a role for each modality (given, hidden, sampled)
-  modes.png    later frames of all modes, the shuffled control and the baselines, and where each is wrong
+  idea.png     one window: every use as a role for each modality (given, hidden, made)
+  modes.png    later frames of all uses, the shuffled control and the baselines, and where each is wrong
   actions.png  sampled actions and the true ones, on the frame where they are positions in it, else over time
-  denoise.gif  the joint mode's sample on its way from noise
+  denoise.gif  a sample on its way from noise
 
-They hold no text: `pictures.json` next to them has their labels, which a page writes around them. Numpy in, files out:
-nothing here runs a model.
+Those of which the windows have nothing are not drawn. They hold no text: `pictures.json` next to them has their
+labels, which a page writes around them. Numpy in, files out: nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from uwm_jax import systems
 from uwm_jax.data.spec import DataSpec
-from uwm_jax.diffusion.roles import Role
 from uwm_jax.evaluation.evaluator import spread
 from uwm_jax.evaluation.metrics import CHANGED
+from uwm_jax.reporting import names
 from uwm_jax.reporting.drawing import (
     CHANGE,
     ERROR_SCALE,
@@ -42,60 +43,53 @@ from uwm_jax.reporting.drawing import (
     save_gif,
 )
 from uwm_jax.reporting.sheets import Labels, Mark, write_labels
-from uwm_jax.systems.uwm.modes import MODES, USES
+from uwm_jax.systems.base import Use
 
 Windows = Mapping[str, np.ndarray]
 
-SYMBOLS = {"action": "a", "next_obs": "o'"}
-COLORS = {"policy": "#0072b2", "video": "#56b4e9", "forward": "#009e73", "inverse": "#d55e00", "joint": "#a0418f"}
-ROLES = {  # the words under a tile of idea.png, the colour of its border, and what the border says
-    Role.GIVEN: ("given", "#999999", "given to the mode, clean"),
-    Role.HIDDEN: ("hidden", "#cccccc", "hidden from the mode: noise"),
-    Role.GENERATE: ("sampled", SAMPLE, "sampled by the mode, out of noise"),
+GIVEN, HIDDEN, MADE = "given", "hidden", "sampled"  # the words under a tile of idea.png
+ROLES = {  # the colour of a tile's border, and what the border says
+    GIVEN: ("#999999", "given to the model"),
+    HIDDEN: ("#cccccc", "hidden from the model"),
+    MADE: (SAMPLE, "made by the model"),
 }
 GIF_STEP_MS, GIF_HOLD_MS = 350, 2500
 _LINE_STYLES = ("-", "--", ":")
 _SHARP = 2.0  # pixels of a PNG for one of a page
 
 
-def formula(mode: str) -> str:
-    """`p(o' | o, a)` of a mode."""
-    roles = MODES[mode]
-    made = [SYMBOLS[m] for m in roles if roles[m] is Role.GENERATE]
-    known = ["o", *(SYMBOLS[m] for m in roles if roles[m] is Role.GIVEN)]
-    return f"p({', '.join(made)} | {', '.join(known)})"
-
-
 def draw(windows: Windows, spec: DataSpec, config: ConfigDict, folder: Path) -> dict[str, Path]:
     """Writes the pictures of some windows into `folder`, each by rename, and their labels.
 
     Args:
-      windows: N windows on the host. `episode` (N,); `action` (N, Ta, Da) normalised; `current`, `next_obs`
-        (N, V, T, h, w, 3) float32 in [0, 1]; `<mode>/action`, `<mode>/next_obs` of what each mode samples. Where
-        they are there, also `forward_shuffled/next_obs` (N, V, T, h, w, 3) and `shuffled_action` (N, Ta, Da);
-        `mean_image` (V, 1, h, w, 3); and the joint mode's states `denoise/action` (S+1, N, Ta, Da) and
-        `denoise/next_obs` (S+1, D, h, w, 3), the last frame of the view `denoise/view` () of the windows
-        `denoise/windows` (D,); without them there is no denoise.gif.
+      windows: N windows on the host, as `Evaluator.run` gives them.
       spec: of the model: names of the cameras (views are sorted by name) and the normaliser of actions.
       config: the run's; `eval.action_plane` and `data` say where on a frame an action lies.
 
     Returns:
-      {"idea", "modes", "actions", "denoise": file}.
+      {"idea", "modes", "actions", "denoise": file}, of these what was drawn.
     """
+    if "current" not in windows:
+        return {}
+    uses = systems.get(config.system).uses
     plane = Plane.of(spec, config.data, config.eval.action_plane)
     raw = {
         name: np.asarray(spec.normalizer.unnormalize("action", value), np.float32)
         for name, value in windows.items()
         if name.endswith("action")
     }
-    drawn = {
-        "idea": _idea(windows, raw, plane),
-        "modes": _modes(windows, raw, plane, sorted(spec.cameras)),
-        "actions": _actions_on_frames(windows, raw, plane) if plane else _actions_over_time(windows, raw),
-    }
+    drawn = {}
+    modalities = [m for m in names.SYMBOLS if any(m in use.makes for use in uses.values())]
+    if modalities:
+        drawn["idea"] = _idea(windows, raw, plane, uses, modalities)
+    if any(f"{use}/next_obs" in windows for use in uses):
+        drawn["modes"] = _modes(windows, raw, plane, sorted(spec.cameras), uses)
+    if any(f"{use}/action" in windows for use in uses):
+        paths = _actions_on_frames(windows, raw, plane, uses) if plane else _actions_over_time(windows, raw, uses)
+        drawn["actions"] = paths
     files = {name: save(tiles.figure, folder / f"{name}.png") for name, (tiles, _) in drawn.items()}
     labels = {f"{name}.png": found for name, (_, found) in drawn.items()}
-    if "denoise/next_obs" in windows:
+    if "denoise/windows" in windows:
         frames, labels["denoise.gif"] = _denoise(windows, raw, plane)
         times = [GIF_STEP_MS] * (len(frames) - 1) + [GIF_HOLD_MS]
         files["denoise"] = save_gif(frames, folder / "denoise.gif", times)
@@ -106,15 +100,20 @@ def draw(windows: Windows, spec: DataSpec, config: ConfigDict, folder: Path) -> 
 # --- the pictures ------------------------------------------------------------------------------------------------
 
 
-def _idea(windows: Windows, raw: Windows, plane: Plane | None) -> tuple[Tiles, Labels]:
-    """One window: modes as columns, modalities as rows, a tile's border and words say its role."""
+def _idea(
+    windows: Windows, raw: Windows, plane: Plane | None, uses: Mapping[str, Use], modalities: Sequence[str]
+) -> tuple[Tiles, Labels]:
+    """One window: uses as columns, modalities as rows, a tile's border and words say its role."""
     view = plane.view if plane else 0
-    window = int(np.argmax(_change(windows)[:, view].mean(axis=(1, 2))))  # where most happens
-    now, later = windows["current"][window, view, -1], windows["next_obs"][window, view, -1]
-    tiles = Tiles(2, 2 + len(MODES), now.shape[:2])
+    shows_later = "next_obs" in windows
+    window = int(np.argmax(_change(windows)[:, view].mean(axis=(1, 2)))) if shows_later else 0  # where most happens
+    now = windows["current"][window, view, -1]
+    tiles = Tiles(len(modalities), 2 + len(uses), now.shape[:2])
 
-    def show_action(axis: Any, key: str, color: str) -> None:
-        if plane:
+    def show(axis: Any, modality: str, key: str, color: str) -> None:
+        if modality == "next_obs":
+            draw_frame(axis, windows[key][window, view, -1])
+        elif plane:
             draw_frame(axis, now)
             if key != "action":
                 draw_path(axis, plane.to_pixels(raw["action"][window]), TRUTH, 2.0)
@@ -123,43 +122,43 @@ def _idea(windows: Windows, raw: Windows, plane: Plane | None) -> tuple[Tiles, L
             draw_traces(axis, windows["action"][window], windows[key][window], color, *_traced(windows))
 
     draw_frame(tiles.axis(0, 0), now)
-    show_action(tiles.axis(0, 1), "action", TRUTH)
-    draw_frame(tiles.axis(1, 1), later)
-    captions: list[list[str | None]] = [["", ""], [None, ""]]
-    for column, mode in enumerate(MODES, start=2):
-        for row, modality in enumerate(SYMBOLS):
-            axis, role = tiles.axis(row, column), MODES[mode][modality]
-            if role is Role.HIDDEN:
+    captions: list[list[str | None]] = []
+    for row, modality in enumerate(modalities):
+        show(tiles.axis(row, 1), modality, modality, TRUTH)
+        words: list[str | None] = ["" if row == 0 else None, ""]
+        for column, (name, use) in enumerate(uses.items(), start=2):
+            axis = tiles.axis(row, column)
+            role = MADE if modality in use.makes else GIVEN if modality in use.given else HIDDEN
+            if role is HIDDEN:
                 noise = np.random.default_rng(column).normal(0.5, 0.25, now.shape[:2])
                 draw_frame(axis, np.repeat(0.3 + 0.7 * noise[..., None], 3, axis=-1))
-            elif modality == "action":
-                known = role is Role.GIVEN
-                show_action(axis, "action" if known else f"{mode}/action", TRUTH if known else SAMPLE)
             else:
-                draw_frame(axis, later if role is Role.GIVEN else windows[f"{mode}/next_obs"][window, view, -1])
-            word, color, _ = ROLES[role]
-            draw_border(axis, color, 4.0 if role is Role.GENERATE else 2.0)
-            captions[row].append(word)
-    columns = [("now", "what every mode sees"), ("the truth", "what really happened")]
-    columns += [(mode, USES[mode].question) for mode in MODES]
-    borders = [Mark("frame", color, says) for _, color, says in ROLES.values()]
-    key = _key_of_actions(windows, plane) + borders
-    return tiles, Labels(columns, ["the next actions", "the frame after them"], captions, key, _SHARP)
+                known = role is GIVEN
+                show(axis, modality, modality if known else f"{name}/{modality}", TRUTH if known else SAMPLE)
+            draw_border(axis, ROLES[role][0], 4.0 if role is MADE else 2.0)
+            words.append(role)
+        captions.append(words)
+    columns = [("now", "what the model sees"), ("the truth", "what really happened")]
+    columns += [(name, use.question) for name, use in uses.items()]
+    borders = [Mark("frame", *ROLES[role]) for role in ROLES if any(role in words for words in captions)]
+    key = _key_of_actions(windows, plane) if "action" in modalities else []
+    labels = {"action": "the next actions", "next_obs": "the frame after them"}
+    return tiles, Labels(columns, [labels[m] for m in modalities], captions, key + borders, _SHARP)
 
 
-# Columns of modes.png: {key of the frames: ((title, what is below it), key of the actions that lead there)}.
-_PREDICTORS = {
-    "forward/next_obs": (("forward", "knows the true actions"), "action"),
-    "joint/next_obs": (("joint", "with actions of its own"), "joint/action"),
-    "video/next_obs": (("video", "whatever is done"), ""),
-    "forward_shuffled/next_obs": (("control", "forward with another window's actions"), "shuffled_action"),
-}
-
-
-def _modes(windows: Windows, raw: Windows, plane: Plane | None, cameras: Sequence[str]) -> tuple[Tiles, Labels]:
+def _modes(
+    windows: Windows, raw: Windows, plane: Plane | None, cameras: Sequence[str], uses: Mapping[str, Use]
+) -> tuple[Tiles, Labels]:
     """Later frames of every predictor for some windows and all views; below each, where it is wrong. In the plane of
     actions a cross shows where those end that a predictor knows or has sampled."""
-    shown = [(title, windows[key], raw.get(action)) for key, (title, action) in _PREDICTORS.items() if key in windows]
+    shown = []
+    for name, use in uses.items():
+        if "next_obs" in use.makes:
+            ends = "action" if "action" in use.given else f"{name}/action"
+            shown.append(((name, use.question), windows[f"{name}/next_obs"], raw.get(ends)))
+        if f"{name}_shuffled/next_obs" in windows:
+            title = ("control", f"{name} with another window's actions")
+            shown.append((title, windows[f"{name}_shuffled/next_obs"], raw.get("shuffled_action")))
     shown.append((("baseline", "the current frame, copied"), _last(windows["current"]), None))
     if "mean_image" in windows:
         mean = np.broadcast_to(windows["mean_image"], windows["next_obs"].shape)
@@ -198,9 +197,9 @@ def _modes(windows: Windows, raw: Windows, plane: Plane | None, cameras: Sequenc
     return tiles, Labels(columns, rows, captions, key, _SHARP)
 
 
-def _actions_on_frames(windows: Windows, raw: Windows, plane: Plane) -> tuple[Tiles, Labels]:
-    """Paths on the current frame: a row per mode that samples actions, a column per window."""
-    modes = [mode for mode in MODES if f"{mode}/action" in windows]
+def _actions_on_frames(windows: Windows, raw: Windows, plane: Plane, uses: Mapping[str, Use]) -> tuple[Tiles, Labels]:
+    """Paths on the current frame: a row per use that makes actions, a column per window."""
+    modes = [name for name in uses if f"{name}/action" in windows]
     picked = spread(len(windows["episode"]), 5)
     tiles = Tiles(len(modes), len(picked), windows["current"].shape[3:5], longer=300)
     for row, mode in enumerate(modes):
@@ -210,15 +209,15 @@ def _actions_on_frames(windows: Windows, raw: Windows, plane: Plane) -> tuple[Ti
             draw_path(axis, plane.to_pixels(raw["action"][window]), TRUTH, 2.5)
             draw_path(axis, plane.to_pixels(raw[f"{mode}/action"][window]), SAMPLE, 2.5)
     columns = [(f"episode {windows['episode'][window]}", "held out") for window in picked]
-    rows = [f"{mode}: {USES[mode].question}" for mode in modes]
+    rows = [f"{mode}: {uses[mode].question}" for mode in modes]
     return tiles, Labels(columns, rows, (), _key_of_actions(windows, plane), _SHARP)
 
 
-def _actions_over_time(windows: Windows, raw: Windows, most: int = 5) -> tuple[Tiles, Labels]:
-    """Actions over the chunk's steps: a row per window, a column per dimension, a line per mode."""
+def _actions_over_time(windows: Windows, raw: Windows, uses: Mapping[str, Use], most: int = 5) -> tuple[Tiles, Labels]:
+    """Actions over the chunk's steps: a row per window, a column per dimension, a line per use."""
     from matplotlib.ticker import MaxNLocator
 
-    modes = [mode for mode in MODES if f"{mode}/action" in windows]
+    modes, colors = [name for name in uses if f"{name}/action" in windows], names.colors(uses)
     picked = spread(len(windows["episode"]), 4)
     dims = spread(raw["action"].shape[-1], most)
     tiles = Tiles(len(picked), len(dims), (2, 3), longer=330, left=60, bottom=30)
@@ -227,42 +226,49 @@ def _actions_over_time(windows: Windows, raw: Windows, most: int = 5) -> tuple[T
             axis = tiles.axis(row, column)
             axis.plot(raw["action"][window][:, dim], color=TRUTH, linewidth=3)
             for mode in modes:
-                axis.plot(raw[f"{mode}/action"][window][:, dim], color=COLORS[mode], linewidth=1.6)
+                axis.plot(raw[f"{mode}/action"][window][:, dim], color=colors[mode], linewidth=1.6)
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axis.yaxis.set_major_locator(MaxNLocator(4))
             axis.tick_params(labelsize=8)
-    key = [Mark("-", TRUTH, "really done"), *(Mark("-", COLORS[m], f"{m}: {USES[m].question}") for m in modes)]
+    key = [Mark("-", TRUTH, "really done"), *(Mark("-", colors[m], f"{m}: {uses[m].question}") for m in modes)]
     columns = [(f"action, dimension {dim}", "over the steps of the chunk, raw units") for dim in dims]
     rows = [f"episode {windows['episode'][window]}" for window in picked]
     return tiles, Labels(columns, rows, (), key, _SHARP)
 
 
 def _denoise(windows: Windows, raw: Windows, plane: Plane | None) -> tuple[list[Image.Image], Labels]:
-    """The joint mode's sample at the start and after each of its steps, next to the truth; one picture each."""
+    """A sample at the start and after each of its steps, next to the truth; one picture each."""
     picked, view = windows["denoise/windows"], int(windows["denoise/view"])
-    count = len(windows["denoise/next_obs"])
-    tiles = Tiles(len(picked), 3, windows["next_obs"].shape[3:5], longer=200, bottom=22)
-    axes = [[tiles.axis(row, column) for column in range(3)] for row in range(len(picked))]
+    parts = [name for name in names.SYMBOLS if f"denoise/{name}" in windows]
+    count, truth = len(windows[f"denoise/{parts[0]}"]), "next_obs" in parts
+    shape = windows["current"].shape[3:5]
+    tiles = Tiles(len(picked), len(parts) + truth, shape, longer=200, bottom=22)
+    axes = [[tiles.axis(row, column) for column in range(len(parts) + truth)] for row in range(len(picked))]
     for row, window in zip(axes, picked, strict=True):
-        draw_frame(row[2], windows["next_obs"][window, view, -1])
-        if plane:
+        if truth:
+            draw_frame(row[-1], windows["next_obs"][window, view, -1])
+        if plane and "action" in parts:
             draw_frame(row[0], windows["current"][window, view, -1])
             draw_path(row[0], plane.to_pixels(raw["action"][window]), TRUTH, 2.0)
     frames = []
     for at in range(count):
         fresh: list[Any] = []  # what only this picture shows
         for i, (row, window) in enumerate(zip(axes, picked, strict=True)):
-            if plane:
+            if "action" in parts and plane:
                 fresh += draw_path(row[0], plane.to_pixels(raw["denoise/action"][at, window]), SAMPLE, 2.5)
-            else:
-                truth, sample = windows["action"][window], windows["denoise/action"][at, window]
-                fresh += draw_traces(row[0], truth, sample, SAMPLE, *_traced(windows))
-            fresh += [draw_frame(row[1], windows["denoise/next_obs"][at, i]), *tiles.bar(i, at / max(1, count - 1))]
+            elif "action" in parts:
+                true, sample = windows["action"][window], windows["denoise/action"][at, window]
+                fresh += draw_traces(row[0], true, sample, SAMPLE, *_traced(windows))
+            if truth:
+                fresh.append(draw_frame(row[parts.index("next_obs")], windows["denoise/next_obs"][at, i]))
+            fresh += tiles.bar(i, at / max(1, count - 1))
         frames.append(image_of(tiles.figure))
         for artist in fresh:
             artist.remove()
-    key = [*_key_of_actions(windows, plane), Mark("bar", SAMPLE, f"how many of the {count - 1} steps are done")]
-    columns = [("actions", "sampled"), ("the frame after them", "sampled"), ("the truth", "what really came")]
+    key = _key_of_actions(windows, plane) if "action" in parts else []
+    key.append(Mark("bar", SAMPLE, f"how many of the {count - 1} steps are done"))
+    titles = {"action": ("actions", "sampled"), "next_obs": ("the frame after them", "sampled")}
+    columns = [titles[name] for name in parts] + ([("the truth", "what really came")] if truth else [])
     return frames, Labels(columns, [f"episode {windows['episode'][window]}" for window in picked], (), key)
 
 

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax import systems
 from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.reading import read_json
 from uwm_jax.reporting.curves import Curve
+from uwm_jax.systems.base import SystemType
 from uwm_jax.training import fixed_fields, provenance
 from uwm_jax.training.checkpoint import latest_step
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
@@ -182,6 +184,11 @@ class Run:
             code_version=assets.get("code_version", ""),
             manifests={"": manifest} if "splits" in manifest else manifest,
         )
+
+    @property
+    def kind(self) -> SystemType:
+        """The system that was trained."""
+        return systems.get(self.config.system)
 
     @property
     def eval_step(self) -> int | None:

@@ -15,16 +15,14 @@ from ml_collections import ConfigDict
 
 from uwm_jax.evaluation.data import doubt
 from uwm_jax.files import write_text
-from uwm_jax.reporting import tables
+from uwm_jax.reporting import names, tables
 from uwm_jax.reporting.answers import answers
 from uwm_jax.reporting.curves import Panel
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.others import others
 from uwm_jax.reporting.page import NOTHING, Section, curves, figure, page
-from uwm_jax.reporting.pictures import COLORS
 from uwm_jax.reporting.provenance import facts, timing, what_was_run
 from uwm_jax.reporting.results import Run, seeds_of
-from uwm_jax.systems.uwm.modes import MODES
 
 
 def write(workdir: Path, output: Path | None = None, results: Path | None = None) -> Path:
@@ -38,11 +36,12 @@ def write(workdir: Path, output: Path | None = None, results: Path | None = None
       UserError: `workdir` is no run's directory.
     """
     run = Run.read(workdir, results)
+    kind = run.kind
     output = output or (results or workdir) / "report.html"
     sections = [
-        Section("idea", "One network that acts, predicts, explains and imagines", _idea(run)),
+        Section("idea", f"{kind.title}: what it is asked", _idea(run)),
         Section("answers", "What the numbers say", _answers(run)),
-        Section("modes", "All modes and baselines", _metrics(run)),
+        Section("uses", "All uses and baselines", _metrics(run)),
         Section("pictures", "Pictures", _pictures(run)),
         Section("simulator", "In the simulator", _closed_loop(run)),
         Section("few-steps", "Fewer steps", _few_steps(run)),
@@ -52,19 +51,12 @@ def write(workdir: Path, output: Path | None = None, results: Path | None = None
         Section("run", "What was run", what_was_run(run)),
     ]
     about = str(run.starts[-1].get("about", "")) if run.starts else ""
-    top = fill("<h1>UWM: {}</h1>{}{}", run.name, _about(about), facts(run))
-    write_text(output, page(f"UWM: {run.name}", top, sections))
+    top = fill("<h1>{}: {}</h1>{}{}", kind.title, run.name, _about(about), facts(run))
+    write_text(output, page(f"{kind.title}: {run.name}", top, sections))
     return output
 
 
 # --- sections ----------------------------------------------------------------------------------------------------
-
-INTRODUCTION = Html("""\
-<p class="lead">A robot that learns from recordings usually learns one thing: which action to take
-next. A <b>Unified World Model</b> is one network that sees actions and later camera frames together, each under noise
-of a strength of its own, and learns to take the noise away. What it is given clean it takes as known, what is pure
-noise it does without, so the same weights <b>act</b> (policy), <b>predict</b> (video, forward), <b>explain</b>
-(inverse) and <b>imagine</b> (joint).</p>""")
 
 
 def _doubt(how: Mapping[str, Any]) -> Html:
@@ -79,34 +71,36 @@ def _about(text: str) -> Html:
 
 def _idea(run: Run) -> Html:
     caption = fill(
-        "One moment of {} (of some that are spread over these episodes, the one in which most moves). A mode, a column "
-        "here, is nothing but the choice of what is given, what is hidden and what is sampled. Step {}.",
+        "One moment of {} (of some that are spread over these episodes, the one in which most moves). A column is a "
+        "use: what it is given, what is hidden from it, and what it makes. Step {}.",
         "a held-out episode" if doubt(run.eval_how) else "an episode that was held out of training",
         run.eval_step,
     )
-    about = "one held-out moment: what each mode is given and what it samples"
+    about = "one held-out moment: what each use is given and what it makes"
+    lead = fill('<div class="lead">{}</div>', _about(run.kind.introduction))
     picture = figure(run.picture("idea.png"), about, caption)
     if not picture:
-        return fill("{}{}", INTRODUCTION, _missing("The pictures of all modes", run, "evaluate"))
-    return fill("{}{}<p>{}</p>", INTRODUCTION, picture, _window(run.config))
+        return fill("{}{}", lead, _missing("The pictures of all uses", run, "evaluate"))
+    return fill("{}{}<p>{}</p>", lead, picture, _window(run.config))
 
 
 def _window(config: ConfigDict) -> Html:
     window = config.data.window
     steps = [*window.obs, *window.action, *window.next_obs]
+    later = f", and {len(window.next_obs)} later frames" if window.next_obs else ""
     return fill(
         "Below, a <i>window</i> is {} steps of an episode: {} frames of each camera that are seen, a <i>chunk</i> of "
-        "{} actions, and {} later frames.",
+        "{} actions{}.",
         max(steps) - min(steps) + 1,
         len(window.obs),
         len(window.action),
-        len(window.next_obs),
+        later,
     )
 
 
 def _answers(run: Run) -> Html:
     step = "" if run.rollout_step == run.eval_step else f", step {run.rollout_step}"
-    found = answers(run.metrics, run.rollout, step)
+    found = answers(run.metrics, run.rollout, run.kind.questions, step)
     if not found:
         return NOTHING
     return fill(
@@ -119,7 +113,7 @@ def _answers(run: Run) -> Html:
 
 
 def _metrics(run: Run) -> Html:
-    """All modes, the control and the baselines in one table."""
+    """All uses, the control and the baselines in one table."""
     if not run.metrics:
         return _missing("Metrics", run, "evaluate")
     count, held_out = (max(getattr(m, of) for m in run.metrics.values()) for of in ("n", "episodes"))
@@ -129,7 +123,7 @@ def _metrics(run: Run) -> Html:
         "changed are the values (of a pixel's red, green or blue, 0 to 1) that differ by more than 0.05 from the "
         "current frame; windows without any are left out there.</small></p>",
         _doubt(run.eval_how),
-        tables.evaluation(run.metrics),
+        tables.evaluation(run.metrics, run.kind.uses),
         run.eval_step,
         count,
         held_out,
@@ -141,7 +135,7 @@ def _pictures(run: Run) -> Html:
         "modes.png": "Predicted frames next to what really came, and below each where it is wrong. Error: the root of "
         "the mean square over all pixels.",
         "actions.png": "Sampled actions and those that were really done.",
-        "denoise.gif": "The joint mode at work: from pure noise to actions and the frame that they lead to.",
+        "denoise.gif": "A sample on its way from pure noise.",
     }
     found = [figure(run.picture(name), caption, caption) for name, caption in captions.items()]
     return fill("{}", found) if any(found) else _missing("Pictures", run, "evaluate")
@@ -161,8 +155,8 @@ def _closed_loop(run: Run) -> Html:
     gif = figure(
         run.folders["rollout"] / "episodes.gif",
         "episodes in the simulator",
-        "The policy mode acts; next to it what the forward mode, told the actions that were then taken, imagined would "
-        "be seen, and what was seen.",
+        "The model acts; next to it, for models that predict frames from known actions, what it imagined of the "
+        "actions that were then taken, and what was seen.",
     )
     return fill(
         "{}<p><small>Step {}; {}{} episodes that start from the same seeds for all; 95 % intervals over "
@@ -201,27 +195,31 @@ def _few_steps_of(how: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def _panels(run: Run) -> list[Panel]:
+    uses, parts = run.kind.uses, names.colors(run.config.loss.weights)
+    colors = names.colors(uses)
     loss = [
-        run.logged(f"{prefix}loss/{modality}", f"{what}, {name}", color, style)
-        for modality, what, color in (("action", "actions", "#d55e00"), ("next_obs", "later frames", "#0072b2"))
+        run.logged(f"{prefix}loss/{part}", f"{part}, {name}", color, style)
+        for part, color in parts.items()
         for prefix, style, name in (("", "-", "training"), ("eval/", "--", "held out"))
     ]
     baselines = {"mean_action": ("-.", "mean action"), "linear_interpolation": (":", "straight line to the true end")}
-    actions = [run.evaluated(f"{mode}/action_mse", mode, COLORS[mode]) for mode in MODES]
+    actions = [run.evaluated(f"{use}/action_mse", use, colors[use]) for use in uses]
     actions += [run.evaluated(f"baseline/{b}/action_mse", label, "#777777", s) for b, (s, label) in baselines.items()]
-    frames = [run.evaluated(f"{mode}/changed_mse", mode, COLORS[mode]) for mode in MODES]
+    frames = [run.evaluated(f"{use}/changed_mse", use, colors[use]) for use in uses]
     frames += [
-        run.evaluated("control/forward_shuffled/changed_mse", "forward, shuffled actions", "#d81b60"),
+        run.evaluated(f"control/{use}_shuffled/changed_mse", f"{use}, shuffled actions", "#d81b60") for use in uses
+    ]
+    frames += [
         run.evaluated("baseline/copied_frame/changed_mse", "copied frame", "#777777", "-."),
         run.evaluated("baseline/mean_image/changed_mse", "mean image", "#777777", ":"),
     ]
-    gap = [run.evaluated("control/shuffle_gap", "shuffled minus true actions", "#009e73")]
-    return [
+    probes = [name for name in run.metrics if name.startswith("control/") and name.count("/") == 1]
+    panels = [
         Panel("Loss (mean squared error)", loss, logarithmic=True),
         Panel("Error of sampled actions", actions),
         Panel("Error of frames where the picture changed", frames),
-        Panel("What wrong actions cost, one evaluation", gap, zero=True),
     ]
+    return panels + [Panel(names.of(n)[0], [run.evaluated(n, n, "#009e73")], zero=True) for n in probes]
 
 
 # --- for all sections --------------------------------------------------------------------------------------------

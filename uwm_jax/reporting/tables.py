@@ -9,26 +9,26 @@ from uwm_jax.reporting import names
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import cell, formats, head, number_head, table
-from uwm_jax.reporting.pictures import formula
 from uwm_jax.reporting.results import Interval
-from uwm_jax.systems.uwm.modes import MODES, USES
+from uwm_jax.systems.base import Use
 
+_FEW_STEPS = ("/action_mse", "/changed_mse")  # metrics of uses in a comparison of samplers
 COLUMNS = ("action_mse", "pixel_mse", "changed_mse", "psnr", "latent_mse")
-FEW_STEPS = ("policy/action_mse", "inverse/action_mse", "forward/changed_mse", "video/psnr")
 
 
-def evaluation(metrics: Mapping[str, Interval]) -> Html:
-    """Modes, the control and the baselines of an evaluation as rows, kinds of errors as columns."""
+def evaluation(metrics: Mapping[str, Interval], uses: Mapping[str, Use]) -> Html:
+    """Uses, the control and the baselines of an evaluation as rows, kinds of errors as columns."""
     columns = [name for name in COLUMNS if any(key.endswith("/" + name) for key in metrics)]
-    heads = [(mode, mode, fill("<code>{}</code> {}", formula(mode), USES[mode].question)) for mode in MODES]
-    heads.append(
-        ("control", "control/forward_shuffled", fill("forward, but with the actions of a window of another episode"))
-    )
+    heads = [(name, name, fill("<code>{}</code> {}", names.formula(use), use.question)) for name, use in uses.items()]
+    heads += [
+        ("control", f"control/{name}_shuffled", fill("{}, but with the actions of a window of another episode", name))
+        for name in uses
+    ]
     heads += [
         (name.replace("_", " "), f"baseline/{name}", fill("{}", about)) for name, about in names.BASELINES.items()
     ]
     rows = [(label, about, [metrics.get(f"{prefix}/{name}") for name in columns]) for label, prefix, about in heads]
-    return _table(columns, [row for row in rows if any(row[2])], "all modes and baselines")
+    return _table(columns, [row for row in rows if any(row[2])], "all uses and baselines")
 
 
 def closed_loop(metrics: Mapping[str, Interval]) -> Html:
@@ -54,7 +54,7 @@ def _table(columns: Sequence[str], rows: Sequence[tuple[str, Any, list[Interval 
 def samplers(few_steps: Sequence[Mapping[str, Any]]) -> Html:
     """Samplers as rows: how many evaluations of the network, how long a sample takes, and some errors."""
     every = {name for row in few_steps for name in row["metrics"]}
-    shown = [name for name in FEW_STEPS if name in every]
+    shown = sorted(name for name in every if name.endswith(_FEW_STEPS) and name.count("/") == 1)
     shown += sorted(name for name in every if name.startswith("closed_loop/"))
     found = [[row["metrics"].get(name) for name in shown] for row in few_steps]
     milliseconds = [1000 * row["seconds_per_sample"] for row in few_steps]

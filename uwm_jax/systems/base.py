@@ -362,6 +362,9 @@ class SystemType:
       make: (config, spec, codec) -> a System; raises UserError where config and data do not fit.
       tree: (config) -> about its parameters.
       uses, acting: as `System` has them.
+      introduction: the system in a few sentences, for the page of a run.
+      questions: {metric of a comparison, such as `paired/inverse_vs_policy/action_mse`: the question that it answers,
+        positive is yes}, in the order in which a page asks them; others are asked in general words.
       fields: what the fields mean to the rest.
       choices: {field: values that it may take}.
       at_least_one: numbers of at least 1; others are at least 0.
@@ -378,6 +381,8 @@ class SystemType:
     tree: Callable[[ConfigDict], TreeInfo]
     uses: Mapping[str, Use]
     acting: str
+    introduction: str = ""
+    questions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: Fields = Fields()
     choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     at_least_one: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 from uwm_jax.systems import fields
 from uwm_jax.systems.base import SystemType
-from uwm_jax.systems.uwm import config
+from uwm_jax.systems.uwm import config, words
 from uwm_jax.systems.uwm.modes import ACTING, USES
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.systems.uwm.tree import TREE
@@ -16,6 +16,8 @@ SYSTEM = SystemType(
     tree=lambda config: TREE,
     uses=USES,
     acting=ACTING,
+    introduction=words.INTRODUCTION,
+    questions=words.QUESTIONS,
     fields=config.FIELDS,
     choices=config.CHOICES,
     optional=fields.OPTIONAL,
