@@ -17,8 +17,8 @@ pytest.importorskip("gym_pusht")
 from data_prep import demo  # noqa: E402
 from uwm_jax import cli, compare_samplers, envs, rollout  # noqa: E402
 from uwm_jax.config import base, source  # noqa: E402
-from uwm_jax.data.loader import Loader  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
+from uwm_jax.data.run_data import RunData  # noqa: E402
 from uwm_jax.data.spec import DataSpec  # noqa: E402
 from uwm_jax.data.windows import WindowSpec  # noqa: E402
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, replay  # noqa: E402
@@ -283,8 +283,8 @@ def test_a_model_of_other_data_is_refused():
 def test_observations_take_the_path_of_training_bit_for_bit(trained):
     """A demonstration's window through the loader, and the simulator in the same states through the policy."""
     system, params, frozen, _ = load_for_inference(trained)
-    loader = Loader(system.config.data, batch_size=1, seed=0, normalizer=system.spec.normalizer)
-    held_out = loader.held_out(4)
+    data = RunData(system.config.data, seed=0, normalizer=system.spec.normalizer)
+    held_out = data.held_out(4)
     window = held_out.batch(2, 3)
     origin = int(held_out.origins[2])
 

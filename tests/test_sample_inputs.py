@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from uwm_jax import cli, codecs, sample, sample_inputs
-from uwm_jax.data.loader import Loader
+from uwm_jax.data.run_data import RunData
 from uwm_jax.errors import UserError
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import checkpoint, inference
@@ -21,8 +21,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory, make_tiny_config) -> Path:
     config = make_tiny_config()
     config.model.codec.name = "pixels"
     config.diffusion.num_inference_steps = 2
-    loader = Loader(config.data, batch_size=1, seed=0)
-    system = UWM(config, loader.spec, codecs.from_config(config))
+    data = RunData(config.data, seed=0)
+    system = UWM(config, data.spec, codecs.from_config(config))
     folder = tmp_path_factory.mktemp("untrained") / "run"
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     params = jax.tree.map(lambda x: np.full(x.shape, 0.01, x.dtype), shapes)  # quicker than to initialise them
@@ -40,12 +40,12 @@ def test_windows_are_those_of_an_evaluation_in_raw_units(workdir: Path, tmp_path
     assert "held-out windows 1 to 3 of 6, of the episodes" in printed and "action (3, 4, 10)" in printed
     with np.load(tmp_path / "in.npz") as file:
         found = dict(file)
-    loader = Loader(tiny_config.data, batch_size=1, seed=0)
-    expected = loader.held_out(6).batch(1, 4)
+    data = RunData(tiny_config.data, seed=0)
+    expected = data.held_out(6).batch(1, 4)
     inputs = {"obs/wrist", "next_obs/wrist", "obs/state", "action"}
     assert found.keys() == inputs | {f"{kind}/{m}" for kind in ("noise", "timestep") for m in ("action", "next_obs")}
     for key in inputs:
-        raw = loader.normalizer.unnormalize(key.removeprefix("obs/"), expected[key])
+        raw = data.spec.normalizer.unnormalize(key.removeprefix("obs/"), expected[key])
         np.testing.assert_allclose(found[key], raw, rtol=1e-5, atol=1e-6)
     assert found["obs/wrist"].dtype == np.uint8
     assert command(f"--workdir={workdir}", "--windows=0:6", f"--output={tmp_path / 'all.npz'}") == 0

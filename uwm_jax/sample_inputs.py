@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from uwm_jax import cli, config_help, files
-from uwm_jax.data.loader import FixedWindows
+from uwm_jax.data.held_out import FixedWindows
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation.data import doubt, open_data
@@ -57,10 +57,10 @@ def main(call: cli.Call) -> None:
     )
     if told := doubt(data.about()):
         warn(told)
-    held_out = data.loader.held_out(system.config.eval.num_windows, whole=data.whole)
+    held_out = data.evaluated.held_out(system.config.eval.num_windows, whole=data.whole)
     start, stop = parse_windows(FLAGS.windows, len(held_out))
     arrays = sample_inputs(system, held_out, start, stop, FLAGS.seed)
-    data.loader.close()
+    data.evaluated.close()
     with files.writing(output, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's types take any keyword for allow_pickle
     episodes = sorted(set(held_out.episodes[start:stop].tolist()))
@@ -86,7 +86,7 @@ def sample_inputs(system: UWM, held_out: FixedWindows, start: int, stop: int, se
     """The arrays of held-out windows [start, stop) that `sample` takes, for every mode.
 
     Args:
-      held_out: of a loader whose normaliser has no entries.
+      held_out: of data whose normaliser has no entries.
       seed: of noise and timesteps; those of a window depend on it and the window's number alone.
     """
     batch = held_out.batch(start, stop)

@@ -9,7 +9,6 @@ run executes all of it; docs/training.md says how to start several.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 from uwm_jax import cli, config_help, systems
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import Loader, prefetch_to_device
+from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.evaluation import in_training
 from uwm_jax.evaluation.in_training import InTraining
@@ -143,32 +143,33 @@ def run(
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
     startup.reached("data")
-    loader = open_loader(config, mesh, stored, closing)
-    distributed.require_same("the data", loader.state(loader.start_step))
-    spec = loader.spec
+    normalizer = DataSpec.from_json(stored.assets["data_spec"]).normalizer if stored else None
+    data = RunData(config.data, seed=config.seed, normalizer=normalizer)
+    closing.callback(data.close)
+    distributed.require_same("the data", data.identities())
     if origin:
-        say("\n".join(compatibility.check(origin, config, spec, loader.ranges())))
-        spec = dataclasses.replace(spec, normalizer=origin.normalizer_for(config, spec))
-        loader = open_loader(config, mesh, None, closing, spec.normalizer)
+        say("\n".join(compatibility.check(origin, config, data.spec, data.ranges())))
+        data = data.with_normalizer(origin.normalizer_for(config, data.spec))
+    loader = make_loader(config, data, mesh, stored)
     if in_training.measures(config):
-        loader.held_out(config.eval.num_windows)  # raises here where there is none
+        data.held_out(config.eval.num_windows)  # raises here where there is none
     trace = Profile.parse(profile, workdir, stored.step if stored else 0, config.total_steps)
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
     startup.reached("model")
-    place = find_codec(config, workdir, loader, stored, origin)
+    place = find_codec(config, workdir, data, stored, origin)
     codec, frozen = codec_store.open_codec(config, place)
     if stored:
         past = lineage.kept(stored.assets)
     else:
-        past = lineage.begin(loader, origin.learned_from if origin else None, bool(origin))
-        past |= latents.look(config, codec, frozen, loader, origin)
+        past = lineage.begin(data, origin.learned_from if origin else None, bool(origin))
+        past |= latents.look(config, codec, frozen, data, origin)
     frozen = mesh_lib.place(frozen, replicated)
 
     # --- Shapes first: nothing is made before it is known where it lives. --------------------------
-    program = build(config, spec, codec, mesh)
+    program = build(config, data.spec, codec, mesh)
     system = program.system
-    print_summary(program, loader, codec_store.describe(codec, frozen))
+    print_summary(program, data, codec_store.describe(codec, frozen))
 
     # --- State: the checkpoint's, or fresh. --------------------------------------------------------
     startup.reached("state")
@@ -176,7 +177,7 @@ def run(
         newest = stored.step
         state, stored = checkpoints.restore_latest(program.shapes)
         if stored.step != newest:  # whose arrays are damaged
-            loader = open_loader(config, mesh, stored, closing)
+            loader = make_loader(config, data, mesh, stored)
         say(f"continuing from step {stored.step}{state_lib.change_of_rate(config, before, stored.step)}")
     else:
         skipped = origin.skipped(program.shapes.params, config) if origin else []
@@ -211,16 +212,16 @@ def run(
         train_step = program.compile_step(frozen)
         if not stored:
             checkpoints.warm_up(state, codec_store.checkpointed(codec, frozen))  # SIGTERM leaves little time
-        evaluations = InTraining(program, loader, frozen, command=start["command"], draw=pictures.draw)
+        evaluations = InTraining(program, data, frozen, command=start["command"], draw=pictures.draw)
         Retention.of(config).check(evaluations.metrics)
 
     # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
     # position before the next batch is drawn, so that both continue together.
     start_step = stored.step if stored else 0
-    assets = checkpoint_lib.make_assets(config, spec, dataset=loader.manifest(), **past)
+    assets = checkpoint_lib.make_assets(config, data.spec, dataset=data.manifest(), **past)
     window, mfu = Window(), Mfu(system, list(mesh.devices.flat))
     log = MetricsLog(workdir, start_step, writes=distributed.is_main())
-    batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch, loader.waits_for)
+    batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch, data.waits_for)
     progress = stored.assets.get("progress", {}) if stored else {}
     if progress:
         window.restore(progress["window"])
@@ -289,43 +290,35 @@ def run(
     say(f"done: {config.total_steps} steps in {workdir}")
 
 
-def open_loader(
-    config: ConfigDict, mesh: Any, stored: Any, closing: contextlib.ExitStack, normalizer: Any = None
-) -> Loader:
-    """The loader of this process's rows, where a checkpoint left off; with the checkpoint's normaliser."""
+def make_loader(config: ConfigDict, data: RunData, mesh: Any, stored: Any) -> Loader:
+    """The batches of this process's rows, from where a checkpoint left off."""
     index, count = mesh_lib.data_group(mesh)
-    if stored:
-        normalizer = DataSpec.from_json(stored.assets["data_spec"]).normalizer
-    loader = Loader(
-        config.data,
+    return Loader(
+        data,
         batch_size=config.batch_size,
-        seed=config.seed,
         start_step=stored.step if stored else 0,
         process_index=index,
         process_count=count,
-        normalizer=normalizer,
         state=stored.data_iter if stored else None,
     )
-    closing.callback(loader.close)
-    return loader
 
 
-def find_codec(config: ConfigDict, workdir: Path, loader: Loader, stored: Any, origin: Any) -> codec_store.Place:
+def find_codec(config: ConfigDict, workdir: Path, data: RunData, stored: Any, origin: Any) -> codec_store.Place:
     """The codec's place: the checkpoint's, else the origin's, else the one for this data."""
     if stored:
         return codec_store.in_workdir(config, workdir, stored.codec)
     if origin and origin.gives_codec(config):
         return origin.codec
-    return codec_store.in_dataset(config, loader)
+    return codec_store.in_dataset(config, data)
 
 
-def print_summary(program: Program, loader: Loader, codec: str) -> None:
+def print_summary(program: Program, data: RunData, codec: str) -> None:
     config, system = program.config, program.system
-    lines = [loader.summary(), *loader.warnings(system.action_clip, FEWEST)]
+    lines = [data.summary(), *data.warnings(system.action_clip, FEWEST)]
     lines += [f"warning: {told}" for told in systems.get(config.system).remarks(config)]
-    data = "\n".join(lines)
+    about_data = "\n".join(lines)
     say(
-        f"{data}\n{program.table()}\n{state_lib.about_frozen(config, program.shapes.params)}{codec}"
+        f"{about_data}\n{program.table()}\n{state_lib.about_frozen(config, program.shapes.params)}{codec}"
         f"devices: {program.mesh.size} {jax.default_backend()}, processes: {jax.process_count()}; "
         f"batch {config.batch_size}, {config.total_steps} steps"
     )

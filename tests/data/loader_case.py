@@ -13,6 +13,8 @@ from data_prep.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax.config import base
 from uwm_jax.data.loader import Loader
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.run_data import RunData
 from uwm_jax.data.sources import Source
 from uwm_jax.data.transforms import xyz_euler_to_rot6d
 
@@ -47,12 +49,14 @@ def config(made) -> ConfigDict:
     return c
 
 
-def open_loader(config: ConfigDict, batch_size: int = 8, seed: int = 5, **kwargs: Any) -> Loader:
-    return Loader(config, batch_size=batch_size, seed=seed, **kwargs)
+def open_loader(
+    config: ConfigDict, batch_size: int = 8, seed: int = 5, normalizer: Normalizer | None = None, **kwargs: Any
+) -> Loader:
+    return Loader(RunData(config, seed=seed, normalizer=normalizer), batch_size=batch_size, **kwargs)
 
 
 def source_of(loader: Loader) -> Source:
-    (source,) = loader.sources.values()
+    (source,) = loader.data.sources.values()
     return source
 
 

@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 from tests.data import loader_case as case
 from uwm_jax import config as config_lib
-from uwm_jax.data.loader import Trace, prefetch_to_device, strangers
+from uwm_jax.data.held_out import strangers
+from uwm_jax.data.loader import Trace, prefetch_to_device
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec, split_episodes
@@ -95,17 +96,17 @@ def test_the_action_at_is_last_is_in_no_window_and_in_no_normaliser(
     config.val_ratio = 0.5
     train, held_out = split_episodes(len(LENGTHS), 0.5)
     loader = _loader(config)
-    assert "the last action of 6 episodes is left out (is_last)" in loader.summary()
+    assert "the last action of 6 episodes is left out (is_last)" in loader.data.summary()
     every = np.concatenate([actions[e] for e in train])
     scale, offset = _minmax(every)
-    np.testing.assert_allclose(loader.normalizer.entries["action"][0], scale, rtol=1e-6)
-    np.testing.assert_allclose(loader.mean_action(), ((every - offset) / scale).mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(loader.data.spec.normalizer.entries["action"][0], scale, rtol=1e-6)
+    np.testing.assert_allclose(loader.data.mean_action(), ((every - offset) / scale).mean(axis=0), atol=1e-5)
 
     def chunk(episode: int, steps: list[int]) -> np.ndarray:
         assert pad == "edge" or max(steps) < len(actions[episode])
         return (actions[episode][np.clip(steps, 0, len(actions[episode]) - 1)] - offset) / scale
 
-    for windows, episodes in ((loader.training_windows(10_000), train), (loader.held_out(10_000), held_out)):
+    for windows, episodes in ((loader.data.training_windows(10_000), train), (loader.data.held_out(10_000), held_out)):
         # One window fewer than with the action, in which nothing else would be new; padded, one for each step still.
         expected = sum(LENGTHS[e] if pad == "edge" else max(LENGTHS[e] - 10, 0) for e in episodes)
         assert len(windows) == expected
@@ -123,13 +124,15 @@ def test_a_last_action_may_be_kept(made, config: ConfigDict, tmp_path: Path) -> 
     dropped = _loader(config)
     config.last_action = "keep"
     kept = _loader(config)
-    kept_high, dropped_high = (next(iter(x.ranges().values()))["action"][1] for x in (kept, dropped))
+    kept_high, dropped_high = (next(iter(x.data.ranges().values()))["action"][1] for x in (kept, dropped))
     np.testing.assert_allclose(kept_high[-8:], 50.0, rtol=1e-6)
     assert (dropped_high < 10).all()
     for name in ("state", "gripper"):  # these are known at every step
-        np.testing.assert_array_equal(kept.normalizer.entries[name], dropped.normalizer.entries[name])
+        np.testing.assert_array_equal(
+            kept.data.spec.normalizer.entries[name], dropped.data.spec.normalizer.entries[name]
+        )
     config.last_action = "drop"
-    assert _loader(config).normalizer.to_json() == dropped.normalizer.to_json()
+    assert _loader(config).data.spec.normalizer.to_json() == dropped.data.spec.normalizer.to_json()
     stored = {p.name for p in (tmp_path / "marked" / "derived_stats").iterdir()}
     action = "train.action.identity.val_0.05"
     assert {f"{action}.json", f"{action}.last_dropped.json", "train.observation.state.identity.val_0.05.json"} <= stored
@@ -148,22 +151,22 @@ def test_a_source_that_only_shows_has_windows_to_the_last_frame(made, config: Co
     config.sources = ConfigDict(
         {"robot": config_lib.source(), "video": config_lib.source(path=path, use_actions=False)}
     )
-    windows = {name: len(source.windows) for name, source in _loader(config).sources.items()}
+    windows = {name: len(source.windows) for name, source in _loader(config).data.sources.items()}
     assert windows["robot"] == windows["video"]
 
 
 def test_the_spec(config: ConfigDict) -> None:
     loader = _loader(config)
-    assert loader.spec == DataSpec(
+    assert loader.data.spec == DataSpec(
         window=WindowSpec({"obs": (0, 1), "action": (1, 2, 3, 4, 5, 6), "next_obs": (7, 9)}),
         cameras={"exterior": (24, 32), "wrist": (16, 16)},
         low_dim={"gripper": 1, "state": 3},
         action_dim=17,
         text_dim=300,
-        normalizer=loader.normalizer,
+        normalizer=loader.data.spec.normalizer,
     )
-    assert set(loader.normalizer.entries) == {"action", "state", "gripper"}
-    assert f"6 episodes, {sum(LENGTHS)} steps" in loader.summary()
+    assert set(loader.data.spec.normalizer.entries) == {"action", "state", "gripper"}
+    assert f"6 episodes, {sum(LENGTHS)} steps" in loader.data.summary()
 
 
 def test_every_epoch_visits_every_training_window_once(config: ConfigDict) -> None:
@@ -264,8 +267,8 @@ def test_held_out_windows_are_fixed_and_evenly_spread(made, config: ConfigDict) 
     config.val_ratio = 0.5
     loader = _loader(config)
     _, held_out = split_episodes(len(LENGTHS), 0.5)
-    chosen = loader.held_out(10)
-    every = loader.held_out(10_000)
+    chosen = loader.data.held_out(10)
+    every = loader.data.held_out(10_000)
     assert set(every.episodes) <= set(held_out)
     assert len(every) == sum(max(LENGTHS[e] - 9, 0) for e in held_out)
     places = list(zip(every.episodes.tolist(), every.origins.tolist(), strict=True))
@@ -273,7 +276,7 @@ def test_held_out_windows_are_fixed_and_evenly_spread(made, config: ConfigDict) 
     indices = [places.index(p) for p in zip(chosen.episodes.tolist(), chosen.origins.tolist(), strict=True)]
     gaps = np.diff(indices)
     assert len(chosen) == 10 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
-    again = _loader(config, seed=99).held_out(10)
+    again = _loader(config, seed=99).data.held_out(10)
     np.testing.assert_array_equal(again.origins, chosen.origins)
 
     batches = list(chosen.batches(4))
@@ -287,10 +290,10 @@ def test_held_out_windows_are_fixed_and_evenly_spread(made, config: ConfigDict) 
 def test_a_source_can_be_held_out_whole(made, config: ConfigDict) -> None:
     config.val_ratio = 0.5
     loader = _loader(config)
-    (name,) = loader.sources
-    every = loader.held_out(10_000, whole=[name])
+    (name,) = loader.data.sources
+    every = loader.data.held_out(10_000, whole=[name])
     assert set(every.episodes) == {e for e, length in enumerate(LENGTHS) if length > 9}
-    assert len(every) == sum(max(length - 9, 0) for length in LENGTHS) > len(loader.held_out(10_000, whole=["x"]))
+    assert len(every) == sum(max(length - 9, 0) for length in LENGTHS) > len(loader.data.held_out(10_000, whole=["x"]))
 
 
 def test_held_out_windows_know_the_action_before_and_a_strangers_actions(made, config: ConfigDict) -> None:
@@ -299,8 +302,8 @@ def test_held_out_windows_know_the_action_before_and_a_strangers_actions(made, c
     lengths = [LENGTHS[e] for e in held_out if LENGTHS[e] > 9]
     assert len(lengths) >= 2
     loader = _loader(config)
-    windows = loader.held_out(40)
-    batch, normalize = windows.batch(0, len(windows)), lambda x: loader.normalizer.normalize("action", x)
+    windows = loader.data.held_out(40)
+    batch, normalize = windows.batch(0, len(windows)), lambda x: loader.data.spec.normalizer.normalize("action", x)
     for i, (episode, origin) in enumerate(zip(windows.episodes, windows.origins, strict=True)):
         actions = _raw_actions(made[1][episode])
         np.testing.assert_allclose(batch["last_action"][i], normalize(actions[origin]), atol=1e-5)
@@ -310,7 +313,7 @@ def test_held_out_windows_know_the_action_before_and_a_strangers_actions(made, c
     np.testing.assert_array_equal(windows.batch(3, 5)["shuffled_action"], batch["shuffled_action"][3:5])
 
     config.window.action = (0, 1, 2, 3, 4, 5)
-    windows = _loader(config).held_out(10_000)
+    windows = _loader(config).data.held_out(10_000)
     np.testing.assert_array_equal(windows.batch(0, len(windows))["has_last_action"], windows.origins > 0)
 
 
@@ -326,10 +329,12 @@ def test_training_windows_and_the_mean_action_are_of_training_episodes(made, con
     config.val_ratio = 0.3
     train, _ = split_episodes(len(LENGTHS), 0.3)
     loader = _loader(config)
-    assert set(loader.training_windows(10_000).episodes) == {e for e in train if LENGTHS[e] > 9}
-    assert len(loader.training_windows(7)) == 7
+    assert set(loader.data.training_windows(10_000).episodes) == {e for e in train if LENGTHS[e] > 9}
+    assert len(loader.data.training_windows(7)) == 7
     raw = np.concatenate([_raw_actions(made[1][e]) for e in train])
-    np.testing.assert_allclose(loader.mean_action(), loader.normalizer.normalize("action", raw).mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(
+        loader.data.mean_action(), loader.data.spec.normalizer.normalize("action", raw).mean(axis=0), atol=1e-5
+    )
 
 
 def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:
@@ -360,7 +365,7 @@ def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:
     with pytest.raises(
         UserError, match=r"no held-out window to evaluate on .*val_ratio=0.0(.|\n)*: 0 of 6 episodes are held"
     ):
-        _loader(config).held_out(4)
+        _loader(config).data.held_out(4)
 
 
 def test_prefetch_puts_the_same_batches_on_the_device(config: ConfigDict) -> None:
@@ -379,10 +384,10 @@ def test_prefetch_puts_the_same_batches_on_the_device(config: ConfigDict) -> Non
 
 def test_a_read_that_hangs_is_named_and_left_behind(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, hangs, began = _loader(config), threading.Event(), threading.Event()
-    assert loader.waits_for() == "the threads that read"
-    monkeypatch.setattr("uwm_jax.data.loader.CLOSE_SECONDS", 0.1)
+    assert loader.data.waits_for() == "the threads that read"
+    monkeypatch.setattr("uwm_jax.data.run_data.CLOSE_SECONDS", 0.1)
     left: list[str] = []
-    monkeypatch.setattr("uwm_jax.data.loader.leave_behind", left.append)
+    monkeypatch.setattr("uwm_jax.data.run_data.leave_behind", left.append)
     record = Dataset.record
 
     def hanging(*args: Any) -> bytes:
@@ -391,14 +396,14 @@ def test_a_read_that_hangs_is_named_and_left_behind(config: ConfigDict, monkeypa
         return record(*args)
 
     monkeypatch.setattr(Dataset, "record", hanging)
-    thread = threading.Thread(target=lambda: loader.load(loader.spec.empty(1), 0, 0, 5), daemon=True)
+    thread = threading.Thread(target=lambda: loader.load(loader.data.spec.empty(1), 0, 0, 5), daemon=True)
     thread.start()
     try:
         assert began.wait(10)
         trace = loader.describe(5)
         named = f"{trace.dataset}/{trace.shard}, record "
-        assert loader.waits_for().startswith(named) and f"(episode {trace.episode}, " in loader.waits_for()
-        loader.close()
+        assert loader.data.waits_for().startswith(named) and f"(episode {trace.episode}, " in loader.data.waits_for()
+        loader.data.close()
         assert left and left[0].startswith(named)
     finally:
         hangs.set()
@@ -430,9 +435,10 @@ sys.modules["tensorflow"] = sys.modules["torch"] = None
 import jax
 from uwm_jax.config import base
 from uwm_jax.data.loader import Loader, prefetch_to_device
+from uwm_jax.data.run_data import RunData
 c = base().data
 c.path, c.cameras, c.num_threads = {str(made[0])!r}, ("wrist", "exterior"), 2
-loader = Loader(c, batch_size=4, seed=0)
+loader = Loader(RunData(c, seed=0), batch_size=4)
 batches = prefetch_to_device(iter(loader), jax.sharding.SingleDeviceSharding(jax.devices()[0]), 2)
 print(next(batches)["obs/wrist"].shape)
 batches.close()

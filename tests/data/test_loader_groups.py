@@ -43,7 +43,7 @@ def without(config: ConfigDict, prefixes: tuple[str, ...], **changes: Any) -> Lo
         changed.window.update(changes.get("window", {}))
     loader = open_loader(changed)
     pairs = list(zip(take(whole, 3), take(loader, 3), strict=True))
-    pairs.append((whole.held_out(5).batch(0, 5), loader.held_out(5).batch(0, 5)))
+    pairs.append((whole.data.held_out(5).batch(0, 5), loader.data.held_out(5).batch(0, 5)))
     for before, after in pairs:
         kept = {key for key in before if not key.startswith(prefixes)}
         assert set(after) == kept and {"action_mask", "row"} <= kept
@@ -55,7 +55,7 @@ def without(config: ConfigDict, prefixes: tuple[str, ...], **changes: Any) -> Lo
 def test_without_later_frames_none_is_decoded(config: ConfigDict, decoded: list[dict[str, list[int]]]) -> None:
     loader = without(config, ("next_obs",), window={"next_obs": ()})
     decoded.clear()
-    windows = loader.training_windows(4)
+    windows = loader.data.training_windows(4)
     windows.batch(0, 4)
     for origin, call in zip(windows.origins, decoded, strict=True):
         assert set(call) == {"observation/wrist", "observation/exterior"}
@@ -66,7 +66,7 @@ def test_without_current_frames_only_later_ones_are_decoded(config: ConfigDict, 
     config.text = ""
     loader = without(config, ("obs/",), window={"obs": ()})
     decoded.clear()
-    windows = loader.training_windows(2)
+    windows = loader.data.training_windows(2)
     windows.batch(0, 2)
     assert [call["observation/wrist"] for call in decoded] == [[o + 7, o + 9] for o in windows.origins.tolist()]
 
@@ -75,8 +75,8 @@ def test_without_cameras_no_frame_is_read(config: ConfigDict, decoded: list[dict
     loader = without(config, ("obs/wrist", "obs/exterior", "next_obs"), cameras=())
     decoded.clear()
     take(loader, 2)
-    assert not decoded and loader.spec.cameras == loader.camera_keys == {}
-    assert "cameras none; action 17-d" in loader.summary()
+    assert not decoded and loader.data.spec.cameras == loader.data.camera_keys == {}
+    assert "cameras none; action 17-d" in loader.data.summary()
 
 
 @pytest.mark.parametrize("columns", [(), (("action", "identity"),)])
@@ -85,12 +85,12 @@ def test_actions_that_no_group_reads_are_absent(config: ConfigDict, columns: tup
     whole = open_loader(config)
     config.action, config.window.action = columns, ()
     loader = open_loader(config)
-    assert loader.spec.action_dim == 0 and set(loader.normalizer.entries) == {"state", "gripper"}
-    assert set(loader.ranges()[loader.directory.name]) == {"state", "gripper"}
-    assert "no action" in loader.summary() and not loader.warnings(1.0, 1)
+    assert loader.data.spec.action_dim == 0 and set(loader.data.spec.normalizer.entries) == {"state", "gripper"}
+    assert set(loader.data.ranges()[loader.data.directory.name]) == {"state", "gripper"}
+    assert "no action" in loader.data.summary() and not loader.data.warnings(1.0, 1)
     for before, after in (
         (take(whole, 1)[0], take(loader, 1)[0]),
-        (whole.held_out(5).batch(0, 5), loader.held_out(5).batch(0, 5)),
+        (whole.data.held_out(5).batch(0, 5), loader.data.held_out(5).batch(0, 5)),
     ):
         assert set(before) - set(after) - ACTED == {"action"} and not set(after) & ACTED
         assert after["action_mask"].all()
@@ -111,7 +111,7 @@ def test_a_reserve_gives_shorter_windows_the_places_of_the_longest(config: Confi
     """The paper's window spans 19 steps; a policy of the same chunk without video reads 17."""
 
     def places(loader: Loader) -> list[list[tuple[int, int]]]:
-        found = [loader.held_out(64, whole=(loader.directory.name,)), loader.training_windows(1000)]
+        found = [loader.data.held_out(64, whole=(loader.data.directory.name,)), loader.data.training_windows(1000)]
         order = [loader.describe(position) for position in range(200)]
         return [list(zip(w.episodes, w.origins, strict=True)) for w in found] + [[(t.episode, t.origin) for t in order]]
 
@@ -121,5 +121,5 @@ def test_a_reserve_gives_shorter_windows_the_places_of_the_longest(config: Confi
     assert places(open_loader(config)) != uwm
     config.window.reserve = (0, 18)
     loader = open_loader(config)
-    assert places(loader) == uwm and loader.spec.window.span == 19
-    assert "next_obs/wrist" not in loader.held_out(4).batch(0, 4)
+    assert places(loader) == uwm and loader.data.spec.window.span == 19
+    assert "next_obs/wrist" not in loader.data.held_out(4).batch(0, 4)

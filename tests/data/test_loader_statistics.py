@@ -56,7 +56,7 @@ def test_transformed_statistics_are_kept_and_never_stale(
 
 
 def _entries(loader: Loader) -> dict[str, list[list[float]]]:
-    return {key: [x.tolist() for x in pair] for key, pair in loader.normalizer.entries.items()}
+    return {key: [x.tolist() for x in pair] for key, pair in loader.data.spec.normalizer.entries.items()}
 
 
 @pytest.mark.parametrize("kind", ["minmax", "quantile"])
@@ -117,11 +117,11 @@ def test_episodes_that_are_not_finite_are_left_out(made, config: ConfigDict, tmp
     config.path = _with_nan(made, tmp_path / "copy", action=bad[:1], state=bad, gripper=[])
     config.drop_nonfinite = True
     loader = _loader(config)
-    assert "6 episodes (2 left out, as NaN or infinite), " in loader.summary()
-    assert set(loader.training_windows(10_000).episodes) == {e for e in train if LENGTHS[e] > 9} - set(bad)
-    assert set(loader.held_out(10_000).episodes) == {e for e in held_out if LENGTHS[e] > 9} - set(bad)
+    assert "6 episodes (2 left out, as NaN or infinite), " in loader.data.summary()
+    assert set(loader.data.training_windows(10_000).episodes) == {e for e in train if LENGTHS[e] > 9} - set(bad)
+    assert set(loader.data.held_out(10_000).episodes) == {e for e in held_out if LENGTHS[e] > 9} - set(bad)
     raw = np.concatenate([_raw_actions(made[1][e]) for e in train if e not in bad])
-    np.testing.assert_allclose(loader.normalizer.entries["action"][0], _minmax(raw)[0], rtol=1e-6)
+    np.testing.assert_allclose(loader.data.spec.normalizer.entries["action"][0], _minmax(raw)[0], rtol=1e-6)
     # The order is that of these episodes: another choice of them is other data.
     state = json.loads(json.dumps(loader.state(3)))
     _loader(config, start_step=3, state=state)
@@ -137,7 +137,7 @@ def test_episodes_that_are_left_out_may_be_all(made, config: ConfigDict, tmp_pat
     with pytest.raises(
         UserError, match=r"3 of 6 episodes are held out, 0 of them used \(without 3 that are not finite"
     ):
-        _loader(config).held_out(4)
+        _loader(config).data.held_out(4)
     config.path = _with_nan(made, tmp_path / "training", action=train)
     with pytest.raises(UserError, match=r"there are no training episodes of .* \(without 3 .*: all that .* left out"):
         _loader(config)
@@ -156,7 +156,7 @@ def test_statistics_follow_the_split(config: ConfigDict) -> None:
 def test_a_given_normaliser_is_used_instead(config: ConfigDict) -> None:
     given = Normalizer({"action": (np.full(17, 2, np.float32), np.full(17, 1, np.float32))})
     loader = _loader(config, normalizer=given)
-    assert loader.normalizer is given and loader.spec.normalizer is given
+    assert loader.data.spec.normalizer is given
     raw, found = (_take(_loader(config, normalizer=n), 1)[0] for n in (Normalizer(), given))
     np.testing.assert_allclose(found["action"], (raw["action"] - 1) / 2, rtol=1e-6)
     np.testing.assert_array_equal(found["obs/state"], raw["obs/state"])  # an absent key is the identity

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from data_prep.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax.config import base, source
-from uwm_jax.data.loader import Loader
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import Dataset
+from uwm_jax.data.run_data import RunData
 from uwm_jax.data.windows import split_episodes
 
 LENGTHS = [9] * 16
@@ -49,7 +49,7 @@ def config_for(path: str, **fields: Any) -> ConfigDict:
 
 
 def warnings(config: ConfigDict, clip: float = 1.0, fewest: int = 1, normalizer: Any = None) -> list[str]:
-    return Loader(config, batch_size=1, seed=0, normalizer=normalizer).warnings(clip, fewest)
+    return RunData(config, seed=0, normalizer=normalizer).warnings(clip, fewest)
 
 
 def training_rows() -> np.ndarray:

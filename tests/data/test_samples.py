@@ -17,6 +17,7 @@ from tests.data import rlds_source
 from uwm_jax.config import base, source
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset
+from uwm_jax.data.run_data import RunData
 from uwm_jax.data.samples import Clip, cover
 from uwm_jax.errors import UserError
 
@@ -44,7 +45,7 @@ def config(made: Path) -> ConfigDict:
 def _loader(config: ConfigDict, **fields: Any) -> Loader:
     video = source(use_actions=False, weight=3, **fields)
     config.sources = ConfigDict({"robot": source(), "video": video})
-    return Loader(config, batch_size=16, seed=5)
+    return Loader(RunData(config, seed=5), batch_size=16)
 
 
 def _videos(loader: Loader, count: int = 48) -> list[tuple[dict[str, np.ndarray], Any]]:
@@ -53,7 +54,7 @@ def _videos(loader: Loader, count: int = 48) -> list[tuple[dict[str, np.ndarray]
     for position in range(count):
         trace = loader.describe(position)
         if trace.source == "video":
-            batch = loader.spec.empty(1)
+            batch = loader.data.spec.empty(1)
             for name in batch:
                 batch[name].fill(7)  # what is not written would show
             loader.load(batch, 0, 3, position)
@@ -87,9 +88,9 @@ def test_same_copies_the_clip_to_every_view(config: ConfigDict, camera: str) -> 
 def test_a_robots_one_camera_fills_two_views(config: ConfigDict) -> None:
     """The first of the two has the size of what it shows, and so has the other."""
     config.sources = ConfigDict({"robot": source(cameras=("wrist", "wrist"))})
-    loader = Loader(config, batch_size=16, seed=5)
-    assert loader.spec.cameras == dict.fromkeys(sorted(VIEWS), (16, 16))
-    windows = loader.training_windows(8)
+    loader = Loader(RunData(config, seed=5), batch_size=16)
+    assert loader.data.spec.cameras == dict.fromkeys(sorted(VIEWS), (16, 16))
+    windows = loader.data.training_windows(8)
     for batch in (next(iter(loader)), windows.batch(0, 8)):
         assert batch["action_mask"].all()
         for group in ("obs", "next_obs"):
@@ -153,7 +154,7 @@ def test_a_source_without_actions_needs_none(config: ConfigDict, tmp_path: Path)
         loader = _loader(config, cameras=("wrist",), path=path)
         _videos(loader, 24)
         position = next(n for n in range(100) if loader.describe(n).source == "video")
-        batch = loader.spec.empty(1)
+        batch = loader.data.spec.empty(1)
         loader.load(batch, 0, 0, position)
         assert not batch["obs/state"].any() and batch["obs/text"].any() == has_text
     with pytest.raises(UserError, match=r"no camera 'front'; it has: observation/exterior, observation/wrist"):

@@ -17,7 +17,9 @@ from tests.data import rlds_source
 from uwm_jax import config as config_lib
 from uwm_jax.config import base, source
 from uwm_jax.data.loader import Loader
+from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import Dataset
+from uwm_jax.data.run_data import RunData
 from uwm_jax.data.samples import Clip
 from uwm_jax.data.stats import column_stats, pool_stats
 from uwm_jax.data.windows import split_episodes
@@ -55,8 +57,10 @@ def config(droid: Path) -> ConfigDict:
     return c
 
 
-def _loader(config: ConfigDict, batch_size: int = 8, seed: int = 5, **kwargs: Any) -> Loader:
-    return Loader(config, batch_size=batch_size, seed=seed, **kwargs)
+def _loader(
+    config: ConfigDict, batch_size: int = 8, seed: int = 5, normalizer: Normalizer | None = None, **kwargs: Any
+) -> Loader:
+    return Loader(RunData(config, seed=seed, normalizer=normalizer), batch_size=batch_size, **kwargs)
 
 
 def _take(loader: Loader, count: int) -> list[dict[str, np.ndarray]]:
@@ -75,11 +79,11 @@ def test_cotraining_shows_the_others_without_their_actions(config: ConfigDict) -
     loader = _loader(config)
     train = split_episodes(8, 0.3)[0]
     weird = {e for e in train if "WEIRD" in FOLDERS[e]}
-    assert set(loader.sources["robot"].episodes) == weird
-    assert set(loader.sources["video"].episodes) == set(train) - weird
+    assert set(loader.data.sources["robot"].episodes) == weird
+    assert set(loader.data.sources["video"].episodes) == set(train) - weird
     plain = config.copy_and_resolve_references()
     plain.sources = ConfigDict()
-    whole = _loader(plain, batch_size=1, normalizer=loader.normalizer)
+    whole = _loader(plain, batch_size=1, normalizer=loader.data.spec.normalizer)
     seen = {True: 0, False: 0}
     for step, batch in enumerate(_take(loader, 6)):
         for row in range(8):
@@ -88,15 +92,15 @@ def test_cotraining_shows_the_others_without_their_actions(config: ConfigDict) -
             seen[robot] += 1
             assert batch["action_mask"][row] == robot == ("WEIRD" in FOLDERS[trace.episode])
             assert robot or not (batch["action"][row].any() or batch["obs/state"][row].any())
-            expected = whole.spec.empty(1)
-            samples = whole.sources[loader.directory.name].samples
+            expected = whole.data.spec.empty(1)
+            samples = whole.data.sources[loader.data.directory.name].samples
             samples.load(
                 expected,
                 0,
                 0,
                 [Clip(trace.episode, trace.origin)],
                 0,
-                dataclasses.replace(whole.spec, normalizer=loader.normalizer),
+                dataclasses.replace(whole.data.spec, normalizer=loader.data.spec.normalizer),
             )
             same = [k for k in expected if k.startswith(("obs/", "next_obs/")) and k != "obs/state"]
             assert len(same) == 5
@@ -106,14 +110,14 @@ def test_cotraining_shows_the_others_without_their_actions(config: ConfigDict) -
 
 
 def test_the_summary_tells_what_the_filters_keep(config: ConfigDict) -> None:
-    text = _loader(config).summary()
+    text = _loader(config).data.summary()
     assert "robot (50.0% of the samples)" in text and "8 episodes (4 of them with " in text
     assert "(4 of them with 'success' in file_path; no 'WEIRD' in recording_folderpath)" in text
     assert "used without actions" in text
 
 
 def test_held_out_windows_are_of_robots_and_filtered(config: ConfigDict) -> None:
-    held_out = _loader(config).held_out(1000)
+    held_out = _loader(config).data.held_out(1000)
     expected = {e for e in split_episodes(8, 0.3)[1] if "WEIRD" in FOLDERS[e]}
     assert expected and set(held_out.episodes) == expected
     assert all(batch["action_mask"].all() for batch in held_out.batches(16))
@@ -129,10 +133,10 @@ def test_sources_without_held_out_windows_matter_only_if_none_has_any(config: Co
             "whole": source(),
         }
     )
-    assert set(_loader(config).held_out(1000).episodes) == {5}
+    assert set(_loader(config).data.held_out(1000).episodes) == {5}
     del config.sources["whole"]
     with pytest.raises(UserError) as caught:
-        _loader(config).held_out(4)
+        _loader(config).data.held_out(4)
     message = str(caught.value)
     assert "no held-out window to evaluate on (config.data.val_ratio=0.3)" in message
     assert "'filtered'" in message and "2 of 8 episodes are held out, 0 of them used ('ép-1' or 'ép-3' in " in message
@@ -143,7 +147,7 @@ def test_sources_without_held_out_windows_matter_only_if_none_has_any(config: Co
 def test_held_out_windows_of_two_robots_have_episodes_of_their_own(config: ConfigDict, other: Path) -> None:
     config.sources = ConfigDict({"a": source(path=str(other)), "b": source()})
     loader = _loader(config)
-    every = loader.held_out(1000)
+    every = loader.data.held_out(1000)
     a, b = split_episodes(3, 0.3)[1], split_episodes(8, 0.3)[1]
     assert set(every.episodes) == set(a) | {3 + e for e in b}
     batch = every.batch(0, len(every))
@@ -164,7 +168,7 @@ def test_held_out_windows_of_two_robots_have_episodes_of_their_own(config: Confi
 )
 def test_filters(config: ConfigDict, include, exclude, kept) -> None:
     config.sources = ConfigDict({"robot": source(include=include, exclude=exclude)})
-    robot = _loader(config).sources["robot"]
+    robot = _loader(config).data.sources["robot"]
     assert set(robot.episodes) | set(robot.held_out) == kept
 
 
@@ -172,14 +176,14 @@ def test_conditions_on_several_keys_and_a_largest_number(config: ConfigDict) -> 
     """As the paper's recipe has them; the short name of a key will do."""
     lab = ("recording_folderpath", "WEIRD")
     config.sources = ConfigDict({"robot": source(include=("success", lab), max_episodes=3, max_episodes_seed=1)})
-    robot = _loader(config).sources["robot"]
+    robot = _loader(config).data.sources["robot"]
     used = set(robot.episodes) | set(robot.held_out)
     assert len(used) == 3 and used <= {1, 3, 5, 7}
     assert set(robot.held_out) == used & set(split_episodes(8, 0.3)[1])
     text = (
         "8 episodes (4 of them with 'success' in episode_metadata/file_path; 'WEIRD' in recording_folderpath; 3 chosen"
     )
-    assert f"{text} by seed 1), 198 steps" in _loader(config).summary()
+    assert f"{text} by seed 1), 198 steps" in _loader(config).data.summary()
     rows = np.concatenate(
         [
             robot.dataset.column("observation/state")[robot.dataset.episode_starts[e] :][: LENGTHS[e]]
@@ -234,7 +238,7 @@ def test_one_normaliser_over_the_training_episodes_of_all_robots(config: ConfigD
         ("state", "observation/state", slice(0, 3)),
     ):
         rows = np.concatenate(values[key])[:, columns]
-        scale, offset = loader.normalizer.entries[name]
+        scale, offset = loader.data.spec.normalizer.entries[name]
         low, high = rows.min(axis=0), rows.max(axis=0)
         np.testing.assert_allclose(scale[columns], (high - low) / 2, rtol=1e-6)
         np.testing.assert_allclose(offset[columns], (high + low) / 2, atol=1e-6)
@@ -246,12 +250,12 @@ def test_ranges_are_known_whether_or_not_the_data_is_normalised(config: ConfigDi
     fitted = _loader(config)
     config.normalize = "none"
     raw = _loader(config)
-    assert raw.normalizer.to_json() == {}
+    assert raw.data.spec.normalizer.to_json() == {}
     for loader in (fitted, raw):
-        (ranges,) = loader.ranges().values()
-        assert ranges.keys() == fitted.normalizer.entries.keys()
+        (ranges,) = loader.data.ranges().values()
+        assert ranges.keys() == fitted.data.spec.normalizer.entries.keys()
         for key, (low, high) in ranges.items():
-            scale, offset = fitted.normalizer.entries[key]
+            scale, offset = fitted.data.spec.normalizer.entries[key]
             varies = scale != 1
             np.testing.assert_allclose((high - low)[varies] / 2, scale[varies], rtol=1e-6)
             np.testing.assert_allclose((high + low) / 2, offset, rtol=1e-6, atol=1e-6)
@@ -278,12 +282,12 @@ def test_robots_of_different_widths_are_refused(config: ConfigDict, other: Path)
     config.sources.b.action = ()
     config.sources.b.cameras = ("exterior", "wrist")
     loader = _loader(config)
-    assert loader.camera_keys == {"wrist": "observation/wrist", "exterior": "observation/exterior"}
-    assert loader.sources["b"].samples.camera_keys == {
+    assert loader.data.camera_keys == {"wrist": "observation/wrist", "exterior": "observation/exterior"}
+    assert loader.data.sources["b"].samples.camera_keys == {
         "wrist": "observation/exterior",
         "exterior": "observation/wrist",
     }
-    assert loader.spec.cameras == {"exterior": (24, 32), "wrist": (16, 16)}
+    assert loader.data.spec.cameras == {"exterior": (24, 32), "wrist": (16, 16)}
     assert _take(loader, 2)[0]["obs/wrist"].shape == (8, 2, 16, 16, 3)
 
 
@@ -380,7 +384,7 @@ def test_bad_weights_are_explained(config: ConfigDict) -> None:
 def test_sources_of_one_dataset_are_out_of_step(config: ConfigDict) -> None:
     config.sources = ConfigDict({"robot": source(), "video": source(use_actions=False)})
     loader = _loader(config)
-    robot, video = (loader.sources[name] for name in ("robot", "video"))
+    robot, video = (loader.data.sources[name] for name in ("robot", "video"))
     assert [robot.clip(n) for n in range(50)] != [video.clip(n) for n in range(50)]
     config.sources = ConfigDict({"robot": source()})
     alone = _loader(config)
@@ -416,11 +420,11 @@ def test_the_shipped_configs_choose_among_droids_episodes(tmp_path: Path, argume
         c.data.path, c.data.cameras = str(tmp_path / "out"), ("wrist",)
         c.data.window.action, c.data.window.next_obs, c.data.num_streams = (1, 2), (3, 4), 1
         loader = _loader(c.data)
-        used = {name: set(s.episodes) | set(s.held_out) for name, s in loader.sources.items()}
+        used = {name: set(s.episodes) | set(s.held_out) for name, s in loader.data.sources.items()}
         assert used == expected
         for name, episodes_of in expected.items():
-            assert f"8 episodes ({len(episodes_of)} of them with " in loader.sources[name].describe()
+            assert f"8 episodes ({len(episodes_of)} of them with " in loader.data.sources[name].describe()
     if most:
         c.data.sources.robot.max_episodes = c.data.sources.video.max_episodes = 2
-        used = {name: set(s.episodes) | set(s.held_out) for name, s in _loader(c.data).sources.items()}
+        used = {name: set(s.episodes) | set(s.held_out) for name, s in _loader(c.data).data.sources.items()}
         assert used["robot"] < robot and used["video"] < video and {len(u) for u in used.values()} == {2}

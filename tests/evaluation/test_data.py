@@ -10,6 +10,7 @@ import pytest
 
 from uwm_jax.config import apply_overrides, source
 from uwm_jax.data.loader import Loader
+from uwm_jax.data.run_data import RunData
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation import data as held_out_data
 from uwm_jax.evaluation.data import doubt, open_data, refuse_other_data
@@ -21,30 +22,30 @@ def test_other_data_than_the_runs_are_refused_unless_named(tiny_config):
     """Their held-out episodes are not those of the run."""
     system, _ = synthetic_system(tiny_config, 10)
     sources = {"robot": SimpleNamespace(identity="b" * 40), "video": SimpleNamespace(identity="c" * 40)}
-    loader = SimpleNamespace(spec=system.spec, sources=sources, directory="there")
+    data = SimpleNamespace(spec=system.spec, sources=sources, directory="there")
     same, of_the_run = {"robot": "b" * 40, "video": "c" * 40}, {"robot": "a" * 40, "video": "c" * 40}
-    assert refuse_other_data(system, loader, same, []) is True
+    assert refuse_other_data(system, data, same, []) is True
     with pytest.raises(UserError, match="val_ratio: the run decided which episodes it did not learn from"):
-        refuse_other_data(system, loader, same, ["data.val_ratio"])
-    assert refuse_other_data(system, loader, {}, ["data.val_ratio"]) is None  # a converted checkpoint: nothing is known
+        refuse_other_data(system, data, same, ["data.val_ratio"])
+    assert refuse_other_data(system, data, {}, ["data.val_ratio"]) is None  # a converted checkpoint: nothing is known
     with pytest.raises(UserError, match="there: .*source 'robot': fingerprint bbbbbbbbbbbb, the run's is aaaaaaaaaaaa"):
-        refuse_other_data(system, loader, of_the_run, [])
-    assert refuse_other_data(system, loader, of_the_run, ["data.path"]) is False
-    loader.spec = dataclasses.replace(system.spec, action_dim=3)
+        refuse_other_data(system, data, of_the_run, [])
+    assert refuse_other_data(system, data, of_the_run, ["data.path"]) is False
+    data.spec = dataclasses.replace(system.spec, action_dim=3)
     with pytest.raises(UserError, match="action_dim is 3, but the run was trained with 10"):
-        refuse_other_data(system, loader, of_the_run, ["data.path"])
+        refuse_other_data(system, data, of_the_run, ["data.path"])
 
 
 def test_the_runs_own_dataset_is_known_wherever_it_lies(tiny_config, tiny_dataset, tmp_path):
     system, _ = synthetic_system(tiny_config, 10)
-    trained = Loader(tiny_config.data, batch_size=1, seed=0)
+    trained = RunData(tiny_config.data, seed=0)
     system = UWM(tiny_config, trained.spec, system.codec)
     tiny_config.data.path = str(shutil.copytree(tiny_dataset, tmp_path / "moved"))
-    loader = Loader(tiny_config.data, batch_size=1, seed=0)
-    assert refuse_other_data(system, loader, trained.state(0)["datasets"], []) is True
+    data = RunData(tiny_config.data, seed=0)
+    assert refuse_other_data(system, data, Loader(trained, batch_size=1).state(0)["datasets"], []) is True
 
 
-class FakeLoader:
+class FakeData:
     """Of one dataset with any split; a dataset at `elsewhere` is another one."""
 
     def __init__(self, data, **_):
@@ -69,11 +70,11 @@ def opened(tiny_config, monkeypatch):
         if datasets is None:
             splits = {name: s.split or config.data.split for name, s in config.data.sources.items()}
             datasets = {name: f"{'a' * 40} (2000 chosen of {splits.get(name, config.data.split)})" for name in names}
-        monkeypatch.setattr(held_out_data, "Loader", FakeLoader)
-        FakeLoader.spec = synthetic_spec(tiny_config, 10)
+        monkeypatch.setattr(held_out_data, "RunData", FakeData)
+        FakeData.spec = synthetic_spec(tiny_config, 10)
         now = config.copy_and_resolve_references()
         apply_overrides(now, overrides)
-        system, changed = SimpleNamespace(config=now, spec=FakeLoader.spec), [name for name, _ in overrides]
+        system, changed = SimpleNamespace(config=now, spec=FakeData.spec), [name for name, _ in overrides]
         return open_data(system, config, datasets, {"leak": leak, **kept}, changed)
 
     return open_with
@@ -81,11 +82,11 @@ def opened(tiny_config, monkeypatch):
 
 def test_a_split_of_its_own_is_evaluated_whole_with_the_runs_training_episodes_for_baselines(opened):
     data = opened()
-    assert (data.own, data.whole, data.settings) == (True, (), {}) and data.references is data.loader
+    assert (data.own, data.whole, data.settings) == (True, (), {}) and data.references is data.evaluated
     assert doubt(data.about()) == "58 of 65 episodes"
     data = opened(("data.split", "val"))
     assert (data.own, data.whole) == (True, ("robot",)) and data.about()["splits"] == {"robot": "val"}
-    assert [d.sources["robot"].dataset.split for d in (data.loader, data.references)] == ["val", "train"]
+    assert [d.sources["robot"].dataset.split for d in (data.evaluated, data.references)] == ["val", "train"]
     assert doubt(data.about()) == "", "nothing was trained on it, whatever reached the run's own episodes"
     entries = [{"fingerprint": "a" * 40, "split": split, "val_ratio": 0.1} for split in ("train", "val")]
     assert doubt(opened(("data.split", "val"), learned_from=entries[:1]).about()) == ""
@@ -96,7 +97,7 @@ def test_a_split_of_its_own_is_evaluated_whole_with_the_runs_training_episodes_f
     data = opened(("data.path", "elsewhere"), ("data.split", "val"))
     assert (
         data.whole == ("robot",)
-        and data.references is data.loader
+        and data.references is data.evaluated
         and data.settings == {"datasets": ["b" * 40 + " (2000 chosen of val)"]}
     )
     assert doubt(data.about()).startswith("These are not the datasets that this run was trained on. Episodes that are")

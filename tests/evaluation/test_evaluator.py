@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from uwm_jax.codecs import PCACodec
-from uwm_jax.data.loader import Loader
+from uwm_jax.data.run_data import RunData
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time
 from uwm_jax.parallel import mesh as mesh_lib
@@ -50,20 +50,20 @@ def setup(make_tiny_config):
     config.eval.num_windows = 6  # few enough to come to the host, all of them
     config.diffusion.prediction.action = config.diffusion.prediction.next_obs = "sample"
     config.diffusion.clip.next_obs = 20.0
-    loader = Loader(config.data, batch_size=4, seed=0)
-    arrays = codec_store.in_dataset(config, loader).arrays
-    system = UWM(config, loader.spec, PCACodec.from_arrays(arrays))
+    data = RunData(config.data, seed=0)
+    arrays = codec_store.in_dataset(config, data).arrays
+    system = UWM(config, data.spec, PCACodec.from_arrays(arrays))
     system.network = OneLine()
-    return config, loader, system, {name: jnp.asarray(x) for name, x in arrays.items()}
+    return config, data, system, {name: jnp.asarray(x) for name, x in arrays.items()}
 
 
 def evaluate(setup, batch_size=4, params=PARAMS):
-    config, loader, system, frozen = setup
+    config, data, system, frozen = setup
     config = config.copy_and_resolve_references()
     config.batch_size = batch_size
     mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
-    held_out = loader.held_out(config.eval.num_windows)
-    evaluation = Evaluator(system, loader, held_out, mesh, load_rules("", "uwm", MESH_RULES), batch_size)
+    held_out = data.held_out(config.eval.num_windows)
+    evaluation = Evaluator(system, data, held_out, mesh, load_rules("", "uwm", MESH_RULES), batch_size)
     params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
     evaluation.compile(params, frozen)
     return evaluation, *evaluation.run(params, frozen)
@@ -89,8 +89,8 @@ def mean(metrics, name):
 def test_metrics_are_those_of_what_is_shown(setup, evaluated):
     """Six windows are all shown, so that every metric of frames and actions can be taken again."""
     metrics, shown = evaluated
-    _, loader, _, _ = setup
-    np.testing.assert_array_equal(shown["episode"], loader.held_out(6).episodes)
+    _, data, _, _ = setup
+    np.testing.assert_array_equal(shown["episode"], data.held_out(6).episodes)
     truth, current = shown["next_obs"], shown["current"][:, :, -1:]
     changed = np.abs(truth - current) > 0.05
     frames = {mode: shown[f"{mode}/next_obs"] for mode in MODES if "next_obs" in USES[mode].makes}
@@ -116,11 +116,11 @@ def test_metrics_are_those_of_what_is_shown(setup, evaluated):
 
 def test_baselines_against_the_data(setup, evaluated, windows):
     metrics, shown = evaluated
-    config, loader, system, frozen = setup
+    config, data, system, frozen = setup
     action, last = windows["action"].astype(np.float64), windows["last_action"].astype(np.float64)
     way = np.arange(1, 5)[:, None] / 4
     guesses = {
-        "mean_action": loader.mean_action(),
+        "mean_action": data.mean_action(),
         "last_action": last[:, None],
         "linear_interpolation": last[:, None] * (1 - way) + action[:, -1:] * way,
     }
@@ -129,7 +129,7 @@ def test_baselines_against_the_data(setup, evaluated, windows):
             mean(metrics, f"baseline/{name}/action_mse"), np.mean((guess - action) ** 2), rtol=1e-4
         )
 
-    training = loader.training_windows(256)
+    training = data.training_windows(256)
     frames = training.batch(0, len(training))["next_obs/wrist"] / 255.0  # neither resized nor cropped: 16 pixels
     np.testing.assert_allclose(shown["mean_image"][0, 0], frames.mean(axis=(0, 1)), atol=1e-5)
     truth = windows["next_obs/wrist"][:, None] / 255.0
@@ -145,8 +145,8 @@ def test_baselines_against_the_data(setup, evaluated, windows):
 
 def test_the_control_differs_by_its_actions_alone(setup, evaluated, windows):
     metrics, shown = evaluated
-    _, loader, system, frozen = setup
-    np.testing.assert_array_equal(shown["shuffled_action"], windows["action"][loader.held_out(6).shuffled])
+    _, data, system, frozen = setup
+    np.testing.assert_array_equal(shown["shuffled_action"], windows["action"][data.held_out(6).shuffled])
     noise = system.noise(jax.random.key(0), jnp.arange(6), "policy")
     for name, action in (("forward", windows["action"]), ("forward_shuffled", shown["shuffled_action"])):
         made = system.sample(PARAMS, system.encode(frozen, {**windows, "action": action}), "forward", noise)
@@ -221,11 +221,11 @@ def test_another_sampler_is_measured_on_the_same_windows(setup):
 
 
 def test_windows_are_evenly_spread_where_there_are_many(setup):
-    config, loader, system, frozen = setup
+    config, data, system, frozen = setup
     mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
-    held_out = loader.held_out(19)
+    held_out = data.held_out(19)
     assert len(held_out) > 12
-    evaluation = Evaluator(system, loader, held_out, mesh, load_rules("", "uwm", MESH_RULES), 4)
+    evaluation = Evaluator(system, data, held_out, mesh, load_rules("", "uwm", MESH_RULES), 4)
     params, frozen = mesh_lib.place((PARAMS, frozen), mesh_lib.replicated(mesh))
     evaluation.compile(params, frozen)
     metrics, shown = evaluation.run(params, frozen)
@@ -249,11 +249,11 @@ def test_a_batch_takes_seconds_and_divides_over_the_devices():
 def test_what_cannot_be_evaluated_is_explained(setup):
     with pytest.raises(RunError, match=r"(mse|psnr) is nan in held-out window 0 and 5 more"):
         evaluate(setup, params={"slope": jnp.float32(np.nan)})
-    config, loader, system, _ = setup
-    spec = dataclasses.replace(loader.spec, action_dim=1)
+    config, data, system, _ = setup
+    spec = dataclasses.replace(data.spec, action_dim=1)
     config = config.copy_and_resolve_references()
     config.eval.action_plane = ("wrist", 0.0, 1.0, 0.0, 1.0)
     with pytest.raises(UserError, match=r"config.eval.action_plane=.*at least two numbers"):
         narrow = UWM(config, spec, system.codec)
         rules = load_rules("", "uwm", MESH_RULES)
-        Evaluator(narrow, loader, loader.held_out(6), mesh_lib.make_mesh(config), rules, 4)
+        Evaluator(narrow, data, data.held_out(6), mesh_lib.make_mesh(config), rules, 4)

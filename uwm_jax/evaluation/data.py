@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from uwm_jax.data.loader import Loader
+from uwm_jax.data.run_data import RunData
 from uwm_jax.data.sources import renamed
 from uwm_jax.errors import UserError
 from uwm_jax.systems.base import System
@@ -19,15 +19,15 @@ class Data:
     """The data of an evaluation.
 
     Attributes:
-      loader: of the held-out windows.
-      references: of the training episodes that baselines are taken from.
+      evaluated: whose held-out windows are evaluated.
+      references: whose training episodes baselines are taken from.
       own: whether the datasets are the run's; None where that is not known.
       whole: sources whose split is not the run's, so that all of their episodes are held out of training.
       leak: how training reached the run's held-out episodes by way of an earlier run; None where it did not.
     """
 
-    loader: Loader
-    references: Loader
+    evaluated: RunData
+    references: RunData
     own: bool | None
     whole: tuple[str, ...]
     leak: str | None
@@ -35,13 +35,13 @@ class Data:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that tell the data apart from the run's, without the splits, which are fields of the config."""
-        identities = sorted(source.identity for source in self.loader.sources.values())
+        identities = sorted(source.identity for source in self.evaluated.sources.values())
         return {} if self.own else {"datasets": identities}
 
     def about(self) -> dict[str, Any]:
         return {
             "own_data": self.own,
-            "splits": {name: source.dataset.split for name, source in self.loader.sources.items()},
+            "splits": {name: source.dataset.split for name, source in self.evaluated.sources.items()},
             "whole": list(self.whole),
             "leak": self.leak,
         }
@@ -66,10 +66,10 @@ def open_data(
       UserError: as `refuse_other_data`; a split that the run was trained on, under another source's name.
     """
 
-    def open_loader(config: ConfigDict) -> Loader:
-        return Loader(config.data, batch_size=1, seed=config.seed, normalizer=system.spec.normalizer)
+    def opened(config: ConfigDict) -> RunData:
+        return RunData(config.data, seed=config.seed, normalizer=system.spec.normalizer)
 
-    loader = open_loader(system.config)
+    data = opened(system.config)
     leak = kept.get("leak")  # of the run's own held-out episodes
     trained, before = system.config.copy_and_resolve_references(), own_config.data
     trained.data.split = before.split
@@ -77,19 +77,19 @@ def open_data(
         fields.split = before.sources[name].split
     split_of = {name: fields.split or before.split for name, fields in before.sources.items()}
     whole = tuple(
-        name for name, source in loader.sources.items() if source.dataset.split != split_of.get(name, before.split)
+        name for name, source in data.sources.items() if source.dataset.split != split_of.get(name, before.split)
     )
-    own = refuse_other_data(system, loader, datasets, changed, whole)
+    own = refuse_other_data(system, data, datasets, changed, whole)
     if not whole:
-        return Data(loader, loader, own, (), leak)
+        return Data(data, data, own, (), leak)
     if own is not True:
-        return Data(loader, loader, own, whole, None)
-    references = open_loader(trained)
+        return Data(data, data, own, whole, None)
+    references = opened(trained)
     learned = {(source.dataset.fingerprint, source.dataset.split) for source in references.sources.values()}
     before_it = {(entry["fingerprint"], entry["split"]) for entry in kept.get("learned_from") or ()}
-    told = [leak] if leak and (len(whole) < len(loader.sources) or kept.get("learned_from", ()) is None) else []
+    told = [leak] if leak and (len(whole) < len(data.sources) or kept.get("learned_from", ()) is None) else []
     for name in whole:
-        dataset = loader.sources[name].dataset
+        dataset = data.sources[name].dataset
         if (dataset.fingerprint, dataset.split) in before_it - learned:
             told.append(f"The run that this one started from was trained on the split {dataset.split!r} of {name!r}.")
         if (dataset.fingerprint, dataset.split) in learned:
@@ -97,11 +97,11 @@ def open_data(
                 f"{dataset.directory}: the run was trained on the split {dataset.split!r}, by another of its sources "
                 f"than {name!r}. Choose a split that it has not seen."
             )
-    return Data(loader, references, own, whole, " ".join(told) or None)
+    return Data(data, references, own, whole, " ".join(told) or None)
 
 
 def refuse_other_data(
-    system: System, loader: Loader, datasets: Mapping[str, str], changed: Collection[str], whole: Collection[str] = ()
+    system: System, data: RunData, datasets: Mapping[str, str], changed: Collection[str], whole: Collection[str] = ()
 ) -> bool | None:
     """Checks that what is held out here was held out of training.
 
@@ -116,16 +116,14 @@ def refuse_other_data(
     Raises:
       UserError: the dataset is not of the kind that the run was trained on; or it is another one, and no flag names it.
     """
-    trained, found = system.spec.to_json(), loader.spec.to_json()
+    trained, found = system.spec.to_json(), data.spec.to_json()
     for name in ("cameras", "low_dim", "action_dim", "text_dim"):
         if trained[name] != found[name]:
-            raise UserError(
-                f"{loader.directory}: {name} is {found[name]}, but the run was trained with {trained[name]}."
-            )
-    here = {name: source.identity for name, source in loader.sources.items()}
+            raise UserError(f"{data.directory}: {name} is {found[name]}, but the run was trained with {trained[name]}.")
+    here = {name: source.identity for name, source in data.sources.items()}
     datasets = renamed(datasets, list(here))
     for name in whole:
-        here[name] = loader.sources[name].dataset.fingerprint
+        here[name] = data.sources[name].dataset.fingerprint
         if name in datasets:
             datasets[name] = datasets[name].partition(" ")[0]  # without the choice of episodes
     if not datasets:
@@ -140,7 +138,7 @@ def refuse_other_data(
         return False
     name = min(name for name in {*here, *datasets} if here.get(name) != datasets.get(name))
     raise UserError(
-        f"{loader.directory}: this is not the dataset that the run was trained on (source {name!r}: fingerprint "
+        f"{data.directory}: this is not the dataset that the run was trained on (source {name!r}: fingerprint "
         f"{here.get(name, 'none')[:12]}, the run's is {datasets.get(name, 'none')[:12]}), so that episodes which are "
         "held out here may be among those it learned from. Put the run's dataset there again (report.html tells which "
         "it was), or name this one with --config.data.path."

@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from uwm_jax.data.loader import FixedWindows, Loader
+from uwm_jax.data.held_out import FixedWindows
+from uwm_jax.data.run_data import RunData
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import CHANGED, Metrics, Pairs, errors, names_of, pairs_of, summarize
 from uwm_jax.files import write_text
@@ -44,7 +45,7 @@ class Evaluator:
 
     Args:
       system: the model.
-      loader: of its data, for the baselines.
+      data: for the baselines.
       held_out: the windows.
       mesh, rules: where the batch lies, and the parameters that will be given.
       batch_size: windows in one run of the program, over all devices; `rows_at_a_time` gives a fitting one.
@@ -57,7 +58,7 @@ class Evaluator:
     def __init__(
         self,
         system: System,
-        loader: Loader,
+        data: RunData,
         held_out: FixedWindows,
         mesh: Mesh,
         rules: Rules,
@@ -71,7 +72,7 @@ class Evaluator:
                 "position; they have one here. Leave it empty: ()."
             )
         self.held_out = held_out
-        self.system, self._loader, self._mesh, self._rules = system, loader, mesh, rules
+        self.system, self._data, self._mesh, self._rules = system, data, mesh, rules
         self._batch_size = batch_size
         self._by_rows, self._whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
         self._batches = list(held_out.batches(batch_size))
@@ -170,7 +171,7 @@ class Evaluator:
         return {
             "windows": len(self.held_out),
             "episodes": len(set(self.held_out.episodes.tolist())),
-            "datasets": {name: source.identity for name, source in self._loader.sources.items()},
+            "datasets": {name: source.identity for name, source in self._data.sources.items()},
             **self.system.describe_sampling(),
         }
 
@@ -222,10 +223,10 @@ class Evaluator:
         these what the windows have."""
         window, references = self.system.spec.window, {}
         if window.action:
-            references["mean_action"] = self._loader.mean_action()
+            references["mean_action"] = self._data.mean_action()
         if not window.next_obs or not self.system.cameras:
             return mesh_lib.place(references, self._whole)
-        windows = self._loader.training_windows(MEAN_IMAGE_WINDOWS)
+        windows = self._data.training_windows(MEAN_IMAGE_WINDOWS)
         total: Any = 0.0
         for number, batch in enumerate(each(windows.batches(self._batch_size))):
             own = number * self._batch_size + np.arange(self._batch_size) < len(windows)  # the last batch starts over

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from uwm_jax.config_checks import cadence
-from uwm_jax.data.loader import Loader
+from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import warn
 from uwm_jax.evaluation.evaluator import Each, Evaluator, Windows, rows_at_a_time, write_results
@@ -39,24 +39,24 @@ class InTraining:
 
     Args:
       program: the trainer's.
-      loader: of its data.
+      data: of the run.
       frozen: arrays of the codec.
       command: the command line, for the provenance of results.
       draw: draws (windows of `Evaluator.run`, specification of the data, config) into a folder; gives {name of a
         picture: file}.
     """
 
-    def __init__(self, program: Program, loader: Loader, frozen: Any, *, command: Sequence[str], draw: Draw):
+    def __init__(self, program: Program, data: RunData, frozen: Any, *, command: Sequence[str], draw: Draw):
         config = program.config
-        self._config, self._spec, self._loader = config, program.system.spec, loader
+        self._config, self._spec, self._data = config, program.system.spec, data
         self._command, self._draw = command, draw
         self._every = {name: every for name in (LOSSES, SAMPLES) if (every := cadence(config, name))}
         if not self._every:
             return
-        windows = loader.held_out(config.eval.num_windows)
+        windows = data.held_out(config.eval.num_windows)
         rows = rows_at_a_time(program.mesh, min(len(windows), config.batch_size))
         like = program.like.eval_params
-        self._samples = Evaluator(program.system, loader, windows, program.mesh, program.rules, rows, denoising=False)
+        self._samples = Evaluator(program.system, data, windows, program.mesh, program.rules, rows, denoising=False)
         self._losses = HeldOutLosses(self._samples)
         if SAMPLES in self._every:
             self._samples.compile(like, frozen)
@@ -91,7 +91,7 @@ class InTraining:
         """
 
         def each(items: Iterator[Any]) -> Iterator[Any]:
-            return watchdog.each(step, turns.each(items, self._loader.waits_for))
+            return watchdog.each(step, turns.each(items, self._data.waits_for))
 
         if not (due := self.due(step)):
             return {}, {}

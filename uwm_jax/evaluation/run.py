@@ -65,7 +65,7 @@ class EvaluatedRun:
     def evaluator(self) -> Evaluator:
         """The evaluator of its held-out windows, in batches of at most the rows that the trainer's memory held."""
         config = self.system.config
-        windows = self.data.loader.held_out(config.eval.num_windows, whole=self.data.whole)
+        windows = self.data.evaluated.held_out(config.eval.num_windows, whole=self.data.whole)
         rows = rows_at_a_time(self.mesh, min(len(windows), config.batch_size))
         rules = build.rules_of(self.system)
         return Evaluator(self.system, self.data.references, windows, self.mesh, rules, rows)
@@ -107,7 +107,7 @@ def open_run(
     learned = lineage.kept(stored.assets)
     data = open_data(system, own_config, inference.datasets_of(workdir, step), learned, changed)
     if data.own is not True:
-        for told in under(system.spec.normalizer, data.loader.ranges(), ("action", *system.spec.low_dim)):
+        for told in under(system.spec.normalizer, data.evaluated.ranges(), ("action", *system.spec.low_dim)):
             warn(f"{told}. Are the units and the meaning of the columns the same?")
     used = inference.parameters_used(workdir, step, parameters)
     default = inference.parameters_used(workdir, step)["parameters"]

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from uwm_jax import codecs
 from uwm_jax.codecs import Codec, VAECodec
 from uwm_jax.data.fitted import read_fitted
-from uwm_jax.data.loader import Loader
+from uwm_jax.data.run_data import RunData
 from uwm_jax.errors import UserError
 from uwm_jax.parallel import distributed
 from uwm_jax.torch_bridge import diffusers_vae
@@ -51,13 +51,13 @@ def _read_vae(place: str | os.PathLike[str], fields: ConfigDict) -> tuple[Codec,
 _FILES: dict[str, _Files] = {"vae": _Files(_read_vae, diffusers_vae.copy_folder)}
 
 
-def in_dataset(config: ConfigDict, loader: Loader) -> Place:
+def in_dataset(config: ConfigDict, data: RunData) -> Place:
     """Where a new run finds its codec: the config's files, or what the data jobs fitted to its data.
 
     Raises:
       UserError: nothing was fitted to the data, or it does not fit the config.
     """
-    codec, data = codecs.of_config(config), config.data
+    codec = codecs.of_config(config)
     if codec is None:
         return Place()
     if codec.pretrained:
@@ -66,7 +66,12 @@ def in_dataset(config: ConfigDict, loader: Loader) -> Place:
         return Place()
     return Place(
         arrays=read_fitted(
-            loader.directory, codec.name, codec.arrays, loader.camera_keys, crop=data.crop, val_ratio=data.val_ratio
+            data.directory,
+            codec.name,
+            codec.arrays,
+            data.camera_keys,
+            crop=data.config.crop,
+            val_ratio=data.config.val_ratio,
         )
     )
 

@@ -29,8 +29,8 @@ def check(origin: Origin, config: ConfigDict, spec: DataSpec, ranges: Mapping[st
 
     Args:
       config: of the new run.
-      spec: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
-      ranges: of its data by source and key (`Loader.ranges()`).
+      spec: of its data, with the normaliser that fits this data (`RunData(normalizer=None)`).
+      ranges: of its data by source and key (`RunData.ranges()`).
 
     Raises:
       UserError: a field, or a fitted codec, that gives the origin's parameters another meaning.

@@ -138,7 +138,7 @@ class Origin:
 
         Args:
           config: of the new run.
-          spec: of its data, with the normaliser that fits this data (`Loader(normalizer=None)`).
+          spec: of its data, with the normaliser that fits this data (`RunData(normalizer=None)`).
         """
         kept = set(self.kept_keys(config, spec))
         entries = {}

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from uwm_jax import systems
 from uwm_jax.codecs import Codec
 from uwm_jax.data.images import preprocess
-from uwm_jax.data.loader import Loader
+from uwm_jax.data.run_data import RunData
 from uwm_jax.parallel.distributed import say
 from uwm_jax.training.finetune import Origin
 from uwm_jax.training.patterns import skip_flag
@@ -27,7 +27,7 @@ WINDOWS = 8  # of each source
 FAR = 2.0  # the factor, either way, that is worth a warning
 
 
-def look(config: ConfigDict, codec: Codec | None, frozen: Any, loader: Loader, origin: Origin | None) -> dict[str, Any]:
+def look(config: ConfigDict, codec: Codec | None, frozen: Any, data: RunData, origin: Origin | None) -> dict[str, Any]:
     """Measures and says what is unfit, where some pictures are not those that the codec was made for.
 
     Args:
@@ -37,17 +37,17 @@ def look(config: ConfigDict, codec: Codec | None, frozen: Any, loader: Loader, o
       {"latent_sizes": as `sizes`} for the checkpoint's assets; {} where there was nothing to look for.
     """
     from_origin = origin is not None and origin.gives_codec(config)
-    if codec is None or codec.latent_rms is None or not (from_origin or len(loader.sources) > 1):
+    if codec is None or codec.latent_rms is None or not (from_origin or len(data.sources) > 1):
         return {}
-    found = sizes(config, codec, frozen, loader)
-    drawn = {name: size for name, size in found.items() if loader.sources[name].weight}
+    found = sizes(config, codec, frozen, data)
+    drawn = {name: size for name, size in found.items() if data.sources[name].weight}
     known = expected(codec, origin.latent_sizes if origin and from_origin else None)
     for line in about(codec, drawn, known, from_origin, systems.tree(config).codec_interface):
         say(line)
     return {"latent_sizes": found}
 
 
-def sizes(config: ConfigDict, codec: Codec, frozen: Any, loader: Loader) -> dict[str, float]:
+def sizes(config: ConfigDict, codec: Codec, frozen: Any, data: RunData) -> dict[str, float]:
     """{source: root mean square of the latents of `WINDOWS` windows' current frames}, on one device.
 
     Views without a picture (`fill_views="none"`) do not count.
@@ -60,12 +60,12 @@ def sizes(config: ConfigDict, codec: Codec, frozen: Any, loader: Loader) -> dict
         return jnp.where(seen, squares, 0.0).sum(), seen.sum()
 
     program, found = jax.jit(encode), {}
-    for name, source in loader.sources.items():
-        batch = loader.spec.empty(WINDOWS)
+    for name, source in data.sources.items():
+        batch = data.spec.empty(WINDOWS)
         for row in range(WINDOWS):
             place = row * len(source.windows) // WINDOWS
-            source.load(batch, row, row, place, loader.spec)
-        frames = {camera: batch[f"obs/{camera}"] for camera in loader.spec.cameras}
+            source.load(batch, row, row, place, data.spec)
+        frames = {camera: batch[f"obs/{camera}"] for camera in data.spec.cameras}
         total, views = jax.device_get(program(frozen, frames))
         found[name] = math.sqrt(float(total) / max(float(views), 1.0))
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from uwm_jax.data.loader import Loader
+from uwm_jax.data.run_data import RunData
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.parallel.distributed import say
 
@@ -32,31 +32,31 @@ def kept(assets: Mapping[str, Any]) -> dict[str, Any]:
     return {key: assets[key] for key in KEYS if key in assets}
 
 
-def begin(loader: Loader, learned: Learned | None, has_origin: bool) -> dict[str, Any]:
+def begin(data: RunData, learned: Learned | None, has_origin: bool) -> dict[str, Any]:
     """The entries `learned_from` and `leak` of the assets of a run that starts; a leak is said.
 
     Args:
-      loader: of its data.
+      data: its data.
       learned: what its parameters learned from before; None where an origin does not tell.
     """
     if not has_origin:
-        return {"learned_from": of_loader(loader), "leak": None}
-    told = leak(learned, loader)
+        return {"learned_from": of_data(data), "leak": None}
+    told = leak(learned, data)
     if told:
         say(f"warning: {told}")
-    return {"learned_from": None if learned is None else [*learned, *of_loader(loader)], "leak": told}
+    return {"learned_from": None if learned is None else [*learned, *of_data(data)], "leak": told}
 
 
-def of_loader(loader: Loader) -> list[dict[str, Any]]:
+def of_data(data: RunData) -> list[dict[str, Any]]:
     """Datasets that a run itself learns from."""
     return [
         {
             "fingerprint": source.dataset.fingerprint,
             "split": source.dataset.split,
-            "val_ratio": float(loader.config.val_ratio),
+            "val_ratio": float(data.config.val_ratio),
             "selection": str(source.selection),
         }
-        for source in loader.sources.values()
+        for source in data.sources.values()
     ]
 
 
@@ -84,17 +84,17 @@ def of_checkpoint(assets: Mapping[str, Any], data_iter: Mapping[str, Any], confi
     ]
 
 
-def leak(learned: Learned | None, loader: Loader) -> str | None:
+def leak(learned: Learned | None, data: RunData) -> str | None:
     """A sentence about held-out episodes that parameters learned from; None where there are none.
 
     Args:
       learned: what they learned from before this run, as `of_checkpoint` gives it.
-      loader: of this run's data.
+      data: of this run.
     """
     if learned is None:
         return f"Held out of this run's own training; {UNKNOWN}."
     parts = []
-    for name, source in loader.sources.items():
+    for name, source in data.sources.items():
         dataset, here = source.dataset, set(source.held_out.tolist())
         seen: set[int] = set()
         ratios, some = [], ""
@@ -108,7 +108,7 @@ def leak(learned: Learned | None, loader: Loader) -> str | None:
                     if entry.get("selection", "") not in ("", str(source.selection)):
                         some = "up to "
         if seen:
-            here_and_there = f"{loader.config.val_ratio:g} here, {' and '.join(ratios)} there"
+            here_and_there = f"{data.config.val_ratio:g} here, {' and '.join(ratios)} there"
             parts.append(
                 f"{some}{len(seen)} of {len(here)} held-out episodes of {name!r} were training episodes of the run "
                 f"that this one started from (config.data.val_ratio={here_and_there})"

@@ -1,0 +1,103 @@
+"""Fixed windows of a run's data, for evaluation: always the same, each with what comparisons need besides a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+
+from uwm_jax.data.samples import Clip
+from uwm_jax.data.sources import Source
+from uwm_jax.data.spec import Batch, DataSpec
+
+
+class FixedWindows:
+    """Windows for evaluation, in the order of their sources, episodes and steps.
+
+    Args:
+        spec: of the batches.
+        sources: those with the windows.
+        windows: (number of the source, episode, origin) of each.
+        reading: (source, its window) -> the context of the read.
+
+    Attributes:
+        spec: of the batches.
+        episodes: (n,) int64 a number of each window's episode, other in each source: intervals are to be clustered by
+            it. With one source it is the episode's number in the split.
+        origins: (n,) int64 first step of each window.
+        shuffled: (n,) int64 for each window one of another episode, or if there is but one episode another one: the
+            window half of the set away, or the next after it that is of another episode.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        sources: Sequence[Source],
+        windows: list[tuple[int, int, int]],
+        reading: Callable[[Source, Callable[[], Clip]], AbstractContextManager[None]],
+    ):
+        self.spec = spec
+        self._sources, self._windows, self._reading = sources, windows, reading
+        first = np.cumsum([0, *(source.dataset.num_episodes for source in sources)])
+        self.episodes = np.asarray([first[s] + episode for s, episode, _ in windows], np.int64)
+        self.origins = np.asarray([origin for *_, origin in windows], np.int64)
+        self.shuffled = strangers(self.episodes)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Windows [start, stop) as a batch; `row` is the window's number. Windows beyond the last start over.
+
+        A batch with `action` has, next to what a training batch has: `last_action` (b, Da) float32, the normalised one
+        just before the chunk, `has_last_action` (b,) bool, False where the episode has none, and `shuffled_action`
+        (b, Ta, Da) float32, the chunk of the window `shuffled` names.
+        """
+        rows = np.arange(start, stop) % len(self)
+        batch = self.spec.empty(len(rows))
+        for at, r in enumerate(rows):
+            self._load(batch, at, int(r))
+        return batch | (self._actions(rows) if "action" in batch else {})
+
+    def _load(self, batch: Batch, at: int, number: int) -> None:
+        source, clip = self._window(number)
+        with self._reading(source, lambda: clip):
+            source.samples.load(batch, at, number, [clip], 0, self.spec)
+
+    def _actions(self, rows: np.ndarray) -> Batch:
+        spec = self.spec
+        like = spec.batch_like(len(rows))["action"]
+        last = np.empty((like.shape[0], like.shape[2]), like.dtype)
+        has_last, shuffled = np.empty(len(rows), np.bool_), np.empty(like.shape, like.dtype)
+        before = spec.window.action[0] - 1
+        for at, r in enumerate(rows):
+            source, clip = self._window(int(r))
+            last[at] = source.samples.action(clip, (before,), spec.normalizer)[0]
+            has_last[at] = clip.origin + before >= 0
+            source, clip = self._window(int(self.shuffled[r]))
+            shuffled[at] = source.samples.action(clip, spec.window.action, spec.normalizer)
+        return {"last_action": last, "has_last_action": has_last, "shuffled_action": shuffled}
+
+    def _window(self, number: int) -> tuple[Source, Clip]:
+        source, episode, origin = self._windows[number]
+        return self._sources[source], Clip(episode, origin)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All windows in batches of one size, of which the one that begins at `start` (a multiple of `batch_size`)
+        has `min(batch_size, len(self) - start)` windows of its own: the last batch is filled up from the beginning,
+        and a mean over windows leaves these rows out."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(start, start + batch_size)
+
+
+def strangers(episodes: np.ndarray) -> np.ndarray:
+    """`FixedWindows.shuffled` of windows of these episodes (n,)."""
+    count = len(episodes)
+    shifts = (np.arange(count) + count // 2) % count
+    found = np.empty(count, np.int64)
+    for i in range(count):
+        candidates = (i + shifts) % count
+        others = candidates[episodes[candidates] != episodes[i]]
+        found[i] = others[0] if len(others) else candidates[0]
+    return found
