@@ -275,7 +275,12 @@ def test_a_model_of_other_data_is_refused():
     stub.spec = DataSpec(stub.spec.window, {"wrist": (8, 8)}, {"agent_pos": 3}, 7, 4, Normalizer())
     with pytest.raises(UserError) as e:
         closed_loop.closed_loop(stub, {}, {}, "pusht", SEEDS)
-    for part in ("camera 'wrist': pusht has image", "agent_pos (3 numbers)", "a text", "action: pusht takes 2"):
+    for part in (
+        "camera 'wrist': pusht has image",
+        "agent_pos (3 numbers)",
+        "text (4 numbers): pusht has none",
+        "action: pusht takes 2",
+    ):
         assert part in str(e.value)
 
 

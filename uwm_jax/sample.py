@@ -115,7 +115,7 @@ def check_inputs(
     Raises:
       UserError: naming every key that is unknown or missing, and every one with an unfit shape, dtype or value.
     """
-    spec, frames = system.spec, system.num_frames
+    like = system.spec.batch_like(1)
     denoise = DENOISE in modes
     known = {m for mode in modes for m in (MODALITIES if mode == DENOISE else USES[mode].given)}
     problems = _unknown_keys(system, arrays, data_keys)
@@ -152,26 +152,17 @@ def check_inputs(
                 problems.append(f"{key}: holds values that are not finite (in float32)")
         return value
 
+    of_group: dict[str, list[str]] = {}
+    for key in like:
+        of_group.setdefault(key.partition("/")[0], []).append(key)
     batch: dict[str, np.ndarray | None] = {}
-    for camera in system.cameras:
-        batch[f"obs/{camera}"] = take(f"obs/{camera}", (frames, *spec.cameras[camera], 3), "uint8")
-    for key, size in sorted(spec.low_dim.items()):
-        batch[f"obs/{key}"] = take(f"obs/{key}", (frames, size), "float32")
-    if spec.text_dim:
-        batch["obs/text"] = take("obs/text", (spec.text_dim,), "float32")
-    if "action" in known:
-        batch["action"] = take("action", system.action_shape, "float32")
-    if "next_obs" in known:
-        if "next_obs_latent" in arrays:
+    for group in ("obs", *(m for m in MODALITIES if m in known)):
+        if group == "next_obs" and "next_obs_latent" in arrays:
             batch["next_obs_latent"] = take("next_obs_latent", system.latent_shape, "float32")
-        else:
-            for camera in system.cameras:
-                key = f"next_obs/{camera}"
-                batch[key] = take(key, (frames, *spec.cameras[camera], 3), "uint8")
-            if not any(f"next_obs/{camera}" in arrays for camera in system.cameras):
-                problems.append(
-                    f"(or next_obs_latent: expected float32 (B, {', '.join(map(str, system.latent_shape))}))"
-                )
+            continue
+        batch |= {key: take(key, like[key].shape[1:], like[key].dtype.name) for key in of_group[group]}
+        if group == "next_obs" and not any(key in arrays for key in of_group[group]):
+            problems.append(f"(or next_obs_latent: expected float32 (B, {', '.join(map(str, system.latent_shape))}))")
 
     shapes = {m: x.shape[1:] for m, x in _noise_like(system).items()}
     used = [m for m in MODALITIES if any(mode == DENOISE or m not in USES[mode].given for mode in modes)]
@@ -232,11 +223,7 @@ def run(system: UWM, params: Any, frozen: Any, inputs: Inputs, seed: int = 0) ->
         same for every mode.
     """
     normalizer = system.spec.normalizer
-    batch = dict(inputs.batch)
-    for key in system.spec.low_dim:
-        batch[f"obs/{key}"] = normalizer.normalize(key, batch[f"obs/{key}"])
-    if "action" in batch:
-        batch["action"] = normalizer.normalize("action", batch["action"])
+    batch = system.spec.normalized(inputs.batch)
     drawn = system.noise(jax.random.key(seed), jnp.arange(inputs.batch_size, dtype=jnp.int32), system.acting)
     made = _modes(system, inputs.modes)(params, frozen, batch, {**drawn, **inputs.noise}, inputs.timestep)
     results: dict[str, dict[str, np.ndarray]] = {}

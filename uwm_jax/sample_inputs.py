@@ -90,13 +90,12 @@ def sample_inputs(system: UWM, held_out: FixedWindows, start: int, stop: int, se
       seed: of noise and timesteps; those of a window depend on it and the window's number alone.
     """
     batch = held_out.batch(start, stop)
-    frames = [f"{when}/{camera}" for when in ("obs", "next_obs") for camera in system.cameras]
-    others = [f"obs/{key}" for key in system.spec.low_dim] + (["obs/text"] if system.spec.text_dim else [])
+    recorded = [key for key in held_out.spec.batch_like(1) if key not in ("action_mask", "row")]
     noise = system.noise(jax.random.key(seed), jnp.asarray(batch["row"]), system.acting)
     draws = [np.random.default_rng([seed, row]) for row in range(start, stop)]
     steps = np.asarray([rng.integers(0, system.schedule.num_train_steps, len(MODALITIES)) for rng in draws], np.int32)
     return {
-        **{key: batch[key] for key in (*frames, *others, "action")},
+        **{key: batch[key] for key in recorded},
         **{f"noise/{m}": np.asarray(noise[m]) for m in MODALITIES},
         **{f"timestep/{m}": steps[:, i] for i, m in enumerate(MODALITIES)},
     }

@@ -147,7 +147,7 @@ def check_fits(spec: EnvSpec, system: System) -> None:
             for key, dim in data.low_dim.items()
             if spec.low_dim.get(key) != dim
         ),
-        *(["a text"] if data.text_dim else []),
+        *([f"text ({data.text_dim} numbers): {spec.name} has none"] if data.text_dim else []),
     ]
     if data.action_dim != spec.action_dim:
         problems.append(f"{data.action_dim} numbers of action: {spec.name} takes {spec.action_dim}")

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
-from uwm_jax.data.windows import WindowSpec
 from uwm_jax.envs import EnvSpec
 from uwm_jax.envs.parallel import EpisodeResult
 from uwm_jax.reporting.drawing import SAMPLE, TRACK, TRUTH, Plane, save_gif
@@ -76,24 +75,22 @@ def imagine(
         seen: {camera or low-dimensional key: (T + 1, ...)}, raw, as `uwm_jax.envs.parallel.replay` gives them.
         execute: steps between decisions.
     """
-    window, normalizer = WindowSpec.from_config(system.config.data.window), system.spec.normalizer
+    spec, window = system.spec, system.spec.window
     present, length = max(window.obs), len(episode.actions)
     # The last step's action and the frame after it are the end of what there is.
     outcome = max(max(window.next_obs) - present, max(window.action) - present + 1)
     steps = np.arange(0, length - outcome + 1, execute)
 
-    def frames(key: str, indices: tuple[int, ...]) -> np.ndarray:
-        return np.stack([seen[key][window.steps(indices, int(t) - present, length + 1)] for t in steps])
+    def frames(key: str) -> np.ndarray:
+        group, name = key.split("/")
+        return np.stack([seen[name][window.steps(window.groups[group], int(t) - present, length + 1)] for t in steps])
 
     actions = [episode.actions[window.steps(window.action, int(t) - present, length)] for t in steps]
     batch = {}
     if len(steps):
-        for camera in system.spec.cameras:
-            batch[f"obs/{camera}"] = frames(camera, window.obs)
-            batch[f"next_obs/{camera}"] = frames(camera, window.next_obs)
-        for key in system.spec.low_dim:
-            batch[f"obs/{key}"] = normalizer.normalize(key, frames(key, window.obs).astype(np.float32))
-        batch["action"] = normalizer.normalize("action", np.stack(actions).astype(np.float32))
+        like = spec.batch_like(len(steps))
+        batch = {key: frames(key).astype(like[key].dtype) for key in like if "/" in key}
+        batch = spec.normalized(batch | {"action": np.stack(actions).astype(np.float32)})
         batch["row"] = np.arange(len(steps), dtype=np.int32)
     pieces = []
     for start in range(0, len(steps), BATCH):
