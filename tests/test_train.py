@@ -29,7 +29,8 @@ from uwm_jax.evaluation.evaluator import Evaluator
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.reporting import pictures
 from uwm_jax.synthetic import synthetic_system
-from uwm_jax.train import load_pretrained_encoder, train
+from uwm_jax.train import train
+from uwm_jax.training import pretrained
 from uwm_jax.training.checkpoint import Checkpoints, latest_step, write_config
 from uwm_jax.training.goodput import CATEGORIES
 from uwm_jax.training.inference import load_for_inference
@@ -296,8 +297,7 @@ def test_pretrained_image_weights_reach_a_fresh_state(tiny_config, tmp_path):
     tiny_config.model.encoder.imagenet_weights = str(tmp_path / "resnet.safetensors")
     system, _ = synthetic_system(tiny_config, 10)
     state = create(tiny_config, jax.jit(system.init)(jax.random.key(0)), make_optimizer(tiny_config))
-    shardings = jax.tree.map(lambda x: x.sharding, state.params)
-    loaded = with_params(state, load_pretrained_encoder(tiny_config, state.params, shardings))
+    loaded = with_params(state, pretrained.load(system, state.params))
     expected = load_imagenet_resnet(
         tiny_config.model.encoder.imagenet_weights, state.params["obs_encoder"]["img_encoder"]
     )
