@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from uwm_jax import config as config_lib
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("uwm_jax", "data_prep")
@@ -75,6 +77,18 @@ def test_every_script_runs_from_the_wheel_alone(scripts, tmp_path):
     refused = run(scripts, tmp_path, "uwm-train", "--config=none.py", "--workdir=run")
     assert refused.returncode == 2 and "no Python file 'none.py'" in refused.stderr
     assert "Shipped" not in refused.stderr, "there is no configs/ here"
+
+
+@pytest.mark.slow
+def test_a_run_needs_nothing_of_the_clone(scripts, tiny_config, tmp_path):
+    lines = ["import json", "from uwm_jax.config import from_dict", "def get_config():"]
+    lines += [f"    return from_dict(json.loads({config_lib.to_json(tiny_config)!r}), '')", ""]
+    (tmp_path / "tiny.py").write_text("\n".join(lines))
+    flags = ("--config=tiny.py", "--workdir=run", "--config.total_steps=2", "--config.mesh.rules=")
+    trained = run(scripts, tmp_path, "uwm-train", *flags, JAX_PLATFORMS="cpu")
+    assert trained.returncode == 0 and "done: 2 steps in run" in trained.stdout, trained.stderr
+    reported = run(scripts, tmp_path, "uwm-report", "--workdir=run")
+    assert reported.returncode == 0 and (tmp_path / "run" / "report.html").exists(), reported.stderr
 
 
 def test_the_core_imports_its_requirements_and_none_of_the_extras():
