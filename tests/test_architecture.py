@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "torch_bridge": (*FLOORS, "config"),
     "systems": (*FLOORS, "systems.*"),
     "systems.*": (*FLOORS, "systems", "torch_bridge"),
-    "config": (*BASE, "config_checks", "codecs", "systems"),
+    "config": (*BASE, "config_checks", "codecs", "data", "systems"),
     "config_checks": ("errors", "codecs", "data", "systems"),
     "config_help": ("config",),
     "synthetic": (*FLOORS, "config", "systems"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from uwm_jax.data import source_fields
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import StreamOrder, mix
 from uwm_jax.data.records import Dataset, dataset_dir
@@ -19,12 +19,6 @@ from uwm_jax.data.stats import Stats, join_stats, key_stats, pool_stats
 from uwm_jax.data.transforms import get_transform
 from uwm_jax.data.windows import Windows, split_episodes
 from uwm_jax.errors import UserError
-
-# The fields of `uwm_jax.config.source` for a run without sources.
-_PLAIN = types.SimpleNamespace(
-    **dict(weight=1.0, use_actions=True, cameras=(), fill_views="same", action=()),
-    **dict(include=(), exclude=(), path_key="", max_episodes=0, max_episodes_seed=0),
-)
 
 
 class Source:
@@ -146,7 +140,7 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
     if not config.sources:
         dataset = Dataset(dataset_dir(config.path), config.split)
         name = dataset.directory.name
-        return {name: Source(name, str(dataset.directory), dataset, config, _PLAIN, seed)}
+        return {name: Source(name, str(dataset.directory), dataset, config, source_fields.source(), seed)}
     sources: dict[str, Source] = {}
     opened: dict[tuple[str, str], Dataset] = {}
     for name, fields in sorted(config.sources.items()):
