@@ -2,15 +2,19 @@
 
     python -m uwm_jax.sample --workdir=DIR --mode=policy,forward --inputs=IN.npz --output=OUT.npz
 
+A mode is a use of the run's system, such as `policy` or `joint`, or `denoise`, one training evaluation.
+
 IN holds `obs/<key>` (cameras uint8 (B, To, H, W, 3), low-dim float (B, To, D) in raw units, `obs/text`
 (B, E) where the model reads text) and what else the mode needs: `action` (B, Ta, Da) in raw units for
 `forward`; `next_obs/<camera>` or `next_obs_latent` for `inverse`; optionally `noise/action` and
-`noise/next_obs`, else drawn from `--seed`. `denoise` is one evaluation of the network and needs
-`action`, `next_obs`, `noise/*` and `timestep/*`. Known keys that a mode does not use are ignored, also those of the
+`noise/next_obs`, else drawn from `--seed`. `denoise` needs `action`, `next_obs`, `noise/*` and `timestep/*`, of these
+what the system takes in training, and takes `action_mask` (B,), False for rows without actions. Of flow matching,
+`timestep/action` is the time in [0, 1). Known keys that a mode does not use are ignored, also those of the
 run's data that the model does not read; unknown ones are refused. `uwm_jax.sample_inputs` makes such a file.
 
 OUT holds `action` (raw units), `action_normalized`, `next_obs_latent` and `next_obs/<camera>` (uint8,
-cropped size), those that the mode makes; for `denoise` `noise_pred/*`, `loss/*`, `obs_feat` and
+cropped size), those that the mode makes, with `--float_frames` also `next_obs_float/<camera>` (float32, [0, 1] units,
+not clipped); for `denoise` `loss/*` and what the system shows of an evaluation, such as `noise_pred/*`, `obs_feat` and
 `next_obs_latent`. With several modes every key starts with `<mode>/`.
 """
 
@@ -26,26 +30,25 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from uwm_jax import cli, config_help, files
+from uwm_jax import cli, config_help, files, systems
 from uwm_jax.data.ranges import far_out
 from uwm_jax.errors import UserError, closest, warn
-from uwm_jax.systems.uwm.modes import MODALITIES, MODES, USES
-from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.base import System
 from uwm_jax.torch_bridge import weights
 from uwm_jax.training import inference
 
 FLAGS = flags.FLAGS
 
 DENOISE = "denoise"
-ALL_MODES = (*MODES, DENOISE)
 
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of a run, or of a converted checkpoint")
-    flags.DEFINE_string("mode", None, f"one or more of {', '.join(ALL_MODES)}, separated by commas")
+    flags.DEFINE_string("mode", None, f"one or more of {', '.join(known_modes())}, separated by commas")
     flags.DEFINE_string("inputs", None, "the .npz of inputs")
     flags.DEFINE_string("output", None, "the .npz to write")
     flags.DEFINE_integer("seed", 0, "of the noise that the inputs do not give", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_bool("float_frames", False, "also write frames as float32 that is not clipped")
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
     inference.define_flags()
     cli.accept_config_overrides(config_help.describe)
@@ -59,11 +62,13 @@ def main(call: cli.Call) -> None:
         system, params, frozen, step = inference.load_for_inference(
             workdir, FLAGS.step, call.overrides, FLAGS.parameters
         )
+        check_modes(system, modes)
         inputs = check_inputs(system, modes, arrays, arrays.where, inference.data_keys(workdir, step))
     for told in far_out_inputs(system, inputs):
         warn(f"{arrays.where}: {told}")
     results: dict[str, np.ndarray] = {}
-    for mode, made in run(system, system.held(params), frozen, inputs, FLAGS.seed).items():
+    made_of = run(system, system.held(params), frozen, inputs, FLAGS.seed, float_frames=FLAGS.float_frames)
+    for mode, made in made_of.items():
         results |= {f"{mode}/{key}" if len(modes) > 1 else key: value for key, value in made.items()}
     check_results(results, ",".join(modes))
     with files.writing(output, "wb") as file:
@@ -73,23 +78,38 @@ def main(call: cli.Call) -> None:
     print(f"wrote {output} (step {step}, {used} parameters): {shapes}")
 
 
+def known_modes() -> tuple[str, ...]:
+    """The modes of all systems."""
+    return (*dict.fromkeys(use for name in systems.names() for use in systems.get(name).uses), DENOISE)
+
+
 def parse_modes(text: str) -> list[str]:
-    """`policy,forward` -> ["policy", "forward"]; UserError names an unknown or repeated mode."""
+    """`policy,forward` -> ["policy", "forward"]; UserError names a repeated mode, and one that no system has."""
     modes = [part.strip() for part in text.split(",") if part.strip()]
     for mode in modes:
-        if mode not in ALL_MODES:
-            raise UserError(f"--mode: expected one or more of {', '.join(ALL_MODES)}; found {mode!r}.")
+        if mode not in known_modes():
+            raise UserError(f"--mode: expected one or more of {', '.join(known_modes())}; found {mode!r}.")
     if not modes or len(set(modes)) < len(modes):
         raise UserError(f"--mode: expected different modes separated by commas, found {text!r}.")
     return modes
+
+
+def check_modes(system: System, modes: Sequence[str]) -> None:
+    """Raises UserError for a mode that the system has not."""
+    for mode in modes:
+        if mode not in (*system.uses, DENOISE):
+            raise UserError(
+                f"--mode={mode}: this workdir is a {system.config.system} run, whose modes are "
+                f"{', '.join((*system.uses, DENOISE))}."
+            )
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Checked inputs of some modes.
 
-    batch: `obs/*`, `next_obs/*` or `next_obs_latent`, `action`, as the file has them (raw units).
-    noise: {modality: float32}, those that the file gives. timestep: {modality: (B,) int32} for `denoise`.
+    batch: `obs/*`, `next_obs/*` or `next_obs_latent`, `action`, `action_mask`, as the file has them (raw units).
+    noise: {modality: float32}, those that the file gives. timestep: {modality: (B,) int32 or float32} for `denoise`.
     """
 
     modes: tuple[str, ...]
@@ -100,7 +120,7 @@ class Inputs:
 
 
 def check_inputs(
-    system: UWM,
+    system: System,
     modes: Sequence[str],
     arrays: Mapping[str, np.ndarray],
     where: str = "--inputs",
@@ -115,9 +135,10 @@ def check_inputs(
     Raises:
       UserError: naming every key that is unknown or missing, and every one with an unfit shape, dtype or value.
     """
-    like = system.spec.batch_like(1)
+    like, uses = system.spec.batch_like(1), system.uses
     denoise = DENOISE in modes
-    known = {m for mode in modes for m in (MODALITIES if mode == DENOISE else USES[mode].given)}
+    trained = ("action", "next_obs") if system.spec.window.next_obs else ("action",)
+    known = {m for mode in modes for m in (trained if mode == DENOISE else uses[mode].given)}
     problems = _unknown_keys(system, arrays, data_keys)
     batch_size: int | None = None
 
@@ -137,6 +158,7 @@ def check_inputs(
             "uint8": value.dtype == np.uint8,
             "float32": np.issubdtype(value.dtype, np.floating),
             "integer": np.issubdtype(value.dtype, np.integer),
+            "bool": value.dtype == np.bool_,
         }[kind]
         if not fits or value.ndim != 1 + len(shape) or value.shape[1:] != shape or not value.shape[0]:
             problems.append(f"{key}: expected {expected}, found {value.dtype} {value.shape}")
@@ -156,22 +178,28 @@ def check_inputs(
     for key in like:
         of_group.setdefault(key.partition("/")[0], []).append(key)
     batch: dict[str, np.ndarray | None] = {}
-    for group in ("obs", *(m for m in MODALITIES if m in known)):
-        if group == "next_obs" and "next_obs_latent" in arrays:
-            batch["next_obs_latent"] = take("next_obs_latent", system.latent_shape, "float32")
+    for group in ("obs", *(m for m in ("action", "next_obs") if m in known)):
+        if group == "next_obs" and system.codec and "next_obs_latent" in arrays:
+            batch["next_obs_latent"] = take("next_obs_latent", _latent_shape(system), "float32")
             continue
         batch |= {key: take(key, like[key].shape[1:], like[key].dtype.name) for key in of_group[group]}
-        if group == "next_obs" and not any(key in arrays for key in of_group[group]):
-            problems.append(f"(or next_obs_latent: expected float32 (B, {', '.join(map(str, system.latent_shape))}))")
+        if group == "next_obs" and system.codec and not any(key in arrays for key in of_group[group]):
+            shape = ", ".join(map(str, _latent_shape(system)))
+            problems.append(f"(or next_obs_latent: expected float32 (B, {shape}))")
+    if denoise:
+        batch["action_mask"] = take("action_mask", (), "bool", needed=False)
 
-    shapes = {m: x.shape[1:] for m, x in _noise_like(system).items()}
-    used = [m for m in MODALITIES if any(mode == DENOISE or m not in USES[mode].given for mode in modes)]
-    noise = {m: take(f"noise/{m}", shapes[m], "float32", needed=denoise) for m in used}
-    timestep = {m: take(f"timestep/{m}", (), "integer") for m in MODALITIES if denoise}
-    steps = system.schedule.num_train_steps
-    for m, t in timestep.items():
-        if t is not None and (t.min() < 0 or t.max() >= steps):
-            problems.append(f"timestep/{m}: expected 0 to {steps - 1}, found {t.min()} to {t.max()}")
+    draws = _draws_like(system)
+    used = [m for m in draws["noise"] if any(mode == DENOISE or m not in uses[mode].given for mode in modes)]
+    noise = {m: take(f"noise/{m}", draws["noise"][m].shape[1:], "float32", needed=denoise) for m in used}
+    timestep: dict[str, np.ndarray | None] = {}
+    for m, x in draws["timestep"].items() if denoise else ():
+        whole = np.issubdtype(x.dtype, np.integer)
+        timestep[m] = t = take(f"timestep/{m}", x.shape[1:], "integer" if whole else "float32")
+        end = system.config.diffusion.num_train_steps if whole else 1
+        if t is not None and (t.min() < 0 or t.max() >= end):
+            expected = f"0 to {end - 1}" if whole else "at least 0 and less than 1"
+            problems.append(f"timestep/{m}: expected {expected}, found {t.min()} to {t.max()}")
     if problems or batch_size is None:
         raise UserError(f"{where}, for mode {', '.join(modes)}:\n  " + "\n  ".join(problems))
     return Inputs(
@@ -179,21 +207,28 @@ def check_inputs(
         batch_size,
         {k: v for k, v in batch.items() if v is not None},
         {m: v for m, v in noise.items() if v is not None},
-        {m: t.astype(np.int32) for m, t in timestep.items() if t is not None},
+        {m: t.astype(draws["timestep"][m].dtype) for m, t in timestep.items() if t is not None},
     )
 
 
-def _noise_like(system: UWM) -> dict[str, jax.ShapeDtypeStruct]:
-    """{modality: shape and dtype} of the noise of one row."""
-    return jax.eval_shape(lambda: system.noise(jax.random.key(0), jnp.zeros(1, jnp.int32), system.acting))
+def _draws_like(system: System) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """{"noise": ..., "timestep": ...}, each {modality: shape and dtype} of one row's draws of one evaluation."""
+    like = jax.eval_shape(lambda: system.one_draw(jax.random.key(0), jnp.zeros(1, jnp.int32)))
+    return {kind: like.get(kind, {}) for kind in ("noise", "timestep")}
 
 
-def _unknown_keys(system: UWM, keys: Iterable[str], data_keys: Iterable[str] | None) -> list[str]:
+def _latent_shape(system: System) -> tuple[int, ...]:
+    assert system.codec is not None
+    frames = len(system.spec.window.next_obs)
+    return system.codec.latent_shape(len(system.cameras), frames, *system.config.data.crop)
+
+
+def _unknown_keys(system: System, keys: Iterable[str], data_keys: Iterable[str] | None) -> list[str]:
     """A line about every key that no mode knows, with the known one that it resembles."""
     keys, spec = set(keys), system.spec
     observed = {*spec.cameras, *spec.low_dim, *system.config.data.low_dim, "text", *(data_keys or ())}
     known = {f"{group}/{key}" for group in ("obs", "next_obs") for key in observed}
-    known |= {f"{group}/{m}" for group in ("noise", "timestep") for m in MODALITIES}
+    known |= {f"{group}/{m}" for group in ("noise", "timestep") for m in ("action", "next_obs")}
     known |= {"action", "action_mask", "next_obs_latent"}
     lines = []
     for key in sorted(keys - known):
@@ -207,34 +242,48 @@ def _unknown_keys(system: UWM, keys: Iterable[str], data_keys: Iterable[str] | N
     return lines
 
 
-def far_out_inputs(system: UWM, inputs: Inputs) -> list[str]:
+def far_out_inputs(system: System, inputs: Inputs) -> list[str]:
     """A sentence for each key in raw units that leaves the range of the run's normaliser by far."""
     raw = {"action": "action", **{f"obs/{key}": key for key in system.spec.low_dim}}
     found = [far_out(system.spec.normalizer, raw[key], x) for key, x in inputs.batch.items() if key in raw]
     return [told for told in found if told]
 
 
-def run(system: UWM, params: Any, frozen: Any, inputs: Inputs, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+def run(
+    system: System, params: Any, frozen: Any, inputs: Inputs, seed: int = 0, *, float_frames: bool = False
+) -> dict[str, dict[str, np.ndarray]]:
     """Runs the modes of `inputs`; returns {mode: arrays of OUT, without the mode's prefix}.
 
     Args:
       inputs: from `check_inputs`.
       seed: of the noise that the inputs do not give; row i's noise is a function of (seed, i), and the
         same for every mode.
+      float_frames: whether to return frames as float32 that is not clipped, too.
     """
     normalizer = system.spec.normalizer
     batch = system.spec.normalized(inputs.batch)
-    drawn = system.noise(jax.random.key(seed), jnp.arange(inputs.batch_size, dtype=jnp.int32), system.acting)
-    made = _modes(system, inputs.modes)(params, frozen, batch, {**drawn, **inputs.noise}, inputs.timestep)
+    batch.setdefault("action_mask", np.ones(inputs.batch_size, bool))
+    batch["row"] = np.arange(inputs.batch_size, dtype=np.int32)
+    root, rows = jax.random.key(seed), jnp.asarray(batch["row"])
+    noise = {
+        mode: inputs.noise if mode == DENOISE else {**system.noise(root, rows, mode), **inputs.noise}
+        for mode in inputs.modes
+    }
+    made = _modes(system, inputs.modes)(params, frozen, batch, noise, inputs.timestep)
     results: dict[str, dict[str, np.ndarray]] = {}
     for mode in inputs.modes:
         out = results[mode] = {key: np.asarray(value) for key, value in made[mode].items()}
         if mode != DENOISE and "action" in out:
             out["action_normalized"] = out["action"]
             out["action"] = np.asarray(normalizer.unnormalize("action", out["action"]), np.float32)
-        if mode != DENOISE and "next_obs_latent" in out:
-            images = np.asarray(_pictures(system)(frozen, out["next_obs_latent"]))
-            out |= {f"next_obs/{camera}": images[:, view] for view, camera in enumerate(system.cameras)}
+        if mode != DENOISE and "next_obs" in system.uses[mode].makes:
+            frames = np.asarray(_frames(system)(frozen, {k: x for k, x in out.items() if k.startswith("next_obs_")}))
+            out.pop("next_obs_float", None)
+            with np.errstate(invalid="ignore"):  # what is not finite is refused with its name
+                pictures = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
+            out |= {f"next_obs/{camera}": pictures[:, view] for view, camera in enumerate(system.cameras)}
+            if float_frames:
+                out |= {f"next_obs_float/{camera}": frames[:, view] for view, camera in enumerate(system.cameras)}
     return results
 
 
@@ -249,31 +298,28 @@ def check_results(results: Mapping[str, np.ndarray], modes: str) -> None:
 
 # Cached, so that repeated calls compile once. All modes are one program: they share the encoders' work.
 @functools.lru_cache(maxsize=16)
-def _modes(system: UWM, modes: tuple[str, ...]) -> Callable[..., Any]:
+def _modes(system: System, modes: tuple[str, ...]) -> Callable[..., Any]:
     def run_modes(params: Any, frozen: Any, batch: Any, noise: Any, timestep: Any) -> dict[str, Any]:
         encoded = system.encode(frozen, batch)
         return {
-            mode: _denoise(system, params, encoded, noise, timestep)
+            mode: _denoise(system, params, batch, encoded, noise[mode], timestep)
             if mode == DENOISE
-            else system.sample(params, encoded, mode, noise)
+            else system.sample(params, encoded, mode, noise[mode])
             for mode in modes
         }
 
     return jax.jit(run_modes)
 
 
-def _denoise(system: UWM, params: Any, encoded: Any, noise: Any, timestep: Any) -> dict[str, jax.Array]:
+def _denoise(system: System, params: Any, batch: Any, encoded: Any, noise: Any, timestep: Any) -> dict[str, jax.Array]:
     found = system.losses(params, encoded, {"noise": noise, "timestep": timestep})
-    return {**{f"loss/{name}": x.mean() for name, x in found.parts.items()}, **found.outputs}
+    shares = system.shares(batch, jax.random.key(0))
+    return {**{f"loss/{name}": (shares[name] * x).sum() for name, x in found.parts.items()}, **found.outputs}
 
 
 @functools.lru_cache(maxsize=4)
-def _pictures(system: UWM) -> Callable[..., Any]:
-    def pictures(frozen: Any, latents: jax.Array) -> jax.Array:
-        images = jnp.clip(system.frames(frozen, {"next_obs_latent": latents}), 0.0, 1.0)
-        return jnp.round(images * 255).astype(jnp.uint8)
-
-    return jax.jit(pictures)
+def _frames(system: System) -> Callable[..., Any]:
+    return jax.jit(system.frames)
 
 
 command = cli.command(main, define_flags)

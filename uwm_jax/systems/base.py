@@ -218,6 +218,10 @@ class System(abc.ABC):
             the key and `rows[i]` alone.
         """
 
+    def one_draw(self, key: jax.Array, rows: jax.Array) -> Draws:
+        """`draws` with one draw a row, which `losses` takes as well, where training makes several."""
+        return self.draws(key, rows)
+
     @abc.abstractmethod
     def shares(self, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """Each row's share of each loss part, {part: (B,) float32}: they sum to 1 over the whole batch, or to 0 if no
