@@ -1,7 +1,7 @@
 """Official PyTorch checkpoints become workdirs, and workdirs become official state dicts.
 
     python -m uwm_jax.convert from-torch --input=model.pt --official-config=.hydra/config.yaml --workdir=DIR \\
-        [--normalizer=normalizer.npz | --no_normalizer] [--weights=ema]
+        [--normalizer=normalizer.npz | --no_normalizer] [--weights=ema] [--system=dp]
     python -m uwm_jax.convert to-torch --workdir=DIR --output=model.safetensors [--step=N] [--config.FIELD=VALUE]
 
 Tensors keep their bits: from-torch, then to-torch, gives an equal file with the same names. `model.json` next to it
@@ -22,16 +22,15 @@ import numpy as np
 from absl import flags
 
 from uwm_jax import cli, config_help, files, systems
+from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError, warn
-from uwm_jax.systems.uwm import official
-from uwm_jax.systems.uwm.modes import MODES
-from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.base import System
 from uwm_jax.torch_bridge import description, layout, official_codecs, state_dict, weights
 from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, Described
-from uwm_jax.torch_bridge.official_config import OfficialRun, read_official
+from uwm_jax.torch_bridge.official_config import OfficialRun, Shapes
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
 from uwm_jax.training import average, checkpoint, codec_store, inference
 from uwm_jax.training.provenance import code_version
@@ -40,7 +39,7 @@ FLAGS = flags.FLAGS
 
 # The flags that only one of the words takes.
 _FLAGS_OF = {
-    "from-torch": ("input", "official_config", "normalizer", "no_normalizer", "weights"),
+    "from-torch": ("input", "official_config", "normalizer", "no_normalizer", "weights", "system"),
     "to-torch": ("output", "step", "parameters"),
 }
 
@@ -52,6 +51,9 @@ def define_flags() -> None:
     flags.DEFINE_string("normalizer", None, "from-torch: .npz with <key>/scale and <key>/offset")
     flags.DEFINE_bool("no_normalizer", False, "from-torch: keys that no normaliser is given for stay in raw units")
     flags.DEFINE_enum("weights", "model", ["model", "ema"], "from-torch: which of the weights that a file holds")
+    flags.DEFINE_enum(
+        "system", None, systems.names(), "from-torch: whose weights they are, where the official config does not tell"
+    )
     flags.DEFINE_string("workdir", None, "from-torch: the directory to make; to-torch: the one to read")
     flags.DEFINE_string("output", None, "to-torch: the .safetensors file to write; a .json goes next to it")
     flags.DEFINE_integer("step", None, "to-torch: which checkpoint; the newest by default", lower_bound=0)
@@ -75,6 +77,7 @@ def main(call: cli.Call) -> None:
             cli.optional_path("normalizer"),
             no_normalizer=FLAGS.no_normalizer,
             which=FLAGS.weights,
+            system=FLAGS.system or "",
         )
     elif words == ["to-torch"]:
         to_torch(cli.required_path("workdir"), cli.required_path("output"), FLAGS.step, overrides, FLAGS.parameters)
@@ -91,6 +94,7 @@ def from_torch(
     *,
     no_normalizer: bool = False,
     which: str = state_dict.MODEL,
+    system: str = "",
 ) -> None:
     """Makes an ordinary workdir, in float32, of weights under official names; all of it or nothing.
 
@@ -101,6 +105,7 @@ def from_torch(
       normalizer: `.npz`; takes the place of what the other files hold for the same key.
       no_normalizer: whether a key that the run normalised may go without a normaliser.
       which: `model`, or `ema` for the averaged weights of a file that holds both.
+      system: whose weights they are; "" where the official configuration tells.
     """
     workdir = files.local_path(workdir, "--workdir")
     files.check_output(workdir, "--workdir")
@@ -120,7 +125,8 @@ def from_torch(
         pairs = {**spec.normalizer.entries, **stored, **given}
         spec = dataclasses.replace(spec, normalizer=_fitting(pairs, given, spec.action_dim, spec.low_dim))
     else:
-        run = read_official(OfficialYaml(official_config), {name: tuple(t.shape) for name, t in tensors.items()})
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        run = read_official(OfficialYaml(official_config), shapes, system)
         step, parameters, conflicts = 0, average.RAW if which == state_dict.MODEL else average.AVERAGE, run.conflicts
         normalisers = _fitting({**stored, **given}, given, run.action_dim, run.low_dim_seen)
         window = WindowSpec.from_config(run.config.data.window)
@@ -135,12 +141,13 @@ def from_torch(
         if not conflicts:
             raise
         raise UserError(layout.refusal(source, faults, conflicts)) from e
-    faults = layout.find_faults(network, like, official.entry_of(config.model.patch)) + faults
+    entry_of = systems.official(config.system).entry_of(config)
+    faults = layout.find_faults(network, like, entry_of) + faults
     if faults or conflicts:
         raise UserError(layout.refusal(source, faults, conflicts))
     if isinstance(run, OfficialRun):
         _check_normalized(run, spec.normalizer, no_normalizer)
-    params = layout.from_official(network, like, official.entry_of(config.model.patch), source)
+    params = layout.from_official(network, like, entry_of, source)
     _warn_of_infinities(tensors)
 
     names = {"weights": Path(input_path).name, "config": Path(official_config).name, "parameters": parameters}
@@ -151,6 +158,41 @@ def from_torch(
         )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"wrote {workdir}: {count / 1e6:.2f} M trainable parameters, cameras {', '.join(sorted(spec.cameras))}")
+
+
+def read_official(official: OfficialYaml, shapes: Shapes, system: str = "") -> OfficialRun:
+    """The config and the data's sizes of an official run.
+
+    Args:
+      official: its saved configuration.
+      shapes: shape of every tensor of its state dict, under official names.
+      system: whose run it is; "" where the configuration tells, by `model._target_` or `algo`.
+
+    Raises:
+      UserError: as `Official.read` does, or the configuration is of none of our systems.
+    """
+    name = system or _system_of(official)
+    run = systems.official(name).read(official, shapes, config_lib.base(name))
+    try:
+        config_lib.validate(run.config)
+    except UserError as e:
+        raise UserError(f"--official-config: {official.path}: {e}") from e
+    return run
+
+
+def _system_of(official: OfficialYaml) -> str:
+    kinds = {name: kind for name in systems.names() if (kind := systems.get(name).official)}
+    found = official.get("model._target_", None)
+    if found is None:
+        algo = official.optional("algo", "uwm")
+        if name := next((name for name, kind in kinds.items() if kind.algo == algo), ""):
+            return name
+        expected = ", ".join(repr(kind.algo) for kind in kinds.values())
+        raise official.error("algo", f"is {algo!r}; only {expected} can be converted")
+    if name := next((name for name, kind in kinds.items() if found in kind.classes), ""):
+        return name
+    expected = ", ".join(repr(one) for kind in kinds.values() for one in kind.classes)
+    raise official.error("model._target_", f"is {found!r}; only {expected} can be converted")
 
 
 def to_torch(
@@ -175,7 +217,7 @@ def to_torch(
     for path in (output, output.with_suffix(".json")):
         files.check_output_file(path)
     system, params, frozen, step = inference.load_for_inference(workdir, step, overrides, parameters)
-    tensors = layout.to_official(params, official.entry_of(system.config.model.patch))
+    tensors = layout.to_official(params, systems.official(system.config.system).entry_of(system.config))
     tensors |= official_codecs.tensors(system.codec, frozen, codec_store.folder(workdir, system.config))
     described = describe(system, tensors, step, workdir)
     described |= inference.parameters_used(workdir, step, parameters)
@@ -184,9 +226,9 @@ def to_torch(
     print(f"wrote {output}: {len(tensors)} tensors of step {step}, described in {output.with_suffix('.json').name}")
 
 
-def describe(system: UWM, tensors: Mapping[str, np.ndarray], step: int, workdir: Path) -> dict[str, Any]:
+def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Path) -> dict[str, Any]:
     """Everything that the tensors mean: enough to run the model without our code (JSON values only)."""
-    c, spec, schedule = system.config, system.spec, system.schedule
+    c, spec = system.config, system.spec
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -198,21 +240,10 @@ def describe(system: UWM, tensors: Mapping[str, np.ndarray], step: int, workdir:
         "low_dim": {key: spec.low_dim[key] for key in sorted(spec.low_dim)},
         "text_dim": spec.text_dim,
         "window": {name: list(c.data.window[name]) for name in ("obs", "action", "next_obs")},
-        "shapes": {
-            "action": list(system.action_shape),
-            "next_obs_latent": list(system.latent_shape),  # V, T, h, w, C
-            "encoder_pool_order": ["row", "column", "channel"] if c.model.encoder.pool == "flatten" else [],
-        },
+        "shapes": {"action": [len(c.data.window.action), spec.action_dim]},
         # raw = normalised * scale + offset; an absent key is the identity
         "normalizers": spec.normalizer.to_json(),
-        "diffusion": {
-            **c.diffusion.to_dict(),
-            "timesteps": schedule.timesteps.tolist(),
-            "given_timestep": 0,
-            "hidden_timestep": schedule.sample_hidden_timestep,
-            "alphas_cumprod": [float(a) for a in schedule.alphas_cumprod],
-        },
-        "modes": {mode: {m: role.value for m, role in roles.items()} for mode, roles in MODES.items()},
+        **systems.official(c.system).describe(system),
         "codec": official_codecs.describe(system.codec, codec_store.folder(workdir, system.config)),
         "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype.name} for name, t in sorted(tensors.items())},
     }

@@ -18,7 +18,7 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import load_rules
 from uwm_jax.systems.uwm.modes import MODES, USES
 from uwm_jax.systems.uwm.system import UWM
-from uwm_jax.systems.uwm.tree import MESH_RULES
+from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import codec_store
 
 
@@ -63,7 +63,7 @@ def evaluate(setup, batch_size=4, params=PARAMS):
     config.batch_size = batch_size
     mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
     held_out = data.held_out(config.eval.num_windows)
-    evaluation = Evaluator(system, data, held_out, mesh, load_rules("", "uwm", MESH_RULES), batch_size)
+    evaluation = Evaluator(system, data, held_out, mesh, load_rules("", "uwm", TREE.mesh_rules), batch_size)
     params, frozen = mesh_lib.place((params, frozen), mesh_lib.replicated(mesh))
     evaluation.compile(params, frozen)
     return evaluation, *evaluation.run(params, frozen)
@@ -225,7 +225,7 @@ def test_windows_are_evenly_spread_where_there_are_many(setup):
     mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
     held_out = data.held_out(19)
     assert len(held_out) > 12
-    evaluation = Evaluator(system, data, held_out, mesh, load_rules("", "uwm", MESH_RULES), 4)
+    evaluation = Evaluator(system, data, held_out, mesh, load_rules("", "uwm", TREE.mesh_rules), 4)
     params, frozen = mesh_lib.place((PARAMS, frozen), mesh_lib.replicated(mesh))
     evaluation.compile(params, frozen)
     metrics, shown = evaluation.run(params, frozen)
@@ -255,5 +255,5 @@ def test_what_cannot_be_evaluated_is_explained(setup):
     config.eval.action_plane = ("wrist", 0.0, 1.0, 0.0, 1.0)
     with pytest.raises(UserError, match=r"config.eval.action_plane=.*at least two numbers"):
         narrow = UWM(config, spec, system.codec)
-        rules = load_rules("", "uwm", MESH_RULES)
+        rules = load_rules("", "uwm", TREE.mesh_rules)
         Evaluator(narrow, data, data.held_out(6), mesh_lib.make_mesh(config), rules, 4)

@@ -22,7 +22,7 @@ from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.synthetic import synthetic_spec
 from uwm_jax.systems.uwm.system import UWM
-from uwm_jax.systems.uwm.tree import MESH_RULES
+from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import compile_for, make_train_step
 
@@ -40,7 +40,7 @@ def narrow(data: int, fsdp: int) -> ConfigDict:
 
 
 def measure(config: ConfigDict) -> dict:
-    mesh, rules = mesh_lib.make_mesh(config), sharding.load_rules(config.mesh.rules, "uwm", MESH_RULES)
+    mesh, rules = mesh_lib.make_mesh(config), sharding.load_rules(config.mesh.rules, "uwm", TREE.mesh_rules)
     system = UWM(config, synthetic_spec(config, action_dim=10), codecs.from_config(config))
     optimizer = state_lib.make_optimizer(config)
     shapes = jax.eval_shape(lambda key: state_lib.create(config, system.init(key), optimizer), jax.random.key(0))

@@ -29,7 +29,7 @@ from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.synthetic import synthetic_batch
 from uwm_jax.systems.uwm.system import UWM
-from uwm_jax.systems.uwm.tree import MESH_RULES
+from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.step import compile_for, make_eval_step, make_train_step
 
@@ -112,7 +112,7 @@ def evaluate_modes(system: UWM, mesh, rules, params, frozen, batch) -> dict:
 def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     config = tiny(sizes, accumulation_steps)
     mesh = mesh_lib.make_mesh(config, jax.devices()[: int(np.prod(sizes))])
-    rules = sharding.load_rules(config.mesh.rules, "uwm", MESH_RULES)
+    rules = sharding.load_rules(config.mesh.rules, "uwm", TREE.mesh_rules)
     system, frozen = make_system(config)
     optimizer = state_lib.make_optimizer(config)
     batch = synthetic_batch(system, config.batch_size)

@@ -16,7 +16,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.models.activations import constrain
 from uwm_jax.parallel import sharding
 from uwm_jax.systems.uwm.system import UWM
-from uwm_jax.systems.uwm.tree import MESH_RULES
+from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import state as state_lib
 
 
@@ -44,7 +44,7 @@ def droid():
 
 @pytest.fixture(scope="module")
 def rules():
-    return sharding.load_rules("", "uwm", MESH_RULES)
+    return sharding.load_rules("", "uwm", TREE.mesh_rules)
 
 
 def on_device(shapes, shardings):
@@ -138,21 +138,21 @@ GOOD = 'PARAMS = (("*/kernel", ("fsdp", None)), ("*", ()))\nACTIVATIONS = (("bat
 def test_malformed_rules_are_refused(tmp_path, text, message):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=message):
-        sharding.load_rules(str(tmp_path / "mine.py"), "uwm", MESH_RULES)
+        sharding.load_rules(str(tmp_path / "mine.py"), "uwm", TREE.mesh_rules)
 
 
 def test_rules_of_a_file(tmp_path, droid):
     (tmp_path / "mine.py").write_text(GOOD)
-    rules = sharding.load_rules(str(tmp_path / "mine.py"), "uwm", MESH_RULES)
+    rules = sharding.load_rules(str(tmp_path / "mine.py"), "uwm", TREE.mesh_rules)
     assert rules.params == (("*/kernel", (("fsdp",), ())), ("*", ()))
     assert rules.find("a/b/kernel")[0] == "*/kernel" and rules.find("a/b/bias")[0] == "*"
     for name in ("umw", str(tmp_path / "none.py")):
         with pytest.raises(UserError, match=r"config.mesh.rules=.*there is no such file.*\(uwm\)"):
-            sharding.load_rules(name, "uwm", MESH_RULES)
+            sharding.load_rules(name, "uwm", TREE.mesh_rules)
     (tmp_path / "long.py").write_text(GOOD.replace('"*/kernel", ("fsdp", None)', '"*/bias", (None,) * 9'))
     with pytest.raises(UserError, match=r"'\*/bias' has 9 entries, but .* has the shape"):
         sharding.state_sharding(
-            abstract(fsdp=2), sharding.load_rules(str(tmp_path / "long.py"), "uwm", MESH_RULES), droid
+            abstract(fsdp=2), sharding.load_rules(str(tmp_path / "long.py"), "uwm", TREE.mesh_rules), droid
         )
 
 

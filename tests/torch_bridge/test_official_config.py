@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from uwm_jax.convert import read_official
 from uwm_jax.errors import UserError
-from uwm_jax.torch_bridge.official_config import read_official
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -98,8 +98,8 @@ def test_hydra_s_own_file_holds_resolvers_in_fields_that_are_not_needed(tmp_path
 def test_without_a_class_the_name_of_the_algorithm_tells(tmp_path: Path) -> None:
     text = _yaml().replace("  _target_: models.uwm.UnifiedWorldModel\n", "")
     assert _read(tmp_path, text).config.to_dict() == _read(tmp_path, _yaml()).config.to_dict()
-    with pytest.raises(UserError, match="algo is 'dp'"):
-        _read(tmp_path, text.replace("algo: uwm", "algo: dp"))
+    with pytest.raises(UserError, match="algo is 'uva'"):
+        _read(tmp_path, text.replace("algo: uwm", "algo: uva"))
 
 
 def _bomb() -> str:

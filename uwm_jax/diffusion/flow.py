@@ -45,6 +45,10 @@ class Flow:
         """(S,) int32, descending: what the network is told at each step; the first, T, is not drawn in training."""
         return np.floor(np.float32(self.num_train_steps) * self.knots[:-1]).astype(np.int32)
 
+    def describe(self) -> dict[str, int | float]:
+        """How it samples, for the records of evaluations and closed loops."""
+        return {"sampler_steps": self.num_inference_steps, "sampler_timeshift": self.timeshift}
+
     def timestep(self, time: jax.Array) -> jax.Array:
         """Times s (...,) in [0, 1) -> the network's timesteps, int32."""
         return jnp.floor(self.num_train_steps * time.astype(jnp.float32)).astype(jnp.int32)

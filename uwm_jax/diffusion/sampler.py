@@ -1,4 +1,4 @@
-"""The sampler: one scan over the network, for every combination of roles."""
+"""The samplers: one scan over the network, by DDIM for every combination of roles, or by flow matching."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.diffusion.flow import Flow
 from uwm_jax.diffusion.roles import Role, Roles, generated
 from uwm_jax.diffusion.schedule import Schedule
 
@@ -51,12 +52,48 @@ def sample(
     modulations = modulation({m: levels[role] for m, role in roles.items()})
     fixed = {m: (given if role is Role.GIVEN else noise)[m] for m, role in roles.items() if role is not Role.GENERATE}
 
-    def body(x: dict[str, jax.Array], step: tuple[jax.Array, jax.Array, Any]) -> tuple[dict[str, jax.Array], Any]:
+    def advance(x: dict[str, jax.Array], step: tuple[jax.Array, jax.Array, Any]) -> dict[str, jax.Array]:
         timestep, landing, slice_ = step
         output = predict({**fixed, **x}, slice_)
-        x = {m: schedule.ddim_step(prediction[m], output[m], x[m], timestep, landing, clip[m]) for m in x}
+        return {m: schedule.ddim_step(prediction[m], output[m], x[m], timestep, landing, clip[m]) for m in x}
+
+    return _walk(advance, {m: noise[m] for m in generated(roles)}, (steps, previous, modulations), path)
+
+
+def integrate(
+    modulation: Callable[[jax.Array], Any],
+    predict: Callable[[jax.Array, Any], jax.Array],
+    flow: Flow,
+    noise: jax.Array,
+    *,
+    path: bool = False,
+) -> jax.Array:
+    """Samples one modality by flow matching, with Euler's steps between the flow's knots.
+
+    Args:
+      modulation, predict: as in `sample`, with arrays in place of dictionaries; `predict` gives the velocity.
+      flow: with S inference steps.
+      noise: N(0, 1), where it starts.
+      path: as in `sample`.
+
+    Returns:
+      the sample, not clipped; with `path` (S + 1, ...).
+    """
+    knots = jnp.asarray(flow.knots)
+
+    def advance(x: jax.Array, step: tuple[jax.Array, jax.Array, Any]) -> jax.Array:
+        time, following, slice_ = step
+        return flow.euler_step(predict(x, slice_), x, time, following)
+
+    return _walk(advance, noise, (knots[:-1], knots[1:], modulation(jnp.asarray(flow.timesteps))), path)
+
+
+def _walk(advance: Callable[[Any, Any], Any], start: Any, steps: Any, path: bool) -> Any:
+    """`start` after an advance through each slice of `steps`; with `path` all states, on a new leading axis."""
+
+    def body(x: Any, step: Any) -> tuple[Any, Any]:
+        x = advance(x, step)
         return x, x if path else None
 
-    start = {m: noise[m] for m in generated(roles)}
-    end, after = jax.lax.scan(body, start, (steps, previous, modulations))
-    return {m: jnp.concatenate([start[m][None], after[m]]) for m in end} if path else end
+    end, after = jax.lax.scan(body, start, steps)
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, after) if path else end

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from uwm_jax.codecs import Codec
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError, suggest
-from uwm_jax.systems import gr1, pad, uwm
+from uwm_jax.systems import dp, gr1, pad, uwm
 from uwm_jax.systems.base import System, SystemType, TreeInfo
 
-_TYPES: dict[str, SystemType] = {kind.SYSTEM.name: kind.SYSTEM for kind in (uwm, pad, gr1)}
+_TYPES: dict[str, SystemType] = {kind.SYSTEM.name: kind.SYSTEM for kind in (uwm, dp, pad, gr1)}
 
 
 def register(kind: SystemType) -> None:
@@ -40,6 +42,18 @@ def get(name: str) -> SystemType:
 def tree(config: ConfigDict) -> TreeInfo:
     """About the parameters of the config's system."""
     return get(config.system).tree(config)
+
+
+def official(name: str) -> Any:
+    """The official PyTorch checkpoints of the system called `name` (`torch_bridge.official_config.Official`).
+
+    Raises:
+      UserError: it has none.
+    """
+    if get(name).official is None:
+        having = ", ".join(other for other, kind in _TYPES.items() if kind.official)
+        raise UserError(f"there are no official checkpoints of the system {name!r}; those of {having} are known.")
+    return get(name).official
 
 
 def make(config: ConfigDict, spec: DataSpec, codec: Codec | None = None) -> System:

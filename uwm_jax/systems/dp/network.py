@@ -53,9 +53,7 @@ class ActionTransformer(nn.Module):
         if self.timestep_embed_dim < 4 or self.timestep_embed_dim % 2:
             raise ValueError(f"timestep_embed_dim must be even and at least 4, found {self.timestep_embed_dim}")
         d, dtype = self.embed_dim, self.dtype
-        self.stack = BlockStack(
-            d, self.depth, self.num_heads, self.mlp_ratio, self.qkv_bias, self.scan_blocks, self.remat, dtype
-        )
+        self.stack = self._stack()
         hidden = 4 * max(self.action_dim, d)
         self.action_encoder = MLP(hidden, d, dtype=dtype)
         self.timestep_embedding = MLP(4 * self.timestep_embed_dim, self.timestep_embed_dim)
@@ -94,6 +92,26 @@ class ActionTransformer(nn.Module):
         blocks = self.get_variable("params", layers.BLOCKS)
         x, _ = self.stack.apply_modulated(blocks, self._tokens(noisy), modulation["blocks"])
         return self._output(x, modulation["head"])
+
+    def flops(self, num_features: int) -> float:
+        """Operations of the products of one evaluation of one sample with `num_features` observation features."""
+        d, t, hidden = self.embed_dim, self.timestep_embed_dim, 4 * max(self.action_dim, self.embed_dim)
+        total = 2 * MLP(hidden, d, parent=None).flops(self.action_dim, self.action_len)  # the decoder is its mirror
+        total += MLP(4 * t, t, parent=None).flops(t)
+        total += self._stack().flops(self.action_len, num_features + t)
+        return total + Head(d, self.dtype, parent=None).flops(self.action_len, num_features + t)
+
+    def _stack(self) -> BlockStack:
+        return BlockStack(
+            self.embed_dim,
+            self.depth,
+            self.num_heads,
+            self.mlp_ratio,
+            self.qkv_bias,
+            self.scan_blocks,
+            self.remat,
+            self.dtype,
+        )
 
     def _embed(self, timestep: Array) -> Array:
         return self.timestep_embedding(sinusoid(timestep, self.timestep_embed_dim))

@@ -4,6 +4,7 @@ from uwm_jax.systems import fields
 from uwm_jax.systems.base import SystemType
 from uwm_jax.systems.uwm import config, words
 from uwm_jax.systems.uwm.modes import ACTING, USES
+from uwm_jax.systems.uwm.official import OFFICIAL
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.systems.uwm.tree import TREE
 
@@ -22,4 +23,5 @@ SYSTEM = SystemType(
     choices=config.CHOICES,
     optional=fields.OPTIONAL,
     remarks=fields.about_clip,
+    official=OFFICIAL,
 )

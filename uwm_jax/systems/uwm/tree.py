@@ -1,58 +1,18 @@
-"""The parameters of a Unified World Model by name: how they lie on a mesh, and what they belong to.
-
-The first pattern of `MESH_RULES` that matches a parameter's path counts (`*` matches any characters, slashes too). A
-partition spec has one entry per axis of the array: None (whole), a mesh axis, or several mesh axes, the first one
-outermost. The moments of the optimizer and the moving average lie as their parameters do. Where an axis of the array is
-not divisible, mesh axes are left out from the right; the table that a run prints at its start shows what was done.
-
-Three quarters of all parameters are the AdaLN kernels (depth, features + timestep, 6, width), so they come first.
-Both axes cut their width: it is a round number, while the features depend on cameras, frames and robot state.
-Of the other products, `tensor` cuts heads and hidden units, on the way in by columns and on the way out by rows, so
-that a block needs one sum over `tensor` after its attention and one after its MLP; `fsdp` cuts the other axis.
-
-Along `tensor` the frozen codec and the image encoder are repeated (their rows are cut by `data` and `fsdp` only), so
-`tensor` pays where the transformer is what costs: batches of latents, very wide models. Along `fsdp` every part of
-`config.accumulation_steps` gathers the parameters and reduces the gradients again.
-"""
+"""The parameters of a Unified World Model by name: how they lie on a mesh, and what they belong to."""
 
 from __future__ import annotations
 
+from uwm_jax.systems import tables
 from uwm_jax.systems.base import Pretrained, TreeInfo
 from uwm_jax.torch_bridge.torchvision_resnet import load_imagenet_resnet
 
-MESH_RULES = (
-    ("noise_pred_net/blocks/adaln/kernel", (None, None, None, ("tensor", "fsdp"))),
-    ("noise_pred_net/head/adaln/kernel", (None, None, ("tensor", "fsdp"))),
-    ("noise_pred_net/blocks/qkv/kernel", (None, "fsdp", None, "tensor", None)),
-    ("noise_pred_net/blocks/qkv/bias", (None, None, "tensor", None)),
-    ("noise_pred_net/blocks/proj/kernel", (None, "tensor", None, "fsdp")),
-    ("noise_pred_net/blocks/fc1/kernel", (None, "fsdp", "tensor")),
-    ("noise_pred_net/blocks/fc1/bias", (None, "tensor")),
-    ("noise_pred_net/blocks/fc2/kernel", (None, "tensor", "fsdp")),
-    ("noise_pred_net/*/fc1/kernel", ("fsdp", "tensor")),
-    ("noise_pred_net/*/fc1/bias", ("tensor",)),
-    ("noise_pred_net/*/fc2/kernel", ("tensor", "fsdp")),
-    ("noise_pred_net/*/kernel", ("fsdp", None)),
-    ("obs_encoder/*/fc/kernel", ("fsdp", None)),
-    ("obs_encoder/text_head/kernel", ("fsdp", None)),
-    ("obs_encoder/*/kernel", (None, None, None, "fsdp")),
-    ("*", ()),
-)
-
 TREE = TreeInfo(
-    gradient_groups=(
-        ("obs_encoder/", "obs_encoder"),
-        ("/adaln/", "adaln"),
-        ("/qkv/", "attention"),
-        ("/proj/", "attention"),
-        ("/blocks/fc", "mlp"),
-        ("", "tokens"),  # embeddings of actions, patches, positions, timesteps and registers, and the way back
-    ),
-    mesh_rules=MESH_RULES,
+    gradient_groups=(*tables.RESNET_ENCODER_GROUPS, *tables.ADALN_TRANSFORMER_GROUPS),
+    mesh_rules=(*tables.ADALN_TRANSFORMER_RULES, *tables.RESNET_ENCODER_RULES, *tables.WHOLE),
     interfaces={
-        "action": ("noise_pred_net/action_encoder/fc1/kernel", "noise_pred_net/action_decoder/fc2/kernel"),
+        "action": tables.ACTION_INTERFACE,
         "next_obs": ("noise_pred_net/patch_encoder/kernel", "noise_pred_net/patch_decoder/kernel"),
-        "low_dim": ("noise_pred_net/blocks/adaln/kernel", "noise_pred_net/head/adaln/kernel"),
+        "low_dim": tables.CONDITION_INTERFACE,
     },
     codec="next_obs",
     misfits={
@@ -60,10 +20,7 @@ TREE = TreeInfo(
             "The position embedding has a row for each action, video token and register, so that another number of "
             "actions (config.data.window.action) changes it alone."
         ),
-        "noise_pred_net/*/adaln/kernel": (
-            "The AdaLN kernels read the condition, whose width follows from views, frames, low-dim keys and text; "
-            "they start at zero and are most of the network, so little of the origin is left without them."
-        ),
+        "noise_pred_net/*/adaln/kernel": tables.ADALN_MISFIT,
     },
     pretrained=(
         Pretrained(
