@@ -30,7 +30,7 @@ from uwm_jax.synthetic import synthetic_batch, synthetic_system
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.log import MetricsLog, Window, progress_line
+from uwm_jax.training.log import MetricAccumulator, MetricsLog, progress_line
 from uwm_jax.training.step import make_train_step
 
 FLAGS = flags.FLAGS
@@ -72,7 +72,7 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
         jax.jit(step, donate_argnums=0).lower(states[0], frozen, batch).compile() for step in (full, bare)
     )
     goodput = Goodput(total_steps=10**6, batch_size=config.batch_size)
-    window, mfu, step_number = Window(), Mfu(system, jax.devices()[:1]), itertools.count(1)
+    accumulator, mfu, step_number = MetricAccumulator(), Mfu(system, jax.devices()[:1]), itertools.count(1)
 
     host_seconds = 0.0
 
@@ -90,10 +90,10 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
                 rows = batch
             state, metrics = full_step(state, frozen, rows)
             with on_host():
-                window.add(step, metrics)
+                accumulator.add(step, metrics)
             if step % config.log_every == 0:
                 with on_host():
-                    means = window.means()
+                    means = accumulator.means()
                     rates = goodput.rates(step)
                     rates |= mfu(rates["samples_per_second"])
                     progress_line(step, 10**6, means | rates)
@@ -102,7 +102,7 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
         return jax.block_until_ready(state)
 
     def without(state: Any, log: MetricsLog) -> Any:
-        before: list[jax.Array] = []  # as many steps in flight as `Window` allows
+        before: list[jax.Array] = []  # as many steps in flight as `MetricAccumulator` allows
         for _ in range(steps):
             state, loss = bare_step(state, frozen, batch)
             before.append(loss)

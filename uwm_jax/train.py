@@ -49,7 +49,7 @@ from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import Program, build
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.log import MetricsLog, Window, progress_line
+from uwm_jax.training.log import MetricAccumulator, MetricsLog, progress_line
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup
@@ -219,12 +219,12 @@ def run(
     # position before the next batch is drawn, so that both continue together.
     start_step = stored.step if stored else 0
     assets = checkpoint_lib.make_assets(config, data.spec, dataset=data.manifest(), **past)
-    window, mfu = Window(), Mfu(system, list(mesh.devices.flat))
+    accumulator, mfu = MetricAccumulator(), Mfu(system, list(mesh.devices.flat))
     log = MetricsLog(workdir, start_step, writes=distributed.is_main())
     batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch, data.waits_for)
     progress = stored.assets.get("progress", {}) if stored else {}
     if progress:
-        window.restore(progress["window"])
+        accumulator.restore(progress["metrics"])
     goodput.begin(start_step, progress.get("goodput"), log.cut)
     if mfu.note:
         say(mfu.note)
@@ -238,7 +238,7 @@ def run(
     def save(step: int, state: state_lib.TrainState) -> None:
         with goodput.spend("checkpoint"):
             arrays = codec_store.checkpointed(codec, frozen)
-            progress = {"window": window.state(), "goodput": goodput.state(step)}
+            progress = {"metrics": accumulator.state(), "goodput": goodput.state(step)}
             checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
             turns.saved()
             if log.behind:  # lines that are nowhere, for steps that no continued run makes again
@@ -263,14 +263,14 @@ def run(
             state, metrics = train_step(state, frozen, batch)
         if step == start_step + 1:
             say(startup.summary(metrics))
-        window.add(step, metrics)
+        accumulator.add(step, metrics)
         watchdog.beat(step)
         checkpoints.check()
 
         last = step == config.total_steps
         due = step % config.checkpoint.every == 0 or last
         if step % config.log_every == 0 or step == 1 or due or evaluations.due(step):
-            means = window.means()  # raises on NaN, so that none is ever saved
+            means = accumulator.means()  # raises on NaN, so that none is ever saved
             with goodput.spend("evaluation"):
                 evaluated, drawn = evaluations.evaluate(workdir, step, state, frozen, turns, watchdog)
             rates = goodput.rates(step)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from tests.data import loader_case as case
 from uwm_jax import config as config_lib
-from uwm_jax.data.held_out import strangers
+from uwm_jax.data.held_out import windows_of_others
 from uwm_jax.data.loader import Trace, prefetch_to_device
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.spec import DataSpec
@@ -296,7 +296,7 @@ def test_a_source_can_be_held_out_whole(made, config: ConfigDict) -> None:
     assert len(every) == sum(max(length - 9, 0) for length in LENGTHS) > len(loader.data.held_out(10_000, whole=["x"]))
 
 
-def test_held_out_windows_know_the_action_before_and_a_strangers_actions(made, config: ConfigDict) -> None:
+def test_held_out_windows_know_the_action_before_and_actions_of_another_episode(made, config: ConfigDict) -> None:
     config.val_ratio = 0.5
     _, held_out = split_episodes(len(LENGTHS), 0.5)
     lengths = [LENGTHS[e] for e in held_out if LENGTHS[e] > 9]
@@ -318,11 +318,11 @@ def test_held_out_windows_know_the_action_before_and_a_strangers_actions(made, c
 
 
 def test_actions_are_shuffled_by_half_of_the_set_where_episodes_allow() -> None:
-    np.testing.assert_array_equal(strangers(np.repeat(np.arange(6), 4)), (np.arange(24) + 12) % 24)
-    np.testing.assert_array_equal(strangers(np.zeros(5, int)), (np.arange(5) + 2) % 5)
+    np.testing.assert_array_equal(windows_of_others(np.repeat(np.arange(6), 4)), (np.arange(24) + 12) % 24)
+    np.testing.assert_array_equal(windows_of_others(np.zeros(5, int)), (np.arange(5) + 2) % 5)
     for episodes in (np.array([0, 0, 0, 0, 0, 1]), np.array([0, 1, 1, 1, 2]), np.array([0, 1])):
-        assert (episodes[strangers(episodes)] != episodes).all()
-    assert strangers(np.array([3])).tolist() == [0]
+        assert (episodes[windows_of_others(episodes)] != episodes).all()
+    assert windows_of_others(np.array([3])).tolist() == [0]
 
 
 def test_training_windows_and_the_mean_action_are_of_training_episodes(made, config: ConfigDict) -> None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the window between two of its lines, the progress line and the guard against NaN."""
+"""metrics.jsonl, the accumulator between two of its lines, the progress line and the guard against NaN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from uwm_jax.training.log import MetricsLog, NotFinite, Window, progress_line, read_metrics
+from uwm_jax.training.log import MetricAccumulator, MetricsLog, NotFinite, progress_line, read_metrics
 from uwm_jax.training.tensorboard import QUEUE_LINES, Board, EventFile
 
 
@@ -28,60 +28,60 @@ def metrics(loss, rate=0.1, bucket=(0.0, 0.0)):
     }
 
 
-def test_window_averages_and_empties():
-    window = Window()
+def test_an_accumulator_averages_and_empties():
+    accumulator = MetricAccumulator()
     for step, (loss, rate) in enumerate([(1.0, 0.1), (2.0, 0.2), (6.0, 0.3)], start=1):
-        window.add(step, metrics(loss, rate))
-    means = window.means()
+        accumulator.add(step, metrics(loss, rate))
+    means = accumulator.means()
     assert means["loss"] == 3.0 and means["learning_rate"] == pytest.approx(0.3)
-    window.add(4, metrics(5.0))
-    assert window.means()["loss"] == 5.0
+    accumulator.add(4, metrics(5.0))
+    assert accumulator.means()["loss"] == 5.0
 
 
-def test_pairs_are_ratios_over_the_window_and_rows_that_never_came_are_left_out():
-    window = Window()
-    window.add(1, metrics(1.0, bucket=(2.0, 1.0)))
-    window.add(2, metrics(1.0, bucket=(0.0, 0.0)))
-    window.add(3, metrics(1.0, bucket=(3.0, 4.0)))
-    assert window.means()["loss/action/t0-24"] == 1.0  # 5 / 5, not the mean of 2 and 0.75
-    window.add(4, metrics(1.0, bucket=(0.0, 0.0)))
-    assert "loss/action/t0-24" not in window.means()
+def test_pairs_are_ratios_over_the_steps_and_rows_that_never_came_are_left_out():
+    accumulator = MetricAccumulator()
+    accumulator.add(1, metrics(1.0, bucket=(2.0, 1.0)))
+    accumulator.add(2, metrics(1.0, bucket=(0.0, 0.0)))
+    accumulator.add(3, metrics(1.0, bucket=(3.0, 4.0)))
+    assert accumulator.means()["loss/action/t0-24"] == 1.0  # 5 / 5, not the mean of 2 and 0.75
+    accumulator.add(4, metrics(1.0, bucket=(0.0, 0.0)))
+    assert "loss/action/t0-24" not in accumulator.means()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("reader", ["means", "check", "state"])
-def test_window_names_the_first_bad_step_and_metric(bad, reader):
-    window = Window()
+def test_an_accumulator_names_the_first_bad_step_and_metric(bad, reader):
+    accumulator = MetricAccumulator()
     for step, loss in enumerate([1.0, bad, bad], start=7):
-        window.add(step, metrics(loss))
+        accumulator.add(step, metrics(loss))
     with pytest.raises(NotFinite, match="step 8: loss is"):
-        getattr(window, reader)()
+        getattr(accumulator, reader)()
 
 
 def test_a_bad_sum_of_rows_is_named_too():
-    window = Window()
-    window.add(3, metrics(1.0, bucket=(float("nan"), 2.0)))
+    accumulator = MetricAccumulator()
+    accumulator.add(3, metrics(1.0, bucket=(float("nan"), 2.0)))
     with pytest.raises(NotFinite, match="step 3: loss/action/t0-24 is nan"):
-        window.check()
+        accumulator.check()
 
 
-def test_check_keeps_the_window():
-    window = Window()
-    window.add(1, metrics(1.0))
-    window.check()
-    window.add(2, metrics(2.0))
-    assert window.means()["loss"] == 1.5
+def test_check_keeps_the_sums():
+    accumulator = MetricAccumulator()
+    accumulator.add(1, metrics(1.0))
+    accumulator.check()
+    accumulator.add(2, metrics(2.0))
+    assert accumulator.means()["loss"] == 1.5
 
 
-def test_a_window_restored_anywhere_ends_with_the_same_bits():
+def test_an_accumulator_restored_anywhere_ends_with_the_same_bits():
     rng = np.random.default_rng(0)
     steps = [metrics(rng.normal() * 10 ** rng.uniform(-3, 3), rng.uniform(), rng.uniform(size=2)) for _ in range(11)]
-    whole = Window()
+    whole = MetricAccumulator()
     for step, m in enumerate(steps, start=1):
         whole.add(step, m)
     expected = whole.means()
     for cut in range(len(steps) + 1):
-        first, second = Window(), Window()
+        first, second = MetricAccumulator(), MetricAccumulator()
         for step, m in enumerate(steps[:cut], start=1):
             first.add(step, m)
         second.restore(json.loads(json.dumps(first.state())))
@@ -90,22 +90,22 @@ def test_a_window_restored_anywhere_ends_with_the_same_bits():
         assert second.means() == expected, cut
 
 
-def test_window_keeps_two_steps_in_flight(monkeypatch):
+def test_an_accumulator_keeps_two_steps_in_flight(monkeypatch):
     fetched, get = [], jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda m: fetched.append(float(m["loss"])) or get(m))
-    window = Window()
+    accumulator = MetricAccumulator()
     for step in range(1, 6):
-        window.add(step, metrics(step))
+        accumulator.add(step, metrics(step))
         assert fetched == list(range(1, step - 1))
-    assert window.means()["loss"] == 3.0 and fetched == [1, 2, 3, 4, 5]
+    assert accumulator.means()["loss"] == 3.0 and fetched == [1, 2, 3, 4, 5]
 
 
 def test_a_bad_step_ends_the_run_before_the_next_line():
-    window = Window()
-    window.add(1, metrics(float("nan")))
-    window.add(2, metrics(1.0))
+    accumulator = MetricAccumulator()
+    accumulator.add(1, metrics(float("nan")))
+    accumulator.add(2, metrics(1.0))
     with pytest.raises(NotFinite, match="step 1: loss is nan"):
-        window.add(3, metrics(1.0))
+        accumulator.add(3, metrics(1.0))
 
 
 def test_lines_that_are_not_ours_do_not_count(tmp_path, capsys):
@@ -115,7 +115,7 @@ def test_lines_that_are_not_ours_do_not_count(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff\n")
     assert read_metrics(tmp_path / "metrics.jsonl") == [ours]
     MetricsLog(tmp_path, 2).close()  # a run that continues keeps what it can read
-    assert "metrics.jsonl: 9 lines are not what a run writes" in capsys.readouterr().err
+    assert "metrics.jsonl: 9 invalid lines are removed" in capsys.readouterr().err
     MetricsLog(tmp_path, 2).close()
     assert not capsys.readouterr().err
     assert read_metrics(tmp_path / "metrics.jsonl") == [ours]

@@ -42,7 +42,7 @@ class FixedWindows:
         first = np.cumsum([0, *(source.dataset.num_episodes for source in sources)])
         self.episodes = np.asarray([first[s] + episode for s, episode, _ in windows], np.int64)
         self.origins = np.asarray([origin for *_, origin in windows], np.int64)
-        self.shuffled = strangers(self.episodes)
+        self.shuffled = windows_of_others(self.episodes)
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -91,7 +91,7 @@ class FixedWindows:
             yield self.batch(start, start + batch_size)
 
 
-def strangers(episodes: np.ndarray) -> np.ndarray:
+def windows_of_others(episodes: np.ndarray) -> np.ndarray:
     """`FixedWindows.shuffled` of windows of these episodes (n,)."""
     count = len(episodes)
     shifts = (np.arange(count) + count // 2) % count

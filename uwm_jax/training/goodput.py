@@ -32,7 +32,7 @@ class Goodput:
 
     `start` runs from here to `begin`, then `step`; `spend` names anything else. Nothing waits for a device: programs
     must be compiled ahead (`spend("compile")` around `lower(...).compile()`), and what is asynchronous must be waited
-    for inside of `step` (`Window` does it) before an evaluation or a save is timed.
+    for inside of `step` (`MetricAccumulator` does it) before an evaluation or a save is timed.
 
     Args:
       total_steps: of the whole run.

@@ -27,14 +27,14 @@ class NotFinite(RunError):
     """A metric became NaN or infinite; the message names the step and the metric."""
 
 
-class Window:
-    """Device metrics of the steps since the last log line.
+class MetricAccumulator:
+    """Accumulates the device metrics of the steps since the last log line.
 
     A metric of shape () is averaged over the steps; one of shape (2,) is [sum, count] and becomes the ratio of the
-    two sums over the steps. Everything is added in float64 in the order of the steps, so a window that was
-    interrupted and restored ends with the same bits as one that was not.
+    two sums over the steps. Sums are float64, in the order of the steps, so that restoring a state gives bit-equal
+    means.
 
-    At most `ahead` steps are in flight: `add` fetches the one before, while the device works on the later ones.
+    At most `ahead` steps are in flight: `add` fetches the one before, while the device computes the later ones.
     """
 
     def __init__(self, ahead: int = 2):
@@ -47,7 +47,7 @@ class Window:
         self._last: dict[str, float] = {}
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of a step, replicated arrays of shape () or (2,), of which `learning_rate` is one.
+        """Adds the metrics of a step, replicated arrays of shape () or (2,), `learning_rate` among them.
 
         Raises NotFinite for the step that it fetches.
         """
@@ -55,7 +55,7 @@ class Window:
         self._fetch(self._ahead)
 
     def check(self) -> None:
-        """Waits for all steps and raises NotFinite for the first one with a metric that is not finite."""
+        """Waits for all steps and raises NotFinite for the first step with a metric that is not finite."""
         self._fetch(0)
 
     def _fetch(self, leave: int) -> None:
@@ -65,7 +65,7 @@ class Window:
                 total, count = (float(x) for x in (value if np.ndim(value) else (value, 1.0)))
                 if not math.isfinite(total) or not math.isfinite(count):
                     raise NotFinite(
-                        f"step {step}: {name} is {total}. Nothing of it was saved; a lower "
+                        f"step {step}: {name} is {total}. This step was not saved. A lower "
                         "config.optimizer.learning_rate or config.optimizer.clip_norm=1.0 often helps."
                     )
                 before = self._sums.get(name, (0.0, 0.0))
@@ -74,9 +74,9 @@ class Window:
                     self._last[name] = total
 
     def means(self) -> dict[str, float]:
-        """Every metric over the window, which is emptied.
+        """Every metric over the steps so far; starts anew.
 
-        `learning_rate` is the last step's; a ratio whose count is 0 is left out. Raises NotFinite as `check`.
+        `learning_rate` is the last step's; ratios with count 0 are left out. Raises NotFinite as `check`.
         """
         self.check()
         means = {name: total / count for name, (total, count) in self._sums.items() if count} | self._last
@@ -84,29 +84,29 @@ class Window:
         return means
 
     def state(self) -> dict[str, Any]:
-        """The window as JSON for a checkpoint between two log lines. Raises NotFinite as `check`."""
+        """The state as JSON, for a checkpoint between two log lines. Raises NotFinite as `check`."""
         self.check()
         return {"sums": {name: list(pair) for name, pair in self._sums.items()}, "last": dict(self._last)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues a window from what `state` returned."""
+        """Continues from a state that `state` returned."""
         self._sums = {name: (float(total), float(count)) for name, (total, count) in state["sums"].items()}
         self._last = {name: float(value) for name, value in state["last"].items()}
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard; neither ends a run because a disk is full for a while.
+    """Appends to `metrics.jsonl` and TensorBoard; a temporarily full disk does not end the run.
 
-    Lines of `metrics.jsonl` that cannot be written are kept, and written before the next one. What TensorBoard's file
-    cannot take is dropped (`tensorboard.py`). Both are told on stderr once.
+    Lines of `metrics.jsonl` that cannot be written are kept in memory and written before the next one. Events that
+    TensorBoard's file cannot take are dropped (`tensorboard.py`). Each warns once on stderr.
 
     Args:
       workdir: the run's directory.
-      step: the step that the run continues from; later lines of an earlier run are cut off.
+      step: the step that the run continues from; later lines of an earlier start are removed.
       writes: False on all processes but one: nothing is read or written.
 
     Attributes:
-      cut: the last of the lines that were cut off, None where there was none.
+      cut: the last of the removed lines, None if there are none.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], step: int, writes: bool = True):
@@ -121,7 +121,7 @@ class MetricsLog:
         if self._path.is_file():
             lines = read_metrics(self._path)
             if (unusable := len(_lines(self._path)) - len(lines)) > 1:  # one may be what a crash left half-written
-                warn(f"{self._path}: {unusable} lines are not what a run writes; they are left out from now on.")
+                warn(f"{self._path}: {unusable} invalid lines are removed.")
             kept = [json.dumps(x) for x in lines if x["step"] <= step]
             self.cut = next((x for x in reversed(lines) if x["step"] > step), None)
             write_text(self._path, "".join(line + "\n" for line in kept))
@@ -129,7 +129,7 @@ class MetricsLog:
         self._board = Board(Path(workdir) / "tensorboard", first_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
-        """A line of the metrics of a step, and scalars and pictures {name: file} to TensorBoard."""
+        """Writes a line with the metrics of a step, and scalars and pictures {name: file} to TensorBoard."""
         if self._file is None or self._board is None:
             return
         self._unwritten += (json.dumps({"step": step, **metrics}) + "\n").encode()
@@ -137,24 +137,24 @@ class MetricsLog:
         if error is not None and not self._was_told:
             self._was_told = True
             warn(
-                f"{self._path} cannot be written ({error.strerror}). The run goes on up to its next checkpoint; lines "
-                "are kept until there is room for them."
+                f"{self._path} cannot be written ({error.strerror}). The run continues to its next checkpoint; lines "
+                "are kept in memory until they can be written."
             )
         self._board.add(step, metrics, pictures)
 
     @property
     def behind(self) -> bool:
-        """Whether there are lines that could not be written: a run that continued after them would never have them."""
+        """Whether lines are unwritten, which a run that continues from a checkpoint after them would lack forever."""
         return bool(self._unwritten)
 
     def check(self) -> None:
-        """Raises OSError, with the file's name, where lines can still not be written."""
+        """Raises OSError, with the file's name, if lines still cannot be written."""
         error = self._flush()
         if error is not None:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
-        """Closes the files. Raises as `check`, but for an exception that is on its way already."""
+        """Closes the files. Raises as `check`, unless another exception is being handled."""
         another = sys.exc_info()[1] is not None
         if self._board is not None:
             self._board.close()
@@ -166,7 +166,7 @@ class MetricsLog:
                 self._file.close()
 
     def _flush(self) -> OSError | None:
-        """Writes what there is, as far as it goes; half a line is continued where it broke off."""
+        """Writes pending lines as far as possible; a partially written line is continued."""
         try:
             while self._unwritten and self._file is not None:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -176,9 +176,9 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl`, without what a crash left half-written; [] where there is no file.
+    """The objects of a `metrics.jsonl`; [] if there is no file.
 
-    A line counts that has an integer `step` and otherwise numbers.
+    Lines without an integer `step`, or with values that are not numbers, are left out, such as one cut by a crash.
     """
     complete = []
     for line in _lines(Path(path)):
@@ -191,7 +191,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one that a float can hold; JSON has integers of any size."""
+    """Whether a value is a number in the range of a float; JSON has integers of any size."""
     return isinstance(value, int | float) and not (isinstance(value, int) and abs(value) > sys.float_info.max)
 
 
