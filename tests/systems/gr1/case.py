@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +13,6 @@ import numpy as np
 from tests.golden import reference
 from uwm_jax.systems.gr1.network import GR1Network, network_from_config
 from uwm_jax.torch_bridge import layout
-
-GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def numbered(entries: list[tuple[str, tuple[int, ...]]], norms: tuple[str, ...] = ("norm",)) -> dict[str, np.ndarray]:
@@ -84,7 +81,7 @@ def build(model: Any, action_dim: int, views: int, size: int, action_len: int = 
 
 
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
-    stored = json.loads((GOLDEN / f"{name}.manifest.json").read_text())
+    stored = json.loads((reference.FOLDER / f"{name}.manifest.json").read_text())
     return {tensor: tuple(shape) for tensor, shape, _ in stored["tensors"]}
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.systems.gr1 import case
 from uwm_jax.data.images import preprocess
 from uwm_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD
 from uwm_jax.systems.gr1 import official
@@ -18,7 +19,7 @@ fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 
 BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
-def test_published_predictions_of_given_tokens(case):
+def test_published_predictions_of_given_tokens():
     """The whole model after the encoder: 2 views, 2 frames, 3 tokens per frame."""
     model = case.model_fields(
         embed_dim=32, patch=(8, 8), depth=2, num_heads=4, decoder_depth=1, decoder_num_heads=2,
@@ -59,7 +60,7 @@ def test_published_predictions_of_given_tokens(case):
 class Golden:
     """An official network, its inputs, and what it makes of them (`tests/golden`)."""
 
-    def __init__(self, case, name: str):
+    def __init__(self, name: str):
         fields, (size, patch) = ({}, (64, 16)) if name == "gr1_tiny" else (case.SMALL, (224, 32))
         self.numbers = case.reference.numbers(name)
         self.network, shapes = case.build(case.model_fields(**fields), action_dim=7, views=2, size=size)
@@ -118,16 +119,16 @@ class Golden:
 
 
 @pytest.mark.slow
-def test_official_numbers(case):
-    Golden(case, "gr1_tiny").check()
+def test_official_numbers():
+    Golden("gr1_tiny").check()
 
 
 @pytest.mark.slow
-def test_official_numbers_at_full_width(case):
-    Golden(case, "gr1_small").check()
+def test_official_numbers_at_full_width():
+    Golden("gr1_small").check()
 
 
-def test_hidden_actions_change_no_frame(case):
+def test_hidden_actions_change_no_frame():
     """Where the mask is False, frames are the same whatever the action queries hold; the mask matters elsewhere."""
     network, shapes = case.build(
         case.model_fields(embed_dim=16, depth=2, decoder_num_heads=2, encoder_width=64), 3, views=1, size=32
@@ -147,7 +148,7 @@ def test_hidden_actions_change_no_frame(case):
 
 
 @pytest.mark.slow
-def test_initialisation(case):
+def test_initialisation():
     network, _ = case.build(case.model_fields(), action_dim=7, views=2, size=64)
     params = fast_jit(network.init)(jax.random.key(0), jnp.zeros((1, 2, 2, 64, 64, 3)))["params"]
     expected = case.reference.numbers("gr1_tiny")["const/decoder_pos_embed"]

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.systems.gr1 import case
 from uwm_jax.systems.gr1 import official
 from uwm_jax.torch_bridge import layout
 
@@ -16,17 +17,17 @@ def random_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def tiny(case):
+def tiny():
     return case.build(case.model_fields(), action_dim=7, views=2, size=64)[1]
 
 
-def test_names_and_shapes_are_the_official_ones(case, tiny):
+def test_names_and_shapes_are_the_official_ones(tiny):
     assert case.official_names(tiny, official.entry_of(16, (16, 16))) == case.manifest("gr1_tiny")
     small = case.build(case.model_fields(**case.SMALL), action_dim=7, views=2, size=224)[1]
     assert case.official_names(small, official.entry_of(32, (32, 32))) == case.manifest("gr1_small")
 
 
-def test_the_baseline_of_the_paper_has_the_official_tensors(case):
+def test_the_baseline_of_the_paper_has_the_official_tensors():
     fields = case.FULL_SIZE | {"depth": 12, "decoder_depth": 3, "resampler_depth": 3}
     for views, action_dim, millions in ((3, 10, 217.95), (2, 7, 217.93)):
         shapes = case.build(case.model_fields(**fields), action_dim=action_dim, views=views, size=224)[1]
@@ -38,7 +39,7 @@ def test_the_baseline_of_the_paper_has_the_official_tensors(case):
         assert tensors["decoder_head.1.weight"] == (3072, 768)
 
 
-def test_the_round_trip_is_bit_exact(case, tiny):
+def test_the_round_trip_is_bit_exact(tiny):
     tensors, entry_of = random_tensors(case.manifest("gr1_tiny")), official.entry_of(16, (16, 16))
     params = layout.from_official(tensors, tiny, entry_of, "x")
     assert jax.tree.map(lambda p: p.shape, params) == jax.tree.map(lambda p: p.shape, tiny)
@@ -47,7 +48,7 @@ def test_the_round_trip_is_bit_exact(case, tiny):
     assert all(back[name].tobytes() == tensors[name].tobytes() for name in tensors)
 
 
-def test_layouts_hold_on_single_elements(case, tiny):
+def test_layouts_hold_on_single_elements(tiny):
     # Written out from the official shapes: torch index -> our index.
     t = random_tensors(case.manifest("gr1_tiny"))
     params = layout.from_official(t, tiny, official.entry_of(16, (16, 16)), "x")

@@ -18,7 +18,13 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
+from uwm_jax.models import layers
 from uwm_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD
+from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.systems.gr1 import official
+from uwm_jax.torch_bridge import layout
+from uwm_jax.training import state as state_lib
+from uwm_jax.training.build import build
 
 fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 MEAN, STD = np.array([IMAGENET_MEAN, IMAGENET_STD], np.float32)
@@ -157,6 +163,32 @@ def test_patterns_of_the_tree_match_arrays(system):
         "obs_encoder/heads/bias",
         "decoder/pos_embed",
     }
+
+
+@pytest.mark.slow
+def test_untrained_arrays_are_the_same_after_steps_and_a_conversion_back(params, batch):
+    config = tiny_config()
+    config.batch_size, config.mesh.data = 4, 1
+    config.optimizer.update(learning_rate=1e-2, weight_decay=0.1, ema_decay=0.9)
+    program = build(config, make(config).spec, None, mesh_lib.make_mesh(config, jax.devices()[:1]))
+    state = state_lib.create(config, params, program.optimizer, program.system.tree.untrained)
+    state = jax.device_put(jax.tree.map(jnp.copy, state), program.shardings)
+    step = program.compile_step({})
+    state, before = program.system.held(state), jax.device_get(params)
+    for _ in range(5):
+        state, _ = step(state, {}, batch)
+    entry_of = official.entry_of(config.model.encoder.patch, config.model.patch)
+    before = layout.to_official(before, entry_of)
+    heads = "obs_encoder.img_encoder.model.heads."
+    for tree in (state.params, state.ema_params):
+        after = layout.to_official(jax.device_get(layers.stacked(tree)), entry_of)
+        assert before.keys() == after.keys()
+        same = {name for name in before if before[name].tobytes() == after[name].tobytes()}
+        assert same == {"decoder_pos_embed", f"{heads}weight", f"{heads}bias"}
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(state)]
+    moments = [path for path in paths if path.startswith("opt_state")]
+    assert [path for path in moments if "obs_encoder/feat_head" in path]
+    assert not [path for path in moments if "obs_encoder/heads" in path or "decoder/pos_embed" in path]
 
 
 def test_no_large_kernel_falls_to_the_last_mesh_rule():

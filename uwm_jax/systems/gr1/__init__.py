@@ -3,6 +3,7 @@
 from uwm_jax.systems import fields
 from uwm_jax.systems.base import SystemType
 from uwm_jax.systems.gr1 import config
+from uwm_jax.systems.gr1.official_run import OFFICIAL
 from uwm_jax.systems.gr1.system import ACTING, GR1, USES
 from uwm_jax.systems.gr1.tree import TREE
 
@@ -18,4 +19,5 @@ SYSTEM = SystemType(
     fields=config.FIELDS,
     at_least_one=config.AT_LEAST_ONE,
     optional=fields.OPTIONAL,
+    official=OFFICIAL,
 )
