@@ -7,7 +7,8 @@ Command:
     python -m uwm_jax.evaluate --workdir=runs/pusht_cpu
     python -m uwm_jax.rollout --workdir=runs/pusht_cpu --env=pusht --episodes=50
 
-`configs/pusht_cpu.py:short` trains for 1,000 steps, for comparing seeds and settings.
+`configs/pusht_cpu.py:short` trains for 1,000 steps, for comparing seeds and settings; the comparison systems are
+below.
 
 Hardware: two CPU cores.
 
@@ -27,26 +28,91 @@ to 3 for the two commands after it. One seed, 256 held-out windows of 100 episod
     for 8 steps 0.191 [0.138, 0.247]; expert 0.963 [0.960, 0.966]; doing nothing 0.133 [0.085, 0.182]
 
 The short form, seeds 0 to 2: policy 0.055 to 0.058, inverse 0.043 to 0.046, mean best coverage 0.32 to 0.40.
+
+Comparison systems, `configs/pusht_cpu.py:SYSTEM[,short]`: `dp`, `dp_unet`, `dp_flow` (Diffusion Policy: transformer,
+1-D U-Net, flow matching), `pad`, `gr1`; `uwm` is the model above. All have the same demonstrations, steps, batch,
+optimizer and evaluations of the network in a sample, about the same width and depth, and are measured on the same
+held-out windows. Each has the inputs of its official code: UWM and DP see frames and the disc's position, PAD and GR1
+frames alone. Diffusion systems predict x0 here, flow matching its velocity; GR1's ViT starts from nothing.
 """
 
 from ml_collections import ConfigDict
 
 from configs import quickstart
+from uwm_jax.config import base
 
+SYSTEMS = ("uwm", "dp", "dp_unet", "dp_flow", "pad", "gr1")
 STEPS = {"full": 10_000, "short": 1_000}
+RESERVE = (0, 18)  # steps that the longest window, UWM's, reaches: shorter ones have the same held-out windows
 
 
-def get_config(length: str = "full") -> ConfigDict:
-    if length not in STEPS:
-        raise ValueError(f"unknown length {length!r}, expected one of {', '.join(STEPS)}")
-    c = quickstart.get_config()
+def get_config(argument: str = "uwm") -> ConfigDict:
+    name, _, length = argument.partition(",")
+    if name in STEPS:
+        name, length = "uwm", name
+    length = length or "full"
+    if name not in SYSTEMS or length not in STEPS:
+        raise ValueError(
+            f"unknown argument {argument!r}, expected one of {', '.join(SYSTEMS)}, alone or with ,short; or full, short"
+        )
+    c = {"uwm": _uwm, "pad": _pad, "gr1": _gr1}.get(name, _dp)(name)
     c.total_steps = STEPS[length]
     c.log_every = 100
     c.checkpoint.every = 1_000
+    c.checkpoint.keep = 2
     c.eval.every = 2_500 if length == "full" else 0  # held-out curves
-    c.model.depth = 4
     c.data.path = "pusht_1000"
     c.optimizer.warmup_steps = 200
     c.optimizer.ema_decay = 0.999 if length == "full" else 0.99  # an average over a tenth of the run
     c.optimizer.ema_warmup = "none"  # as in the runs whose numbers stand above
+    return c
+
+
+def _uwm(name: str) -> ConfigDict:
+    c = quickstart.get_config()
+    c.model.depth = 4
+    return c
+
+
+def _dp(name: str) -> ConfigDict:
+    c = base("dp")
+    quickstart.use_demonstrations(c)
+    c.data.window.reserve = RESERVE
+    quickstart.use_small_resnet(c)
+    c.model.predictor = "unet" if name == "dp_unet" else "transformer"
+    c.model.embed_dim, c.model.depth, c.model.num_heads = 128, 4, 4
+    c.model.timestep_embed_dim = 128
+    c.model.unet.down_dims = (64, 128, 256)
+    if name == "dp_flow":
+        c.diffusion.kind = "flow"
+    else:
+        c.diffusion.prediction.action = "sample"
+        c.diffusion.spacing = "trailing"
+    return c
+
+
+def _pad(name: str) -> ConfigDict:
+    c = base("pad")
+    quickstart.use_demonstrations(c)
+    c.data.low_dim = ()
+    c.model.embed_dim, c.model.depth, c.model.num_heads = 128, 4, 4
+    c.model.timestep_embed_dim = 128
+    c.model.patch = (2, 2, 2)
+    c.model.codec.name = "pca"
+    c.diffusion.prediction.action = c.diffusion.prediction.next_obs = "sample"
+    c.diffusion.spacing = "trailing"
+    c.loss.weights.action = 5.0
+    return c
+
+
+def _gr1(name: str) -> ConfigDict:
+    c = base("gr1")
+    quickstart.use_demonstrations(c)
+    c.data.low_dim = ()
+    c.model.embed_dim, c.model.depth, c.model.num_heads = 128, 4, 4
+    c.model.patch = (16, 16)  # pixels: as many tokens a frame as the other systems' video has
+    c.model.encoder.patch, c.model.encoder.width, c.model.encoder.depth, c.model.encoder.mlp_dim = 16, 128, 3, 512
+    c.model.resampler.depth, c.model.resampler.head_dim = 2, 32
+    c.model.decoder.depth, c.model.decoder.num_heads = 2, 4
+    c.loss.weights.action = 5.0
     return c

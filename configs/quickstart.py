@@ -32,12 +32,10 @@ from uwm_jax.config import base
 
 def get_config() -> ConfigDict:
     c = base()
+    use_demonstrations(c)
     c.total_steps = 1_150
-    c.batch_size = 32
-    c.log_every = 50
     c.checkpoint.every = 575
     c.checkpoint.keep = 2
-    c.eval.action_plane = ("image", 0.0, 512.0, 0.0, 512.0)  # actions are positions on the table
 
     # 16 actions + 16 video tokens + 4 registers of width 128; three stages of a quarter-width ResNet with its 4x4 map.
     c.model.embed_dim = 128
@@ -46,10 +44,7 @@ def get_config() -> ConfigDict:
     c.model.num_registers = 4
     c.model.timestep_embed_dim = 128
     c.model.patch = (2, 2, 2)
-    c.model.encoder.stage_sizes = (1, 1, 1)  # a fourth, on a 2x2 map, takes XLA 40 ms a step on CPUs
-    c.model.encoder.width = 16
-    c.model.encoder.pool = "flatten"
-    c.model.encoder.use_low_dim = True
+    use_small_resnet(c)
     c.model.codec.name = "pca"
 
     # Short runs want x0 prediction: noise prediction is still worse than the mean after a few hundred steps.
@@ -57,6 +52,14 @@ def get_config() -> ConfigDict:
     c.diffusion.spacing = "trailing"  # the first timestep is the one of what is hidden in training (docs/benchmarks.md)
 
     c.loss.weights.action = 5.0  # the loss of frames is ten times that of actions, and the inverse mode learns late
+    return c
+
+
+def use_demonstrations(c: ConfigDict) -> None:
+    """PushT's demonstrations as 64-pixel frames, and an optimizer for minutes of training, for any system."""
+    c.batch_size = 32
+    c.log_every = 50
+    c.eval.action_plane = ("image", 0.0, 512.0, 0.0, 512.0)  # actions are positions on the table
 
     c.data.path = "pusht"
     c.data.cameras = ("image",)
@@ -72,4 +75,11 @@ def get_config() -> ConfigDict:
     c.optimizer.warmup_steps = 100
     c.optimizer.clip_norm = 1.0
     c.optimizer.ema_decay = 0.99
-    return c
+
+
+def use_small_resnet(c: ConfigDict) -> None:
+    """A ResNet of three stages that keeps its map's layout, and the robot's state."""
+    c.model.encoder.stage_sizes = (1, 1, 1)  # a fourth, on a 2x2 map, takes XLA 40 ms a step on CPUs
+    c.model.encoder.width = 16
+    c.model.encoder.pool = "flatten"
+    c.model.encoder.use_low_dim = True
