@@ -34,7 +34,7 @@ from uwm_jax.training import pretrained
 from uwm_jax.training.checkpoint import Checkpoints, latest_step, write_config
 from uwm_jax.training.goodput import CATEGORIES
 from uwm_jax.training.inference import load_for_inference
-from uwm_jax.training.log import NotFinite
+from uwm_jax.training.metrics import NotFinite
 from uwm_jax.training.provenance import read_starts
 
 

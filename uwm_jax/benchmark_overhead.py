@@ -30,7 +30,8 @@ from uwm_jax.synthetic import synthetic_batch, synthetic_system
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.log import MetricAccumulator, MetricsLog, progress_line
+from uwm_jax.training.log import MetricsLog, progress_line
+from uwm_jax.training.metrics import Metric, MetricAccumulator
 from uwm_jax.training.step import make_train_step
 
 FLAGS = flags.FLAGS
@@ -63,7 +64,7 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
     batch = synthetic_batch(system, config.batch_size)
     full = make_train_step(config, system, optimizer)
 
-    def bare(state: Any, frozen: Any, batch: Any) -> tuple[Any, jax.Array]:
+    def bare(state: Any, frozen: Any, batch: Any) -> tuple[Any, Metric]:
         state, metrics = full(state, frozen, batch)
         return state, metrics["loss"]
 
@@ -102,12 +103,12 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
         return jax.block_until_ready(state)
 
     def without(state: Any, log: MetricsLog) -> Any:
-        before: list[jax.Array] = []  # as many steps in flight as `MetricAccumulator` allows
+        before: list[Metric] = []  # as many steps in flight as `MetricAccumulator` allows
         for _ in range(steps):
             state, loss = bare_step(state, frozen, batch)
             before.append(loss)
             if len(before) > 2:
-                before[-3].block_until_ready()
+                jax.block_until_ready(before[-3])
         return jax.block_until_ready(state)
 
     loops: list[Callable[[Any, MetricsLog], Any]] = [without, with_telemetry]

@@ -49,7 +49,8 @@ from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import Program, build
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.log import MetricAccumulator, MetricsLog, progress_line
+from uwm_jax.training.log import MetricsLog, progress_line
+from uwm_jax.training.metrics import MetricAccumulator
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup

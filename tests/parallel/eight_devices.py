@@ -140,7 +140,7 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     state_bytes, metrics = on_first_device(state), []
     for _ in range(STEPS):
         state, values = compiled(state, frozen, batch)
-        metrics.append({name: value.tolist() for name, value in values.items()})
+        metrics.append({name: [x.item() for x in jax.tree.leaves(value)] for name, value in values.items()})
 
     adam = next(s for s in state.opt_state if hasattr(s, "mu"))
     trees = {"params": state.params, "ema": state.ema_params, "mu": adam.mu, "nu": adam.nu}

@@ -88,8 +88,8 @@ def test_meshes_agree_with_one_device(runs, name):
 
 
 def by_name(steps):
-    """{metric: values of all steps}."""
-    return {name: np.asarray([metrics[name] for metrics in steps]) for name in steps[0]}
+    """{metric: values of all steps, (10,), or (10, 2) of a ratio}."""
+    return {name: np.asarray([metrics[name] for metrics in steps]).squeeze() for name in steps[0]}
 
 
 @pytest.mark.slow

@@ -134,7 +134,7 @@ class Model:
 
         def call() -> Any:
             self.state, metrics = compiled(self.state, frozen, batch)
-            self.loss = metrics["loss"]
+            self.loss = metrics["loss"].value
             return self.state, metrics
 
         return Runner(call, seconds, _planned_bytes(compiled))

@@ -1,97 +1,21 @@
-"""Metrics to `metrics.jsonl`, TensorBoard and one progress line; and the guard against NaN."""
+"""Metrics to `metrics.jsonl`, TensorBoard and one progress line."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from uwm_jax.errors import RunError, warn
+from uwm_jax.errors import warn
 from uwm_jax.files import write_text
 from uwm_jax.reading import again
 from uwm_jax.training.goodput import duration
 from uwm_jax.training.tensorboard import Board
-
-
-class NotFinite(RunError):
-    """A metric became NaN or infinite; the message names the step and the metric."""
-
-
-class MetricAccumulator:
-    """Accumulates the device metrics of the steps since the last log line.
-
-    A metric of shape () is averaged over the steps; one of shape (2,) is [sum, count] and becomes the ratio of the
-    two sums over the steps. Sums are float64, in the order of the steps, so that restoring a state gives bit-equal
-    means.
-
-    At most `ahead` steps are in flight: `add` fetches the one before, while the device computes the later ones.
-    """
-
-    def __init__(self, ahead: int = 2):
-        self._ahead = ahead
-        self._pending: collections.deque[tuple[int, Mapping[str, jax.Array]]] = collections.deque()
-        self._empty()
-
-    def _empty(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}  # {metric: (sum, steps or count)}
-        self._last: dict[str, float] = {}
-
-    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Adds the metrics of a step, replicated arrays of shape () or (2,), `learning_rate` among them.
-
-        Raises NotFinite for the step that it fetches.
-        """
-        self._pending.append((step, metrics))
-        self._fetch(self._ahead)
-
-    def check(self) -> None:
-        """Waits for all steps and raises NotFinite for the first step with a metric that is not finite."""
-        self._fetch(0)
-
-    def _fetch(self, leave: int) -> None:
-        while len(self._pending) > leave:
-            step, metrics = self._pending.popleft()
-            for name, value in jax.device_get(dict(metrics)).items():
-                total, count = (float(x) for x in (value if np.ndim(value) else (value, 1.0)))
-                if not math.isfinite(total) or not math.isfinite(count):
-                    raise NotFinite(
-                        f"step {step}: {name} is {total}. This step was not saved. A lower "
-                        "config.optimizer.learning_rate or config.optimizer.clip_norm=1.0 often helps."
-                    )
-                before = self._sums.get(name, (0.0, 0.0))
-                self._sums[name] = (before[0] + total, before[1] + count)
-                if name == "learning_rate":
-                    self._last[name] = total
-
-    def means(self) -> dict[str, float]:
-        """Every metric over the steps so far; starts anew.
-
-        `learning_rate` is the last step's; ratios with count 0 are left out. Raises NotFinite as `check`.
-        """
-        self.check()
-        means = {name: total / count for name, (total, count) in self._sums.items() if count} | self._last
-        self._empty()
-        return means
-
-    def state(self) -> dict[str, Any]:
-        """The state as JSON, for a checkpoint between two log lines. Raises NotFinite as `check`."""
-        self.check()
-        return {"sums": {name: list(pair) for name, pair in self._sums.items()}, "last": dict(self._last)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state that `state` returned."""
-        self._sums = {name: (float(total), float(count)) for name, (total, count) in state["sums"].items()}
-        self._last = {name: float(value) for name, value in state["last"].items()}
 
 
 class MetricsLog:

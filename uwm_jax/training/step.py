@@ -16,10 +16,11 @@ from uwm_jax.parallel.mesh import replicated
 from uwm_jax.parallel.sharding import Rules, activations
 from uwm_jax.systems.base import System
 from uwm_jax.training import average
+from uwm_jax.training.metrics import Last, Mean, Metric, Ratio
 from uwm_jax.training.patterns import join, split
 from uwm_jax.training.state import TrainState, schedule_factor
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Metric]
 
 
 def make_train_step(
@@ -27,9 +28,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """`(state, frozen, batch) -> (state, metrics)`.
 
-    Metrics are float32: `loss` (weighted sum), `grad_norm`, `grad_norm/<group>`, `learning_rate` as () arrays;
-    `loss/<part>` as (2,) arrays [mean over rows, 1, or 0 where no row trained the part], and a system's buckets, such
-    as `loss/<part>/t<low>-<high>`, as (2,) arrays [sum over rows, number of rows].
+    Metrics: `loss` (weighted sum), `grad_norm` and `grad_norm/<group>`, each a `Mean`; `learning_rate`, a `Last`;
+    `loss/<part>`, a `Ratio` of its mean over rows to 1, or to 0 where no row trained the part; and a system's buckets,
+    such as `loss/<part>/t<low>-<high>`, each a `Ratio` of the sum over rows to their number.
 
     Args:
       mesh: over which the batch is spread; None on one device.
@@ -41,20 +42,20 @@ def make_train_step(
         shares = system.shares(batch, key)
         trained, still = split(state.params, still_names)  # no gradients are made for what stays as it is
 
-        def objective(trained: Any, rows: Any) -> tuple[jax.Array, Metrics]:
+        def objective(trained: Any, rows: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Metrics]]:
             batch, shares = rows
             encoded, draws = system.encode(frozen, batch, key), system.draws(key, batch["row"])
             found = system.losses(join(trained, still), encoded, draws, train=True)
             parts = {name: (shares[name] * x).sum() for name, x in found.parts.items()}
             total = sum((state.hparams.weights[name] * x for name, x in parts.items()), jnp.zeros(()))
-            return total, {**parts, **{name: jnp.stack(bucket) for name, bucket in found.buckets.items()}}
+            return total, (parts, {f"loss/{name}": Ratio(*bucket) for name, bucket in found.buckets.items()})
 
-        (loss, sums), grads = value_and_grad(
+        (loss, (parts, buckets)), grads = value_and_grad(
             objective, trained, (dict(batch), shares), mesh=mesh, steps=config.accumulation_steps
         )
         # A part that no row trained counts for nothing in the means of the log.
         counts = {name: (share > 0).any().astype(jnp.float32) for name, share in shares.items()}
-        parts = {f"loss/{name}": jnp.stack([x, counts[name]]) if name in counts else x for name, x in sums.items()}
+        losses = {f"loss/{name}": Ratio(x, counts[name]) for name, x in parts.items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         learning_rate = state.hparams.learning_rate * schedule_factor(config, state.step)
         params = join(jax.tree.map(lambda p, u: p - learning_rate * u, trained, updates), still)
@@ -62,21 +63,21 @@ def make_train_step(
         if averages:
             rate = average.rate(config, state.step)
             ema_params = jax.tree.map(lambda e, p: e + rate * (p - e), ema_params, params)
-        norms = gradient_norms(grads, system.tree.gradient_groups)
-        metrics = {"loss": loss, **parts, **norms, "learning_rate": learning_rate}
+        norms = {name: Mean(x) for name, x in gradient_norms(grads, system.tree.gradient_groups).items()}
+        metrics = {"loss": Mean(loss), **losses, **buckets, **norms, "learning_rate": Last(learning_rate)}
         state = state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
         return state, metrics
 
     return train_step
 
 
-def gradient_norms(grads: Any, groups: Sequence[tuple[str, str]]) -> Metrics:
+def gradient_norms(grads: Any, groups: Sequence[tuple[str, str]]) -> dict[str, jax.Array]:
     """`grad_norm` of all gradients and `grad_norm/<group>` of each group of parameters; () float32.
 
     Args:
       groups: (part of a parameter's path, group) pairs; the first that fits counts.
     """
-    squares: Metrics = {}
+    squares: dict[str, jax.Array] = {}
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         group = next(group for pattern, group in groups if pattern in name)
@@ -85,13 +86,13 @@ def gradient_norms(grads: Any, groups: Sequence[tuple[str, str]]) -> Metrics:
     return {"grad_norm": jnp.sqrt(sum(squares.values(), jnp.zeros(()))), **norms}
 
 
-def make_eval_step(system: System) -> Callable[[Any, Any, Mapping[str, jax.Array]], Metrics]:
+def make_eval_step(system: System) -> Callable[[Any, Any, Mapping[str, jax.Array]], dict[str, jax.Array]]:
     """`(params, frozen, batch) -> {"loss/<part>": (B,)}` with draws that depend on the row alone.
 
     The draws do not depend on the step or the seed of the run, so two checkpoints compare.
     """
 
-    def eval_step(params: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Metrics:
+    def eval_step(params: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         key = jax.random.key(0)
         found = system.losses(params, system.encode(frozen, batch), system.draws(key, batch["row"]))
         return {f"loss/{name}": x for name, x in found.parts.items()}
