@@ -3,6 +3,7 @@
 from uwm_jax.systems import fields
 from uwm_jax.systems.base import SystemType
 from uwm_jax.systems.pad import config
+from uwm_jax.systems.pad.official import OFFICIAL
 from uwm_jax.systems.pad.system import ACTING, PAD, USES
 from uwm_jax.systems.pad.tree import TREE
 
@@ -18,4 +19,5 @@ SYSTEM = SystemType(
     fields=config.FIELDS,
     optional=fields.OPTIONAL,
     remarks=config.remarks,
+    official=OFFICIAL,
 )
