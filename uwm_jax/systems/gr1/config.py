@@ -39,14 +39,14 @@ def add_fields(c: ConfigDict) -> None:
     c.model.encoder = ConfigDict()  # ViT-B/32
     c.model.encoder.patch = 32  # rows and columns of pixels that a token reads
     c.model.encoder.width = 768  # of its tokens; 64 channels make an attention head
-    c.model.encoder.depth = 12  # blocks
+    c.model.encoder.depth = 12  # number of blocks
     c.model.encoder.mlp_dim = 3072  # hidden units of a block's MLP
     # ImageNet weights to start from: safetensors file, its folder, or hub name[@revision][/file]; "" = none
     c.model.encoder.imagenet_weights = ""
 
     c.model.resampler = ConfigDict()
     c.model.resampler.num_latents = 9  # tokens of a frame, besides the one from the ViT's class token
-    c.model.resampler.depth = 3  # layers
+    c.model.resampler.depth = 3  # number of layers
     c.model.resampler.num_heads = 4  # attention heads of a layer
     c.model.resampler.head_dim = 128  # channels of a head
 
