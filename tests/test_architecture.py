@@ -58,10 +58,6 @@ IMPORTS_STILL: set[tuple[str, str]] = {
     ("benchmarking.rows", "systems.uwm.modes"),
     ("benchmarking.rows", "systems.uwm.system"),
     ("benchmarking.torch_rows", "systems.uwm.modes"),
-    ("reporting.comparison", "systems.uwm.modes"),
-    ("reporting.pictures", "systems.uwm.modes"),
-    ("reporting.run_page", "systems.uwm.modes"),
-    ("reporting.tables", "systems.uwm.modes"),
     ("torch_bridge.torch_loop", "systems.uwm.modes"),
 }
 
@@ -219,7 +215,6 @@ WORDS_STILL: set[tuple[str, str]] = {
     ("models/unet1d.py", "action"),
     ("reporting/run_page.py", "action"),
     ("reporting/run_page.py", "next_obs"),
-    ("reporting/run_page.py", "uwm"),
 }
 
 
