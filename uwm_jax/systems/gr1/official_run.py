@@ -5,8 +5,12 @@ The ViT's sizes are read from the tensors alone: the official configuration name
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ml_collections import ConfigDict
 
+from uwm_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD
+from uwm_jax.models.vit import HEAD_WIDTH
 from uwm_jax.systems.gr1.official import RESAMPLER, VIT, entry_of
 from uwm_jax.torch_bridge import torchvision_vit
 from uwm_jax.torch_bridge.official_config import (
@@ -21,6 +25,9 @@ from uwm_jax.torch_bridge.official_config import (
     require_names,
 )
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml, typed
+
+if TYPE_CHECKING:
+    from uwm_jax.systems.gr1.system import GR1
 
 _RESAMPLER_FIELDS = {"depth": "depth", "num_heads": "heads", "head_dim": "dim_head", "num_latents": "num_latents"}
 
@@ -92,9 +99,30 @@ def _compare(official: OfficialYaml, shapes: Shapes, c: ConfigDict, data: Data, 
     agree_with_axis(f"{params}.dim (the ViT's width as well)", width, f"{VIT}.class_token", 2, rank=3)
 
 
+def describe(system: GR1) -> dict[str, Any]:
+    """What the tensors mean, besides what all systems say."""
+    data, window = system.config.data, system.spec.window
+    return {
+        # images enter, and leave as the next frames, as (value in range - mean) / std
+        "images": {
+            "resize": list(data.resize),
+            "crop": list(data.crop),
+            "range": [0.0, 1.0],
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+        },
+        "shapes": {
+            "action": list(system.action_shape),
+            "next_obs_image": [system.num_views, len(window.next_obs), *data.crop, 3],  # V, T, h, w, colour
+        },
+        "vit_head_width": HEAD_WIDTH,
+    }
+
+
 OFFICIAL = Official(
     classes=("models.gr1.GR1",),
     algo="gr1",
     read=read,
     entry_of=lambda config: entry_of(config.model.encoder.patch, config.model.patch),
+    describe=describe,
 )
