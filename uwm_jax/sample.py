@@ -200,6 +200,8 @@ def check_inputs(
         if t is not None and (t.min() < 0 or t.max() >= end):
             expected = f"0 to {end - 1}" if whole else "at least 0 and less than 1"
             problems.append(f"timestep/{m}: expected {expected}, found {t.min()} to {t.max()}")
+    if denoise and all(t is not None for t in timestep.values()):
+        problems += system.misfits({m: t for m, t in timestep.items() if t is not None})
     if problems or batch_size is None:
         raise UserError(f"{where}, for mode {', '.join(modes)}:\n  " + "\n  ".join(problems))
     return Inputs(

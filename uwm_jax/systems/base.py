@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from uwm_jax.codecs import Codec
@@ -305,6 +306,10 @@ class System(abc.ABC):
         assert self.codec is not None
         with jax.default_matmul_precision("highest" if self.config.model.dtype == "float32" else "default"):
             return self.codec.decode(frozen, made["next_obs_latent"])
+
+    def misfits(self, timestep: Mapping[str, np.ndarray]) -> list[str]:
+        """Lines about given timesteps {modality: (B,)} that no draw of this system has, for people; [] for none."""
+        return []
 
     def describe_sampling(self) -> dict[str, Any]:
         """How `sample` goes, for the files of results (JSON); {} for systems that do not sample in steps."""

@@ -19,6 +19,7 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
+from uwm_jax.sample import check_inputs
 from uwm_jax.synthetic import synthetic_batch, synthetic_system
 from uwm_jax.systems.pad import official
 from uwm_jax.systems.pad.system import PAD
@@ -99,6 +100,16 @@ def test_one_timestep_and_independent_noise(system):
         assert abs(np.asarray(noise[m]).std() - 1) < 0.1
     again = fast_jit(system.draws)(jax.random.key(3), rows[10:12])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[10:12]), again, draws)
+
+
+def test_unequal_timesteps_are_refused(system):
+    batch = synthetic_batch(system, 2)
+    arrays = {key: np.asarray(x) for key, x in batch.items() if key not in ("row", "action_mask")}
+    arrays |= {f"noise/{m}": np.zeros((2, *shape), np.float32) for m, shape in system.shapes.items()}
+    arrays |= {"timestep/action": np.array([3, 7]), "timestep/next_obs": np.array([3, 7])}
+    assert check_inputs(system, ["denoise"], arrays).batch_size == 2
+    with pytest.raises(UserError, match=r"timestep/next_obs: expected timestep/action, \[3 7\].* found \[3 8\]"):
+        check_inputs(system, ["denoise"], {**arrays, "timestep/next_obs": np.array([3, 8])})
 
 
 def test_rows_without_actions(system, params):

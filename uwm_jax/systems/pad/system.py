@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from uwm_jax.codecs import Codec
@@ -176,6 +178,12 @@ class PAD(System):
     def flops(self) -> Flops:
         frames = 2 * self.num_frames * len(self.cameras)
         return Flops({"network": self.network.flops()}, self.codec.encode_flops(frames, *self.config.data.crop))
+
+    def misfits(self, timestep: Mapping[str, np.ndarray]) -> list[str]:
+        action, next_obs = (timestep[m] for m in MODALITIES)
+        if np.array_equal(action, next_obs):
+            return []
+        return [f"timestep/next_obs: expected timestep/action, {action}, since PAD has one timestep; found {next_obs}"]
 
     def describe_sampling(self) -> dict[str, Any]:
         return self.schedule.describe()
