@@ -192,7 +192,7 @@ def test_sources_are_checked_and_survive_storage():
         ({"video": {"use_actions": False}}, "at least one source with use_actions"),
         ({"robot": {"weight": -1}}, "data.sources.robot.weight: expected a number of at least 0"),
         ({"robot": {"fill_views": "black"}}, "data.sources.robot.fill_views: expected one of same, none, random"),
-        ({"robot": {"path": "mine"}}, "config.data.path='droid' is used by no source"),
+        ({"robot": {"path": "mine"}}, "config.data.path='droid' is unused"),
         ({"robot": {"cameras": ("one",)}}, "one key for each of"),
         ({"robot": {"exclude": (("key", "a", "b"),)}}, r"robot.exclude: expected .* pairs \(key, text\) .*, found"),
         ({"robot": {"max_episodes": -1}}, "robot.max_episodes: expected a number of at least 0"),
@@ -312,7 +312,7 @@ def test_integers_that_no_array_takes_are_refused(name, value):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"keep_every": 15_000}, "keep_every=15000 is no multiple of config.checkpoint.every=10000"),
+        ({"keep_every": 15_000}, "keep_every=15000 is not a multiple of config.checkpoint.every=10000"),
         ({"keep_best": "policy/action_mse"}, "expected a metric of evaluations in training"),
         ({"keep_best": "eval/policy/action_mse"}, "requires evaluations in training: set config.eval.every"),
         ({"keep_best": "eval/policy/action_mse", "eval": 15_000}, "expected one of .* to be a multiple of the other"),

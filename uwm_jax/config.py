@@ -1,8 +1,9 @@
-"""The configuration schema: every field, its default and its meaning, checked once at the edge.
+"""The configuration schema: the common fields with their defaults and meanings; a system adds its own.
 
 A file under `configs/` starts from `base()` and changes fields; the command line changes more
-(`--config.batch_size=64`). `validate` is called once by each command and is the only place where values and
-their combinations are judged (by `uwm_jax.config_checks`), so that no module below re-checks its inputs.
+(`--config.batch_size=64`). Each command calls `validate` once, which checks values and their combinations (by
+`uwm_jax.config_checks`), so that no module below re-checks its inputs. `--help` shows the comment at the end of a
+field's line, or directly above it, as its meaning (`uwm_jax.config_help`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import local_path
 from uwm_jax.reading import parse_json, read_json, run_python
 
-# What a continued run may change; every other field decides what the numbers mean.
+# Fields that may change when a run continues; the others determine the meaning of its numbers.
 MAY_CHANGE = (
     *("total_steps", "log_every", "hang_seconds", "eval.*", "checkpoint.*", "mesh.*"),
     *("data.num_threads", "data.prefetch"),
     # Compilation: the results are the same up to rounding.
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
-    # Where the datasets lie: that they are the same ones is told by their fingerprints.
+    # Places of datasets, whose fingerprints show that they are the same.
     *("data.path", "data.sources.*.path", "data.sources.*.weight"),
 )
 
@@ -269,12 +270,12 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str, where: str) -> ConfigDict:
-    """A stored `config.json`; fields that it lacks are what they were before they came, unknown ones are named."""
+    """The config of a stored `config.json`; raises UserError that names an unknown field."""
     return from_dict(parse_json(text, where), where)
 
 
 def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
-    """The same of the object that `config.json` holds."""
+    """The config of the object in a `config.json`, as `from_json`."""
     config = base(_system_of(stored, where))
     if isinstance(stored, Mapping) and isinstance(stored.get("data"), Mapping):
         sources = stored["data"].get("sources")

@@ -1,4 +1,4 @@
-"""The values that the fields of a config may have, alone and together.
+"""Checks of the values of config fields, individually and in combination.
 
 `uwm_jax.config` knows the fields and their types; it calls `check` on a config in which all of them are there.
 """
@@ -16,7 +16,7 @@ from uwm_jax.data.windows import GROUPS
 from uwm_jax.errors import UserError
 from uwm_jax.systems import fields
 
-# Values that a field may take, where its type says too little.
+# Valid values of fields whose type alone is too permissive.
 _CHOICES: dict[str, tuple[str, ...]] = {
     "data.window.pad": ("none", "edge"),
     "data.last_action": ("drop", "keep"),
@@ -30,7 +30,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.sources.*.fill_views": ("same", "none", "random"),
 }
 
-# Smallest value of a number; everything named here is otherwise at least 0.
+# Numbers of at least 1; other numbers are at least 0.
 _AT_LEAST_ONE = (
     *("total_steps", "batch_size", "accumulation_steps", "log_every", "mesh.fsdp", "mesh.tensor"),
     *("data.num_streams", "data.prefetch", "checkpoint.every", "checkpoint.keep", "eval.num_windows"),
@@ -39,7 +39,7 @@ _AT_LEAST_ONE = (
 
 # Lists of strings; the other lists are of integers, except for those below.
 _TEXTS = (*("init_from_skip", "optimizer.freeze", "data.cameras", "data.low_dim"), "data.sources.*.cameras")
-_CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # texts, or (key, text)
+_CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # strings, or pairs (key, string)
 _PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
 _MAY_INHERIT = "eval.*.every"  # -1 is config.eval.every
 _PLANE = "eval.action_plane"  # a camera and four numbers
@@ -57,7 +57,7 @@ def is_list_of_texts(name: str) -> bool:
 
 
 def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
-    """Raises UserError that names the first value that is out of range or at odds with another.
+    """Raises UserError that names the first value that is out of range or inconsistent with another.
 
     Args:
       config: with all fields, each of its type.
@@ -179,7 +179,7 @@ def _check_combinations(c: ConfigDict) -> None:
         value = c[f"init_from_{name}"]
         check(
             value == default or bool(c.init_from),
-            f"config.init_from_{name}={value!r} means nothing without config.init_from.",
+            f"config.init_from_{name}={value!r} requires config.init_from.",
         )
 
 
@@ -188,8 +188,8 @@ def _check_retention(c: ConfigDict, check: Callable[[bool, str], None]) -> None:
     evaluated = cadence(c, "losses" if c.checkpoint.keep_best.startswith("eval/loss/") else "samples")
     check(
         kept % every == 0,
-        f"config.checkpoint.keep_every={kept} is no multiple of config.checkpoint.every={every}: only steps at which a "
-        "checkpoint is saved can be kept.",
+        f"config.checkpoint.keep_every={kept} is not a multiple of config.checkpoint.every={every}: only steps at "
+        "which a checkpoint is saved can be kept.",
     )
     best = c.checkpoint.keep_best
     if not best:
@@ -205,8 +205,9 @@ def _check_retention(c: ConfigDict, check: Callable[[bool, str], None]) -> None:
     )
     check(
         every % evaluated == 0 or evaluated % every == 0,
-        f"config.checkpoint.keep_best={best!r} compares steps that are both evaluated and saved: expected one of "
-        f"config.checkpoint.every={every} and config.eval.every={evaluated} to be a multiple of the other.",
+        f"config.checkpoint.keep_best={best!r} compares steps that are both evaluated (every {evaluated}) and saved "
+        f"(every {every}): expected one of config.eval.every and config.checkpoint.every to be a multiple of the "
+        "other.",
     )
 
 
@@ -238,7 +239,7 @@ def _check_sources(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
         return
     check(
         not d.path or any(not s.path for s in d.sources.values()),
-        f"config.data.path={d.path!r} is used by no source, since each names its own: set it to ''.",
+        f"config.data.path={d.path!r} is unused, since every source has its own path: set it to ''.",
     )
     check(
         any(s.use_actions and s.weight > 0 for s in d.sources.values()),

@@ -41,7 +41,7 @@ def describe(spec: str, overrides: Iterable[tuple[str, str]]) -> list[str]:
     if spec:
         config, title = config_lib.load(spec, overrides), f"values of {spec}"
     else:
-        config, title = config_lib.base(), "defaults"
+        config, title = config_lib.base(), "the defaults of the system uwm"
         config_lib.apply_overrides(config, overrides)
     known = meanings(functools.partial(config_lib.base, config.system))
     of_source = meanings(config_lib.source)
