@@ -175,6 +175,18 @@ def test_no_import_of_ours_hides_in_a_function() -> None:
     assert not (gone := sorted(known - found)), f"these are mended: take them off the list: {gone}"
 
 
+def test_commands_of_data_prep_import_no_command() -> None:
+    trees = {file.stem: ast.parse(file.read_text()) for file in sorted((ROOT / "data_prep").glob("*.py"))}
+    starts = {f"data_prep.{name}" for name, tree in trees.items() if "command = cli.command" in ast.unparse(tree)}
+    starts |= {f"uwm_jax.{name}" for name in commands()}
+    assert {"data_prep.demo", "data_prep.reshard", "data_prep.stats", "data_prep.inspect", "uwm_jax.train"} <= starts
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                named = {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+                assert not (found := named & starts), f"data_prep/{name}.py:{node.lineno} imports {sorted(found)}"
+
+
 def in_circles(below: dict[str, set[str]]) -> set[str]:
     """Those that import each other, and those between two circles; `below` are the modules that each imports."""
     left = {name: targets - {name} for name, targets in below.items()}
