@@ -16,17 +16,14 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax import systems
 from uwm_jax.config import MAY_CHANGE
 from uwm_jax.config_checks import matches
 from uwm_jax.errors import UserError, warn
 from uwm_jax.parallel import distributed
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
 
-SAMPLING = (
-    *("diffusion.spacing", "diffusion.num_inference_steps", "diffusion.hide_at", "diffusion.clip.*"),
-    # Precision and compilation of the same network.
-    *("model.dtype", "model.scan_blocks", "model.codec.dtype", "model.codec.microbatch"),
-)
+SAMPLING = ("*sampling*",)  # stands for the fields that the system names (`Fields.sampling`)
 # Which held-out windows, of which data, which the commands compare with the run's own.
 WINDOWS = (
     "eval.num_windows",
@@ -61,12 +58,15 @@ def for_inference(
     if told:
         warn(told)
     before = config_lib.flatten(config)
+    of_system = systems.get(config.system).fields.sampling
+    patterns = [p for name in may_change for p in (of_system if name in SAMPLING else (name,))]
+    patterns = [p for p in patterns if any(matches(name, (p,)) for name in before)]
     config_lib.apply_overrides(config, overrides)
     for name, value in config_lib.flatten(config).items():
-        if value != before[name] and not matches(name, may_change):
+        if value != before[name] and not matches(name, patterns):
             raise UserError(
                 f"--config.{name}={value!r}: the checkpoint fixes this field ({before[name]!r}), or the command does "
-                f"not use it. With these parameters only {', '.join(may_change)} may change."
+                f"not use it. With these parameters only {', '.join(patterns)} may change."
             )
     config_lib.validate(config)
     return config
