@@ -5,8 +5,8 @@
 
 The windows are those of `uwm_jax.evaluate`, numbered from 0 in its order: `config.eval.num_windows` of them, evenly
 spread over the held-out episodes. The file holds `obs/<camera>` and `next_obs/<camera>` (uint8, as recorded),
-`obs/<low-dim key>` and `action` (raw units), `obs/text` where the model reads text, and for `denoise`
-`noise/{action,next_obs}` and `timestep/{action,next_obs}`. A window's noise is the one it has in an evaluation, where
+`obs/<low-dim key>` and `action` (raw units), `obs/text` where the model reads text, and the draws that the system makes
+(`noise/*`, `timestep/*`), which `denoise` needs. A window's noise is the one it has in an evaluation, where
 --seed is 0; `sample` starts every mode from it and draws none of its own.
 """
 
@@ -20,13 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from uwm_jax import cli, config_help, files
+from uwm_jax import cli, config_help, files, systems
 from uwm_jax.data.held_out import FixedWindows
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation.data import doubt, open_data
-from uwm_jax.systems.uwm.modes import MODALITIES
-from uwm_jax.systems.uwm.system import UWM
+from uwm_jax.systems.base import System
 from uwm_jax.training import average, fixed_fields, inference, lineage
 from uwm_jax.training.checkpoint_reader import CheckpointReader
 
@@ -49,7 +48,7 @@ def main(call: cli.Call) -> None:
         workdir, FLAGS.step, call.overrides, average.RAW, fixed_fields.WINDOWS
     )
     # A normaliser without entries leaves actions and low-dimensional keys in raw units.
-    system = UWM(system.config, dataclasses.replace(system.spec, normalizer=Normalizer()), system.codec)
+    system = systems.make(system.config, dataclasses.replace(system.spec, normalizer=Normalizer()), system.codec)
     stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
     own_config, _ = fixed_fields.config_of_run(workdir, stored)
     data = open_data(
@@ -82,7 +81,9 @@ def parse_windows(text: str, count: int) -> tuple[int, int]:
     return start, stop
 
 
-def sample_inputs(system: UWM, held_out: FixedWindows, start: int, stop: int, seed: int = 0) -> dict[str, np.ndarray]:
+def sample_inputs(
+    system: System, held_out: FixedWindows, start: int, stop: int, seed: int = 0
+) -> dict[str, np.ndarray]:
     """The arrays of held-out windows [start, stop) that `sample` takes, for every mode.
 
     Args:
@@ -91,13 +92,12 @@ def sample_inputs(system: UWM, held_out: FixedWindows, start: int, stop: int, se
     """
     batch = held_out.batch(start, stop)
     recorded = [key for key in held_out.spec.batch_like(1) if key not in ("action_mask", "row")]
-    noise = system.noise(jax.random.key(seed), jnp.asarray(batch["row"]), system.acting)
-    draws = [np.random.default_rng([seed, row]) for row in range(start, stop)]
-    steps = np.asarray([rng.integers(0, system.schedule.num_train_steps, len(MODALITIES)) for rng in draws], np.int32)
+    key, rows = jax.random.key(seed), jnp.asarray(batch["row"])
+    noise, times = system.noise(key, rows, system.acting), system.one_draw(key, rows).get("timestep", {})
     return {
         **{key: batch[key] for key in recorded},
-        **{f"noise/{m}": np.asarray(noise[m]) for m in MODALITIES},
-        **{f"timestep/{m}": steps[:, i] for i, m in enumerate(MODALITIES)},
+        **{f"noise/{m}": np.asarray(x) for m, x in noise.items()},
+        **{f"timestep/{m}": np.asarray(x) for m, x in times.items()},
     }
 
 
