@@ -20,6 +20,10 @@ def test_the_papers_window_has_19_steps_and_no_padding() -> None:
     # An episode of L steps has L - 18 windows; shorter ones are dropped.
     np.testing.assert_array_equal(PAPER.count(np.array([18, 19, 20, 100, 1])), [0, 1, 2, 82, 0])
     assert PAPER.steps(PAPER.next_obs, 5, 30) == [22, 23]
+    assert PAPER.describe() == (
+        "19 steps of an episode: 2 frames of each camera that are seen, a chunk of 16 actions, and 2 later frames"
+    )
+    assert window((-1, 0), (0, 1), ()).describe().endswith("seen, a chunk of 2 actions")
 
 
 @pytest.mark.parametrize("spec", [PAPER, window((0,), (0, 1), (3,)), window((2, 3), (3,), (5,))])

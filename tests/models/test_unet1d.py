@@ -23,7 +23,7 @@ def filled(shape: tuple[int, ...], k: int, scale: float) -> np.ndarray:
 
 
 def tiny(**fields) -> UNet1D:
-    defaults = {"action_dim": 3, "action_len": 16, "down_dims": (16, 32, 64), "timestep_embed_dim": 16}
+    defaults = {"dim": 3, "length": 16, "down_dims": (16, 32, 64), "timestep_embed_dim": 16}
     return UNet1D(**{**defaults, **fields})
 
 
@@ -139,7 +139,7 @@ def test_start(inputs):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"action_len": 10}, "action_len must be a multiple of 4, .* found 10"),
+        ({"length": 10}, "length must be a multiple of 4, .* found 10"),
         ({"down_dims": (16, 20)}, "multiples of groups 8"),
         ({"down_dims": (16,)}, "two or more"),
         ({"down_dims": (12, 24), "groups": 4}, "the first one of 8"),

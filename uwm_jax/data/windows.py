@@ -52,6 +52,15 @@ class WindowSpec:
     def next_obs(self) -> tuple[int, ...]:
         return self.groups.get("next_obs", ())
 
+    def describe(self) -> str:
+        """`19 steps of an episode: 2 frames of each camera that are seen, a chunk of 16 actions, and 2 later frames`,
+        for people."""
+        steps = [index for indices in self.groups.values() for index in indices]
+        frames = f"{len(self.obs)} frames of each camera that are seen"
+        actions = f", a chunk of {len(self.action)} actions" if self.action else ""
+        later = f", and {len(self.next_obs)} later frames" if self.next_obs else ""
+        return f"{max(steps) - min(steps) + 1} steps of an episode: {frames}{actions}{later}"
+
     def to_json(self) -> dict[str, Any]:
         groups = {name: list(indices) for name, indices in self.groups.items()}
         return {"groups": groups, "pad": self.pad, "reserve": list(self.reserve)}

@@ -126,11 +126,11 @@ class TimeEmbedding(nn.Module):
 
 
 class UNet1D(nn.Module):
-    """Predicts, from noisy sequences (B, action_len, action_dim), what diffusion asks for, in the same shape, float32.
+    """Predicts, from noisy sequences (B, length, dim), what diffusion asks for, in the same shape, float32.
 
     Fields:
-        action_dim: channels of the sequence, in and out.
-        action_len: its length, a multiple of 2 ** (levels - 1).
+        dim: channels of the sequence, in and out.
+        length: its length, a multiple of 2 ** (levels - 1).
         down_dims: channels of each level; multiples of `groups`, and the first one of 8 as well.
         kernel_size: taps of the convolutions, odd.
         groups: of the normalisations; the last one has 8.
@@ -142,8 +142,8 @@ class UNet1D(nn.Module):
         ValueError: (at init) a field that does not fit.
     """
 
-    action_dim: int
-    action_len: int
+    dim: int
+    length: int
     down_dims: tuple[int, ...] = (256, 512, 1024)
     kernel_size: int = 3
     groups: int = 8
@@ -166,7 +166,7 @@ class UNet1D(nn.Module):
         self.up = [[residual(d), residual(d)] for d in dims[-2::-1]]
         self.double = [_doubling(d, dtype) for d in dims[-2::-1]]
         self.final = ConvBlock(dims[0], self.kernel_size, FINAL_GROUPS, dtype)
-        self.output = _conv(dims[0], self.action_dim, 1, jnp.float32)
+        self.output = _conv(dims[0], self.dim, 1, jnp.float32)
 
     def _check(self) -> None:
         dims = self.down_dims
@@ -175,10 +175,10 @@ class UNet1D(nn.Module):
                 f"down_dims must be two or more multiples of groups {self.groups}, the first one of {FINAL_GROUPS} as "
                 f"well; found {tuple(dims)}"
             )
-        if self.action_len % 2 ** (len(dims) - 1):
+        if self.length % 2 ** (len(dims) - 1):
             raise ValueError(
-                f"action_len must be a multiple of {2 ** (len(dims) - 1)}, because {len(dims)} levels halve it "
-                f"{len(dims) - 1} times; found {self.action_len}"
+                f"length must be a multiple of {2 ** (len(dims) - 1)}, because {len(dims)} levels halve it "
+                f"{len(dims) - 1} times; found {self.length}"
             )
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, found {self.kernel_size}")
@@ -190,7 +190,7 @@ class UNet1D(nn.Module):
 
         Args:
             global_cond: (B, F).
-            noisy: (B, action_len, action_dim).
+            noisy: (B, length, dim).
             timestep: (B,) integers from 0.
         """
         time = constrain(self.timestep_embedding(timestep), "batch")
@@ -206,7 +206,7 @@ class UNet1D(nn.Module):
 
     def predict(self, noisy: Array, modulation: Mapping[str, Array]) -> Array:
         """`__call__` with one step's slice of `modulation`: {block: (B, 2, channels)}."""
-        expected = (noisy.shape[0], self.action_len, self.action_dim)
+        expected = (noisy.shape[0], self.length, self.dim)
         if noisy.shape != expected:
             raise ValueError(f"noisy must have the shape {expected}, found {noisy.shape}")
 
@@ -228,7 +228,7 @@ class UNet1D(nn.Module):
 
     def flops(self, num_features: int) -> float:
         """Operations of the products for one sequence with `num_features` features of the observation."""
-        width, taps, length = self.timestep_embed_dim, self.kernel_size, self.action_len
+        width, taps, length = self.timestep_embed_dim, self.kernel_size, self.length
 
         def convolution(taps: int, inputs: int, outputs: int) -> float:
             return flops.dense(taps * inputs, outputs, length)
@@ -239,7 +239,7 @@ class UNet1D(nn.Module):
             first = convolution(taps, inputs, features) + 2 * flops.dense(width + num_features, 2 * features)
             return shortcut + first + 3 * convolution(taps, features, features)
 
-        total, inputs = 2 * flops.dense(width, 4 * width), self.action_dim
+        total, inputs = 2 * flops.dense(width, 4 * width), self.dim
         for level, features in enumerate(self.down_dims):
             total += pair(inputs, features)
             inputs = features
@@ -251,7 +251,7 @@ class UNet1D(nn.Module):
             total += pair(2 * inputs, features)
             total += convolution(4, features, features)  # every input is multiplied with 4 taps
             length, inputs = 2 * length, features
-        return total + convolution(taps, inputs, inputs) + convolution(1, inputs, self.action_dim)
+        return total + convolution(taps, inputs, inputs) + convolution(1, inputs, self.dim)
 
     def _residuals(self) -> dict[str, Residual]:
         """The modulated blocks by their names."""

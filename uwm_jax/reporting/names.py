@@ -36,6 +36,19 @@ ACTORS = {
     "random_uniform": "random targets, a new one each step",
     "no_action": "doing nothing: how the episodes start",
 }
+ERRORS = {  # panels of a run's curves: the metric of each use, and what is drawn next to it, with its words and line
+    "Error of sampled actions": (
+        "action_mse",
+        {
+            "baseline/mean_action": ("mean action", "-."),
+            "baseline/linear_interpolation": ("straight line to the true end", ":"),
+        },
+    ),
+    "Error of frames where the picture changed": (
+        "changed_mse",
+        {"baseline/copied_frame": ("copied frame", "-."), "baseline/mean_image": ("mean image", ":")},
+    ),
+}
 KNOWS_MORE = ("linear_interpolation", "codec")  # these are told some of the truth, so that to be worse is no defect
 
 

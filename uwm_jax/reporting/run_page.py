@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.evaluation.data import doubt
 from uwm_jax.files import write_text
 from uwm_jax.reporting import names, tables
@@ -81,21 +80,8 @@ def _idea(run: Run) -> Html:
     picture = figure(run.picture("idea.png"), about, caption)
     if not picture:
         return fill("{}{}", lead, _missing("The pictures of all uses", run, "evaluate"))
-    return fill("{}{}<p>{}</p>", lead, picture, _window(run.config))
-
-
-def _window(config: ConfigDict) -> Html:
-    window = config.data.window
-    steps = [*window.obs, *window.action, *window.next_obs]
-    later = f", and {len(window.next_obs)} later frames" if window.next_obs else ""
-    return fill(
-        "Below, a <i>window</i> is {} steps of an episode: {} frames of each camera that are seen, a <i>chunk</i> of "
-        "{} actions{}.",
-        max(steps) - min(steps) + 1,
-        len(window.obs),
-        len(window.action),
-        later,
-    )
+    window = WindowSpec.from_config(run.config.data.window).describe()
+    return fill("{}{}<p>Below, a <i>window</i> is {}.</p>", lead, picture, window)
 
 
 def _answers(run: Run) -> Html:
@@ -202,23 +188,15 @@ def _panels(run: Run) -> list[Panel]:
         for part, color in parts.items()
         for prefix, style, name in (("", "-", "training"), ("eval/", "--", "held out"))
     ]
-    baselines = {"mean_action": ("-.", "mean action"), "linear_interpolation": (":", "straight line to the true end")}
-    actions = [run.evaluated(f"{use}/action_mse", use, colors[use]) for use in uses]
-    actions += [run.evaluated(f"baseline/{b}/action_mse", label, "#777777", s) for b, (s, label) in baselines.items()]
-    frames = [run.evaluated(f"{use}/changed_mse", use, colors[use]) for use in uses]
-    frames += [
-        run.evaluated(f"control/{use}_shuffled/changed_mse", f"{use}, shuffled actions", "#d81b60") for use in uses
-    ]
-    frames += [
-        run.evaluated("baseline/copied_frame/changed_mse", "copied frame", "#777777", "-."),
-        run.evaluated("baseline/mean_image/changed_mse", "mean image", "#777777", ":"),
-    ]
+    errors = []
+    for title, (metric, baselines) in names.ERRORS.items():
+        shuffled = [f"control/{use}_shuffled/{metric}" for use in uses]
+        lines = [run.evaluated(f"{use}/{metric}", use, colors[use]) for use in uses]
+        lines += [run.evaluated(n, f"{u}, shuffled actions", "#d81b60") for u, n in zip(uses, shuffled, strict=True)]
+        lines += [run.evaluated(f"{n}/{metric}", label, "#777777", style) for n, (label, style) in baselines.items()]
+        errors.append(Panel(title, lines))
     probes = [name for name in run.metrics if name.startswith("control/") and name.count("/") == 1]
-    panels = [
-        Panel("Loss (mean squared error)", loss, logarithmic=True),
-        Panel("Error of sampled actions", actions),
-        Panel("Error of frames where the picture changed", frames),
-    ]
+    panels = [Panel("Loss (mean squared error)", loss, logarithmic=True), *errors]
     return panels + [Panel(names.of(n)[0], [run.evaluated(n, n, "#009e73")], zero=True) for n in probes]
 
 

@@ -171,15 +171,12 @@ def network_from_config(model_config: Any, *, action_dim: int, action_len: int) 
         ValueError: (at init) widths, heads, levels or lengths do not fit.
     """
     m, encoder = model_config, model_config.encoder
-    shared = {
-        "action_dim": action_dim,
-        "action_len": action_len,
-        "timestep_embed_dim": m.timestep_embed_dim,
-        "dtype": jnp.dtype(m.dtype),
-    }
+    shared = {"timestep_embed_dim": m.timestep_embed_dim, "dtype": jnp.dtype(m.dtype)}
     net: ActionTransformer | UNet1D
     if m.predictor == "unet":
         net = UNet1D(
+            dim=action_dim,
+            length=action_len,
             down_dims=tuple(m.unet.down_dims),
             kernel_size=m.unet.kernel_size,
             groups=m.unet.groups,
@@ -188,6 +185,8 @@ def network_from_config(model_config: Any, *, action_dim: int, action_len: int) 
         )
     else:
         net = ActionTransformer(
+            action_dim=action_dim,
+            action_len=action_len,
             embed_dim=m.embed_dim,
             depth=m.depth,
             num_heads=m.num_heads,
