@@ -21,7 +21,6 @@ from uwm_jax.systems.base import (
     System,
     Use,
     exact,
-    row_keys,
     share_equally,
 )
 from uwm_jax.systems.gr1.network import network_from_config
@@ -67,11 +66,7 @@ class GR1(System):
 
     @exact
     def encode(self, frozen: Params, batch: Batch, key: jax.Array | None = None) -> Encoded:
-        keys = None
-        if key is not None:
-            one_draw = self.config.data.augment.draw == "batch"
-            keys = row_keys(jax.random.fold_in(key, 1), batch["row"])
-            keys = jnp.broadcast_to(jax.random.fold_in(key, 2), keys.shape) if one_draw else keys
+        keys = self.step_keys(key, batch["row"]).image if key is not None else None
         current, following = ((x - MEAN) / STD if x is not None else None for x in self.images(batch, keys))
         encoded: Encoded = {"images": current}
         if following is not None:
