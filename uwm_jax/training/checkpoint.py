@@ -1,18 +1,18 @@
-"""Checkpoints: what a run leaves behind, written atomically, readable piece by piece.
+"""Checkpoints of a run, written atomically, whose items can be read separately.
 
 `<workdir>/checkpoints/<step>/` holds separately loadable items:
 
   params        trainable parameters
   ema_params    their moving average, when `config.optimizer.ema_decay` is set
   train_state   optimizer state, hyper-parameters, step
-  data_iter     where the data order stands (JSON, knows no topology)
+  data_iter     position in the order of samples (JSON, independent of the topology)
   codec         arrays of a codec fitted on data; a pretrained one lies in `<workdir>/frozen/<name>` instead
   assets        config, data spec with the normaliser, dataset manifest, code version, digests (JSON)
 
-A checkpoint with only `params` and `assets` (a converted one) serves inference. A damaged one is found by its
-digests (`checkpoint_reader.py`), put into `<workdir>/corrupt/` and the one before it is used.
+A checkpoint with only `params` and `assets` (a converted one) serves inference. A damaged one is detected by its
+digests (`checkpoint_reader.py`), moved to `<workdir>/corrupt/`, and the one before it is used.
 
-Arrays are written by all processes, everything else by the main one; all processes call all methods in one order.
+Arrays are written by all processes, the other files by the main one; all processes call all methods in the same order.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from uwm_jax.training.retention import Retention
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.writer import make_writer
 
-READ_TIMEOUT_SECONDS = 20 * 60  # for all to have read one
-SHARED_SECONDS = 40.0  # for a file that one host wrote to be seen on another: NFS clients look every 30 s
+READ_TIMEOUT_SECONDS = 20 * 60  # for all processes to have read a checkpoint
+SHARED_SECONDS = 40.0  # for a file of one host to appear on another: NFS clients refresh every 30 s
 
-REMOVE_SECONDS = 5.0  # for what is left of a checkpoint that could not be saved
+REMOVE_SECONDS = 5.0  # for removing the remains of a failed save
 
 _Value = TypeVar("_Value")
 
@@ -64,10 +64,10 @@ def write_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
 def require_shared(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
     """Checks that all processes see the same workdir; all call it after the main one's `write_config`.
 
-    A file system that is shared may show a new file late, so a process that does not see it looks again for a while.
+    A shared file system may show a new file late, so a process that does not see it retries for a while.
 
     Raises:
-      UserError: on all processes; names those whose `config.json` is not what the main one wrote.
+      UserError: on all processes; names those whose `config.json` differs from the main one's.
     """
     expected = distributed.agree(config_lib.to_json(config) + "\n")
     deadline = time.monotonic() + SHARED_SECONDS
@@ -82,7 +82,7 @@ def require_shared(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
 
 
 def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None) -> None:
-    """Warns where the disk has less room than the checkpoints of a run still need.
+    """Warns if the disk has less free space than the checkpoints of a run still need.
 
     Args:
       state: shapes and dtypes of what each of them holds.
@@ -94,7 +94,7 @@ def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None) 
     missing = max(1, most - len(_steps(Path(workdir) / "checkpoints")))
     try:
         free = shutil.disk_usage(workdir).free
-    except OSError:  # a file system that does not tell
+    except OSError:  # a file system that does not report it
         return
     if free < missing * size:
         warn(
@@ -105,7 +105,7 @@ def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None) 
 
 
 def make_assets(config: ConfigDict, spec: DataSpec, **extra: Any) -> dict[str, Any]:
-    """The JSON item that makes a checkpoint describe itself."""
+    """The JSON item that makes a checkpoint self-describing."""
     return {
         "config": config.to_dict(),
         "data_spec": spec.to_json(),
@@ -120,13 +120,13 @@ class Checkpoints:
     Args:
       workdir: the run's directory.
       retention: which checkpoints stay when a new one is complete; by default all.
-      read_only: changes nothing on disk, not even what looks left over: a run may be saving just now.
+      read_only: changes nothing on disk, not even apparent remains of failed saves: a run may be saving.
       first_start: there must be no checkpoints.
 
     Raises:
       UserError: `read_only`, and there are no checkpoints.
-      RunError: not `read_only`, and another run is at work in this workdir, which stays locked until `close`; or
-        `first_start`, and another run has been at work. Nothing in it is changed then.
+      RunError: not `read_only`, and another run uses this workdir, which is locked until `close`; or `first_start`, and
+        another run has saved a checkpoint. Nothing is changed then.
     """
 
     def __init__(
@@ -169,19 +169,19 @@ class Checkpoints:
         if first_start and found is not None:
             self._release()
             raise RunError(
-                f"--workdir: another run has meanwhile saved step {found} in {str(workdir)!r}. Nothing of it was "
-                "changed; the same command continues from there, or use another --workdir."
+                f"--workdir: another run has meanwhile saved step {found} in {str(workdir)!r}. Nothing there was "
+                "changed; rerun the same command to continue from it, or use another --workdir."
             )
 
     def _remove_unfinished(self) -> bool:
-        """Returns whether there was anything to remove."""
+        """Removes the remains of failed saves; returns whether there were any."""
         found = [path for path in self.directory.iterdir() if any(suffix in path.name for suffix in _UNFINISHED)]
         for path in found:
             shutil.rmtree(path, ignore_errors=True)
         return bool(found)
 
     def _remove_half_written(self) -> None:
-        """After a failed save, whose other writes may go on for a moment; what is left then goes at the next start."""
+        """Removes the remains of a failed save, whose other writes may continue for a moment."""
         nothing, deadline = 0, time.monotonic() + REMOVE_SECONDS
         while nothing < 3 and time.monotonic() < deadline:
             nothing = 0 if self._remove_unfinished() else nothing + 1
@@ -193,13 +193,13 @@ class Checkpoints:
             lock.release(self.directory.parent)
 
     def steps(self) -> list[int]:
-        """The steps of finished checkpoints, without those that were found damaged."""
+        """The steps of finished checkpoints, without damaged ones."""
         return [step for step in _steps(self.directory) if step not in self._passed_over]
 
     # --- reading -------------------------------------------------------------------------------
 
     def newest_readable(self) -> CheckpointReader | None:
-        """The newest checkpoint whose assets, data position and codec are whole; None where there are no checkpoints.
+        """The newest checkpoint with intact assets, data position and codec; None if there are no checkpoints.
 
         A damaged one is reported on stderr and moved to `<workdir>/corrupt/` (left in place with `read_only`).
 
@@ -216,7 +216,7 @@ class Checkpoints:
         return None
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, CheckpointReader]:
-        """The newest training state that is what was saved, and the checkpoint that it comes from.
+        """The newest intact training state, and its checkpoint.
 
         Falls back as `newest_readable` does, so the step may be lower than the one that it returned before: the
         caller takes step, data position and assets from here.
@@ -225,7 +225,7 @@ class Checkpoints:
           like: the state's shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves).
 
         Raises:
-          UserError: no checkpoint can be read, or one that is whole does not fit `like`.
+          UserError: no checkpoint can be read, or an intact one does not fit `like`.
         """
         while (stored := self.newest_readable()) is not None:
             try:
@@ -235,20 +235,20 @@ class Checkpoints:
         raise UserError(f"{self.directory}: holds no checkpoint.")
 
     def restore_state(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The training state and the data position of this very step; `like` as in `restore_latest`."""
+        """The training state and the data position of a given step; `like` as in `restore_latest`."""
         stored = CheckpointReader(self.directory, step)
         _together(stored.require_train_state)
         return _restore_state(stored, like), _together(lambda: stored.data_iter)
 
     def restore_params(self, step: int, like: Any, item: str = "params") -> Any:
-        """One parameter item alone; `like` as in `restore_latest`. Raises CorruptCheckpoint, a UserError."""
+        """One item of parameters; `like` as in `restore_latest`. Raises CorruptCheckpoint, a UserError."""
         stored = CheckpointReader(self.directory, step)
         params = _together(lambda: stored.read(item, like))
         stored.verify(item, params)
         return params
 
     def restore_arrays(self, step: int, item: str) -> Any:
-        """An item of arrays whose structure is taken from the checkpoint, on the default device."""
+        """An item of arrays in the structure of the checkpoint, on the default device."""
         return CheckpointReader(self.directory, step).arrays(item)
 
     def assets(self, step: int) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class Checkpoints:
         return CheckpointReader(self.directory, step).items
 
     def pass_over(self, step: int, damage: CorruptCheckpoint) -> None:
-        """Says on stderr what is wrong with a checkpoint, and takes it out of the way of the one before it.
+        """Sets a damaged checkpoint aside, with a warning on stderr, in favour of the one before it.
 
         It is moved to `<workdir>/corrupt/`, unless `read_only`. Raises UserError, and moves nothing, where no other
         checkpoint is left: an empty directory would make the next start begin anew.
@@ -296,14 +296,14 @@ class Checkpoints:
 
     @staticmethod
     def warm_up(state: TrainState, frozen_arrays: Any) -> None:
-        """Compiles what the first `save` of such a state runs on the devices.
+        """Compiles the device programs of the first `save` of such a state.
 
-        A run that is told to end has no time for that. All processes call it.
+        A run that is ended by a signal has no time for that. All processes call it.
         """
         prepare_digests({**_state_items(state), "codec": frozen_arrays})
 
     def save_params(self, step: int, params: Any, frozen_arrays: Any, assets: Mapping[str, Any]) -> None:
-        """Saves parameters and assets alone, and waits until they are durable."""
+        """Saves only parameters and assets, and waits until they are durable."""
         self._start_save(step, {"params": params}, frozen_arrays, assets, None)
         self.wait()
 
@@ -320,9 +320,9 @@ class Checkpoints:
         self.check()
 
     def close(self) -> None:
-        """Waits for the last save. Raises RunError if it failed and nobody knows yet.
+        """Waits for the last save. Raises RunError if it failed and this was not raised yet.
 
-        While another exception is on its way, the failure is only printed, so that it does not hide the other.
+        While another exception is being handled, the failure is only printed, so that it does not hide the other.
         """
         if self._read_only:
             return
@@ -331,7 +331,7 @@ class Checkpoints:
             self._saving.join()
         try:
             self._writer.close()
-        except Exception:  # the failed save once more
+        except Exception:  # the failed save again
             if self._failure is None:
                 raise
         finally:
@@ -364,7 +364,7 @@ class Checkpoints:
         except Exception as e:
             self._failure = self._failed(step, e)
             self.check()
-        self._passed_over.discard(step)  # a sound one takes the place of a damaged one
+        self._passed_over.discard(step)  # an intact one replaces a damaged one
         self._saving = threading.Thread(target=self._finish, args=(step,), name=f"save of step {step}", daemon=True)
         self._saving.start()
 
@@ -377,7 +377,9 @@ class Checkpoints:
             return
         if distributed.is_main():
             for old in self._surplus():
-                gone = self.directory / f"{old}.deleted"  # renamed first: half of a checkpoint never looks like one
+                gone = (
+                    self.directory / f"{old}.deleted"
+                )  # renamed first, so that a partly deleted checkpoint never looks like one
                 try:
                     (self.directory / str(old)).rename(gone)
                     shutil.rmtree(gone)
@@ -385,7 +387,7 @@ class Checkpoints:
                     warn(f"{self.directory / str(old)}: an old checkpoint could not be deleted: {cause_of(e)}")
 
     def _surplus(self) -> list[int]:
-        """The steps whose checkpoints are to be deleted; none, with a warning, where that cannot be decided."""
+        """The steps whose checkpoints are to be deleted; none, with a warning, if that cannot be decided."""
         try:
             return self._retention.surplus(self._listed(), self.directory.parent)
         except (OSError, RunError) as e:
@@ -393,7 +395,7 @@ class Checkpoints:
             return []
 
     def _listed(self) -> list[int]:
-        """`steps`, for the thread that must tell how a save went; none, with a warning, where they cannot be read."""
+        """`steps`, for the thread that reports the result of a save; none, with a warning, if they cannot be read."""
         try:
             return self.steps()
         except (OSError, RunError) as e:
@@ -401,7 +403,7 @@ class Checkpoints:
             return []
 
     def _failed(self, step: int, error: BaseException) -> RunError:
-        # What orbax no longer writes would be told by the interpreter as it ends, below the one message.
+        # Else the interpreter warns, as it ends, of writes that orbax has abandoned.
         warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
         whole = [s for s in self._listed() if s != step]
         continued = f"continues from step {whole[-1]}" if whole else "starts anew"
@@ -451,7 +453,7 @@ def save_params_only(
 
 
 def latest_step(workdir: str | os.PathLike[str]) -> int | None:
-    """The newest finished checkpoint of a workdir, None without one; touches nothing."""
+    """The step of the newest finished checkpoint of a workdir, None if there is none; changes nothing."""
     return max(_steps(Path(workdir) / "checkpoints"), default=None)
 
 
@@ -468,7 +470,7 @@ def _text(path: Path) -> str | None:
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or `path.2`, `path.3` and so on where it exists."""
+    """`path`, or if it exists the first of `path.2`, `path.3` and so on that does not."""
     names = (path.with_name(f"{path.name}.{n}") if n > 1 else path for n in range(1, 10_000))
     return next(name for name in names if not name.exists())
 
@@ -476,7 +478,7 @@ def _free_name(path: Path) -> Path:
 def _together(read: Callable[[], _Value]) -> _Value:
     """`read()`, unless it raises on any process: then it raises on all, so that none waits for another.
 
-    A checkpoint counts as damaged only where damage is all that any process found.
+    A checkpoint counts as damaged only if no process failed for another reason.
     """
     result, error = None, None
     try:
