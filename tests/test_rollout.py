@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("gym_pusht")
 
-from data_prep import demo  # noqa: E402
+from tests.pusht_run import SIZE, make_config, make_demonstrations  # noqa: E402
 from uwm_jax import cli, compare_samplers, envs, rollout  # noqa: E402
 from uwm_jax.config import base, source  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
@@ -29,38 +29,15 @@ from uwm_jax.reporting import film  # noqa: E402
 from uwm_jax.reporting.sheets import read_labels  # noqa: E402
 from uwm_jax.train import train  # noqa: E402
 from uwm_jax.training.inference import load_for_inference  # noqa: E402
+from uwm_jax.training.log import read_metrics  # noqa: E402
 
-SIZE = 16
 SEEDS = [100_000, 100_003]
-EXPERT = demo.Demo(episodes=4, image_size=SIZE, candidates=24, max_steps=40)
 
 
 @pytest.fixture(scope="module")
-def demonstrations(tmp_path_factory):
-    """The beginnings of four demonstrations in the training layout, which count as solved."""
-    run = demo.run_episode
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "run_episode", lambda number, params: dataclasses.replace(run(number, params), solved=True))
-        output = tmp_path_factory.mktemp("demonstrations") / "pusht"
-        demo.make(EXPERT, output, workers=1)
-    return output
-
-
-@pytest.fixture(scope="module")
-def config(demonstrations):
-    c = base()
-    c.total_steps, c.batch_size, c.log_every = 2, 4, 1
-    c.checkpoint.every = 2
-    c.eval.num_windows = 4
-    c.model.embed_dim, c.model.depth, c.model.num_heads, c.model.num_registers = 32, 1, 2, 2
-    c.model.timestep_embed_dim, c.model.patch = 16, (2, 2, 2)
-    c.model.encoder.stage_sizes, c.model.encoder.width, c.model.encoder.pool = (1,), 16, "flatten"
-    c.model.encoder.use_low_dim = True
-    c.model.codec.name = "pca"
-    c.diffusion.num_inference_steps = 2
-    c.data.path, c.data.cameras, c.data.low_dim = str(demonstrations), ("image",), ("agent_pos",)
-    c.data.val_ratio, c.data.num_streams, c.data.num_threads = demo.VAL_RATIO, 8, 1
-    c.data.resize = c.data.crop = (SIZE, SIZE)
+def config(tmp_path_factory):
+    c = make_config(make_demonstrations(tmp_path_factory.mktemp("demonstrations") / "pusht"))
+    c.eval.closed_loop.env, c.eval.closed_loop.every, c.eval.closed_loop.episodes = "pusht", 2, 2
     return c
 
 
@@ -319,6 +296,28 @@ def test_observations_take_the_path_of_training_bit_for_bit(trained):
 
     chunk = sample(window, noise)
     np.testing.assert_array_equal(policy.plan(), system.spec.normalizer.unnormalize("action", np.asarray(chunk)))
+
+
+@pytest.mark.slow
+def test_training_writes_what_the_command_does_of_the_policy(trained):
+    folder = trained / "rollout" / "2"
+    written = {file: json.loads((folder / file).read_text()) for file in ("metrics.json", "episodes.json")}
+    logged = {
+        name.removeprefix("eval/rollout/"): value
+        for name, value in read_metrics(trained / "metrics.jsonl")[-1].items()
+        if name.startswith("eval/")
+    }
+    assert logged == {name: value["mean"] for name, value in written["metrics.json"].items()}
+    assert logged.keys() == {"policy/max_coverage", "policy/success", "no_action/max_coverage"}
+    arguments = ["rollout", f"--workdir={trained}", "--env=pusht", "--episodes=2", "--workers=1"]
+    assert cli.call(rollout.main, arguments, rollout.define_flags) == 0
+    again = {file: json.loads((folder / file).read_text()) for file in written}  # in the same place
+    assert again["metrics.json"].items() >= written["metrics.json"].items()
+    assert again["episodes.json"]["episodes"]["policy"] == written["episodes.json"]["episodes"]["policy"]
+    changing = ("command", "time", "episodes")
+    assert {k: v for k, v in again["episodes.json"].items() if k not in changing} == {
+        k: v for k, v in written["episodes.json"].items() if k not in changing
+    }
 
 
 @pytest.mark.slow

@@ -136,6 +136,12 @@ def base(system: str = "uwm") -> ConfigDict:
     c.eval.losses.every = -1  # steps between measurements of the losses on held-out windows; -1 = eval.every, 0 = never
     c.eval.samples = ConfigDict()
     c.eval.samples.every = -1  # steps between samples of all uses on held-out windows; -1 = eval.every, 0 = never
+    c.eval.closed_loop = ConfigDict()
+    # steps between closed loops of the policy, where env names a simulator; -1 = eval.every, 0 = never
+    c.eval.closed_loop.every = -1
+    c.eval.closed_loop.env = ""  # simulator that the policy acts in during training, such as pusht; "" = none
+    c.eval.closed_loop.episodes = 50  # episodes of each closed loop, always from the same seeds, 100000 and on
+    c.eval.closed_loop.execute = 8  # steps of each chunk of actions that are taken before the next chunk is sampled
     c.eval.num_windows = 256  # held-out windows of an evaluation
     # (camera, x_low, x_high, y_low, y_high) where the first two numbers of a raw action are a position in the rectangle
     # that this camera shows: pictures draw them there; () = not

@@ -34,6 +34,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _AT_LEAST_ONE = (
     *("total_steps", "batch_size", "accumulation_steps", "log_every", "mesh.fsdp", "mesh.tensor"),
     *("data.num_streams", "data.prefetch", "checkpoint.every", "checkpoint.keep", "eval.num_windows"),
+    *("eval.closed_loop.episodes", "eval.closed_loop.execute"),
 )
 
 
@@ -46,8 +47,11 @@ _PLANE = "eval.action_plane"  # a camera and four numbers
 
 
 def cadence(config: ConfigDict, evaluator: str) -> int:
-    """Steps between measurements of an evaluator in training; 0 is never."""
+    """Steps between measurements of an evaluator in training; 0 is never, as where it needs an environment and has
+    none."""
     every = config.eval[evaluator].every
+    if not config.eval[evaluator].get("env", "any"):
+        return 0
     return config.eval.every if every == -1 else every
 
 
@@ -162,12 +166,23 @@ def _check_combinations(c: ConfigDict) -> None:
         c.mesh.data == -1 or c.mesh.data > 0,
         f"config.mesh.data: expected a number of devices or -1 for all, found {c.mesh.data}.",
     )
-    for name in ("losses", "samples"):
-        check(
-            c.eval[name].every >= -1,
-            f"config.eval.{name}.every: expected -1 (as config.eval.every), 0 (never) or steps, found "
-            f"{c.eval[name].every}.",
-        )
+    for name, fields_of in c.eval.items():
+        if isinstance(fields_of, ConfigDict):
+            check(
+                fields_of.every >= -1,
+                f"config.eval.{name}.every: expected -1 (as config.eval.every), 0 (never) or steps, found "
+                f"{fields_of.every}.",
+            )
+    loop = c.eval.closed_loop
+    check(
+        bool(loop.env) or loop.every <= 0,
+        f"config.eval.closed_loop.every={loop.every} requires a simulator: set config.eval.closed_loop.env, e.g. to "
+        "'pusht', or every to 0.",
+    )
+    check(
+        not loop.env or bool(systems.get(c.system).acting),
+        f"config.eval.closed_loop.env={loop.env!r}: config.system={c.system!r} has no use that acts. Set it to ''.",
+    )
     _check_retention(c, check)
     plane = c.eval.action_plane
     if plane and plane[0] not in d.cameras:
@@ -185,7 +200,9 @@ def _check_combinations(c: ConfigDict) -> None:
 
 def _check_retention(c: ConfigDict, check: Callable[[bool, str], None]) -> None:
     every, kept = c.checkpoint.every, c.checkpoint.keep_every
-    evaluated = cadence(c, "losses" if c.checkpoint.keep_best.startswith("eval/loss/") else "samples")
+    kind = c.checkpoint.keep_best.removeprefix("eval/").split("/")[0]
+    evaluator = {"loss": "losses", "rollout": "closed_loop"}.get(kind, "samples")
+    evaluated = cadence(c, evaluator)
     check(
         kept % every == 0,
         f"config.checkpoint.keep_every={kept} is not a multiple of config.checkpoint.every={every}: only steps at "
@@ -201,7 +218,8 @@ def _check_retention(c: ConfigDict, check: Callable[[bool, str], None]) -> None:
     )
     check(
         evaluated > 0,
-        f"config.checkpoint.keep_best={best!r} requires evaluations in training: set config.eval.every.",
+        f"config.checkpoint.keep_best={best!r} requires evaluations in training: set config.eval.every"
+        + (" and config.eval.closed_loop.env." if evaluator == "closed_loop" else "."),
     )
     check(
         every % evaluated == 0 or evaluated % every == 0,

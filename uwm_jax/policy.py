@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.systems.base import System
 
 Rows = Sequence[int] | np.ndarray | None
+Sample = Callable[..., jax.Array]  # as `acting` makes it
 
 
 class Policy:
@@ -36,20 +38,30 @@ class Policy:
         execute: actions of each chunk that are taken, 1 to as many as the chunk has from the present on.
         seed: of the noise that sampling starts from, with the episode's seed and the number of the decision.
         batch_size: rows of one call of the network.
+        sample: `acting(system)`, compiled; None: it is compiled for one device.
     Raises:
         UserError: `execute` does not fit the window that the model was trained on.
     """
 
     def __init__(
-        self, system: System, params: Any, frozen: Any, *, execute: int = 8, seed: int = 0, batch_size: int = 1
+        self,
+        system: System,
+        params: Any,
+        frozen: Any,
+        *,
+        execute: int = 8,
+        seed: int = 0,
+        batch_size: int = 1,
+        sample: Sample | None = None,
     ):
         self.system, self._params, self._frozen = system, params, frozen
         self.execute, self._batch_size = execute, batch_size
-        self._key = jax.random.key(seed)
+        self._seed = np.uint32(seed)
+        self._sample = sample or _compiled(system)
         window = system.spec.window
         present = max(window.obs)
         self._history = [present - i for i in window.obs]  # steps back from the present
-        self._chunk = _chunk_from_the_present(window.action, present, execute)
+        self._chunk = chunk_from_the_present(window, execute)
         self.reset((0,))
 
     def reset(self, seeds: Sequence[int]) -> None:
@@ -126,15 +138,12 @@ class Policy:
             RunError: the actions are not finite.
         """
         at = self._rows(rows)
-        sample, size = _sampler(self.system), self._batch_size
+        size = self._batch_size
         pieces = []
         for start in range(0, len(at), size):
             part = np.resize(at[start : start + size], size)  # filled up by repetition
-            pieces.append(
-                sample(
-                    self._params, self._frozen, self.inputs(part), self._key, self._seeds[part], self._decisions[part]
-                )
-            )
+            noise = self._seed, self._seeds[part], self._decisions[part]
+            pieces.append(self._sample(self._params, self._frozen, self.inputs(part), *noise))
         self._decisions[at] += 1
         chunk = np.concatenate(jax.device_get(pieces))[: len(at)]
         if not np.isfinite(chunk).all():
@@ -148,12 +157,21 @@ class Policy:
         return np.arange(len(self._seeds)) if rows is None else np.asarray(rows, np.int64)
 
 
-# Cached, so that policies of one system compile once.
-@functools.lru_cache(maxsize=4)
-def _sampler(system: System) -> Callable[..., jax.Array]:
-    """(params, frozen, batch, key, seeds (B,), decisions (B,)) -> normalised actions (B, Ta, Da)."""
+def acting(system: System) -> Sample:
+    """`(params, frozen, batch, seed, seeds, decisions) -> actions`, to be compiled: a chunk for each of B rows.
 
-    def sample(params: Any, frozen: Any, batch: Any, key: jax.Array, seeds: jax.Array, decisions: jax.Array) -> Any:
+    Args of the function:
+        batch: as `Policy.inputs` gives it.
+        seed: () uint32, of all noise; seeds, decisions: (B,) uint32, each row's episode and number of the decision.
+
+    Returns (B, Ta, Da) float32, normalised.
+    """
+
+    def sample(
+        params: Any, frozen: Any, batch: Mapping[str, Any], seed: jax.Array, seeds: jax.Array, decisions: jax.Array
+    ) -> jax.Array:
+        key = jax.random.key(seed)
+
         def noise(seed: jax.Array, decision: jax.Array) -> dict[str, jax.Array]:
             own = jax.random.fold_in(jax.random.fold_in(key, seed), decision)
             return jax.tree.map(lambda x: x[0], system.noise(own, jnp.zeros(1, jnp.int32), system.acting))
@@ -161,11 +179,22 @@ def _sampler(system: System) -> Callable[..., jax.Array]:
         encoded = system.encode(frozen, batch)
         return system.sample(params, encoded, system.acting, jax.vmap(noise)(seeds, decisions))["action"]
 
-    return jax.jit(sample)
+    return sample
 
 
-def _chunk_from_the_present(action: tuple[int, ...], present: int, execute: int) -> slice:
-    """Where in the window's actions those lie that are taken; UserError where there are fewer than `execute`."""
+# Cached, so that policies of one system compile once.
+@functools.lru_cache(maxsize=4)
+def _compiled(system: System) -> Sample:
+    return jax.jit(acting(system))
+
+
+def chunk_from_the_present(window: WindowSpec, execute: int) -> slice:
+    """Where in a window's actions the `execute` ones lie that follow the newest observed frame.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    action, present = window.action, max(window.obs)
     first = action.index(present) if present in action else 0
     ready = 0
     while first + ready < len(action) and action[first + ready] == present + ready:

@@ -12,7 +12,6 @@ An episode is a function of the parameters, its seed and the flags alone, whatev
 
 from __future__ import annotations
 
-import json
 import time
 
 from absl import flags
@@ -32,12 +31,13 @@ from uwm_jax.evaluation.closed_loop import (
     measure,
     open_envs,
     play,
+    settings_of,
     under_views,
     views_of,
     with_views,
+    write_episodes,
 )
 from uwm_jax.evaluation.metrics import Metrics, text
-from uwm_jax.files import write_text
 from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.training import fixed_fields, inference
@@ -74,7 +74,7 @@ def main(call: cli.Call) -> None:
     own_config, _ = fixed_fields.config_of_run(workdir, CheckpointReader(workdir.absolute() / "checkpoints", step))
     settings = places.differences(system.config, own_config, fields, used["parameters"], default)
     own = not settings
-    settings |= {name: FLAGS[name].value for name in ("env", "first_seed", "episodes", "execute", "seed")}
+    settings |= settings_of(env, FLAGS.first_seed, FLAGS.episodes, FLAGS.execute, FLAGS.seed)
     folder = places.choose(
         root / "rollout" / str(step),
         "episodes.json",
@@ -100,13 +100,10 @@ def main(call: cli.Call) -> None:
     seconds = time.perf_counter() - start
 
     metrics = measure(results, spec)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "episodes.gif").unlink(missing_ok=True)  # an older closed loop's, until this one's is drawn
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     how = describe_use(call.line, system.config, call.changed)
     how |= describe_episodes(spec, system, results, FLAGS.execute, FLAGS.seed)
     how |= used | {"settings": settings} | places.of_run(root, workdir)
-    write_text(folder / "episodes.json", json.dumps(how, indent=1) + "\n")
+    write_episodes(folder, metrics, how)
     clips = []
     for label, i in film.representative(results[POLICY]):
         episode = results[POLICY][i]

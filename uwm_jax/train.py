@@ -117,6 +117,7 @@ def run(
 
     # --- Config: the same in all processes, and as an earlier start of this run fixed it. ----------
     distributed.require_same("config", config_lib.flatten(config))
+    in_training.check_config(config)
     last_step = distributed.agree(checkpoint_lib.latest_step(workdir))
     if last_step is not None:
         before = fixed_fields.started_with(workdir, last_step)
@@ -152,8 +153,7 @@ def run(
         say("\n".join(compatibility.check(origin, config, data.spec, data.ranges())))
         data = data.with_normalizer(origin.normalizer_for(config, data.spec))
     loader = make_loader(config, data, mesh, stored)
-    if in_training.measures(config):
-        data.held_out(config.eval.num_windows)  # raises here where there is none
+    in_training.check_data(config, data)
     trace = Profile.parse(profile, workdir, stored.step if stored else 0, config.total_steps)
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----

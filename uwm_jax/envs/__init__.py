@@ -87,14 +87,14 @@ class EnvSpec:
     action_plane: tuple[str, float, float, float, float] | None = None
 
 
-def get(name: str) -> EnvSpec:
-    """The environment called `name`.
+def get(name: str, asked: str = "--env") -> EnvSpec:
+    """The environment called `name`; `asked` is the flag or field that named it.
 
     Raises:
         UserError: an unknown name, or a package that the environment needs is missing.
     """
     if name not in _MODULES:
-        raise UserError(f"--env={name}: there is no such environment. Known: {', '.join(sorted(_MODULES))}.")
+        raise UserError(f"{asked}={name}: there is no such environment. Known: {', '.join(sorted(_MODULES))}.")
     spec: EnvSpec = importlib.import_module(_MODULES[name]).SPEC
     spec.check()
     return spec

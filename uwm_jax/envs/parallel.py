@@ -146,7 +146,7 @@ class ParallelEnvs:
         deadline = time.monotonic() + 2  # for all of them, which may be in the middle of an episode
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
-            process.terminate()
+            process.kill()
             process.join()
         self._pipes, self._processes = [], []
 
@@ -219,7 +219,8 @@ class ParallelEnvs:
 
 def _work(pipe: Any, name: str, cameras: dict[str, tuple[int, int]]) -> None:
     """A worker process: answers commands until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # to the whole group; the parent ends us
+        signal.signal(number, signal.SIG_IGN)
     envs: dict[int, Env] = {}
     spec: EnvSpec | None = None
     with contextlib.suppress(EOFError, OSError):

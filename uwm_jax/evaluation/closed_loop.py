@@ -1,27 +1,100 @@
-"""Closed loop: a policy, random policies and an expert act in a simulator on the same starts, and are compared."""
+"""Closed loop: a policy, random policies and an expert act in a simulator on the same starts, and are compared.
+
+The rollout command, comparisons of samplers and evaluation in training share it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from uwm_jax.data.records import short_key
+from uwm_jax.data.spec import DataSpec
 from uwm_jax.envs import EnvSpec, get
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, cores
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import Metrics, difference_bounds, interval, proportion, proportion_difference
-from uwm_jax.policy import Policy
+from uwm_jax.files import write_text
+from uwm_jax.parallel import distributed
+from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.parallel.sharding import Rules
+from uwm_jax.policy import Policy, acting
 from uwm_jax.systems.base import System
+from uwm_jax.training.step import compile_for
 
 POLICY = "policy"
 FIRST_SEED = 100_000  # as published PushT evaluations begin; far from the seeds of demonstrations
 BATCH = 32  # rows of one call of the network; constant, so that the number of episodes changes none of them
+
+Rounds = Callable[[Iterator[int]], Iterator[int]]
+
+
+class Described(Protocol):
+    """A model as far as environments are concerned: a `System`, or what one will be made of."""
+
+    @property
+    def config(self) -> ConfigDict: ...
+    @property
+    def spec(self) -> DataSpec: ...
+
+
+class Inputs(NamedTuple):
+    """A model before it is made."""
+
+    config: ConfigDict
+    spec: DataSpec
+
+
+class MeshSampler:
+    """Chunks of actions from parameters as they lie on a mesh, for the `Policy` of process 0; the other processes
+    `follow`. `compile` comes first.
+
+    Args:
+        system: whose acting use is sampled.
+        mesh, rules: where rows lie, and the parameters that will be given.
+
+    Attributes:
+        rows: of one call: `BATCH`, or as few more as the mesh divides.
+    """
+
+    def __init__(self, system: System, mesh: Mesh, rules: Rules):
+        self._system, self._mesh, self._rules = system, mesh, rules
+        shares = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
+        self.rows = shares * -(-BATCH // shares)
+        by_rows, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+        batch = {key: like for key, like in system.spec.batch_like(self.rows).items() if key.startswith("obs/")}
+        numbers = jax.ShapeDtypeStruct((self.rows,), np.uint32)
+        self._like = batch, jax.ShapeDtypeStruct((), np.uint32), numbers, numbers
+        self._shardings = jax.tree.map(lambda x: by_rows if x.shape else whole, self._like)
+
+    def compile(self, params: Any, frozen: Any) -> None:
+        """Compiles the program; `params`, `frozen` are arrays, or shapes with shardings."""
+        inputs = mesh_lib.with_sharding(self._like, self._shardings)
+        function = acting(self._system)
+        self._program = compile_for(self._mesh, self._rules, function, params, frozen, *inputs, updates_state=False)
+
+    def __call__(self, params: Any, frozen: Any, *inputs: Any) -> jax.Array:
+        """As the function that `policy.acting` makes; with several processes all take part, by `follow`."""
+        if jax.process_count() > 1:
+            inputs = multihost_utils.broadcast_one_to_all(inputs)
+        return self._program(params, frozen, *mesh_lib.place(inputs, self._shardings))
+
+    def follow(self, params: Any, frozen: Any) -> None:
+        """Takes part in a call of process 0."""
+        self(params, frozen, *jax.tree.map(lambda like: np.zeros(like.shape, like.dtype), self._like))
 
 
 def closed_loop(
@@ -35,6 +108,8 @@ def closed_loop(
     seed: int = 0,
     workers: int = 0,
     progress: str = "",
+    sampler: MeshSampler | None = None,
+    each: Rounds = iter,
 ) -> list[EpisodeResult]:
     """Lets the policy mode of a model act in an environment, one episode from each of `seeds`.
 
@@ -50,6 +125,10 @@ def closed_loop(
         seed: of the sampler's noise, together with the episode's seed and the number of the decision.
         workers: processes that simulate; 0 = all cores, at most one per episode.
         progress: the progress bar's description; "" shows none.
+        sampler: of parameters that lie on a mesh; None: they lie on one device. Where the mesh has several processes,
+            process 0 calls this, and the others `follow`.
+        each: gives the numbers of the rounds on, one by one; a round is a chunk of each episode that is not over. What
+            it raises ends the episodes.
 
     Returns:
         The episodes in the order of `seeds`.
@@ -58,7 +137,8 @@ def closed_loop(
         UserError: an unknown environment, a missing package, a model that was trained on other inputs or actions
             than the environment has, or an `execute` that its chunks do not have.
     """
-    policy = Policy(system, params, frozen, execute=execute, seed=seed, batch_size=BATCH)
+    rows_of_a_call = sampler.rows if sampler else BATCH
+    policy = Policy(system, params, frozen, execute=execute, seed=seed, batch_size=rows_of_a_call, sample=sampler)
     with contextlib.ExitStack() as stack:
         if isinstance(env, str):
             env = stack.enter_context(open_envs(env, system, seeds, workers))
@@ -69,19 +149,38 @@ def closed_loop(
         scores, actions = [[score] for score in seen.score], [[] for _ in seeds]  # type: ignore[var-annotated]
         success = np.zeros(len(seeds), bool)
         rows, observation = np.arange(len(seeds)), seen.observation
-        while len(rows):
-            action = policy.act(under_views(observation, views), rows).astype(np.float64)
-            seen = env.step(rows, action)
-            for i, row in enumerate(rows):
-                scores[row].append(seen.score[i])
-                actions[row].append(action[i])
-            success[rows] = seen.success
-            rows, observation = rows[~seen.done], {key: x[~seen.done] for key, x in seen.observation.items()}
-            bar.update()
-            bar.set_postfix(solved=f"{success.sum()}/{len(seeds)}", refresh=False)
+        for _ in each(_rounds(env.spec, execute)):
+            if not distributed.agree(len(rows)):
+                break
+            for _ in range(execute):
+                action = policy.act(under_views(observation, views), rows).astype(np.float64)
+                seen = env.step(rows, action)
+                for i, row in enumerate(rows):
+                    scores[row].append(seen.score[i])
+                    actions[row].append(action[i])
+                success[rows] = seen.success
+                rows, observation = rows[~seen.done], {key: x[~seen.done] for key, x in seen.observation.items()}
+                bar.update()
+                bar.set_postfix(solved=f"{success.sum()}/{len(seeds)}", refresh=False)
+                if not len(rows):
+                    break
     return [
         EpisodeResult(int(s), np.array(scores[i]), np.array(actions[i]), bool(success[i])) for i, s in enumerate(seeds)
     ]
+
+
+def follow(sampler: MeshSampler, params: Any, frozen: Any, spec: EnvSpec, *, execute: int, each: Rounds = iter) -> None:
+    """The part that the other processes have in the `closed_loop` of process 0, whose arguments these are."""
+    for _ in each(_rounds(spec, execute)):
+        if not (left := distributed.agree(0)):  # process 0's number of episodes
+            break
+        for _ in range(-(-left // sampler.rows)):
+            sampler.follow(params, frozen)
+
+
+def _rounds(spec: EnvSpec, execute: int) -> Iterator[int]:
+    """The numbers of the chunks of an episode that takes as long as it may."""
+    return iter(range(-(-spec.max_steps // execute)))
 
 
 def open_envs(name: str, system: System, seeds: Sequence[int], workers: int = 0) -> ParallelEnvs:
@@ -103,20 +202,20 @@ def play(envs: ParallelEnvs, controller: str, seeds: Sequence[int]) -> list[Epis
     return [found[place] for place in range(len(seeds))]
 
 
-def views_of(spec: EnvSpec, system: System) -> dict[str, str]:
+def views_of(spec: EnvSpec, model: Described) -> dict[str, str]:
     """{camera of the model: the environment's camera that it shows}: what the run's first source with actions has
     there, which may be one camera for several views, or the environment's camera of the same name."""
-    data = system.config.data
+    data = model.config.data
     keys: dict[str, str] = {}
     if robots := [source for _, source in sorted(data.sources.items()) if source.use_actions]:
         keys = dict(zip(data.cameras, map(short_key, robots[0].cameras or data.cameras), strict=True))
-    shown = {view: next((c for c in (keys.get(view), view) if c in spec.cameras), None) for view in system.spec.cameras}
+    shown = {view: next((c for c in (keys.get(view), view) if c in spec.cameras), None) for view in model.spec.cameras}
     return {view: camera for view, camera in shown.items() if camera}
 
 
-def env_cameras(spec: EnvSpec, system: System) -> dict[str, tuple[int, int]]:
+def env_cameras(spec: EnvSpec, model: Described) -> dict[str, tuple[int, int]]:
     """{the environment's camera: (height, width)} of the frames to draw."""
-    return {camera: system.spec.cameras[view] for view, camera in views_of(spec, system).items()}
+    return {camera: model.spec.cameras[view] for view, camera in views_of(spec, model).items()}
 
 
 def under_views(observation: Mapping[str, np.ndarray], views: Mapping[str, str]) -> dict[str, np.ndarray]:
@@ -124,19 +223,23 @@ def under_views(observation: Mapping[str, np.ndarray], views: Mapping[str, str])
     return {**observation, **{view: observation[camera] for view, camera in views.items()}}
 
 
-def with_views(spec: EnvSpec, system: System) -> EnvSpec:
+def with_views(spec: EnvSpec, model: Described) -> EnvSpec:
     """The environment whose actions are drawn on the model's first view of that camera."""
     if spec.action_plane is None:
         return spec
     camera, x_low, x_high, y_low, y_high = spec.action_plane
-    views = [view for view, shown in sorted(views_of(spec, system).items()) if shown == camera]
+    views = [view for view, shown in sorted(views_of(spec, model).items()) if shown == camera]
     plane = (views[0] if views else camera, x_low, x_high, y_low, y_high)
     return dataclasses.replace(spec, action_plane=plane)
 
 
-def check_fits(spec: EnvSpec, system: System) -> None:
-    """Raises UserError where the model reads what the environment does not show, or acts in another space."""
-    data, views = system.spec, views_of(spec, system)
+def check_fits(spec: EnvSpec, model: Described, asked: str = "--env") -> None:
+    """Raises UserError where the model reads what the environment does not show, or acts in another space.
+
+    Args:
+        asked: the flag or field that named the environment.
+    """
+    data, views = model.spec, views_of(spec, model)
     problems = [
         *(
             f"camera {c!r}: {spec.name} has {', '.join(spec.cameras)}"
@@ -153,7 +256,7 @@ def check_fits(spec: EnvSpec, system: System) -> None:
         problems.append(f"{data.action_dim} numbers of action: {spec.name} takes {spec.action_dim}")
     if problems:
         raise UserError(
-            f"--env={spec.name} is not what the model was trained on. The model has\n  " + "\n  ".join(problems)
+            f"{asked}={spec.name} is not what the model was trained on. The model has\n  " + "\n  ".join(problems)
         )
 
 
@@ -174,6 +277,11 @@ def measure(results: Mapping[str, Sequence[EpisodeResult]], spec: EnvSpec) -> Me
         metrics[f"{pair}/max_{spec.score}"] = interval(difference, every, difference_bounds(*bounds))
         metrics[f"{pair}/success"] = proportion_difference(success[POLICY], success[who])
     return dict(sorted(metrics.items()))
+
+
+def names_of(spec: EnvSpec) -> frozenset[str]:
+    """The metrics that `measure` gives of the policy alone."""
+    return frozenset({f"{POLICY}/max_{spec.score}", f"{POLICY}/success", f"no_action/max_{spec.score}"})
 
 
 def _bar(description: str, total: int, unit: str) -> tqdm:
@@ -205,3 +313,17 @@ def describe_episodes(
             for who, episodes in results.items()
         },
     }
+
+
+def settings_of(env: str, first_seed: int, episodes: int, execute: int, seed: int) -> dict[str, Any]:
+    """What tells closed loops of one checkpoint under its own config apart, as `places.choose` takes it."""
+    return {"env": env, "first_seed": first_seed, "episodes": episodes, "execute": execute, "seed": seed}
+
+
+def write_episodes(folder: Path, metrics: Metrics, how: Mapping[str, Any]) -> None:
+    """Writes what `measure` returned to `metrics.json` of a folder, and `describe_episodes` with its provenance to
+    `episodes.json`; a film of other episodes is deleted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "episodes.gif").unlink(missing_ok=True)
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "episodes.json", json.dumps(how, indent=1) + "\n")
