@@ -1,6 +1,6 @@
 """Three rounds of three episodes with parameters far from those of a fresh model, on a mesh of all processes:
 
-python -m tests.evaluation.acting_processes OUTPUT.npz [flags of the processes]
+python -m tests.evaluation.acting_processes --output=OUTPUT.npz [flags of the processes]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from tests.pusht_run import SIZE, make_config
-from uwm_jax import codecs, envs
+from uwm_jax import cli, codecs, envs
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
@@ -27,7 +27,7 @@ from uwm_jax.training.build import build
 SEEDS = [100_000, 100_001, 100_002]
 
 
-def main(output: Path) -> None:
+def act(output: Path) -> None:
     config = make_config(Path("nowhere"))
     config.model.codec.name, config.model.patch = "pixels", (2, 4, 4)
     config.mesh.fsdp = jax.process_count()
@@ -58,8 +58,15 @@ def main(output: Path) -> None:
         closed_loop.follow(sampler, params, {}, env, execute=8)
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    flags.DEFINE_string("output", None, "file of actions and scores")
     distributed.define_flags()
-    flags.FLAGS(sys.argv[1:])
+
+
+def main(call: cli.Call) -> None:
     with distributed.session():
-        main(Path(sys.argv[1]))
+        act(cli.required_path("output"))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.call(main, sys.argv, define_flags))
