@@ -27,6 +27,7 @@ from uwm_jax.evaluation import closed_loop  # noqa: E402
 from uwm_jax.policy import Policy  # noqa: E402
 from uwm_jax.reporting import film  # noqa: E402
 from uwm_jax.reporting.sheets import read_labels  # noqa: E402
+from uwm_jax.systems.base import Use  # noqa: E402
 from uwm_jax.train import train  # noqa: E402
 from uwm_jax.training.inference import load_for_inference  # noqa: E402
 from uwm_jax.training.log import read_metrics  # noqa: E402
@@ -61,12 +62,14 @@ class Stub:
         self.cameras = ("image",)
 
     acting = "policy"
+    uses = {"policy": Use(makes=("action",)), "forward": Use(makes=("next_obs",), given=("action",))}
 
     def noise(self, key, rows, use):
         return {"action": jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), (16, 2)))(rows)}
 
     def images(self, batch):
-        return tuple(batch[f"{group}/image"][:, None] / 255 for group in ("obs", "next_obs"))
+        following = batch["next_obs/image"][:, None] / 255 if "next_obs/image" in batch else None
+        return batch["obs/image"][:, None] / 255, following
 
     def encode(self, frozen, batch):
         return batch
@@ -221,6 +224,24 @@ def test_the_film_has_its_labels_beside_it_and_no_text_inside(tmp_path, monkeypa
     line = last[int(height) - film.BELOW // 2 + 3, film.GAP : -film.GAP]
     filled = np.abs(line - np.array([0xD8, 0x1B, 0x60])).sum(-1) < 60
     assert filled.mean() == pytest.approx(episode.scores[-1] / episode.scores.max(), abs=0.03)
+
+
+def test_the_film_of_a_system_that_imagines_nothing_reads_no_later_frame(tmp_path):
+    spec, stub, episode = envs.get("pusht"), Stub(), walk()
+    stub.uses = {"policy": stub.uses["policy"]}
+    stub.config.data.window.next_obs = ()
+    stub.spec = dataclasses.replace(stub.spec, window=WindowSpec.from_config(stub.config.data.window))
+    seen = replay(spec.make({"image": (SIZE, SIZE)}), episode)
+    clip = film.imagine(stub, {}, {}, episode, seen, execute=8, label="first")
+    np.testing.assert_array_equal(clip.steps, [0, 8, 16, 24])
+    np.testing.assert_allclose(clip.current[:, 0], seen["image"][clip.steps] / 255, atol=1e-6)
+    assert clip.imagined is None and clip.truth is None
+    assert film.draw([clip], spec, stub, tmp_path / "film.gif")
+    assert [title for title, _ in read_labels(tmp_path / "film.gif").columns] == ["now"]
+    with Image.open(tmp_path / "film.gif") as gif:
+        assert gif.n_frames == 4 and gif.size[0] == film.CELL + 2 * film.GAP
+    stub.spec = dataclasses.replace(stub.spec, cameras={})
+    assert not len(film.imagine(stub, {}, {}, episode, seen, execute=8).steps)
 
 
 def test_metrics_are_paired_by_episode():

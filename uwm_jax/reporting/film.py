@@ -1,7 +1,8 @@
-"""Closed-loop episodes as a GIF: at every decision what was seen, what the model imagined, and what came.
+"""Closed-loop episodes as a GIF: at every decision what was seen, and of systems that predict frames from given actions
+what the model imagined, and what came.
 
-The forward mode is given the actions that were really sent from the decision on, among them those of later decisions,
-so what it imagines can be held against what happened.
+Such a use is given the actions that were really sent from the decision on, among them those of later decisions, so what
+it imagines can be held against what happened.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class Clip(NamedTuple):
         episode: as it was run.
         steps: (D,) int, of the decisions.
         actions: (D, Ta, Da) that were sent from each decision on, raw units.
-        current, imagined, truth: (D, V, h, w, 3) float32 in [0, 1], as the model sees frames: the newest frame at the
-            decision, and the last of the frames after the actions, imagined and real.
+        current: (D, V, h, w, 3) float32 in [0, 1], as the model sees frames: the newest one at the decision.
+        imagined, truth: the last of the frames after the actions, imagined and real, as `current`; None of systems that
+            imagine none.
     """
 
     label: str
@@ -45,8 +47,8 @@ class Clip(NamedTuple):
     steps: np.ndarray
     actions: np.ndarray
     current: np.ndarray
-    imagined: np.ndarray
-    truth: np.ndarray
+    imagined: np.ndarray | None = None
+    truth: np.ndarray | None = None
 
 
 def representative(episodes: Sequence[EpisodeResult]) -> list[tuple[str, int]]:
@@ -59,6 +61,12 @@ def representative(episodes: Sequence[EpisodeResult]) -> list[tuple[str, int]]:
     return [(words, place) for place, words in chosen.items()]
 
 
+def imagining(system: System) -> str:
+    """The use that makes frames of given actions; "" where there is none."""
+    fitting = (name for name, use in system.uses.items() if use.given == ("action",) and use.makes == ("next_obs",))
+    return next(fitting, "")
+
+
 def imagine(
     system: System,
     params: Any,
@@ -69,17 +77,19 @@ def imagine(
     execute: int,
     label: str = "",
 ) -> Clip:
-    """The forward mode at the decisions of an episode.
+    """The decisions of an episode, and what the model imagines of their outcome; none of a model without cameras.
 
     Args:
         seen: {camera or low-dimensional key: (T + 1, ...)}, raw, as `uwm_jax.envs.parallel.replay` gives them.
         execute: steps between decisions.
     """
-    spec, window = system.spec, system.spec.window
+    spec, window, use = system.spec, system.spec.window, imagining(system)
+    groups = ("obs", "next_obs") if use else ("obs",)
     present, length = max(window.obs), len(episode.actions)
-    # The last step's action and the frame after it are the end of what there is.
-    outcome = max(max(window.next_obs) - present, max(window.action) - present + 1)
-    steps = np.arange(0, length - outcome + 1, execute)
+    outcome = max(window.action) - present + 1  # the last step's action, and the frame after it, end what there is
+    if use:
+        outcome = max(outcome, max(window.next_obs) - present)
+    steps = np.arange(0, length - outcome + 1 if spec.cameras else 0, execute)
 
     def frames(key: str) -> np.ndarray:
         group, name = key.split("/")
@@ -89,31 +99,37 @@ def imagine(
     batch = {}
     if len(steps):
         like = spec.batch_like(len(steps))
-        batch = {key: frames(key).astype(like[key].dtype) for key in like if "/" in key}
+        batch = {key: frames(key).astype(like[key].dtype) for key in like if key.partition("/")[0] in groups}
         batch = spec.normalized(batch | {"action": np.stack(actions).astype(np.float32)})
         batch["row"] = np.arange(len(steps), dtype=np.int32)
     pieces = []
     for start in range(0, len(steps), BATCH):
         part = np.resize(np.arange(start, min(start + BATCH, len(steps))), BATCH)
-        pieces.append(_forward(system)(params, frozen, {key: x[part] for key, x in batch.items()}))
-    empty = np.zeros((0, len(system.cameras), *system.config.data.crop, 3), np.float32)
-    made = [np.concatenate([empty, *each])[: len(steps)] for each in zip(*jax.device_get(pieces), strict=True)]
-    return Clip(label, episode, steps, np.array(actions), *(made or [empty] * 3))
+        pieces.append(_shown(system, use)(params, frozen, {key: x[part] for key, x in batch.items()}))
+    if not pieces:
+        return Clip(
+            label, episode, steps, np.array(actions), np.zeros((0, len(spec.cameras), *system.config.data.crop, 3))
+        )
+    made = [np.concatenate(parts)[: len(steps)] for parts in zip(*jax.device_get(pieces), strict=True)]
+    return Clip(label, episode, steps, np.array(actions), *made)
 
 
 @functools.lru_cache(maxsize=4)
-def _forward(system: System) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """(params, frozen, batch) -> the last current, imagined and true next frame, each (B, V, h, w, 3)."""
+def _shown(system: System, use: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """(params, frozen, batch) -> the last current frame and, with a use, the last imagined and true next one, each
+    (B, V, h, w, 3)."""
 
-    def forward(params: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        noise = system.noise(jax.random.key(0), batch["row"], "forward")
+    def shown(params: Any, frozen: Any, batch: Any) -> tuple[jax.Array, ...]:
         current, following = system.images(batch)
+        if not use:
+            return (current[:, :, -1],)
         assert following is not None
-        made = system.sample(params, system.encode(frozen, batch), "forward", noise)
+        noise = system.noise(jax.random.key(0), batch["row"], use)
+        made = system.sample(params, system.encode(frozen, batch), use, noise)
         imagined = jnp.clip(system.frames(frozen, made), 0, 1)
         return current[:, :, -1], imagined[:, :, -1], following[:, :, -1]
 
-    return jax.jit(forward)
+    return jax.jit(shown)
 
 
 def draw(clips: Sequence[Clip], spec: EnvSpec, system: System, path: Path) -> bool:
@@ -135,7 +151,7 @@ def draw(clips: Sequence[Clip], spec: EnvSpec, system: System, path: Path) -> bo
 
 
 class _Sheet:
-    """The layout of one picture: a row of three tiles for each clip, and below it a bar of the score."""
+    """The layout of one picture: a row of tiles for each clip, and below it a bar of the score."""
 
     def __init__(self, clips: Sequence[Clip], plane: Plane | None):
         self._clips, self._plane = clips, plane
@@ -143,15 +159,14 @@ class _Sheet:
         self._scale = -(-CELL // max(h, w))
         self._height, self._width = h * self._scale, w * self._scale
         self._tile = (self._height + GAP + BELOW, self._width + 2 * GAP)
+        self._columns = 1 if clips[0].imagined is None else 3
         self._full = max(float(clip.episode.scores.max()) for clip in clips)
 
     def labels(self, score: str, window: Any) -> Labels:
-        later = max(window.next_obs) - max(window.obs)
-        columns = [
-            ("now", f"with the next {len(window.action)} targets" if self._plane else "what is seen"),
-            ("imagined", f"{later} steps later"),
-            ("the truth", "what really came"),
-        ]
+        columns = [("now", f"with the next {len(window.action)} targets" if self._plane else "what is seen")]
+        if self._columns > 1:
+            later = max(window.next_obs) - max(window.obs)
+            columns += [("imagined", f"{later} steps later"), ("the truth", "what really came")]
         rows = []
         for clip in self._clips:
             end = "solved" if clip.episode.success else "ended"
@@ -164,13 +179,13 @@ class _Sheet:
 
     def draw(self, i: int) -> Image.Image:
         height, width = self._tile
-        sheet = Image.new("RGB", (3 * width, len(self._clips) * height), "white")
+        sheet = Image.new("RGB", (self._columns * width, len(self._clips) * height), "white")
         pen = ImageDraw.Draw(sheet)
         for row, clip in enumerate(self._clips):
             at, top = min(i, len(clip.steps) - 1), row * height + GAP
             view = self._plane.view if self._plane else 0
-            cells = (clip.current[at, view], clip.imagined[at, view], clip.truth[at, view])
-            for column, (frame, color) in enumerate(zip(cells, (TRUTH, SAMPLE, TRUTH), strict=True)):
+            cells = [(frames[at, view], color) for frames, color in self._tiles(clip) if frames is not None]
+            for column, (frame, color) in enumerate(cells):
                 left = column * width + GAP
                 sheet.paste(self._enlarged(frame), (left, top))
                 pen.rectangle(
@@ -181,13 +196,18 @@ class _Sheet:
             self._bar(pen, clip, at, top + self._height + BELOW // 2)
         return sheet
 
+    @staticmethod
+    def _tiles(clip: Clip) -> list[tuple[np.ndarray | None, str]]:
+        """The frames of each column, and the colour around them."""
+        return [(clip.current, TRUTH), (clip.imagined, SAMPLE), (clip.truth, TRUTH)]
+
     def _bar(self, pen: ImageDraw.ImageDraw, clip: Clip, at: int, middle: int) -> None:
         """The score at a decision as a share of the best of all clips, and a tick at the best so far; at the end of an
         episode the score of its end."""
         scores, step = clip.episode.scores, int(clip.steps[at])
         if at == len(clip.steps) - 1:
             step = len(scores) - 1
-        left, full = GAP, 3 * self._tile[1] - 2 * GAP
+        left, full = GAP, self._columns * self._tile[1] - 2 * GAP
         now, best = (
             left + full * min(max(float(score) / self._full, 0.0), 1.0) if self._full > 0 else left
             for score in (scores[step], scores[: step + 1].max())
