@@ -132,9 +132,10 @@ def _closed_loop(run: Run) -> Html:
         return _missing("Closed loop (for models of PushT demonstrations)", run, "rollout --env=pusht")
     count, how = max(m.n for m in run.rollout.values()), run.rollout_how
     seeds = seeds_of(how)
+    steps = f" in {how['sampler_steps']} evaluations of the network" if how.get("sampler_steps") else ""
     how_words = (
-        f"{how.get('env')}, seeds {min(seeds)} to {max(seeds)}, chunks of actions sampled in "
-        f"{how.get('sampler_steps')} evaluations of the network, of which {how.get('execute')} steps are taken; "
+        f"{how.get('env')}, seeds {min(seeds)} to {max(seeds)}, chunks of actions sampled{steps}, of which "
+        f"{how.get('execute')} steps are taken; "
         if seeds
         else ""
     )
