@@ -79,10 +79,12 @@ def _dp(name: str) -> ConfigDict:
     quickstart.use_demonstrations(c)
     c.data.window.reserve = RESERVE
     quickstart.use_small_resnet(c)
-    c.model.predictor = "unet" if name == "dp_unet" else "transformer"
-    c.model.embed_dim, c.model.depth, c.model.num_heads = 128, 4, 4
-    c.model.timestep_embed_dim = 128
-    c.model.unet.down_dims = (64, 128, 256)
+    c.model.embed_dim, c.model.timestep_embed_dim = 128, 128
+    if name == "dp_unet":
+        c.model.predictor = "unet"
+        c.model.unet.down_dims = (64, 128, 256)
+    else:
+        c.model.depth, c.model.num_heads = 4, 4
     if name == "dp_flow":
         c.diffusion.kind = "flow"
     else:
