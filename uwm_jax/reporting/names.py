@@ -36,6 +36,12 @@ ACTORS = {
     "random_uniform": "random targets, a new one each step",
     "no_action": "doing nothing: how the episodes start",
 }
+PICTURES = {  # of an evaluation, and what they show
+    "modes.png": "Predicted frames next to what really came, and below each where it is wrong. Error: the root of the "
+    "mean square over all pixels.",
+    "actions.png": "Sampled actions and those that were really done.",
+    "denoise.gif": "A sample on its way from pure noise.",
+}
 ERRORS = {  # panels of a run's curves: the metric of each use, and what is drawn next to it, with its words and line
     "Error of sampled actions": (
         "action_mse",

@@ -117,13 +117,7 @@ def _metrics(run: Run) -> Html:
 
 
 def _pictures(run: Run) -> Html:
-    captions = {
-        "modes.png": "Predicted frames next to what really came, and below each where it is wrong. Error: the root of "
-        "the mean square over all pixels.",
-        "actions.png": "Sampled actions and those that were really done.",
-        "denoise.gif": "A sample on its way from pure noise.",
-    }
-    found = [figure(run.picture(name), caption, caption) for name, caption in captions.items()]
+    found = [figure(run.picture(name), caption, caption) for name, caption in names.PICTURES.items()]
     return fill("{}", found) if any(found) else _missing("Pictures", run, "evaluate")
 
 
