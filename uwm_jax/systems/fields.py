@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 from uwm_jax import codecs
+from uwm_jax.codecs.base import Codec, LatentShape
 from uwm_jax.errors import UserError
 
 # Values that a field may take, where its type says too little.
@@ -122,6 +123,25 @@ def check_resnet_encoder(c: ConfigDict) -> None:
 def add_codec(m: ConfigDict) -> None:
     """The frozen codec between frames and latents."""
     m.codec = codecs.fields()
+
+
+def latent_shape(c: ConfigDict, codec: Codec, num_views: int, num_frames: int) -> LatentShape:
+    """(V, T, h, w, C) of the latents of an observation, which patches of `c.model.patch` cut into tokens.
+
+    Raises:
+      UserError: the crop does not suit the codec, or the patch does not divide the latents.
+    """
+    crop, patch = c.data.crop, c.model.patch
+    try:
+        shape = codec.latent_shape(num_views, num_frames, *crop)
+    except ValueError as e:
+        raise UserError(f"config.data.crop={crop} does not suit the codec: {e}.") from e
+    require(
+        not any(n % p for n, p in zip(shape[1:4], patch, strict=True)),
+        f"config.model.patch={patch} does not divide the latents' (frames, rows, columns) "
+        f"{shape[1:4]}, which follow from config.data.crop={crop} and the codec.",
+    )
+    return shape
 
 
 def check_patch(m: ConfigDict) -> None:

@@ -15,8 +15,8 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.diffusion import loss, sampler
 from uwm_jax.diffusion.roles import Role, generated
 from uwm_jax.diffusion.schedule import Schedule
-from uwm_jax.errors import UserError
 from uwm_jax.models import layers
+from uwm_jax.systems import fields
 from uwm_jax.systems.base import (
     Batch,
     Bucket,
@@ -68,18 +68,10 @@ class PAD(System):
         self.prediction = config.diffusion.prediction.to_dict()
         self.clip = config.diffusion.clip.to_dict()
         self.action_clip = self.clip["action"]
-        m, crop = config.model, config.data.crop
+        m = config.model
         self.num_frames = len(spec.window.obs)
         self.action_shape = (len(spec.window.action), spec.action_dim)
-        try:
-            self.latent_shape = codec.latent_shape(len(self.cameras), self.num_frames, *crop)
-        except ValueError as e:
-            raise UserError(f"config.data.crop={crop} does not suit the codec: {e}.") from e
-        if any(n % p for n, p in zip(self.latent_shape[1:4], m.patch, strict=True)):
-            raise UserError(
-                f"config.model.patch={m.patch} does not divide the latents' (frames, rows, columns) "
-                f"{self.latent_shape[1:4]}, which follow from config.data.crop={crop} and the codec."
-            )
+        self.latent_shape = fields.latent_shape(config, codec, len(self.cameras), self.num_frames)
         self.shapes = {"action": self.action_shape, "next_obs": self.latent_shape}  # of a row's noise
         self.network = PADNet(
             action_dim=spec.action_dim,

@@ -14,7 +14,7 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.diffusion import loss, sampler
 from uwm_jax.diffusion.roles import Role, generated, given
 from uwm_jax.diffusion.schedule import Schedule
-from uwm_jax.errors import UserError
+from uwm_jax.systems import fields
 from uwm_jax.systems.base import (
     Batch,
     Bucket,
@@ -66,16 +66,7 @@ class UWM(System):
         self.action_clip = self.clip["action"]
         self.num_frames = len(spec.window.obs)
         self.action_shape = (len(spec.window.action), spec.action_dim)
-        crop, patch = config.data.crop, config.model.patch
-        try:
-            self.latent_shape = codec.latent_shape(len(self.cameras), self.num_frames, *crop)
-        except ValueError as e:
-            raise UserError(f"config.data.crop={crop} does not suit the codec: {e}.") from e
-        if any(n % p for n, p in zip(self.latent_shape[1:4], patch, strict=True)):
-            raise UserError(
-                f"config.model.patch={patch} does not divide the latents' (frames, rows, columns) "
-                f"{self.latent_shape[1:4]}, which follow from config.data.crop={crop} and the codec."
-            )
+        self.latent_shape = fields.latent_shape(config, codec, len(self.cameras), self.num_frames)
         self.network = network_from_config(
             config.model,
             action_dim=spec.action_dim,
