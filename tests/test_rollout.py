@@ -106,8 +106,8 @@ class TwoViews(Stub):
         self.spec = dataclasses.replace(self.spec, cameras={"front": (SIZE, SIZE), "wrist": (SIZE, SIZE)})
         self.cameras = ("front", "wrist")
 
-    def sample(self, params, frozen, batch, mode, noise):
-        return super().sample(params, frozen, batch | {"obs/image": batch["obs/front"]}, mode, noise)
+    def sample(self, params, batch, use, noise):
+        return super().sample(params, batch | {"obs/image": batch["obs/front"]}, use, noise)
 
 
 def test_one_camera_in_several_views_can_be_rolled_out():
