@@ -253,6 +253,17 @@ def test_layers_held_apart(tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *both)
 
 
+def test_bfloat16_stays_close_and_ends_in_float32(tiny):
+    net, params, inputs = tiny
+    mask = jnp.array([True, False])
+    rough = evaluate(PADNet(**TINY, dtype=jnp.bfloat16, remat="dots"))(params, *inputs, mask)
+    exact = evaluate(net)(params, *inputs, mask)
+    for m in MODALITIES:
+        assert rough[m].dtype == jnp.float32
+        difference = np.abs(rough[m] - exact[m]).max() / np.abs(exact[m]).max()
+        assert 0 < difference < 2e-2
+
+
 def test_initialisation(tiny):
     net, _, inputs = tiny
     params = fast_jit(net.init)(jax.random.key(0), *inputs)["params"]
