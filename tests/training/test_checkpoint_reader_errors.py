@@ -165,7 +165,7 @@ def test_digests_of_small_and_large_arrays_are_those_of_the_host():
 def test_warming_up_prepares_every_program_of_a_save(monkeypatch, tmp_path):
     """As on an accelerator: nothing is compiled any more when a state is saved."""
     monkeypatch.setattr(checkpoint_reader, "_SMALL_BYTES", 1)
-    monkeypatch.setattr(checkpoint_reader, "_on_cpus", lambda arrays: False)
+    monkeypatch.setattr(checkpoint_reader, "on_cpus", lambda tree: False)
     checkpoint_reader._compiled_digest.cache_clear()
     codec = jax.device_put(small_run.CODEC)
     Checkpoints.warm_up(small_run.state_at(2), codec)

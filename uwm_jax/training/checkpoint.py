@@ -38,8 +38,8 @@ from uwm_jax.files import write_text
 from uwm_jax.models import layers
 from uwm_jax.parallel import distributed
 from uwm_jax.reading import again, cause_of, no_room
-from uwm_jax.training import lock, provenance
-from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint, prepare_digests, with_digests
+from uwm_jax.training import checkpoint_reader, lock, provenance
+from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint, with_digests
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.writer import make_writer
@@ -300,7 +300,8 @@ class Checkpoints:
 
         A run that is ended by a signal has no time for that. All processes call it.
         """
-        prepare_digests({**_state_items(state), "codec": frozen_arrays})
+        if not checkpoint_reader.on_cpus((state, frozen_arrays)):
+            checkpoint_reader.array_digests({**_state_items(state), "codec": frozen_arrays})
 
     def save_params(self, step: int, params: Any, frozen_arrays: Any, assets: Mapping[str, Any]) -> None:
         """Saves only parameters and assets, and waits until they are durable."""

@@ -207,17 +207,13 @@ def array_digests(tree: Any) -> dict[str, list[Any]]:
     if not all(x.is_fully_addressable for x in arrays):  # a collective would not wait for long for those who are late
         distributed.barrier("the digests", distributed.LATE_SECONDS)
     # Compiling a small program for each shape takes a CPU longer than the pass itself.
-    numbers = digests_on_host(arrays) if _on_cpus(arrays) else _digests_by_size(arrays)
+    numbers = digests_on_host(arrays) if on_cpus(arrays) else _digests_by_size(arrays)
     return {name: [str(x.dtype), list(x.shape), int(n)] for (name, x), n in zip(named.items(), numbers, strict=True)}
 
 
-def prepare_digests(tree: Any) -> None:
-    """Compiles what `array_digests` runs on devices; costs one pass over the arrays, and nothing on CPUs."""
-    if not _on_cpus([x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]):
-        array_digests(tree)
-
-
-def _on_cpus(arrays: list[Any]) -> bool:
+def on_cpus(tree: Any) -> bool:
+    """Whether all arrays lie on CPUs, where digests need no programs."""
+    arrays: list[Any] = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
     return all(device.platform == "cpu" for x in arrays for device in x.sharding.device_set)
 
 
