@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
 from uwm_jax import systems
@@ -22,7 +23,8 @@ from uwm_jax.models import layers
 from uwm_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.systems.gr1 import official
-from uwm_jax.torch_bridge import layout
+from uwm_jax.torch_bridge import layout, torchvision_vit
+from uwm_jax.training import pretrained
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import build
 
@@ -137,6 +139,35 @@ def test_fields_come_from_the_config():
     dtypes = {part.dtype for part in (*stacks[1:], network.transformer.layer, network.decoder.layer)}
     assert dtypes == {jnp.dtype("bfloat16")}
     assert (network.decoder.patch, network.decoder.layer.num_heads, network.transformer.depth) == ((8, 4), 4, 2)
+
+
+def test_imagenet_weights_enter_the_vit_alone(params, tmp_path):
+    path = ("obs_encoder", "vit")
+    drawn = jax.tree.map(lambda x: x + 1, params[path[0]][path[1]])
+    tensors = layout.to_official(drawn, torchvision_vit.entry_of(8))
+    save_file(tensors | {"heads.head.weight": np.zeros((1000, 64), np.float32)}, tmp_path / "model.safetensors")
+    config = tiny_config()
+    config.model.encoder.imagenet_weights = str(tmp_path)
+    system = make(config)
+    loaded = pretrained.load(system, params)
+    expected = {**params, "obs_encoder": {**params["obs_encoder"], "vit": drawn}}
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    assert pretrained.load(make(tiny_config()), params) is params
+    fresh = {"obs_encoder/feat_head/kernel"}  # the ViT comes from another run
+    assert pretrained.load(system, params, fresh) is params
+
+
+def test_bfloat16_stays_close(params, batch):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        config = tiny_config()
+        config.model.dtype = dtype
+        system = make(config)
+        evaluate = fast_jit(lambda params, batch, system=system: system.losses(params, system.encode({}, batch), {}))
+        found[dtype] = evaluate(params, batch).parts
+        assert all(part.dtype == jnp.float32 for part in found[dtype].values())
+    for name, part in found["float32"].items():
+        assert 0 < np.abs(found["bfloat16"][name] - part).max() < 0.03 * part.max(), name
 
 
 def test_flops_are_the_products_of_a_forward_pass(system, count_products):
