@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from uwm_jax.data.run_data import RunData  # noqa: E402
 from uwm_jax.data.spec import DataSpec  # noqa: E402
 from uwm_jax.data.windows import WindowSpec  # noqa: E402
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, replay  # noqa: E402
-from uwm_jax.errors import UserError  # noqa: E402
+from uwm_jax.errors import Preempted, UserError  # noqa: E402
 from uwm_jax.evaluation import closed_loop  # noqa: E402
 from uwm_jax.policy import Policy  # noqa: E402
 from uwm_jax.reporting import film  # noqa: E402
@@ -339,6 +340,28 @@ def test_training_writes_what_the_command_does_of_the_policy(trained):
     assert {k: v for k, v in again["episodes.json"].items() if k not in changing} == {
         k: v for k, v in written["episodes.json"].items() if k not in changing
     }
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_a_closed_loop_of_training_at_the_next_chunk(config, tmp_path, monkeypatch, capsys):
+    config = config.copy_and_resolve_references()
+    config.total_steps, workdir = 3, tmp_path / "run"
+    calls, step = [], ParallelEnvs.step
+
+    def terminate_in_the_second_chunk(self, *args):
+        calls.append(self)
+        if len(calls) == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(ParallelEnvs, "step", terminate_in_the_second_chunk)
+    with pytest.raises(Preempted, match="step 2 is saved"):
+        train(config, workdir)
+    assert len(calls) == 16 and not calls[0]._processes
+    again = f"python -m uwm_jax.rollout --env=pusht --episodes=2 --execute=8 --workdir={workdir} --step=2"
+    assert f"the evaluation of step 2 is left out; {again} makes up for it" in capsys.readouterr().out
+    assert not (workdir / "rollout").exists()
+    assert not any(name.startswith("eval/rollout") for line in read_metrics(workdir / "metrics.jsonl") for name in line)
 
 
 @pytest.mark.slow
