@@ -44,9 +44,17 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(config, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    train(config, workdir)
+def acted():
+    """The episodes of each closed loop of the training of `trained`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def trained(config, acted, tmp_path_factory):
+    workdir, act = tmp_path_factory.mktemp("trained") / "run", closed_loop.closed_loop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closed_loop, "closed_loop", lambda *args, **how: acted.append(act(*args, **how)) or acted[-1])
+        train(config, workdir)
     return workdir
 
 
@@ -340,6 +348,16 @@ def test_training_writes_what_the_command_does_of_the_policy(trained):
     assert {k: v for k, v in again["episodes.json"].items() if k not in changing} == {
         k: v for k, v in written["episodes.json"].items() if k not in changing
     }
+
+
+@pytest.mark.slow
+def test_an_episode_of_training_is_that_of_the_checkpoint(trained, acted):
+    system, params, frozen, step = load_for_inference(trained)
+    assert step == 2 and len(acted) == 1
+    again = closed_loop.closed_loop(system, system.held(params), frozen, "pusht", [100_000, 100_001], workers=1)
+    assert [e.seed for e in acted[0]] == [100_000, 100_001]
+    assert all(same(a, b) for a, b in zip(acted[0], again, strict=True))
+    assert acted[0][0].actions.std(axis=0).min() > 1  # pixels
 
 
 @pytest.mark.slow
