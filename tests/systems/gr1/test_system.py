@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
@@ -177,25 +174,6 @@ def test_flops_are_the_products_of_a_forward_pass(system, count_products):
     assert sum(system.flops().trained.values()) == products and system.flops().frozen == 0
 
 
-def names_and_shapes(system):
-    shapes = jax.eval_shape(system.init, jax.random.key(0))
-    return {name: x.shape for name, x in traverse_util.flatten_dict(shapes, sep="/").items()}
-
-
-def test_patterns_of_the_tree_match_arrays(system):
-    names = names_and_shapes(system)
-    tree = system.tree
-    patterns = [*tree.untrained, *tree.misfits, *(p for ps in tree.interfaces.values() for p in ps)]
-    patterns += [p.marker for p in tree.pretrained]
-    for pattern in patterns:
-        assert fnmatch.filter(names, pattern), pattern
-    assert {n for n in names if any(fnmatch.fnmatchcase(n, p) for p in tree.untrained)} == {
-        "obs_encoder/heads/kernel",
-        "obs_encoder/heads/bias",
-        "decoder/pos_embed",
-    }
-
-
 @pytest.mark.slow
 def test_untrained_arrays_are_the_same_after_steps_and_a_conversion_back(params, batch):
     config = tiny_config()
@@ -220,19 +198,6 @@ def test_untrained_arrays_are_the_same_after_steps_and_a_conversion_back(params,
     moments = [path for path in paths if path.startswith("opt_state")]
     assert [path for path in moments if "obs_encoder/feat_head" in path]
     assert not [path for path in moments if "obs_encoder/heads" in path or "decoder/pos_embed" in path]
-
-
-def test_no_large_kernel_falls_to_the_last_mesh_rule():
-    config = config_lib.base("gr1")
-    config.data.cameras = tuple(CAMERAS)
-    system, axes = make(config), set()
-    for name, shape in names_and_shapes(system).items():
-        pattern, entries = next(rule for rule in system.tree.mesh_rules if fnmatch.fnmatchcase(name, rule[0]))
-        if math.prod(shape) * 4 >= 1 << 16 and name.endswith("kernel"):
-            assert pattern != "*" and len(entries) == len(shape), name
-            axes |= set(entries)
-            assert all(n % 8 == 0 for n, entry in zip(shape, entries, strict=True) if entry == "fsdp"), name
-    assert axes == {None, "fsdp", "tensor"}
 
 
 @pytest.mark.parametrize(
