@@ -28,7 +28,6 @@ from uwm_jax.systems.base import (
     Use,
     draw_normal,
     exact,
-    row_keys,
     share_equally,
 )
 from uwm_jax.systems.dp.network import network_from_config
@@ -73,11 +72,7 @@ class DP(System):
         return self.network.init(key, *inputs, method="init_all")["params"]
 
     def encode(self, frozen: Params, batch: Batch, key: jax.Array | None = None) -> Encoded:
-        image_keys = None
-        if key is not None:
-            image_keys = self._row_keys(key, batch["row"])[1]
-            if self.config.data.augment.draw == "batch":  # one draw for the step, whichever of its rows are at hand
-                image_keys = jnp.broadcast_to(jax.random.fold_in(key, 2), image_keys.shape)
+        image_keys = None if key is None else self.step_keys(key, batch["row"]).image
         return {
             "images": self.images(batch, image_keys)[0],
             "low_dim": {k: batch[f"obs/{k}"] for k in sorted(self.spec.low_dim)},
@@ -92,10 +87,6 @@ class DP(System):
         return self.network.apply({"params": params}, *inputs, method="encode_obs")
 
     # --- training ------------------------------------------------------------------------------
-
-    def _row_keys(self, key: jax.Array, rows: jax.Array) -> jax.Array:
-        """(2, B) keys of the rows: of timesteps and augmentation."""
-        return jax.vmap(jax.random.split)(row_keys(jax.random.fold_in(key, 1), rows)).T
 
     def draws(self, key: jax.Array, rows: jax.Array) -> Draws:
         count = self.config.diffusion.num_train_noise_samples
@@ -113,7 +104,7 @@ class DP(System):
             return jax.random.randint(key, lead, 0, self.schedule.num_train_steps)
 
         noise = draw_normal(jax.random.fold_in(key, 0), rows, {ACTION: (*lead, *self.action_shape)})
-        return {"noise": noise, "timestep": {ACTION: jax.vmap(draw_time)(self._row_keys(key, rows)[0])}}
+        return {"noise": noise, "timestep": {ACTION: jax.vmap(draw_time)(self.step_keys(key, rows).timestep)}}
 
     def shares(self, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         return {ACTION: share_equally(batch["action_mask"])}
