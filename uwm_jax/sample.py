@@ -137,7 +137,7 @@ def check_inputs(
     """
     like, uses = system.spec.batch_like(1), system.uses
     denoise = DENOISE in modes
-    trained = ("action", "next_obs") if system.spec.window.next_obs else ("action",)
+    trained = tuple(m for m in ("action", "next_obs") if system.spec.window.groups.get(m))
     known = {m for mode in modes for m in (trained if mode == DENOISE else uses[mode].given)}
     problems = _unknown_keys(system, arrays, data_keys)
     batch_size: int | None = None
@@ -182,8 +182,8 @@ def check_inputs(
         if group == "next_obs" and system.codec and "next_obs_latent" in arrays:
             batch["next_obs_latent"] = take("next_obs_latent", _latent_shape(system), "float32")
             continue
-        batch |= {key: take(key, like[key].shape[1:], like[key].dtype.name) for key in of_group[group]}
-        if group == "next_obs" and system.codec and not any(key in arrays for key in of_group[group]):
+        batch |= {key: take(key, like[key].shape[1:], like[key].dtype.name) for key in of_group.get(group, ())}
+        if group == "next_obs" and system.codec and not any(key in arrays for key in of_group.get(group, ())):
             shape = ", ".join(map(str, _latent_shape(system)))
             problems.append(f"(or next_obs_latent: expected float32 (B, {shape}))")
     if denoise:

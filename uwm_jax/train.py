@@ -1,4 +1,4 @@
-"""Trains a Unified World Model; continues by itself where the workdir's last checkpoint stopped.
+"""Trains the system that a config describes; continues where the last checkpoint of the workdir stopped.
 
     python -m uwm_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 

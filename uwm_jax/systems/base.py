@@ -104,7 +104,8 @@ class TreeInfo:
     """Parameters by name; a pattern is a path in which `*` stands for any characters.
 
     Attributes:
-      gradient_groups: (pattern, group) pairs; the first match names the group under which a gradient's norm is logged.
+      gradient_groups: (part of a path, group) pairs, without `*`; the first that a path contains names the group under
+        which the gradient's norm is logged, so the last is ("", group).
       mesh_rules: (pattern, one entry per axis of the array) pairs; the first match counts. An entry is None, a mesh
         axis or several, outermost first (`uwm_jax.parallel.sharding`).
       interfaces: {what meets the network, such as `action`, `next_obs` or `low_dim`: patterns of the arrays that touch

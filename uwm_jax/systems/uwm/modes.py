@@ -34,6 +34,4 @@ _QUESTIONS = {
 USES = {mode: Use(generated(roles), given(roles), _QUESTIONS[mode]) for mode, roles in MODES.items()}
 ACTING = "policy"
 
-# How a training row is treated: with its actions, and without any (video).
-TRAINING_MODE = "joint"
-ACTION_FREE_MODE = "video"
+ACTION_FREE_MODE = "video"  # how a training row without actions is treated
