@@ -380,7 +380,8 @@ class SystemType:
       at_least_one: numbers of at least 1; others are at least 0.
       optional: {field that may be None: its type}.
       remarks: (config) -> lines about values that work but are seldom meant.
-      official: names and layout of the official PyTorch checkpoints (`uwm_jax.torch_bridge.official`), None for none.
+      official: names and layout of the official PyTorch checkpoints (`uwm_jax.torch_bridge.official_config.Official`),
+        None for none.
     """
 
     name: str
