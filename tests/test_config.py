@@ -84,7 +84,7 @@ def test_stored_config_comes_back_equal(path, tmp_path):
         (("data.cameras", "('a',1)"), "a list of strings"),
         (("init_from_skip", "(3,)"), "a list of strings"),
         (("data.window.obs", "now"), "a list of integers such as (1, 2), found ('now',)"),
-        (("data.window.next_obs", ""), "at least one frame index"),
+        (("data.window.next_obs", ""), "at least one step, since config.system='uwm' reads next_obs"),
         (("data.window.action", "1.5"), "a list of integers"),
         (("data.window.reserve", "(18,)"), "expected () or (first, last) such as (0, 18), found (18,)"),
         (("data.window.reserve", "(18,0)"), "expected () or (first, last)"),
@@ -149,6 +149,8 @@ def test_bad_files_are_named(tmp_path):
     )
     with pytest.raises(UserError, match="model.dropout: there is no such field"):
         config_lib.load(str(extra))
+    with pytest.raises(UserError, match="model.codec.name: the system 'gr1' has no such field; it belongs to uwm, pad"):
+        config_lib.apply_overrides(config_lib.base("gr1"), [("model.codec.name", "pca")])
 
 
 def test_texts_that_look_like_numbers_stay_texts(path):

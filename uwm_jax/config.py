@@ -201,7 +201,7 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]]) ->
     for name, text in overrides:
         flat = flatten(config)
         if name not in flat:
-            raise UserError(f"--config.{name}: there is no such field.{suggest(name, flat)}")
+            raise UserError(f"--config.{name}: {_no_such_field(name, config.system, flat)}")
         node = config
         *parents, leaf = name.split(".")
         for parent in parents:
@@ -216,6 +216,14 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]]) ->
             node[leaf] = None
         else:
             node[leaf] = _parse(config, name, text, optional() if optional else flat[name])
+
+
+def _no_such_field(name: str, system: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown field: the systems that have it, else the known field that it resembles."""
+    having = [other for other in systems.names() if name in flatten(base(other))]
+    if having:
+        return f"the system {system!r} has no such field; it belongs to {', '.join(having)}."
+    return f"there is no such field.{suggest(name, known)}"
 
 
 def _parse(config: ConfigDict, name: str, text: str, like: Any) -> Any:
@@ -393,7 +401,7 @@ def validate(config: ConfigDict) -> None:
         defaults.data.sources = ConfigDict({name: source() for name in config.data.sources})
     reference, flat = flatten(defaults), flatten(config)
     for name in flat.keys() - reference.keys():
-        raise UserError(f"config.{name}: there is no such field.{suggest(name, reference)}")
+        raise UserError(f"config.{name}: {_no_such_field(name, config.system, reference)}")
     for name, default in reference.items():
         if name not in flat:
             if name.startswith("data.sources."):

@@ -194,7 +194,10 @@ def check_window(c: ConfigDict, groups: Iterable[str], absent: Iterable[str] = (
     """Refuses a window that lacks a group which the system reads, or has one that it does not."""
     w = c.data.window
     for name in groups:
-        require(len(w[name]) > 0, f"config.data.window.{name}: expected at least one frame index.")
+        require(
+            len(w[name]) > 0,
+            f"config.data.window.{name}: expected at least one step, since config.system={c.system!r} reads {name}.",
+        )
     for name in absent:
         require(
             len(w[name]) == 0,
