@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.systems.small import small_config
 from uwm_jax import cli, compare_samplers
 from uwm_jax.compare_samplers import parse_ways
 from uwm_jax.errors import UserError
@@ -70,3 +71,31 @@ def test_ways_of_sampling_that_do_not_exist_are_refused(tiny_config):
     ):
         with pytest.raises(UserError, match=message):
             parse_ways(system, spacings, steps)
+
+
+@pytest.mark.parametrize(
+    ("variant", "spacings", "steps", "message"),
+    [
+        (
+            "gr1",
+            None,
+            "4",
+            "--steps=4: this workdir is a gr1 run, whose samples do not depend on config.diffusion.num_inf",
+        ),
+        (
+            "dp_flow",
+            "leading,trailing",
+            None,
+            "--sampler=leading,trailing: this workdir is a dp run, whose samples do not",
+        ),
+    ],
+)
+def test_a_flag_that_does_not_change_a_systems_samples_is_refused(variant, spacings, steps, message):
+    system, _ = synthetic_system(small_config(variant), 2)
+    with pytest.raises(UserError, match=f"^{message}"):
+        parse_ways(system, spacings, steps)
+
+
+def test_flow_matching_has_steps_without_a_spacing():
+    system, _ = synthetic_system(small_config("dp_flow"), 2)
+    assert [way.describe_sampling()["sampler_steps"] for way in parse_ways(system, None, "4,2")] == [4, 2]

@@ -97,18 +97,19 @@ def parse_ways(system: System, spacings: str | None, steps: str | None) -> list[
     Raises:
       UserError: something else, or more steps than the network was trained with.
     """
-    diffusion = system.config.get("diffusion", {})
+    how = system.describe_sampling()
     for flag, given, field in (("sampler", spacings, "spacing"), ("steps", steps, "num_inference_steps")):
-        if given and field not in diffusion:
+        if given and f"sampler_{field.removeprefix('num_inference_')}" not in how:
             raise UserError(
-                f"--{flag}={given}: this workdir is a {system.config.system} run, whose samples have no "
+                f"--{flag}={given}: this workdir is a {system.config.system} run, whose samples do not depend on "
                 f"config.diffusion.{field}."
             )
-    names = [part.strip() for part in spacings.split(",")] if spacings else [diffusion.get("spacing")]
+    diffusion = system.config.diffusion
+    names = [part.strip() for part in spacings.split(",")] if spacings else [None]
     for name in names if spacings else ():
         if name not in SPACINGS:
             raise UserError(f"--sampler: expected {' or '.join(SPACINGS)}, or both with a comma; found {name!r}.")
-    most = diffusion.get("num_train_steps", 1000)
+    most = diffusion.num_train_steps
     numbers = [part.strip() for part in (steps or str(diffusion.num_inference_steps)).split(",")]
     for number in numbers:
         if not number.isdecimal() or not 1 <= int(number) <= most:
@@ -182,8 +183,8 @@ def compare(evaluator: Evaluator, way: System, params: Any, frozen: Any, acting:
 
 def _named(way: System) -> tuple[str, int]:
     """(spacing, "" for systems without one; network evaluations)."""
-    diffusion = way.config.diffusion
-    return diffusion.get("spacing", ""), diffusion.num_inference_steps
+    how = way.describe_sampling()
+    return how.get("sampler_spacing", ""), how["sampler_steps"]
 
 
 def policy_seconds(system: System, params: Any, frozen: Any, repeats: int = 5) -> float:
@@ -217,8 +218,7 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [
             row["sampler"],
             str(row["steps"]),
-            str(row["first_timestep"]),
-            str(row["hidden_timestep"]),
+            *("" if row[t] is None else str(row[t]) for t in ("first_timestep", "hidden_timestep")),
             f"{1000 * row['seconds_per_sample']:.1f}",
         ]
         lines.append((*cells, *(text(row["metrics"][name]) for name in names)))

@@ -51,6 +51,9 @@ def _table(columns: Sequence[str], rows: Sequence[tuple[str, Any, list[Interval 
     )
 
 
+_NUMBERS = ("steps", "first_timestep", "hidden_timestep")  # of a sampler; None where a system has none
+
+
 def samplers(few_steps: Sequence[Mapping[str, Any]]) -> Html:
     """Samplers as rows: how many evaluations of the network, how long a sample takes, and some errors."""
     every = {name for row in few_steps for name in row["metrics"]}
@@ -62,7 +65,7 @@ def samplers(few_steps: Sequence[Mapping[str, Any]]) -> Html:
     rows = [
         [
             head(fill("<b>{}</b>", row["sampler"])),
-            *(fill('<td class="number">{}</td>', row.get(n)) for n in ("steps", "first_timestep", "hidden_timestep")),
+            *(fill('<td class="number">{}</td>', "" if n is None else n) for n in map(row.get, _NUMBERS)),
             fill('<td class="number">{}</td>', time(ms)),
             *map(cell, metrics, form),
         ]
