@@ -112,6 +112,12 @@ def imports_of(tree: ast.Module) -> Iterator[Import]:
 
 
 @functools.cache
+def imports() -> dict[str, list[Import]]:
+    """The imports of ours of every module."""
+    return {name: list(imports_of(tree)) for name, tree in sources().items()}
+
+
+@functools.cache
 def commands() -> frozenset[str]:
     """Modules with a `command`, which `pyproject.toml` makes a console script of."""
     return frozenset(
@@ -122,6 +128,7 @@ def commands() -> frozenset[str]:
     )
 
 
+@functools.cache
 def room_of(module: str) -> str:
     parts = module.split(".")
     is_folder = any(name.startswith(".".join(parts[:2]) + ".") for name in sources())
@@ -152,8 +159,8 @@ def test_every_room_has_a_row() -> None:
 def test_rooms_import_only_what_lies_below_them() -> None:
     found = {
         (name, target): line
-        for name, tree in sources().items()
-        for target, _, line in imports_of(tree)
+        for name, found_in in imports().items()
+        for target, _, line in found_in
         if not may_import(name, target)
     }
     new = [
@@ -166,8 +173,8 @@ def test_rooms_import_only_what_lies_below_them() -> None:
 def test_no_import_of_ours_hides_in_a_function() -> None:
     found = {
         (name, target)
-        for name, tree in sources().items()
-        for target, hidden, _ in imports_of(tree)
+        for name, found_in in imports().items()
+        for target, hidden, _ in found_in
         if hidden and room_of(name) != "torch_bridge"
     }
     known = TORCH_STAYS_OUT | HIDDEN_STILL
@@ -198,7 +205,7 @@ def in_circles(below: dict[str, set[str]]) -> set[str]:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    circle = in_circles({name: {target for target, *_ in imports_of(tree)} for name, tree in sources().items()})
+    circle = in_circles({name: {target for target, *_ in found_in} for name, found_in in imports().items()})
     assert not circle, f"import circles among {sorted(circle)}"
     assert in_circles({"top": {"a"}, "a": {"b"}, "b": {"c", "leaf"}, "c": {"a"}, "leaf": set()}) == {"a", "b", "c"}
 
