@@ -26,8 +26,9 @@ from ml_collections import ConfigDict
 
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
-from uwm_jax.synthetic import synthetic_batch, synthetic_system
-from uwm_jax.training import state as state_lib
+from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.synthetic import synthetic_batch, synthetic_codec, synthetic_spec
+from uwm_jax.training.build import build
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.log import MetricsLog, progress_line
@@ -58,22 +59,24 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
       on the machine touch it less. Its parts, alone: `host_ms_per_step`, the CPU time of the telemetry's own Python,
       and `compiled_flops_percent`, `compiled_bytes_percent`, what XLA counts more of in the step's program.
     """
-    system, frozen = synthetic_system(config, action_dim=10)
-    optimizer = state_lib.make_optimizer(config)
-    make_state = jax.jit(lambda key: state_lib.create(config, system.init(key), optimizer, system.tree.untrained))
-    batch = synthetic_batch(system, config.batch_size)
-    full = make_train_step(config, system, optimizer)
+    codec, arrays = synthetic_codec(config)
+    mesh = mesh_lib.make_mesh(config)
+    program = build(config, synthetic_spec(config, action_dim=10), codec, mesh)
+    frozen = mesh_lib.place(arrays, mesh_lib.replicated(mesh))
+    batch = mesh_lib.place(synthetic_batch(program.system, config.batch_size), mesh_lib.batch_sharding(mesh))
+    full = make_train_step(config, program.system, program.optimizer, mesh)
 
     def bare(state: Any, frozen: Any, batch: Any) -> tuple[Any, Metric]:
         state, metrics = full(state, frozen, batch)
         return state, metrics["loss"]
 
-    states = [system.held(make_state(jax.random.key(0))) for _ in range(2)]
-    full_step, bare_step = (
-        jax.jit(step, donate_argnums=0).lower(states[0], frozen, batch).compile() for step in (full, bare)
-    )
+    init = program.compile_init()
+    states = [program.system.held(init()) for _ in range(2)]
+    full_step = program.compile_step(frozen)
+    bare_step = program.compile(bare, program.like, frozen, program.batch_like, updates_state=True)
     goodput = Goodput(total_steps=10**6, batch_size=config.batch_size)
-    accumulator, mfu, step_number = MetricAccumulator(), Mfu(system, jax.devices()[:1]), itertools.count(1)
+    mfu = Mfu(program.system, list(mesh.devices.flat))
+    accumulator, step_number = MetricAccumulator(), itertools.count(1)
 
     host_seconds = 0.0
 
