@@ -1,6 +1,6 @@
 """The rows of `benchmark_step` in JAX: the model, its synthetic inputs, and the compiled function of each row.
 
-Rows run what training and sampling run: `make_train_step`, and the methods of `System`.
+Rows run what training and sampling run: the step of `training.build` on one device, and the methods of `System`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ from uwm_jax.benchmarking.names import (
 )
 from uwm_jax.benchmarking.timing import Runner
 from uwm_jax.errors import UserError
+from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.synthetic import synthetic_arrays, synthetic_batch, synthetic_spec
 from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import flops
 from uwm_jax.training import state as state_lib
+from uwm_jax.training.build import build
 from uwm_jax.training.step import make_train_step
 
 Inputs = dict[str, jax.Array]
@@ -82,11 +84,12 @@ class Model:
         self._inputs: dict[str, Inputs] = {}  # of each part
         codec = codecs.from_config(config)
         assert codec is not None
-        self.system = UWM(config, synthetic_spec(config, action_dim, frame_size), codec)
-        self.optimizer = state_lib.make_optimizer(config)
+        spec = synthetic_spec(config, action_dim, frame_size)
+        self._program = build(config, spec, codec, mesh_lib.data_mesh(jax.devices()[:1]))
+        assert isinstance(self._program.system, UWM)
+        self.system = self._program.system
         arrays = jax.eval_shape(lambda: synthetic_arrays(config, codec))
-        key = jax.random.key(config.seed)
-        self._shapes = shapes = jax.eval_shape(self.system.init, key)
+        self._shapes = shapes = self._program.shapes.params
         self.parameters = {
             **{part: _size(shapes[tree]) for part, tree in TREES.items()},
             "codec": _size(arrays),
@@ -102,11 +105,14 @@ class Model:
             return {tree: params[tree] for tree in trees}
 
         held = self.system.held
-        params = held(jax.jit(init)(key)) if initialize else _filled(held({tree: shapes[tree] for tree in trees}))
+        if initialize:
+            params = held(jax.jit(init)(jax.random.key(config.seed)))
+        else:
+            params = _filled(held({tree: shapes[tree] for tree in trees}))
         self.state: state_lib.TrainState | None = None
         self._params = params
         if any(trains(row) for row in rows):
-            self.state = state_lib.create(config, params, self.optimizer, self.system.tree.untrained)
+            self.state = state_lib.create(config, params, self._program.optimizer, self.system.tree.untrained)
 
     @property
     def params(self) -> Any:
@@ -123,13 +129,14 @@ class Model:
         def params() -> Any:  # those of this row alone, as they are after the steps of others
             return {tree: self.params[tree] for part, tree in TREES.items() if part in needs(row)}
 
-        compiled, seconds = _compile(jax.jit(function), params(), frozen, inputs)
+        compiled, seconds = _timed(lambda: jax.jit(function).lower(params(), frozen, inputs).compile())
         return Runner(lambda: compiled(params(), frozen, inputs), seconds, _planned_bytes(compiled))
 
     def _step_runner(self, frozen: Any, batch: Inputs) -> Runner:
         assert self.state is not None
-        step = jax.jit(make_train_step(self.config, self.system, self.optimizer), donate_argnums=0)
-        compiled, seconds = _compile(step, self.state, frozen, batch)
+        program = self._program
+        step = make_train_step(self.config, self.system, program.optimizer, program.mesh)
+        compiled, seconds = _timed(lambda: program.compile(step, self.state, frozen, batch, updates_state=True))
         self._params = None  # donated with the state
 
         def call() -> Any:
@@ -282,9 +289,10 @@ class Model:
         }
 
 
-def _compile(function: Any, *args: Any) -> tuple[Any, float]:
+def _timed(compile_row: Callable[[], Any]) -> tuple[Any, float]:
+    """The compiled program, and the seconds that compiling took."""
     start = time.perf_counter()
-    compiled = function.lower(*args).compile()
+    compiled = compile_row()
     seconds = time.perf_counter() - start
     host_memory.give_back()
     return compiled, seconds

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from uwm_jax.data.ranges import under
 from uwm_jax.errors import warn
@@ -113,16 +112,7 @@ def open_run(
     default = inference.parameters_used(workdir, step)["parameters"]
     settings = places.differences(system.config, own_config, changed, used["parameters"], default)
     own = not settings and data.own is not False
-    mesh = _local_mesh(system.config)
+    mesh = mesh_lib.data_mesh(jax.local_devices())  # whatever mesh the run had
     params, frozen = mesh_lib.place((system.held(params), frozen), mesh_lib.replicated(mesh))
     settings |= data.settings
     return EvaluatedRun(workdir, step, root, system, params, frozen, mesh, data, own, settings, tuple(overrides), used)
-
-
-def _local_mesh(config: ConfigDict) -> Mesh:
-    """All devices of this process, each with all parameters and rows of its own, whatever mesh the run had."""
-    config = config.copy_and_resolve_references()
-    devices = jax.local_devices()
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
-    config.batch_size, config.accumulation_steps = len(devices), 1
-    return mesh_lib.make_mesh(config, devices)
