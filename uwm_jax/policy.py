@@ -120,7 +120,7 @@ class Policy:
             frames[first] = frames[first, -1:]
 
     def inputs(self, rows: Rows = None) -> dict[str, np.ndarray]:
-        """What the network is given of these rows, a batch as `System` takes it: `obs/<camera>` (n, To, H, W, 3) uint8,
+        """The network's inputs for these rows, a batch as `System` takes it: `obs/<camera>` (n, To, H, W, 3) uint8,
         `obs/<low-dim key>` (n, To, D) float32 normalised, `obs/text` (n, E)."""
         at = self._rows(rows)
         batch = {}
@@ -189,7 +189,7 @@ def _compiled(system: System) -> Sample:
 
 
 def chunk_from_the_present(window: WindowSpec, execute: int) -> slice:
-    """Where in a window's actions the `execute` ones lie that follow the newest observed frame.
+    """Places in a window's actions of the `execute` ones that follow the newest observed frame.
 
     Raises:
         UserError: there are fewer.

@@ -22,7 +22,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 
 class _Layers(nn.Module):
-    """What all parts share: group count, compute dtype, and the three parametrised layers."""
+    """Shared by all parts: group count, compute dtype, and the three parametrised layers."""
 
     groups: int
     dtype: Any

@@ -1,4 +1,4 @@
-"""What the rest of the code asks of an image codec."""
+"""The interface of an image codec."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class WindowSpec:
 
     @property
     def places(self) -> dict[str, Any]:
-        """What decides at which (episode, origin) there are windows: equal for specs that have the same ones."""
+        """The fields that decide where there are windows: equal for specs with the same (episode, origin) pairs."""
         reach = [(min(x), max(x)) if x else () for x in (self._observed, self._acted)]
         return {"pad": self.pad, "first_origin": self.first_origin, "reach": reach}
 

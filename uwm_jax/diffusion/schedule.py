@@ -108,7 +108,7 @@ class Schedule:
         return signal * x + sigma * noise
 
     def target(self, prediction: str, x: jax.Array, noise: jax.Array, timestep: jax.Array) -> jax.Array:
-        """What the network is asked for: `epsilon`, `sample` (x_0) or `v` (Salimans and Ho 2022, appendix D)."""
+        """The network's target: `epsilon`, `sample` (x_0) or `v` (Salimans and Ho 2022, appendix D)."""
         if prediction == "epsilon":
             return noise
         if prediction == "sample":

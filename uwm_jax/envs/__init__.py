@@ -23,7 +23,7 @@ _MODULES = {"pusht": "uwm_jax.envs.pusht"}
 
 
 class Env(Protocol):
-    """What a rollout asks of an environment; a gymnasium `Env` of this kind fits.
+    """The interface that rollouts use; a gymnasium `Env` of this kind fits.
 
     Attributes:
         action_space: with `low`, `high` (Da,), gymnasium's `Box`.

@@ -45,7 +45,7 @@ class EpisodeResult:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What n environments showed after a step (or a reset): {key: (n, ...)}, scores (n,), success (n,), done (n,)."""
+    """Results of a step (or a reset) of n environments: {key: (n, ...)}, scores (n,), success (n,), done (n,)."""
 
     observation: Observation
     score: np.ndarray
@@ -102,7 +102,7 @@ def play_episode(env: Env, controller: Controller, seed: int) -> EpisodeResult:
 
 
 def replay(env: Env, episode: EpisodeResult) -> Observation:
-    """What was seen in an episode, {key: (T + 1, ...)}: its actions are taken again, from the same start."""
+    """The observations of an episode, {key: (T + 1, ...)}: its actions are taken again, from the same start."""
     seen = [env.reset(seed=episode.seed)[0], *(env.step(action)[0] for action in episode.actions)]
     return {key: np.stack([observation[key] for observation in seen]) for key in seen[0]}
 

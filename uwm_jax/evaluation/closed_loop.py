@@ -316,7 +316,7 @@ def describe_episodes(
 
 
 def settings_of(env: str, first_seed: int, episodes: int, execute: int, seed: int) -> dict[str, Any]:
-    """What tells closed loops of one checkpoint under its own config apart, as `places.choose` takes it."""
+    """Settings that tell closed loops of one checkpoint under its own config apart, as `places.choose` takes it."""
     return {"env": env, "first_seed": first_seed, "episodes": episodes, "execute": execute, "seed": seed}
 
 

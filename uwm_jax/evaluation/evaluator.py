@@ -345,7 +345,7 @@ def make_frame_sum(system: System) -> Callable[..., jax.Array]:
 
 
 def _inputs(system: System, frozen: Any, batch: Arrays) -> tuple[Encoded, Arrays]:
-    """What the system takes of a batch, and the truth: `action`, `current`, `next_obs`, its latents and `changed`, of
+    """The system's inputs from a batch, and the truth: `action`, `current`, `next_obs`, its latents and `changed`, of
     these what the windows have."""
     encoded = system.encode(frozen, batch)
     truth = {name: encoded[name] for name in ("next_obs_latent",) if name in encoded}

@@ -40,7 +40,7 @@ Draw = Callable[[Windows, DataSpec, ConfigDict, Path], dict[str, Path]]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What evaluators are made from.
+    """A run, as its evaluators are made from it.
 
     Attributes:
       program: the trainer's.

@@ -50,7 +50,7 @@ _NEEDED = {
 
 
 def pairs_of(uses: Mapping[str, Use], acting: str) -> Pairs:
-    """What is compared window by window.
+    """Comparisons window by window.
 
     A use that makes actions, and acts or is told something, is set against actions that need no model; one that makes
     frames from known actions against another window's actions and against frames that need no model. A use that is told

@@ -51,7 +51,7 @@ class Ahead(Iterator[_Item], Generic[_Item]):
 
     @property
     def error(self) -> Exception | None:
-        """What `next` would raise, but for the iterator's end."""
+        """The exception that `next` would raise, but for the iterator's end."""
         with self._changed:
             first = self._ready[0] if self._ready else None
         return first if isinstance(first, Exception) and not isinstance(first, StopIteration) else None

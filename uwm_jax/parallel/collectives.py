@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its optimised HLO text."""
+"""Collectives of a compiled program and their bytes, read from its optimised HLO text."""
 
 from __future__ import annotations
 

@@ -100,13 +100,13 @@ class Company:
         return [json.loads(found[key]) for key in sorted(found, key=lambda key: int(key.rsplit("/", 1)[1]))]
 
     def give(self, turn: int, verdict: Any) -> None:
-        """What is decided at a turn (JSON); the main process decides, once."""
+        """The decision at a turn (JSON); the main process decides, once."""
         self._client.key_value_set(f"uwm_jax/turn/{turn}/verdict", json.dumps(verdict))
         if turn > 2:  # whoever came to the turn before this one has read the one before that
             self._client.key_value_delete(f"uwm_jax/turn/{turn - 2}/")
 
     def given(self, turn: int, seconds: float) -> Any:
-        """What was decided at a turn; None where nothing is within `seconds`."""
+        """The decision at a turn; None where nothing is within `seconds`."""
         key = f"uwm_jax/turn/{turn}/verdict"
         try:
             if seconds > 0:
@@ -135,7 +135,7 @@ class Company:
         timer.start()
 
     def cause_of(self, error: BaseException) -> RunError | UserError | None:
-        """What to report instead of an error that only shows that another process is gone."""
+        """The error to report instead of one that only shows that another process is gone."""
         if self.count == 1 or not _is_lost_contact(error):
             return None
         record = None

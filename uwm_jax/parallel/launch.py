@@ -1,4 +1,4 @@
-"""Which processes share a run, found in this order:
+"""The processes that share a run, found in this order:
 
 1. the flags --coordinator-address, --num-processes, --process-id;
 2. the environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID;
@@ -29,7 +29,7 @@ class Launch:
 
 
 def find_launch(given: Mapping[str, Any], environ: Mapping[str, str]) -> Launch | None:
-    """Which processes belong to the run, from flags and environment; None if this one is alone.
+    """The processes of the run, from flags and environment; None if this one is alone.
 
     Args:
         given: values of the flags `coordinator_address`, `num_processes`, `process_id`, None where absent.

@@ -1,4 +1,4 @@
-"""Which array lies on which axis of the mesh: an ordered table of patterns, applied and shown.
+"""Sharding rules, which array lies on which axis of the mesh: an ordered table of patterns, applied and shown.
 
 A table of parameters belongs to a system (`TreeInfo.mesh_rules`; `uwm_jax/systems/tables.py` explains them), or is
 `PARAMS` of a Python file that `config.mesh.rules` names, which may have `ACTIVATIONS` too.

@@ -1,4 +1,4 @@
-"""What tells a run to end: SIGTERM, Ctrl-C, SIGHUP, and a stdout that nobody reads any more.
+"""Signals that tell a run to end: SIGTERM, Ctrl-C, SIGHUP, and a stdout that nobody reads any more.
 
 All of them are noted here, and obeyed where the run can be saved (`turns.py`). A signal that the process was started
 to ignore (SIGHUP under nohup) stays ignored.
@@ -71,7 +71,7 @@ def lost_output() -> str | None:
 
 @contextlib.contextmanager
 def may_be_cut(error: BaseException) -> Iterator[None]:
-    """What is done inside may be left in the middle: the second of the signals raises `error` there."""
+    """A block that may be left in the middle: the second of the signals raises `error` there."""
     _cut.append(error)
     try:
         yield

@@ -43,7 +43,7 @@ class Turn:
 
 
 class Left(Exception):
-    """What was going on is left, because the run ends: the next turn says why."""
+    """Raised to leave work in the middle, because the run ends: the next turn says why."""
 
 
 class Turns:
@@ -164,7 +164,7 @@ class _Wait:
         return self.source.ready(seconds)
 
     def report(self) -> dict[str, Any]:
-        """What this process tells of itself, JSON."""
+        """This process's report on itself, JSON."""
         ready = self.ready(0.0)
         waited = 0.0 if ready else time.monotonic() - self._began
         waits = f"{_who()} had waited for {self.source.waits_for()}" if waited >= NAMED_AFTER_SECONDS else ""
@@ -202,7 +202,7 @@ def _who() -> str:
 
 
 def _error(verdict: dict[str, Any], error: Exception | None, step: int) -> Exception:
-    """What ends a run after `step`; `error` is that of this process's own data."""
+    """The exception that ends a run after `step`; `error` is that of this process's own data."""
     reason = verdict["end"]
     here = company.current is None or reason["process"] == company.current.index
     if reason["kind"] == "error":

@@ -104,7 +104,7 @@ def same_windows(runs: Sequence[Run]) -> Html:
 
 
 def _places(run: Run) -> Mapping[str, Any]:
-    """What decides where the windows of a run lie: systems read different parts of the same ones."""
+    """The fields that decide where the windows of a run lie: systems read different parts of the same ones."""
     return WindowSpec.from_config(run.config.data.window).places
 
 

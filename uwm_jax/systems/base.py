@@ -1,4 +1,4 @@
-"""What trainer, evaluation, closed loops and exports need of a model, and nothing more.
+"""The protocol of a system: all that trainer, evaluation, closed loops and exports need of a model.
 
 A system is a network with its losses and its ways of being used, as pure functions of (params, frozen, batch). Its
 config fields, checks and tables lie in its own folder; a `SystemType` names them, and the registry
@@ -197,7 +197,7 @@ class System(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, frozen: Params, batch: Batch, key: jax.Array | None = None) -> Encoded:
-        """What losses and samples take of a batch: preprocessed images, latents, and the rest of the batch.
+        """The inputs of losses and samples from a batch: preprocessed images, latents, and the rest of the batch.
 
         Args:
           frozen: the codec's parameters.
@@ -235,7 +235,7 @@ class System(abc.ABC):
 
     @abc.abstractmethod
     def noise(self, key: jax.Array, rows: jax.Array, use: str) -> Noise:
-        """What `sample` starts from, {modality: (B, ...)}, {} for none; rows as in `draws`."""
+        """The noise that `sample` starts from, {modality: (B, ...)}, {} for none; rows as in `draws`."""
 
     @abc.abstractmethod
     def sample(
@@ -343,7 +343,7 @@ def share_equally(counts: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """What the fields of a system's config mean to the rest; patterns of names such as `model.encoder.use_*`.
+    """The meaning of a system's config fields to the rest of the code; patterns of names such as `model.encoder.use_*`.
 
     Attributes:
       sampling: fields that change how a trained model samples, and may differ from the run's when it is used.

@@ -189,7 +189,7 @@ def require_names(shapes: Shapes, prefix: str, examples: tuple[str, ...]) -> Non
 
 @dataclass(frozen=True)
 class Data:
-    """What a configuration says of its data; fields as in `OfficialRun`. normalizes: {`action`, `lowdim`: switch}."""
+    """The data that a configuration describes; fields as in `OfficialRun`. normalizes: {`action`, `lowdim`: switch}."""
 
     cameras: dict[str, tuple[int, int]]
     low_dim_seen: dict[str, int]

@@ -111,7 +111,7 @@ def build(config: ConfigDict, spec: DataSpec, codec: Codec | None, mesh: Mesh) -
 
 
 def rules_of(system: System) -> Rules:
-    """Which array lies where: the table of a system, or the one that its config names."""
+    """The sharding rules of a system: its own table, or the one that its config names."""
     return sharding.load_rules(system.config.mesh.rules, system.config.system, system.tree.mesh_rules)
 
 

@@ -24,7 +24,7 @@ from uwm_jax.torch_bridge import diffusers_vae
 
 
 class Place(NamedTuple):
-    """Where a codec's arrays are.
+    """Location of a codec's arrays.
 
     Attributes:
       files: a pretrained codec's folder or hub name; "" for other codecs.
@@ -52,7 +52,7 @@ _FILES: dict[str, _Files] = {"vae": _Files(_read_vae, diffusers_vae.copy_folder)
 
 
 def in_dataset(config: ConfigDict, data: RunData) -> Place:
-    """Where a new run finds its codec: the config's files, or what the data jobs fitted to its data.
+    """The codec's location for a new run: the config's files, or what the data jobs fitted to its data.
 
     Raises:
       UserError: nothing was fitted to the data, or it does not fit the config.
@@ -77,7 +77,7 @@ def in_dataset(config: ConfigDict, data: RunData) -> Place:
 
 
 def in_workdir(config: ConfigDict, workdir: str | os.PathLike[str], arrays: Mapping[str, Any] | None) -> Place:
-    """Where a workdir keeps its codec; `arrays` are those of the checkpoint that is read."""
+    """The codec's location in a workdir; `arrays` are those of the checkpoint that is read."""
     codec = codecs.of_config(config)
     if codec is None:
         return Place()

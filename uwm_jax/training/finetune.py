@@ -154,7 +154,7 @@ class Origin:
 
     @property
     def codec(self) -> codec_store.Place:
-        """Where its codec is."""
+        """The location of its codec."""
         return codec_store.in_workdir(self.config, self.directory, self.codec_arrays)
 
     def params(self, fresh: Any, config: ConfigDict) -> tuple[Any, list[str]]:

@@ -22,7 +22,7 @@ from uwm_jax.training.log import read_metrics
 
 @dataclasses.dataclass
 class _Checkpoint:
-    """What orbax's policies ask of a checkpoint."""
+    """A checkpoint with the attributes that orbax's policies read."""
 
     step: int
     metrics: dict[str, Any] | None

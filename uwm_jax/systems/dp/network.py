@@ -146,7 +146,7 @@ class DPNetwork(nn.Module):
         return self.noise_pred_net(global_cond, noisy, timestep)
 
     def modulation(self, global_cond: Array, timestep: Array) -> dict[str, Array]:
-        """What all sampler steps (S,) need of the condition, leading axis S."""
+        """Modulations of all sampler steps (S,), leading axis S."""
         return self.noise_pred_net.modulation(global_cond, timestep)
 
     def predict(self, noisy: Array, modulation: Mapping[str, Array]) -> Array:

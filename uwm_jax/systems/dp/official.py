@@ -172,7 +172,7 @@ def _read_unet(
 
 
 def describe(system: DP) -> dict[str, Any]:
-    """What the tensors mean, besides what all systems say: enough to sample without our code."""
+    """Meaning of the tensors, besides what all systems say: enough to sample without our code."""
     c, schedule, flow = system.config, system.schedule, system.flow
     of_sampler: dict[str, Any] = {"timesteps": (flow or schedule).timesteps.tolist()}
     if flow:

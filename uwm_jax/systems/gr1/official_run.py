@@ -100,7 +100,7 @@ def _compare(official: OfficialYaml, shapes: Shapes, c: ConfigDict, data: Data, 
 
 
 def describe(system: GR1) -> dict[str, Any]:
-    """What the tensors mean, besides what all systems say."""
+    """Meaning of the tensors, besides what all systems say."""
     data, window = system.config.data, system.spec.window
     return {
         # images enter, and leave as the next frames, as (value in range - mean) / std

@@ -87,7 +87,7 @@ def _conflicts(official: OfficialYaml, shapes: Shapes, c: ConfigDict, action_dim
 
 
 def describe(system: PAD) -> dict[str, Any]:
-    """What the tensors mean, besides what all systems say: enough to sample without our code."""
+    """Meaning of the tensors, besides what all systems say: enough to sample without our code."""
     schedule = system.schedule
     return {
         "shapes": {

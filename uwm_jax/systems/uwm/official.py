@@ -96,7 +96,7 @@ def _compare(c: ConfigDict, low_dim: dict[str, int], action_dim: int, conflicts:
 
 
 def describe(system: UWM) -> dict[str, Any]:
-    """What the tensors mean, besides what all systems say: enough to sample without our code."""
+    """Meaning of the tensors, besides what all systems say: enough to sample without our code."""
     c, schedule = system.config, system.schedule
     return {
         "shapes": {
