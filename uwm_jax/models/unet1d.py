@@ -199,7 +199,7 @@ class UNet1D(nn.Module):
         return self.predict(noisy, {name: constrain(b.film(cond), "batch") for name, b in self._residuals().items()})
 
     def modulation(self, global_cond: Array, timestep: Array) -> dict[str, Array]:
-        """FiLM modulations of a sampler's steps (S,) for conditions (B, F): {block: (S, B, 2, channels)}, made at once."""
+        """FiLM modulations of sampler steps (S,) for conditions (B, F): {block: (S, B, 2, channels)}, made at once."""
         time = self.timestep_embedding(timestep)
         conditions = StepConditions.join(global_cond, time, activation=jax.nn.mish, time_first=True)
         return {name: block.film.of_steps(conditions) for name, block in self._residuals().items()}

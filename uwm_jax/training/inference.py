@@ -39,7 +39,7 @@ def load_for_inference(
     overrides: Iterable[tuple[str, str]] = (),
     parameters: str | None = None,
     may_change: Sequence[str] = fixed_fields.SAMPLING,
-) -> tuple[Any, Any, Any, int]:
+) -> tuple[System, Any, Any, int]:
     """A workdir as `(system, params, frozen, step)`. A warning tells where an average is still much of its start.
 
     What runs them often takes `system.held(params)`.
