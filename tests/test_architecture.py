@@ -57,8 +57,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 IMPORTS_STILL: set[tuple[str, str]] = {
     ("benchmarking.rows", "systems.uwm.modes"),
     ("benchmarking.rows", "systems.uwm.system"),
-    ("benchmarking.torch_rows", "systems.uwm.modes"),
-    ("torch_bridge.torch_loop", "systems.uwm.modes"),
 }
 
 # Imports of ours in functions, where torch must stay out until it is asked for; `torch_bridge` may have more.

@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 
 from uwm_jax.benchmarking import torch_rows  # noqa: E402
 from uwm_jax.systems.uwm import official  # noqa: E402
+from uwm_jax.systems.uwm.modes import MODES  # noqa: E402
 from uwm_jax.torch_bridge import layout  # noqa: E402
 from uwm_jax.torch_bridge.torch_codecs import PixelsCodec  # noqa: E402
 from uwm_jax.torch_bridge.torch_loop import TorchLoop  # noqa: E402
@@ -158,7 +159,7 @@ def test_samples_are_those_of_our_sampler(fields):
     )
     for mode in ("policy", "forward", "inverse"):
         wanted = sample(params, given, mode, noise)
-        theirs = side.loop.sample(*({k: torch.from_numpy(np.array(x)) for k, x in given.items()}, mode,
+        theirs = side.loop.sample(*({k: torch.from_numpy(np.array(x)) for k, x in given.items()}, MODES[mode],
                                     {m: torch.from_numpy(np.array(x)) for m, x in noise.items()}))  # fmt: skip
         names = {"action": "action", "next_obs": "next_obs_latent"}
         assert {names[m] for m in theirs} == set(wanted)

@@ -16,7 +16,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from uwm_jax import cli
-from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError, UserError
 
 STATUS = Path("/proc/self/status")  # Linux: its VmHWM, unlike getrusage, does not begin with the parent's memory
@@ -35,8 +34,7 @@ def of_ours(config: ConfigDict, action_dim: int, frame_size: tuple[int, int] | N
     Raises:
       RunError: the process failed; the message ends with what it printed.
     """
-    fields = json.loads(config_lib.to_json(config))
-    return _in_process(row, {"config": fields, "action_dim": action_dim, "frame_size": frame_size})
+    return _in_process(row, {"config": config.to_dict(), "action_dim": action_dim, "frame_size": frame_size})
 
 
 def of_torch(description: Mapping[str, Any], inputs: Mapping[str, Any], row: str) -> float | None:
@@ -79,11 +77,9 @@ def _report(ran: bool) -> None:
 
 
 def _run_ours(row: str, config: dict[str, Any], action_dim: int, frame_size: list[int] | None) -> bool:
-    from uwm_jax.benchmarking.rows import Model
+    from uwm_jax.benchmarking.rows import run_alone
 
-    size = (frame_size[0], frame_size[1]) if frame_size else None
-    model = Model(config_lib.from_dict(config, "--config"), action_dim, [row], size, initialize=False)
-    model.runner(row).repeat(REPETITIONS)
+    run_alone(row, config, action_dim, frame_size, REPETITIONS)
     return True
 
 

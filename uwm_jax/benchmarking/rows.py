@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from uwm_jax import codecs, host_memory
+from uwm_jax import config as config_lib
 from uwm_jax.benchmarking.names import (
     CODEC,
     ENCODER,
@@ -34,7 +35,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.synthetic import synthetic_arrays, synthetic_batch, synthetic_spec
-from uwm_jax.systems.uwm.modes import MODALITIES
+from uwm_jax.systems.uwm.modes import MODES
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import flops
 from uwm_jax.training import state as state_lib
@@ -222,7 +223,7 @@ class Model:
         return value_and_grad(self._objective(frozen), params, batch, mesh=None, steps=steps)
 
     def _predict(self, params: Any, frozen: Any, inputs: Inputs) -> dict[str, jax.Array]:
-        noisy, timestep = ({m: inputs[f"{name}/{m}"] for m in MODALITIES} for name in ("noisy", "timestep"))
+        noisy, timestep = ({m: inputs[f"{name}/{m}"] for m in self.system.shapes} for name in ("noisy", "timestep"))
         return self.system.predict(params, inputs["global_cond"], noisy, timestep)
 
     def _network_gradients(self, params: Any, frozen: Any, inputs: Inputs) -> Any:
@@ -286,7 +287,15 @@ class Model:
                 "alphas_cumprod": schedule.alphas_cumprod.tolist(),
             },
             "codec": system.codec.describe(),
+            "modes": {mode: {m: role.value for m, role in MODES[mode].items()} for mode in SAMPLES.values()},
         }
+
+
+def run_alone(row: str, config: Mapping[str, Any], action_dim: int, frame_size: Any, repetitions: int) -> None:
+    """Runs a row of a process that has no other: the arguments are JSON values of those of `Model`."""
+    size = (frame_size[0], frame_size[1]) if frame_size else None
+    model = Model(config_lib.from_dict(config, "--config"), action_dim, [row], size, initialize=False)
+    model.runner(row).repeat(repetitions)
 
 
 def _timed(compile_row: Callable[[], Any]) -> tuple[Any, float]:

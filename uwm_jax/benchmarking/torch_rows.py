@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from uwm_jax.benchmarking.names import CODEC, ENCODER, NETWORK, SAMPLES, needs
-from uwm_jax.systems.uwm.modes import MODALITIES
 from uwm_jax.torch_bridge import torch_codecs
 from uwm_jax.torch_bridge.torch_loop import TorchLoop
 from uwm_jax.torch_bridge.torch_network import UWM
@@ -57,6 +56,7 @@ class TorchRows:
         needed = {part for row in self.rows for part in needs(row)}
         shapes = description["shapes"]
         self.shapes = {"action": shapes["action"], "next_obs": shapes["next_obs_latent"]}
+        self.modes = description["modes"]
         self.loop = TorchLoop(
             _network(description, config, needed),
             config,
@@ -93,7 +93,7 @@ class TorchRows:
         return features.grad
 
     def _predict(self, inputs: Inputs, features: Tensor) -> dict[str, Tensor]:
-        noisy, timestep = ({m: inputs[f"{name}/{m}"] for m in MODALITIES} for name in ("noisy", "timestep"))
+        noisy, timestep = ({m: inputs[f"{name}/{m}"] for m in self.shapes} for name in ("noisy", "timestep"))
         return self.loop.predict(features, noisy, timestep)
 
     def _encoder_forward(self, inputs: Inputs) -> Tensor:
@@ -113,4 +113,5 @@ class TorchRows:
 
     def _sample(self, inputs: Inputs, mode: str) -> dict[str, Tensor]:
         rows = len(inputs["action"])
-        return self.loop.sample(inputs, mode, {m: torch.randn(rows, *self.shapes[m]) for m in MODALITIES})
+        noise = {m: torch.randn(rows, *shape) for m, shape in self.shapes.items()}
+        return self.loop.sample(inputs, self.modes[mode], noise)

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import save
 
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.errors import UserError
@@ -214,6 +213,8 @@ def write_folder(
     Raises:
         UserError: the folder exists with other contents.
     """
+    from safetensors.numpy import save  # here, so that programs which keep none do without
+
     folder = Path(folder)
     content = {
         CONFIG_FILE: (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode(),

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import ml_dtypes  # noqa: F401 - gives numpy the type bfloat16
 import numpy as np
-import safetensors
-from safetensors.numpy import load_file
 
 from uwm_jax.errors import UserError
 from uwm_jax.reading import again, is_fleeting
@@ -53,6 +51,8 @@ def read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
+    import safetensors.numpy  # here, so that programs which read none do without
+
     refuse_other_kinds(path, where)
     size = path.stat().st_size
     try:
@@ -75,7 +75,7 @@ def _read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
             "save them as F32, F16 or BF16."
         )
     try:
-        return load_file(path)
+        return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError) as e:
         if is_fleeting(e, path):
             raise

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uwm_jax.diffusion.roles import Role
-from uwm_jax.systems.uwm.modes import MODALITIES, MODES, USES
+from uwm_jax.diffusion.roles import Role, generated
 from uwm_jax.torch_bridge import torch_images
 from uwm_jax.torch_bridge.torch_network import UWM
 
@@ -102,23 +101,24 @@ class TorchLoop:
     # --- sampling ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, batch: Batch, mode: str, noise: Batch) -> dict[str, Tensor]:
+    def sample(self, batch: Batch, roles: Mapping[str, str | Role], noise: Batch) -> dict[str, Tensor]:
         """DDIM samples {modality: (B, ...)} of what a mode generates, each step one evaluation of the whole network.
 
         Args:
           batch: `obs/*`, and `action` or `next_obs_latent` where the mode is given it.
+          roles: of the mode, {modality: a `Role` or its value}.
           noise: {modality: (B, ...)}, where generation starts or what stands in for what is hidden.
         """
         given = {"action": "action", "next_obs": "next_obs_latent"}
-        roles = MODES[mode]
-        x = {m: batch[given[m]] if roles[m] is Role.GIVEN else noise[m] for m in MODALITIES}
+        role = {m: Role(r) for m, r in roles.items()}
+        x = {m: batch[given[m]] if r is Role.GIVEN else noise[m] for m, r in role.items()}
         rows = len(x["action"])
         features = self.encode_obs(batch, self.preprocess(batch, augment=False)[0])
         for step, landing in zip(self.timesteps, [*self.timesteps[1:], -1], strict=True):
             level = {Role.GENERATE: step, Role.GIVEN: 0, Role.HIDDEN: self.hidden}
-            output = self.predict(features, x, {m: torch.full((rows,), level[roles[m]]) for m in MODALITIES})
-            x = {m: self._ddim(m, output[m], x[m], step, landing) if m in USES[mode].makes else x[m] for m in x}
-        return {m: x[m] for m in USES[mode].makes}
+            output = self.predict(features, x, {m: torch.full((rows,), level[r]) for m, r in role.items()})
+            x |= {m: self._ddim(m, output[m], x[m], step, landing) for m in generated(role)}
+        return {m: x[m] for m in generated(role)}
 
     def _ddim(self, modality: str, output: Tensor, x: Tensor, step: int, landing: int) -> Tensor:
         """One deterministic DDIM step; the noise is estimated before the clean data is clipped."""
