@@ -299,6 +299,7 @@ def describe_episodes(
         "sampler_seed": seed,
         **system.describe_sampling(),
         "max_steps": spec.max_steps,
+        "score_range": [end if math.isfinite(end) else None for end in spec.score_range],
         "episodes": {
             who: [
                 {

@@ -1,4 +1,4 @@
-"""The page of several runs, `comparison.html`: metrics, curves and the config fields that differ."""
+"""The page of several runs, `comparison.html`: metrics, closed loops in pairs, curves and differing config fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from uwm_jax.config import flatten
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
-from uwm_jax.reporting import names
+from uwm_jax.reporting import names, pairs
 from uwm_jax.reporting.curves import Curve, Panel
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.numbers import Format
@@ -51,6 +51,7 @@ def compare(workdirs: Sequence[Path], output: Path) -> Path:
     sections = [
         Section("runs", "The runs", _facts(runs)),
         *_metrics(runs),
+        Section("pairs", "Closed loops on the same starts", pairs.section(runs)),
         Section("curves", "Curves", curves(_panels(runs))),
         Section("configs", "Config fields that differ", _configs(runs)),
     ]

@@ -1,0 +1,116 @@
+"""Closed loops of several runs that began from the same starts, set against each other start by start."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from uwm_jax.config import flatten
+from uwm_jax.evaluation.metrics import Stored, difference_bounds, interval, proportion_difference
+from uwm_jax.reporting import names
+from uwm_jax.reporting.markup import Html, fill
+from uwm_jax.reporting.numbers import Format
+from uwm_jax.reporting.page import NOTHING, cell, formats, head, number_head, table
+from uwm_jax.reporting.results import Interval, Run, seeds_of, verdict
+
+_SAME = ("env", "execute", "max_steps")  # with the starts' seeds: what makes two closed loops comparable
+
+Difference = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Stored]
+
+
+class Setting(NamedTuple):
+    """Runs of one config that differ in their training seed alone."""
+
+    name: str
+    runs: list[Run]
+
+
+def settings(runs: Sequence[Run]) -> list[Setting]:
+    """The settings of runs, in the order of their first runs; named by what the names of their runs begin with."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(str(sorted({**flatten(run.config), "seed": None}.items())), []).append(run)
+    return [Setting(_name(same), same) for same in found.values()]
+
+
+def _name(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    every = [run.name for run in runs]
+    begins = os.path.commonprefix(every).rstrip("_-./ ")
+    return f"{begins} (seeds {', '.join(str(run.config.seed) for run in runs)})" if begins else ", ".join(every)
+
+
+def differences(first: Setting, second: Setting) -> dict[str, Interval]:
+    """{metric: that of the first minus that of the second, on the same starts}, positive where the first is better.
+
+    Every run of one is paired with every run of the other. The mean is that of all pairs, and the interval holds those
+    of all pairs: it lies on one side of 0 only where each pair's does, so that no training seed alone decides.
+    """
+    low, high = (math.inf if end is None else end for end in first.runs[0].rollout_how["score_range"])
+    score, bounds = first.runs[0].score, difference_bounds(-low if math.isinf(low) else low, high)
+
+    def of_scores(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> Stored:
+        gains = np.array([a[score] - b[score] for a, b in zip(one, other, strict=True)])
+        return interval(gains, np.arange(len(gains)), bounds)
+
+    def of_successes(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> Stored:
+        return proportion_difference(*(np.array([e["success"] for e in episodes]) for episodes in (one, other)))
+
+    return {score: _over_seeds(first, second, of_scores), "success": _over_seeds(first, second, of_successes)}
+
+
+def _over_seeds(first: Setting, second: Setting, difference: Difference) -> Interval:
+    pairs = itertools.product(*([run.rollout_how["episodes"]["policy"] for run in s.runs] for s in (first, second)))
+    found = [Interval.of(difference(*pair)) for pair in pairs]
+    there = [m for m in found if m is not None]
+    mean = sum(m.mean for m in there) / len(there)
+    return Interval(mean, min(m.lo for m in there), max(m.hi for m in there), there[0].n, there[0].episodes)
+
+
+def section(runs: Sequence[Run]) -> Html:
+    """A table of the differences of every two settings whose closed loops can be paired; "" where there are none."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        how = run.rollout_how
+        if run.score and "score_range" in how:
+            groups.setdefault(str([*(how.get(name) for name in _SAME), seeds_of(how)]), []).append(run)
+    tables = [_table(group) for group in groups.values()]
+    return fill("{}", tables) if any(tables) else NOTHING
+
+
+def _table(runs: Sequence[Run]) -> Html:
+    pairs = list(itertools.combinations(settings(runs), 2))
+    if not pairs:
+        return NOTHING
+    found = [differences(*pair) for pair in pairs]
+    heads = ["first, against the second", *(number_head(*names.of_metric(name)) for name in found[0])]
+    forms = formats([list(row.values()) for row in found])
+    rows = [_row(pair, row, forms) for pair, row in zip(pairs, found, strict=True)]
+    about = (
+        "<p>The first's result minus the second's in {} from the same {} starts; positive: the first is better. Where "
+        "a config was trained from several seeds, every run of one is paired with every run of the other: the mean is "
+        "that of all pairs, and the interval holds the 95 % intervals of all of them. A difference is shown only where "
+        "all pairs agree.</p>{}"
+    )
+    how = runs[0].rollout_how
+    return fill(about, how["env"], len(seeds_of(how)), table([*heads, "is the first better?"], rows, "closed loops"))
+
+
+def _row(pair: tuple[Setting, Setting], found: Mapping[str, Interval], forms: Sequence[Format]) -> list[Html]:
+    first, second = pair
+    counts = [len(setting.runs) for setting in pair]
+    seeds = f"{counts[0]} x {counts[1]} training seeds"
+    if min(counts) == 1:
+        seeds += ": another seed may say otherwise"
+    score = next(iter(found.values()))
+    return [
+        head(f"{first.name}, against {second.name}", seeds),
+        *(cell(m, form) for m, form in zip(found.values(), forms, strict=True)),
+        fill("<td>{}</td>", verdict(score)),
+    ]
