@@ -19,6 +19,7 @@ from uwm_jax.models.activations import constrain
 from uwm_jax.models.obs_encoder import ObsEncoder
 from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, StepConditions, sinusoid
 from uwm_jax.models.unet1d import UNet1D
+from uwm_jax.systems import parts
 
 Array = jax.Array
 
@@ -170,8 +171,7 @@ def network_from_config(model_config: Any, *, action_dim: int, action_len: int) 
     Raises:
         ValueError: (at init) widths, heads, levels or lengths do not fit.
     """
-    m, encoder = model_config, model_config.encoder
-    shared = {"timestep_embed_dim": m.timestep_embed_dim, "dtype": jnp.dtype(m.dtype)}
+    m = model_config
     net: ActionTransformer | UNet1D
     if m.predictor == "unet":
         net = UNet1D(
@@ -181,31 +181,14 @@ def network_from_config(model_config: Any, *, action_dim: int, action_len: int) 
             kernel_size=m.unet.kernel_size,
             groups=m.unet.groups,
             fourier=m.unet.fourier,
-            **shared,
+            timestep_embed_dim=m.timestep_embed_dim,
+            dtype=jnp.dtype(m.dtype),
         )
     else:
         net = ActionTransformer(
             action_dim=action_dim,
             action_len=action_len,
-            embed_dim=m.embed_dim,
-            depth=m.depth,
-            num_heads=m.num_heads,
-            mlp_ratio=m.mlp_ratio,
-            qkv_bias=m.qkv_bias,
-            scan_blocks=layers.scans_by_default() if m.scan_blocks is None else m.scan_blocks,
-            remat=m.remat,
-            **shared,
+            timestep_embed_dim=m.timestep_embed_dim,
+            **parts.transformer(m),
         )
-    return DPNetwork(
-        obs_encoder=ObsEncoder(
-            stage_sizes=tuple(encoder.stage_sizes),
-            width=encoder.width,
-            pool=encoder.pool,
-            embed_dim=m.embed_dim,
-            use_low_dim=encoder.use_low_dim,
-            use_language=encoder.use_language,
-            outermost="frame",
-            dtype=shared["dtype"],
-        ),
-        noise_pred_net=net,
-    )
+    return DPNetwork(obs_encoder=parts.obs_encoder(m, outermost="frame"), noise_pred_net=net)

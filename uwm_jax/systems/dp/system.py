@@ -14,7 +14,7 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.diffusion import loss, sampler
 from uwm_jax.diffusion.flow import Flow
 from uwm_jax.diffusion.roles import Role
-from uwm_jax.diffusion.schedule import Schedule
+from uwm_jax.systems import parts
 from uwm_jax.systems.base import (
     Batch,
     Bucket,
@@ -54,7 +54,7 @@ class DP(System):
         super().__init__(config, spec, codec)
         d = config.diffusion
         self.tree = tree(config)
-        self.schedule = Schedule(d.num_train_steps, d.num_inference_steps, d.beta_schedule, d.spacing)
+        self.schedule = parts.schedule(d)
         self.flow = Flow(d.num_train_steps, d.num_inference_steps, d.timeshift) if d.kind == "flow" else None
         self.action_clip = 0.0 if self.flow else d.clip.action
         self.num_frames = len(spec.window.obs)

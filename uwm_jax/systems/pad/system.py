@@ -14,9 +14,7 @@ from uwm_jax.codecs import Codec
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.diffusion import loss, sampler
 from uwm_jax.diffusion.roles import Role, generated
-from uwm_jax.diffusion.schedule import Schedule
-from uwm_jax.models import layers
-from uwm_jax.systems import fields
+from uwm_jax.systems import fields, parts
 from uwm_jax.systems.base import (
     Batch,
     Bucket,
@@ -59,12 +57,7 @@ class PAD(System):
     def __init__(self, config: ConfigDict, spec: DataSpec, codec: Codec | None):
         assert codec is not None, "PAD reads and samples latents of a codec"
         super().__init__(config, spec, codec)
-        self.schedule = Schedule(
-            num_train_steps=config.diffusion.num_train_steps,
-            num_inference_steps=config.diffusion.num_inference_steps,
-            beta_schedule=config.diffusion.beta_schedule,
-            spacing=config.diffusion.spacing,
-        )
+        self.schedule = parts.schedule(config.diffusion)
         self.prediction = config.diffusion.prediction.to_dict()
         self.clip = config.diffusion.clip.to_dict()
         self.action_clip = self.clip["action"]
@@ -78,15 +71,8 @@ class PAD(System):
             action_len=self.action_shape[0],
             latent_shape=self.latent_shape,
             patch=tuple(m.patch),
-            embed_dim=m.embed_dim,
-            depth=m.depth,
-            num_heads=m.num_heads,
-            mlp_ratio=m.mlp_ratio,
-            qkv_bias=m.qkv_bias,
             timestep_embed_dim=m.timestep_embed_dim,
-            scan_blocks=layers.scans_by_default() if m.scan_blocks is None else m.scan_blocks,
-            remat=m.remat,
-            dtype=jnp.dtype(m.dtype),
+            **parts.transformer(m),
         )
 
     # --- parameters and inputs -----------------------------------------------------------------

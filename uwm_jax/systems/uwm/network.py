@@ -7,10 +7,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from uwm_jax.models import layers
 from uwm_jax.models.obs_encoder import ObsEncoder
+from uwm_jax.systems import parts
 from uwm_jax.systems.uwm.dit import DiT
 
 Array = jax.Array
@@ -82,32 +81,15 @@ def network_from_config(
             f"current and next observation must have the same views and frames, found {(num_views, num_frames)} "
             f"and {tuple(latent_shape[:2])}"
         )
-    dtype = jnp.dtype(model_config.dtype)
-    encoder, scans = model_config.encoder, model_config.scan_blocks
     return UWMNetwork(
-        obs_encoder=ObsEncoder(
-            stage_sizes=tuple(encoder.stage_sizes),
-            width=encoder.width,
-            pool=encoder.pool,
-            embed_dim=model_config.embed_dim,
-            use_low_dim=encoder.use_low_dim,
-            use_language=encoder.use_language,
-            dtype=dtype,
-        ),
+        obs_encoder=parts.obs_encoder(model_config),
         noise_pred_net=DiT(
             action_dim=action_dim,
             action_len=action_len,
             latent_shape=tuple(latent_shape),
             patch=tuple(model_config.patch),
-            embed_dim=model_config.embed_dim,
-            depth=model_config.depth,
-            num_heads=model_config.num_heads,
-            mlp_ratio=model_config.mlp_ratio,
-            qkv_bias=model_config.qkv_bias,
             num_registers=model_config.num_registers,
             timestep_embed_dim=model_config.timestep_embed_dim,
-            scan_blocks=layers.scans_by_default() if scans is None else scans,
-            remat=model_config.remat,
-            dtype=dtype,
+            **parts.transformer(model_config),
         ),
     )

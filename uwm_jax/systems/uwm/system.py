@@ -13,8 +13,7 @@ from uwm_jax.codecs import Codec
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.diffusion import loss, sampler
 from uwm_jax.diffusion.roles import Role, generated, given
-from uwm_jax.diffusion.schedule import Schedule
-from uwm_jax.systems import fields
+from uwm_jax.systems import fields, parts
 from uwm_jax.systems.base import (
     Batch,
     Bucket,
@@ -54,13 +53,7 @@ class UWM(System):
     def __init__(self, config: ConfigDict, spec: DataSpec, codec: Codec | None):
         assert codec is not None, "a Unified World Model samples latents of a codec"
         super().__init__(config, spec, codec)
-        self.schedule = Schedule(
-            num_train_steps=config.diffusion.num_train_steps,
-            num_inference_steps=config.diffusion.num_inference_steps,
-            beta_schedule=config.diffusion.beta_schedule,
-            spacing=config.diffusion.spacing,
-            hide_at=config.diffusion.hide_at,
-        )
+        self.schedule = parts.schedule(config.diffusion, hide_at=config.diffusion.hide_at)
         self.prediction = config.diffusion.prediction.to_dict()
         self.clip = config.diffusion.clip.to_dict()
         self.action_clip = self.clip["action"]
