@@ -113,6 +113,17 @@ def test_datasets_of_one_path_and_other_files_are_compared_with_a_warning(make_r
     assert "Whether their held-out windows are the same is not known" in comparison.same_windows(runs)
 
 
+def test_a_system_without_a_codec_is_compared_without_a_warning(make_run, tmp_path):
+    runs = [Run.read(make_run(tmp_path / name)) for name in ("a", "b", "c")]
+    data, evaluation = (runs[0].config[name].copy_and_resolve_references() for name in ("data", "eval"))
+    runs[1].config = base("dp")
+    runs[1].config.data, runs[1].config.eval = data, evaluation
+    assert "codec" not in runs[1].config.model
+    assert "Held-out windows are the same" in comparison.same_windows(runs)
+    runs[2].config.model.codec.name = "vae" if runs[0].config.model.codec.name != "vae" else "pca"
+    assert "differ in model.codec.name</b>" in comparison.same_windows(runs)
+
+
 def test_what_is_no_merit_is_not_marked(make_run, stored, tmp_path):
     runs = [make_run(tmp_path / name) for name in ("a", "b")]
     for name in ("a", "b"):

@@ -65,7 +65,7 @@ def _facts(runs: Sequence[Run]) -> Html:
 
 def same_windows(runs: Sequence[Run]) -> Html:
     """A warning where the numbers are not of the same windows or not in the same units."""
-    reasons = [name for name in differing_fields(runs) if name.startswith(DECISIVE)]
+    reasons = [name for name in differing_fields(runs) if name.startswith(DECISIVE) and not _is_absent(name, runs)]
     if any(_places(run) != _places(runs[0]) for run in runs[1:]):
         reasons.append("data.window")
     trained = [{source: m["splits"] for source, m in run.manifests.items()} for run in runs if run.manifests]
@@ -102,6 +102,12 @@ def same_windows(runs: Sequence[Run]) -> Html:
         "between them need not be one of the models.</p>",
         ", ".join(reasons),
     )
+
+
+def _is_absent(name: str, runs: Sequence[Run]) -> bool:
+    """Whether a field of a system's own differs only in that other systems have none, such as a codec."""
+    own = [flat[name] for flat in (flatten(run.config) for run in runs) if name in flat]
+    return name.startswith("model.") and all(value == own[0] for value in own)
 
 
 def _places(run: Run) -> Mapping[str, Any]:
