@@ -1,8 +1,8 @@
 """Windows of one source as rows of batches.
 
-`Samples` fills rows with the windows of one source, whatever it
-lacks: a source without actions has zeros in their place, one with fewer cameras than the model fills the other views by
-one of three rules, and frames of another size are resized to cover the model's and cropped.
+`Samples` fills rows with the windows of one source, whatever it lacks: a source without actions has zeros in their
+place, one with fewer cameras than the model fills the other views by one of three rules, and frames of another size are
+resized to cover the model's and cropped.
 """
 
 from __future__ import annotations
