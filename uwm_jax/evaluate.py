@@ -67,7 +67,7 @@ def main(call: cli.Call) -> None:
     losses.compile(run.params, run.frozen)
     evaluator.compile(run.params, run.frozen)
     metrics, windows = evaluator.run(run.params, run.frozen, progress=True)
-    metrics |= losses.run(run.params, run.frozen)
+    metrics = losses.run(run.params, run.frozen) | metrics
     write_results(folder, metrics, about)
     pictures.draw(windows, run.system.spec, run.system.config, folder)
     seconds = time.perf_counter() - start

@@ -121,7 +121,7 @@ def test_all_pictures_of_one_view_and_of_several(parse, tmp_path, cameras, plane
     del windows["denoise/next_obs"], windows["mean_image"], windows["forward_shuffled/next_obs"]
     (tmp_path / "fewer").mkdir()
     fewer = draw(windows, spec_of(cameras, 2 if plane else 10), config_of(plane), tmp_path / "fewer")
-    assert set(fewer) == {"idea", "modes", "actions"}
+    assert set(fewer) == {"idea", "modes", "actions", "denoise"}
     for path in (*files.values(), *fewer.values()):
         page = parse(figure(path, "about", "caption"))
         labels = read_labels(path)

@@ -12,12 +12,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from uwm_jax import reading
 from uwm_jax.errors import UserError
-from uwm_jax.torch_bridge import tensor_file
 from uwm_jax.torch_bridge.tensor_file import read_safetensors, refuse_other_kinds
 
 
@@ -99,6 +99,6 @@ def test_a_disk_that_fails_for_a_moment_is_read_again(
             raise failures.pop()
         return load_file(place)
 
-    monkeypatch.setattr(tensor_file, "load_file", load)
+    monkeypatch.setattr(safetensors.numpy, "load_file", load)
     monkeypatch.setattr(reading.time, "sleep", slept.append)
     assert list(read_safetensors(path, "x")) == ["a"] and slept == [1.0]
