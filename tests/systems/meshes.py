@@ -13,6 +13,7 @@ import os
 import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["NPROC"] = "32"  # XLA's threads: with few cores' 8, all may wait for devices that have none to run on
 
 import jax
 import numpy as np
