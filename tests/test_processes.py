@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from launch.rehearse import Processes, one_device
+from tests.systems.small import on_tiny_dataset, small_config
 from uwm_jax import config as config_lib
 
 QUICK_COMPILE = "--xla_backend_optimization_level=0"  # which is most of the time here
@@ -73,20 +74,38 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="module")
-def train_command(tmp_path_factory, make_tiny_config):
-    """The flags of a run of four steps of eight rows, robot data and video, with a checkpoint every second step."""
-    config = make_tiny_config()
+def command_of(config, folder):
+    """(workdir, *more flags) -> the flags of a run of four steps of eight rows, with a checkpoint every second step."""
     config.total_steps, config.batch_size, config.log_every = 4, 8, 1
     config.checkpoint.every, config.checkpoint.keep = 2, 5
-    config.data.sources.robot = config_lib.source(weight=0.75)
-    config.data.sources.video = config_lib.source(weight=0.25, use_actions=False)
-    file = tmp_path_factory.mktemp("config") / "config.py"
+    file = folder / "config.py"
     file.write_text(
         "from uwm_jax import config\n"
         f"def get_config():\n    return config.from_json({config_lib.to_json(config)!r}, 'test')\n"
     )
     return lambda workdir, *more: [f"--config={file}", f"--workdir={workdir}", *more]
+
+
+def add_video(config):
+    """Makes the data robot data and video."""
+    config.data.sources.robot = config_lib.source(weight=0.75)
+    config.data.sources.video = config_lib.source(weight=0.25, use_actions=False)
+
+
+@pytest.fixture(scope="module")
+def train_command(tmp_path_factory, make_tiny_config):
+    """`command_of` UWM on robot data and video."""
+    config = make_tiny_config()
+    add_video(config)
+    return command_of(config, tmp_path_factory.mktemp("config"))
+
+
+def start(jobs, count):
+    """Runs jobs, one after the other, in `count` processes; what each of them said."""
+    command = [sys.executable, "-c", RECORDER, json.dumps(jobs)]
+    with Processes(count, command, os.environ | {"XLA_FLAGS": QUICK_COMPILE}) as processes:
+        assert processes.wait(400) == [0] * count, processes.lines
+    return processes.lines
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +119,6 @@ def runs(tmp_path_factory, train_command):
 
     def continued(before, after, *more):
         return [["copy", str(root / before), str(root / after)], train_command(root / after, *more)]
-
-    def start(jobs, count):
-        command = [sys.executable, "-c", RECORDER, json.dumps(jobs)]
-        with Processes(count, command, os.environ | {"XLA_FLAGS": QUICK_COMPILE}) as processes:
-            assert processes.wait(400) == [0] * count, processes.lines
-        return processes.lines
 
     def start_with_8_devices(jobs):
         environ = one_device(os.environ) | {"XLA_FLAGS": f"{QUICK_COMPILE} --xla_force_host_platform_device_count=8"}
@@ -155,12 +168,32 @@ def metrics(runs, name):
 
 @pytest.mark.parametrize("name", ["two", "four", "data8"])
 def test_the_same_samples_and_losses_however_many_processes(runs, name):
-    assert samples(runs, name, 4) == samples(runs, "one", 4)
-    expected, found = metrics(runs, "one"), metrics(runs, name)
+    assert_the_same(runs, name, "one", ("loss", "loss/action", "loss/next_obs", "grad_norm"))
+
+
+def assert_the_same(runs, name, other, keys):
+    assert samples(runs, name, 4) == samples(runs, other, 4)
+    found, expected = metrics(runs, name), metrics(runs, other)
     assert [x["step"] for x in found] == [x["step"] for x in expected] == [1, 2, 3, 4]
     for x, y in zip(found, expected, strict=True):
-        for key in ("loss", "loss/action", "loss/next_obs", "grad_norm"):
+        for key in keys:
             np.testing.assert_allclose(x[key], y[key], rtol=1e-6 if x["step"] == 1 else 1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("variant", ["dp", "gr1"])
+def test_two_processes_train_and_finetune_other_systems(variant, tiny_dataset, tmp_path):
+    config = on_tiny_dataset(small_config(variant), tiny_dataset)
+    if variant != "dp":  # which refuses video without actions
+        add_video(config)
+    command = command_of(config, tmp_path)
+    finetune = f"--config.init_from={tmp_path / 'two'}"
+    for name, count in (("two", 2), ("one", 1)):
+        for job in (command(tmp_path / name), command(tmp_path / f"{name}_finetuned", finetune)):
+            start([job], count)  # processes join once
+    keys = ("loss", *(f"loss/{part}" for part in config.loss.weights), "grad_norm")
+    assert_the_same(tmp_path, "two", "one", keys)
+    assert_the_same(tmp_path, "two_finetuned", "one_finetuned", keys)
+    assert metrics(tmp_path, "two_finetuned")[0]["loss"] < metrics(tmp_path, "two")[0]["loss"]
 
 
 @pytest.mark.parametrize("name", ["two", "data8"])

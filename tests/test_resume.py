@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.systems.small import on_tiny_dataset, small_config
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.train import train
@@ -29,15 +30,15 @@ TIMINGS = ("samples_per_second", "data_wait_fraction", "goodput", "mfu", "time/"
 
 @pytest.fixture
 def config(make_tiny_config):
-    return make_config(make_tiny_config)
+    return make_config(make_tiny_config())
 
 
-def make_config(make_tiny_config):
-    config = make_tiny_config()
+def make_config(config):
     config.total_steps, config.log_every = STEPS, 3
     config.checkpoint.every, config.checkpoint.keep = EVERY, 2
-    config.data.sources.robot = config_lib.source(weight=0.75)
-    config.data.sources.video = config_lib.source(weight=0.25, use_actions=False)
+    if config.system != "dp":  # which refuses video without actions
+        config.data.sources.robot = config_lib.source(weight=0.75)
+        config.data.sources.video = config_lib.source(weight=0.25, use_actions=False)
     return config
 
 
@@ -45,7 +46,7 @@ def make_config(make_tiny_config):
 def uninterrupted(tmp_path_factory, make_tiny_config):
     """The workdir of a run that was left alone."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    train(make_config(make_tiny_config), workdir)
+    train(make_config(make_tiny_config()), workdir)
     assert data_iter(workdir)["weights"] == [[0, {"robot": 0.75, "video": 0.25}]]
     return workdir
 
@@ -101,8 +102,20 @@ def lines_of(workdir: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_killed_run_continues_as_if_nothing_had_happened(uninterrupted, config, tmp_path, capsys):
+    assert_survives_kills(uninterrupted, config, tmp_path / "run", capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["dp", "gr1"])
+def test_killed_runs_of_other_systems_continue_likewise(variant, tiny_dataset, tmp_path, capsys):
+    config = make_config(on_tiny_dataset(small_config(variant), tiny_dataset))
+    config.optimizer.ema_decay = 0.9
+    train(config, tmp_path / "uninterrupted")
+    assert_survives_kills(tmp_path / "uninterrupted", config, tmp_path / "run", capsys)
+
+
+def assert_survives_kills(uninterrupted, config, workdir, capsys):
     """Killed between two saves and in the middle of one; each start reads with another number of threads."""
-    workdir = tmp_path / "run"
     with Run(config, workdir) as run:
         run.until(lambda: latest_step(workdir) is not None)
     assert run.process.returncode == -signal.SIGKILL
