@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["accumulated", "data 8", "fsdp 4, tensor 2"])
-@pytest.mark.parametrize("variant", ["dp", "dp_unet", "pad", "gr1"])
+@pytest.mark.parametrize("variant", ["dp", "dp_unet", "dp_flow", "pad", "gr1"])
 def test_losses_and_gradient_norms_agree_with_one_device(runs, variant, mesh):
     one, found = runs[variant]["one"], runs[variant][mesh]
     assert len(one) == len(found) == 10 and one[0]["grad_norm"] != one[9]["grad_norm"]
