@@ -284,14 +284,18 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str, where: str) -> ConfigDict:
-    """The config of a stored `config.json`; raises UserError that names an unknown field."""
+    """The config of a stored `config.json`.
+
+    Raises:
+      UserError: it has no system, or a field that its system does not have.
+    """
     return from_dict(parse_json(text, where), where)
 
 
 def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
     """The config of the object in a `config.json`, as `from_json`."""
     config = base(_system_of(stored, where))
-    if isinstance(stored, Mapping) and isinstance(stored.get("data"), Mapping):
+    if isinstance(stored.get("data"), Mapping):
         sources = stored["data"].get("sources")
         config.data.sources = ConfigDict()
         for name in sources if isinstance(sources, Mapping) else ():
@@ -324,9 +328,11 @@ def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
 
 def _system_of(stored: Any, where: str) -> str:
     """The name of a stored config's system."""
-    name = stored.get("system", "uwm") if isinstance(stored, Mapping) else "uwm"
-    if name not in systems.names():
-        raise UserError(f"{where}: system: expected one of {', '.join(systems.names())}, found {name!r}.")
+    if not isinstance(stored, Mapping):
+        raise UserError(f"{where}: expected fields under the top, found {stored!r}.")
+    if (name := stored.get("system")) not in systems.names():
+        found = repr(name) if "system" in stored else "none"
+        raise UserError(f"{where}: system: expected one of {', '.join(systems.names())}, found {found}.")
     return name
 
 

@@ -183,7 +183,12 @@ def _check_combinations(c: ConfigDict) -> None:
         not loop.env or bool(systems.get(c.system).acting),
         f"config.eval.closed_loop.env={loop.env!r}: config.system={c.system!r} has no use that acts. Set it to ''.",
     )
-    _check_retention(c, check)
+    every, kept = c.checkpoint.every, c.checkpoint.keep_every
+    check(
+        kept % every == 0,
+        f"config.checkpoint.keep_every={kept} is not a multiple of config.checkpoint.every={every}: only steps at "
+        "which a checkpoint is saved can be kept.",
+    )
     plane = c.eval.action_plane
     if plane and plane[0] not in d.cameras:
         raise UserError(
@@ -196,37 +201,6 @@ def _check_combinations(c: ConfigDict) -> None:
             value == default or bool(c.init_from),
             f"config.init_from_{name}={value!r} requires config.init_from.",
         )
-
-
-def _check_retention(c: ConfigDict, check: Callable[[bool, str], None]) -> None:
-    every, kept = c.checkpoint.every, c.checkpoint.keep_every
-    kind = c.checkpoint.keep_best.removeprefix("eval/").split("/")[0]
-    evaluator = {"loss": "losses", "rollout": "closed_loop"}.get(kind, "samples")
-    evaluated = cadence(c, evaluator)
-    check(
-        kept % every == 0,
-        f"config.checkpoint.keep_every={kept} is not a multiple of config.checkpoint.every={every}: only steps at "
-        "which a checkpoint is saved can be kept.",
-    )
-    best = c.checkpoint.keep_best
-    if not best:
-        return
-    check(
-        best.startswith("eval/") and len(best.split("/")) > 2,
-        f"config.checkpoint.keep_best={best!r}: expected a metric of evaluations in training, as metrics.jsonl names "
-        "it, such as 'eval/policy/action_mse' or 'eval/loss/action'.",
-    )
-    check(
-        evaluated > 0,
-        f"config.checkpoint.keep_best={best!r} requires evaluations in training: set config.eval.every"
-        + (" and config.eval.closed_loop.env." if evaluator == "closed_loop" else "."),
-    )
-    check(
-        every % evaluated == 0 or evaluated % every == 0,
-        f"config.checkpoint.keep_best={best!r} compares steps that are both evaluated (every {evaluated}) and saved "
-        f"(every {every}): expected one of config.eval.every and config.checkpoint.every to be a multiple of the "
-        "other.",
-    )
 
 
 def _check_window(d: ConfigDict, check: Callable[[bool, str], None]) -> None:

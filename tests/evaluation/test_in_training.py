@@ -134,24 +134,44 @@ def test_a_closed_loop_is_checked_before_anything_is_compiled(tiny_config):
 def test_fields_of_the_closed_loop_are_judged_together(tiny_config):
     def refused(message, **fields):
         config = tiny_config.copy_and_resolve_references()
-        for name, value in fields.items():
-            part, _, leaf = name.rpartition("__")
-            (config[part] if part == "checkpoint" else config.eval.closed_loop)[leaf] = value
+        config.eval.closed_loop.update(fields)
         with pytest.raises(UserError, match=message):
             config_lib.validate(config)
 
     refused("closed_loop.every=2 requires a simulator: set config.eval.closed_loop.env", every=2)
     refused(r"closed_loop\.every: expected -1", every=-2)
     refused(r"closed_loop\.episodes: expected a number of at least 1", episodes=0)
-    metric = "eval/rollout/policy/max_coverage"
-    refused(
-        "requires evaluations in training: set config.eval.every and config.eval.closed_loop.env",
-        checkpoint__keep_best=metric,
-    )
-    refused("to be a multiple of the other", checkpoint__keep_best=metric, env="pusht", every=3)
-    tiny_config.checkpoint.keep_best, tiny_config.eval.closed_loop.env = metric, "pusht"
-    tiny_config.eval.closed_loop.every = 4
-    config_lib.validate(tiny_config)
+
+
+POLICY, LOSS, ROLLOUT = "eval/policy/action_mse", "eval/loss/action", "eval/rollout/policy/max_coverage"
+
+
+@pytest.mark.parametrize(
+    ("best", "fields", "message"),
+    [
+        ("policy/action_mse", {"every": 2}, "expected a metric of evaluations in training"),
+        ("eval/count", {"every": 2}, "expected a metric of evaluations in training"),
+        (POLICY, {}, r"requires evaluations in training: set config.eval.every or config.eval.samples.every\."),
+        (LOSS, {"samples.every": 2}, r"requires .* set config.eval.every or config.eval.losses.every\."),
+        (
+            ROLLOUT,
+            {"every": 2},
+            r"config.eval.closed_loop.every and config.eval.closed_loop.env",
+        ),
+        (POLICY, {"every": 3}, r"\(config.eval.samples.every, .*: 3\) .* expected one of them to be a multiple"),
+        (LOSS, {"every": 2, "losses.every": 3}, r"\(config.eval.losses.every, .*: 3\)"),
+        (POLICY, {"every": 2, "losses.every": 3}, ""),
+        (POLICY, {"every": 4}, ""),
+        (LOSS, {"losses.every": 1}, ""),
+    ],
+)
+def test_the_best_checkpoint_is_one_that_is_measured(tiny_config, best, fields, message):
+    tiny_config.checkpoint.every, tiny_config.checkpoint.keep_best, tiny_config.eval.every = 2, best, 0
+    tiny_config.update_from_flattened_dict({f"eval.{name}": value for name, value in fields.items()})
+    if not message:
+        return in_training.check_config(tiny_config)
+    with pytest.raises(UserError, match=message):
+        in_training.check_config(tiny_config)
 
 
 @pytest.mark.slow

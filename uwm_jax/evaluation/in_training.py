@@ -87,6 +87,7 @@ class InTrainingEvaluator(abc.ABC):
       name: of `config.eval.<name>`.
       folder: of the workdir, for results of each step; evaluators of one folder write them together.
       prefix: of its metrics in `metrics.jsonl`.
+      opening: how their names there begin, all of them; of several evaluators, the longest that fits is meant.
       record: the file in the folder that holds `about`, next to `metrics.json`.
       command: measures the same of a checkpoint, without `--workdir` and `--step`.
     """
@@ -94,6 +95,7 @@ class InTrainingEvaluator(abc.ABC):
     name: ClassVar[str]
     folder: ClassVar[str] = "eval"
     prefix: ClassVar[str] = "eval/"
+    opening: ClassVar[str] = "eval/"
     record: ClassVar[str] = "about.json"
 
     def __init__(self, run: Run):
@@ -140,6 +142,7 @@ class Losses(InTrainingEvaluator):
     """Losses on held-out windows."""
 
     name = "losses"
+    opening = "eval/loss/"
 
     @classmethod
     def check_data(cls, config: ConfigDict, data: RunData) -> None:
@@ -194,7 +197,7 @@ class ClosedLoop(InTrainingEvaluator):
 
     name = "closed_loop"
     folder = "rollout"
-    prefix = "eval/rollout/"
+    prefix = opening = "eval/rollout/"
     record = "episodes.json"
     _FIELD = "config.eval.closed_loop"
 
@@ -255,9 +258,34 @@ def _chosen(config: ConfigDict) -> list[type[InTrainingEvaluator]]:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UserError where an evaluator of a run cannot be used: a missing package, a chunk that is too short."""
+    """Raises UserError where an evaluator of a run cannot be used: a missing package, a chunk that is too short; and
+    where no checkpoint would have the metric of `config.checkpoint.keep_best`."""
     for kind in _chosen(config):
         kind.check_config(config)
+    _check_best(config)
+
+
+def _check_best(config: ConfigDict) -> None:
+    best, saved = config.checkpoint.keep_best, config.checkpoint.every
+    if not best:
+        return
+    asked = f"config.checkpoint.keep_best={best!r}"
+    givers = [kind for kind in EVALUATORS if best.startswith(kind.opening)]
+    if not givers or len(best.split("/")) < 3:
+        raise UserError(
+            f"{asked}: expected a metric of evaluations in training, as metrics.jsonl names it, such as "
+            "'eval/policy/action_mse' or 'eval/loss/action'."
+        )
+    giver = max(givers, key=lambda kind: len(kind.opening))
+    field, evaluated = f"config.eval.{giver.name}.every", cadence(config, giver.name)
+    if not evaluated:
+        needs = "" if config.eval[giver.name].get("env", "any") else f" and config.eval.{giver.name}.env"
+        raise UserError(f"{asked} requires evaluations in training: set config.eval.every or {field}{needs}.")
+    if saved % evaluated and evaluated % saved:
+        raise UserError(
+            f"{asked} compares steps that are both evaluated ({field}, or config.eval.every: {evaluated}) and saved "
+            f"(config.checkpoint.every: {saved}): expected one of them to be a multiple of the other."
+        )
 
 
 def check_data(config: ConfigDict, data: RunData) -> None:
