@@ -30,10 +30,11 @@ to 3 for the two commands after it. One seed, 256 held-out windows of 100 episod
 The short form, seeds 0 to 2: policy 0.050 to 0.059, inverse 0.043 to 0.051, mean best coverage 0.27 to 0.31.
 
 Comparison systems, `configs/pusht_cpu.py:SYSTEM[,short]`: `dp`, `dp_unet`, `dp_flow` (Diffusion Policy: transformer,
-1-D U-Net, flow matching), `pad`, `gr1`; `uwm` is the model above. All have the same demonstrations, steps, batch
-and evaluations of the network in a sample, about the same width and depth, and are measured on the same held-out windows
-(docs/comparisons.md). Each has the inputs of its official code: UWM and DP see frames and the disc's position, PAD and GR1
-frames alone. Diffusion systems predict x0 here, flow matching its velocity; GR1's ViT starts from nothing.
+1-D U-Net, flow matching), `pad`, `gr1`; `uwm` is the model above. All have the same demonstrations, steps, batch and
+evaluations of the network in a sample, about the same width and depth, and are measured on the same held-out windows.
+Each has the inputs of its official code: UWM and DP see frames and the disc's position, PAD and GR1 frames alone.
+Diffusion systems predict x0 here, flow matching its velocity; GR1's ViT starts from random parameters.
+docs/comparisons.md has the results.
 """
 
 from ml_collections import ConfigDict

@@ -24,7 +24,8 @@ from absl.flags import FLAGS
 
 from tests.data import rlds_source
 from uwm_jax import cli
-from uwm_jax.config import MAY_CHANGE, base, flatten, source
+from uwm_jax.config import MAY_CHANGE, base, flatten, load, source, validate
+from uwm_jax.data.windows import WindowSpec
 from uwm_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -232,3 +233,30 @@ def test_commands_of_all_pages_name_flags_that_exist(monkeypatch):
             assert good, f"{file}: python -m {name} has no --{flag}"
         seen.add(name)
     assert {"uwm_jax.train", "uwm_jax.evaluate", "uwm_jax.rollout", "uwm_jax.report", "data_prep.demo"} <= seen
+
+
+def test_the_runs_of_comparisons_have_configs_that_are_accepted(tmp_path):
+    """Its shell loops run, with a `python` that tells what it was called with."""
+    page = (ROOT / "docs" / "comparisons.md").read_text()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\t" "$@"; echo\n')
+    python.chmod(0o755)
+    called = []
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
+        command = ["bash", "-euo", "pipefail", "-c", block]
+        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=True)
+        called += [line.rstrip("\t").split("\t") for line in result.stdout.splitlines()]
+    trained = {}
+    for _, module, *flags in called:
+        if module == "uwm_jax.train":
+            given = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+            overrides = [(name.removeprefix("config."), x) for name, x in given.items() if name.startswith("config.")]
+            config = load(str(ROOT / given["config"]), overrides)
+            validate(config)
+            trained[given["workdir"]] = config
+    for system in ("uwm", "dp", "dp_unet", "dp_flow", "pad", "gr1"):
+        assert [trained[f"runs/{system}_short_{seed}"].seed for seed in range(3)] == [0, 1, 2]
+    assert len(trained) == 18 + 7
+    windows = [WindowSpec.from_config(config.data.window) for config in trained.values()]
+    assert all(window.places == windows[0].places for window in windows)  # the same held-out windows for all

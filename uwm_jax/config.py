@@ -329,7 +329,7 @@ def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
 def _system_of(stored: Any, where: str) -> str:
     """The name of a stored config's system."""
     if not isinstance(stored, Mapping):
-        raise UserError(f"{where}: expected fields under the top, found {stored!r}.")
+        raise UserError(f"{where}: expected a JSON object, found {stored!r}.")
     if (name := stored.get("system")) not in systems.names():
         found = repr(name) if "system" in stored else "none"
         raise UserError(f"{where}: system: expected one of {', '.join(systems.names())}, found {found}.")

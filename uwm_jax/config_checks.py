@@ -50,9 +50,14 @@ def cadence(config: ConfigDict, evaluator: str) -> int:
     """Steps between measurements of an evaluator in training; 0 is never, as where it needs an environment and has
     none."""
     every = config.eval[evaluator].every
-    if not config.eval[evaluator].get("env", "any"):
+    if lacks_env(config, evaluator):
         return 0
     return config.eval.every if every == -1 else every
+
+
+def lacks_env(config: ConfigDict, evaluator: str) -> bool:
+    """Whether an evaluator in training needs an environment and has none."""
+    return config.eval[evaluator].get("env") == ""
 
 
 def is_list_of_texts(name: str) -> bool:

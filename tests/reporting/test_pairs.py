@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from uwm_jax.errors import UserError
 from uwm_jax.reporting import comparison, pairs
 from uwm_jax.reporting.results import Run
 
@@ -18,12 +19,13 @@ STARTS = range(12)
 def run(make_run, tmp_path):
     """A function that makes a run whose policy has these best scores, one a start."""
 
-    def make(name, scores, seed=0, *, solved=(), batch_size=36, **how):
+    def make(name, scores, seed=0, *, solved=(), batch_size=36, starts=12, **how):
         workdir = make_run(tmp_path / name, seed=seed)
         config = json.loads((workdir / "config.json").read_text())
         (workdir / "config.json").write_text(json.dumps(config | {"batch_size": batch_size}))
         file = workdir / "rollout" / "20" / "episodes.json"
         episodes = [{"seed": s, "max_coverage": x, "success": s in solved} for s, x in zip(STARTS, scores, strict=True)]
+        episodes = episodes[:starts]
         told = {"max_steps": 200, "score_range": [0.0, 1.0], "episodes": {"policy": episodes}}
         file.write_text(json.dumps(json.loads(file.read_text()) | told | how))
         return workdir
@@ -68,8 +70,44 @@ def test_one_seed_says_so(run, tmp_path):
     assert "1 x 1 training seeds: another seed may say otherwise" in page
 
 
-def test_other_starts_are_not_paired(run, make_run, tmp_path):
-    a, b = run("a", scores(0.6)), run("b", scores(0.4), batch_size=7, execute=3)
+@pytest.mark.parametrize(
+    "other",
+    [{"execute": 3}, {"env": "other"}, {"score_range": [0.0, None]}, {"episodes": {}}, {"starts": 7}],
+)
+def test_other_starts_are_not_paired(run, make_run, tmp_path, other):
+    a, b = run("a", scores(0.6)), run("b", scores(0.4), batch_size=7, **other)
     runs = [Run.read(workdir) for workdir in (a, b, make_run(tmp_path / "c"))]
     assert not pairs.section(runs)
     assert not pairs.section([runs[0], runs[0]]), "of one setting"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"env": 3},
+        {"score_range": None},
+        {"score_range": [0.0]},
+        {"score_range": ["0", "1"]},
+        {"episodes": {"policy": [{"seed": 0, "success": False}]}},
+        {"episodes": {"policy": [{"seed": 0, "success": False, "max_coverage": float("nan")}]}},
+        {"episodes": {"policy": [{"seed": 0, "success": False, "max_coverage": "much"}]}},
+        {"episodes": {"policy": [{"seed": 0, "max_coverage": 0.5}]}},
+    ],
+)
+def test_a_damaged_record_is_named(run, damage):
+    runs = [Run.read(run("a", scores(0.6), **damage)), Run.read(run("b", scores(0.4), batch_size=7))]
+    with pytest.raises(UserError, match=r"episodes\.json: .* Delete it, and make it again"):
+        pairs.section(runs)
+
+
+def test_runs_of_one_seed_are_one_seed(run, tmp_path):
+    again = [run("a_1", scores(0.6)), run("a_2", scores(0.6, 1)), run("b", scores(0.1), batch_size=7)]
+    page = comparison.compare(again, tmp_path / "page.html").read_text()
+    assert "1 x 1 training seeds: another seed may say otherwise" in page
+
+
+def test_no_success_at_all_has_an_interval(run, parse, tmp_path):
+    runs = [run("a", scores(0.6)), run("b", scores(0.4), batch_size=7)]
+    page = comparison.compare(runs, tmp_path / "page.html").read_text()
+    row = parse(page).rows["a, against b"]
+    assert row[1].splitlines()[-1] == "\N{MINUS SIGN}0.242 to 0.242", "of Wilson's for none of 12"

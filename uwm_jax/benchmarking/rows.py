@@ -292,7 +292,7 @@ class Model:
 
 
 def run_alone(row: str, config: Mapping[str, Any], action_dim: int, frame_size: Any, repetitions: int) -> None:
-    """Runs a row of a process that has no other: the arguments are JSON values of those of `Model`."""
+    """Runs one row in its own process: the arguments are JSON values of those of `Model`."""
     size = (frame_size[0], frame_size[1]) if frame_size else None
     model = Model(config_lib.from_dict(config, "--config"), action_dim, [row], size, initialize=False)
     model.runner(row).repeat(repetitions)

@@ -118,8 +118,8 @@ class Evaluator:
         return names_of(scores, self._pairs())
 
     def batches(self) -> Iterator[Arrays]:
-        """The windows on the devices, as `FixedWindows.batches` gives them, one batch at a time: beside a training
-        step there may be no room for all."""
+        """The windows on the devices, as `FixedWindows.batches` gives them, one batch at a time: during
+        training, all may not fit in memory."""
         return (mesh_lib.place(batch, self._by_rows) for batch in self._batches)
 
     def example(self) -> Arrays:

@@ -17,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from uwm_jax import envs
-from uwm_jax.config_checks import cadence
+from uwm_jax.config_checks import cadence, lacks_env
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
@@ -87,7 +87,7 @@ class InTrainingEvaluator(abc.ABC):
       name: of `config.eval.<name>`.
       folder: of the workdir, for results of each step; evaluators of one folder write them together.
       prefix: of its metrics in `metrics.jsonl`.
-      opening: how their names there begin, all of them; of several evaluators, the longest that fits is meant.
+      opening: how their names there begin, all of them; the longest match wins.
       record: the file in the folder that holds `about`, next to `metrics.json`.
       command: measures the same of a checkpoint, without `--workdir` and `--step`.
     """
@@ -271,20 +271,21 @@ def _check_best(config: ConfigDict) -> None:
         return
     asked = f"config.checkpoint.keep_best={best!r}"
     givers = [kind for kind in EVALUATORS if best.startswith(kind.opening)]
-    if not givers or len(best.split("/")) < 3:
+    if not givers or len(parts := best.split("/")) < 3 or not all(parts):
         raise UserError(
             f"{asked}: expected a metric of evaluations in training, as metrics.jsonl names it, such as "
             "'eval/policy/action_mse' or 'eval/loss/action'."
         )
     giver = max(givers, key=lambda kind: len(kind.opening))
-    field, evaluated = f"config.eval.{giver.name}.every", cadence(config, giver.name)
+    evaluated = cadence(config, giver.name)
+    field = "config.eval.every" if config.eval[giver.name].every == -1 else f"config.eval.{giver.name}.every"
     if not evaluated:
-        needs = "" if config.eval[giver.name].get("env", "any") else f" and config.eval.{giver.name}.env"
-        raise UserError(f"{asked} requires evaluations in training: set config.eval.every or {field}{needs}.")
+        needs = f" and config.eval.{giver.name}.env" if lacks_env(config, giver.name) else ""
+        raise UserError(f"{asked} requires evaluations in training: set {field}{needs}.")
     if saved % evaluated and evaluated % saved:
         raise UserError(
-            f"{asked} compares steps that are both evaluated ({field}, or config.eval.every: {evaluated}) and saved "
-            f"(config.checkpoint.every: {saved}): expected one of them to be a multiple of the other."
+            f"{asked} compares steps that are both evaluated ({field}={evaluated}) and saved "
+            f"(config.checkpoint.every={saved}): expected one of them to be a multiple of the other."
         )
 
 

@@ -74,7 +74,7 @@ def pairs_of(uses: Mapping[str, Use], acting: str) -> Pairs:
 
 
 def errors(made: Mapping[str, jax.Array], truth: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Errors of the actions and frames of a batch of windows, of those present.
+    """Errors of the actions and frames of a batch of windows, for the keys present.
 
     Args:
       made: `action` (B, Ta, Da) normalised; `next_obs_latent` (B, V, T, h, w, C); `next_obs` (B, V, T, H, W, 3) in

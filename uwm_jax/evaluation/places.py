@@ -143,7 +143,7 @@ def choose(
 
 
 def _other(file: Path, settings: Settings) -> bool:
-    """Whether a result lies there that was made with other settings, or does not tell with which."""
+    """Whether a result lies there that was made with other settings, or records no settings."""
     return file.exists() and _record(file).get("settings") != json.loads(json.dumps(settings))
 
 

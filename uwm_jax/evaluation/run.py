@@ -87,7 +87,7 @@ def open_run(
 ) -> EvaluatedRun:
     """Opens a checkpoint, and the held-out data of its run or those that overrides name.
 
-    A warning tells where other data than the run's leave the ranges that it was trained on.
+    Warns where other data than the run's leave the ranges that it was trained on.
 
     Args:
       output: for results in place of the workdir.

@@ -179,7 +179,7 @@ def _more_is_better(name: str) -> bool:
 def _best(found: Sequence[Interval | None], more: bool) -> Interval | None:
     """The one that is better than every other with intervals apart, if there is one and all have enough episodes."""
     there = [m for m in found if m is not None]
-    for m in there if all(m.tells for m in there) else ():
+    for m in there if all(m.is_conclusive for m in there) else ():
         others = [other for other in there if other is not m]
         if others and all((m.lo > other.hi) if more else (m.hi < other.lo) for other in others):
             return m

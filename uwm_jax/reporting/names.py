@@ -24,7 +24,7 @@ METRICS = {  # a metric's name, and what its numbers are
 BASELINES = {
     "mean_action": "the mean action of the training episodes",
     "last_action": "the last action, repeated",
-    "linear_interpolation": "a straight line from the last action to the chunk's true last one, which no model is told",
+    "linear_interpolation": "a straight line from the last action to the chunk's true end, which no model has",
     "copied_frame": "the current frame, copied",
     "mean_image": f"the mean later frame of {MEAN_IMAGE_WINDOWS} windows of training episodes",
     "codec": "not a baseline but the ceiling: the true frame through the image codec",

@@ -21,7 +21,7 @@ def others(run: Run) -> Html:
     if not run.others:
         return NOTHING
     about = (
-        "<p>Each is told apart by its settings: what differs from the run's own config and data, and for a closed loop "
+        "<p>Each is identified by its settings: what differs from the run's own config and data, and for a closed loop "
         "or a comparison of samplers how it was made. Pictures lie in its folder.</p>"
     )
     ordered = sorted(run.others, key=lambda result: -result.step)

@@ -103,12 +103,12 @@ def cell(m: Interval | None, form: Format, kind: str = "") -> Html:
 
 def interval(m: Interval, form: Format) -> str:
     """An interval in words, or that there are too few episodes for one."""
-    return f"{form(m.lo)} to {form(m.hi)}" if m.tells else f"{TOO_FEW} ({m.episodes})"
+    return f"{form(m.lo)} to {form(m.hi)}" if m.is_conclusive else f"{TOO_FEW} ({m.episodes})"
 
 
 def formats(rows: Sequence[Sequence[Interval | None]]) -> list[Format]:
-    """A format for each column of a table."""
-    return [Format.of(m and m.mean for m in column) for column in zip(*rows, strict=True)]
+    """A format for each column of a table, of means or, where they are 0, of the ends of intervals."""
+    return [Format.of(m and (m.mean or m.hi) for m in column) for column in zip(*rows, strict=True)]
 
 
 def fields(columns: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> Html:

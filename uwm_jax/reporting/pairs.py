@@ -1,4 +1,4 @@
-"""Closed loops of several runs that began from the same starts, set against each other start by start."""
+"""Paired comparison of the closed loops of several runs from the same starts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from uwm_jax.reporting import names
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.numbers import Format
 from uwm_jax.reporting.page import NOTHING, cell, formats, head, number_head, table
-from uwm_jax.reporting.results import Interval, Run, seeds_of, verdict
+from uwm_jax.reporting.results import Interval, Run, damaged, seeds_of, verdict
 
-_SAME = ("env", "execute", "max_steps")  # with the starts' seeds: what makes two closed loops comparable
+_SAME = ("env", "execute", "max_steps", "score_range")  # with the starts' seeds: what makes two closed loops comparable
 
 Difference = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Stored]
 
@@ -47,10 +47,11 @@ def _name(runs: Sequence[Run]) -> str:
 
 
 def differences(first: Setting, second: Setting) -> dict[str, Interval]:
-    """{metric: that of the first minus that of the second, on the same starts}, positive where the first is better.
+    """{metric: first minus second, on the same starts}, positive where the first is better.
 
-    Every run of one is paired with every run of the other. The mean is that of all pairs, and the interval holds those
-    of all pairs: it lies on one side of 0 only where each pair's does, so that no training seed alone decides.
+    Every run of one is paired with every run of the other. The mean is that of all pairs, and the interval spans the
+    95 % intervals of all pairs: it lies on one side of 0 only where each of them does, so that no training seed alone
+    decides.
     """
     low, high = (math.inf if end is None else end for end in first.runs[0].rollout_how["score_range"])
     score, bounds = first.runs[0].score, difference_bounds(-low if math.isinf(low) else low, high)
@@ -73,12 +74,31 @@ def _over_seeds(first: Setting, second: Setting, difference: Difference) -> Inte
     return Interval(mean, min(m.lo for m in there), max(m.hi for m in there), there[0].n, there[0].episodes)
 
 
+def _check(run: Run) -> None:
+    """Raises UserError where the record of a closed loop lacks what differences are made of."""
+    how = run.rollout_how
+    try:
+        good = isinstance(how["env"], str) and len(how["score_range"]) == 2
+        good &= all(end is None or math.isfinite(end) for end in how["score_range"])
+        for episode in how["episodes"]["policy"]:
+            good &= math.isfinite(episode[run.score]) and isinstance(episode["success"], bool)
+    except (KeyError, TypeError) as e:
+        raise damaged(run.folders["rollout"] / "episodes.json", f"no closed loop has such episodes ({e!r})") from e
+    if not good:
+        raise damaged(
+            run.folders["rollout"] / "episodes.json",
+            f"expected an environment's name, a score_range of two numbers or nulls, and in each episode a finite "
+            f"{run.score} and whether it was a success",
+        )
+
+
 def section(runs: Sequence[Run]) -> Html:
     """A table of the differences of every two settings whose closed loops can be paired; "" where there are none."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         how = run.rollout_how
-        if run.score and "score_range" in how:
+        if run.score and "score_range" in how and seeds_of(how):
+            _check(run)
             groups.setdefault(str([*(how.get(name) for name in _SAME), seeds_of(how)]), []).append(run)
     tables = [_table(group) for group in groups.values()]
     return fill("{}", tables) if any(tables) else NOTHING
@@ -95,16 +115,16 @@ def _table(runs: Sequence[Run]) -> Html:
     about = (
         "<p>The first's result minus the second's in {} from the same {} starts; positive: the first is better. Where "
         "a config was trained from several seeds, every run of one is paired with every run of the other: the mean is "
-        "that of all pairs, and the interval holds the 95 % intervals of all of them. A difference is shown only where "
+        "that of all pairs, and the range spans the 95 % intervals of all of them. A difference is shown only where "
         "all pairs agree.</p>{}"
     )
     how = runs[0].rollout_how
-    return fill(about, how["env"], len(seeds_of(how)), table([*heads, "is the first better?"], rows, "closed loops"))
+    return fill(about, how["env"], len(seeds_of(how)), table([*heads, "better score?"], rows, "closed loops"))
 
 
 def _row(pair: tuple[Setting, Setting], found: Mapping[str, Interval], forms: Sequence[Format]) -> list[Html]:
     first, second = pair
-    counts = [len(setting.runs) for setting in pair]
+    counts = [len({run.config.seed for run in setting.runs}) for setting in pair]
     seeds = f"{counts[0]} x {counts[1]} training seeds"
     if min(counts) == 1:
         seeds += ": another seed may say otherwise"

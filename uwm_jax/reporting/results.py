@@ -45,7 +45,7 @@ _HOW: dict[str, type | tuple[type, ...]] = {
 class Interval(NamedTuple):
     """A mean over `n` windows of so many `episodes`, or over `n` = `episodes` of them, with its 95 % interval.
 
-    `lo` and `hi` are the mean itself where there are fewer than `FEWEST` episodes; `tells` is False then.
+    `lo` and `hi` are the mean itself where there are fewer than `FEWEST` episodes; `is_conclusive` is False then.
     """
 
     mean: float
@@ -68,15 +68,15 @@ class Interval(NamedTuple):
         return cls(mean, lo, hi, n, count)
 
     @property
-    def tells(self) -> bool:
-        """Whether there are enough episodes for it to say something about others."""
+    def is_conclusive(self) -> bool:
+        """Whether there are enough episodes for an interval."""
         return self.episodes >= FEWEST
 
 
 def verdict(difference: Interval) -> str:
     """The verdict of a difference's interval, positive = better: "yes", "no, it is worse", "undecided" or "too few
     episodes"."""
-    if not difference.tells:
+    if not difference.is_conclusive:
         return "too few episodes"
     if difference.lo > 0:
         return "yes"
@@ -273,28 +273,28 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         read = read_json(file, also=list)
     except UserError as e:
-        raise _damaged(file, str(e).removeprefix(f"{file}: ")) from e
+        raise damaged(file, str(e).removeprefix(f"{file}: ")) from e
     if isinstance(read, list) and file.name == _FILES["few_steps"][1]:  # an older version's
         read = {"rows": read}
     if not isinstance(read, dict):
-        raise _damaged(file, "not a JSON object")
+        raise damaged(file, "not a JSON object")
     return read
 
 
 def _check_how(file: Path, how: Any, kind: str) -> None:
     """Raises UserError where a record of how a result was made has a field of another type than commands write."""
     if not isinstance(how, dict):
-        raise _damaged(file, "its `about` is not a JSON object")
+        raise damaged(file, "its `about` is not a JSON object")
     if told := provenance.misfit(how) or provenance.misfit(
         how, _HOW | {"episodes": dict if kind == "rollout" else int}
     ):
-        raise _damaged(file, told)
+        raise damaged(file, told)
     if not all(isinstance(identity, str) for identity in (how.get("datasets") or {}).values()):
-        raise _damaged(file, "not all of its datasets are {source: identity}")
+        raise damaged(file, "not all of its datasets are {source: identity}")
     try:
         seeds_of(how)
     except (KeyError, TypeError) as e:
-        raise _damaged(file, "not all of its episodes have a seed") from e
+        raise damaged(file, "not all of its episodes have a seed") from e
 
 
 def seeds_of(how: Mapping[str, Any]) -> list[int]:
@@ -307,7 +307,7 @@ def _intervals(file: Path, metrics: Mapping[str, Any], episodes: int | None = No
     try:
         found = {name: Interval.of(stored, episodes) for name, stored in metrics.items()}
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as e:
-        raise _damaged(file, "not all of it is {metric: {mean, lo, hi, n, episodes}}") from e
+        raise damaged(file, "not all of it is {metric: {mean, lo, hi, n, episodes}}") from e
     return {name: m for name, m in found.items() if m is not None}
 
 
@@ -321,8 +321,9 @@ def _few_steps(file: Path, found: Mapping[str, Any]) -> list[dict[str, Any]]:
             for row, time in zip(rows, times, strict=True)
         ]
     except (KeyError, TypeError, ValueError, OverflowError) as e:
-        raise _damaged(file, "not all of its rows are complete") from e
+        raise damaged(file, "not all of its rows are complete") from e
 
 
-def _damaged(file: Path, what: str) -> UserError:
+def damaged(file: Path, what: str) -> UserError:
+    """The error of a file of results that no command can have written so."""
     return UserError(f"{file}: {what}. Delete it, and make it again.")

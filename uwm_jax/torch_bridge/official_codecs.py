@@ -31,7 +31,7 @@ _SDXL_PARTS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_a
 
 
 class _Arrays:
-    """A codec whose tensors are its arrays; also of those that have none."""
+    """A codec whose tensors are its arrays, possibly none."""
 
     def __init__(self, codec: type[Codec]):
         self._codec, self._prefix = codec, f"obs_encoder.{codec.name}."
