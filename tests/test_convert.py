@@ -395,8 +395,12 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
         ("[" * 100_000, "nested too deeply"),
         ("[1]", "expected a JSON object"),
         ('{"format": "uwm_jax.torch", "format_version": 2}', "('uwm_jax.torch', 2)"),
-        ('{"format": "uwm_jax.torch", "format_version": 1, "config": {}}', "a field is missing"),
-        ('{"format": "uwm_jax.torch", "format_version": 1, "config": {"seeed": 1}}', "unknown field 'seeed'"),
+        ('{"format": "uwm_jax.torch", "format_version": 1, "config": {}}', "system: expected one of"),
+        ('{"format": "uwm_jax.torch", "format_version": 1, "config": {"system": "uwm"}}', "a field is missing"),
+        (
+            '{"format": "uwm_jax.torch", "format_version": 1, "config": {"system": "uwm", "seeed": 1}}',
+            "unknown field 'seeed'",
+        ),
     ],
 )
 def test_descriptions_that_are_none(
