@@ -1,15 +1,17 @@
-"""A few short demonstrations of PushT, and the config of a model that compiles in seconds on them."""
+"""A few short demonstrations of PushT, the config of a model that compiles in seconds on them, and equal episodes."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from data_prep import demo
 from uwm_jax.config import base
+from uwm_jax.envs.parallel import EpisodeResult
 
 SIZE = 16  # pixels of a frame's side
 _DEMO = demo.Demo(episodes=4, image_size=SIZE, candidates=24, max_steps=40)
@@ -40,3 +42,12 @@ def make_config(demonstrations: Path) -> ConfigDict:
     c.data.val_ratio, c.data.num_streams, c.data.num_threads = demo.VAL_RATIO, 8, 1
     c.data.resize = c.data.crop = (SIZE, SIZE)
     return c
+
+
+def same(a: EpisodeResult, b: EpisodeResult) -> bool:
+    return (
+        a.seed == b.seed
+        and a.success == b.success
+        and np.array_equal(a.scores, b.scores)
+        and np.array_equal(a.actions, b.actions)
+    )

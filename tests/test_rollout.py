@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,15 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("gym_pusht")
 
-from tests.pusht_run import SIZE, make_config, make_demonstrations  # noqa: E402
-from uwm_jax import cli, codecs, compare_samplers, envs, rollout, systems  # noqa: E402
-from uwm_jax.config import base, source, validate  # noqa: E402
+from tests.pusht_run import SIZE, make_config, make_demonstrations, same  # noqa: E402
+from uwm_jax import cli, compare_samplers, envs, rollout  # noqa: E402
+from uwm_jax.config import base, source  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
 from uwm_jax.data.run_data import RunData  # noqa: E402
 from uwm_jax.data.spec import DataSpec  # noqa: E402
 from uwm_jax.data.windows import WindowSpec  # noqa: E402
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, replay  # noqa: E402
-from uwm_jax.errors import Preempted, UserError  # noqa: E402
+from uwm_jax.errors import UserError  # noqa: E402
 from uwm_jax.evaluation import closed_loop  # noqa: E402
 from uwm_jax.policy import Policy  # noqa: E402
 from uwm_jax.reporting import film  # noqa: E402
@@ -31,30 +30,14 @@ from uwm_jax.reporting.sheets import read_labels  # noqa: E402
 from uwm_jax.systems.base import Use  # noqa: E402
 from uwm_jax.train import train  # noqa: E402
 from uwm_jax.training.inference import load_for_inference  # noqa: E402
-from uwm_jax.training.log import read_metrics  # noqa: E402
 
 SEEDS = [100_000, 100_003]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    c = make_config(make_demonstrations(tmp_path_factory.mktemp("demonstrations") / "pusht"))
-    c.eval.closed_loop.env, c.eval.closed_loop.every, c.eval.closed_loop.episodes = "pusht", 2, 2
-    return c
-
-
-@pytest.fixture(scope="module")
-def acted():
-    """The episodes of each closed loop of the training of `trained`."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def trained(config, acted, tmp_path_factory):
-    workdir, act = tmp_path_factory.mktemp("trained") / "run", closed_loop.closed_loop
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(closed_loop, "closed_loop", lambda *args, **how: acted.append(act(*args, **how)) or acted[-1])
-        train(config, workdir)
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    train(make_config(make_demonstrations(tmp_path_factory.mktemp("demonstrations") / "pusht")), workdir)
     return workdir
 
 
@@ -93,15 +76,6 @@ class Stub:
     def frames(self, frozen, made):
         latents = made["next_obs_latent"]
         return jnp.broadcast_to(latents[:, None, None, None, None, None], (len(latents), 1, 2, SIZE, SIZE, 3))
-
-
-def same(a: EpisodeResult, b: EpisodeResult) -> bool:
-    return (
-        a.seed == b.seed
-        and a.success == b.success
-        and np.array_equal(a.scores, b.scores)
-        and np.array_equal(a.actions, b.actions)
-    )
 
 
 class TwoViews(Stub):
@@ -329,60 +303,6 @@ def test_observations_take_the_path_of_training_bit_for_bit(trained):
 
 
 @pytest.mark.slow
-def test_training_writes_what_the_command_does_of_the_policy(trained):
-    folder = trained / "rollout" / "2"
-    written = {file: json.loads((folder / file).read_text()) for file in ("metrics.json", "episodes.json")}
-    logged = {
-        name.removeprefix("eval/rollout/"): value
-        for name, value in read_metrics(trained / "metrics.jsonl")[-1].items()
-        if name.startswith("eval/")
-    }
-    assert logged == {name: value["mean"] for name, value in written["metrics.json"].items()}
-    assert logged.keys() == {"policy/max_coverage", "policy/success", "no_action/max_coverage"}
-    arguments = ["rollout", f"--workdir={trained}", "--env=pusht", "--episodes=2", "--workers=1"]
-    assert cli.call(rollout.main, arguments, rollout.define_flags) == 0
-    again = {file: json.loads((folder / file).read_text()) for file in written}  # in the same place
-    assert again["metrics.json"].items() >= written["metrics.json"].items()
-    assert again["episodes.json"]["episodes"]["policy"] == written["episodes.json"]["episodes"]["policy"]
-    changing = ("command", "time", "episodes")
-    assert {k: v for k, v in again["episodes.json"].items() if k not in changing} == {
-        k: v for k, v in written["episodes.json"].items() if k not in changing
-    }
-
-
-@pytest.mark.slow
-def test_an_episode_of_training_is_that_of_the_checkpoint(trained, acted):
-    system, params, frozen, step = load_for_inference(trained)
-    assert step == 2 and len(acted) == 1
-    again = closed_loop.closed_loop(system, system.held(params), frozen, "pusht", [100_000, 100_001], workers=1)
-    assert [e.seed for e in acted[0]] == [100_000, 100_001]
-    assert all(same(a, b) for a, b in zip(acted[0], again, strict=True))
-    assert acted[0][0].actions.std(axis=0).min() > 1  # pixels
-
-
-@pytest.mark.slow
-def test_sigterm_leaves_a_closed_loop_of_training_at_the_next_chunk(config, tmp_path, monkeypatch, capsys):
-    config = config.copy_and_resolve_references()
-    config.total_steps, workdir = 3, tmp_path / "run"
-    calls, step = [], ParallelEnvs.step
-
-    def terminate_in_the_second_chunk(self, *args):
-        calls.append(self)
-        if len(calls) == 10:
-            signal.raise_signal(signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(ParallelEnvs, "step", terminate_in_the_second_chunk)
-    with pytest.raises(Preempted, match="step 2 is saved"):
-        train(config, workdir)
-    assert len(calls) == 16 and not calls[0]._processes
-    again = f"python -m uwm_jax.rollout --env=pusht --episodes=2 --execute=8 --workdir={workdir} --step=2"
-    assert f"the evaluation of step 2 is left out; {again} makes up for it" in capsys.readouterr().out
-    assert not (workdir / "rollout").exists()
-    assert not any(name.startswith("eval/rollout") for line in read_metrics(workdir / "metrics.jsonl") for name in line)
-
-
-@pytest.mark.slow
 def test_the_command_writes_metrics_episodes_and_film(trained, capsys):
     arguments = ["rollout", f"--workdir={trained}", "--env=pusht", "--episodes=2", "--workers=1"]
     assert cli.call(rollout.main, arguments, rollout.define_flags) == 0
@@ -493,52 +413,3 @@ def test_unusable_flags_end_with_status_2(trained, capsys):
         assert message in capsys.readouterr().err
     assert cli.call(rollout.main, ["rollout", f"--workdir={trained}"], rollout.define_flags) == 2
     assert "--env is required" in capsys.readouterr().err
-
-
-def system_of(name: str):
-    """A small model of a comparison system for the environment, without a codec that is fitted to data, and parameters
-    that are nowhere zero."""
-    c = base(name)
-    c.data.cameras, c.data.resize, c.data.crop = ("image",), (SIZE, SIZE), (SIZE, SIZE)
-    c.model.embed_dim, c.model.depth, c.model.num_heads = 32, 1, 2
-    if name == "dp":
-        c.data.low_dim = ("agent_pos",)
-        c.model.encoder.use_low_dim = True
-        c.model.encoder.stage_sizes, c.model.encoder.width = (1,), 16
-    elif name == "pad":
-        c.model.codec.name, c.model.patch = "pixels", (2, 8, 8)
-    else:
-        c.model.patch = (8, 8)
-        c.model.encoder.patch, c.model.encoder.width, c.model.encoder.depth, c.model.encoder.mlp_dim = 8, 64, 1, 64
-        c.model.resampler.depth, c.model.resampler.head_dim = 1, 16
-        c.model.decoder.depth, c.model.decoder.num_heads = 1, 2
-    if name != "gr1":
-        c.model.timestep_embed_dim, c.diffusion.num_inference_steps = 16, 2
-    validate(c)
-    half = (np.full(2, 256, np.float32), np.full(2, 256, np.float32))
-    normalizer = Normalizer({"action": half} | dict.fromkeys(c.data.low_dim, half))
-    low_dim = dict.fromkeys(c.data.low_dim, 2)
-    spec = DataSpec(WindowSpec.from_config(c.data.window), {"image": (SIZE, SIZE)}, low_dim, 2, 0, normalizer)
-    system = systems.make(c, spec, codecs.from_config(c) if name == "pad" else None)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(system.init, jax.random.key(0))
-    return system, jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["dp", "pad", "gr1"])
-def test_every_system_acts_and_is_filmed(name, tmp_path):
-    """Three chunks of an episode, from what each of them reads; none imagines what given actions lead to."""
-    system, params = system_of(name)
-    spec = dataclasses.replace(envs.get("pusht"), max_steps=24)
-    with closed_loop.open_envs("pusht", system, SEEDS, workers=1) as opened:
-        opened.spec = spec
-        episodes = closed_loop.closed_loop(system, params, {}, opened, SEEDS)
-    assert [e.actions.shape for e in episodes] == [(24, 2)] * 2
-    assert np.isfinite(episodes[0].actions).all() and not np.array_equal(episodes[0].actions, episodes[1].actions)
-    seen = replay(spec.make({"image": (SIZE, SIZE)}), episodes[0])
-    clip = film.imagine(system, params, {}, episodes[0], seen, execute=8)
-    np.testing.assert_array_equal(clip.steps, [0, 8])
-    assert film.draw([clip], spec, system, tmp_path / "film.gif")
-    assert len(read_labels(tmp_path / "film.gif").columns) == 1
-    assert closed_loop.describe_episodes(spec, system, {"policy": episodes}, 8, 0)["execute"] == 8
