@@ -27,7 +27,7 @@ from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import build
 
 STEPS, ROWS = 10, 16
-VARIANTS = ("dp", "dp_unet", "dp_flow", "pad", "gr1")  # `tests.parallel.eight_devices` trains a `uwm`
+VARIANTS = ("uwm", "dp", "dp_unet", "dp_flow", "pad", "gr1")
 # name: (data, fsdp, tensor), accumulation steps; the sizes say how many of the devices are used
 MESHES = {
     "one": ((1, 1, 1), 1),

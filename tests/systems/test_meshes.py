@@ -24,12 +24,16 @@ def runs(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["accumulated", "data 8", "fsdp 4, tensor 2"])
-@pytest.mark.parametrize("variant", ["dp", "dp_unet", "dp_flow", "pad", "gr1"])
+@pytest.mark.parametrize("variant", ["uwm", "dp", "dp_unet", "dp_flow", "pad", "gr1"])
 def test_losses_and_gradient_norms_agree_with_one_device(runs, variant, mesh):
     one, found = runs[variant]["one"], runs[variant][mesh]
     assert len(one) == len(found) == 10 and one[0]["grad_norm"] != one[9]["grad_norm"]
-    for step, bar in ((0, 1e-6), (9, 1e-5)):
-        for name in ("loss", "grad_norm"):
-            assert found[step][name] == pytest.approx(one[step][name], rel=bar), (step, name)
+    for step in range(10):
+        assert found[step].keys() == one[step].keys() > {"loss", "grad_norm"}
+        for name in one[step]:
+            bar = 1e-5 if step else 1e-6
+            if step and variant == "dp_unet" and name.startswith("grad_norm/"):
+                bar = 1e-4  # groups whose gradients are 1e-3 of the whole: rounding of earlier steps is 1e-5 of them
+            assert found[step][name] == pytest.approx(one[step][name], rel=bar, abs=0), (step, name)
     # None is lost: groups that hold formula parameters have gradients on every mesh.
-    assert all(0 < found[0][name] < math.inf for name in one[0]) and found[0].keys() == one[0].keys()
+    assert all(0 < found[0][name] < math.inf for name in one[0])
