@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from uwm_jax import config as config_lib
 
@@ -99,6 +100,50 @@ def test_the_core_imports_its_requirements_and_none_of_the_extras():
     provided = {_name(owner) for module in imported for owner in owners.get(module, ())}
     assert {_name(requirement) for requirement in PROJECT["dependencies"]} <= provided
     assert not imported & {"tensorflow", "tensorflow_datasets", "rlds", "apache_beam"}
+
+
+def test_what_is_imported_with_a_module_is_declared():
+    """Modules that need what an extra gives, such as torch, are imported by others inside of functions alone."""
+    owners = importlib.metadata.packages_distributions()
+    declared = {_name(requirement) for requirement in PROJECT["dependencies"]}
+    extras = {_name(requirement) for extra in PROJECT["optional-dependencies"].values() for requirement in extra}
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / "uwm_jax").rglob("*.py")}
+    imports = {module: _at_module_level(ast.parse(file.read_text()).body) for module, file in files.items()}
+    undeclared, need_extras = [], set()
+    for module, found in imports.items():
+        for name in {name.partition(".")[0] for name in found} - sys.stdlib_module_names - {*PACKAGES}:
+            names = {_name(owner) for owner in owners.get(name, [name])}
+            if not names & declared:
+                need_extras.add(module) if names & extras else undeclared.append((module, name))
+    eager = [
+        (module, name)
+        for module in imports.keys() - need_extras
+        for name in imports[module]
+        if any(f"{name}.".startswith(f"{needs}.") for needs in need_extras)
+    ]
+    assert not undeclared and not eager
+
+
+def test_the_citation_has_the_version_of_the_project():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == PROJECT["version"]
+
+
+def _at_module_level(body: list[ast.stmt]) -> set[str]:
+    """What importing a file imports, as `package.module.name`: not that of functions or for the type checker."""
+    found = set()
+    for node in body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            found |= _at_module_level(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for field in ("body", "orelse", "finalbody"):
+                found |= _at_module_level(getattr(node, field, []))
+            for handler in getattr(node, "handlers", []):
+                found |= _at_module_level(handler.body)
+    return found
 
 
 def _imported(file: Path) -> set[str]:
