@@ -207,7 +207,7 @@ FAKE = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """What the command asked the benchmark for, which does nothing."""
+    """Calls of the benchmark by the command; the benchmark itself does nothing."""
     calls: list[tuple] = []
 
     def benchmark(config: ConfigDict, *arguments: object) -> dict:

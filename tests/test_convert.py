@@ -161,7 +161,7 @@ def test_every_unfit_tensor_is_named(official: Path, tmp_path: Path, capsys: pyt
 
 
 def faults_of(official: Path, tmp_path: Path, tensors: dict[str, np.ndarray], capsys, **changed: object) -> str:
-    """What from-torch prints about unfit tensors."""
+    """Messages of from-torch about unfit tensors."""
     save_file(tensors, tmp_path / "bad.safetensors")
     line = libero_line(official, tmp_path / "run", input=tmp_path / "bad.safetensors", **changed)
     assert command(*line) == 2

@@ -161,7 +161,7 @@ def test_what_may_change_is_listed():
 
 
 def test_the_messages_are_those_of_the_code():
-    """What the table of errors quotes is in the source, but for what `...` leaves out."""
+    """The messages quoted in the table of errors are in the source; `...` stands for any text."""
     known = [
         node.value
         for package in ("uwm_jax", "data_prep")

@@ -93,7 +93,7 @@ def test_a_run_needs_nothing_of_the_clone(scripts, tiny_config, tmp_path):
 
 
 def test_the_core_imports_its_requirements_and_none_of_the_extras():
-    """What only demonstration data or tests need is no requirement of the core."""
+    """Packages that only demonstration data or tests need are no requirements of the core."""
     owners = importlib.metadata.packages_distributions()
     files = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
     imported = {module for p in files if p.name not in ("demo.py", "pusht_rlds.py") for module in _imported(p)}
@@ -129,7 +129,7 @@ def test_the_citation_has_the_version_of_the_project():
 
 
 def _at_module_level(body: list[ast.stmt]) -> set[str]:
-    """What importing a file imports, as `package.module.name`: not that of functions or for the type checker."""
+    """Imports of a file at module level, as `package.module.name`: not that of functions or for the type checker."""
     found = set()
     for node in body:
         if isinstance(node, ast.Import):

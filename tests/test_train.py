@@ -77,7 +77,7 @@ def finished_config(tiny_config):
 
 
 def evaluation_of(workdir, step):
-    """What a line must say of held-out windows: losses, and the means of the evaluation's own file."""
+    """A line of an evaluation has the held-out losses and the means of the evaluation's own file."""
     folder = workdir / "eval" / str(step)
     assert {"metrics.json", "modes.png", "actions.png"} <= {p.name for p in folder.iterdir()}
     means = {f"eval/{k}": v["mean"] for k, v in json.loads((folder / "metrics.json").read_text()).items()}

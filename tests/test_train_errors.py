@@ -1,4 +1,4 @@
-"""What a person sees who asks the training command for something impossible: one message, status 2, no traceback."""
+"""Errors of the training command on impossible input: one message, status 2, no traceback."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ ACTED = {"last_action", "has_last_action", "shuffled_action"}  # further keys of
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, list[int]]]:
-    """What is decoded: {camera key: steps} of each call."""
+    """The decoded frames: {camera key: steps} of each call."""
     calls: list[dict[str, list[int]]] = []
     plain = Dataset.frames
 

@@ -60,7 +60,7 @@ def test_a_manifest_is_not_followed_out_of_its_dataset(tmp_path: Path, change: A
 
 
 def places(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where the values of a JSON object are, as keys and indices from the top."""
+    """Paths of the values of a JSON object, as keys and indices from the top."""
     if at:
         yield at
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():

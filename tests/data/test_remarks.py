@@ -1,4 +1,4 @@
-"""What is said of data before a run trains on them, against values put into their columns."""
+"""Remarks on data before a run trains on them, against values put into their columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which episodes count, by plain loops over texts and values."""
+"""Selection of episodes, against plain loops over texts and values."""
 
 from __future__ import annotations
 

@@ -303,7 +303,7 @@ def test_processes_and_threads_change_nothing(config: ConfigDict, processes: int
 
 
 def test_continuing_with_other_weights(config: ConfigDict) -> None:
-    """What was drawn stays drawn, and the continuation is the same for any threads, processes and further stops."""
+    """Samples drawn stay drawn, and the continuation is the same for any threads, processes and further stops."""
     first = _loader(config)
     state = json.loads(json.dumps(first.state(3)))
     assert state["weights"] == [[0, {"robot": 0.5, "video": 0.5}]]

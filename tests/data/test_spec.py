@@ -1,4 +1,4 @@
-"""What a batch and an observation hold, in which shapes and dtypes."""
+"""Contents of a batch and an observation: keys, shapes and dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `test_reshard` leaves open: the layout of features, and episodes that cannot be cut."""
+"""Not in `test_reshard`: the layout of features, and episodes that cannot be cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `test_reshard` leaves open: sizes, and which frames are used when there are too many."""
+"""Not in `test_reshard`: sizes, and the choice of frames when there are too many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What resharding loses is counted, told, and not published beyond `--max_skipped`."""
+"""Records that resharding skips are counted, named, and not published beyond `--max_skipped`."""
 
 from __future__ import annotations
 

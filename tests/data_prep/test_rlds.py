@@ -1,4 +1,4 @@
-"""What `test_reshard` leaves open: the meaning of features.json, file names, and what is refused."""
+"""Not in `test_reshard`: the meaning of features.json, file names, and refused inputs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ BAD_NAMES = ["../../outside", "/outside", "a/b", "..", "", "a\\b", "a\ud800"]
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_lead_out_of_the_dataset_are_refused(source: Path, name: str) -> None:
-    """Whatever names a file of the output; nothing may be written for any of them."""
+    """Names of a dataset that cannot name a file of the output; nothing is written for any of them."""
     kept = (source / "dataset_info.json").read_text()
     _change(source, name=name)
     with pytest.raises(UserError, match=r"dataset_info.json: the dataset's name is .*cannot name a file"):

@@ -1,4 +1,4 @@
-"""Which episodes an evaluation may call held out, and what it says where a model may know them."""
+"""Episodes that an evaluation may call held out, and its warnings where a model may know them."""
 
 from __future__ import annotations
 

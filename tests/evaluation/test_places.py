@@ -1,4 +1,4 @@
-"""Where results go: none takes the place of another, and what cannot be written is known at once."""
+"""Places of results: none overwrites another, and an unwritable one is refused at once."""
 
 from __future__ import annotations
 

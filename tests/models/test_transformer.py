@@ -70,7 +70,7 @@ def close(actual, wanted, tolerance=1e-5):
 
 
 def test_hidden_keys_have_no_influence(blocks, stream):
-    """What a mask leaves of the keys is what a shorter sequence gives, in values and gradients."""
+    """Masked keys give the values and gradients of a shorter sequence."""
     x, cond = stream
     stack, kept = BlockStack(WIDTH, DEPTH, HEADS, remat="dots"), LENGTH - 2
 

@@ -85,7 +85,7 @@ def make_system(config: ConfigDict) -> tuple[UWM, dict]:
 
 
 def evaluate_modes(system: UWM, mesh, rules, params, frozen, batch) -> dict:
-    """What the evaluation of all modes gives for a batch, and the bytes that it moves between devices."""
+    """The evaluation of all modes for a batch, and the bytes that it moves between devices."""
     rng = np.random.default_rng(1)
     extra = {
         "shuffled_action": rng.normal(size=batch["action"].shape).astype(np.float32),

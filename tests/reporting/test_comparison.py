@@ -1,4 +1,4 @@
-"""Which way a metric is better, and what counts as the best of several runs."""
+"""The better direction of a metric, and the best of several runs."""
 
 from __future__ import annotations
 

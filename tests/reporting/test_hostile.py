@@ -1,4 +1,4 @@
-"""Whatever text a run's files hold, a page shows it as text."""
+"""A page shows any text of a run's files as text."""
 
 from __future__ import annotations
 

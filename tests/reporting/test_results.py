@@ -1,4 +1,4 @@
-"""What is read from a workdir, and the words for intervals."""
+"""Results read from a workdir, and the words for intervals."""
 
 from __future__ import annotations
 

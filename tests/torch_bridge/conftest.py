@@ -1,4 +1,4 @@
-"""What the tests of torch modules share."""
+"""Fixtures of the tests of torch modules."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from uwm_jax.torch_bridge.hub import fetch
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What the hub was asked for: (repository, file, subfolder, revision)."""
+    """Requests to the hub: (repository, file, subfolder, revision)."""
     calls: list[tuple[Any, ...]] = []
 
     def download(repo: str, file: str, *, subfolder: str | None = None, revision: str | None = None) -> str:

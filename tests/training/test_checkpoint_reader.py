@@ -35,7 +35,7 @@ def files_of(directory: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves coroutines behind
 def test_no_flipped_bit_goes_unseen(workdir, capfd):
-    """Whichever file a bit changes in: the state that comes back is the one that was saved, or the one before."""
+    """A bit changed in any file: the restored state is the one that was saved, or the one before."""
     fell_back = set()
     for n, file in enumerate(files_of(workdir / "checkpoints" / "6")):
         damaged = shutil.copytree(workdir, workdir.parent / f"damaged{n}")

@@ -1,4 +1,4 @@
-"""What of an origin reaches a run that starts from it, and what is refused."""
+"""The parts of an origin that reach a run starting from it, and the refused ones."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def changed_spec(spec, **changed):
 
 
 def check(origin, config, spec, ranges=None):
-    """What is told, of data whose ranges are those that the spec's normaliser, or another, maps onto [-1, 1]."""
+    """Messages about data whose ranges are those that the spec's normaliser, or another, maps onto [-1, 1]."""
     return compatibility.check(origin, config, spec, {"data": ranges_of(ranges or spec.normalizer)})
 
 
@@ -346,7 +346,7 @@ def test_a_person_is_told_of_quiet_differences(origin, tiny_config):
 
 
 def test_keys_of_sources_are_compared_as_they_are_read(origin, tiny_config):
-    """What a source says of its own counts, and what another run's fields come to; video does not act."""
+    """A source's own statistics count, then another run's; video does not act."""
     _, spec = shapes_of(tiny_config)
 
     def notes() -> list[str]:

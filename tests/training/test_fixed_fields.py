@@ -1,4 +1,4 @@
-"""What a checkpoint fixes follows neither from the config.json next to it nor from flags."""
+"""Fields that a checkpoint fixes follow neither from the config.json next to it nor from flags."""
 
 from __future__ import annotations
 

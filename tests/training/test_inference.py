@@ -1,4 +1,4 @@
-"""Which parameters of a checkpoint are used, and what is told about them."""
+"""The choice of a checkpoint's parameters, and the messages about them."""
 
 from __future__ import annotations
 

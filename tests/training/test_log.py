@@ -97,7 +97,7 @@ def test_curves_of_a_run_that_came_to_no_checkpoint_are_purged(tmp_path):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """What a process writes beyond `size` of any file fails with EFBIG, as a full disk does with ENOSPC."""
+    """Writes of a process beyond `size` of any file fail with EFBIG, as a full disk does with ENOSPC."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

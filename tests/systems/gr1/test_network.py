@@ -129,7 +129,7 @@ def test_official_numbers_at_full_width():
 
 
 def test_hidden_actions_change_no_frame():
-    """Where the mask is False, frames are the same whatever the action queries hold; the mask matters elsewhere."""
+    """Frames of masked rows do not depend on the action queries; those of other rows do."""
     network, shapes = case.build(
         case.model_fields(embed_dim=16, depth=2, decoder_num_heads=2, encoder_width=64), 3, views=1, size=32
     )

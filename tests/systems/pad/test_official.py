@@ -1,4 +1,4 @@
-"""What is read of an official PAD run, and what is said where its configuration and tensors do not fit."""
+"""Reading an official PAD run, and the errors where its configuration and tensors do not fit."""
 
 from __future__ import annotations
 
