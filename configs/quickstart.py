@@ -22,7 +22,7 @@ held-out windows of 22 episodes (95 % intervals over episodes). All three comman
 
 `--config.seed=1`: policy 0.059, inverse 0.044, larger by 0.0143 [0.0108, 0.0178], shuffle gap 0.0046 [0.0019, 0.0069]
 (measured with `--config.optimizer.ema_warmup=none`, which in seed 0 gives the numbers above but for their last digit).
-So few steps give blurred frames, in which the block stands near its goal whatever the observation shows.
+So few steps give blurred frames, in which the block stands near its goal for any observation.
 """
 
 from ml_collections import ConfigDict

@@ -118,7 +118,7 @@ class _SkipLimit:
         self._seen: list[Result] = []
 
     def watch(self, result: Result) -> None:
-        """Takes the result of a file; ends the job as soon as the share is exceeded whatever the other files hold."""
+        """Takes the result of a file; ends the job as soon as the share is exceeded; other files cannot change that."""
         self._seen.append(result)
         if self._promised is not None:
             self._check("", self._seen, max(self._promised, sum(r.episodes for r in self._seen)))

@@ -6,7 +6,7 @@
 Everything but --processes goes to `uwm_jax.train`, in each process with its number. Without --config this is
 configs/quickstart.py in tiny form; where `data_prep.demo` has not made its dataset yet, a few demonstrations are made
 in a temporary directory. Without --workdir the run is thrown away at the end. Output lines carry the number of their
-process. The exit status is that of the first process that failed; whatever happens, none is left behind.
+process. The exit status is that of the first process that failed; none is ever left behind.
 """
 
 from __future__ import annotations

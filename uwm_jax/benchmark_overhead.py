@@ -4,7 +4,7 @@
 
 Telemetry is everything that the training does not need: loss by timestep, gradient norms by group, the window of
 metrics with its guard against NaN, named wall time, and every `config.log_every` steps a line of progress, of
-`metrics.jsonl` and of TensorBoard's events. The bare step returns its loss alone, and the compiler removes whatever
+`metrics.jsonl` and of TensorBoard's events. The bare step returns its loss alone, and the compiler removes all that
 only the other metrics needed. Short blocks of both alternate in one process, so that a machine whose speed drifts
 treats them alike; data and weights are synthetic.
 """

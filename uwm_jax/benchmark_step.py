@@ -85,7 +85,7 @@ def _frame_size(flag: list[str] | None) -> tuple[int, int] | None:
 
 
 def _torch_wanted(flag: bool | None) -> tuple[bool, str]:
-    """Whether to run torch beside ours, and a line about what is missing."""
+    """Whether to run torch next to ours, and a line about what is missing."""
     installed, cpu = importlib.util.find_spec("torch") is not None, jax.default_backend() == "cpu"
     missing = "torch is not installed: `pip install 'uwm-jax[torch]'` adds a plain torch loop to compare with."
     if flag and not cpu:

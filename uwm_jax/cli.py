@@ -235,7 +235,7 @@ def _tell(message: str, with_traceback: bool = False) -> None:
 
 
 def _flag_lines(own: Set[str]) -> list[str]:
-    """Help of a command's flags, in whichever modules they are declared; of the main module's if it has none."""
+    """Help of a command's flags, in all modules that declare them; of the main module's if it has none."""
     declared = FLAGS.flags_by_module_dict().items()
     modules = [module for module, defined in declared if any(flag.name in own for flag in defined)]
     texts = [FLAGS.module_help(module) for module in modules] or [FLAGS.main_module_help()]

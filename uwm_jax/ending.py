@@ -28,7 +28,7 @@ def drop_output(stream: Any) -> None:
 
 
 def last_words(message: str = "") -> None:
-    """Prints to stderr and flushes, before a process ends without the interpreter; raises nothing if nobody reads."""
+    """Prints to stderr and flushes, before a process ends without the interpreter; raises nothing without a reader."""
     for stream, text in ((sys.stdout, ""), (sys.stderr, message and f"{message}\n")):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, or closed from the start
             stream.write(text)

@@ -7,7 +7,7 @@ episodes; `episodes.json`, every episode by its seed; `episodes.gif`, three epis
 And `report.html` again. What was rolled out there first stays: one with another environment, other seeds, another
 --execute, config or parameters goes to `rollout/<step>/<name>`, --name or a digest of what differs.
 
-An episode is a function of the parameters, its seed and the flags alone, whatever else runs.
+An episode is a function of the parameters, its seed and the flags alone.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class _Layers(nn.Module):
         return nn.Dense(channels, dtype=self.dtype, precision=self._precision(), name=name)
 
     def _norm(self, x: jax.Array, name: str) -> jax.Array:
-        """GroupNorm in float32 whatever the compute dtype; the caller casts back after the nonlinearity."""
+        """GroupNorm in float32 for any compute dtype; the caller casts back after the nonlinearity."""
         # E[x^2] - E[x]^2 reads memory once but cancels: its error drowns in bfloat16's, not in float32's
         fast = not self._is_float32()
         return GroupNorm(self.groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=fast, name=name)(x)

@@ -159,7 +159,7 @@ class ParallelEnvs:
         return self._together("step", rows, actions)
 
     def play(self, controller: str, seeds: Sequence[int]) -> Iterator[tuple[int, EpisodeResult]]:
-        """Whole episodes of a controller, in whatever order they end: (place in `seeds`, episode). No pictures."""
+        """Complete episodes of a controller as they end: (place in `seeds`, episode). No pictures."""
         places = np.arange(len(seeds))
         waiting = {}
         for i, pipe in enumerate(self._pipes):

@@ -67,7 +67,7 @@ def load_gym_pusht() -> types.ModuleType:
         try:
             import gym_pusht.envs as envs
         finally:
-            del sys.modules["cv2"]  # nobody else shall find it
+            del sys.modules["cv2"]  # not for other imports
         return envs
     import gym_pusht.envs as envs
 

@@ -112,7 +112,7 @@ def open_run(
     default = inference.parameters_used(workdir, step)["parameters"]
     settings = places.differences(system.config, own_config, changed, used["parameters"], default)
     own = not settings and data.own is not False
-    mesh = mesh_lib.data_mesh(jax.local_devices())  # whatever mesh the run had
+    mesh = mesh_lib.data_mesh(jax.local_devices())  # not the run's mesh
     params, frozen = mesh_lib.place((system.held(params), frozen), mesh_lib.replicated(mesh))
     settings |= data.settings
     return EvaluatedRun(workdir, step, root, system, params, frozen, mesh, data, own, settings, tuple(overrides), used)

@@ -80,7 +80,7 @@ class Block(nn.Module):
         norm = partial(layer_norm, self.epsilon)
         qkv = dense((3, heads, d // heads), "qkv", use_bias=self.qkv_bias)(norm("norm1")(x))
         qkv = constrain(qkv, "batch", "length", None, "heads")
-        # (B, L, heads, D/heads) each; logits and softmax are float32 whatever the dtype.
+        # (B, L, heads, D/heads) each; logits and softmax are float32 for any dtype.
         over_heads = None if mask is None else mask[:, None]
         y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask=over_heads)
         y = dense(d, "proj", axis=(-2, -1))(y)

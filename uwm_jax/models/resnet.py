@@ -86,7 +86,7 @@ def max_pool(x: Array) -> Array:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is projected where the shape changes."""
+    """Two 3x3 convolutions and a shortcut, which is projected where the shape changes."""
 
     features: int
     stride: int

@@ -117,7 +117,7 @@ class Block(nn.Module):
 
     def __call__(self, x: Array, activated_cond: Array, mask: Array | None = None) -> Array:
         """`activated_cond` is SiLU of the condition (B, K)."""
-        # Gathered over the devices that share these rows: it is small beside the tokens that it multiplies.
+        # Gathered over the devices that share these rows: it is small compared with the tokens that it multiplies.
         return self.apply_modulated(x, constrain(self.modulation(activated_cond), "batch"), mask)
 
     def modulation(self, activated_cond: Array) -> Array:
@@ -130,7 +130,7 @@ class Block(nn.Module):
         qkv = constrain(self.qkv(modulate(x, shift1, scale1)), "batch", "length", None, "heads")
         if mask is not None:  # (B, heads, queries, keys)
             mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
-        # (B, L, heads, D/heads) each; logits and softmax are float32 whatever the dtype.
+        # (B, L, heads, D/heads) each; logits and softmax are float32 for any dtype.
         y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask=mask)
         x = constrain(x + gate1[:, None] * self.proj(y).astype(jnp.float32), "batch", "length")
         hidden = constrain(self.fc1(modulate(x, shift2, scale2)), "batch", "length", "hidden")

@@ -32,7 +32,7 @@ from uwm_jax.models.transformer import StepConditions, sinusoid
 
 Array = jax.Array
 FOURIER_STD = 16.0  # of the random frequencies at the start
-FINAL_GROUPS = 8  # of the last normalisation, whatever the others have
+FINAL_GROUPS = 8  # of the last normalisation, independent of the others
 
 
 def _conv(inputs: int, features: int, taps: int, dtype: Any, name: str | None = None, stride: int = 1) -> nn.Conv:

@@ -1,7 +1,7 @@
 """One process among the others of its run, and how it ends when one of them fails.
 
 Processes talk through JAX's coordination service, which process 0 runs; no agreement here touches the devices. A
-process that fails tells the others why, and they end with its status. One that was killed can tell nobody: the
+process that fails tells the others why, and they end with its status. One that was killed cannot: the
 others learn it from a collective that breaks, or from its silence, and end with status 1. If it was process 0, the
 service dies with it, and JAX ends the others itself, at once, with its own message (SIGABRT, status 134): neither
 recoverable tasks nor anything else that `jax.distributed.initialize` of JAX 0.10 and 0.11 takes changes that.
@@ -241,7 +241,7 @@ class Company:
         return json.loads(text) if text else None
 
     def _publish(self, record: Mapping[str, Any]) -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or nobody is left
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or none is left
             kind = "lost" if record["lost"] else "first"
             self._client.key_value_set(f"uwm_jax/failure/{kind}", json.dumps(record))
 

@@ -125,8 +125,8 @@ def _entry(entry: Any, where: str) -> Entry:
 def state_sharding(mesh: Mesh, rules: Rules, shapes: Any) -> Any:
     """A NamedSharding for every leaf of a train state.
 
-    Parameters follow the rules; whatever else ends in a parameter's path and has its shape (moments of the optimizer,
-    moving averages) lies where the parameter does; the rest is whole on every device.
+    Parameters follow the rules; any other array that ends in a parameter's path and has its shape (moments of the
+    optimizer, moving averages) lies where the parameter does; the rest is whole on every device.
 
     Args:
       shapes: the state as arrays or ShapeDtypeStructs, with the parameters under `params`.

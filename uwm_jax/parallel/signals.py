@@ -1,4 +1,4 @@
-"""Signals that tell a run to end: SIGTERM, Ctrl-C, SIGHUP, and a stdout that nobody reads any more.
+"""Signals that tell a run to end: SIGTERM, Ctrl-C, SIGHUP, and a stdout whose reader is gone.
 
 All of them are noted here, and obeyed where the run can be saved (`turns.py`). A signal that the process was started
 to ignore (SIGHUP under nohup) stays ignored.

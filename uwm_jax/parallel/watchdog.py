@@ -15,7 +15,7 @@ from uwm_jax.parallel import company
 _Item = TypeVar("_Item")
 
 _LONGEST_WAIT = 3600.0  # seconds; the system's waits take no number of any size
-_CLOSE_SECONDS = 5.0  # for a stderr that nobody reads
+_CLOSE_SECONDS = 5.0  # for a stderr without a reader
 
 _STDERR = 2  # by number: a thread that hangs may hold the lock of sys.stderr
 

@@ -86,7 +86,7 @@ def imagine(
     spec, window, use = system.spec, system.spec.window, imagining(system)
     groups = ("obs", "next_obs") if use else ("obs",)
     present, length = max(window.obs), len(episode.actions)
-    outcome = max(window.action) - present + 1  # the last step's action, and the frame after it, end what there is
+    outcome = max(window.action) - present + 1  # the last step's action, and the frame after it, are the last
     if use:
         outcome = max(outcome, max(window.next_obs) - present)
     steps = np.arange(0, length - outcome + 1 if spec.cameras else 0, execute)

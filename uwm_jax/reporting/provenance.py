@@ -59,7 +59,7 @@ def parameters(how: Mapping[str, Any]) -> str:
 
 
 def _date(record: Mapping[str, Any]) -> str:
-    """`2026-01-31 12:00 UTC` of an ISO time, whatever else stands there as it is."""
+    """`2026-01-31 12:00 UTC` of an ISO time; other text unchanged."""
     time = str(record.get("time", ""))
     date, t, clock = time.partition("T")
     return f"{date} {clock[:5]} UTC" if t and clock.endswith("+00:00") else time

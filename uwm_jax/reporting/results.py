@@ -58,7 +58,7 @@ class Interval(NamedTuple):
     def of(cls, stored: Mapping[str, Any] | None, episodes: int | None = None) -> Interval | None:
         """From `{"mean", "lo", "hi", "n", "episodes"}`; None for None and for what has no finite mean.
 
-        Older files lack the last, and there are at most `episodes` then; they have `lo` and `hi` whatever the number.
+        Older files lack the last, and there are at most `episodes` then; they always have `lo` and `hi`.
         """
         if stored is None or stored["mean"] is None or not math.isfinite(stored["mean"]):
             return None

@@ -265,7 +265,7 @@ class System(abc.ABC):
         return tuple(sorted(self.spec.cameras))
 
     def held(self, tree: Any) -> Any:
-        """Parameters, or whatever holds parameters, in the form that the programs of this process run on fastest.
+        """Parameters, or a tree that holds them, in the form that the programs of this process run on fastest.
 
         Args:
           tree: arrays or shapes. Arrays that the result holds in another form are deleted: use the result alone.
@@ -296,7 +296,7 @@ class System(abc.ABC):
         """The keys of rows in one step; arguments as in `draws`."""
         keys = jax.vmap(functools.partial(jax.random.split, num=3))(row_keys(jax.random.fold_in(key, 1), rows)).T
         timestep, image, posterior = keys
-        if self.config.data.augment.draw == "batch":  # one draw for the step, whichever of its rows are at hand
+        if self.config.data.augment.draw == "batch":  # one draw for all rows of the step
             image = jnp.broadcast_to(jax.random.fold_in(key, 2), image.shape)
         return StepKeys(timestep, image, posterior)
 

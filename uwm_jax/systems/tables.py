@@ -37,7 +37,7 @@ RESNET_ENCODER_RULES = (
     ("obs_encoder/text_head/kernel", ("fsdp", None)),
     ("obs_encoder/*/kernel", (None, None, None, "fsdp")),
 )
-WHOLE = (("*", ()),)  # whatever no other rule names
+WHOLE = (("*", ()),)  # all that no other rule names
 
 ADALN_TRANSFORMER_GROUPS = (
     ("/adaln/", "adaln"),

@@ -36,7 +36,7 @@ MEANT = "The file meant is .hydra/config.yaml in the output folder of the offici
 class OfficialYaml:
     """A saved configuration whose references are followed when a field is read, and not before.
 
-    Fields that nobody asks for may therefore hold resolvers such as `${now:%Y}`. Raises UserError for a file that is
+    Fields that are not read may therefore hold resolvers such as `${now:%Y}`. Raises UserError for a file that is
     no plain YAML mapping, is larger than `MAX_BYTES`, refers to itself, or is nested or unfolds beyond the limits.
     """
 

@@ -1,7 +1,7 @@
 """The program of a run, made of (config, data, codec, mesh), shapes first: nothing is allocated before it is known
 where it lives.
 
-The trainer, benchmarks and whatever else needs the real step call `build` and compile what they use.
+The trainer, benchmarks and all else that needs the real step call `build` and compile what they use.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Files can be cut short or change after they were written, and most of such damage would restore without an error.
 So every checkpoint carries, in its `assets`, a digest of each array and of each JSON item. The digest of an array
 depends on its values and their positions alone, not on how it is spread over devices: it is taken from the arrays
-when saving and again after restoring, on whatever mesh.
+when saving and again after restoring, on any mesh.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _reading(path: Path, read: Callable[[], _Value]) -> _Value:
-    """`read()`, of what lies at `path`; whatever a damaged file makes it raise becomes CorruptCheckpoint."""
+    """`read()`, of what lies at `path`; any exception that a damaged file causes becomes CorruptCheckpoint."""
     try:
         return again(read, path)
     except (UserError, RunError):

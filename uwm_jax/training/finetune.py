@@ -6,7 +6,7 @@ What is taken from the origin, a workdir of ours or a converted official checkpo
   `config.init_from_parameters` says otherwise. The optimizer and the step are fresh;
 - the normaliser, key by key, because the parameters know values in the origin's units, unless
   `config.init_from_normalizer` is "fresh";
-- the frozen codec (the origin's own files or arrays, whatever `config.model.codec.vae` says), because they
+- the frozen codec (the origin's own files or arrays; `config.model.codec.vae` does not matter), because they
   know its latents.
 
 Arrays that the origin lacks, or has in another shape, are refused unless `config.init_from_skip` names them; these

@@ -74,7 +74,7 @@ def for_inference(
 
 def started_with(workdir: str | os.PathLike[str], step: int) -> ConfigDict:
     """The config that a run which continues was started with: `config_of_run` of its checkpoint `step`, so that a
-    `config.json` that another start has overwritten keeps nobody out; `config.json` alone where that checkpoint is
+    `config.json` that another start has overwritten refuses no run; `config.json` alone where that checkpoint is
     damaged.
 
     Raises:

@@ -2,14 +2,14 @@
 
   start       from the call to the first step: data, model, restoring
   compile     programs compiled ahead of the loop
-  step        the steps themselves, and whatever of the loop has no other name
+  step        the steps themselves, and all of the loop that has no other name
   data_wait   waiting for the next batch
   evaluation  losses and all modes on held-out windows, and pictures of them
   checkpoint  as far as the loop waits for it (arrays are written in the background)
   other       writing metrics
   lost        steps that are done again, because the run was killed after its last checkpoint
 
-The totals are a run's, not a process's: they travel inside its checkpoints. What nobody saw is in none of them:
+The totals are a run's, not a process's: they travel inside its checkpoints. Unobserved time is in none of them:
 the time between the last logged line and a kill, and the time until the next start.
 """
 

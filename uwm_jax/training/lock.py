@@ -1,4 +1,4 @@
-"""One writer for one workdir: a second start beside a run that is alive would delete what it is saving."""
+"""One writer for one workdir: a second start next to a live run would delete what that is saving."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _held: dict[Path, tuple[int, int]] = {}  # by this process: {file: (descriptor, 
 def hold(workdir: Path) -> str | None:
     """Takes the lock `<workdir>/.lock` for this process, which may take it more than once.
 
-    It ends with `release` or with the process, whatever ends that. Where the file system has no locks it always
+    It ends with `release` or with the process. Where the file system has no locks it always
     succeeds.
 
     Returns:

@@ -38,7 +38,7 @@ from uwm_jax.models.stack import Stack
 from uwm_jax.models.vit import ViT
 
 Array = jax.Array
-HEADS_INPUTS = 768  # columns of the unused `heads`, whatever the ViT's width
+HEADS_INPUTS = 768  # columns of the unused `heads`, for any width of the ViT
 EPSILON = 1e-5
 
 

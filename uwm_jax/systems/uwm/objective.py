@@ -53,7 +53,7 @@ def drawn(action_mask: jax.Array) -> dict[str, jax.Array]:
 def shares(action_mask: jax.Array, action_free: str = "kept") -> dict[str, jax.Array]:
     """{modality: (B,) float32}: each row's share, so that sums over rows are the losses of the whole batch.
 
-    Any partition of the rows then adds up to the same loss, whatever the parts are computed on.
+    Any partition of the rows then adds up to the same loss, on any devices.
 
     Args:
       action_mask: (B,) bool.

@@ -33,7 +33,7 @@ from uwm_jax.systems.uwm.network import network_from_config
 from uwm_jax.systems.uwm.tree import TREE
 
 SAMPLE_KEYS = {"action": "action", "next_obs": "next_obs_latent"}  # of `sample`, by modality
-GAP_AT = 90  # % of T, where the shuffle gap is measured, whatever the sampler: little of the frames is left there
+GAP_AT = 90  # % of T, where the shuffle gap is measured, for any sampler: little of the frames is left there
 
 
 class UWM(System):
