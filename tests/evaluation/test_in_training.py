@@ -154,11 +154,7 @@ POLICY, LOSS, ROLLOUT = "eval/policy/action_mse", "eval/loss/action", "eval/roll
         ("eval//action_mse", {"every": 2}, "expected a metric of evaluations in training"),
         (POLICY, {}, r"requires evaluations in training: set config.eval.every\."),
         (LOSS, {"every": 2, "losses.every": 0}, r"requires .* set config.eval.losses.every\."),
-        (
-            ROLLOUT,
-            {"every": 2},
-            r"set config.eval.every and config.eval.closed_loop.env",
-        ),
+        (ROLLOUT, {"every": 2}, r"set config.eval.every and config.eval.closed_loop.env"),
         (POLICY, {"every": 3}, r"\(config.eval.every=3\) .* expected one of them to be a multiple"),
         (LOSS, {"every": 2, "losses.every": 3}, r"\(config.eval.losses.every=3\)"),
         (POLICY, {"every": 2, "losses.every": 3}, ""),
