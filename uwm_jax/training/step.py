@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import host_memory
 from uwm_jax.parallel.accumulate import value_and_grad
+from uwm_jax.parallel.compiling import compile_lowered
 from uwm_jax.parallel.mesh import replicated
 from uwm_jax.parallel.sharding import Rules, activations
 from uwm_jax.systems.base import System
@@ -116,6 +117,6 @@ def compile_for(mesh: Mesh, rules: Rules, function: Callable[..., Any], *inputs:
     whole = replicated(mesh)
     outputs = (jax.tree.map(lambda x: x.sharding, inputs[0]), whole) if updates_state else whole
     program = jax.jit(laid_out, out_shardings=outputs, donate_argnums=0 if updates_state else ())
-    compiled = program.lower(*inputs).compile()
+    compiled = compile_lowered(mesh, program.lower(*inputs))
     host_memory.give_back()
     return compiled
