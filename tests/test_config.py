@@ -77,6 +77,7 @@ def test_stored_config_comes_back_equal(path, tmp_path):
         (("data.low_dim", "a,a"), "named twice"),
         (("seed", "-1"), "at least 0"),
         (("seed", "4294967296"), "less than 2"),
+        (("data.seed", "-2"), "expected -1 (as config.seed)"),
         (("model.encoder.width", "24"), "multiple of 16"),
         (("optimizer.b2", "1.0"), "less than 1"),
         (("accumulation_steps", "5"), "does not divide"),

@@ -48,7 +48,7 @@ def base(system: str = "uwm") -> ConfigDict:
     c = ConfigDict()
     # model that is trained: uwm, dp, pad, gr1; its fields come with it, so a config file chooses it
     c.system = system
-    c.seed = 0  # of parameters, noise, timesteps, augmentation and the order of samples
+    c.seed = 0  # of initial parameters, noise and timesteps
     c.total_steps = 100_000  # optimizer steps of the run
     c.batch_size = 36  # rows of a step, over all devices and processes
     c.accumulation_steps = 1  # parts that a batch is computed in, one after the other, to save memory
@@ -65,6 +65,8 @@ def base(system: str = "uwm") -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.path = "droid"  # dataset directory, relative to $UWM_DATA_DIR (default data/) unless absolute
+    # of the order of samples, their augmentation and the codec's posterior; -1 = config.seed
+    c.data.seed = -1
     c.data.split = "train"  # the dataset's own split; validation episodes are held out of it
     c.data.sources = ConfigDict()  # {name: source()} of a mixture; empty = data.path alone
     # observation keys of the images, one view each; of one size after resizing
@@ -160,6 +162,11 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def data_seed(config: ConfigDict) -> int:
+    """The seed of a run's data: `config.data.seed`, or `config.seed` where that is -1."""
+    return config.seed if config.data.seed == -1 else config.data.seed
 
 
 def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:

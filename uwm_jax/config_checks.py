@@ -42,7 +42,7 @@ _AT_LEAST_ONE = (
 _TEXTS = (*("init_from_skip", "optimizer.freeze", "data.cameras", "data.low_dim"), "data.sources.*.cameras")
 _CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # strings, or pairs (key, string)
 _PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
-_MAY_INHERIT = "eval.*.every"  # -1 is config.eval.every
+_MAY_BE_MINUS_ONE = ("mesh.data", "data.seed", "eval.*.every")  # which stands for another value
 _PLANE = "eval.action_plane"  # a camera and four numbers
 
 
@@ -75,7 +75,7 @@ def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
     kind = systems.get(config.system)
     at_least_one = {*_AT_LEAST_ONE, *fields.AT_LEAST_ONE, *kind.at_least_one}
     for name, value in flat.items():
-        if isinstance(value, int | float) and name != "mesh.data" and not fnmatch.fnmatchcase(name, _MAY_INHERIT):
+        if isinstance(value, int | float) and not matches(name, _MAY_BE_MINUS_ONE):
             lowest = 1 if name in at_least_one else 0
             if not value >= lowest or value == float("inf"):
                 raise UserError(f"config.{name}: expected a number of at least {lowest}, found {value}.")
@@ -141,6 +141,10 @@ def _check_combinations(c: ConfigDict) -> None:
     )
     _check_sources(d, check)
     check(c.seed < 2**32, f"config.seed: expected less than 2**32, found {c.seed}.")
+    check(
+        -1 <= d.seed < 2**32,
+        f"config.data.seed: expected -1 (as config.seed), or 0 to 2**32 - 1; found {d.seed}.",
+    )
     for name in ("resize", "crop"):
         check(
             len(d[name]) == 2 and min(d[name]) > 0,

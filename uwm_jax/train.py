@@ -146,7 +146,7 @@ def run(
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
     startup.reached("data")
     normalizer = DataSpec.from_json(stored.assets["data_spec"]).normalizer if stored else None
-    data = RunData(config.data, seed=config.seed, normalizer=normalizer)
+    data = RunData(config.data, seed=config_lib.data_seed(config), normalizer=normalizer)
     closing.callback(data.close)
     distributed.require_same("the data", data.identities())
     if origin:

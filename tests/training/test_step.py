@@ -202,13 +202,46 @@ def test_hyper_parameters_are_arrays_of_one_compiled_step():
     step, state = make(learning_rate=0.1)
     first, _ = step(state, None, BATCH)
     hparams = state.hparams.replace(learning_rate=jnp.float32(0.2), weights={"action": 0.0, "next_obs": 1.0})
-    hparams = jax.tree.map(jnp.float32, hparams).replace(seed=jnp.uint32(3))
+    hparams = jax.tree.map(jnp.float32, hparams).replace(seed=jnp.uint32(3), data_seed=jnp.uint32(4))
     second, metrics = step(state.replace(hparams=hparams), None, BATCH)
     assert step._cache_size() == 1, "another learning rate, weight or seed must not compile again"
     np.testing.assert_allclose(metrics["loss"].value, np.cos(START["b"]).sum(), rtol=1e-6)
     assert metrics["learning_rate"].value == np.float32(0.2)
     moved = np.abs(np.asarray(second.params["b"]) - START["b"]) / np.abs(np.asarray(first.params["b"]) - START["b"])
     np.testing.assert_allclose(moved, 2.0, rtol=1e-4)
+
+
+class Drawn(Quadratic):
+    """Its losses are the first numbers that the keys of data and of noise give."""
+
+    def encode(self, frozen, batch, key=None):
+        return {"row": batch["row"], "data": jax.random.normal(key)}
+
+    def draws(self, key, rows):
+        return {"noise": {"action": jnp.broadcast_to(jax.random.normal(key), rows.shape)}}
+
+    def losses(self, params, encoded, draws, *, train=False):
+        rows, zero = encoded["row"].shape, 0.0 * params["w"].sum()
+        parts = {"action": draws["noise"]["action"] + zero, "next_obs": jnp.broadcast_to(encoded["data"], rows)}
+        return Losses(parts, {}, {})
+
+
+def test_data_and_member_draw_from_seeds_of_their_own():
+    """With equal seeds both keys are the same; either seed alone changes its own draws only."""
+
+    def drawn(seed, data_seed):
+        config = base()
+        config.seed, config.data.seed = seed, data_seed
+        optimizer = state_lib.make_optimizer(config)
+        state = state_lib.create(config, jax.tree.map(jnp.asarray, START), optimizer)
+        _, metrics = jax.jit(make_train_step(config, Drawn(), optimizer))(state, None, BATCH)
+        return float(metrics["loss/action"].sum), float(metrics["loss/next_obs"].sum)
+
+    noise, data = drawn(5, -1)
+    assert noise == data == pytest.approx(float(jax.random.normal(jax.random.fold_in(jax.random.key(5), 0))), rel=1e-6)
+    assert drawn(5, 5) == (noise, data)
+    assert drawn(6, 5)[1] == data != drawn(6, 5)[0] != noise
+    assert drawn(5, 7)[0] == noise and drawn(5, 7)[1] not in (noise, data)
 
 
 def test_eval_step_uses_the_average():

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from uwm_jax import config as config_lib
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.sources import renamed
 from uwm_jax.errors import UserError
@@ -67,7 +68,7 @@ def open_data(
     """
 
     def opened(config: ConfigDict) -> RunData:
-        return RunData(config.data, seed=config.seed, normalizer=system.spec.normalizer)
+        return RunData(config.data, seed=config_lib.data_seed(config), normalizer=system.spec.normalizer)
 
     data = opened(system.config)
     leak = kept.get("leak")  # of the run's own held-out episodes

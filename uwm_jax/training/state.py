@@ -12,6 +12,7 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from uwm_jax.config import data_seed
 from uwm_jax.errors import UserError
 from uwm_jax.training.patterns import matches, require_matches, share, split
 
@@ -22,12 +23,14 @@ class Hparams(flax.struct.PyTreeNode):
     """Scalars that a sweep varies: arrays, so that one compiled step serves every value.
 
     Attributes:
-      seed: () uint32, root of every random draw of the run.
+      seed: () uint32, root of the draws of noise and timesteps.
+      data_seed: () uint32, root of the draws of augmentation and of the codec's posterior.
       learning_rate: () float32, the peak; the schedule's shape is static.
       weights: {loss part: () float32}.
     """
 
     seed: jax.Array
+    data_seed: jax.Array
     learning_rate: jax.Array
     weights: dict[str, jax.Array]
 
@@ -35,6 +38,7 @@ class Hparams(flax.struct.PyTreeNode):
     def from_config(cls, config: ConfigDict) -> Hparams:
         return cls(
             seed=jnp.asarray(config.seed, jnp.uint32),
+            data_seed=jnp.asarray(data_seed(config), jnp.uint32),
             learning_rate=jnp.asarray(config.optimizer.learning_rate, jnp.float32),
             weights={name: jnp.asarray(weight, jnp.float32) for name, weight in config.loss.weights.items()},
         )

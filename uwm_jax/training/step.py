@@ -39,13 +39,16 @@ def make_train_step(
     averages, still_names = bool(config.optimizer.ema_decay), (*config.optimizer.freeze, *system.tree.untrained)
 
     def train_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(state.hparams.seed), state.step)
+        key, data_key = (
+            jax.random.fold_in(jax.random.key(seed), state.step)
+            for seed in (state.hparams.seed, state.hparams.data_seed)
+        )
         shares = system.shares(batch, key)
         trained, still = split(state.params, still_names)  # no gradients are made for what stays as it is
 
         def objective(trained: Any, rows: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Metrics]]:
             batch, shares = rows
-            encoded, draws = system.encode(frozen, batch, key), system.draws(key, batch["row"])
+            encoded, draws = system.encode(frozen, batch, data_key), system.draws(key, batch["row"])
             found = system.losses(join(trained, still), encoded, draws, train=True)
             parts = {name: (shares[name] * x).sum() for name, x in found.parts.items()}
             total = sum((state.hparams.weights[name] * x for name, x in parts.items()), jnp.zeros(()))
