@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
+from uwm_jax.models import target
+
 NAMES = ("batch", "length", "heads", "hidden")
 
 
@@ -52,4 +54,4 @@ def on_one_cpu() -> bool:
     `codecs.convolution`): accelerators do better with the plain ones, and so does the partitioner, which knows how to
     divide them.
     """
-    return jax.default_backend() == "cpu" and not divided_axes()
+    return target.platform() == "cpu" and not divided_axes()

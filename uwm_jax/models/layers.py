@@ -17,6 +17,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.models import target
+
 BLOCKS = "blocks"  # the key under which the stacked tree lies
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -36,7 +38,7 @@ Body = Callable[[jax.Array, Any], jax.Array]
 
 def scans_by_default() -> bool:
     """The value that `config.model.scan_blocks=None` stands for; this module's docstring gives the reason."""
-    return jax.default_backend() != "cpu" or jax.device_count() > 1
+    return target.platform() != "cpu" or target.device_count() > 1
 
 
 def check_remat(remat: str) -> None:

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from uwm_jax.codecs import Codec
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.spec import DataSpec
-from uwm_jax.models import layers
+from uwm_jax.models import layers, target
 
 Batch = Mapping[str, jax.Array]
 Params = Any
@@ -272,7 +272,7 @@ class System(abc.ABC):
         """
         loops = self.config.model.get("scan_blocks")
         loops = layers.scans_by_default() if loops is None else loops
-        return tree if loops or jax.device_count() > 1 else layers.apart(tree)
+        return tree if loops or target.device_count() > 1 else layers.apart(tree)
 
     def images(self, batch: Batch, keys: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
         """Current and, where the batch has them, following images (B, V, T, h, w, 3) in [0, 1].

@@ -17,16 +17,17 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from uwm_jax import systems
+from uwm_jax import host_memory, systems
 from uwm_jax.codecs import Codec
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
+from uwm_jax.parallel.compiling import compile_lowered
 from uwm_jax.parallel.sharding import Rules
 from uwm_jax.systems.base import System
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.state import TrainState
-from uwm_jax.training.step import compile_for, make_train_step
+from uwm_jax.training.step import compile_for, lower_for, make_train_step
 
 INIT_STREAM = 2**31 - 1  # folded into the seed for the parameters; no step has this number
 
@@ -77,8 +78,14 @@ class Program:
         Args:
           frozen: arrays, or shapes with shardings, of the codec.
         """
+        compiled = compile_lowered(self.mesh, self.lower_step(frozen, self.batch_like))
+        host_memory.give_back()
+        return compiled
+
+    def lower_step(self, frozen: Any, batch: Any) -> jax.stages.Lowered:
+        """The step that `compile_step` compiles, lowered; `batch` as `batch_like`."""
         step = make_train_step(self.config, self.system, self.optimizer, self.mesh)
-        return self.compile(step, self.like, frozen, self.batch_like, updates_state=True)
+        return lower_for(self.mesh, self.rules, step, self.like, frozen, batch, updates_state=True)
 
     def compile(self, function: Callable[..., Any], *inputs: Any, updates_state: bool = False) -> Any:
         """Any function of arrays, compiled for the mesh as `step.compile_for` does."""

@@ -105,7 +105,16 @@ def make_eval_step(system: System) -> Callable[[Any, Any, Mapping[str, jax.Array
 
 
 def compile_for(mesh: Mesh, rules: Rules, function: Callable[..., Any], *inputs: Any, updates_state: bool) -> Any:
-    """A function compiled for a mesh, its activations laid out by the rules.
+    """A function compiled for a mesh; arguments as `lower_for`."""
+    compiled = compile_lowered(mesh, lower_for(mesh, rules, function, *inputs, updates_state=updates_state))
+    host_memory.give_back()
+    return compiled
+
+
+def lower_for(
+    mesh: Mesh, rules: Rules, function: Callable[..., Any], *inputs: Any, updates_state: bool
+) -> jax.stages.Lowered:
+    """A function lowered for a mesh, its activations laid out by the rules.
 
     Args:
       function: `(state, ...) -> (state, metrics)` if `updates_state`, which then reuses the buffers of the state it is
@@ -119,7 +128,4 @@ def compile_for(mesh: Mesh, rules: Rules, function: Callable[..., Any], *inputs:
 
     whole = replicated(mesh)
     outputs = (jax.tree.map(lambda x: x.sharding, inputs[0]), whole) if updates_state else whole
-    program = jax.jit(laid_out, out_shardings=outputs, donate_argnums=0 if updates_state else ())
-    compiled = compile_lowered(mesh, program.lower(*inputs))
-    host_memory.give_back()
-    return compiled
+    return jax.jit(laid_out, out_shardings=outputs, donate_argnums=0 if updates_state else ()).lower(*inputs)
