@@ -1,4 +1,4 @@
-"""Collectives of a compiled program and their bytes, read from its optimised HLO text."""
+"""Collectives of a compiled program, their bytes and the mesh axes they run over, read from its optimised HLO text."""
 
 from __future__ import annotations
 
@@ -6,17 +6,32 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from jax.sharding import Mesh
+
+from uwm_jax.parallel import hlo_text, replica_groups
+from uwm_jax.parallel.hlo_text import Array, Instruction, Module
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+DCN = "dcn"  # the axis of transfers between slices, over the data-centre network
 
-# name = shape operation(operands), attributes
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$")
-_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d\w*|c64|c128)\[([\d,<=]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
+# What a chip sends, as a multiple of `Collective.bytes`, in a ring of n.
+_RING = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
+}
+_BETWEEN_SLICES = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +43,16 @@ class Collective:
       bytes: of the whole array on one device: what a reduction or an exchange takes in, what a gather gives out.
       group: devices that take part together; None = all, or (for a permutation) pairs.
       times: how often a run of the program executes it (product of the surrounding loops' trip counts), or None in a
-        loop whose trip count the compiler does not know.
+        loop whose trip count cannot be told.
       name: of the instruction.
       source: the `op_name` of its metadata: where in the traced function it comes from.
+      axes: mesh axes that it runs over, in the mesh's order; ("dcn",) between slices; () where no mesh was given.
+      sent: bytes that a device sends each time, in a ring: `bytes` times 2 (n - 1) / n for an all-reduce of n devices,
+        1 for a permutation, (n - 1) / n for the others.
+      asynchronous: whether other work of the program runs at the same time.
+      activations: whether it carries activations rather than parameters or gradients. An array counts as a parameter
+        or a gradient if it has the dims of a parameter of the program: of what a device holds of it, of the whole, of
+        a layer of a stack, or of parts of those between which only cuts along mesh axes lie. Scalars count as neither.
     """
 
     kind: str
@@ -39,66 +61,35 @@ class Collective:
     times: int | None
     name: str
     source: str
+    axes: tuple[str, ...] = ()
+    sent: int = 0
+    asynchronous: bool = False
+    activations: bool = False
 
 
-def read(hlo: str) -> list[Collective]:
+def read(hlo: str, mesh: Mesh | None = None) -> list[Collective]:
     """The collectives of `compiled.as_text()`, in the order of the text.
 
-    An asynchronous pair counts once. A fused all-reduce-scatter of TPUs is a reduce-scatter.
+    An asynchronous pair counts once, and so do the pieces of one that TPUs fuse with other work. A fused
+    all-reduce-scatter of TPUs is a reduce-scatter. What TPU slices exchange over the data-centre network (`send` and
+    `recv` of the Megascale runtime) is the collective that it stands for.
+
+    Args:
+      mesh: of the devices that the program was compiled for.
     """
-    computations, entry = _parse(hlo)
-    times = _times(computations, entry)
-    found = []
-    for computation, instructions in computations.items():
-        shapes = {name: shape for name, shape, _, _ in instructions}
-        for name, shape, operation, rest in instructions:
-            kind = operation.removesuffix("-done").removesuffix("-start")
-            # of a pair, the end has the plain result, while the start may carry buffers of its own
-            if kind not in KINDS or operation.endswith("-start") or not times.get(computation, 0):
+    reader = _Reader(hlo_text.parse(hlo), mesh)
+    found: dict[tuple[str, ...], Collective] = {}
+    for computation, instructions in reader.module.computations.items():
+        for instruction in instructions.values() if reader.module.times[computation] else ():
+            collective = reader.collective(computation, instruction)
+            if collective is None:
                 continue
-            if operation.endswith("-done"):
-                (start,) = _operands(rest)
-                rest = next(i[3] for i in instructions if i[0] == start)
-            taken = sum(_size(shapes[o]) for o in _operands(rest) if o in shapes)
-            if computation.startswith("all-reduce-scatter") and kind == "all-reduce":
-                kind = "reduce-scatter"
-            source = re.search(r'op_name="([^"]*)"', rest)
-            count = times[computation]
-            found.append(
-                Collective(
-                    kind=kind,
-                    bytes=max(_size(shape), taken),
-                    group=_group(rest),
-                    times=None if math.isinf(count) else int(count),
-                    name=name,
-                    source=source[1] if source else "",
-                )
-            )
-    return found
-
-
-def _operands(rest: str) -> list[str]:
-    """Names in the argument list that `rest` begins with; shapes, which may be printed before them, are skipped."""
-    depth = 1
-    for end, char in enumerate(rest):
-        depth += (char in "({[") - (char in ")}]")
-        if depth == 0:
-            return re.findall(r"([\w.\-]+)\s*(?:,|$)", re.sub(r"[\[{(][^\[\](){}]*[\])}]", "", rest[:end]))
-    return []
-
-
-def _group(rest: str) -> int | None:
-    """Devices in a replica group, in any of the three notations: lists, `[groups,size]<=[...]`, named mesh axes."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return len(listed[1].split(","))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
-        return int(iota[1])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:\s*\{([^}]*)\})?", rest):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", named[1])}
-        # 'axis':(1)2 is a part of an axis, of size 2
-        used = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", named[2]) if named[2] else [(a, "") for a in sizes]
-        return math.prod(int(part) if part else sizes[axis] for axis, part in used)
-    return None
+            chain = re.search(r'\bchain_id="?(\w+)', instruction.attributes)
+            key = ("chain", chain[1], collective.kind, collective.source) if chain else (computation, collective.name)
+            other = found.get(key)
+            if other is None or _or_infinite(collective.times) < _or_infinite(other.times):
+                found[key] = collective
+    return list(found.values())
 
 
 def bytes_by_kind(found: Iterable[Collective]) -> dict[str, int]:
@@ -114,51 +105,115 @@ def bytes_by_kind(found: Iterable[Collective]) -> dict[str, int]:
     return dict(totals)
 
 
-_Instruction = tuple[str, str, str, str]  # name, shape, operation, the rest of the line
+def _or_infinite(times: int | None) -> float:
+    return math.inf if times is None else times
 
 
-def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-    computations: dict[str, list[_Instruction]] = {}
-    entry = current = ""
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = header[2]
-            computations[current] = []
-            entry = current if header[1] else entry
-        elif current and (match := _INSTRUCTION.match(line)):
-            computations[current].append((match[1], match[2], match[3], match[4]))
-    return computations, entry
+class _Reader:
+    """One program and the mesh that it was compiled for."""
+
+    def __init__(self, module: Module, mesh: Mesh | None):
+        self.module, self.mesh = module, mesh
+        self.partitions = module.partitions or (mesh.size if mesh else 0)
+        self.wrapped = {
+            name
+            for instructions in module.computations.values()
+            for instruction in instructions.values()
+            if instruction.operation == "async-start"
+            for name in instruction.called
+        }
+        self.parameters = _parameter_sizes(module)
+
+    def collective(self, computation: str, instruction: Instruction) -> Collective | None:
+        """What an instruction sends; None where it sends nothing, or where the other one of a pair stands for it."""
+        if instruction.operation == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
+            return self._between_slices(computation, instruction)
+        kind = instruction.operation.removesuffix("-done").removesuffix("-start")
+        # of a pair, the end has the plain result, while the start may carry buffers of its own
+        if kind not in KINDS or instruction.operation.endswith("-start"):
+            return None
+        instructions = self.module.computations[computation]
+        is_pair = instruction.operation.endswith("-done")
+        start = instructions[instruction.operands[0]] if is_pair else instruction
+        if computation.startswith("all-reduce-scatter") and kind == "all-reduce":
+            kind = "reduce-scatter"
+        taken = [a for o in start.operands if o in instructions for a in hlo_text.arrays(instructions[o].shape)]
+        whole = max(hlo_text.arrays(instruction.shape), taken, key=_bytes)
+        groups = replica_groups.read(start.attributes)
+        group = None if groups is None or kind == "collective-permute" else len(groups[0])
+        together = group or self.partitions
+        return Collective(
+            kind=kind,
+            bytes=_bytes(whole),
+            group=group,
+            times=self._times(computation),
+            name=instruction.name,
+            source=start.op_name,
+            axes=replica_groups.axes(groups, self.mesh) if self.mesh else (),
+            sent=round(_bytes(whole) * _RING[kind](together)) if together else _bytes(whole),
+            asynchronous=is_pair or "chain_id=" in start.attributes or computation in self.wrapped,
+            activations=self._activations(whole),
+        )
+
+    def _between_slices(self, computation: str, send: Instruction) -> Collective:
+        """The collective that a transfer to the Megascale runtime stands for."""
+        instructions = self.module.computations[computation]
+        transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+        slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', send.attributes)
+        kind = _BETWEEN_SLICES[transfer[1]] if transfer else "collective-permute"
+        group = len(slices[1].split(",")) if slices else None
+        whole = hlo_text.arrays(instructions[send.operands[0]].shape)
+        size = _bytes(whole) * (group or 1 if kind == "all-gather" else 1)
+        return Collective(
+            kind=kind,
+            bytes=size,
+            group=None if kind == "collective-permute" else group,
+            times=self._times(computation),
+            name=send.name,
+            source=send.op_name,
+            axes=(DCN,),
+            sent=round(size * _RING[kind](group)) if group else size,
+            asynchronous=True,
+            # a gradient that the devices of a slice have scattered first
+            activations=self._activations(whole, parts=self.partitions),
+        )
+
+    def _times(self, computation: str) -> int | None:
+        times = self.module.times[computation]
+        return None if math.isinf(times) else int(times)
+
+    def _activations(self, arrays: Sequence[Array], parts: int = 1) -> bool:
+        """Whether more bytes are of activations than of parameters or gradients.
+
+        Args:
+          parts: a parameter may be cut further into as many parts, or into a divisor of it.
+        """
+        cuts = [n for n in range(1, parts + 1) if parts % n == 0]
+        unknown = sum(
+            a.bytes if not any(a.elements * n in self.parameters for n in cuts) else -a.bytes
+            for a in arrays
+            if a.elements > 1
+        )
+        return unknown > 0
 
 
-def _times(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, float]:
-    """How often each computation that is reachable from the entry runs; infinite in loops of unknown length."""
-    callers: dict[str, list[tuple[str, float]]] = collections.defaultdict(list)
-    for caller, instructions in computations.items():
-        for _, _, operation, rest in instructions:
-            trips = _TRIPS.search(rest)
-            loop = (float(trips[1]) if trips else math.inf) if operation == "while" else 1.0
-            called = [] if operation in ("async-update", "async-done") else _CALLED.findall(rest)
-            for branches in _BRANCHES.findall(rest):
-                called += [b.strip().lstrip("%") for b in branches.split(",")]
-            for name in called:
-                callers[name].append((caller, loop))
-    times = {entry: 1.0}
-
-    def count(name: str) -> float:
-        if name not in times:
-            times[name] = sum(loop * of for caller, loop in callers[name] if (of := count(caller)))
-        return times[name]
-
-    for name in computations:
-        count(name)
-    return times
+def _bytes(arrays: Iterable[Array]) -> int:
+    return sum(a.bytes for a in arrays)
 
 
-def _size(shape: str) -> int:
-    """Bytes of all arrays in a shape such as `(f32[8,16]{1,0}, bf16[])`."""
-    total = 0
-    for dtype, dims in _ARRAY.findall(shape):
-        bits = 8 if dtype == "pred" else int(m[0]) if (m := re.search(r"\d+", dtype)) else 0
-        elements = math.prod(int(re.sub(r"\D", "", d)) for d in dims.split(",") if d)
-        total += -(-bits * elements // 8)
-    return total
+def _parameter_sizes(module: Module) -> frozenset[int]:
+    """Elements of the parameters of a program (its first argument): as each device holds them, whole, cut along some of
+    the mesh axes alone, and of a layer of those that are stacked."""
+    sizes: set[int] = set()
+    for instruction in module.computations[module.entry].values():
+        if instruction.operation != "parameter" or not instruction.op_name.startswith("args[0]"):
+            continue
+        (array, *_) = hlo_text.arrays(instruction.shape)
+        tiles = re.search(r"sharding=\{devices=\[([\d,]+)\]", instruction.attributes)
+        factors = [int(n) for n in tiles[1].split(",")][: len(array.dims)] if tiles else []
+        cut = {array.elements}
+        for factor in factors:
+            cut |= {elements * factor for elements in cut}
+        layers = array.dims[0] if len(array.dims) > 2 else 1
+        sizes |= cut | {elements // layers for elements in cut}
+    return frozenset(sizes)
