@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from uwm_jax.parallel import collectives
 
@@ -96,6 +97,63 @@ def test_a_loop_of_unknown_length_is_not_guessed():
     assert loop.times is None
     with pytest.raises(ValueError, match="all-reduce.1 .* trip count"):
         collectives.bytes_by_kind([loop])
+
+
+# --- programs for TPUs, from `tpu_programs` ---------------------------------------------------------------
+
+MIB = 2**20
+KERNEL = 2 * MIB  # 1024 x 1024 bfloat16
+
+
+def on_tpu(program: str, *sizes: int) -> list[collectives.Collective]:
+    text = (Path(__file__).with_name("tpu_hlo") / f"{program}.txt").read_text()
+    return collectives.read(text, AbstractMesh(sizes, ("data", "fsdp", "tensor")))
+
+
+def test_loops_of_tpus_count_their_turns_and_groups_tell_the_axis():
+    found = [(c.kind, c.axes, c.group, c.bytes, c.times, c.sent) for c in on_tpu("scan", 2, 2, 1)]
+    assert found == [
+        ("all-gather", ("fsdp",), 2, KERNEL, 6, KERNEL / 2),  # forward
+        ("reduce-scatter", ("fsdp",), 2, KERNEL, 6, KERNEL / 2),
+        ("all-gather", ("fsdp",), 2, KERNEL, 6, KERNEL / 2),  # and once more, recomputed
+        ("all-reduce", ("data",), 2, KERNEL / 2, 6, KERNEL / 2),  # of the cut gradient
+    ]
+
+
+def test_a_gather_in_pieces_counts_once():
+    text = (Path(__file__).with_name("tpu_hlo") / "chain.txt").read_text()
+    assert text.count('chain_id="0"') == text.count('chain_id="1"') == 3
+    gathers = [c for c in on_tpu("chain", 1, 4, 1) if c.kind == "all-gather"]
+    assert [(c.bytes, c.times, c.sent) for c in gathers] == [(KERNEL, 1, KERNEL * 3 / 4)] * 3
+    # the first layer's kernel has nothing to be gathered behind
+    assert sorted(c.asynchronous for c in gathers) == [False, True, True]
+    (gradients,) = (c for c in on_tpu("chain", 1, 4, 1) if c.kind != "all-gather")
+    assert (gradients.kind, gradients.bytes, gradients.sent) == ("reduce-scatter", 3 * KERNEL, 3 * KERNEL * 3 / 4)
+
+
+def test_a_kernel_that_goes_round_in_pieces():
+    found = on_tpu("windowed", 1, 16, 1)
+    piece = 4096 * 512 * 2 // 16
+    assert {(c.kind, c.axes, c.bytes, c.sent) for c in found} == {("collective-permute", ("fsdp",), piece, piece)}
+    # a turn multiplies four pieces and passes four on; before the loop, one goes the other way round
+    assert [c.times for c in found] == [16 / 4] * 4 + [1]
+    assert all(c.asynchronous for c in found)
+
+
+def test_activations_are_told_from_parameters():
+    (hidden,) = on_tpu("tensor", 2, 1, 2)
+    assert (hidden.axes, hidden.bytes, hidden.activations) == (("tensor",), 512 * 512 * 2, True)
+    for program, sizes in {"scan": (2, 2, 1), "chain": (1, 4, 1), "windowed": (1, 16, 1), "slices": (2, 2, 2)}.items():
+        assert not any(c.activations for c in on_tpu(program, *sizes)), program
+
+
+def test_slices_exchange_their_sums_over_the_network_between_them():
+    scatter, between, gather = on_tpu("slices", 2, 2, 2)
+    assert (scatter.kind, scatter.axes, scatter.bytes) == ("reduce-scatter", ("fsdp",), KERNEL)
+    # each chip's half of the sum, to the other slice and back: 2 (n - 1) / n = 1 times its bytes
+    assert (between.kind, between.axes, between.group) == ("all-reduce", ("dcn",), 2)
+    assert between.bytes == between.sent == KERNEL / 2
+    assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", ("fsdp",), KERNEL)
 
 
 # --- the step of configs/droid.py ------------------------------------------------------------------------

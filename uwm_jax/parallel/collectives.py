@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from uwm_jax.parallel import hlo_text, replica_groups
 from uwm_jax.parallel.hlo_text import Array, Instruction, Module
@@ -67,7 +67,7 @@ class Collective:
     activations: bool = False
 
 
-def read(hlo: str, mesh: Mesh | None = None) -> list[Collective]:
+def read(hlo: str, mesh: Mesh | AbstractMesh | None = None) -> list[Collective]:
     """The collectives of `compiled.as_text()`, in the order of the text.
 
     An asynchronous pair counts once, and so do the pieces of one that TPUs fuse with other work. A fused
@@ -112,7 +112,7 @@ def _or_infinite(times: int | None) -> float:
 class _Reader:
     """One program and the mesh that it was compiled for."""
 
-    def __init__(self, module: Module, mesh: Mesh | None):
+    def __init__(self, module: Module, mesh: Mesh | AbstractMesh | None):
         self.module, self.mesh = module, mesh
         self.partitions = module.partitions or (mesh.size if mesh else 0)
         self.wrapped = {
@@ -149,7 +149,7 @@ class _Reader:
             times=self._times(computation),
             name=instruction.name,
             source=start.op_name,
-            axes=replica_groups.axes(groups, self.mesh) if self.mesh else (),
+            axes=self._axes(groups),
             sent=round(_bytes(whole) * _RING[kind](together)) if together else _bytes(whole),
             asynchronous=is_pair or "chain_id=" in start.attributes or computation in self.wrapped,
             activations=self._activations(whole),
@@ -177,6 +177,11 @@ class _Reader:
             # a gradient that the devices of a slice have scattered first
             activations=self._activations(whole, parts=self.partitions),
         )
+
+    def _axes(self, groups: replica_groups.Groups | None) -> tuple[str, ...]:
+        if self.mesh is None:
+            return ()
+        return replica_groups.axes(groups or (tuple(range(self.partitions)),), self.mesh)
 
     def _times(self, computation: str) -> int | None:
         times = self.module.times[computation]

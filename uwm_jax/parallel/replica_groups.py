@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -41,15 +41,13 @@ def read(attributes: str) -> Groups | None:
     return None
 
 
-def axes(groups: Groups | None, mesh: Mesh) -> tuple[str, ...]:
+def axes(groups: Groups, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes of a mesh along which devices of one group differ, in the order of the mesh.
 
     Args:
-      groups: of positions in the mesh, as `read` returns them; None for all devices.
+      groups: of positions in the mesh, as `read` returns them.
     """
     sizes = tuple(mesh.shape.values())
-    if groups is None:
-        return tuple(name for name, size in mesh.shape.items() if size > 1)
     used: set[int] = set()
     for group in groups:
         places = np.array(np.unravel_index(np.array(group), sizes))  # (axes, devices)
