@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config_help": ("config",),
     "synthetic": (*FLOORS, "config", "systems"),
     "training": (*FLOORS, "", "config", "config_checks", "systems", "torch_bridge"),
+    "planning": LIBRARY,
     "policy": (*BASE, "data", "systems"),
     "evaluation": (*LIBRARY, "envs", "policy"),
     "reporting": (*LIBRARY, "envs", "evaluation"),
