@@ -112,7 +112,7 @@ def start(jobs, count):
 def runs(tmp_path_factory, train_command):
     """Runs by name, each a directory with a workdir's content and the recorder's notes beside it:
 
-    one, two, four: 1, 2 and 4 processes. data8: one process with 8 devices.
+    one, two, four: 1, 2 and 4 processes; those of `two` are slices. data8: one process with 8 devices.
     four_on_one, four_on_two, data8_on_fsdp8, data8_on_tensor2: copies that continue from step 2.
     """
     root = tmp_path_factory.mktemp("runs")
@@ -130,7 +130,7 @@ def runs(tmp_path_factory, train_command):
     assert sum("step 4/4" in "\n".join(lines) for lines in four_lines) == 1, "one process speaks"
     shutil.copytree(root / "four", root / "four_on_two")
     shutil.rmtree(root / "four_on_two" / "checkpoints" / "4")
-    start([train_command(root / "two", *EVALUATES)], 2)
+    start([train_command(root / "two", *EVALUATES, "--config.mesh.slices=2")], 2)
     start([train_command(root / "four_on_two")], 2)
     start([train_command(root / "one", *EVALUATES), *continued("four", "four_on_one")], 1)
     start_with_8_devices(

@@ -208,7 +208,7 @@ MAY_CHANGE = {
     *(f"eval.{name}" for name in config_lib.flatten(config_lib.base().eval)),  # what is measured and drawn
     *("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every"),
     *("checkpoint.keep_best", "checkpoint.keep_best_mode"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices", "mesh.rules"),
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
     *("data.num_threads", "data.prefetch"),  # how fast the same rows are read
     *("data.path", "data.sources.robot.path", "data.sources.robot.weight"),

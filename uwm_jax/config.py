@@ -120,6 +120,7 @@ def base(system: str = "uwm") -> ConfigDict:
     c.mesh.data = -1  # devices along the axis data, which cuts the batch; -1 = those that the other axes leave
     c.mesh.fsdp = 1  # devices along the axis fsdp, which cuts the batch, parameters and optimizer state
     c.mesh.tensor = 1  # devices along the axis tensor, which cuts heads, hidden units and channels of the products
+    c.mesh.slices = 1  # of accelerators, connected by a data-centre network alone, that share the axis data
     c.mesh.rules = ""  # which array lies on which axis: "" = the table of the system, or a FILE.py with one
 
     c.checkpoint = ConfigDict()

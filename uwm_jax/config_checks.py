@@ -32,7 +32,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 # Numbers of at least 1; other numbers are at least 0.
 _AT_LEAST_ONE = (
-    *("total_steps", "batch_size", "accumulation_steps", "log_every", "mesh.fsdp", "mesh.tensor"),
+    *("total_steps", "batch_size", "accumulation_steps", "log_every", "mesh.fsdp", "mesh.tensor", "mesh.slices"),
     *("data.num_streams", "data.prefetch", "checkpoint.every", "checkpoint.keep", "eval.num_windows"),
     *("eval.closed_loop.episodes", "eval.closed_loop.execute"),
 )

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -105,8 +106,11 @@ MIB = 2**20
 KERNEL = 2 * MIB  # 1024 x 1024 bfloat16
 
 
-def on_tpu(program: str, *sizes: int) -> list[collectives.Collective]:
-    text = (Path(__file__).with_name("tpu_hlo") / f"{program}.txt").read_text()
+KEPT = Path(__file__).with_name("tpu_hlo")
+
+
+def on_tpu(program: str, *sizes: int, folder: Path = KEPT) -> list[collectives.Collective]:
+    text = (folder / f"{program}.txt").read_text()
     return collectives.read(text, AbstractMesh(sizes, ("data", "fsdp", "tensor")))
 
 
@@ -121,7 +125,7 @@ def test_loops_of_tpus_count_their_turns_and_groups_tell_the_axis():
 
 
 def test_a_gather_in_pieces_counts_once():
-    text = (Path(__file__).with_name("tpu_hlo") / "chain.txt").read_text()
+    text = (KEPT / "chain.txt").read_text()
     assert text.count('chain_id="0"') == text.count('chain_id="1"') == 3
     gathers = [c for c in on_tpu("chain", 1, 4, 1) if c.kind == "all-gather"]
     assert [(c.bytes, c.times, c.sent) for c in gathers] == [(KERNEL, 1, KERNEL * 3 / 4)] * 3
@@ -154,6 +158,16 @@ def test_slices_exchange_their_sums_over_the_network_between_them():
     assert (between.kind, between.axes, between.group) == ("all-reduce", ("dcn",), 2)
     assert between.bytes == between.sent == KERNEL / 2
     assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", ("fsdp",), KERNEL)
+
+
+@pytest.mark.slow
+def test_the_installed_compiler_writes_what_is_read(tmp_path):
+    """Two slices of v5e, whose mesh `make_mesh` lays out, compiled without a TPU."""
+    command = [sys.executable, "-m", "tests.parallel.tpu_programs", str(tmp_path), "slices"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, kept = (on_tpu("slices", 2, 2, 2, folder=folder) for folder in (tmp_path, KEPT))
+    assert [dataclasses.replace(c, name="") for c in found] == [dataclasses.replace(c, name="") for c in kept]
 
 
 # --- the step of configs/droid.py ------------------------------------------------------------------------

@@ -20,6 +20,7 @@ class Device:
     process_index: int = 0
     platform: str = "cpu"
     device_kind: str = "cpu"
+    slice_index: int | None = None
 
 
 def config(batch_size=64, accumulation_steps=1, **sizes):
@@ -85,6 +86,54 @@ def test_batch_that_does_not_divide_is_refused():
     ):
         mesh_lib.make_mesh(config(24, accumulation_steps=2), devices(8))
     mesh_lib.make_mesh(config(36, tensor=2), devices(8))  # the rows run over 4 only
+
+
+# --- slices -----------------------------------------------------------------------------------------------
+
+
+def in_slices(*sizes, **kind):
+    """Devices of slices of these sizes, in an order that mixes the slices."""
+    found = [Device(s * 100 + i, slice_index=s, **kind) for s, size in enumerate(sizes) for i in range(size)]
+    return sorted(found, key=lambda device: device.id % 100)
+
+
+def in_processes(*sizes):
+    return [Device(p * 10 + i, process_index=p) for p, size in enumerate(sizes) for i in range(size)]
+
+
+def test_slices_are_blocks_along_data():
+    mesh = mesh_lib.make_mesh(config(slices=2, fsdp=2), in_slices(4, 4))
+    assert mesh.devices.shape == (4, 2, 1)
+    assert [[d.slice_index for d in line.flat] for line in mesh.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert len({device.id for device in mesh.devices.flat}) == 8
+    # where the platform knows of no slices, a process is one
+    mesh = mesh_lib.make_mesh(config(slices=2, tensor=2), in_processes(4, 4))
+    assert [[d.process_index for d in line.flat] for line in mesh.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    # which it need not be
+    assert mesh_lib.make_mesh(config(fsdp=8), in_processes(4, 4)).devices.shape == (1, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found", "message"),
+    [
+        (
+            {"slices": 2},
+            devices(8),
+            r"slices=2 .* 8 cpu .* 1 slice\(s\) of 8 \(processes\): set config.mesh.slices to 1",
+        ),
+        ({}, in_slices(4, 4, platform="tpu"), r"slices=1 .* 8 tpu .* 2 slice\(s\) of 4: set config.mesh.slices to 2"),
+        ({"slices": 3}, in_slices(4, 4), r"slices=3 .* 2 slice\(s\) of 4: set config.mesh.slices to 2"),
+        ({"slices": 2}, in_slices(5, 3), r"slices=2 .* 2 slice\(s\) of 3 and 5: start the run on slices of equal size"),
+        (
+            {"slices": 2, "fsdp": 8},
+            in_slices(4, 4),
+            r"slices=2 does not divide the 1 .* 8 now, divides the 4 devices of",
+        ),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(sizes, found, message):
+    with pytest.raises(UserError, match=message):
+        mesh_lib.make_mesh(config(**sizes), found)
 
 
 def groups(shape, per_process):

@@ -1,14 +1,16 @@
 """Small programs compiled for TPUs, whose text the tests of the readers of HLO keep under `tpu_hlo/`.
 
-Writes all of them again, with the libtpu that is installed; no TPU is needed:
+Compiles them again with the libtpu that is installed, all or those that are named, and writes their text to a folder;
+no TPU is needed:
 
-    python -m tests.parallel.tpu_programs
+    python -m tests.parallel.tpu_programs tests/parallel/tpu_hlo [slices ...]
 
 What the readers do not look at (locations in source files, most of `backend_config`) is cut out.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -22,11 +24,12 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
-FOLDER = Path(__file__).with_name("tpu_hlo")
+from uwm_jax.config import base
+from uwm_jax.parallel.mesh import make_mesh
+
 THRESHOLD = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
 Shapes = tuple[Any, Any]  # parameters, rows
 
@@ -90,12 +93,10 @@ def compiled(program: Callable[..., Any]) -> str:
     topology, count, sizes, result, threshold = PROGRAMS[program]
     several = {"num_slices": count} if count > 1 else {}
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
-    if count > 1:
-        inside = (sizes[0] // count, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (count, 1, 1), devices, allow_split_physical_axes=True)
-    else:
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    mesh = Mesh(np.asarray(grid), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    config = base()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+    config.mesh.slices, config.batch_size = count, math.prod(sizes)
+    mesh = make_mesh(config, devices)
 
     def shape_of(shape: tuple[int, ...], *spec: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
@@ -120,6 +121,7 @@ def shortened(hlo: str) -> str:
 
 
 if __name__ == "__main__":
+    folder, *names = sys.argv[1:]
     for program in PROGRAMS:
-        if not sys.argv[1:] or program.__name__ in sys.argv[1:]:
-            (FOLDER / f"{program.__name__}.txt").write_text(shortened(compiled(program)))
+        if not names or program.__name__ in names:
+            Path(folder, f"{program.__name__}.txt").write_text(shortened(compiled(program)))

@@ -6,11 +6,15 @@ Three axes, from the slowest links to the fastest, each of any size from 1:
 - `fsdp`: rows of the batch too, and every large parameter with its moments and its average is cut along it;
 - `tensor`: heads, hidden units and channels; all devices along it work on the same rows.
 
+Slices of accelerators, which only a data-centre network connects, share `data` among them: each holds a block of
+consecutive places along it, so that nothing but sums over `data` crosses that network.
+
 What is cut where is a table (`uwm_jax.parallel.sharding`).
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +33,8 @@ BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that `config.mesh` asks for, over `devices` (default: all of this run, of every process).
 
-    Raises UserError when the sizes do not use every device, the batch does not divide over them, or they cannot be laid
-    onto the links between the devices.
+    Raises UserError when the sizes do not use every device, the batch does not divide over them, the devices lie in
+    another number of slices, or the sizes cannot be laid onto the links between the devices.
     """
     devices = jax.devices() if devices is None else devices
     available, kind = len(devices), getattr(devices[0], "platform", "")
@@ -56,8 +60,22 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
             f"config.batch_size={config.batch_size} does not divide over data x fsdp = {rows} devices{parts}: choose "
             f"a multiple of {rows * config.accumulation_steps}."
         )
+    slices = config.mesh.slices
+    by_process = _slice_attribute(slices, devices) == "process_index"
+    if asked[DATA_AXIS] % slices:
+        raise UserError(
+            f"config.mesh.slices={slices} does not divide the {asked[DATA_AXIS]} devices along config.mesh.data, which "
+            f"slices share: choose fsdp and tensor so that their product, {rest} now, divides the "
+            f"{available // slices} devices of a slice."
+        )
+    inside = (asked[DATA_AXIS] // slices, asked[FSDP_AXIS], asked[TENSOR_AXIS])
     try:
-        grid = mesh_utils.create_device_mesh(tuple(asked.values()), devices, allow_split_physical_axes=True)
+        if slices == 1:
+            grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+        else:
+            grid = mesh_utils.create_hybrid_device_mesh(
+                inside, (slices, 1, 1), devices, process_is_granule=by_process, allow_split_physical_axes=True
+            )
     except (NotImplementedError, ValueError) as e:
         raise UserError(
             f"{text} cannot be laid onto the links between the {available} {kind} devices of this run "
@@ -66,6 +84,26 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
             "slice 4 and 4, or 16), or give all devices to one of them."
         ) from e
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slice_attribute(slices: int, devices: Sequence[Any]) -> str:
+    """The attribute of a device that tells its slice. Where the platform knows of none, a process is a slice.
+
+    Raises UserError when the devices lie in another number of slices than `slices`, or in slices of different sizes.
+    """
+    kind = getattr(devices[0], "platform", "")
+    told = len({getattr(device, "slice_index", None) for device in devices}) > 1 or kind == "tpu"
+    attribute = "slice_index" if told else "process_index"
+    sizes = collections.Counter(getattr(device, attribute, None) for device in devices).values()
+    if slices == 1 and kind != "tpu" or len(sizes) == slices and len(set(sizes)) == 1:
+        return attribute
+    equal = len(set(sizes)) == 1
+    found = f"{len(sizes)} slice(s) of {' and '.join(map(str, sorted(set(sizes))))}" + " (processes)" * (not told)
+    hint = f"set config.mesh.slices to {len(sizes)}" if equal else "start the run on slices of equal size"
+    raise UserError(
+        f"config.mesh.slices={slices} does not fit the {len(devices)} {kind} device(s) of this run, which lie in "
+        f"{found}: {hint}."
+    )
 
 
 def data_mesh(devices: Sequence[Any]) -> Mesh:
