@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "policy": (*BASE, "data", "systems"),
     "evaluation": (*LIBRARY, "envs", "policy"),
     "reporting": (*LIBRARY, "envs", "evaluation"),
+    "runs": (*LIBRARY, "evaluation"),
     "cli": BASE,
     "benchmarking": (*LIBRARY, "cli"),
     "__main__": ("", "ending", "errors"),

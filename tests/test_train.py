@@ -21,13 +21,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
-from uwm_jax import train as train_lib
 from uwm_jax.convert import to_torch
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import Preempted, UserError
 from uwm_jax.evaluation.evaluator import Evaluator
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.reporting import pictures
+from uwm_jax.runs import records
 from uwm_jax.synthetic import synthetic_system
 from uwm_jax.train import train
 from uwm_jax.training import pretrained
@@ -218,7 +218,7 @@ def test_checkpoints_by_time_change_nothing_but_what_a_kill_costs(finished, fini
         raise KeyError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_lib, "progress_line", lambda step, *rest: killed() if step == 4 else "")
+        patch.setattr(records, "progress_line", lambda step, *rest: killed() if step == 4 else "")
         with pytest.raises(KeyError, match="killed"):
             train(finished_config, workdir)
     assert latest_step(workdir) == 3

@@ -25,7 +25,7 @@ from uwm_jax.reading import parse_json, read_json, run_python
 
 # Fields that may change when a run continues; the others determine the meaning of its numbers.
 MAY_CHANGE = (
-    *("total_steps", "log_every", "hang_seconds", "eval.*", "checkpoint.*", "mesh.*"),
+    *("total_steps", "log_every", "hang_seconds", "eval.*", "checkpoint.*", "mesh.*", "sweep.*"),
     *("data.num_threads", "data.prefetch"),
     # Compilation: the results are the same up to rounding.
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
@@ -122,6 +122,11 @@ def base(system: str = "uwm") -> ConfigDict:
     c.mesh.tensor = 1  # devices along the axis tensor, which cuts heads, hidden units and channels of the products
     c.mesh.slices = 1  # of accelerators, connected by a data-centre network alone, that share the axis data
     c.mesh.rules = ""  # which array lies on which axis: "" = the table of the system, or a FILE.py with one
+
+    c.sweep = ConfigDict()  # of launch.sweep; a run by itself does not read it
+    c.sweep.members_at_once = 0  # members of a device that are computed side by side; 0 = all
+    # devices along the axis sweep, which cuts the members; -1 = as many as divide members and devices
+    c.sweep.devices = -1
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10_000  # steps between checkpoints; the last step is saved too

@@ -42,7 +42,7 @@ _AT_LEAST_ONE = (
 _TEXTS = (*("init_from_skip", "optimizer.freeze", "data.cameras", "data.low_dim"), "data.sources.*.cameras")
 _CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # strings, or pairs (key, string)
 _PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
-_MAY_BE_MINUS_ONE = ("mesh.data", "data.seed", "eval.*.every")  # which stands for another value
+_MAY_BE_MINUS_ONE = ("mesh.data", "sweep.devices", "data.seed", "eval.*.every")  # which stands for another value
 _PLANE = "eval.action_plane"  # a camera and four numbers
 
 
@@ -174,6 +174,10 @@ def _check_combinations(c: ConfigDict) -> None:
     check(
         c.mesh.data == -1 or c.mesh.data > 0,
         f"config.mesh.data: expected a number of devices or -1 for all, found {c.mesh.data}.",
+    )
+    check(
+        c.sweep.devices == -1 or c.sweep.devices > 0,
+        f"config.sweep.devices: expected a number of devices or -1 for as many as fit, found {c.sweep.devices}.",
     )
     for name, fields_of in c.eval.items():
         if isinstance(fields_of, ConfigDict):

@@ -34,6 +34,8 @@ from uwm_jax.parallel.distributed import say
 from uwm_jax.parallel.turns import Turns
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.reporting import pictures
+from uwm_jax.runs.loop import loop
+from uwm_jax.runs.records import RunRecords
 from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import (
     codec_store,
@@ -49,8 +51,7 @@ from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import Program, build
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.log import MetricsLog, progress_line
-from uwm_jax.training.metrics import MetricAccumulator
+from uwm_jax.training.log import MetricsLog
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup
@@ -216,16 +217,13 @@ def run(
         evaluations = InTraining(program, data, frozen, command=start["command"], draw=pictures.draw)
         Retention.of(config).check(evaluations.metrics)
 
-    # --- Loop. The order is fixed: a checkpoint holds the state after `step` steps and the data -----
-    # position before the next batch is drawn, so that both continue together.
+    # --- Loop (`runs.loop`), and what it writes (`runs.records`). ----------------------------------
     start_step = stored.step if stored else 0
     assets = checkpoint_lib.make_assets(config, data.spec, dataset=data.manifest(), **past)
-    accumulator, mfu = MetricAccumulator(), Mfu(system, list(mesh.devices.flat))
+    mfu = Mfu(system, list(mesh.devices.flat))
     log = MetricsLog(workdir, start_step, writes=distributed.is_main())
     batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch, data.waits_for)
     progress = stored.assets.get("progress", {}) if stored else {}
-    if progress:
-        accumulator.restore(progress["metrics"])
     goodput.begin(start_step, progress.get("goodput"), log.cut)
     if mfu.note:
         say(mfu.note)
@@ -235,58 +233,41 @@ def run(
     signals.take()
     turns = closing.enter_context(Turns(config.hang_seconds, config.checkpoint.every_minutes))
     watchdog = closing.enter_context(Watchdog(config.hang_seconds))
-
-    def save(step: int, state: state_lib.TrainState) -> None:
-        with goodput.spend("checkpoint"):
-            arrays = codec_store.checkpointed(codec, frozen)
-            progress = {"metrics": accumulator.state(), "goodput": goodput.state(step)}
-            checkpoints.save(state, loader.state(step), arrays, {**assets, "progress": progress})
-            turns.saved()
-            if log.behind:  # lines that are nowhere, for steps that no continued run makes again
-                checkpoints.wait()
-                log.check()
+    records = RunRecords(
+        workdir,
+        config.total_steps,
+        checkpoints,
+        log,
+        evaluations,
+        frozen,
+        codec_arrays=codec_store.checkpointed(codec, frozen),
+        position=loader.state,
+        assets=assets,
+        goodput=goodput,
+        mfu=mfu,
+        turns=turns,
+        watchdog=watchdog,
+    )
+    if progress:
+        records.accumulator.restore(progress["metrics"])
 
     # On CPUs a collective fails when another process comes to it half a minute later: there is none before.
     distributed.barrier("all are ready for the first step", distributed.LATE_SECONDS)
     startup.reached("step")
-    saved_step = start_step
-    for step in range(start_step + 1, config.total_steps + 1):
-        with goodput.spend("data_wait"):
-            turn = turns.next(batches)  # the same on all processes, which hold the state after `step - 1`
-        if (turn.save or turn.end) and step - 1 > saved_step:
-            saved_step = step - 1
-            save(saved_step, state)
-        if turn.end:
-            checkpoints.wait()
-            raise turn.end(step - 1)
-        batch = next(batches)
-        with trace.step(step, state.step):
-            state, metrics = train_step(state, frozen, batch)
-        if step == start_step + 1:
-            say(startup.summary(metrics))
-        accumulator.add(step, metrics)
-        watchdog.beat(step)
-        checkpoints.check()
-
-        last = step == config.total_steps
-        due = step % config.checkpoint.every == 0 or last
-        if step % config.log_every == 0 or step == 1 or due or evaluations.due(step):
-            means = accumulator.means()  # raises on NaN, so that none is ever saved
-            with goodput.spend("evaluation"):
-                evaluated, drawn = evaluations.evaluate(workdir, step, state, frozen, turns, watchdog)
-            rates = goodput.rates(step)
-            rates |= mfu(rates["samples_per_second"])
-            say(progress_line(step, config.total_steps, {**means, **rates}))
-            if evaluated:
-                say(evaluations.headlines(evaluated))
-            del rates["eta_seconds"]
-            with goodput.spend("other"):
-                log.write(step, {**means, **rates, **evaluated}, drawn)
-        if due:
-            saved_step = step
-            save(step, state)
-    with goodput.spend("checkpoint"):
-        checkpoints.wait()
+    loop(
+        config,
+        train_step,
+        state,
+        frozen,
+        batches,
+        records,
+        start_step=start_step,
+        turns=turns,
+        watchdog=watchdog,
+        trace=trace,
+        goodput=goodput,
+        startup=startup,
+    )
     say(goodput.summary())
     say(f"done: {config.total_steps} steps in {workdir}")
 

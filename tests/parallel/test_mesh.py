@@ -156,3 +156,28 @@ def test_processes_that_hold_the_same_rows_load_the_same_share():
 def test_rows_that_overlap_in_part_are_refused():
     with pytest.raises(UserError, match="config.mesh.tensor=2.* overlap only in part"):
         groups((3, 1, 2), 3)
+
+
+def test_members_of_a_sweep_have_an_axis_of_their_own():
+    def shape(members, asked=-1, **sizes):
+        c = config(**sizes)
+        c.sweep.devices = asked
+        return tuple(mesh_lib.make_mesh(c, devices(8), members).shape.values())
+
+    assert tuple(mesh_lib.make_mesh(config(), devices(8), 8).shape) == ("sweep", "data", "fsdp", "tensor")
+    assert shape(8) == (8, 1, 1, 1)
+    assert shape(6) == (2, 4, 1, 1)
+    assert shape(4, fsdp=4) == (2, 1, 4, 1)
+    assert shape(3) == (1, 8, 1, 1)
+    assert shape(8, asked=2, tensor=2) == (2, 2, 1, 2)
+    assert shape(4, data=8) == (1, 8, 1, 1)
+    with pytest.raises(UserError, match=r"config.sweep.devices=4 must divide the 6 members .*set it to 2"):
+        shape(6, asked=4)
+    with pytest.raises(UserError, match=r"does not fit the 2 cpu .* for each of config.sweep.devices=4"):
+        shape(4, asked=4, fsdp=4)
+
+
+def test_processes_with_other_members_load_the_same_rows():
+    assert groups((2, 2, 1, 1), 2) == [(0, 1), (0, 1)]
+    assert groups((2, 2, 1, 2), 2) == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert groups((1, 4, 1, 1), 2) == [(0, 2), (1, 2)]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from uwm_jax.parallel.mesh import DATA_AXIS
+from uwm_jax.parallel.mesh import DATA_AXIS, SWEEP_AXIS
 
 Rows = Any  # a tree of arrays with the rows in front
 Loss = Callable[[Any, Rows], tuple[jax.Array, Any]]
@@ -73,3 +73,53 @@ def sum_in_parts(function: Callable[[Rows], Any], rows: Rows, steps: int) -> Any
         return jax.tree.map(jnp.add, sums, function(part)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def each_value_and_grad(
+    loss: Callable[[Any, Any, Rows], tuple[jax.Array, Any]],
+    params: Any,
+    members: Any,
+    batch: Rows,
+    *,
+    mesh: Mesh | None,
+    steps: int = 1,
+    at_once: int = 0,
+) -> tuple[tuple[jax.Array, Any], Any]:
+    """`value_and_grad` for each of several members, which see the same batch; all results have a leading axis of them.
+
+    Args:
+      loss: (one member's params, what else is its own, rows) -> as `value_and_grad` takes it.
+      params, members: trees with a leading axis of members, which lies over the mesh axis `sweep` where there is one.
+      batch, steps: as `value_and_grad`.
+      mesh: None for a single device.
+      at_once: members of a device that are computed side by side, the others one after the other; 0 is all.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def local(params: Any, members: Any, rows: Rows) -> Any:
+        def one(member: tuple[Any, Any]) -> Any:
+            return sum_in_parts(lambda part: gradient(*member, part), rows, steps)
+
+        count = len(jax.tree.leaves(members)[0])
+        if count == 1:
+            return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], (params, members))))
+        return jax.lax.map(one, (params, members), batch_size=min(at_once or count, count))
+
+    manual = {axis for axis in (SWEEP_AXIS, DATA_AXIS) if mesh is not None and mesh.shape.get(axis, 1) > 1}
+    if not manual:
+        return local(params, members, batch)
+
+    def device_part(params: Any, members: Any, rows: Rows) -> Any:
+        made = local(params, members, rows)
+        return jax.lax.psum(made, DATA_AXIS) if DATA_AXIS in manual else made
+
+    of_members = PartitionSpec(SWEEP_AXIS if SWEEP_AXIS in manual else None)
+    of_rows = PartitionSpec(DATA_AXIS if DATA_AXIS in manual else None)
+    return jax.shard_map(
+        device_part,
+        mesh=mesh,
+        in_specs=(of_members, of_members, of_rows),
+        out_specs=of_members,
+        axis_names=manual,
+        check_vma=False,
+    )(params, members, batch)

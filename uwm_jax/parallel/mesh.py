@@ -9,12 +9,15 @@ Three axes, from the slowest links to the fastest, each of any size from 1:
 Slices of accelerators, which only a data-centre network connects, share `data` among them: each holds a block of
 consecutive places along it, so that nothing but sums over `data` crosses that network.
 
+A sweep has one more axis in front, `sweep`, which cuts its members: devices along it share batches and nothing else.
+
 What is cut where is a table (`uwm_jax.parallel.sharding`).
 """
 
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,19 +31,26 @@ from uwm_jax.errors import UserError
 
 DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
+SWEEP_AXIS = "sweep"
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None, members: int = 0) -> Mesh:
     """The mesh that `config.mesh` asks for, over `devices` (default: all of this run, of every process).
 
-    Raises UserError when the sizes do not use every device, the batch does not divide over them, the devices lie in
-    another number of slices, or the sizes cannot be laid onto the links between the devices.
+    Args:
+      members: of a sweep, whose mesh has the axis `sweep` too (`config.sweep.devices`); 0 for a run.
+
+    Raises UserError when the sizes do not use every device, the batch or the members do not divide over them, the
+    devices lie in another number of slices, or the sizes cannot be laid onto the links between the devices.
     """
     devices = jax.devices() if devices is None else devices
-    available, kind = len(devices), getattr(devices[0], "platform", "")
+    all_devices, kind = len(devices), getattr(devices[0], "platform", "")
+    sweep = _sweep_devices(config, all_devices, members) if members else 1
+    available = all_devices // sweep
     asked = {name: config.mesh[name] for name in AXES}
     rest = asked[FSDP_AXIS] * asked[TENSOR_AXIS]
     text = ", ".join(f"config.mesh.{name}={size}" for name, size in asked.items())
+    each = f" for each of config.sweep.devices={sweep}" * (sweep > 1)
     if asked[DATA_AXIS] == -1 and available % rest == 0:
         asked[DATA_AXIS] = available // rest
     if asked[DATA_AXIS] * rest != available:
@@ -50,7 +60,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
             else f"choose fsdp and tensor so that their product, {rest} now, divides {available}"
         )
         raise UserError(
-            f"{text} does not fit the {available} {kind} device(s) of this run: expected data x fsdp x tensor = "
+            f"{text} does not fit the {available} {kind} device(s) of this run{each}: expected data x fsdp x tensor = "
             f"{available}; {hint}."
         )
     rows = asked[DATA_AXIS] * asked[FSDP_AXIS]
@@ -68,22 +78,39 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
             f"slices share: choose fsdp and tensor so that their product, {rest} now, divides the "
             f"{available // slices} devices of a slice."
         )
-    inside = (asked[DATA_AXIS] // slices, asked[FSDP_AXIS], asked[TENSOR_AXIS])
+    before: tuple[int, ...] = (sweep,) if members else ()
+    axes = (SWEEP_AXIS, *AXES) if members else AXES
+    inside = (*before, asked[DATA_AXIS] // slices, asked[FSDP_AXIS], asked[TENSOR_AXIS])
+    across = (*[1 for _ in before], slices, 1, 1)
     try:
         if slices == 1:
             grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
         else:
             grid = mesh_utils.create_hybrid_device_mesh(
-                inside, (slices, 1, 1), devices, process_is_granule=by_process, allow_split_physical_axes=True
+                inside, across, devices, process_is_granule=by_process, allow_split_physical_axes=True
             )
     except (NotImplementedError, ValueError) as e:
         raise UserError(
-            f"{text} cannot be laid onto the links between the {available} {kind} devices of this run "
+            f"{text} cannot be laid onto the links between the {all_devices} {kind} devices of this run "
             f"({str(e).splitlines()[0] if str(e) else type(e).__name__}): choose sizes of config.mesh.data, "
             "config.mesh.fsdp and config.mesh.tensor that are products of the sides of the devices' grid (on a 4x4 "
             "slice 4 and 4, or 16), or give all devices to one of them."
         ) from e
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _sweep_devices(config: ConfigDict, available: int, members: int) -> int:
+    """Devices along `sweep`: those that `config.sweep.devices` asks for, or as many as divide members and devices."""
+    asked = config.sweep.devices
+    if asked == -1:
+        size = config.mesh[FSDP_AXIS] * config.mesh[TENSOR_AXIS] * max(config.mesh[DATA_AXIS], 1)
+        return math.gcd(members, available // size if available % size == 0 else 1)
+    if members % asked or available % asked:
+        raise UserError(
+            f"config.sweep.devices={asked} must divide the {members} members that train in one program and the "
+            f"{available} devices: set it to {math.gcd(members, available)}, or to -1 for as many as do."
+        )
+    return asked
 
 
 def _slice_attribute(slices: int, devices: Sequence[Any]) -> str:
@@ -124,7 +151,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def data_group(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this process loads share `index` of `count` equal shares of a batch's rows.
 
-    Processes that hold the same rows, because only `tensor` runs between them, have the same index.
+    Processes that hold the same rows, because only `tensor` or `sweep` runs between them, have the same index.
 
     Raises UserError when two processes share only a part of their rows.
     """
@@ -132,13 +159,14 @@ def data_group(mesh: Mesh) -> tuple[int, int]:
 
 
 def _data_group(grid: np.ndarray, process: int) -> tuple[int, int]:
+    *_, data, fsdp, tensor = grid.shape
     blocks: dict[int, set[int]] = {}
-    for block, line in enumerate(grid.reshape(-1, grid.shape[-1])):
+    for block, line in enumerate(grid.reshape(-1, data * fsdp, tensor).swapaxes(0, 1).reshape(data * fsdp, -1)):
         for device in line:
             blocks.setdefault(device.process_index, set()).add(block)
     shares = sorted({tuple(sorted(held)) for held in blocks.values()})
-    if sum(map(len, shares)) != grid.shape[0] * grid.shape[1] or len({len(share) for share in shares}) != 1:
-        sizes = ", ".join(f"config.mesh.{name}={size}" for name, size in zip(AXES, grid.shape, strict=True))
+    if sum(map(len, shares)) != data * fsdp or len({len(share) for share in shares}) != 1:
+        sizes = ", ".join(f"config.mesh.{name}={size}" for name, size in zip(AXES, grid.shape[-3:], strict=True))
         raise UserError(
             f"{sizes} gives {len(blocks)} processes rows that overlap only in part: choose config.mesh.tensor so that "
             "it divides the devices of a process, or the devices of a process divide it."

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -22,6 +23,7 @@ from uwm_jax.training.patterns import join, split
 from uwm_jax.training.state import TrainState, schedule_factor
 
 Metrics = dict[str, Metric]
+Sums = tuple[dict[str, jax.Array], Metrics]  # the loss parts and the buckets, summed over rows
 
 
 def make_train_step(
@@ -36,7 +38,6 @@ def make_train_step(
     Args:
       mesh: over which the batch is spread; None on one device.
     """
-    averages, still_names = bool(config.optimizer.ema_decay), (*config.optimizer.freeze, *system.tree.untrained)
 
     def train_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key, data_key = (
@@ -44,35 +45,77 @@ def make_train_step(
             for seed in (state.hparams.seed, state.hparams.data_seed)
         )
         shares = system.shares(batch, key)
-        trained, still = split(state.params, still_names)  # no gradients are made for what stays as it is
+        trained, still = divide(config, system, state.params)  # no gradients are made for what stays as it is
 
-        def objective(trained: Any, rows: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Metrics]]:
+        def objective(trained: Any, rows: Any) -> tuple[jax.Array, Sums]:
             batch, shares = rows
             encoded, draws = system.encode(frozen, batch, data_key), system.draws(key, batch["row"])
-            found = system.losses(join(trained, still), encoded, draws, train=True)
-            parts = {name: (shares[name] * x).sum() for name, x in found.parts.items()}
-            total = sum((state.hparams.weights[name] * x for name, x in parts.items()), jnp.zeros(()))
-            return total, (parts, {f"loss/{name}": Ratio(*bucket) for name, bucket in found.buckets.items()})
+            return weighted_loss(system, join(trained, still), state.hparams.weights, encoded, draws, shares)
 
-        (loss, (parts, buckets)), grads = value_and_grad(
+        (loss, sums), grads = value_and_grad(
             objective, trained, (dict(batch), shares), mesh=mesh, steps=config.accumulation_steps
         )
-        # A part that no row trained counts for nothing in the means of the log.
-        counts = {name: (share > 0).any().astype(jnp.float32) for name, share in shares.items()}
-        losses = {f"loss/{name}": Ratio(x, counts[name]) for name, x in parts.items()}
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        learning_rate = state.hparams.learning_rate * schedule_factor(config, state.step)
-        params = join(jax.tree.map(lambda p, u: p - learning_rate * u, trained, updates), still)
-        ema_params = state.ema_params
-        if averages:
-            rate = average.rate(config, state.step)
-            ema_params = jax.tree.map(lambda e, p: e + rate * (p - e), ema_params, params)
-        norms = {name: Mean(x) for name, x in gradient_norms(grads, system.tree.gradient_groups).items()}
-        metrics = {"loss": Mean(loss), **losses, **buckets, **norms, "learning_rate": Last(learning_rate)}
-        state = state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
-        return state, metrics
+        return finish(config, system, optimizer, state, loss, sums, grads, shares)
 
     return train_step
+
+
+def divide(config: ConfigDict, system: System, params: Any) -> tuple[Any, Any]:
+    """Parameters as (those that are trained, those that stay as they are)."""
+    return split(params, (*config.optimizer.freeze, *system.tree.untrained))
+
+
+def weighted_loss(
+    system: System,
+    params: Any,
+    weights: Mapping[str, jax.Array],
+    encoded: Any,
+    draws: Any,
+    shares: Mapping[str, jax.Array],
+) -> tuple[jax.Array, Sums]:
+    """(the weighted sum of the loss parts over rows (), the parts and the buckets): sums over rows, all of them.
+
+    Args:
+      encoded, draws: of `System.encode` and `System.draws`.
+      shares: {part: (B,)} of the rows in each part.
+    """
+    found = system.losses(params, encoded, draws, train=True)
+    parts = {name: (shares[name] * x).sum() for name, x in found.parts.items()}
+    total = sum((weights[name] * x for name, x in parts.items()), jnp.zeros(()))
+    return total, (parts, {f"loss/{name}": Ratio(*bucket) for name, bucket in found.buckets.items()})
+
+
+def finish(
+    config: ConfigDict,
+    system: System,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    loss: jax.Array,
+    sums: Sums,
+    grads: Any,
+    shares: Mapping[str, jax.Array],
+) -> tuple[TrainState, Metrics]:
+    """The state after a step with these gradients, and its metrics.
+
+    Args:
+      loss, sums: of `weighted_loss`, over the whole batch.
+      grads: of the trained parameters.
+    """
+    parts, buckets = sums
+    trained, still = divide(config, system, state.params)
+    # A part that no row trained counts for nothing in the means of the log.
+    counts = {name: (share > 0).any().astype(jnp.float32) for name, share in shares.items()}
+    losses = {f"loss/{name}": Ratio(x, counts[name]) for name, x in parts.items()}
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    learning_rate = state.hparams.learning_rate * schedule_factor(config, state.step)
+    params = join(jax.tree.map(lambda p, u: p - learning_rate * u, trained, updates), still)
+    ema_params = state.ema_params
+    if config.optimizer.ema_decay:
+        rate = average.rate(config, state.step)
+        ema_params = jax.tree.map(lambda e, p: e + rate * (p - e), ema_params, params)
+    norms = {name: Mean(x) for name, x in gradient_norms(grads, system.tree.gradient_groups).items()}
+    metrics = {"loss": Mean(loss), **losses, **buckets, **norms, "learning_rate": Last(learning_rate)}
+    return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), metrics
 
 
 def gradient_norms(grads: Any, groups: Sequence[tuple[str, str]]) -> dict[str, jax.Array]:

@@ -1,0 +1,106 @@
+"""The loop of training steps, which a run and a sweep of runs share."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from uwm_jax.parallel.distributed import say
+from uwm_jax.parallel.turns import Turns
+from uwm_jax.parallel.watchdog import Watchdog
+from uwm_jax.training.goodput import Goodput
+from uwm_jax.training.profile import Profile
+from uwm_jax.training.startup import Startup
+
+
+class Records(abc.ABC):
+    """What the loop writes: metrics, evaluations and checkpoints. All processes call all methods together."""
+
+    @abc.abstractmethod
+    def add(self, step: int, metrics: Any) -> None:
+        """Takes the metrics of a step, which may still be computed."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raises where an asynchronous save has failed, or nothing is left to train; costs nothing."""
+
+    @abc.abstractmethod
+    def evaluates(self, step: int) -> bool:
+        """Whether `report` measures more than the losses after a step."""
+
+    @abc.abstractmethod
+    def report(self, step: int, state: Any) -> None:
+        """Measures what is due after a step, and writes and prints its line. Raises NotFinite before a save."""
+
+    @abc.abstractmethod
+    def save(self, step: int, state: Any) -> None:
+        """Starts a checkpoint of the state after `step` steps, whose buffers may be reused on return."""
+
+    @abc.abstractmethod
+    def wait(self) -> None:
+        """Blocks until the last checkpoint is durable."""
+
+
+def loop(
+    config: ConfigDict,
+    train_step: Callable[..., Any],
+    state: Any,
+    frozen: Any,
+    batches: Any,
+    records: Records,
+    *,
+    start_step: int,
+    turns: Turns,
+    watchdog: Watchdog,
+    trace: Profile,
+    goodput: Goodput,
+    startup: Startup,
+) -> None:
+    """Trains from `start_step` to `config.total_steps`.
+
+    The order is fixed: a checkpoint holds the state after `step` steps and the data position before the next batch is
+    drawn, so that both continue together.
+
+    Args:
+      train_step: (state, frozen, batch) -> (state, metrics), which reuses the state's buffers.
+      batches: those of `start_step` and on.
+
+    Raises:
+      what the turns, the data and the records raise: the run is to end, and what it saved is complete.
+    """
+    saved_step = start_step
+
+    def save(step: int) -> None:
+        with goodput.spend("checkpoint"):
+            records.save(step, state)
+            turns.saved()
+
+    for step in range(start_step + 1, config.total_steps + 1):
+        with goodput.spend("data_wait"):
+            turn = turns.next(batches)  # the same on all processes, which hold the state after `step - 1`
+        if (turn.save or turn.end) and step - 1 > saved_step:
+            saved_step = step - 1
+            save(saved_step)
+        if turn.end:
+            records.wait()
+            raise turn.end(step - 1)
+        batch = next(batches)
+        with trace.step(step, state.step):
+            state, metrics = train_step(state, frozen, batch)
+        if step == start_step + 1:
+            say(startup.summary(metrics))
+        records.add(step, metrics)
+        watchdog.beat(step)
+        records.check()
+
+        due = step % config.checkpoint.every == 0 or step == config.total_steps
+        if step % config.log_every == 0 or step == 1 or due or records.evaluates(step):
+            records.report(step, state)
+        if due:
+            saved_step = step
+            save(step)
+    with goodput.spend("checkpoint"):
+        records.wait()
