@@ -21,7 +21,8 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.systems.uwm.system import UWM
-from uwm_jax.training import checkpoint, inference
+from uwm_jax.training import inference
+from uwm_jax.training import workdir as workdir_lib
 
 LIBERO = "uwm_libero_small"
 
@@ -339,7 +340,7 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
     )
     system = UWM(config, spec, PCACodec(patch=8, channels=5))
     params = jax.jit(system.init)(jax.random.key(0))
-    checkpoint.save_params_only(tmp_path / "run", config, spec, params, arrays, step=12)
+    workdir_lib.save_params_only(tmp_path / "run", config, spec, params, arrays, step=12)
 
     out = tmp_path / "model.safetensors"
     assert command("to-torch", f"--workdir={tmp_path / 'run'}", f"--output={out}", "--step=12") == 0
@@ -423,7 +424,7 @@ def test_no_description_is_left_without_its_tensors(
     window = WindowSpec.from_config(config.data.window)
     spec = DataSpec(window, {"a": (8, 8)}, {}, 2, 0, Normalizer())
     params = jax.jit(UWM(config, spec, PixelsCodec()).init)(jax.random.key(0))
-    checkpoint.save_params_only(tmp_path / "run", config, spec, params)
+    workdir_lib.save_params_only(tmp_path / "run", config, spec, params)
 
     def full(*arguments: object, **keywords: object) -> None:
         raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

@@ -19,16 +19,16 @@ from absl import flags
 from uwm_jax import cli
 from uwm_jax.config import base
 from uwm_jax.parallel import distributed as d
-from uwm_jax.training import checkpoint
+from uwm_jax.training import workdir as workdir_lib
 
 def main(argv):
-    checkpoint.SHARED_SECONDS = 2.0
+    workdir_lib.SHARED_SECONDS = 2.0
     with d.session():
         for workdir in ("shared", f"own{flags.FLAGS.process_id}"):
             workdir = Path(os.environ["UNSHARED"]) / workdir
             if d.is_main():
-                checkpoint.write_config(workdir, base())
-            checkpoint.require_shared(workdir, base())
+                workdir_lib.write_config(workdir, base())
+            workdir_lib.require_shared(workdir, base())
             d.say("shared by all:", workdir.name)
 
 cli.run(main, d.define_flags)

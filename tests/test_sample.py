@@ -24,7 +24,8 @@ from uwm_jax.errors import UserError
 from uwm_jax.systems.uwm import official
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.torch_bridge import layout
-from uwm_jax.training import checkpoint, inference
+from uwm_jax.training import inference
+from uwm_jax.training import workdir as workdir_lib
 
 MODES = ("policy", "video", "forward", "inverse", "joint")
 
@@ -180,7 +181,7 @@ def perturbed(params: dict) -> dict:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     system, workdir = tiny_system(), tmp_path_factory.mktemp("tiny") / "run"
     params = perturbed(jax.jit(system.init)(jax.random.key(0)))
-    checkpoint.save_params_only(workdir, system.config, system.spec, params, step=7)
+    workdir_lib.save_params_only(workdir, system.config, system.spec, params, step=7)
     return workdir
 
 

@@ -12,7 +12,8 @@ from uwm_jax import cli, codecs, sample, sample_inputs
 from uwm_jax.data.run_data import RunData
 from uwm_jax.errors import UserError
 from uwm_jax.systems.uwm.system import UWM
-from uwm_jax.training import checkpoint, inference
+from uwm_jax.training import inference
+from uwm_jax.training import workdir as workdir_lib
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory, make_tiny_config) -> Path:
     folder = tmp_path_factory.mktemp("untrained") / "run"
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     params = jax.tree.map(lambda x: np.full(x.shape, 0.01, x.dtype), shapes)  # quicker than to initialise them
-    checkpoint.save_params_only(folder, config, system.spec, params, step=3)
+    workdir_lib.save_params_only(folder, config, system.spec, params, step=3)
     return folder
 
 

@@ -32,7 +32,8 @@ from uwm_jax.torch_bridge import description, layout, official_codecs, state_dic
 from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION, Described
 from uwm_jax.torch_bridge.official_config import OfficialRun, Shapes
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
-from uwm_jax.training import average, checkpoint, codec_store, inference
+from uwm_jax.training import average, codec_store, inference
+from uwm_jax.training import workdir as workdir_lib
 from uwm_jax.training.provenance import code_version
 
 FLAGS = flags.FLAGS
@@ -153,7 +154,7 @@ def from_torch(
     names = {"weights": Path(input_path).name, "config": Path(official_config).name, "parameters": parameters}
     with files.new_folder(workdir) as staging:
         arrays = official_codecs.keep(codec, codec_tensors, codec_store.folder(staging, config))
-        checkpoint.save_params_only(
+        workdir_lib.save_params_only(
             staging, config, spec, params, arrays, step=step, extra_assets={"converted_from": names}
         )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -48,6 +48,7 @@ from uwm_jax.training import (
     provenance,
 )
 from uwm_jax.training import state as state_lib
+from uwm_jax.training import workdir as workdir_lib
 from uwm_jax.training.build import Program, build
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
@@ -200,10 +201,10 @@ def run(
         checkpoints = checkpoint_lib.Checkpoints(workdir, Retention.of(config), first_start=True)
         closing.callback(checkpoints.close)
     if distributed.is_main():
-        checkpoint_lib.warn_of_room(workdir, program.like, Retention.of(config).at_most(config.total_steps))
-        checkpoint_lib.write_config(workdir, config)
+        workdir_lib.warn_of_room(workdir, program.like, Retention.of(config).at_most(config.total_steps))
+        workdir_lib.write_config(workdir, config)
         provenance.add_start(workdir, start)
-    checkpoint_lib.require_shared(workdir, config)
+    workdir_lib.require_shared(workdir, config)
     if not stored:
         codec_store.keep(config, place, workdir)
 

@@ -20,7 +20,7 @@ from uwm_jax.synthetic import synthetic_batch, synthetic_system
 from uwm_jax.systems.uwm.network import network_from_config
 from uwm_jax.systems.uwm.official import entry_of
 from uwm_jax.torch_bridge import layout
-from uwm_jax.training import checkpoint
+from uwm_jax.training import workdir as workdir_lib
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
 torch = pytest.importorskip("torch")
@@ -235,7 +235,7 @@ def test_an_export_of_ours_loads_and_agrees(codec, tmp_path):
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     params = jax.tree.map(lambda s: jnp.float32(0.2 * rng.normal(size=s.shape)), shapes)
-    checkpoint.save_params_only(tmp_path / "run", config, system.spec, params, frozen)
+    workdir_lib.save_params_only(tmp_path / "run", config, system.spec, params, frozen)
     convert.to_torch(tmp_path / "run", tmp_path / "out.safetensors")
     network, description = torch_network.load(tmp_path / "out.safetensors")
     assert description["codec"]["name"] == codec

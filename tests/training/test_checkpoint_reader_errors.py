@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tests.training import small_run
 from uwm_jax import config, reading
 from uwm_jax.errors import RunError, UserError
-from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import checkpoint_reader, inference
+from uwm_jax.training import workdir as workdir_lib
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint, digests_on_host
 
@@ -89,7 +89,7 @@ def test_the_name_of_a_directory_is_no_reason(tmp_path):
 
 def test_a_checkpoint_that_is_replaced_while_it_is_read(saved, monkeypatch, capfd):
     """A run that trains and keeps one: what a reader has begun to read is gone, and a newer one is there."""
-    checkpoint_lib.write_config(saved, config.base())
+    workdir_lib.write_config(saved, config.base())
     monkeypatch.setattr(config, "validate", lambda c: None)
     monkeypatch.setattr(inference, "_load", lambda c, w, stored, _: (stored.assets, stored.step, None))
 

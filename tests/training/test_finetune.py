@@ -21,10 +21,11 @@ from uwm_jax.synthetic import synthetic_system
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import compatibility
-from uwm_jax.training.checkpoint import Checkpoints, make_assets, save_params_only, write_config
+from uwm_jax.training.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.codec_store import open_codec
 from uwm_jax.training.finetune import open_origin
 from uwm_jax.training.state import create, make_optimizer
+from uwm_jax.training.workdir import save_params_only, write_config
 
 # Of the dataset that the origin was trained on, and of another one.
 OLD = Normalizer(

@@ -12,8 +12,8 @@ from uwm_jax import systems
 from uwm_jax.errors import UserError
 from uwm_jax.reporting.results import Run
 from uwm_jax.training import fixed_fields
-from uwm_jax.training.checkpoint import write_config
 from uwm_jax.training.checkpoint_reader import CheckpointReader
+from uwm_jax.training.workdir import write_config
 
 
 @pytest.fixture

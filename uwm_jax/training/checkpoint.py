@@ -31,10 +31,8 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from uwm_jax import config as config_lib
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import RunError, UserError, warn
-from uwm_jax.files import write_text
 from uwm_jax.models import layers
 from uwm_jax.parallel import distributed
 from uwm_jax.reading import again, cause_of, no_room
@@ -45,63 +43,12 @@ from uwm_jax.training.state import TrainState
 from uwm_jax.training.writer import make_writer
 
 READ_TIMEOUT_SECONDS = 20 * 60  # for all processes to have read a checkpoint
-SHARED_SECONDS = 40.0  # for a file of one host to appear on another: NFS clients refresh every 30 s
 
 REMOVE_SECONDS = 5.0  # for removing the remains of a failed save
 
 _Value = TypeVar("_Value")
 
 _UNFINISHED = (".orbax-checkpoint-tmp", ".deleted")
-
-
-def write_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
-    """Writes `config.json` atomically."""
-    path = Path(workdir) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, config_lib.to_json(config) + "\n")
-
-
-def require_shared(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
-    """Checks that all processes see the same workdir; all call it after the main one's `write_config`.
-
-    A shared file system may show a new file late, so a process that does not see it retries for a while.
-
-    Raises:
-      UserError: on all processes; names those whose `config.json` differs from the main one's.
-    """
-    expected = distributed.agree(config_lib.to_json(config) + "\n")
-    deadline = time.monotonic() + SHARED_SECONDS
-    while not (seen := _text(Path(workdir) / "config.json") == expected) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    blind = [str(process) for process, sees in enumerate(distributed.gather(seen)) if not sees]
-    if blind:
-        raise UserError(
-            f"--workdir: process {', '.join(blind)} does not see in {str(workdir)!r} what process 0 wrote there "
-            "(config.json). It must be a directory that all hosts share, under the same path on each."
-        )
-
-
-def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None) -> None:
-    """Warns if the disk has less free space than the checkpoints of a run still need.
-
-    Args:
-      state: shapes and dtypes of what each of them holds.
-      most: how many there will be at one time, with one that is being written (`Retention.at_most`); None: unknown.
-    """
-    if most is None:
-        return
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if hasattr(x.dtype, "itemsize"))
-    missing = max(1, most - len(_steps(Path(workdir) / "checkpoints")))
-    try:
-        free = shutil.disk_usage(workdir).free
-    except OSError:  # a file system that does not report it
-        return
-    if free < missing * size:
-        warn(
-            f"{workdir}: {free / 1e6:,.1f} MB are free, but {missing} more checkpoints of {size / 1e6:,.1f} MB are "
-            f"written before old ones are deleted (config.checkpoint.keep and the like keep up to {most - 1}). Free "
-            "some space, or keep fewer."
-        )
 
 
 def make_assets(config: ConfigDict, spec: DataSpec, **extra: Any) -> dict[str, Any]:
@@ -194,7 +141,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of finished checkpoints, without damaged ones."""
-        return [step for step in _steps(self.directory) if step not in self._passed_over]
+        return [step for step in steps_in(self.directory) if step not in self._passed_over]
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -433,41 +380,15 @@ def _restore_state(stored: CheckpointReader, like: TrainState) -> TrainState:
     return like.replace(**restored.pop("train_state"), **restored)
 
 
-def save_params_only(
-    workdir: str | os.PathLike[str],
-    config: ConfigDict,
-    spec: DataSpec,
-    params: Any,
-    frozen_arrays: Any = None,
-    step: int = 0,
-    extra_assets: Mapping[str, Any] | None = None,
-) -> None:
-    """Makes an ordinary workdir around parameters; a VAE is written to `frozen/vae` by the caller.
-
-    Args:
-      frozen_arrays: arrays of a fitted codec, else None.
-    """
-    checkpoints = Checkpoints(workdir)
-    write_config(workdir, config)
-    checkpoints.save_params(step, params, frozen_arrays, make_assets(config, spec, **(extra_assets or {})))
-    checkpoints.close()
-
-
 def latest_step(workdir: str | os.PathLike[str]) -> int | None:
     """The step of the newest finished checkpoint of a workdir, None if there is none; changes nothing."""
-    return max(_steps(Path(workdir) / "checkpoints"), default=None)
+    return max(steps_in(Path(workdir) / "checkpoints"), default=None)
 
 
-def _steps(directory: Path) -> list[int]:
+def steps_in(directory: Path) -> list[int]:
+    """The steps of the finished checkpoints in `<workdir>/checkpoints`, ascending."""
     names = again(lambda: os.listdir(directory) if directory.is_dir() else [], directory)
     return sorted(int(name) for name in names if name.isdigit())
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def _free_name(path: Path) -> Path:
