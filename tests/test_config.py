@@ -80,6 +80,7 @@ def test_stored_config_comes_back_equal(path, tmp_path):
         (("data.seed", "-2"), "expected -1 (as config.seed)"),
         (("model.encoder.width", "24"), "multiple of 16"),
         (("optimizer.b2", "1.0"), "less than 1"),
+        (("optimizer.schedule", "wsd"), "config.optimizer.decay_steps: expected the number of steps, at least 1"),
         (("accumulation_steps", "5"), "does not divide"),
         (("mesh.data", "0"), "-1 for all"),
         (("data.action", "3"), "pairs (step key, transform) such as (('action', 'identity'),), found (3,)"),
@@ -283,12 +284,25 @@ def test_the_clip_of_latents_follows_the_codec_until_it_is_set():
 def test_another_spelling_of_an_origin_is_no_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "a").mkdir(parents=True)
-    stored = config_lib.with_origin(config_lib.base(), f"{tmp_path}/runs/a@200")
+    stored = config_lib.with_origins(config_lib.base(), init_from=f"{tmp_path}/runs/a@200")
     for spec in ("runs/a", "runs/a/", "./runs/../runs/a@200", str(tmp_path / "runs" / "a")):
-        config_lib.refuse_changed(config_lib.with_origin(stored, spec), stored)
+        config_lib.refuse_changed(config_lib.with_origins(stored, init_from=spec), stored)
     for spec in ("runs/a@100", "runs/b", ""):
         with pytest.raises(UserError, match="config.init_from is .*but this workdir was started with"):
-            config_lib.refuse_changed(config_lib.with_origin(stored, spec), stored)
+            config_lib.refuse_changed(config_lib.with_origins(stored, init_from=spec), stored)
+    stored = config_lib.with_origins(config_lib.base(), branch_from=f"{tmp_path}/runs/a@200")
+    config_lib.refuse_changed(config_lib.with_origins(stored, branch_from="runs/a@200"), stored)
+    with pytest.raises(UserError, match="config.branch_from is .*but this workdir was started with"):
+        config_lib.refuse_changed(config_lib.with_origins(stored, branch_from="runs/a@100"), stored)
+
+
+def test_a_decay_has_no_effect_without_its_schedule():
+    stored, config = config_lib.base(), config_lib.base()
+    config.optimizer.decay_steps = 5
+    config_lib.refuse_changed(config, stored)
+    config.optimizer.schedule = stored.optimizer.schedule = "wsd"
+    with pytest.raises(UserError, match="config.optimizer.decay_steps is 5"):
+        config_lib.refuse_changed(config, stored)
 
 
 def test_shipped_configs_are_named_wherever_the_command_is_started(tmp_path, monkeypatch):

@@ -49,6 +49,10 @@ REPLACED = {
     r"total_steps=20_000\b": "total_steps=2",
     r"total_steps=200_000\b": "total_steps=3",
     r"total_steps=300_000\b": "total_steps=4",
+    r"total_steps=50_000\b": "total_steps=2",
+    r"total_steps=100_000\b": "total_steps=3",
+    r"decay_steps=[12]0_000\b": "decay_steps=1",
+    r"runs/long@40000\b": "runs/long@1",
     r"warmup_steps=1_000\b": "warmup_steps=1",
     r"profile=100:5\b": "profile=2:1",
     r"eval\.every=1_000\b": "eval.every=2",
@@ -119,6 +123,7 @@ def test_the_commands_do_what_the_page_says(ran, place):
     for part in (
         "continuing from step 2",
         "continuing from step 3",
+        "branching from step 1",
         "report.html",
         "rehearsed: 2 processes",
         "profile: steps 2 to 2",

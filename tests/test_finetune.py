@@ -160,3 +160,10 @@ def test_a_converted_official_checkpoint_is_an_origin(new_dataset, tmp_path, cap
     config.total_steps = 2
     train(config, tmp_path / "run")
     assert "continuing from step 1" in capsys.readouterr().out
+
+    config.branch_from = f"{tmp_path / 'run'}@1"  # whose VAE lies in its workdir
+    train(config, tmp_path / "branch")
+    assert "branching from step 1" in capsys.readouterr().out
+    for found, expected in zip(*(load_for_inference(tmp_path / w)[1:3] for w in ("branch", "run")), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert config_lib.read(tmp_path / "branch").init_from == config_lib.read(tmp_path / "run").init_from != ""

@@ -219,6 +219,7 @@ def config_with_a_source():
     config = config_lib.base()
     config.data.sources = {"robot": config_lib.source(use_actions=False)}  # else loss.action_free has no effect
     config.optimizer.ema_decay = 0.9  # else optimizer.ema_warmup has none
+    config.optimizer.schedule, config.optimizer.decay_steps = "wsd", 1  # else optimizer.decay_steps has none
     return config
 
 

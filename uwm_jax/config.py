@@ -33,9 +33,12 @@ MAY_CHANGE = (
     *("data.path", "data.sources.*.path", "data.sources.*.weight"),
 )
 
+ORIGINS = ("init_from", "branch_from")  # fields that name a checkpoint of another run
+
 # Fields that have no effect in some configs, which `flatten` gave; a system names those of its own.
 _IDLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "optimizer.ema_warmup": lambda flat: not flat["optimizer.ema_decay"],
+    "optimizer.decay_steps": lambda flat: flat["optimizer.schedule"] != "wsd",
 }
 
 
@@ -62,6 +65,8 @@ def base(system: str = "uwm") -> ConfigDict:
     # of init_from: origin, or fresh (fitted to this run's data, for data in other units)
     c.init_from_normalizer = "origin"
     c.init_from_skip = ()  # of init_from: patterns of parameters that start fresh, e.g. ("*/action_encoder/*",)
+    # DIR@STEP of another run, from whose whole state this one goes on under its own schedule and total_steps; "" = none
+    c.branch_from = ""
 
     c.data = ConfigDict()
     c.data.path = "droid"  # dataset directory, relative to $UWM_DATA_DIR (default data/) unless absolute
@@ -105,8 +110,10 @@ def base(system: str = "uwm") -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-4  # of AdamW, after the warm-up
-    c.optimizer.schedule = "constant"  # constant, or cosine (to 0 at total_steps)
+    # constant, cosine (to 0 at total_steps), or wsd (constant, then a decay to 0 over the last decay_steps)
+    c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0  # steps in which the learning rate rises linearly from 0; capped by total_steps
+    c.optimizer.decay_steps = 0  # of wsd: steps of its decay, which ends at total_steps; capped by those after warm-up
     c.optimizer.b1 = 0.9  # decay of AdamW's first moment
     c.optimizer.b2 = 0.999  # decay of AdamW's second moment
     c.optimizer.eps = 1e-8  # added to the root of AdamW's second moment
@@ -360,48 +367,64 @@ def read(workdir: str | os.PathLike[str], overrides: Iterable[tuple[str, str]] =
     return config
 
 
-def parse_origin(spec: str) -> tuple[Path, int | None]:
-    """`config.init_from`, DIR or DIR@STEP, as (absolute directory, step).
+def parse_origin(spec: str, field: str = "init_from") -> tuple[Path, int | None]:
+    """The value of an origin's field, DIR or DIR@STEP, as (absolute directory, step).
 
     Raises:
       UserError: the step is no number, or the place is none on a local disk.
     """
     directory, at, step = spec.rpartition("@")
-    if not at or local_path(spec, "config.init_from").is_dir():
-        return local_path(spec, "config.init_from").absolute(), None
+    if not at or local_path(spec, f"config.{field}").is_dir():
+        return local_path(spec, f"config.{field}").absolute(), None
     if not step.isdecimal():
-        raise UserError(f"config.init_from={spec!r}: expected DIR or DIR@STEP with an integer, found {step!r}.")
-    return local_path(directory, "config.init_from").absolute(), int(step)
+        raise UserError(f"config.{field}={spec!r}: expected DIR or DIR@STEP with an integer, found {step!r}.")
+    return local_path(directory, f"config.{field}").absolute(), int(step)
 
 
-def with_origin(config: ConfigDict, spec: str) -> ConfigDict:
-    """A copy whose `init_from` is `spec`: what a run keeps is a place with its step, however it was spelled."""
+def with_origins(config: ConfigDict, **origins: str) -> ConfigDict:
+    """A copy with these values of `ORIGINS`: what a run keeps is a place with its step, however it was spelled."""
     config = config.copy_and_resolve_references()
-    config.init_from = spec
+    config.update(origins)
     return config
 
 
-def refuse_changed(config: ConfigDict, stored: ConfigDict) -> None:
-    """Raises UserError for a field that differs from the run's stored config and is not one of `MAY_CHANGE`."""
+def refuse_changed(
+    config: ConfigDict,
+    stored: ConfigDict,
+    may_change: Iterable[str] = MAY_CHANGE,
+    where: str = "this workdir",
+    when: str = "when a run continues: leave it as it was, or use a new --workdir",
+) -> None:
+    """Refuses another value of a field than that of the config which a checkpoint was saved with.
+
+    Args:
+      may_change: patterns of the fields that may differ.
+      where, when: what was saved, and what goes on from it, for the message.
+
+    Raises:
+      UserError: names the field, both values and those that may differ.
+    """
     now, before = flatten(config), flatten(stored)
     if now["system"] != before["system"]:
         raise UserError(
-            f"config.system is {now['system']!r}, but this workdir is a {before['system']} run: use a new --workdir."
+            f"config.system is {now['system']!r}, but {where} is a {before['system']} run: use a new --workdir."
         )
     idle = {**_IDLE, **systems.get(config.system).fields.idle}
-    if now["init_from"] and before["init_from"]:  # which spellings of one place name one origin
-        (here, step), (there, stored_step) = parse_origin(now["init_from"]), parse_origin(before["init_from"])
-        if here.resolve() == there.resolve() and (step == stored_step or None in (step, stored_step)):
-            now["init_from"] = before["init_from"]
+    for name in ORIGINS:
+        if now[name] and before[name]:  # which spellings of one place name one origin
+            (here, step), (there, stored_step) = parse_origin(now[name], name), parse_origin(before[name], name)
+            if here.resolve() == there.resolve() and (step == stored_step or None in (step, stored_step)):
+                now[name] = before[name]
+    may_change = tuple(may_change)
     for name in sorted(now.keys() | before.keys()):
-        if now.get(name) == before.get(name) or config_checks.matches(name, MAY_CHANGE):
+        if now.get(name) == before.get(name) or config_checks.matches(name, may_change):
             continue
         if name in idle and idle[name](now) and idle[name](before):
             continue
         is_now, was = (repr(fields[name]) if name in fields else "absent" for fields in (now, before))
         raise UserError(
-            f"config.{name} is {is_now}, but this workdir was started with {was}. Only {', '.join(MAY_CHANGE)} "
-            "may change when a run continues: leave it as it was, or use a new --workdir."
+            f"config.{name} is {is_now}, but {where} was started with {was}. Only {', '.join(may_change)} may change "
+            f"{when}."
         )
 
 

@@ -22,7 +22,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.last_action": ("drop", "keep"),
     "data.normalize": ("minmax", "quantile", "none"),
     "data.augment.draw": ("sample", "batch"),
-    "optimizer.schedule": ("constant", "cosine"),
+    "optimizer.schedule": ("constant", "cosine", "wsd"),
     "optimizer.ema_warmup": ("ramp", "none"),
     "checkpoint.keep_best_mode": ("min", "max"),
     "init_from_normalizer": ("origin", "fresh"),
@@ -165,6 +165,11 @@ def _check_combinations(c: ConfigDict) -> None:
     check(0.0 <= d.val_ratio < 1.0, f"config.data.val_ratio: expected 0 <= ratio < 1, found {d.val_ratio}.")
     for name in ("b1", "b2", "ema_decay"):
         check(c.optimizer[name] < 1.0, f"config.optimizer.{name}: expected less than 1, found {c.optimizer[name]}.")
+    check(
+        c.optimizer.schedule != "wsd" or c.optimizer.decay_steps > 0,
+        "config.optimizer.decay_steps: expected the number of steps, at least 1, over which config.optimizer.schedule="
+        "'wsd' ends, such as a fifth of config.total_steps; found 0.",
+    )
     check(d.augment.hue <= 0.5, f"config.data.augment.hue: expected at most 0.5, found {d.augment.hue}.")
     for name in ("brightness", "contrast", "saturation"):
         check(

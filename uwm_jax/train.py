@@ -36,8 +36,8 @@ from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.reporting import pictures
 from uwm_jax.runs.loop import loop
 from uwm_jax.runs.records import RunRecords
-from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import (
+    branching,
     codec_store,
     compatibility,
     finetune,
@@ -47,6 +47,7 @@ from uwm_jax.training import (
     pretrained,
     provenance,
 )
+from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import state as state_lib
 from uwm_jax.training import workdir as workdir_lib
 from uwm_jax.training.build import Program, build
@@ -121,10 +122,12 @@ def run(
     distributed.require_same("config", config_lib.flatten(config))
     in_training.check_config(config)
     last_step = distributed.agree(checkpoint_lib.latest_step(workdir))
+    first_start = last_step is None
     if last_step is not None:
         before = fixed_fields.started_with(workdir, last_step)
         config_lib.refuse_changed(config, before)
-        config = config_lib.with_origin(config, before.init_from)
+        branching.refuse_longer(workdir, config, before, last_step)
+        config = config_lib.with_origins(config, init_from=before.init_from, branch_from=before.branch_from)
         if last_step >= config.total_steps:
             say(f"nothing to do: {workdir} is at step {last_step} of {config.total_steps} already")
             return
@@ -133,17 +136,22 @@ def run(
     mesh = mesh_lib.make_mesh(config)
     batch_sharding, replicated = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
 
-    # --- Where from: the newest checkpoint that is whole; else another run's parameters, or nothing. -
+    # --- Where from: the newest checkpoint that is whole; else all of another run's, or its parameters. -
     checkpoints: Any = None
     stored, origin = None, None
-    if last_step is not None:
+    if not first_start:
         checkpoints = checkpoint_lib.Checkpoints(workdir, Retention.of(config))
         closing.callback(checkpoints.close)
         stored = checkpoints.newest_readable()
         config_lib.refuse_changed(config, fixed_fields.stored_config(stored))
+    elif config.branch_from:
+        stored = branching.open_trunk(config)
+        before = fixed_fields.stored_config(stored)
+        trunk = f"{stored.workdir}@{stored.step}"
+        config = config_lib.with_origins(config, init_from=before.init_from, branch_from=trunk)
     elif config.init_from:
         origin = finetune.open_origin(config.init_from, config.init_from_parameters)
-        config = config_lib.with_origin(config, f"{origin.directory}@{origin.step}")
+        config = config_lib.with_origins(config, init_from=f"{origin.directory}@{origin.step}")
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
     startup.reached("data")
@@ -160,10 +168,10 @@ def run(
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
     startup.reached("model")
-    place = find_codec(config, workdir, data, stored, origin)
+    place = find_codec(config, data, stored, origin)
     codec, frozen = codec_store.open_codec(config, place)
     if stored:
-        past = lineage.kept(stored.assets)
+        past = lineage.kept(stored.assets, branch=config.branch_from if first_start else "")
     else:
         past = lineage.begin(data, origin.learned_from if origin else None, bool(origin))
         past |= latents.look(config, codec, frozen, data, origin)
@@ -176,7 +184,11 @@ def run(
 
     # --- State: the checkpoint's, or fresh. --------------------------------------------------------
     startup.reached("state")
-    if stored:
+    if stored and first_start:
+        state = branching.restore(stored, program.shapes)
+        rate = state_lib.change_of_rate(config, before, stored.step)
+        say(f"branching from step {stored.step} of {stored.workdir}{rate}")
+    elif stored:
         newest = stored.step
         state, stored = checkpoints.restore_latest(program.shapes)
         if stored.step != newest:  # whose arrays are damaged
@@ -197,7 +209,7 @@ def run(
     state = system.held(state)
 
     # --- Workdir: locked first; nothing is written before all of the above is known to be good. ----
-    if not stored:
+    if first_start:
         checkpoints = checkpoint_lib.Checkpoints(workdir, Retention.of(config), first_start=True)
         closing.callback(checkpoints.close)
     if distributed.is_main():
@@ -205,7 +217,7 @@ def run(
         workdir_lib.write_config(workdir, config)
         provenance.add_start(workdir, start)
     workdir_lib.require_shared(workdir, config)
-    if not stored:
+    if first_start:
         codec_store.keep(config, place, workdir)
 
     # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------
@@ -213,7 +225,7 @@ def run(
     say("compiling the step...")
     with goodput.spend("compile"):
         train_step = program.compile_step(frozen)
-        if not stored:
+        if first_start:
             checkpoints.warm_up(state, codec_store.checkpointed(codec, frozen))  # SIGTERM leaves little time
         evaluations = InTraining(program, data, frozen, command=start["command"], draw=pictures.draw)
         Retention.of(config).check(evaluations.metrics)
@@ -286,10 +298,10 @@ def make_loader(config: ConfigDict, data: RunData, mesh: Any, stored: Any) -> Lo
     )
 
 
-def find_codec(config: ConfigDict, workdir: Path, data: RunData, stored: Any, origin: Any) -> codec_store.Place:
+def find_codec(config: ConfigDict, data: RunData, stored: Any, origin: Any) -> codec_store.Place:
     """The codec's place: the checkpoint's, else the origin's, else the one for this data."""
     if stored:
-        return codec_store.in_workdir(config, workdir, stored.codec)
+        return codec_store.in_workdir(config, stored.workdir, stored.codec)
     if origin and origin.gives_codec(config):
         return origin.codec
     return codec_store.in_dataset(config, data)

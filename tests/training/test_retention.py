@@ -1,4 +1,4 @@
-"""The checkpoints that stay: the newest, every Nth, and the best one by a metric of the run's own evaluations."""
+"""The checkpoints that stay: the newest, every Nth, the best one by a metric, and the last before the rate decays."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.training import small_run
+from uwm_jax.config import base
 from uwm_jax.errors import UserError
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.retention import Retention
@@ -39,6 +40,10 @@ def survivors(retention, steps, workdir):
         (Retention(2, every=4), [4, 8, 10, 12]),
         (Retention(2, best=METRIC), [6, 10, 12]),
         (Retention(1, every=4, best=METRIC, mode="max"), [2, 4, 8, 12]),
+        (Retention(1, before=9), [9, 12]),
+        (Retention(1, before=7), [6, 12]),
+        (Retention(2, before=1), [10, 12]),
+        (Retention(1, every=4, before=100), [4, 8, 12]),
     ],
 )
 def test_the_newest_the_multiples_and_the_best_stay(tmp_path, retention, kept):
@@ -107,3 +112,11 @@ def test_how_many_lie_on_disk_at_most():
     assert Retention().at_most(100) is None
     assert Retention(3).at_most(100) == 4
     assert Retention(3, every=40, best=METRIC).at_most(100) == 7
+    assert Retention(3, every=40, best=METRIC, before=80).at_most(100) == 8
+
+
+def test_of_a_config_the_last_before_its_decay_stays():
+    config = base()
+    assert Retention.of(config).before is None
+    config.total_steps, config.optimizer.schedule, config.optimizer.decay_steps = 100, "wsd", 20
+    assert Retention.of(config).before == 80

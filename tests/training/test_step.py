@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from uwm_jax.config import base
@@ -156,6 +157,40 @@ def test_schedules():
     np.testing.assert_allclose(factor(50), 0.5)
 
 
+@pytest.mark.parametrize(("warmup", "decay"), [(10, 30), (0, 50), (70, 30), (90, 30), (1000, 30)])
+def test_warm_up_stable_decay_is_the_schedule_that_optax_joins(warmup, decay):
+    """The decay is optax's square root, run backwards; both parts are capped by 100 steps, the warm-up first."""
+    config = base()
+    config.total_steps, config.optimizer.schedule = 100, "wsd"
+    config.optimizer.warmup_steps, config.optimizer.decay_steps = warmup, decay
+    warmup = min(warmup, 100)
+    start = max(100 - decay, warmup)
+    root = optax.polynomial_schedule(1.0, 0.0, 0.5, max(100 - start, 1))
+    joined = optax.join_schedules(
+        [optax.linear_schedule(0.0, 1.0, warmup), optax.constant_schedule(1.0), lambda t: 1.0 - root(100 - start - t)],
+        [warmup, start],
+    )
+    assert state_lib.decay_start(config) == start
+    last = 100 if start < 100 else 99  # nothing is left to decay
+    steps = range(last + 1)
+    expected = [float(joined(step)) for step in steps]
+    np.testing.assert_allclose([float(state_lib.schedule_factor(config, s)) for s in steps], expected, atol=1e-6)
+    assert start == 100 or expected[100] == 0.0
+
+
+def test_runs_of_other_lengths_agree_until_the_first_decays():
+    """What lets a longer run go on from a shorter one's last checkpoint before its decay."""
+    short = base()
+    short.total_steps, short.optimizer.schedule = 60, "wsd"
+    short.optimizer.warmup_steps, short.optimizer.decay_steps = 10, 20
+    long = short.copy_and_resolve_references()
+    long.total_steps = 100
+    rates = [[float(state_lib.schedule_factor(c, step)) for step in range(60)] for c in (short, long)]
+    start = state_lib.decay_start(short)
+    assert rates[0][: start + 1] == rates[1][: start + 1] and rates[0][start + 1] < rates[1][start + 1]
+    assert state_lib.decay_start(base()) is None
+
+
 def test_more_steps_that_raise_a_cosines_rate_again_are_told():
     before = base()
     before.total_steps, before.optimizer.learning_rate, before.optimizer.schedule = 100, 3e-4, "cosine"
@@ -171,6 +206,22 @@ def test_more_steps_that_raise_a_cosines_rate_again_are_told():
     assert state_lib.change_of_rate(config, before, 90) == ""
     config.optimizer.warmup_steps = before.optimizer.warmup_steps = 1000  # capped by 100 steps, then by 200
     assert "from 0.0003 (the last step's) to 0.00015" in state_lib.change_of_rate(config, before, 100)
+
+
+def test_another_schedule_that_changes_the_rate_is_told():
+    before = base()
+    before.total_steps, before.optimizer.learning_rate = 100, 1e-3
+    config = before.copy_and_resolve_references()
+    config.optimizer.schedule, config.optimizer.decay_steps = "wsd", 20
+    assert state_lib.change_of_rate(config, before, 80) == ""
+    told = state_lib.change_of_rate(config, before, 95)
+    assert "config.optimizer.schedule is wsd, was constant, config.optimizer.decay_steps is 20, was 0" in told
+    assert f"from 0.001 (the last step's) to {1e-3 * (1 - np.sqrt(0.75)):.2g}" in told and "total_steps" not in told
+    before, config = config, config.copy_and_resolve_references()
+    config.total_steps = 200
+    assert state_lib.change_of_rate(config, before, 80) == ""
+    told = state_lib.change_of_rate(config, before, 90)
+    assert f"from {1e-3 * (1 - np.sqrt(9 / 20)):.2g} (the last step's) to 0.001" in told
 
 
 def test_moving_average():

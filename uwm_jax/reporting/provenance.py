@@ -24,6 +24,8 @@ def facts(run: Run) -> Html:
         last, count = run.starts[-1], len(run.starts)
         again = f"; started {count} times, first {_date(run.starts[0])}" if count > 1 else ""
         found.append(("Trained", f"{_date(last)}{again}"))
+    if run.branched_from:
+        found.append(("Branched", f"from {', which went on from '.join(reversed(run.branched_from))}"))
     found.append(("Data", _data_in_short(run)))
     done = run.lines[-1]["step"] if run.lines else 0
     found.append(

@@ -120,6 +120,7 @@ class Run:
       others: results with a name of their own: of other data, another config or other parameters than the run's, or of
         other seeds, simulators or samplers than the step's first.
       code_version, manifests: of the newest checkpoint, {source or "": manifest}; "" and {} where there is none.
+      branched_from: checkpoints of other runs, DIR@STEP, that it went on from, the oldest first.
     """
 
     workdir: Path
@@ -138,6 +139,7 @@ class Run:
     others: list[Result]
     code_version: str
     manifests: dict[str, dict[str, Any]]
+    branched_from: list[str]
 
     @classmethod
     def read(cls, workdir: Path, results: Path | None = None) -> Run:
@@ -183,6 +185,7 @@ class Run:
             others=[r for of_kind in found.values() for r in of_kind if r.name],
             code_version=assets.get("code_version", ""),
             manifests={"": manifest} if "splits" in manifest else manifest,
+            branched_from=assets.get("branched_from", []),
         )
 
     @property

@@ -14,6 +14,7 @@ from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.startup import Startup
+from uwm_jax.training.state import decay_start
 
 
 class Records(abc.ABC):
@@ -71,7 +72,7 @@ def loop(
     Raises:
       what the turns, the data and the records raise: the run is to end, and what it saved is complete.
     """
-    saved_step = start_step
+    saved_step, decay_starts = start_step, decay_start(config)  # from its checkpoint a longer run can go on
 
     def save(step: int) -> None:
         with goodput.spend("checkpoint"):
@@ -96,7 +97,7 @@ def loop(
         watchdog.beat(step)
         records.check()
 
-        due = step % config.checkpoint.every == 0 or step == config.total_steps
+        due = step % config.checkpoint.every == 0 or step in (decay_starts, config.total_steps)
         if step % config.log_every == 0 or step == 1 or due or records.evaluates(step):
             records.report(step, state)
         if due:

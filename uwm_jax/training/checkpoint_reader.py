@@ -51,6 +51,7 @@ class CheckpointReader:
     def __init__(self, directory: Path, step: int):
         self.step = step
         self.path = directory / str(step)
+        self.workdir = directory.parent
 
     @functools.cached_property
     def items(self) -> frozenset[str]:

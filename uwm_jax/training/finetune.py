@@ -51,21 +51,9 @@ def open_origin(spec: str, parameters: str = "auto") -> Origin:
     Raises:
       UserError: no such workdir or step, or a checkpoint that cannot be read.
     """
-    directory, step = config_lib.parse_origin(spec)
-    if not (directory / "config.json").is_file():
-        raise UserError(
-            f"config.init_from={spec!r}: {str(directory)!r} holds no config.json. Expected DIR or DIR@STEP, where DIR "
-            "is the workdir of a run, or one made by `python -m uwm_jax.convert from-torch`."
-        )
-    if latest_step(directory) is None:
-        raise UserError(f"config.init_from={spec!r}: {str(directory)!r} holds no checkpoint yet.")
-    checkpoints = Checkpoints(directory, read_only=True)
-    steps = checkpoints.steps()
+    stored, steps = locate(spec, "init_from")
+    directory, step = stored.workdir, stored.step
     try:
-        if step is not None and step not in steps:
-            raise UserError(f"config.init_from={spec!r}: {str(directory)!r} has checkpoints of steps {steps}.")
-        step = steps[-1] if step is None else step
-        stored = CheckpointReader(checkpoints.directory, step)
         averaged = stored.holds(average.ITEMS[average.AVERAGE])
         if parameters == average.AVERAGE and not averaged:
             raise UserError(
@@ -91,8 +79,31 @@ def open_origin(spec: str, parameters: str = "auto") -> Origin:
         )
     except CorruptCheckpoint as e:
         raise UserError(f"config.init_from={spec!r}: {e}. Name another step of {steps}, as DIR@STEP.") from e
-    finally:
-        checkpoints.close()
+
+
+def locate(spec: str, field: str) -> tuple[CheckpointReader, list[int]]:
+    """The checkpoint that an origin's field names, not yet read, and the steps of all in its workdir.
+
+    Args:
+      spec: DIR, whose newest checkpoint counts, or DIR@STEP.
+      field: `init_from` or `branch_from`, for messages.
+
+    Raises:
+      UserError: no such workdir or step.
+    """
+    directory, step = config_lib.parse_origin(spec, field)
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"config.{field}={spec!r}: {str(directory)!r} holds no config.json. Expected DIR or DIR@STEP, where DIR "
+            "is the workdir of a run, or one made by `python -m uwm_jax.convert from-torch`."
+        )
+    if latest_step(directory) is None:
+        raise UserError(f"config.{field}={spec!r}: {str(directory)!r} holds no checkpoint yet.")
+    checkpoints = Checkpoints(directory, read_only=True)
+    steps = checkpoints.steps()
+    if step is not None and step not in steps:
+        raise UserError(f"config.{field}={spec!r}: {str(directory)!r} has checkpoints of steps {steps}.")
+    return CheckpointReader(checkpoints.directory, steps[-1] if step is None else step), steps
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from uwm_jax.data.run_data import RunData
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.parallel.distributed import say
 
-KEYS = ("learned_from", "leak", "latent_sizes")  # entries of the assets that a run keeps from its start
+# Entries of the assets that a run keeps from its start; `branched_from` are the checkpoints, DIR@STEP, that it and the
+# runs before it went on from (`config.branch_from`), the oldest first.
+KEYS = ("learned_from", "leak", "latent_sizes", "branched_from")
 
 # One dataset: {"fingerprint", "split", "val_ratio", "selection": which of its episodes, in words; "" for all}
 Learned = Sequence[Mapping[str, Any]]
@@ -27,9 +29,14 @@ UNKNOWN = (
 )
 
 
-def kept(assets: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries that the next checkpoint of a run takes over from one before."""
-    return {key: assets[key] for key in KEYS if key in assets}
+def kept(assets: Mapping[str, Any], branch: str = "") -> dict[str, Any]:
+    """Entries that the next checkpoint of a run takes over from one before.
+
+    Args:
+      branch: DIR@STEP where the one before is another run's, else "".
+    """
+    entries = {key: assets[key] for key in KEYS if key in assets}
+    return entries | {"branched_from": [*entries.get("branched_from", []), branch]} if branch else entries
 
 
 def begin(data: RunData, learned: Learned | None, has_origin: bool) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Retention: which checkpoints of a run stay on disk, decided by orbax's preservation policies.
 
-The newest few always stay; besides them every Nth step, and the one with the best value of an evaluation's metric.
-Values are those that the run itself measured, read from its `metrics.jsonl`, so that a continued run decides as an
-uninterrupted one would.
+The newest few always stay; besides them every Nth step, the one with the best value of an evaluation's metric, and the
+last one before the learning rate decays, from which a longer run can go on. Values of metrics are those that the run
+itself measured, read from its `metrics.jsonl`, so that a continued run decides as an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from uwm_jax.errors import UserError, suggest
 from uwm_jax.training.log import read_metrics
+from uwm_jax.training.state import decay_start
 
 
 @dataclasses.dataclass
@@ -39,18 +40,20 @@ class Retention:
       best: the checkpoint of the step with the best value of this metric of `metrics.jsonl` stays too, the later one of
         equal values; "": none. A step that was not evaluated has no value.
       mode: whether "min" or "max" is best.
+      before: the newest checkpoint of at most this many steps stays too; None: none.
     """
 
     newest: int | None = None
     every: int = 0
     best: str = ""
     mode: str = "min"
+    before: int | None = None
 
     @classmethod
     def of(cls, config: ConfigDict) -> Retention:
-        """That of `config.checkpoint`."""
+        """That of `config.checkpoint`, and of a schedule that decays at its end."""
         c = config.checkpoint
-        return cls(c.keep, c.keep_every, c.keep_best, c.keep_best_mode)
+        return cls(c.keep, c.keep_every, c.keep_best, c.keep_best_mode, decay_start(config))
 
     def surplus(self, steps: Sequence[int], workdir: Path) -> list[int]:
         """Those of `steps` (ascending) whose checkpoints are not to be kept."""
@@ -72,13 +75,15 @@ class Retention:
         found = [_Checkpoint(step, values.get(step)) for step in steps]
         context = checkpoint_managers.PreservationContext()
         kept = checkpoint_managers.AnyPreservationPolicy(policies).should_preserve(found, context=context)
-        return [step for step, keeps in zip(steps, kept, strict=True) if not keeps]
+        branch = max((step for step in steps if self.before is not None and step <= self.before), default=None)
+        return [step for step, keeps in zip(steps, kept, strict=True) if not keeps and step != branch]
 
     def at_most(self, total_steps: int) -> int | None:
         """Most checkpoints that lie on disk at one time, with one that is being written; None: no limit."""
         if self.newest is None:
             return None
-        return self.newest + 1 + (total_steps // self.every if self.every else 0) + bool(self.best)
+        others = bool(self.best) + (self.before is not None)
+        return self.newest + 1 + (total_steps // self.every if self.every else 0) + others
 
     def check(self, measured: Iterable[str]) -> None:
         """Raises UserError where `best` is none of the metrics that evaluations in training measure."""

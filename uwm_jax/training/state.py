@@ -12,11 +12,14 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from uwm_jax.config import data_seed
+from uwm_jax.config import data_seed, flatten
 from uwm_jax.errors import UserError
 from uwm_jax.training.patterns import matches, require_matches, share, split
 
 Params = Any
+
+# Fields that decide the learning rate at a step as a share of its peak.
+SCHEDULE = ("total_steps", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_steps")
 
 
 class Hparams(flax.struct.PyTreeNode):
@@ -77,8 +80,15 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def schedule_factor(config: ConfigDict, step: jax.Array) -> jax.Array:
     """The learning rate at `step` (counted from 0) as a share of its peak.
 
-    Linear warm-up, then constant or half a cosine to 0 at `total_steps`. The warm-up is capped by
-    `total_steps`, so short runs of long configs work.
+    Linear warm-up, then one of:
+
+    - `constant`;
+    - `cosine`: half a cosine to 0 at `total_steps`;
+    - `wsd` (warm-up, stable, decay): constant, and 1 - sqrt(progress) to 0 over the last `decay_steps` (Haegele et al.
+      2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", section 3, who find this shape
+      ahead of a straight line; the schedule is MiniCPM's, Hu et al. 2024).
+
+    The warm-up is capped by `total_steps`, the decay by what the warm-up leaves, so short runs of long configs work.
     """
     total = config.total_steps
     warmup = min(config.optimizer.warmup_steps, total)
@@ -87,11 +97,23 @@ def schedule_factor(config: ConfigDict, step: jax.Array) -> jax.Array:
     if config.optimizer.schedule == "cosine":
         progress = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
         factor = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    elif (start := decay_start(config)) is not None:
+        progress = jnp.clip((step - start) / max(total - start, 1), 0.0, 1.0)
+        factor = 1.0 - jnp.sqrt(progress)
     return jnp.where(step < warmup, step / max(warmup, 1), factor)
 
 
+def decay_start(config: ConfigDict) -> int | None:
+    """Finished steps after which the decay of schedule `wsd` begins; None with other schedules.
+
+    All runs that differ in `total_steps` alone agree up to the earliest of their starts.
+    """
+    o, total = config.optimizer, config.total_steps
+    return max(total - o.decay_steps, min(o.warmup_steps, total)) if o.schedule == "wsd" else None
+
+
 def change_of_rate(config: ConfigDict, before: ConfigDict, step: int) -> str:
-    """An addition to "continuing from step ..." where another `total_steps` changes the learning rate; else "".
+    """An addition to "continuing from step ..." where other `SCHEDULE` fields change the learning rate; else "".
 
     Args:
       before: the config of the start before.
@@ -100,11 +122,13 @@ def change_of_rate(config: ConfigDict, before: ConfigDict, step: int) -> str:
     peak = config.optimizer.learning_rate
     last = peak * float(schedule_factor(before, jnp.asarray(max(step - 1, 0))))
     following = peak * float(schedule_factor(config, jnp.asarray(step)))
-    if config.total_steps == before.total_steps or abs(following - last) <= 0.05 * max(following, last):
+    now, then = flatten(config), flatten(before)
+    changed = [f"config.{name} is {now[name]}, was {then[name]}" for name in SCHEDULE if now[name] != then[name]]
+    if not changed or abs(following - last) <= 0.05 * max(following, last):
         return ""
     return (
-        f"; config.total_steps is {config.total_steps}, was {before.total_steps}, so that the learning rate goes from "
-        f"{last:.2g} (the last step's) to {following:.2g} (config.optimizer.schedule={config.optimizer.schedule})"
+        f"; {', '.join(changed)}, so that the learning rate goes from {last:.2g} (the last step's) to {following:.2g} "
+        f"(config.optimizer.schedule={config.optimizer.schedule})"
     )
 
 
