@@ -210,6 +210,7 @@ MAY_CHANGE = {
     *("checkpoint.keep_best", "checkpoint.keep_best_mode"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices", "mesh.rules"),
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
+    "model.attention",
     *("data.num_threads", "data.prefetch"),  # how fast the same rows are read
     *("data.path", "data.sources.robot.path", "data.sources.robot.weight"),
 }

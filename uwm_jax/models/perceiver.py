@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
+from uwm_jax.models.attention import attend
 from uwm_jax.models.initializers import normal, torch_linear
 from uwm_jax.models.preln import layer_norm
 from uwm_jax.models.products import dot_general
@@ -34,6 +35,7 @@ class ResamplerLayer(nn.Module):
     heads: int
     dim_head: int
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, latents: Array, tokens: Array) -> Array:
@@ -56,7 +58,7 @@ class ResamplerLayer(nn.Module):
         q = constrain(dense((self.heads, self.dim_head), "to_q", d)(queries), "batch", "length", "heads")
         kv = dense((2, self.heads, self.dim_head), "to_kv", d)(inputs)
         kv = constrain(kv, "batch", "length", None, "heads")
-        y = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1])
+        y = attend(q, kv[:, :, 0], kv[:, :, 1], kind=self.attention)
         y = dense(d, "to_out", self.heads * self.dim_head, axis=(-2, -1))(y)
         latents = constrain(latents + y.astype(jnp.float32), "batch", "length")
         y = layer_norm(EPSILON, name="norm_ff")(latents)
@@ -73,6 +75,7 @@ class Resampler(nn.Module):
         depth, heads, dim_head: layers, and their attention.
         scan, remat: as in `Stack`.
         dtype: of the products.
+        attention: one of `attention.KINDS`.
     """
 
     num_latents: int = 9
@@ -82,6 +85,7 @@ class Resampler(nn.Module):
     scan: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     def flops(self, tokens: int, width: int) -> float:
         """Operations of the products on `tokens` tokens of `width` channels."""
@@ -96,7 +100,7 @@ class Resampler(nn.Module):
         n, _, d = tokens.shape
         latents = self.param("latents", normal(1.0), (self.num_latents, d))
         tokens = tokens + self.param("media_pos_emb", normal(1.0), (1, 1, d))
-        layer = ResamplerLayer(self.heads, self.dim_head, self.dtype, parent=None)
+        layer = ResamplerLayer(self.heads, self.dim_head, self.dtype, self.attention, parent=None)
         x = jnp.broadcast_to(latents, (n, self.num_latents, d))
         x = Stack(layer, self.depth, self.scan, self.remat, name="layers")(constrain(x, "batch", "length"), tokens)
         return layer_norm(EPSILON, name="norm")(x)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
+from uwm_jax.models.attention import attend
 from uwm_jax.models.initializers import normal, torch_linear
 from uwm_jax.models.products import dot_general
 from uwm_jax.models.transformer import exact_gelu
@@ -53,6 +54,7 @@ class Block(nn.Module):
         qkv_bias: whether the projections to q, k and v have biases.
         start: initialisers of the dense layers `qkv`, `proj`, `fc1`, `fc2`.
         dtype: of the products.
+        attention: one of `attention.KINDS`.
     """
 
     num_heads: int
@@ -61,6 +63,7 @@ class Block(nn.Module):
     qkv_bias: bool = True
     start: Start = torch_start
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     def flops(self, length: int, width: int) -> float:
         """Operations of the products on `length` tokens of `width` channels."""
@@ -81,8 +84,7 @@ class Block(nn.Module):
         qkv = dense((3, heads, d // heads), "qkv", use_bias=self.qkv_bias)(norm("norm1")(x))
         qkv = constrain(qkv, "batch", "length", None, "heads")
         # (B, L, heads, D/heads) each; logits and softmax are float32 for any dtype.
-        over_heads = None if mask is None else mask[:, None]
-        y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask=over_heads)
+        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask, self.attention)
         y = dense(d, "proj", axis=(-2, -1))(y)
         x = constrain(x + y.astype(jnp.float32), "batch", "length")
         hidden = constrain(dense(self.mlp_dim, "fc1")(norm("norm2")(x)), "batch", "length", "hidden")

@@ -30,6 +30,7 @@ import numpy as np
 from uwm_jax.models import flops
 from uwm_jax.models import layers as layers_lib
 from uwm_jax.models.activations import constrain
+from uwm_jax.models.attention import attend
 from uwm_jax.models.initializers import normal
 from uwm_jax.models.products import dot_general
 
@@ -106,6 +107,7 @@ class Block(nn.Module):
     mlp_ratio: float
     qkv_bias: bool
     dtype: Any
+    attention: str = "xla"
 
     def setup(self) -> None:
         d, heads, dtype = self.embed_dim, self.num_heads, self.dtype
@@ -128,10 +130,10 @@ class Block(nn.Module):
         """The block with given modulation (B, 6, D), or (1, 6, D) of all rows."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[:, i] for i in range(6))
         qkv = constrain(self.qkv(modulate(x, shift1, scale1)), "batch", "length", None, "heads")
-        if mask is not None:  # (B, heads, queries, keys)
-            mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:, None]
         # (B, L, heads, D/heads) each; logits and softmax are float32 for any dtype.
-        y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask=mask)
+        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask, self.attention)
         x = constrain(x + gate1[:, None] * self.proj(y).astype(jnp.float32), "batch", "length")
         hidden = constrain(self.fc1(modulate(x, shift2, scale2)), "batch", "length", "hidden")
         return constrain(x + gate2[:, None] * self.fc2(exact_gelu(hidden)).astype(jnp.float32), "batch", "length")
@@ -225,6 +227,7 @@ class BlockStack:
             are held apart are never scanned.
         remat: "none", "dots" (recompute all but the dense layers' products) or "full" in the backward pass.
         dtype: of the large products (module docstring).
+        attention: one of `attention.KINDS`.
 
     Raises:
         ValueError: heads do not divide the width, or remat is none of its values.
@@ -238,6 +241,7 @@ class BlockStack:
     scan: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -309,7 +313,9 @@ class BlockStack:
 
     def _block(self) -> Block:
         """The body that all layers share; detached, because its parameters are slices of one stacked tree."""
-        return Block(self.embed_dim, self.num_heads, self.mlp_ratio, self.qkv_bias, self.dtype, parent=None)
+        return Block(
+            self.embed_dim, self.num_heads, self.mlp_ratio, self.qkv_bias, self.dtype, self.attention, parent=None
+        )
 
 
 def _apply(block: Block, params: Any, *args: Array | None, method: str = "__call__") -> Any:

@@ -42,6 +42,7 @@ class ViT(nn.Module):
         depth, mlp_dim: blocks, and hidden units of their MLPs.
         scan, remat: as in `Stack`.
         dtype: of the products.
+        attention: one of `attention.KINDS`.
     """
 
     patch: int = 32
@@ -51,6 +52,7 @@ class ViT(nn.Module):
     scan: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     def flops(self, rows: int, columns: int) -> float:
         """Operations of the products for one image of `rows` x `columns`."""
@@ -81,5 +83,6 @@ class ViT(nn.Module):
             epsilon=EPSILON,
             start=torchvision_start,
             dtype=self.dtype,
+            attention=self.attention,
             parent=None,
         )

@@ -15,11 +15,13 @@ from ml_collections.config_dict import placeholder
 from uwm_jax import codecs
 from uwm_jax.codecs.base import Codec, LatentShape
 from uwm_jax.errors import UserError
+from uwm_jax.models import attention
 
 # Values that a field may take, where its type says too little.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": ("none", "dots", "full"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.attention": attention.KINDS,
     "model.encoder.pool": ("average", "flatten"),
     "model.codec.posterior": ("sample", "mode"),
     "model.codec.dtype": ("float32", "bfloat16"),
@@ -37,7 +39,7 @@ AT_LEAST_ONE = (
 # Fields that change how a trained diffusion model samples, and its precision and compilation.
 SAMPLING = (
     *("diffusion.spacing", "diffusion.num_inference_steps", "diffusion.hide_at", "diffusion.clip.*"),
-    *("model.dtype", "model.scan_blocks", "model.codec.dtype", "model.codec.microbatch"),
+    *("model.dtype", "model.attention", "model.scan_blocks", "model.codec.dtype", "model.codec.microbatch"),
 )
 
 # Fields that may be None, and their types where they are not.
@@ -66,12 +68,19 @@ def add_transformer(m: ConfigDict) -> None:
     # what the backward pass computes again to save memory: none, dots (all but products), full
     m.remat = "none"
     m.dtype = "float32"  # float32 (exact products) or bfloat16 (fp32 norms, softmax, modulation, loss)
+    # of all blocks: xla, or cudnn (fused kernels of NVIDIA GPUs, for dtype bfloat16; the same up to rounding)
+    m.attention = "xla"
 
 
 def check_transformer(m: ConfigDict) -> None:
     require(
         m.embed_dim % m.num_heads == 0,
         f"config.model.num_heads={m.num_heads} does not divide config.model.embed_dim={m.embed_dim}.",
+    )
+    require(
+        m.attention != "cudnn" or m.dtype == "bfloat16",
+        f"config.model.attention='cudnn' needs config.model.dtype='bfloat16', found {m.dtype!r}. Exact products need "
+        "attention='xla'.",
     )
 
 

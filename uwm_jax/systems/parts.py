@@ -24,7 +24,8 @@ def schedule(d: ConfigDict, **more: Any) -> Schedule:
 
 
 def transformer(m: Any) -> dict[str, Any]:
-    """Arguments of a network with a transformer of `config.model`: widths, depth, loops, recomputation, precision."""
+    """Arguments of a network with a transformer of `config.model`: widths, depth, loops, recomputation, precision,
+    attention."""
     return {
         "embed_dim": m.embed_dim,
         "depth": m.depth,
@@ -34,6 +35,7 @@ def transformer(m: Any) -> dict[str, Any]:
         "remat": m.remat,
         "scan_blocks": layers.scans_by_default() if m.scan_blocks is None else m.scan_blocks,
         "dtype": jnp.dtype(m.dtype),
+        "attention": m.attention,
     }
 
 

@@ -20,6 +20,7 @@ CHOICES = {"model.predictor": PREDICTORS, "diffusion.kind": KINDS}
 _ONLY_OF = {
     ("model.predictor", "transformer"): (
         *("model.depth", "model.num_heads", "model.mlp_ratio", "model.qkv_bias", "model.scan_blocks", "model.remat"),
+        "model.attention",
     ),
     ("model.predictor", "unet"): (
         *("model.unet.down_dims", "model.unet.kernel_size", "model.unet.groups", "model.unet.fourier"),

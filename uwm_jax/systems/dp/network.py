@@ -34,7 +34,7 @@ class ActionTransformer(nn.Module):
         action_dim, action_len: columns and rows of an action chunk.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the blocks.
         timestep_embed_dim: even, at least 4.
-        scan_blocks, remat: as `scan` and `remat` of `BlockStack`.
+        scan_blocks, remat, attention: as `scan`, `remat` and `attention` of `BlockStack`.
         dtype: of the large products; the timestep embedding and the output projection stay in float32.
     """
 
@@ -49,6 +49,7 @@ class ActionTransformer(nn.Module):
     scan_blocks: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     def setup(self) -> None:
         if self.timestep_embed_dim < 4 or self.timestep_embed_dim % 2:
@@ -112,6 +113,7 @@ class ActionTransformer(nn.Module):
             self.scan_blocks,
             self.remat,
             self.dtype,
+            self.attention,
         )
 
     def _embed(self, timestep: Array) -> Array:

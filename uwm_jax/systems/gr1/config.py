@@ -18,7 +18,7 @@ AT_LEAST_ONE = (
 )
 
 FIELDS = Fields(
-    sampling=("model.dtype", "model.scan_blocks"),
+    sampling=("model.dtype", "model.attention", "model.scan_blocks"),
     shaping=(
         *("model.embed_dim", "model.depth", "model.mlp_ratio", "model.qkv_bias", "model.patch"),
         *("model.encoder.patch", "model.encoder.width", "model.encoder.depth", "model.encoder.mlp_dim"),

@@ -233,14 +233,17 @@ def network_from_config(model: Any, *, action_dim: int, action_len: int, num_vie
     dtype, d = common["dtype"], model.embed_dim
     encoder, resampler, decoder = model.encoder, model.resampler, model.decoder
 
+    attends = {"attention": model.attention}
+
     def block(part: Any, start: Start) -> Block:
-        return Block(part.num_heads, int(d * part.mlp_ratio), EPSILON, part.qkv_bias, start, dtype, parent=None)
+        sizes = part.num_heads, int(d * part.mlp_ratio)
+        return Block(*sizes, EPSILON, part.qkv_bias, start, dtype, **attends, parent=None)
 
     return GR1Network(
         obs_encoder=GR1Encoder(
-            vit=ViT(encoder.patch, encoder.width, encoder.depth, encoder.mlp_dim, **common),
+            vit=ViT(encoder.patch, encoder.width, encoder.depth, encoder.mlp_dim, **common, **attends),
             resampler=Resampler(
-                resampler.num_latents, resampler.depth, resampler.num_heads, resampler.head_dim, **common
+                resampler.num_latents, resampler.depth, resampler.num_heads, resampler.head_dim, **common, **attends
             ),
             embed_dim=d,
         ),

@@ -61,7 +61,7 @@ class PADNet(nn.Module):
         action_dim, action_len: columns and rows of an action chunk.
         latent_shape: (V, T, h, w, C) of the latents of one observation.
         patch: latent frames, rows and columns per video token; must divide (T, h, w).
-        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, remat: as in `BlockStack`; scan_blocks: its `scan`.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, remat, attention: as in `BlockStack`; scan_blocks: its `scan`.
         timestep_embed_dim: even, at least 4.
         dtype: of the large products; parameters and outputs are float32.
     """
@@ -79,6 +79,7 @@ class PADNet(nn.Module):
     scan_blocks: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     def setup(self) -> None:
         d, dtype = self.embed_dim, self.dtype
@@ -145,6 +146,7 @@ class PADNet(nn.Module):
             self.scan_blocks,
             self.remat,
             self.dtype,
+            self.attention,
         )
 
     def _embed(self, timestep: Array) -> Array:

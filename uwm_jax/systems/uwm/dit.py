@@ -40,7 +40,7 @@ class DiT(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the blocks.
         num_registers: learned tokens without an output of their own.
         timestep_embed_dim: width of the joint embedding of both timesteps; even, at least 4.
-        scan_blocks, remat: as `scan` and `remat` of `BlockStack`.
+        scan_blocks, remat, attention: as `scan`, `remat` and `attention` of `BlockStack`.
         dtype: of the large products; parameters and outputs are float32.
     """
 
@@ -58,6 +58,7 @@ class DiT(nn.Module):
     scan_blocks: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     @property
     def num_video_tokens(self) -> int:
@@ -88,6 +89,7 @@ class DiT(nn.Module):
             self.scan_blocks,
             self.remat,
             self.dtype,
+            self.attention,
         )
 
     def setup(self) -> None:
