@@ -6,15 +6,14 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 
 import pytest
 
-from uwm_jax import host_memory
+from uwm_jax import host_memory, host_tpu
 
 RESIDENT = """
 import ctypes
-from uwm_jax import host_memory
+from uwm_jax import host_memory, host_tpu
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
@@ -34,7 +33,7 @@ print(resident())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-@pytest.mark.skipif(bool(entry_points(group="jax_plugins") or find_spec("libtpu")), reason="there is an accelerator")
+@pytest.mark.skipif(bool(entry_points(group="jax_plugins") or host_tpu.attached()), reason="there is an accelerator")
 def test_what_is_free_is_kept_until_it_is_given_back():
     done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from absl import flags
 
-from uwm_jax import host_memory
+from uwm_jax import host_memory, host_tpu
 from uwm_jax.ending import drop_output, exit_process
 from uwm_jax.errors import Preempted, RunError, UserError
 from uwm_jax.files import local_path
@@ -135,6 +135,7 @@ def run(main: Main, define_flags: Callable[[], None] | None = None) -> None:
     began = _beginning()
     gc.freeze()  # objects created by imports stay alive: the collector need not scan them
     host_memory.keep_freed()
+    host_tpu.quiet_where_absent()
     exit_process(call(main, sys.argv, define_flags, began))
 
 

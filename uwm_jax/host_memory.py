@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 from importlib.metadata import entry_points
-from importlib.util import find_spec
+
+from uwm_jax import host_tpu
 
 _kept: list[ctypes.CDLL] = []  # the C library, once it has been told
 
@@ -20,7 +21,7 @@ def keep_freed() -> None:
     In one arena that all threads share, so this is called before they start. Other C libraries than glibc are left as
     they are.
     """
-    if entry_points(group="jax_plugins") or find_spec("libtpu"):
+    if entry_points(group="jax_plugins") or host_tpu.attached():
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):

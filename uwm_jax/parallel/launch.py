@@ -9,12 +9,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from uwm_jax import host_tpu
 from uwm_jax.errors import UserError
 
 LAUNCH_FLAGS = ("coordinator_address", "num_processes", "process_id")
@@ -94,6 +93,4 @@ def _slurm_devices(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _on_tpu_host(environ: Mapping[str, str]) -> bool:
     platforms = environ.get("JAX_PLATFORMS", "")
-    if platforms and "tpu" not in platforms or importlib.util.find_spec("libtpu") is None:
-        return False  # libtpu alone is no sign: `uwm_jax.plan` uses it where there is no TPU
-    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return (not platforms or "tpu" in platforms) and host_tpu.attached()
