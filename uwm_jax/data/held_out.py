@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
+import jax
 import numpy as np
 
 from uwm_jax.data.samples import Clip
@@ -60,6 +61,10 @@ class FixedWindows:
             self._load(batch, at, int(r))
         return batch | (self._actions(rows) if "action" in batch else {})
 
+    def batch_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch of `rows` windows."""
+        return windows_like(self.spec, rows)
+
     def _load(self, batch: Batch, at: int, number: int) -> None:
         source, clip = self._window(number)
         with self._reading(source, lambda: clip):
@@ -89,6 +94,17 @@ class FixedWindows:
         and a mean over windows leaves these rows out."""
         for start in range(0, len(self), batch_size):
             yield self.batch(start, start + batch_size)
+
+
+def windows_like(spec: DataSpec, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `FixedWindows.batch` of `rows` windows."""
+    like = spec.batch_like(rows)
+    if "action" in like:
+        action = like["action"]
+        like["last_action"] = jax.ShapeDtypeStruct((rows, spec.action_dim), action.dtype)
+        like["has_last_action"] = jax.ShapeDtypeStruct((rows,), np.bool_)
+        like["shuffled_action"] = jax.ShapeDtypeStruct(action.shape, action.dtype)
+    return like
 
 
 def windows_of_others(episodes: np.ndarray) -> np.ndarray:

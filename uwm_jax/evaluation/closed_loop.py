@@ -80,11 +80,12 @@ class MeshSampler:
         self._like = batch, jax.ShapeDtypeStruct((), np.uint32), numbers, numbers
         self._shardings = jax.tree.map(lambda x: by_rows if x.shape else whole, self._like)
 
-    def compile(self, params: Any, frozen: Any) -> None:
-        """Compiles the program; `params`, `frozen` are arrays, or shapes with shardings."""
+    def compile(self, params: Any, frozen: Any) -> list[Any]:
+        """Compiles the program and returns it; `params`, `frozen` are arrays, or shapes with shardings."""
         inputs = mesh_lib.with_sharding(self._like, self._shardings)
         function = acting(self._system)
         self._program = compile_for(self._mesh, self._rules, function, params, frozen, *inputs, updates_state=False)
+        return [self._program]
 
     def __call__(self, params: Any, frozen: Any, *inputs: Any) -> jax.Array:
         """As the function that `policy.acting` makes; with several processes all take part, by `follow`."""

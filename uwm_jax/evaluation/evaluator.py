@@ -84,31 +84,34 @@ class Evaluator:
         self._view = system.cameras.index(plane[0]) if plane and plane[0] in system.cameras else 0
         self._traced = traced_use(system) if denoising else ""
 
-    def compile(self, params: Any, frozen: Any) -> None:
-        """Compiles the programs; runs none of them.
+    def compile(self, params: Any, frozen: Any) -> list[Any]:
+        """Compiles the programs and returns them; runs none of them.
 
         Args:
           params, frozen: arrays, or shapes with shardings, of what will be evaluated.
         """
         system, batch = self.system, self.example()
 
-        def whole(*shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._whole)
+        def whole(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._whole)
 
-        window, references = system.spec.window, {}
+        window, references, programs = system.spec.window, {}, []
         if window.action:
             references["mean_action"] = whole(system.spec.action_dim)
         if window.next_obs and system.cameras:
             references["mean_image"] = whole(len(system.cameras), 1, *system.config.data.crop, 3)
             weight = jax.ShapeDtypeStruct((self._batch_size,), jnp.float32, sharding=self._by_rows)
             self._frame_sum = self.program(make_frame_sum(system), batch, weight)
-        inputs = params, frozen, batch, references, self._shown_of(0)
+            programs.append(self._frame_sum)
+        inputs = params, frozen, batch, references, whole(self._num_shown, dtype=jnp.int32)
         evaluate = make_evaluation(system, self._traced)
         self._evaluate = self.program(evaluate, *inputs)
         states = jax.eval_shape(evaluate, *inputs)[1].get("denoise/next_obs_latent")
         if states is not None:
             _, steps, views, _, *latent = states.shape
             self._decode = self.program(self._one_view, frozen, whole(steps * len(self._denoised), views, 1, *latent))
+            programs.append(self._decode)
+        return [self._evaluate, *programs]
 
     @property
     def metrics(self) -> frozenset[str]:
@@ -122,9 +125,9 @@ class Evaluator:
         training, all may not fit in memory."""
         return (mesh_lib.place(batch, self._by_rows) for batch in self._batches)
 
-    def example(self) -> Arrays:
-        """The first of `batches`."""
-        return next(self.batches())
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of each of `batches`, with shardings."""
+        return mesh_lib.with_sharding(self.held_out.batch_like(self._batch_size), self._by_rows)
 
     def run(
         self,

@@ -117,8 +117,12 @@ class InTrainingEvaluator(abc.ABC):
         """The names of the metrics that `measure` can give; `compile` comes first."""
 
     @abc.abstractmethod
-    def compile(self, params: Any, frozen: Any) -> None:
-        """Compiles its programs; runs none of them. Arguments are arrays, or shapes with shardings."""
+    def compile(self, params: Any, frozen: Any) -> list[Any]:
+        """Compiles its programs and returns them; runs none of them.
+
+        Args:
+          params, frozen: arrays, or shapes with shardings.
+        """
 
     @abc.abstractmethod
     def measure(self, params: Any, frozen: Any, each: Each) -> Measured:
@@ -148,9 +152,9 @@ class Losses(InTrainingEvaluator):
     def check_data(cls, config: ConfigDict, data: RunData) -> None:
         data.held_out(config.eval.num_windows)
 
-    def compile(self, params: Any, frozen: Any) -> None:
+    def compile(self, params: Any, frozen: Any) -> list[Any]:
         self._losses = HeldOutLosses(self.run.held_out)
-        self._losses.compile(params, frozen)
+        return self._losses.compile(params, frozen)
 
     @property
     def metrics(self) -> frozenset[str]:
@@ -169,8 +173,8 @@ class Samples(InTrainingEvaluator):
     name = "samples"
     check_data = Losses.check_data
 
-    def compile(self, params: Any, frozen: Any) -> None:
-        self.run.held_out.compile(params, frozen)
+    def compile(self, params: Any, frozen: Any) -> list[Any]:
+        return self.run.held_out.compile(params, frozen)
 
     @property
     def metrics(self) -> frozenset[str]:
@@ -223,8 +227,8 @@ class ClosedLoop(InTrainingEvaluator):
         asked = f"{cls._FIELD}.env"
         closed_loop.check_fits(envs.get(config.eval.closed_loop.env), closed_loop.Inputs(config, data.spec), asked)
 
-    def compile(self, params: Any, frozen: Any) -> None:
-        self._sampler.compile(params, frozen)
+    def compile(self, params: Any, frozen: Any) -> list[Any]:
+        return self._sampler.compile(params, frozen)
 
     @property
     def metrics(self) -> frozenset[str]:
@@ -300,16 +304,18 @@ class InTraining:
 
     Args:
       program, data, draw: as `Run` has them.
-      frozen: arrays of the codec.
+      frozen: arrays of the codec, or their shapes with shardings.
       command: the command line, for the provenance of results.
+
+    Attributes:
+      programs: all that were compiled.
     """
 
     def __init__(self, program: Program, data: RunData, frozen: Any, *, command: Sequence[str], draw: Draw):
         self._config, self._data, self._command = program.config, data, command
         run = Run(program, data, draw)
         self._evaluators = [kind(run) for kind in _chosen(program.config)]
-        for evaluator in self._evaluators:
-            evaluator.compile(program.like.eval_params, frozen)
+        self.programs = [p for e in self._evaluators for p in e.compile(program.like.eval_params, frozen)]
 
     def due(self, step: int) -> list[InTrainingEvaluator]:
         """The evaluators that measure after a step: every so many steps, and after the last."""

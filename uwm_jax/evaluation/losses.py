@@ -17,10 +17,11 @@ class HeldOutLosses:
     def __init__(self, evaluator: Evaluator):
         self._evaluator = evaluator
 
-    def compile(self, params: Any, frozen: Any) -> None:
-        """Compiles the program; arguments as for `Evaluator.compile`."""
+    def compile(self, params: Any, frozen: Any) -> list[Any]:
+        """Compiles the program and returns it; arguments as for `Evaluator.compile`."""
         evaluator = self._evaluator
         self._losses = evaluator.program(make_eval_step(evaluator.system), params, frozen, evaluator.example())
+        return [self._losses]
 
     @property
     def metrics(self) -> frozenset[str]:
