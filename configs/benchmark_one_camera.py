@@ -13,6 +13,8 @@ Hardware: two CPU cores and 16 GB of memory.
 Expect: docs/benchmarks.md has the table.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from uwm_jax.config import base
@@ -23,3 +25,8 @@ def get_config() -> ConfigDict:
     c.batch_size = 2
     c.data.cameras = ("exterior_image_1_left",)
     return c
+
+
+def data_sizes() -> dict[str, Any]:
+    """Frames as DROID stores them."""
+    return {"exterior_image_1_left": (180, 320), "action": 10}

@@ -13,6 +13,8 @@ for training) and two CPU cores, 42 to 45 samples a second, and a loss that fall
 `--config.total_steps=50`; so few episodes are learned by heart, which tests the path and not the method.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from uwm_jax.config import base
@@ -57,3 +59,8 @@ def get_config() -> ConfigDict:
     c.optimizer.clip_norm = 1.0
     c.optimizer.ema_decay = 0.99
     return c
+
+
+def data_sizes() -> dict[str, Any]:
+    """As the 10-step episodes have them; Bridge's own frames are 256 x 256."""
+    return {"image_0": (64, 64), "state": 7, "action": 7, "language_embedding": 512}

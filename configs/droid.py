@@ -24,6 +24,8 @@ fits a machine, and what a step costs there, is what
 `python -m uwm_jax.benchmark_step --config=configs/droid.py --config.batch_size=1` tells without data or weights.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from uwm_jax.config import base, source
@@ -51,3 +53,17 @@ def get_config(episodes: str = "successes") -> ConfigDict:
     else:
         c.data.sources.droid = source(include=(SUCCESS,))
     return c
+
+
+def data_sizes() -> dict[str, Any]:
+    """As DROID's RLDS has them."""
+    cameras = ("exterior_image_1_left", "exterior_image_2_left", "wrist_image_left")
+    return {
+        **dict.fromkeys(cameras, (180, 320)),
+        "action_dict/cartesian_velocity": 6,
+        "action_dict/gripper_position": 1,
+        "cartesian_position": 6,
+        "gripper_position": 1,
+        "joint_position": 7,
+        "language_embedding": 512,
+    }

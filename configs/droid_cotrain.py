@@ -26,6 +26,8 @@ from ml_collections import ConfigDict
 from configs import droid
 from uwm_jax.config import source
 
+data_sizes = droid.data_sizes
+
 
 def get_config(episodes: str = "successes") -> ConfigDict:
     c = droid.get_config(episodes)

@@ -18,6 +18,8 @@ Expect: 297.59 M parameters in the network, 11.57 M in the image encoder and 83.
 2.0. The paper trains for 100,000 steps, then finetunes on each task (`configs/libero_finetune.py`).
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from uwm_jax.config import base
@@ -36,3 +38,10 @@ def get_config() -> ConfigDict:
     c.data.normalize = "none"
     c.data.resize = (240, 240)
     return c
+
+
+def data_sizes() -> dict[str, Any]:
+    """As LIBERO renders frames; the common RLDS has 256 x 256."""
+    frame = (128, 128)
+    cameras = dict.fromkeys(("image", "wrist_image", "agentview_rgb", "eye_in_hand_rgb"), frame)
+    return {**cameras, "state": 8, "action": 7}

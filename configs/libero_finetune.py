@@ -34,6 +34,9 @@ TASKS = {
 }
 
 
+data_sizes = libero90.data_sizes
+
+
 def get_config(task: str = "book_caddy") -> ConfigDict:
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")

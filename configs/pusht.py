@@ -17,6 +17,8 @@ Expect: a first loss of 2.0 (1 for each modality, since both outputs start at ze
 there are no numbers to compare with.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from uwm_jax.config import base
@@ -60,3 +62,8 @@ def get_config(codec: str = "latents") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
     c.optimizer.ema_decay = 0.999
     return c
+
+
+def data_sizes() -> dict[str, Any]:
+    """As the command above makes them."""
+    return {"image": (96, 96), "agent_pos": 2, "action": 2}

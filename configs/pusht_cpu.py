@@ -47,6 +47,9 @@ STEPS = {"full": 10_000, "short": 1_000}
 RESERVE = (0, 18)  # steps that the longest window, UWM's, reaches: shorter ones have the same held-out windows
 
 
+data_sizes = quickstart.data_sizes
+
+
 def get_config(argument: str = "uwm") -> ConfigDict:
     name, _, length = argument.partition(",")
     if name in STEPS:

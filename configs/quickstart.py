@@ -25,6 +25,8 @@ held-out windows of 22 episodes (95 % intervals over episodes). All three comman
 So few steps give blurred frames, in which the block stands near its goal for any observation.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from uwm_jax.config import base
@@ -53,6 +55,11 @@ def get_config() -> ConfigDict:
 
     c.loss.weights.action = 5.0  # the loss of frames is ten times that of actions, and the inverse mode learns late
     return c
+
+
+def data_sizes() -> dict[str, Any]:
+    """As `data_prep.demo` makes them."""
+    return {"image": (64, 64), "agent_pos": 2, "action": 2}
 
 
 def use_demonstrations(c: ConfigDict) -> None:

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("uwm_jax", "data_prep", "configs", "launch", "tests")
 
-BASE = ("ending", "errors", "files", "reading", "host_memory")
+BASE = ("ending", "errors", "files", "reading", "host_memory", "host_tpu")
 FLOORS = (*BASE, "models", "diffusion", "codecs", "parallel", "data")
 LIBRARY = (*FLOORS, "config", "config_checks", "systems", "torch_bridge", "training", "synthetic")
 
@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": ("ending",),
     "files": ("errors",),
     "reading": ("errors",),
-    "host_memory": (),
+    "host_memory": ("host_tpu",),
+    "host_tpu": (),
     "models": ("errors",),
     "diffusion": ("errors",),
     "codecs": ("errors", "models"),
@@ -45,13 +46,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config_help": ("config",),
     "synthetic": (*FLOORS, "config", "systems"),
     "training": (*FLOORS, "", "config", "config_checks", "systems", "torch_bridge"),
-    "planning": LIBRARY,
     "policy": (*BASE, "data", "systems"),
     "evaluation": (*LIBRARY, "envs", "policy"),
     "reporting": (*LIBRARY, "envs", "evaluation"),
     "runs": (*LIBRARY, "evaluation"),
     "cli": BASE,
     "benchmarking": (*LIBRARY, "cli"),
+    "planning": (*LIBRARY, "", "cli", "evaluation"),
     "__main__": ("", "ending", "errors"),
 }
 

@@ -7,12 +7,11 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from uwm_jax import cli
+from uwm_jax import cli, host_tpu
 
 PROGRAM = """
 import errno, os
@@ -105,6 +104,7 @@ CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
         ("uwm_jax.convert", ["input", "official_config", "workdir", "normalizer"], ["from-torch"]),
         ("uwm_jax.convert", ["workdir", "output"], ["to-torch"]),
         ("uwm_jax.benchmark_step", ["json"], [CONFIG]),
+        ("uwm_jax.plan", ["json", "cache"], [CONFIG, "--topology=here"]),
         ("data_prep.reshard", ["input", "output"], []),
         ("data_prep.demo", ["output"], []),
         ("data_prep.stats", ["dataset"], []),
@@ -171,7 +171,7 @@ cli.run(main) if "kept" in __import__("sys").argv else main([])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-@pytest.mark.skipif(bool(entry_points(group="jax_plugins") or find_spec("libtpu")), reason="there is an accelerator")
+@pytest.mark.skipif(bool(entry_points(group="jax_plugins") or host_tpu.attached()), reason="there is an accelerator")
 def test_memory_that_was_freed_is_not_faulted_in_again():
     faults = {}
     for name in ("given back", "kept"):

@@ -188,10 +188,7 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
 
     Raises UserError for a missing file, a file without `get_config`, an unknown field or a bad value.
     """
-    path, _, argument = spec.partition(":")
-    path = str(local_path(spec if argument.startswith("//") else path, "--config"))
-    if not Path(path).is_file() or not path.endswith(".py"):
-        raise UserError(f"--config: there is no Python file {path!r}.{_shipped()}")
+    path, argument = _file_of(spec)
     expected = (
         "a Python file whose get_config([argument]) returns an ml_collections ConfigDict made from "
         "uwm_jax.config.base()"
@@ -204,6 +201,26 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     apply_overrides(config, overrides)
     validate(config)
     return config
+
+
+def data_sizes(spec: str) -> dict[str, Any]:
+    """`data_sizes()` of `FILE.py[:argument]`, the sizes of its data ({key: (height, width), or a width}); {} for a file
+    without it.
+
+    Raises UserError as `load`.
+    """
+    path, _ = _file_of(spec)
+    expected = "data_sizes() to return {key: (height, width) of a camera, or the width of a vector}"
+    return run_python(path, f"--config: {path}", expected, lambda m: dict(getattr(m, "data_sizes", dict)()))
+
+
+def _file_of(spec: str) -> tuple[str, str]:
+    """The path and the argument of `FILE.py[:argument]`."""
+    path, _, argument = spec.partition(":")
+    path = str(local_path(spec if argument.startswith("//") else path, "--config"))
+    if not Path(path).is_file() or not path.endswith(".py"):
+        raise UserError(f"--config: there is no Python file {path!r}.{_shipped()}")
+    return path, argument
 
 
 def _shipped() -> str:

@@ -1,0 +1,101 @@
+"""What is planned is what runs: the text and the memory of the step of real runs, and steps compiled for TPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from uwm_jax import config as config_lib
+from uwm_jax.planning import children, compiling, rows, sizes, topology
+from uwm_jax.planning.rows import Question
+
+LINUX = sys.platform == "linux"
+
+
+@pytest.fixture(scope="module")
+def trained(make_tiny_config, tmp_path_factory):
+    """{mesh: what `tests.planning.trained` found}."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = make_tiny_config()
+    config.total_steps = config.checkpoint.every = 1
+    config.batch_size, config.eval.num_windows = 16, 4
+    (folder / "config.json").write_text(config_lib.to_json(config))
+    command = [sys.executable, "-m", "tests.planning.trained", "config.json", "runs", "found.json"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "accumulated"])
+def test_the_step_that_ran_is_the_one_that_is_planned(trained, mesh):
+    found = trained[mesh]
+    ran = found["ran"].get(found["planned"])
+    assert ran is not None, "the run compiled no program of the planned text"
+    for part, size in ran.items():
+        assert found["memory"][part] == pytest.approx(size, rel=0.01), part
+    assert found["row"]["peak_hbm_bytes"] == pytest.approx(ran["peak"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_gradients_are_reduced_once_with_four_bytes_for_each_parameter(trained):
+    row = trained["data"]["row"]
+    key = "collective_bytes/all-reduce"
+    parameters, metrics, merged = (row[f"{key}/{part}"] for part in ("parameters", "metrics", "merged"))
+    assert parameters == 4 * row["parameters"] and row[key] == parameters + metrics + merged
+    assert abs(row[key] - metrics - parameters) <= 1e-4 * parameters
+    assert not row["warnings"] and "collective_bytes/all-gather" not in row
+    assert trained["fsdp"]["row"]["collective_bytes/all-gather"]
+    assert trained["accumulated"]["row"]["collective_bytes/all-gather"]
+
+
+@pytest.fixture(scope="module")
+def on_tpus(make_tiny_config):
+    """{mesh: row of v5e-4}; libtpu is among the requirements of `dev` on Linux, so there is no way around it there."""
+    if not LINUX:
+        pytest.skip("libtpu is for Linux alone")
+    found = {}
+    for mesh, fsdp in (("data", 1), ("fsdp", 4)):
+        config = make_tiny_config()
+        config.batch_size, config.mesh.fsdp = 8, fsdp
+        config.model.dtype = "bfloat16"
+        found[mesh] = rows.row("v5e-4", config, Question(sizes.of_data(config, "none.py")), print)
+    return found
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_tpus(on_tpus):
+    for mesh, row in on_tpus.items():
+        assert row["failure"] is None, row["failure"]
+        assert row["fits"] and row["chips"] == row["cores"] == 4
+        assert 0 < row["step_seconds_lower_bound"] < row["step_seconds_estimate"] < 0.1
+        assert row["peak_hbm_bytes"] > row["parameter_bytes"] + row["optimizer_bytes"]
+        assert row["flops_per_step"] == on_tpus["data"]["flops_per_step"] and not row["warnings"], mesh
+    data, fsdp = on_tpus["data"], on_tpus["fsdp"]
+    assert data["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1} and fsdp["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    parameters = data["collective_bytes/all-reduce/parameters"]
+    assert parameters == 4 * data["parameters"]
+    assert data["collective_bytes/all-reduce"] == pytest.approx(parameters, rel=0.01)
+    assert "collective_bytes/all-gather" not in data and fsdp["collective_bytes/all-gather"]
+    assert fsdp["parameter_bytes"] < data["parameter_bytes"]
+
+
+def test_the_verdict_of_the_compiler_has_its_numbers():
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.06G of "
+        "15.75G hbm. Exceeded hbm capacity by 2.31G.\n\nTotal hbm usage >= 18.57G:\n    reserved  ..."
+    )
+    found = compiling.verdict(message)
+    assert found["peak_bytes"] == int(18.06 * 2**30) and found["limit_bytes"] == int(15.75 * 2**30)
+    assert found["message"] == "Used 18.06G of 15.75G hbm. Exceeded hbm capacity by 2.31G."
+    assert compiling.verdict("RESOURCE_EXHAUSTED: no memory\nmore") == {"message": "RESOURCE_EXHAUSTED: no memory"}
+
+
+def test_children_compile_with_libtpu_alone():
+    assert children.TPU_ENVIRONMENT["JAX_PLATFORMS"] == "cpu"
+    assert topology.find("v5e-1").description()["chips_per_host_bounds"] == (1, 1, 1)

@@ -1,0 +1,116 @@
+"""Rows of a plan from answers of child processes: what a chip holds, what fits, and failures as rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.planning.facts import facts
+from uwm_jax import config as config_lib
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.windows import WindowSpec
+from uwm_jax.errors import UserError
+from uwm_jax.planning import children, rows, topology
+from uwm_jax.planning.rows import Question
+from uwm_jax.planning.sizes import Data
+from uwm_jax.planning.table import table
+
+GB = 10**9
+
+
+def question(config, **options) -> Question:
+    cameras = dict.fromkeys(config.data.cameras, (180, 320))
+    spec = DataSpec(WindowSpec.from_config(config.data.window), cameras, {}, 10, 0, Normalizer())
+    return Question(Data(spec, None, "a test"), **options)
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """A function that makes the row of v5e-16 of an answer, and checks that it can be printed and stored."""
+
+    def row(answer, config=None, name="v5e-16", **options):
+        config = config or config_lib.base()
+        monkeypatch.setattr(children, "ask", lambda *_, **__: {**answer, "seconds": 1.0, "cached": False})
+        found = rows.row(name, config, question(config, **options), print)
+        assert found["status"] == "predicted, never run"
+        assert json.loads(json.dumps(found)) == found and "predicted, never run" in table([found])
+        assert set(rows.KEYS) <= found.keys()
+        return found
+
+    return row
+
+
+def test_what_the_compiler_leaves_out_counts(plan):
+    found = plan({"facts": facts()})
+    prefetch = config_lib.base().data.prefetch * 10**7 + 100
+    parts = {"decoder": 2 * 10**8, "prefetch": prefetch, "code": 10**8}
+    assert {name: found[f"extra_hbm_bytes/{name}"] for name in parts} == parts
+    assert found["extra_hbm_bytes"] == sum(parts.values()) and found["peak_hbm_bytes"] == 8 * GB
+    assert found["fits"] and found["activation_bytes"] == 5 * GB
+    assert (found["chips"], found["cores"], found["hbm_limit_bytes"]) == (16, 16, int(15.75 * 2**30))
+    assert found["flops_per_step"] == 2 * 197e12
+    assert found["collective_bytes/all-reduce"] == 2 * 10**8 and found["collective_bytes/all-gather"] == 10**7 + 1
+
+
+def test_a_step_that_fits_alone_does_not_fit_with_what_is_left_out(plan):
+    limit = int(15.75 * 2**30)
+    memory = facts()["memory"] | {"peak": limit - 10**8}
+    found = plan({"facts": facts(memory=memory)})
+    assert found["peak_hbm_bytes"] < found["hbm_limit_bytes"] and found["fits"] is False
+
+
+def test_evaluations_in_training_may_need_more_than_the_step(plan):
+    found = plan({"facts": facts(evaluation={"peak": 13 * GB, "code": 2 * 10**8})})
+    batches = (1 + config_lib.base().data.prefetch) * 10**7 + 100
+    assert found["evaluation_hbm_bytes"] == 3.3 * GB + 24 + batches + 10**8 + 13 * GB + 2 * 10**8
+    assert found["fits"] is True
+    assert plan({"facts": facts(evaluation={"peak": 14 * GB, "code": 2 * 10**8})})["fits"] is False
+    failed = plan({"facts": facts(evaluation_failure="Used 20.1G of 15.75G hbm")})
+    assert failed["fits"] is False and "evaluations in training: Used 20.1G" in failed["failure"]
+
+
+def test_large_activations_between_chips_are_warned_of(plan):
+    found = plan({"facts": facts()})
+    (warning,) = found["warnings"]
+    assert warning == "all-gather over fsdp carries 10.0 MB of activations a step: jit(step)/all-gather"
+    assert f"warning: {warning}" in table([found])
+
+
+def test_speed_days_and_costs_at_best_by_estimate_and_at_an_efficiency(plan):
+    config = config_lib.base()
+    config.total_steps, config.batch_size = 86_400, 32
+    found = plan({"facts": facts()}, config, price=2.0, efficiency=0.5)
+    assert found["days/lower_bound"] == pytest.approx(0.125)
+    assert found["samples_per_second/lower_bound"] == pytest.approx(32 / 0.125)
+    assert found["days/efficiency"] == pytest.approx(0.25)
+    assert found["cost/efficiency"] == pytest.approx(0.25 * 24 * 16 * 2.0)
+    assert found["days/estimate"] == pytest.approx(found["step_seconds_estimate"])
+
+
+@pytest.mark.parametrize(
+    ("failure", "fits", "said"),
+    [
+        ({"kind": "memory", "message": "Used 18.06G of 15.75G hbm", "peak_bytes": 18 * GB}, False, "does not fit"),
+        ({"kind": "config", "message": "config.batch_size=36 does not divide"}, None, "refused"),
+        ({"kind": "process", "message": "ended with status -9"}, None, "failed"),
+    ],
+)
+def test_failures_are_rows(plan, failure, fits, said):
+    found = plan({"failure": failure})
+    assert found["fits"] is fits and found["failure"] == failure["message"]
+    assert found["peak_hbm_bytes"] == failure.get("peak_bytes")
+    assert found["step_seconds_estimate"] is None
+    assert f"{said}: {failure['message']}" in table([found])
+
+
+def test_slices_of_the_topology_are_those_of_the_mesh(plan):
+    config = config_lib.base()
+    config.mesh.slices = 2
+    assert rows.with_slices(config, topology.find("2xv5e-16")) is config
+    with pytest.raises(UserError, match="config.mesh.slices=2 does not fit --topology=v5e-16 of 1 slice"):
+        rows.with_slices(config, topology.find("v5e-16"))
+    assert plan({"facts": facts()}, config)["failure_kind"] == "config"
+    config.mesh.slices = 1
+    assert rows.with_slices(config, topology.find("2xv5e-16")).mesh.slices == 2 and config.mesh.slices == 1

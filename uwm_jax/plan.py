@@ -1,0 +1,77 @@
+"""Plans a run before it is paid for: whether it fits TPUs that this machine lacks, and how fast it can be at best.
+
+    python -m uwm_jax.plan --config=configs/droid.py --topology=v5e-16,v5p-128
+
+It compiles the very step that `uwm_jax.train` runs, for each topology, with libtpu on a CPU machine (`pip install
+'uwm-jax[plan]'`). Everything that it prints is predicted and was never run; docs/scale.md says how.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+from absl import flags
+
+from uwm_jax import cli, config_help, files
+from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+from uwm_jax.files import local_path
+from uwm_jax.planning import children, sizes, topology
+from uwm_jax.planning.rows import Question, row
+from uwm_jax.planning.table import table
+from uwm_jax.planning.topology import HERE
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("config", None, "FILE.py[:argument]; fields change with --config.any.field=value")
+    flags.DEFINE_list("topology", None, f"v5e-16, v5p-128, 2xv5e-16, ..., or {HERE}: the devices of this machine")
+    flags.DEFINE_string("json", None, "also write the rows to this file")
+    flags.DEFINE_float("price", None, "of a chip-hour, in any currency; tells what all steps cost", lower_bound=0.0)
+    flags.DEFINE_float("efficiency", 0.4, "share of the peak for which speed is told as well", lower_bound=0.001)
+    flags.DEFINE_bool("latents", False, "batches hold latents of the frames to predict, which are then not encoded")
+    flags.DEFINE_list("sizes", [], "KEY=HEIGHTxWIDTH or KEY=WIDTH of data that are not there; before data_sizes()")
+    flags.DEFINE_string("cache", None, 'directory that keeps what was compiled; "" = none, default ~/.cache/uwm_jax')
+    cli.accept_config_overrides(config_help.describe)
+
+
+def main(call: cli.Call) -> None:
+    file = cli.required("config")
+    config = config_lib.load(file, call.overrides)
+    cli.required("topology")
+    names = _topologies(FLAGS.topology)
+    output = cli.optional_path("json")
+    if output:
+        files.check_output_file(output, "--json")
+    cache = children.default_cache() if FLAGS.cache is None else FLAGS.cache and local_path(FLAGS.cache, "--cache")
+    data = sizes.of_data(config, file, FLAGS.sizes)
+    question = Question(data, FLAGS.latents, FLAGS.efficiency, FLAGS.price, cache or None)
+    rows = [row(name, config, question, say) for name in names]
+    print(table(rows))
+    if output:
+        files.write_text(output, json.dumps(rows, indent=2) + "\n")
+
+
+def _topologies(given: list[str]) -> list[str]:
+    """The names of `--topology`, each known."""
+    names = [name.strip() for name in given if name.strip()]
+    for name in names:
+        if name != HERE:
+            topology.find(name)
+    if importlib.util.find_spec("libtpu") is None and set(names) != {HERE}:
+        raise UserError("--topology: libtpu is not installed: `pip install 'uwm-jax[plan]'` (Linux on x86-64 only).")
+    return names
+
+
+def say(line: str) -> None:
+    """Prints a line about progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+command = cli.command(main, define_flags)
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,396 @@
+"""Compiles the step of a run for a topology and reports facts about it: the work of a child process.
+
+The parent (`children`) sets the environment before jax starts, writes a request to the standard input, and reads JSON
+lines from the standard output: `{"stage": ...}` on the way, `{"facts": ...}` or `{"failure": ...}` at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from uwm_jax import codecs
+from uwm_jax import config as config_lib
+from uwm_jax.data.held_out import windows_like
+from uwm_jax.data.run_data import RunData
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.errors import UserError
+from uwm_jax.evaluation.in_training import InTraining
+from uwm_jax.models import target
+from uwm_jax.parallel import collectives
+from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.parallel.compiling import compile_lowered
+from uwm_jax.planning import schedule
+from uwm_jax.training import flops
+from uwm_jax.training.build import Program, build
+from uwm_jax.training.patterns import split
+
+Facts = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A step before it is compiled.
+
+    Attributes:
+      program: of the run.
+      frozen: shapes of the codec's arrays, with shardings; used: those that the step is given.
+      batch: as `Program.batch_like`, or with latents.
+      lowered: the step.
+    """
+
+    program: Program
+    frozen: Any
+    used: Any
+    batch: dict[str, jax.ShapeDtypeStruct]
+    lowered: jax.stages.Lowered
+
+
+def prepare(request: Mapping[str, Any]) -> Prepared:
+    """The step of a run, lowered.
+
+    Args:
+      request: `config` and `spec`, as JSON has them; `arrays`, the shapes of a fitted codec's arrays, or None;
+        `latents`, whether batches hold latents in place of the frames to predict; `description` of a TPU topology, None
+        for the devices of this process.
+
+    Raises:
+      UserError: the config does not fit the data or the devices.
+    """
+    config = config_lib.from_dict(request["config"], "--config")
+    mesh = mesh_lib.make_mesh(config, _devices(request["description"]))
+    with _traced_for(mesh):
+        program, frozen = program_of(config, DataSpec.from_json(request["spec"]), request["arrays"], mesh)
+        batch = with_latents(program) if request["latents"] else program.batch_like
+        used = {} if request["latents"] else frozen
+        return Prepared(program, frozen, used, batch, program.lower_step(used, batch))
+
+
+def compiled(mesh: Mesh, lowered: jax.stages.Lowered) -> Any:
+    """A lowered program, compiled.
+
+    Raises:
+      MemoryError: the compiler's verdict that it does not fit into the devices' memory.
+    """
+    with _verdict():
+        return compile_lowered(mesh, lowered)
+
+
+def facts_of(prepared: Prepared, step: Any) -> Facts:
+    """Facts about a step; `step` is what `prepared.lowered` was compiled to."""
+    program, frozen, batch = prepared.program, prepared.frozen, prepared.batch
+    return {
+        **_about_devices(program.mesh),
+        **_about_arrays(program, frozen, batch),
+        **_about_flops(program, prepared.used == {} and frozen != {}),
+        **about_program(step.as_text(), program.mesh),
+        "memory": memory_of(step),
+        "metrics_bytes": _metrics_bytes(prepared),
+        "unused_bytes": unused_bytes(step, frozen, prepared.used, batch),
+        "lowered_sha256": hashlib.sha256(prepared.lowered.as_text().encode()).hexdigest(),
+    }
+
+
+def evaluations(prepared: Prepared) -> Facts:
+    """What the programs of evaluations in training need next to the state, the codec and the batches: the bytes of the
+    largest, and those of the code of all; or the compiler's verdict that one of them does not fit."""
+    program, frozen = prepared.program, prepared.frozen
+    data = cast(RunData, WithoutData(program.system.spec))
+    try:
+        with _traced_for(program.mesh), _verdict():
+            programs = InTraining(program, data, frozen, command=(), draw=lambda *_: {}).programs
+    except MemoryError as e:
+        return {"evaluation": None, "evaluation_failure": verdict(str(e))["message"]}
+    own = [memory_of(p)["peak"] - _shared_bytes(p, program.like.eval_params, frozen) for p in programs]
+    code = sum(memory_of(p)["code"] for p in programs)
+    return {"evaluation": {"peak": max(own), "code": code} if programs else None, "evaluation_failure": None}
+
+
+class WithoutData:
+    """What evaluations in training ask of `RunData` before they run: shapes."""
+
+    sources: Mapping[str, Any] = {}
+
+    def __init__(self, spec: DataSpec):
+        self.spec = spec
+
+    def held_out(self, num_windows: int) -> Any:
+        return _Windows(self.spec, num_windows)
+
+
+class _Windows:
+    """Shapes of held-out windows; there are none to be read."""
+
+    def __init__(self, spec: DataSpec, count: int):
+        self.spec, self._count = spec, count
+        self.episodes = np.zeros((count,), np.int64)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return windows_like(self.spec, rows)
+
+    def batches(self, rows: int) -> Iterator[Any]:
+        return iter(())
+
+
+def _shared_bytes(program: Any, params: Any, frozen: Any) -> int:
+    """Bytes on one device of the parameters and the codec's arrays that an evaluation's program reads."""
+    shared = {jax.tree.structure(params), jax.tree.structure(frozen)}
+    total = 0
+    for avals, shardings in zip(program.in_avals[0], program.input_shardings[0], strict=True):
+        if jax.tree.structure(avals) in shared:
+            pairs = zip(jax.tree.leaves(avals), _with_none(shardings), strict=True)
+            total += sum(_size(x.shape, x.dtype, s) for x, s in pairs if s is not None)
+    return total
+
+
+@contextlib.contextmanager
+def _verdict() -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise MemoryError(str(e)) from e
+
+
+def _traced_for(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    return target.tracing_for(mesh.devices.flat[0].platform, mesh.size)
+
+
+def program_of(
+    config: Any, spec: DataSpec, arrays: Mapping[str, Any] | None, mesh: Mesh
+) -> tuple[Program, dict[str, Any]]:
+    """The program that a run of a config builds, and shapes of its codec's arrays, which lie whole on every device."""
+    kind = codecs.of_config(config)
+    if kind is not None and arrays is not None:
+        frozen: Any = {name: jax.ShapeDtypeStruct(tuple(shape), np.float32) for name, shape in arrays.items()}
+        codec: codecs.Codec | None = kind.from_arrays(frozen)
+    else:
+        codec = usual = codecs.from_config(config)
+        views, crop = len(config.data.cameras), config.data.crop
+        frozen = {} if usual is None else jax.eval_shape(lambda: usual.synthetic_arrays(views, *crop))
+    frozen = mesh_lib.with_sharding(frozen, mesh_lib.replicated(mesh))
+    return build(config, spec, codec, mesh), frozen
+
+
+def with_latents(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch that holds `next_obs_latent` in place of frames to predict."""
+    system, batch = program.system, program.batch_like
+    made = jax.eval_shape(lambda rows: system.noise(jax.random.key(0), rows, system.acting), batch["row"])
+    if "next_obs" not in made or system.codec is None:
+        raise UserError(f"--latents: the system {program.config.system!r} predicts no latents of frames.")
+    kept = {name: x for name, x in batch.items() if not name.startswith("next_obs/")}
+    latent = mesh_lib.with_sharding(made["next_obs"], mesh_lib.batch_sharding(program.mesh))
+    return {**kept, "next_obs_latent": latent}
+
+
+def _devices(description: Mapping[str, Any] | None) -> list[Any]:
+    if description is None:
+        return jax.devices()
+    options: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in description.items()}
+    return list(topologies.get_topology_desc(platform="tpu", **options).devices)
+
+
+# --- facts -------------------------------------------------------------------------------------------
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """The compiler's plan of one device's memory, in bytes."""
+    plan = compiled.memory_analysis()
+    return {
+        "arguments": plan.argument_size_in_bytes,
+        "outputs": plan.output_size_in_bytes,
+        "aliased": plan.alias_size_in_bytes,
+        "temporaries": plan.temp_size_in_bytes,
+        "code": plan.generated_code_size_in_bytes,
+        "peak": plan.peak_memory_in_bytes,
+    }
+
+
+def _about_devices(mesh: Mesh) -> Facts:
+    device = mesh.devices.flat[0]
+    return {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+        "limit_bytes": limit_of(device) if isinstance(device, jax.Device) and device.platform == "gpu" else None,
+    }
+
+
+def _about_arrays(program: Program, frozen: Any, batch: Any) -> Facts:
+    """Bytes on one device, and numbers of parameters."""
+    shapes, config = program.shapes, program.config
+    trained, _ = split(shapes.params, (*config.optimizer.freeze, *program.system.tree.untrained))
+    count = {"parameters": shapes.params, "trained_parameters": trained}
+    parts = {
+        "parameters": shapes.params,
+        "average": shapes.ema_params,
+        "optimizer": shapes.opt_state,
+        "counters": (shapes.step, shapes.hparams),
+        "frozen": frozen,
+        "batch": batch,
+    }
+    return {
+        **{name: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for name, tree in count.items()},
+        "bytes": {name: sum(map(_bytes_on_device, jax.tree.leaves(tree))) for name, tree in parts.items()},
+    }
+
+
+def _bytes_on_device(x: jax.ShapeDtypeStruct) -> int:
+    return _size(x.shape, x.dtype, x.sharding)
+
+
+def _size(shape: tuple[int, ...], dtype: Any, sharding: Any) -> int:
+    return math.prod(sharding.shard_shape(shape)) * jnp.dtype(dtype).itemsize
+
+
+def _with_none(shardings: Any) -> list[Any]:
+    """The leaves of shardings of a program's inputs; None for inputs that it is not given."""
+    return jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
+
+
+def _metrics_bytes(prepared: Prepared) -> int:
+    """Bytes of the sums over rows that are reduced over `data` together with the gradients: the loss, its parts, and a
+    sum and a count of each bucket (`training.step`)."""
+    _, metrics = prepared.lowered.out_info
+    losses = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
+    parts = [name for name in losses if name in prepared.program.config.loss.weights]
+    return 4 * (1 + len(parts) + 2 * (len(losses) - len(parts)))
+
+
+def unused_bytes(compiled: Any, frozen: Any, used: Any, batch: Any) -> dict[str, int]:
+    """Bytes on one device of the inputs that the program is not given, because it does not read them.
+
+    Args:
+      frozen, used: arrays of the codec, and those of them that the program was lowered with.
+    """
+    _, of_frozen, of_batch = compiled.input_shardings[0]
+
+    def dropped(tree: Any, shardings: Any) -> int:
+        pairs = zip(jax.tree.leaves(tree), _with_none(shardings), strict=True)
+        return sum(_bytes_on_device(x) for x, sharding in pairs if sharding is None)
+
+    never = sum(map(_bytes_on_device, jax.tree.leaves(frozen))) - sum(map(_bytes_on_device, jax.tree.leaves(used)))
+    return {"frozen": never + dropped(used, of_frozen), "batch": dropped(batch, of_batch)}
+
+
+def about_program(text: str, mesh: Mesh) -> Facts:
+    """Collectives of a step, equal ones put together, the cycles that the compiler expects, and the bytes that its
+    schedule moves through a chip's memory."""
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for c in collectives.read(text, mesh):
+        if c.times is None:
+            raise ValueError(f"{c.name} lies in a loop whose trip count cannot be told")
+        sums = together.setdefault((c.kind, c.axes, c.asynchronous, c.activations, c.source), [0, 0, 0])
+        for i, value in enumerate((c.bytes, c.sent, 1)):
+            sums[i] += value * c.times
+    found = [
+        {
+            **dict(zip(("kind", "axes", "asynchronous", "activations", "source"), key, strict=True)),
+            **dict(zip(("bytes", "sent_bytes", "times"), sums, strict=True)),
+        }
+        for key, sums in sorted(together.items(), key=lambda item: -item[1][1])
+    ]
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return {
+        "collectives": found,
+        "cycles": schedule.cycles(text) if on_tpu else None,
+        "hbm_bytes": schedule.hbm_bytes(text) if on_tpu else None,
+    }
+
+
+def limit_of(device: Any) -> int | None:
+    """Bytes of a device's memory that a process may use, where the device tells."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _about_flops(program: Program, latents: bool) -> Facts:
+    """Analytic operations of a step of all devices, and the seconds that one device would take for them at its peak."""
+    rows, sample = program.config.batch_size, program.system.flops()
+    trained, frozen = rows * (sample.training - sample.frozen), 0.0 if latents else rows * sample.frozen
+    kind = program.mesh.devices.flat[0].device_kind
+    return {
+        "flops": {"trained": trained, "frozen": frozen},
+        "seconds_at_peak": flops.seconds_at_peak(program.system, trained, frozen, kind),
+    }
+
+
+def verdict(message: str) -> Facts:
+    """The compiler's verdict that a program does not fit, read from its message: `peak_bytes` and `limit_bytes` as far
+    as it names them, and its sentence."""
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    found: Facts = {"message": message.strip().splitlines()[0]}
+    if used := re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message):
+        found["message"] = re.sub(r"\s+", " ", message[used.start() :].splitlines()[0]).strip()
+        found["peak_bytes"] = int(float(used[1]) * units[used[2]])
+        found["limit_bytes"] = int(float(used[3]) * units[used[4]])
+    return found
+
+
+# --- the process -------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Answers the request on the standard input."""
+    request = json.load(sys.stdin)
+    with _answering():
+        _tell("lowering the step")
+        prepared, lowering = _timed(lambda: prepare(request))
+        _tell("compiling the step")
+        step, compiling = _timed(lambda: compiled(prepared.program.mesh, prepared.lowered))
+        _tell("reading the program")
+        facts = facts_of(prepared, step)
+        del step
+        _tell("compiling evaluations")
+        found, evaluating = _timed(lambda: evaluations(prepared))
+        seconds = {"lowering": lowering, "compiling": compiling, "evaluations": evaluating}
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        _write({"facts": {**facts, **found, "compile_seconds": seconds, "host_bytes": host}})
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """Turns what a user can mend, and the verdict that a program does not fit, into answers."""
+    try:
+        yield
+    except UserError as e:
+        _write({"failure": {"kind": "config", "message": str(e)}})
+    except MemoryError as e:
+        _write({"failure": {"kind": "memory", **verdict(str(e))}})
+
+
+def _timed(function: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def _tell(stage: str) -> None:
+    _write({"stage": stage})
+
+
+def _write(answer: Mapping[str, Any]) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Rows of a plan: what is asked of the compiler, and its answers as one flat JSON object for each topology."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+from uwm_jax.planning import bounds, children, topology
+from uwm_jax.planning.children import Say
+from uwm_jax.planning.sizes import Data
+from uwm_jax.planning.topology import HERE, Topology
+
+Row = dict[str, Any]
+
+STATUS = "predicted, never run"
+MUCH = 10e6  # bytes of activations in a collective of a step, from which a warning names it
+
+# Keys of every row, None where a row has no such number.
+KEYS = (
+    *("topology", "chips", "cores", "peak_hbm_bytes", "extra_hbm_bytes", "hbm_limit_bytes", "fits", "flops_per_step"),
+    *("step_seconds_lower_bound", "step_seconds_estimate"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A plan that is asked for.
+
+    Attributes:
+      data: sizes of the data of the config.
+      latents: whether batches hold latents in place of the frames to predict.
+      efficiency: share of the chips' peak for which samples a second are told as well.
+      price: of a chip-hour, None for no costs.
+      cache: directory of answers; None for none.
+    """
+
+    data: Data
+    latents: bool = False
+    efficiency: float = 0.4
+    price: float | None = None
+    cache: Path | None = None
+
+
+def row(name: str, config: ConfigDict, question: Question, say: Say) -> Row:
+    """The row of a topology; a failure is a row as well.
+
+    Raises:
+      UserError: there is no such topology.
+    """
+    place = None if name == HERE else topology.find(name)
+    try:
+        config = with_slices(config, place)
+    except UserError as e:
+        return _failed(name, config, place, question, {"kind": "config", "message": str(e)})
+    answer = children.ask(request(config, place, question), name=name, cache=question.cache, say=say)
+    return row_of(name, config, place, question, answer)
+
+
+def row_of(name: str, config: ConfigDict, place: Topology | None, question: Question, answer: children.Answer) -> Row:
+    """The row of an answer of `children`."""
+    timing = {"compile_seconds": answer["seconds"], "cached": answer["cached"]}
+    if "failure" in answer:
+        return _failed(name, config, place, question, answer["failure"]) | timing
+    return _planned(name, config, place, question, answer["facts"]) | timing
+
+
+def request(config: ConfigDict, place: Topology | None, question: Question) -> dict[str, Any]:
+    """What `compiling` is asked."""
+    return {
+        "config": json.loads(config_lib.to_json(config)),
+        "spec": question.data.spec.to_json(),
+        "arrays": question.data.arrays,
+        "latents": question.latents,
+        "description": place.description() if place else None,
+    }
+
+
+def with_slices(config: ConfigDict, place: Topology | None) -> ConfigDict:
+    """The config of a run on the slices of a topology.
+
+    Raises:
+      UserError: it asks for another number of slices.
+    """
+    slices, field = place.slices if place else 1, config.mesh.get("slices", 1)
+    if place is None or slices == field:
+        return config
+    if field != 1 or "slices" not in config.mesh:
+        raise UserError(
+            f"config.mesh.slices={field} does not fit --topology={place.name} of {slices} slice(s): set it to "
+            f"{slices}, or leave it at 1."
+        )
+    config = config.copy_and_resolve_references()
+    config.mesh.slices = slices
+    return config
+
+
+def _about(name: str, config: ConfigDict, place: Topology | None, question: Question) -> Row:
+    mesh = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
+    return {
+        **dict.fromkeys(KEYS),
+        "topology": name,
+        "status": STATUS,
+        "chip": place.chip.name if place else None,
+        "chips": place.chips if place else None,
+        "cores": place.cores if place else None,
+        "hbm_limit_bytes": place.chip.hbm_limit if place else None,
+        "mesh": mesh,
+        "batch_size": config.batch_size,
+        "accumulation_steps": config.accumulation_steps,
+        "remat": config.model.get("remat"),
+        "latents": question.latents,
+        "data": question.data.origin,
+        "failure": None,
+        "failure_kind": None,
+    }
+
+
+def _failed(
+    name: str, config: ConfigDict, place: Topology | None, question: Question, failure: Mapping[str, Any]
+) -> Row:
+    """A row without a program; one that does not fit has what its compiler says of its size."""
+    found = _about(name, config, place, question)
+    found |= {"failure": failure["message"], "failure_kind": failure["kind"]}
+    if failure["kind"] == "memory":
+        found |= {"fits": False, "peak_hbm_bytes": failure.get("peak_bytes")}
+        found["hbm_limit_bytes"] = failure.get("limit_bytes") or found["hbm_limit_bytes"]
+    return found
+
+
+def _planned(
+    name: str, config: ConfigDict, place: Topology | None, question: Question, facts: Mapping[str, Any]
+) -> Row:
+    found = _about(name, config, place, question)
+    chips = facts["chips"]
+    found |= {"chips": chips, "mesh": facts["mesh"], "chip": found["chip"] or facts["device_kind"]}
+    found["cores"] = found["cores"] or chips
+    found |= _memory(facts, config, found["hbm_limit_bytes"] or facts["limit_bytes"])
+    found["flops_per_step"] = sum(facts["flops"].values())
+    found |= {f"flops_per_step/{part}": x for part, x in facts["flops"].items()}
+    found |= _traffic(facts)
+    if facts["evaluation_failure"]:
+        found |= {"failure_kind": "memory", "failure": f"evaluations in training: {facts['evaluation_failure']}"}
+    found |= bounds.times(facts, place)
+    at_efficiency = found["step_seconds_lower_bound/compute"]
+    at_efficiency = at_efficiency and at_efficiency / question.efficiency
+    found |= {"efficiency": question.efficiency, "price_per_chip_hour": question.price}
+    for at, seconds in (
+        ("lower_bound", found["step_seconds_lower_bound"]),
+        ("estimate", found["step_seconds_estimate"]),
+        ("efficiency", at_efficiency),
+    ):
+        told = bounds.outlook(
+            seconds, rows=config.batch_size, steps=config.total_steps, chips=chips, price=question.price
+        )
+        found |= {f"{key}/{at}": value for key, value in told.items()}
+    return found
+
+
+def _memory(facts: Mapping[str, Any], config: ConfigDict, limit: int | None) -> Row:
+    """Bytes of one device."""
+    held, memory = facts["bytes"], facts["memory"]
+    extra = {
+        "decoder": facts["unused_bytes"]["frozen"],
+        "prefetch": max(config.data.prefetch, 1) * held["batch"] + facts["unused_bytes"]["batch"],
+        "code": memory["code"],
+    }
+    needed = memory["peak"] + sum(extra.values())
+    evaluating = _evaluation_bytes(facts, extra)
+    return {
+        "parameters": facts["parameters"],
+        "trained_parameters": facts["trained_parameters"],
+        "parameter_bytes": held["parameters"],
+        "average_bytes": held["average"],
+        "optimizer_bytes": held["optimizer"],
+        "frozen_bytes": held["frozen"],
+        "batch_bytes": held["batch"],
+        "activation_bytes": memory["peak"] - memory["arguments"],
+        "peak_hbm_bytes": memory["peak"],
+        "extra_hbm_bytes": sum(extra.values()),
+        **{f"extra_hbm_bytes/{name}": size for name, size in extra.items()},
+        "evaluation_hbm_bytes": evaluating,
+        "hbm_limit_bytes": limit,
+        "fits": False if facts["evaluation_failure"] else None if limit is None else max(needed, evaluating) <= limit,
+    }
+
+
+def _evaluation_bytes(facts: Mapping[str, Any], extra: Mapping[str, int]) -> int:
+    """Bytes of one device during evaluations in training: the state, the codec, the batches of the loader, and what the
+    largest of their programs needs; 0 without evaluations."""
+    held, evaluation = facts["bytes"], facts["evaluation"]
+    if not evaluation:
+        return 0
+    state = sum(held[name] for name in ("parameters", "average", "optimizer", "counters", "frozen"))
+    return state + held["batch"] + extra["prefetch"] + extra["code"] + evaluation["peak"] + evaluation["code"]
+
+
+def _traffic(facts: Mapping[str, Any]) -> Row:
+    """Bytes of collectives in a step of one device, by kind and in detail.
+
+    Where only `data` cuts anything, what is reduced is the gradients, 4 bytes for each trained parameter, and a few
+    sums for metrics; the compiler reduces equal gradients once, which is what `merged` lacks.
+    """
+    kinds: dict[str, int] = {}
+    for c in facts["collectives"]:
+        kinds[c["kind"]] = kinds.get(c["kind"], 0) + c["bytes"]
+    gradients: Row = {}
+    if [axis for axis, size in facts["mesh"].items() if size > 1] == ["data"]:
+        gradients = {"parameters": 4 * facts["trained_parameters"], "metrics": facts["metrics_bytes"]}
+        gradients["merged"] = kinds.get("all-reduce", 0) - sum(gradients.values())
+    heavy = [c for c in facts["collectives"] if c["activations"] and c["bytes"] > MUCH]
+    return {
+        **{f"collective_bytes/{kind}": size for kind, size in sorted(kinds.items())},
+        **{f"collective_bytes/all-reduce/{part}": size for part, size in gradients.items()},
+        "collectives": facts["collectives"],
+        "warnings": [
+            f"{c['kind']} over {', '.join(c['axes'])} carries {c['bytes'] / 1e6:,.1f} MB of activations a step: "
+            f"{c['source'] or 'of unknown origin'}"
+            for c in heavy
+        ],
+    }
+
+
+def divisible(config: ConfigDict, chips: int) -> str:
+    """Why a batch does not use all chips, with those nearby that do; "" where it does."""
+    rest = config.mesh.fsdp * config.mesh.tensor
+    shares = (chips // config.mesh.tensor if chips % rest == 0 else chips) * config.accumulation_steps
+    if config.batch_size % shares == 0:
+        return ""
+    below = config.batch_size // shares * shares
+    nearest: Sequence[int] = [size for size in (below, below + shares) if size]
+    most = math.gcd(config.batch_size, shares)
+    return (
+        f"config.batch_size={config.batch_size} does not divide over {shares} shares: the nearest that do are "
+        f"{' and '.join(map(str, nearest))}; {config.batch_size} rows can use {most} of {chips} chips."
+    )

@@ -1,0 +1,121 @@
+"""Sizes of the data that a config reads: from its dataset where that is present, else as its file states them.
+
+A config file states them in `data_sizes()` next to `get_config`: {key: size} of the keys that it reads, cameras as
+(height, width), vectors as their width. Keys of the action are those of `config.data.action`, before its transforms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from uwm_jax import codecs
+from uwm_jax import config as config_lib
+from uwm_jax.data.fitted import read_fitted
+from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.records import dataset_dir
+from uwm_jax.data.sources import keys_read, open_sources, spec_of
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.transforms import get_transform
+from uwm_jax.data.windows import WindowSpec
+from uwm_jax.errors import UserError
+
+Sizes = Mapping[str, Any]  # {key: (height, width), or a width}
+
+FLAG = "--sizes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Sizes of the data of a run.
+
+    Attributes:
+      spec: the contents of a batch, without a normaliser.
+      arrays: {name: shape} of a codec that was fitted to the dataset; None where the config's codec has its usual size.
+      origin: where the sizes come from, for people.
+    """
+
+    spec: DataSpec
+    arrays: dict[str, tuple[int, ...]] | None
+    origin: str
+
+
+def of_data(config: ConfigDict, file: str, given: Sequence[str] = ()) -> Data:
+    """The sizes of the data of a config.
+
+    Args:
+      file: the flag `--config`.
+      given: `KEY=SIZE` of `--sizes`, which count before all others.
+
+    Raises:
+      UserError: a size that nothing states, or a dataset that does not fit the config.
+    """
+    stated = dict(map(_parsed, given))
+    if not stated and _is_present(config.data):
+        sources = open_sources(config.data, 0)
+        try:
+            first = next(source for source in sources.values() if source.use_actions)
+            place, cameras = first.dataset.directory, dict(first.samples.camera_keys)
+            return Data(spec_of(list(sources.values())), _fitted(config, place, cameras), f"the dataset {place}")
+        finally:
+            for source in sources.values():
+                source.dataset.close()
+    spec = _stated(config, {**config_lib.data_sizes(file), **stated}, file.partition(":")[0])
+    return Data(spec, None, f"{FLAG}, data_sizes() of {file}" if stated else f"data_sizes() of {file}")
+
+
+def _is_present(data: ConfigDict) -> bool:
+    """Whether the datasets of all sources are there."""
+    places = [source.path or data.path for source in data.sources.values()] or [data.path]
+    return all((dataset_dir(place) / "manifest.json").exists() for place in places)
+
+
+def _fitted(config: ConfigDict, place: Any, cameras: Mapping[str, str]) -> dict[str, tuple[int, ...]] | None:
+    kind, data = codecs.of_config(config), config.data
+    if kind is None or not kind.arrays:
+        return None
+    arrays = read_fitted(place, kind.name, kind.arrays, cameras, crop=data.crop, val_ratio=data.val_ratio)
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _stated(config: ConfigDict, stated: Sizes, file: str) -> DataSpec:
+    data, missing = config.data, []
+    window = WindowSpec.from_config(data.window)
+    (action,) = list(keys_read(data)["action"].values())[:1]
+    parts = [(key, get_transform(name)) for key, name in action] if window.action else []
+    cameras = sorted(data.cameras) if window.obs or window.next_obs else []
+    for key, example in (
+        *((camera, "180x320") for camera in cameras),
+        *((key, "7") for key in [*sorted(data.low_dim), *([data.text] if data.text else []), *(k for k, _ in parts)]),
+    ):
+        if key not in stated:
+            missing.append(f"{FLAG}={key}={example}")
+        elif isinstance(stated[key], int) == ("x" in example):
+            kind = "(height, width)" if "x" in example else "a width"
+            raise UserError(f"{key}: expected {kind}, found {stated[key]!r} in {FLAG} or data_sizes() of {file}.")
+    if missing:
+        raise UserError(
+            f"the sizes of {len(missing)} key(s) of config.data are not known: there is no dataset at "
+            f"{dataset_dir(data.path)}, and data_sizes() of {file} does not state them. Add them there, or state them: "
+            f"{' '.join(missing)} (sizes are examples)."
+        )
+    return DataSpec(
+        window=window,
+        cameras={name: (int(stated[name][0]), int(stated[name][1])) for name in cameras},
+        low_dim={name: int(stated[name]) for name in sorted(data.low_dim)},
+        action_dim=sum(transform.width(key, int(stated[key])) for key, transform in parts),
+        text_dim=int(stated[data.text]) if data.text else 0,
+        normalizer=Normalizer(),
+    )
+
+
+def _parsed(text: str) -> tuple[str, Any]:
+    key, _, size = text.rpartition("=")
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
+    if not key or not match:
+        raise UserError(f"{FLAG}={text}: expected KEY=HEIGHTxWIDTH of a camera, or KEY=WIDTH of a vector.")
+    return key, (int(match[1]), int(match[2])) if match[2] else int(match[1])

@@ -1,0 +1,157 @@
+"""A plan as text, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from uwm_jax import cli
+from uwm_jax.planning.rows import STATUS, Row
+
+_KINDS = {"memory": "does not fit", "config": "refused", "process": "failed"}
+_HELD = {
+    "parameter": "parameters",
+    "average": "their average",
+    "optimizer": "optimizer",
+    "frozen": "frozen codec",
+    "batch": "batch",
+    "activation": "activations, gradients and other temporaries",
+}
+_SOURCE = 100  # characters of the operation that a collective comes from
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All rows: an overview, then each in detail."""
+    return "\n\n".join([_overview(rows), *map(_details, rows)])
+
+
+def _overview(rows: Sequence[Row]) -> str:
+    header = (
+        *("topology", "chips", "mesh", "batch", "GB of limit", "fits", "ms at best", "ms estimate"),
+        *("samples/s at best", "estimate", "days at best", "estimate"),
+    )
+    lines = [header]
+    for row in rows:
+        lines.append(
+            (
+                row["topology"],
+                _int(row["chips"]),
+                "x".join(str(size) for size in row["mesh"].values()),
+                str(row["batch_size"]),
+                f"{_gb(needed(row))} of {_gb(row['hbm_limit_bytes'])}",
+                {None: "?", True: "yes", False: "NO"}[row["fits"]],
+                _ms(row["step_seconds_lower_bound"]),
+                _ms(row["step_seconds_estimate"]),
+                *(
+                    _number(row.get(f"{key}/{at}"))
+                    for key in ("samples_per_second", "days")
+                    for at in ("lower_bound", "estimate")
+                ),
+            )
+        )
+    return f"Plan ({STATUS}; GB are 1e9 bytes of one chip, mesh is data x fsdp x tensor):\n{cli.table(lines)}"
+
+
+def needed(row: Row) -> int | None:
+    """Bytes of one chip's memory: the step's and what lies next to it, or those of an evaluation where that is more."""
+    if row["peak_hbm_bytes"] is None:
+        return None
+    step = row["peak_hbm_bytes"] + (row["extra_hbm_bytes"] or 0)
+    return max(step, row.get("evaluation_hbm_bytes") or 0)
+
+
+def _details(row: Row) -> str:
+    title = f"{row['topology']} ({STATUS}; sizes from {row['data']})"
+    if "collectives" not in row:
+        return f"{title}\n  {_KINDS[row['failure_kind']]}: {row['failure']}"
+    took = "from the cache" if row["cached"] else f"compiled in {row['compile_seconds']:.0f} s"
+    return "\n".join(
+        [f"{title}, {took}", *_memory(row), *_time(row), *_collectives(row), *_gradients(row), *_remarks(row)]
+    )
+
+
+def _memory(row: Row) -> list[str]:
+    lines = [("  memory of a chip, GB", "")]
+    lines += [(f"    {what}", _gb(row[f"{name}_bytes"])) for name, what in _HELD.items()]
+    lines += [("    peak of the step, as compiled", _gb(row["peak_hbm_bytes"]))]
+    extra = {"decoder": "frozen arrays that the step does not read", "prefetch": "batches ahead", "code": "code"}
+    lines += [(f"    {what}", _gb(row[f"extra_hbm_bytes/{name}"])) for name, what in extra.items()]
+    if row["evaluation_hbm_bytes"]:
+        lines += [("    during evaluations in training", _gb(row["evaluation_hbm_bytes"]))]
+    lines += [("    usable", _gb(row["hbm_limit_bytes"]))]
+    return cli.table(lines).splitlines()
+
+
+def _time(row: Row) -> list[str]:
+    bound, estimate = "step_seconds_lower_bound", "step_seconds_estimate"
+
+    def parts(key: str) -> str:
+        return ", ".join(f"{k.removeprefix(key + '/')} {_ms(v)}" for k, v in row.items() if k.startswith(f"{key}/"))
+
+    lines = [
+        f"  {row['flops_per_step'] / 1e12:,.2f} TFLOP a step",
+        f"  lower bounds of a step, ms: {parts(bound)}; the largest counts",
+        f"  estimate, ms: {_ms(row[estimate])} = the sum of {parts(estimate)}",
+    ]
+    for at, name in (
+        ("lower_bound", "at the lower bound"),
+        ("estimate", "at the estimate"),
+        ("efficiency", f"at {row['efficiency']:.0%} of the peak (--efficiency)"),
+    ):
+        speed, days, cost = (row[f"{key}/{at}"] for key in ("samples_per_second", "days", "cost"))
+        told = f"{_number(speed)} samples/s, {_number(days)} days for all steps"
+        told += f", cost {_number(cost)} at {row['price_per_chip_hour']:g} a chip-hour" if cost is not None else ""
+        lines.append(f"  {name}: {told}")
+    return lines
+
+
+def _collectives(row: Row) -> list[str]:
+    if not row["collectives"]:
+        return ["  no collectives"]
+    lines = [("  collectives of a step", "over", "MB", "sent MB", "times", "waits", "of")]
+    for c in row["collectives"]:
+        source = c["source"] if len(c["source"]) <= _SOURCE else "..." + c["source"][-_SOURCE:]
+        lines.append(
+            (
+                f"    {c['kind']}",
+                "+".join(c["axes"]) or "?",
+                f"{c['bytes'] / 1e6:,.2f}",
+                f"{c['sent_bytes'] / 1e6:,.2f}",
+                str(c["times"]),
+                "no" if c["asynchronous"] else "yes",
+                f"{'activations' if c['activations'] else 'parameters'}, {source}",
+            )
+        )
+    return cli.table(lines).splitlines()
+
+
+def _gradients(row: Row) -> list[str]:
+    key = "collective_bytes/all-reduce"
+    if f"{key}/parameters" not in row:
+        return []
+    parameters, metrics, merged = (row[f"{key}/{part}"] for part in ("parameters", "metrics", "merged"))
+    return [
+        f"  all-reduce: {parameters:,} bytes = 4 x {row['trained_parameters']:,} parameters, {metrics} of metrics, "
+        f"{merged:+,} of equal gradients that are reduced once"
+    ]
+
+
+def _remarks(row: Row) -> list[str]:
+    failure = [f"  {_KINDS[row['failure_kind']]}: {row['failure']}"] if row["failure"] else []
+    return failure + [f"  warning: {text}" for text in row["warnings"]]
+
+
+def _int(value: int | None) -> str:
+    return "?" if value is None else str(value)
+
+
+def _gb(size: float | None) -> str:
+    return "?" if size is None else f"{size / 1e9:.2f}" if size >= 1e9 else f"{size / 1e9:.2g}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{1000 * seconds:,.2f}"
+
+
+def _number(value: Any) -> str:
+    return "?" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
