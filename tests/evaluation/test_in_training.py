@@ -33,6 +33,7 @@ class Counts(InTrainingEvaluator):
 
     def compile(self, params, frozen):
         self.params = params
+        return [self.name]
 
     def measure(self, params, frozen, each):
         return Measured({"count": {"mean": float(sum(each(iter(range(4)))) + params)}}, {"by": self.name})
