@@ -9,14 +9,16 @@ import jax
 import numpy as np
 import pytest
 
+from uwm_jax import codecs, systems
 from uwm_jax import config as config_lib
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
-from uwm_jax.synthetic import synthetic_batch, synthetic_system
+from uwm_jax.synthetic import synthetic_batch, synthetic_spec, synthetic_system
 from uwm_jax.training.state import create, make_optimizer
 from uwm_jax.training.step import make_train_step
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
+SIZES = {"uwm_b": (768, 12), "uwm_l": (1024, 24), "uwm_xl": (1152, 28), "uwm_7b": (2048, 32)}  # width, depth
 
 # What makes any of them small; everything else, such as options and keys, stays as shipped.
 TINY = [
@@ -32,9 +34,23 @@ TINY = [
 ]
 
 
+def tiny(name):
+    return config_lib.flatten(config_lib.load(str(CONFIGS[0].with_name(f"{name}.py")), TINY))
+
+
+def test_two_sizes_are_in_tiny_form_what_another_is():
+    """Which saves two programs in the test below."""
+    for name in ("uwm_l", "uwm_xl"):
+        assert tiny(name) == tiny("uwm_b") | {"mesh.fsdp": tiny(name)["mesh.fsdp"]}
+
+
 @pytest.mark.parametrize(
     "path",
-    [p if p.stem == "quickstart" else pytest.param(p, marks=pytest.mark.slow) for p in CONFIGS],
+    [
+        p if p.stem == "quickstart" else pytest.param(p, marks=pytest.mark.slow)
+        for p in CONFIGS
+        if p.stem not in ("uwm_l", "uwm_xl")
+    ],
     ids=lambda p: p.stem,
 )
 def test_a_step_in_tiny_form(path):
@@ -118,6 +134,45 @@ def test_the_papers_pretraining():
     assert (config.diffusion.num_train_steps, config.diffusion.num_inference_steps) == (100, 10)
     assert (o.learning_rate, o.b1, o.b2, o.weight_decay, o.schedule) == (1e-4, 0.9, 0.999, 1e-6, "constant")
     assert (config.total_steps, config.batch_size) == (100_000, 144)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_sizes_are_what_their_docstrings_say(name):
+    """Parameters counted in the shapes of the network itself, at its own width and depth."""
+    path = CONFIGS[0].with_name(f"{name}.py")
+    config = config_lib.load(str(path))
+    width, depth = SIZES[name]
+    assert (config.model.embed_dim, config.model.depth, width // config.model.num_heads) == (width, depth, 64)
+    system = systems.make(config, synthetic_spec(config, action_dim=10), codecs.from_config(config))
+    shapes = jax.eval_shape(system.init, jax.random.key(0))
+
+    def millions(tree):
+        return sum(x.size for x in jax.tree.leaves(tree)) / 1e6
+
+    network = shapes["noise_pred_net"]
+    told = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
+    for part in (
+        f"{millions(network):,.2f} M parameters in the network",
+        f"{millions(network['blocks']['adaln']):,.2f} M of them in the AdaLN layers",
+        f"{millions(shapes['obs_encoder']):,.2f} M in the image encoder",
+        f"take {12 * millions(shapes) / 1e3:.1f} GB",
+    ):
+        assert part in told, part
+
+
+def test_the_sizes_share_droids_data_and_one_schedule():
+    droid = config_lib.flatten(config_lib.load(str(CONFIGS[0].with_name("droid.py"))))
+    reference = config_lib.flatten(config_lib.load(str(CONFIGS[0].with_name("uwm_b.py"))))
+    assert {n for n in droid if droid[n] != reference[n]} == {
+        *("batch_size", "model.remat", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_steps"),
+        "optimizer.clip_norm",
+    }
+    for name in SIZES:
+        config = config_lib.flatten(config_lib.load(str(CONFIGS[0].with_name(f"{name}.py"))))
+        differ = {n for n in config if config[n] != reference[n]}
+        assert differ <= {"model.embed_dim", "model.depth", "model.num_heads", "model.remat", "mesh.fsdp"}
+        assert config["batch_size"] % config["mesh.fsdp"] == 0
+        assert config_lib.load(str(CONFIGS[0].with_name(f"{name}.py:official"))).data.last_action == "keep"
 
 
 def test_the_papers_runs_on_libero():
