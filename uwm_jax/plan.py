@@ -13,13 +13,14 @@ import json
 import sys
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from uwm_jax import cli, config_help, files
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.files import local_path
-from uwm_jax.planning import children, sizes, topology
-from uwm_jax.planning.rows import Question, row
+from uwm_jax.planning import children, search, sizes, topology
+from uwm_jax.planning.rows import Question, Row, refused, row
 from uwm_jax.planning.table import table
 from uwm_jax.planning.topology import HERE
 
@@ -33,6 +34,8 @@ def define_flags() -> None:
     flags.DEFINE_float("price", None, "of a chip-hour, in any currency; tells what all steps cost", lower_bound=0.0)
     flags.DEFINE_float("efficiency", 0.4, "share of the peak for which speed is told as well", lower_bound=0.001)
     flags.DEFINE_bool("latents", False, "batches hold latents of the frames to predict, which are then not encoded")
+    flags.DEFINE_bool("search", False, "try meshes, remat policies, parts of a batch and nearby batches that divide")
+    flags.DEFINE_integer("best", 4, "programs of each topology that --search compiles at most", lower_bound=1)
     flags.DEFINE_list("sizes", [], "KEY=HEIGHTxWIDTH or KEY=WIDTH of data that are not there; before data_sizes()")
     flags.DEFINE_string("cache", None, 'directory that keeps what was compiled; "" = none, default ~/.cache/uwm_jax')
     cli.accept_config_overrides(config_help.describe)
@@ -49,10 +52,20 @@ def main(call: cli.Call) -> None:
     cache = children.default_cache() if FLAGS.cache is None else FLAGS.cache and local_path(FLAGS.cache, "--cache")
     data = sizes.of_data(config, file, FLAGS.sizes)
     question = Question(data, FLAGS.latents, FLAGS.efficiency, FLAGS.price, cache or None)
-    rows = [row(name, config, question, say) for name in names]
+    rows = [made for name in names for made in plan(name, config, question)]
     print(table(rows))
     if output:
         files.write_text(output, json.dumps(rows, indent=2) + "\n")
+
+
+def plan(name: str, config: ConfigDict, question: Question) -> list[Row]:
+    """The row of a topology; with `--search` those of the search, the best first."""
+    if not FLAGS.search:
+        return [row(name, config, question, say)]
+    try:
+        return search.search(name, config, question, best=FLAGS.best, say=say)
+    except UserError as e:
+        return [refused(name, config, question, e)]
 
 
 def _topologies(given: list[str]) -> list[str]:
@@ -61,6 +74,8 @@ def _topologies(given: list[str]) -> list[str]:
     for name in names:
         if name != HERE:
             topology.find(name)
+    if FLAGS.search and HERE in names:
+        raise UserError(f"--search requires topologies of TPUs, found --topology={HERE}.")
     if importlib.util.find_spec("libtpu") is None and set(names) != {HERE}:
         raise UserError("--topology: libtpu is not installed: `pip install 'uwm-jax[plan]'` (Linux on x86-64 only).")
     return names

@@ -251,11 +251,12 @@ def _about_arrays(program: Program, frozen: Any, batch: Any) -> Facts:
     }
     return {
         **{name: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for name, tree in count.items()},
-        "bytes": {name: sum(map(_bytes_on_device, jax.tree.leaves(tree))) for name, tree in parts.items()},
+        "bytes": {name: sum(map(bytes_on_device, jax.tree.leaves(tree))) for name, tree in parts.items()},
     }
 
 
-def _bytes_on_device(x: jax.ShapeDtypeStruct) -> int:
+def bytes_on_device(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of the part of an array that one device holds."""
     return _size(x.shape, x.dtype, x.sharding)
 
 
@@ -287,9 +288,9 @@ def unused_bytes(compiled: Any, frozen: Any, used: Any, batch: Any) -> dict[str,
 
     def dropped(tree: Any, shardings: Any) -> int:
         pairs = zip(jax.tree.leaves(tree), _with_none(shardings), strict=True)
-        return sum(_bytes_on_device(x) for x, sharding in pairs if sharding is None)
+        return sum(bytes_on_device(x) for x, sharding in pairs if sharding is None)
 
-    never = sum(map(_bytes_on_device, jax.tree.leaves(frozen))) - sum(map(_bytes_on_device, jax.tree.leaves(used)))
+    never = sum(map(bytes_on_device, jax.tree.leaves(frozen))) - sum(map(bytes_on_device, jax.tree.leaves(used)))
     return {"frozen": never + dropped(used, of_frozen), "batch": dropped(batch, of_batch)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,10 @@ def row(name: str, config: ConfigDict, question: Question, say: Say) -> Row:
     place = None if name == HERE else topology.find(name)
     try:
         config = with_slices(config, place)
+        if place:
+            check_batch(config, place)
     except UserError as e:
-        return _failed(name, config, place, question, {"kind": "config", "message": str(e)})
+        return refused(name, config, question, e)
     answer = children.ask(request(config, place, question), name=name, cache=question.cache, say=say)
     return row_of(name, config, place, question, answer)
 
@@ -100,6 +102,34 @@ def with_slices(config: ConfigDict, place: Topology | None) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.mesh.slices = slices
     return config
+
+
+def check_batch(config: ConfigDict, place: Topology) -> None:
+    """Raises UserError where a batch does not divide over the chips of a topology, which names those nearby that do."""
+    mesh, parts = config.mesh, config.accumulation_steps
+    shares = place.chips // mesh.tensor
+    if place.chips % (mesh.fsdp * mesh.tensor) or mesh.data not in (-1, shares // mesh.fsdp):
+        return  # the mesh itself does not fit
+    if config.batch_size % (shares * parts):
+        most = max(math.gcd(config.batch_size, shares * parts) // parts, 1) * mesh.tensor
+        in_parts = f" in config.accumulation_steps={parts} parts" if parts > 1 else ""
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide over data x fsdp = {shares} chips{in_parts}: the "
+            f"nearest that do are {' and '.join(map(str, nearest(config.batch_size, shares * parts)))}; "
+            f"{config.batch_size} rows can use at most {most} of the {place.chips} chips."
+        )
+
+
+def nearest(batch: int, shares: int) -> list[int]:
+    """The batch, if it divides over so many shares, else the nearest sizes that do, below and above."""
+    below = batch // shares * shares
+    return [batch] if below == batch else [size for size in (below, below + shares) if size]
+
+
+def refused(name: str, config: ConfigDict, question: Question, error: UserError) -> Row:
+    """The row of a topology on which a config cannot be run."""
+    place = None if name == HERE else topology.find(name)
+    return _failed(name, config, place, question, {"kind": "config", "message": str(error)})
 
 
 def _about(name: str, config: ConfigDict, place: Topology | None, question: Question) -> Row:
@@ -226,18 +256,3 @@ def _traffic(facts: Mapping[str, Any]) -> Row:
             for c in heavy
         ],
     }
-
-
-def divisible(config: ConfigDict, chips: int) -> str:
-    """Why a batch does not use all chips, with those nearby that do; "" where it does."""
-    rest = config.mesh.fsdp * config.mesh.tensor
-    shares = (chips // config.mesh.tensor if chips % rest == 0 else chips) * config.accumulation_steps
-    if config.batch_size % shares == 0:
-        return ""
-    below = config.batch_size // shares * shares
-    nearest: Sequence[int] = [size for size in (below, below + shares) if size]
-    most = math.gcd(config.batch_size, shares)
-    return (
-        f"config.batch_size={config.batch_size} does not divide over {shares} shares: the nearest that do are "
-        f"{' and '.join(map(str, nearest))}; {config.batch_size} rows can use {most} of {chips} chips."
-    )

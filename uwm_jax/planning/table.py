@@ -27,7 +27,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _overview(rows: Sequence[Row]) -> str:
     header = (
-        *("topology", "chips", "mesh", "batch", "GB of limit", "fits", "ms at best", "ms estimate"),
+        *("topology", "chips", "mesh", "batch", "parts", "remat", "GB of limit", "fits", "ms at best", "ms estimate"),
         *("samples/s at best", "estimate", "days at best", "estimate"),
     )
     lines = [header]
@@ -38,6 +38,8 @@ def _overview(rows: Sequence[Row]) -> str:
                 _int(row["chips"]),
                 "x".join(str(size) for size in row["mesh"].values()),
                 str(row["batch_size"]),
+                str(row["accumulation_steps"]),
+                row["remat"] or "-",
                 f"{_gb(needed(row))} of {_gb(row['hbm_limit_bytes'])}",
                 {None: "?", True: "yes", False: "NO"}[row["fits"]],
                 _ms(row["step_seconds_lower_bound"]),
@@ -58,6 +60,18 @@ def needed(row: Row) -> int | None:
         return None
     step = row["peak_hbm_bytes"] + (row["extra_hbm_bytes"] or 0)
     return max(step, row.get("evaluation_hbm_bytes") or 0)
+
+
+def settings(row: Row) -> str:
+    """The flags of `uwm_jax.train` that make a run what a row of the search is, for people."""
+    fields = {
+        **{f"mesh.{axis}": size for axis, size in row["mesh"].items()},
+        "batch_size": row["batch_size"],
+        "accumulation_steps": row["accumulation_steps"],
+    }
+    if row["remat"] is not None:
+        fields["model.remat"] = row["remat"]
+    return " ".join(f"--config.{name}={value}" for name, value in fields.items())
 
 
 def _details(row: Row) -> str:
@@ -138,7 +152,8 @@ def _gradients(row: Row) -> list[str]:
 
 def _remarks(row: Row) -> list[str]:
     failure = [f"  {_KINDS[row['failure_kind']]}: {row['failure']}"] if row["failure"] else []
-    return failure + [f"  warning: {text}" for text in row["warnings"]]
+    flags = [f"  as a run: {settings(row)}"] if "by_arithmetic" in row else []
+    return failure + [f"  warning: {text}" for text in row["warnings"]] + flags
 
 
 def _int(value: int | None) -> str:
