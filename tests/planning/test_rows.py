@@ -26,12 +26,18 @@ def question(config, **options) -> Question:
     return Question(Data(spec, None, "a test"), **options)
 
 
+def base():
+    config = config_lib.base()
+    config.batch_size = 32
+    return config
+
+
 @pytest.fixture
 def plan(monkeypatch):
     """A function that makes the row of v5e-16 of an answer, and checks that it can be printed and stored."""
 
     def row(answer, config=None, name="v5e-16", **options):
-        config = config or config_lib.base()
+        config = config or base()
         monkeypatch.setattr(children, "ask", lambda *_, **__: {**answer, "seconds": 1.0, "cached": False})
         found = rows.row(name, config, question(config, **options), print)
         assert found["status"] == "predicted, never run"
@@ -79,8 +85,8 @@ def test_large_activations_between_chips_are_warned_of(plan):
 
 
 def test_speed_days_and_costs_at_best_by_estimate_and_at_an_efficiency(plan):
-    config = config_lib.base()
-    config.total_steps, config.batch_size = 86_400, 32
+    config = base()
+    config.total_steps = 86_400
     found = plan({"facts": facts()}, config, price=2.0, efficiency=0.5)
     assert found["days/lower_bound"] == pytest.approx(0.125)
     assert found["samples_per_second/lower_bound"] == pytest.approx(32 / 0.125)
@@ -106,7 +112,7 @@ def test_failures_are_rows(plan, failure, fits, said):
 
 
 def test_slices_of_the_topology_are_those_of_the_mesh(plan):
-    config = config_lib.base()
+    config = base()
     config.mesh.slices = 2
     assert rows.with_slices(config, topology.find("2xv5e-16")) is config
     with pytest.raises(UserError, match="config.mesh.slices=2 does not fit --topology=v5e-16 of 1 slice"):
