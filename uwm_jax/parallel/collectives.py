@@ -50,9 +50,10 @@ class Collective:
       sent: bytes that a device sends each time, in a ring: `bytes` times 2 (n - 1) / n for an all-reduce of n devices,
         1 for a permutation, (n - 1) / n for the others.
       asynchronous: whether other work of the program runs at the same time.
-      activations: whether it carries activations rather than parameters or gradients. An array counts as a parameter
-        or a gradient if it has the dims of a parameter of the program: of what a device holds of it, of the whole, of
-        a layer of a stack, or of parts of those between which only cuts along mesh axes lie. Scalars count as neither.
+      activations: whether more of its bytes are of activations than of parameters or gradients. The number of elements
+        of an array decides: parameters and gradients have as many as an array of the program's first argument
+        (`args[0]`, the train state): as a device holds it, whole, cut along some of the mesh axes alone, or a layer of
+        a stack. An activation that happens to have as many passes for one. Scalars decide nothing.
     """
 
     kind: str
