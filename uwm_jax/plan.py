@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -36,6 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("latents", False, "batches hold latents of the frames to predict, which are then not encoded")
     flags.DEFINE_bool("search", False, "try meshes, remat policies, parts of a batch and nearby batches that divide")
     flags.DEFINE_integer("best", 4, "programs of each topology that --search compiles at most", lower_bound=1)
+    flags.DEFINE_bool("measure", False, f"also run the step on the devices of this machine (--topology={HERE})")
     flags.DEFINE_list("sizes", [], "KEY=HEIGHTxWIDTH or KEY=WIDTH of data that are not there; before data_sizes()")
     flags.DEFINE_string("cache", None, 'directory that keeps what was compiled; "" = none, default ~/.cache/uwm_jax')
     cli.accept_config_overrides(config_help.describe)
@@ -44,14 +46,13 @@ def define_flags() -> None:
 def main(call: cli.Call) -> None:
     file = cli.required("config")
     config = config_lib.load(file, call.overrides)
-    cli.required("topology")
-    names = _topologies(FLAGS.topology)
+    names = _topologies(FLAGS.topology or [HERE] * FLAGS.measure or cli.required("topology"))
     output = cli.optional_path("json")
     if output:
         files.check_output_file(output, "--json")
     cache = children.default_cache() if FLAGS.cache is None else FLAGS.cache and local_path(FLAGS.cache, "--cache")
     data = sizes.of_data(config, file, FLAGS.sizes)
-    question = Question(data, FLAGS.latents, FLAGS.efficiency, FLAGS.price, cache or None)
+    question = Question(data, FLAGS.latents, FLAGS.efficiency, FLAGS.price, cache or None, FLAGS.measure)
     rows = [made for name in names for made in plan(name, config, question)]
     print(table(rows))
     if output:
@@ -68,12 +69,14 @@ def plan(name: str, config: ConfigDict, question: Question) -> list[Row]:
         return [refused(name, config, question, e)]
 
 
-def _topologies(given: list[str]) -> list[str]:
+def _topologies(given: Sequence[str]) -> list[str]:
     """The names of `--topology`, each known."""
     names = [name.strip() for name in given if name.strip()]
     for name in names:
         if name != HERE:
             topology.find(name)
+    if FLAGS.measure and HERE not in names:
+        raise UserError(f"--measure runs on the devices of this machine: add {HERE} to --topology, or leave it out.")
     if FLAGS.search and HERE in names:
         raise UserError(f"--search requires topologies of TPUs, found --topology={HERE}.")
     if importlib.util.find_spec("libtpu") is None and set(names) != {HERE}:

@@ -31,7 +31,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         "seconds_at_peak": 2.0,
         "memory": {
             **{"arguments": 3 * 10**9, "outputs": 3 * 10**9, "aliased": 3 * 10**9},
-            **{"temporaries": 5 * 10**9, "code": 10**8, "peak": 8 * 10**9},
+            **{"temporaries": 5 * 10**9, "code": 10**8, "peak": 8 * 10**9, "total": 9 * 10**9},
         },
         "collectives": [
             collective("all-reduce", ["data"], 2 * 10**8),

@@ -48,7 +48,7 @@ def default_cache() -> Path:
 
 
 def ask(request: Mapping[str, Any], *, name: str, cache: Path | None, say: Say) -> Answer:
-    """The answer of `compiling` to a request.
+    """The answer of `child` to a request.
 
     Args:
       name: of the topology, for lines about progress.
@@ -98,7 +98,7 @@ def _in_child(request: Mapping[str, Any], name: str, say: Say) -> Answer:
     if request["description"] is not None:
         environment |= TPU_ENVIRONMENT
         environment.pop("XLA_FLAGS", None)  # such as simulated devices, which a TPU run does not have
-    command = [sys.executable, "-m", "uwm_jax.planning.compiling"]
+    command = [sys.executable, "-m", "uwm_jax.planning.child"]
     with tempfile.TemporaryFile("w+") as noise:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, text=True, env=environment

@@ -1,20 +1,12 @@
-"""Compiles the step of a run for a topology and reports facts about it: the work of a child process.
-
-The parent (`children`) sets the environment before jax starts, writes a request to the standard input, and reads JSON
-lines from the standard output: `{"stage": ...}` on the way, `{"facts": ...}` or `{"failure": ...}` at the end.
-"""
+"""The step of a run, compiled for a topology, and facts about it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import re
-import resource
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -116,7 +108,8 @@ def evaluations(prepared: Prepared) -> Facts:
             programs = InTraining(program, data, frozen, command=(), draw=lambda *_: {}).programs
     except MemoryError as e:
         return {"evaluation": None, "evaluation_failure": verdict(str(e))["message"]}
-    own = [memory_of(p)["peak"] - _shared_bytes(p, program.like.eval_params, frozen) for p in programs]
+    peak = "peak" if program.mesh.devices.flat[0].platform == "tpu" else "total"
+    own = [memory_of(p)[peak] - _shared_bytes(p, program.like.eval_params, frozen) for p in programs]
     code = sum(memory_of(p)["code"] for p in programs)
     return {"evaluation": {"peak": max(own), "code": code} if programs else None, "evaluation_failure": None}
 
@@ -213,14 +206,18 @@ def _devices(description: Mapping[str, Any] | None) -> list[Any]:
 
 
 def memory_of(compiled: Any) -> dict[str, int]:
-    """The compiler's plan of one device's memory, in bytes."""
+    """The compiler's plan of one device's memory, in bytes: its parts, their `total` (what is aliased counts once), and
+    the `peak`, which TPUs' compilers reckon with what of it is alive at a time, and that of CPUs without temporaries.
+    """
     plan = compiled.memory_analysis()
+    arguments, outputs = plan.argument_size_in_bytes, plan.output_size_in_bytes
     return {
-        "arguments": plan.argument_size_in_bytes,
-        "outputs": plan.output_size_in_bytes,
+        "arguments": arguments,
+        "outputs": outputs,
         "aliased": plan.alias_size_in_bytes,
         "temporaries": plan.temp_size_in_bytes,
         "code": plan.generated_code_size_in_bytes,
+        "total": arguments + outputs - plan.alias_size_in_bytes + plan.temp_size_in_bytes,
         "peak": plan.peak_memory_in_bytes,
     }
 
@@ -345,53 +342,3 @@ def verdict(message: str) -> Facts:
         found["peak_bytes"] = int(float(used[1]) * units[used[2]])
         found["limit_bytes"] = int(float(used[3]) * units[used[4]])
     return found
-
-
-# --- the process -------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """Answers the request on the standard input."""
-    request = json.load(sys.stdin)
-    with _answering():
-        _tell("lowering the step")
-        prepared, lowering = _timed(lambda: prepare(request))
-        _tell("compiling the step")
-        step, compiling = _timed(lambda: compiled(prepared.program.mesh, prepared.lowered))
-        _tell("reading the program")
-        facts = facts_of(prepared, step)
-        del step
-        _tell("compiling evaluations")
-        found, evaluating = _timed(lambda: evaluations(prepared))
-        seconds = {"lowering": lowering, "compiling": compiling, "evaluations": evaluating}
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        _write({"facts": {**facts, **found, "compile_seconds": seconds, "host_bytes": host}})
-
-
-@contextlib.contextmanager
-def _answering() -> Iterator[None]:
-    """Turns what a user can mend, and the verdict that a program does not fit, into answers."""
-    try:
-        yield
-    except UserError as e:
-        _write({"failure": {"kind": "config", "message": str(e)}})
-    except MemoryError as e:
-        _write({"failure": {"kind": "memory", **verdict(str(e))}})
-
-
-def _timed(function: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
-
-
-def _tell(stage: str) -> None:
-    _write({"stage": stage})
-
-
-def _write(answer: Mapping[str, Any]) -> None:
-    print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()

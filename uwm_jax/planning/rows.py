@@ -40,6 +40,7 @@ class Question:
       efficiency: share of the chips' peak for which samples a second are told as well.
       price: of a chip-hour, None for no costs.
       cache: directory of answers; None for none.
+      measure: whether the step is run on the devices of this machine, where these are the topology.
     """
 
     data: Data
@@ -47,6 +48,7 @@ class Question:
     efficiency: float = 0.4
     price: float | None = None
     cache: Path | None = None
+    measure: bool = False
 
 
 def row(name: str, config: ConfigDict, question: Question, say: Say) -> Row:
@@ -75,12 +77,13 @@ def row_of(name: str, config: ConfigDict, place: Topology | None, question: Ques
 
 
 def request(config: ConfigDict, place: Topology | None, question: Question) -> dict[str, Any]:
-    """What `compiling` is asked."""
+    """What `child` is asked."""
     return {
         "config": json.loads(config_lib.to_json(config)),
         "spec": question.data.spec.to_json(),
         "arrays": question.data.arrays,
         "latents": question.latents,
+        "measure": question.measure and place is None,
         "description": place.description() if place else None,
     }
 
@@ -176,6 +179,7 @@ def _planned(
     found["flops_per_step"] = sum(facts["flops"].values())
     found |= {f"flops_per_step/{part}": x for part, x in facts["flops"].items()}
     found |= _traffic(facts)
+    found |= {f"measured/{key}": value for key, value in facts.get("measured", {}).items()}
     if facts["evaluation_failure"]:
         found |= {"failure_kind": "memory", "failure": f"evaluations in training: {facts['evaluation_failure']}"}
     found |= bounds.times(facts, place)
@@ -202,7 +206,8 @@ def _memory(facts: Mapping[str, Any], config: ConfigDict, limit: int | None) -> 
         "prefetch": max(config.data.prefetch, 1) * held["batch"] + facts["unused_bytes"]["batch"],
         "code": memory["code"],
     }
-    needed = memory["peak"] + sum(extra.values())
+    peak = memory["peak"] if facts["platform"] == "tpu" else memory["total"]
+    needed = peak + sum(extra.values())
     evaluating = _evaluation_bytes(facts, extra)
     return {
         "parameters": facts["parameters"],
@@ -212,8 +217,8 @@ def _memory(facts: Mapping[str, Any], config: ConfigDict, limit: int | None) -> 
         "optimizer_bytes": held["optimizer"],
         "frozen_bytes": held["frozen"],
         "batch_bytes": held["batch"],
-        "activation_bytes": memory["peak"] - memory["arguments"],
-        "peak_hbm_bytes": memory["peak"],
+        "activation_bytes": peak - memory["arguments"],
+        "peak_hbm_bytes": peak,
         "extra_hbm_bytes": sum(extra.values()),
         **{f"extra_hbm_bytes/{name}": size for name, size in extra.items()},
         "evaluation_hbm_bytes": evaluating,

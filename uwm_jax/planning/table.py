@@ -79,9 +79,8 @@ def _details(row: Row) -> str:
     if "collectives" not in row:
         return f"{title}\n  {_KINDS[row['failure_kind']]}: {row['failure']}"
     took = "from the cache" if row["cached"] else f"compiled in {row['compile_seconds']:.0f} s"
-    return "\n".join(
-        [f"{title}, {took}", *_memory(row), *_time(row), *_collectives(row), *_gradients(row), *_remarks(row)]
-    )
+    parts = (_memory, _time, _measured, _collectives, _gradients, _remarks)
+    return "\n".join([f"{title}, {took}", *(line for part in parts for line in part(row))])
 
 
 def _memory(row: Row) -> list[str]:
@@ -100,23 +99,36 @@ def _time(row: Row) -> list[str]:
     bound, estimate = "step_seconds_lower_bound", "step_seconds_estimate"
 
     def parts(key: str) -> str:
-        return ", ".join(f"{k.removeprefix(key + '/')} {_ms(v)}" for k, v in row.items() if k.startswith(f"{key}/"))
+        known = {k.removeprefix(f"{key}/"): v for k, v in row.items() if k.startswith(f"{key}/") and v is not None}
+        return ", ".join(f"{name} {_ms(seconds)}" for name, seconds in known.items())
 
-    lines = [
-        f"  {row['flops_per_step'] / 1e12:,.2f} TFLOP a step",
-        f"  lower bounds of a step, ms: {parts(bound)}; the largest counts",
-        f"  estimate, ms: {_ms(row[estimate])} = the sum of {parts(estimate)}",
-    ]
+    lines = [f"  {row['flops_per_step'] / 1e12:,.3g} TFLOP a step"]
+    if row[bound] is not None:
+        lines += [f"  lower bounds of a step, ms: {parts(bound)}; the largest counts"]
+    if row[estimate] is not None:
+        lines += [f"  estimate, ms: {_ms(row[estimate])} = the sum of {parts(estimate)}"]
     for at, name in (
         ("lower_bound", "at the lower bound"),
         ("estimate", "at the estimate"),
         ("efficiency", f"at {row['efficiency']:.0%} of the peak (--efficiency)"),
     ):
         speed, days, cost = (row[f"{key}/{at}"] for key in ("samples_per_second", "days", "cost"))
-        told = f"{_number(speed)} samples/s, {_number(days)} days for all steps"
-        told += f", cost {_number(cost)} at {row['price_per_chip_hour']:g} a chip-hour" if cost is not None else ""
-        lines.append(f"  {name}: {told}")
+        if speed is not None:
+            told = f"{_number(speed)} samples/s, {_number(days)} days for all steps"
+            told += f", cost {_number(cost)} at {row['price_per_chip_hour']:g} a chip-hour" if cost is not None else ""
+            lines.append(f"  {name}: {told}")
     return lines
+
+
+def _measured(row: Row) -> list[str]:
+    if "measured/step_seconds" not in row:
+        return []
+    planned, measured, seconds = (row[f"measured/{k}"] for k in ("planned_bytes", "measured_bytes", "step_seconds"))
+    whose = "this process grew by" if row["chip"] == "cpu" else "a device held at most"
+    return [
+        f"  measured on this machine ({row['chip']}): {_ms(seconds)} ms a step; {whose} {_gb(measured)} GB where "
+        f"{_gb(planned)} GB were planned"
+    ]
 
 
 def _collectives(row: Row) -> list[str]:

@@ -1,0 +1,78 @@
+"""The command from end to end, on the devices of this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from uwm_jax import cli, plan
+from uwm_jax import config as config_lib
+
+LINES = """
+import json
+from uwm_jax.config import from_dict
+
+def get_config():
+    return from_dict(json.loads({config!r}), "")
+"""
+
+
+@pytest.fixture
+def file(tiny_config, tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(LINES.format(config=config_lib.to_json(tiny_config)))
+    return path
+
+
+def call(*flags):
+    return cli.call(plan.main, ["plan", *map(str, flags)], plan.define_flags)
+
+
+@pytest.mark.slow
+def test_a_step_is_planned_and_measured_here(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # most of the time here is compilation
+    output = tmp_path / "rows.json"
+    flags = ("--config.eval.every=3", "--config.batch_size=1024", f"--json={output}", "--price=2")
+    assert call(f"--config={file}", "--measure", *flags) == 0
+    printed = capsys.readouterr().out
+    (row,) = json.loads(output.read_text())
+    assert row["topology"] == "here" and row["chip"] == "cpu" and row["failure"] is None
+    assert row["evaluation_hbm_bytes"] > row["parameter_bytes"] + row["optimizer_bytes"]
+    assert row["measured/step_seconds"] > 0 and "measured on this machine (cpu)" in printed
+    if sys.platform == "linux":
+        assert 0.5 < row["measured/measured_bytes"] / row["measured/planned_bytes"] < 2, row
+    assert f"sizes from the dataset {row['data'].removeprefix('the dataset ')}" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--topology is required"),
+        (("--topology=v5e-17",), "--topology=v5e-17: expected names such as"),
+        (("--measure", "--topology=v5e-16"), "--measure runs on the devices of this machine: add here"),
+        (("--search", "--topology=here"), "--search requires topologies of TPUs"),
+        (("--topology=v5e-16", "--price=-1"), "price"),
+        (("--topology=v5e-16", "--sizes=wrist"), "--sizes=wrist: expected KEY=HEIGHTxWIDTH"),
+        (("--topology=v5e-16", "--json=/dev/null/rows.json"), "--json: cannot write"),
+    ],
+)
+def test_unusable_flags(file, flags, message, capsys):
+    assert call(f"--config={file}", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_libtpu_a_line_says_how_to_get_it(file, monkeypatch, capsys):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    assert call(f"--config={file}", "--topology=v5e-16") == 2
+    assert "libtpu is not installed: `pip install 'uwm-jax[plan]'`" in capsys.readouterr().err
+
+
+def test_what_cannot_be_run_is_a_row_and_nothing_is_compiled(file, tmp_path, capsys):
+    output = tmp_path / "rows.json"
+    assert call(f"--config={file}", "--topology=v5e-16,2xv5e-4", "--config.batch_size=12", f"--json={output}") == 0
+    rows = json.loads(output.read_text())
+    assert [row["failure_kind"] for row in rows] == ["config", "config"]
+    assert "12 rows can use at most 4 of the 16 chips" in rows[0]["failure"]
+    assert "v5e-16 (predicted, never run" in capsys.readouterr().out
