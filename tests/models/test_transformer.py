@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from uwm_jax.models import layers
-from uwm_jax.models.transformer import BlockStack, Head, StepConditions, layer_norm, sinusoid
+from uwm_jax.models.adaln import StepConditions
+from uwm_jax.models.transformer import BlockStack, Head, layer_norm, sinusoid
 
 # Half the compile time.
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

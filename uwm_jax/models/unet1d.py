@@ -24,11 +24,12 @@ import jax.numpy as jnp
 
 from uwm_jax.models import flops
 from uwm_jax.models.activations import constrain
+from uwm_jax.models.adaln import StepConditions
 from uwm_jax.models.initializers import normal, uniform
 from uwm_jax.models.normalization import GroupNorm
 from uwm_jax.models.products import dot_general
 from uwm_jax.models.resnet import TorchDense
-from uwm_jax.models.transformer import StepConditions, sinusoid
+from uwm_jax.models.transformer import sinusoid
 
 Array = jax.Array
 FOURIER_STD = 16.0  # of the random frequencies at the start

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from uwm_jax.models import layers
 from uwm_jax.models.activations import constrain
+from uwm_jax.models.adaln import StepConditions
 from uwm_jax.models.obs_encoder import ObsEncoder
-from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, StepConditions, sinusoid
+from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, sinusoid
 from uwm_jax.models.unet1d import UNet1D
 from uwm_jax.systems import parts
 

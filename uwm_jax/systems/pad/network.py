@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from uwm_jax.models import flops, patches
 from uwm_jax.models.activations import constrain
+from uwm_jax.models.adaln import StepConditions
 from uwm_jax.models.initializers import uniform
-from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, StepConditions, dense, sinusoid
+from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, dense, sinusoid
 
 Array = jax.Array
 Prediction = tuple[dict[str, Array], dict[str, Array]]

@@ -21,7 +21,8 @@ import numpy as np
 
 from uwm_jax.models import flops, patches
 from uwm_jax.models.activations import constrain
-from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, StepConditions, dense, sinusoid
+from uwm_jax.models.adaln import StepConditions
+from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, dense, sinusoid
 
 Array = jax.Array
 
