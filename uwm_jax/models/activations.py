@@ -3,7 +3,8 @@
 A model says what an axis is, not where it lies: `constrain(x, "batch", "length", None, "heads")`. Flax's logical axis
 rules say which mesh axes a name stands for. Without rules or without a mesh around the trace, nothing happens.
 
-The names are `batch`, `length` (tokens), `heads`, and `hidden` (units inside an MLP); all other axes stay whole.
+The names are `batch`, `length` (tokens), `heads`, `hidden` (units inside an MLP) and `width` (of what AdaLN's kernels
+make of conditions, cut as those kernels are); all other axes stay whole.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from uwm_jax.models import target
 
-NAMES = ("batch", "length", "heads", "hidden")
+NAMES = ("batch", "length", "heads", "hidden", "width")
 
 
 def axes(name: str | None) -> tuple[tuple[str, ...], int]:
@@ -39,11 +40,16 @@ def divided_axes() -> dict[str, int]:
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` with its leading axes laid out as their names say; an axis that the devices do not divide stays whole."""
-    if not nn.get_logical_axis_rules() or not divided_axes():
+    return lay_out(x, *(axes(name)[0] for name in names))
+
+
+def lay_out(x: jax.Array, *entries: tuple[str, ...]) -> jax.Array:
+    """`x` with its leading axes over mesh axes; an axis that they do not divide stays whole."""
+    sizes = divided_axes()
+    if not nn.get_logical_axis_rules() or not sizes:
         return x
-    found = [axes(name) for name in names]
     # also without any axis to cut: that says that all is whole, which keeps layouts of weights from spreading
-    spec = [a if size % count == 0 else () for size, (a, count) in zip(x.shape, found, strict=False)]
+    spec = [a if n % math.prod(sizes[b] for b in a) == 0 else () for n, a in zip(x.shape, entries, strict=False)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(a or None for a in spec)))
 
 

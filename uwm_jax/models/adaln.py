@@ -1,15 +1,58 @@
-"""AdaLN: from the condition of a row to the shifts, scales and gates of its tokens (Peebles and Xie, 2023)."""
+"""AdaLN: from the condition of a row to the shifts, scales and gates of its tokens (Peebles and Xie, 2023).
+
+Where it is computed. A kernel (K, k, D) is most of a block, and a condition (K,) is one vector a row. Where the mesh
+axes that cut the kernels' width D cut the rows too (`fsdp`), one of the two has to be whole on every device. With fewer
+than k * D rows that is the conditions, whose rows * K numbers are then fewer than the kernel's: each device computes
+its part of the width for all rows, and the results, which are small, are exchanged for whole ones of the device's own
+rows. Gradients of the kernel need no sum over `fsdp` then.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uwm_jax.models.activations import axes, constrain, divided_axes, lay_out
+
 Array = jax.Array
+
+
+def kernel_stays_cut(rows: int, outputs: int, width: int) -> bool:
+    """Whether the conditions of `rows` rows are made whole in place of a kernel (K, outputs, width); module docstring.
+
+    Decided while a program is traced, from the shapes and the mesh around the trace; `rows` are those of all devices
+    there.
+    """
+    (by_rows, _), (by_width, pieces) = axes("batch"), axes("width")
+    if not set(by_rows) & set(by_width) or width % pieces:
+        return False
+    return rows // math.prod(divided_axes()[a] for a in by_rows if a not in by_width) < outputs * width
+
+
+def share_conditions(activated_cond: Array, outputs: int, width: int) -> Array:
+    """Conditions (B, K), whole along the mesh axes that cut a kernel (K, outputs, width) if it stays cut."""
+    return _of_all_rows(activated_cond) if kernel_stays_cut(len(activated_cond), outputs, width) else activated_cond
+
+
+def to_rows(modulation: Array) -> Array:
+    """What a kernel made of `share_conditions` (B, k, D), with the rows where their tokens are.
+
+    Whole along the devices that share a row: it is small compared with the tokens that it multiplies.
+    """
+    if kernel_stays_cut(*modulation.shape):
+        modulation = _of_all_rows(modulation, (), axes("width")[0])
+    return constrain(modulation, "batch")
+
+
+def _of_all_rows(x: Array, *entries: tuple[str, ...]) -> Array:
+    """`x` with its rows on every device along the axes that cut the width, and further axes over mesh axes."""
+    by_width = axes("width")[0]
+    return lay_out(x, tuple(a for a in axes("batch")[0] if a not in by_width), *entries)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ import numpy as np
 from uwm_jax.models import flops
 from uwm_jax.models import layers as layers_lib
 from uwm_jax.models.activations import constrain
-from uwm_jax.models.adaln import StepConditions
+from uwm_jax.models.adaln import StepConditions, share_conditions, to_rows
 from uwm_jax.models.attention import attend
 from uwm_jax.models.initializers import normal
 from uwm_jax.models.products import dot_general
@@ -119,9 +119,8 @@ class Block(nn.Module):
         self.fc2 = dense(d, dtype=dtype)
 
     def __call__(self, x: Array, activated_cond: Array, mask: Array | None = None) -> Array:
-        """`activated_cond` is SiLU of the condition (B, K)."""
-        # Gathered over the devices that share these rows: it is small compared with the tokens that it multiplies.
-        return self.apply_modulated(x, constrain(self.modulation(activated_cond), "batch"), mask)
+        """`activated_cond` is SiLU of the condition (B, K), laid out by `share_conditions`."""
+        return self.apply_modulated(x, to_rows(self.modulation(activated_cond)), mask)
 
     def modulation(self, activated_cond: Array) -> Array:
         """(B, K) -> (B, 6, D) float32: shift, scale, gate of the attention and of the MLP."""
@@ -153,6 +152,10 @@ class Head(nn.Module):
     def modulation(self, activated_cond: Array) -> Array:
         """(B, K) -> (B, 2, D) float32: shift, scale."""
         return self.adaln(activated_cond).astype(jnp.float32)
+
+    def row_modulation(self, activated_cond: Array) -> Array:
+        """`modulation` in training: one condition a row, laid out over devices as `adaln.py` describes."""
+        return to_rows(self.modulation(share_conditions(activated_cond, 2, self.embed_dim)))
 
     def step_modulation(self, conditions: StepConditions) -> Array:
         """(S, B, 2, D) float32: `modulation` of all rows at all steps."""
@@ -224,6 +227,7 @@ class BlockStack:
         Returns the stream after the last block (B, L, D) and after every block (depth, B, L, D).
         """
         block = self._block()
+        activated_cond = share_conditions(activated_cond, 6, self.embed_dim)  # once for all layers
 
         def body(x: Array, params: Any) -> Array:
             # The modulation belongs to the body: it is rematerialised, and its weights gathered, layer by layer.

@@ -53,6 +53,7 @@ ACTIVATIONS = (
     ("length", None),
     ("heads", "tensor"),
     ("hidden", "tensor"),
+    ("width", ("tensor", "fsdp")),
 )
 
 

@@ -78,7 +78,7 @@ class ActionTransformer(nn.Module):
         cond = constrain(nn.silu(cond), "batch")
         blocks = self.stack.params_of(self, cond.shape[-1])
         x, _ = self.stack(blocks, self._tokens(noisy), cond)
-        return self._output(x, constrain(self.head.modulation(cond), "batch"))
+        return self._output(x, self.head.row_modulation(cond))
 
     def modulation(self, global_cond: Array, timestep: Array) -> dict[str, Array]:
         """All AdaLN modulations of a sampler's steps (S,) at once, for `predict`: {"blocks": (S, depth, B, 6, D),

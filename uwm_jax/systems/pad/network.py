@@ -109,7 +109,7 @@ class PADNet(nn.Module):
         blocks = self.stack.params_of(self, cond.shape[-1])
         tokens, keys = self._tokens(obs_latent, noisy, action_mask)
         x, hidden = self.stack(blocks, tokens, cond, keys)
-        return self._outputs(x, constrain(self.head.modulation(cond), "batch"), {"tokens": tokens, "hidden": hidden})
+        return self._outputs(x, self.head.row_modulation(cond), {"tokens": tokens, "hidden": hidden})
 
     def modulation(self, timestep: Array) -> dict[str, Array]:
         """All AdaLN modulations of a sampler at timesteps (S,), the same for all rows, for `predict`.

@@ -123,7 +123,7 @@ class DiT(nn.Module):
         cond = constrain(nn.silu(cond), "batch")
         blocks, tokens = self.stack.params_of(self, cond.shape[-1]), self._tokens(noisy)
         x, hidden = self.stack(blocks, tokens, cond)
-        return self._outputs(x, constrain(self.head.modulation(cond), "batch"), {"tokens": tokens, "hidden": hidden})
+        return self._outputs(x, self.head.row_modulation(cond), {"tokens": tokens, "hidden": hidden})
 
     def modulation(self, global_cond: Array, timestep: Mapping[str, Array]) -> dict[str, Array]:
         """All AdaLN modulations of a sampler at once, for `predict`.
