@@ -127,3 +127,25 @@ def test_modulations_of_all_steps(blocks, stream, order, form):
         now = jnp.broadcast_to(time[s], (ROWS, TIME))
         parts = {"features first": (features, now), "time first": (now, features), "time alone": (now,)}[order]
         close((streams[s], of_head[s]), one_by_one(jax.nn.silu(jnp.concatenate(parts, axis=1))))
+
+
+def test_scanned_parameters_are_cast_once(blocks, stream, monkeypatch):
+    """In bfloat16 no stack of float32 enters or leaves the loops, and values and gradients are those of casts in them."""
+    x, cond = stream
+    stack = BlockStack(WIDTH, DEPTH, HEADS, dtype=jnp.bfloat16)
+
+    def loss(blocks):
+        return jnp.sum(stack(blocks, x, cond)[0] ** 2)
+
+    def stacks_of_loops():
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(blocks).jaxpr
+        loops = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+        assert len(loops) == 2
+        kernels = {leaf.shape for leaf in jax.tree.leaves(blocks)}
+        return [v.aval.dtype for e in loops for v in (*e.invars, *e.outvars) if v.aval.shape in kernels]
+
+    once = fast_jit(jax.value_and_grad(loss))(blocks)
+    assert set(stacks_of_loops()) == {jnp.dtype(jnp.bfloat16)}
+    monkeypatch.setattr(layers, "in_dtype", lambda layers, dtype, scan: layers)
+    assert jnp.dtype(jnp.float32) in stacks_of_loops()
+    jax.tree.map(np.testing.assert_array_equal, once, fast_jit(jax.value_and_grad(loss))(blocks))

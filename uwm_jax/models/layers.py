@@ -86,6 +86,15 @@ def run(body: Body, x: jax.Array, layers: Any, depth: int, *, scan: bool) -> tup
     return x, jnp.stack(hidden)
 
 
+def in_dtype(layers: Any, dtype: Any, *, scan: bool) -> Any:
+    """`layers` of `run` in the dtype of their products, if they are scanned: cast once before the loop.
+
+    Cast in the loop, each layer's slice would be kept in both dtypes for the backward pass, and its gradient put into a
+    stack of float32. Only for layers that compute with all of their parameters in `dtype`.
+    """
+    return jax.tree.map(lambda x: x.astype(dtype), layers) if _scans(layers, scan) else layers
+
+
 def _scans(layers: Any, scan: bool) -> bool:
     return scan and not are_apart(layers)
 

@@ -233,6 +233,7 @@ class BlockStack:
             # The modulation belongs to the body: it is rematerialised, and its weights gathered, layer by layer.
             return _apply(block, params, x, activated_cond, mask)
 
+        blocks = layers_lib.in_dtype(blocks, self.dtype, scan=self.scan)
         layer = layers_lib.rematerialized(body, self.remat, blocks, scan=self.scan)
         return layers_lib.run(layer, x, blocks, self.depth, scan=self.scan)
 
