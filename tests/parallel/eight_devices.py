@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -54,7 +55,7 @@ def tiny(sizes: tuple[int, int, int], accumulation_steps: int) -> ConfigDict:
     c.model.embed_dim, c.model.depth, c.model.num_heads, c.model.num_registers = 32, 2, 4, 2
     c.model.timestep_embed_dim, c.model.patch = 16, (2, 2, 2)
     c.model.encoder.stage_sizes, c.model.encoder.width, c.model.encoder.use_low_dim = (1,), 16, True
-    c.model.codec.microbatch = 2  # of the 4 or more frames that each device has
+    c.model.codec.microbatch = 64 if sizes[2] == 4 else 2  # of the 4 or more frames that each device has
     c.data.cameras, c.data.low_dim = ("left", "right"), ("state",)
     c.data.window.action = tuple(range(1, 5))
     c.data.resize, c.data.crop = (20, 18), (16, 16)  # of RAW frames
@@ -110,6 +111,12 @@ def evaluate_modes(system: UWM, mesh, rules, params, frozen, batch) -> dict:
     }
 
 
+def frames_of_convolutions(text: str) -> list[int]:
+    """How many frames each convolution of the VAE's encoder takes on a device, by a compiled program's text."""
+    found = re.findall(r"= f32\[(\d+),[\d,]*\]\S* convolution\(.*AutoencoderKL", text)
+    return [int(frames) for frames in found]
+
+
 def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     config = tiny(sizes, accumulation_steps)
     mesh = mesh_lib.make_mesh(config, jax.devices()[: int(np.prod(sizes))])
@@ -160,6 +167,7 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
         ),
         "gradient_bytes": sum(x.nbytes for x in jax.tree.leaves(state.params)),
         "token_bytes": config.batch_size // (sizes[0] * sizes[1]) * system.network.noise_pred_net.num_tokens * 32 * 4,
+        "encoded_frames": frames_of_convolutions(compiled.as_text()),
         "collectives": [[c.kind, c.bytes, c.group, c.times, c.source] for c in found],
     }
 

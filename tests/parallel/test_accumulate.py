@@ -167,3 +167,10 @@ def test_tensor_sums_tokens_twice_a_block_in_each_direction(runs):
     assert [(kind, times) for kind, _, _, times, _ in tokens] == [("all-reduce", 2)] * 4, "in a loop over two blocks"
     rest = sum(size * times for kind, size, _, times, _ in run["collectives"] if kind != "all-reduce")
     assert rest < run["token_bytes"], "beside them, only modulations are gathered"
+
+
+@pytest.mark.slow
+def test_frozen_frames_are_encoded_once(runs):
+    """Sixteen rows of two views and two frames, over all eight devices, those along `tensor` too."""
+    assert len(runs["data 2, tensor 4"]["encoded_frames"]) > 5
+    assert set(runs["data 2, tensor 4"]["encoded_frames"]) == {16 * 2 * 2 // 8}

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.codecs.base import Codec, LatentShape, grid
-from uwm_jax.models.activations import axes
+from uwm_jax.models.activations import axes_for, constrain, lay_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,8 @@ class VAECodec(Codec):
 
     Attributes:
         vae: the module; `params` of the methods are its parameters.
-        microbatch: frames in one pass through the VAE, on each device: bounds memory, changes no result. A batch
-            that is spread over devices stays where it is: each device works on its own frames in every pass.
+        microbatch: frames in one pass through the VAE, on each device: bounds memory, changes no result. Each device
+            works on its own share of the frames in every pass; devices that share a row have frames of it each.
         divisor: the official code's extra scale.
     """
 
@@ -97,25 +97,31 @@ class VAECodec(Codec):
 
 
 def _in_passes(function: Callable, x: jax.Array, microbatch: int) -> Any:
-    """Applies `function` to the flattened leading (B, V, T) of x, at most `microbatch` items of a device at a time."""
-    lead, (_, devices) = x.shape[:3], axes("batch")
-    if lead[0] % devices:  # such rows are not spread over devices
-        devices = 1
-    items = lead[0] * lead[1] * lead[2] // devices  # of each device
+    """Applies `function` to the flattened leading (B, V, T) of x, at most `microbatch` items of a device at a time.
+
+    The items are spread over all devices, those that share a row (`tensor`) too; the results lie as rows of a batch do.
+    """
+    lead, x = x.shape[:3], x.reshape(-1, *x.shape[3:])
+    spread, devices = axes_for(len(x))
+    x, items = lay_out(x, spread), len(x) // devices  # of each device
     passes = -(-items // microbatch)
     # an exact division needs no padding, so a few passes more are a good price for it
     passes = next((p for p in range(passes, min(2 * passes, items) + 1) if items % p == 0), passes)
     size = -(-items // passes)
+
+    def back(y: jax.Array) -> jax.Array:
+        return constrain(y.reshape(*lead, *y.shape[1:]), "batch")
+
     if passes == 1:
-        return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), function(x.reshape(-1, *x.shape[3:])))
-    x = x.reshape(devices, items, *x.shape[3:])
+        return jax.tree.map(back, function(x))
+    x = x.reshape(devices, items, *x.shape[1:])
     x = jnp.pad(x, [(0, 0), (0, size * passes - items)] + [(0, 0)] * (x.ndim - 2))
     # pass j takes items j, j + passes, ... of every device, so that no item ever moves to another one
     x = x.reshape(devices * size, passes, *x.shape[2:]).swapaxes(0, 1)
-    y = jax.lax.map(function, x)
+    y = jax.lax.map(lambda part: function(lay_out(part, spread)), x)
 
     def in_order(y: jax.Array) -> jax.Array:
         y = y.swapaxes(0, 1).reshape(devices, size * passes, *y.shape[2:])[:, :items]
-        return y.reshape(*lead, *y.shape[2:])
+        return back(y.reshape(-1, *y.shape[2:]))
 
     return jax.tree.map(in_order, y)

@@ -31,6 +31,22 @@ def axes(name: str | None) -> tuple[tuple[str, ...], int]:
     return names, math.prod(sizes[a] for a in names)
 
 
+def axes_for(rows: int) -> tuple[tuple[str, ...], int]:
+    """The mesh axes that can share `rows` independent rows, and how many devices they have: those of `batch` first, then
+    all others, as far as the rows divide.
+
+    For what no axis cuts otherwise, such as frozen encoders: along `tensor` it would be repeated.
+    """
+    if not nn.get_logical_axis_rules():
+        return (), 1
+    sizes, found, devices = divided_axes(), [], 1
+    for name in dict.fromkeys((*axes("batch")[0], *sizes)):
+        if rows % (devices * sizes[name]) == 0:
+            found.append(name)
+            devices *= sizes[name]
+    return tuple(found), devices
+
+
 def divided_axes() -> dict[str, int]:
     """The mesh axes around the trace that are left to the partitioner and have more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
