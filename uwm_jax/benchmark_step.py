@@ -63,7 +63,7 @@ def define_flags() -> None:
 def main(call: cli.Call) -> None:
     config = config_lib.load(cli.required("config"), call.overrides)
     rows, frame_size = select(FLAGS.part), _frame_size(FLAGS.frame_size)
-    beside_torch, note = _torch_wanted(FLAGS.torch)
+    beside_torch, note = _torch_wanted(FLAGS.torch, config)
     memory_rows = _memory_rows(FLAGS.memory)
     output = cli.optional_path("json")
     if output:
@@ -84,7 +84,7 @@ def _frame_size(flag: list[str] | None) -> tuple[int, int] | None:
     return int(flag[0]), int(flag[1])
 
 
-def _torch_wanted(flag: bool | None) -> tuple[bool, str]:
+def _torch_wanted(flag: bool | None, config: ConfigDict) -> tuple[bool, str]:
     """Whether to run torch next to ours, and a line about what is missing."""
     installed, cpu = importlib.util.find_spec("torch") is not None, jax.default_backend() == "cpu"
     missing = "torch is not installed: `pip install 'uwm-jax[torch]'` adds a plain torch loop to compare with."
@@ -92,6 +92,11 @@ def _torch_wanted(flag: bool | None) -> tuple[bool, str]:
         raise UserError("--torch: the comparison runs on CPUs only (JAX_PLATFORMS=cpu); leave the flag out.")
     if flag and not installed:
         raise UserError(f"--torch: {missing}")
+    if (adaln := config.model.get("adaln", "official")) != "official":
+        note = f"config.model.adaln={adaln!r} is not in the official code, so there is no torch loop to compare with."
+        if flag:
+            raise UserError(f"--torch: {note}")
+        return False, note
     wanted = cpu and flag is not False
     return wanted and installed, missing if wanted and not installed else ""
 

@@ -73,14 +73,14 @@ def close(actual, wanted, tolerance=1e-5):
 def test_hidden_keys_have_no_influence(blocks, stream):
     """Masked keys give the values and gradients of a shorter sequence."""
     x, cond = stream
-    stack, kept = BlockStack(WIDTH, DEPTH, HEADS, remat="dots"), LENGTH - 2
+    stack, kept, params = BlockStack(WIDTH, DEPTH, HEADS, remat="dots"), LENGTH - 2, {"blocks": blocks}
 
     @fast_jit
     def gradients(x, mask=None):
         """Of the last tokens' squares, by all tokens; and all tokens."""
 
         def loss(x):
-            y, _ = stack(blocks, x, cond, mask)
+            y, _ = stack(params, x, cond, mask)
             return jnp.sum(y[:, -kept:] ** 2), y
 
         return jax.grad(loss, has_aux=True)(x)
@@ -89,7 +89,7 @@ def test_hidden_keys_have_no_influence(blocks, stream):
     gradient, hidden = gradients(x, keys)
     assert not np.asarray(gradient[:, :-kept]).any()
     close((gradient[:, -kept:], hidden[:, -kept:]), gradients(x[:, -kept:]))
-    full, mixed = fast_jit(lambda x, masks: (stack(blocks, x, cond)[0], stack(blocks, x, cond, masks)[0]))(
+    full, mixed = fast_jit(lambda x, masks: (stack(params, x, cond)[0], stack(params, x, cond, masks)[0]))(
         x, jnp.broadcast_to(keys.at[1:].set(True)[:, None], (ROWS, LENGTH, LENGTH))
     )
     close((mixed[1:], mixed[:1]), (full[1:], hidden[:1]))
@@ -112,15 +112,15 @@ def test_modulations_of_all_steps(blocks, stream, order, form):
     @fast_jit
     def at_once(held, features, time):
         conditions = StepConditions.join(features, time, time_first=order == "time first")
-        modulation = stack.modulation(held, conditions)
+        modulation = stack.modulation({"blocks": held}, conditions)
         of_head = Head(WIDTH, jnp.float32).apply({"params": head}, conditions, method="step_modulation")
         of_head = jnp.broadcast_to(of_head, (STEPS, ROWS, 2, WIDTH))
-        return [stack.apply_modulated(held, x, modulation[s]) for s in range(STEPS)], of_head
+        return [stack.apply_modulated({"blocks": held}, x, modulation[s]) for s in range(STEPS)], of_head
 
     @fast_jit
     def one_by_one(cond):
         of_head = jnp.einsum("bc,ckd->bkd", cond, head["adaln"]["kernel"]) + head["adaln"]["bias"]
-        return stack(blocks, x, cond), of_head
+        return stack({"blocks": blocks}, x, cond), of_head
 
     streams, of_head = at_once(held, features, time)
     for s in range(STEPS):
@@ -130,12 +130,12 @@ def test_modulations_of_all_steps(blocks, stream, order, form):
 
 
 def test_scanned_parameters_are_cast_once(blocks, stream, monkeypatch):
-    """In bfloat16 no stack of float32 enters or leaves the loops, and values and gradients are those of casts in them."""
+    """In bfloat16 no stack of float32 enters or leaves the loops; values and gradients are those of casts in them."""
     x, cond = stream
     stack = BlockStack(WIDTH, DEPTH, HEADS, dtype=jnp.bfloat16)
 
     def loss(blocks):
-        return jnp.sum(stack(blocks, x, cond)[0] ** 2)
+        return jnp.sum(stack({"blocks": blocks}, x, cond)[0] ** 2)
 
     def stacks_of_loops():
         jaxpr = jax.make_jaxpr(jax.grad(loss))(blocks).jaxpr

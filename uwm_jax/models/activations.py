@@ -32,8 +32,8 @@ def axes(name: str | None) -> tuple[tuple[str, ...], int]:
 
 
 def axes_for(rows: int) -> tuple[tuple[str, ...], int]:
-    """The mesh axes that can share `rows` independent rows, and how many devices they have: those of `batch` first, then
-    all others, as far as the rows divide.
+    """The mesh axes that can share `rows` independent rows, and the number of their devices: those of `batch` first,
+    then all others, as far as the rows divide.
 
     For what no axis cuts otherwise, such as frozen encoders: along `tensor` it would be repeated.
     """

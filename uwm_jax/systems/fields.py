@@ -6,7 +6,7 @@ single fields are in `CHOICES` and `AT_LEAST_ONE`; those of groups that a system
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
@@ -16,12 +16,14 @@ from uwm_jax import codecs
 from uwm_jax.codecs.base import Codec, LatentShape
 from uwm_jax.errors import UserError
 from uwm_jax.models import attention
+from uwm_jax.models.adaln import VARIANTS
 
 # Values that a field may take, where its type says too little.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": ("none", "dots", "full"),
     "model.dtype": ("float32", "bfloat16"),
     "model.attention": attention.KINDS,
+    "model.adaln": VARIANTS,
     "model.encoder.pool": ("average", "flatten"),
     "model.codec.posterior": ("sample", "mode"),
     "model.codec.dtype": ("float32", "bfloat16"),
@@ -33,6 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Numbers of at least 1; the other numbers are at least 0.
 AT_LEAST_ONE = (
     *("model.embed_dim", "model.depth", "model.num_heads", "model.mlp_ratio", "model.timestep_embed_dim"),
+    "model.adaln_rank",
     *("model.encoder.width", "model.codec.microbatch", "diffusion.num_train_steps", "diffusion.num_inference_steps"),
 )
 
@@ -70,6 +73,31 @@ def add_transformer(m: ConfigDict) -> None:
     m.dtype = "float32"  # float32 (exact products) or bfloat16 (fp32 norms, softmax, modulation, loss)
     # of all blocks: xla, or cudnn (fused kernels of NVIDIA GPUs, for dtype bfloat16; the same up to rounding)
     m.attention = "xla"
+
+
+def add_adaln(m: ConfigDict) -> None:
+    """How the condition modulates the blocks of a transformer."""
+    # AdaLN of the blocks: official (a kernel in each, most of all parameters), shared (one kernel for all and an offset
+    # in each, as in PixArt) or low_rank (the product of two narrow kernels in each)
+    m.adaln = "official"
+    m.adaln_rank = 64  # width between the two kernels of low_rank
+
+
+ADALN = ("model.adaln", "model.adaln_rank")  # which decide shapes of parameters
+
+
+def rank_is_idle(flat: Mapping[str, Any]) -> bool:
+    """Whether `model.adaln_rank` has no effect in a flat config."""
+    return flat["model.adaln"] != "low_rank"
+
+
+def require_official_adaln(m: ConfigDict) -> None:
+    """Raises UserError where the blocks have no AdaLN kernels of their own, as official checkpoints do."""
+    require(
+        m.adaln == "official",
+        f"config.model.adaln={m.adaln!r}: official checkpoints have an AdaLN kernel in every block "
+        "(config.model.adaln='official'), so these parameters cannot be written in their layout.",
+    )
 
 
 def check_transformer(m: ConfigDict) -> None:

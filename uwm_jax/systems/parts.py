@@ -33,6 +33,8 @@ def transformer(m: Any) -> dict[str, Any]:
         "mlp_ratio": m.mlp_ratio,
         "qkv_bias": m.qkv_bias,
         "remat": m.remat,
+        "adaln": m.adaln,
+        "adaln_rank": m.adaln_rank,
         "scan_blocks": layers.scans_by_default() if m.scan_blocks is None else m.scan_blocks,
         "dtype": jnp.dtype(m.dtype),
         "attention": m.attention,

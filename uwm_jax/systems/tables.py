@@ -24,7 +24,9 @@ from __future__ import annotations
 
 ADALN_TRANSFORMER_RULES = (
     ("noise_pred_net/blocks/adaln/kernel", (None, None, None, ("tensor", "fsdp"))),
+    ("noise_pred_net/blocks/adaln/down", (None, None, ("tensor", "fsdp"))),
     ("noise_pred_net/head/adaln/kernel", (None, None, ("tensor", "fsdp"))),
+    ("noise_pred_net/adaln/kernel", (None, None, ("tensor", "fsdp"))),
     ("noise_pred_net/blocks/qkv/kernel", (None, "fsdp", None, "tensor", None)),
     ("noise_pred_net/blocks/qkv/bias", (None, None, "tensor", None)),
     ("noise_pred_net/blocks/proj/kernel", (None, "tensor", None, "fsdp")),
@@ -54,8 +56,20 @@ RESNET_ENCODER_GROUPS = (("obs_encoder/", "obs_encoder"),)
 
 # Where the raw values of actions and low-dimensional keys meet an AdaLN transformer.
 ACTION_INTERFACE = ("noise_pred_net/action_encoder/fc1/kernel", "noise_pred_net/action_decoder/fc2/kernel")
-CONDITION_INTERFACE = ("noise_pred_net/blocks/adaln/kernel", "noise_pred_net/head/adaln/kernel")
-ADALN_MISFIT = (
-    "The AdaLN kernels read the condition, whose width follows from views, frames, low-dim keys and text; "
-    "they start at zero and are most of the network, so little of the origin is left without them."
-)
+_READS_CONDITION = {
+    "official": "noise_pred_net/blocks/adaln/kernel",
+    "shared": "noise_pred_net/adaln/kernel",
+    "low_rank": "noise_pred_net/blocks/adaln/down",
+}
+ADALN_MISFITS = {
+    "noise_pred_net/*adaln/*": (
+        "The AdaLN kernels read the condition, whose width follows from views, frames, low-dim keys and text, and are "
+        "other ones for each config.model.adaln; they start at zero and say most of what the blocks do, so little of "
+        "the origin is left without them."
+    )
+}
+
+
+def condition_interface(adaln: str) -> tuple[str, ...]:
+    """The arrays that read the condition with `config.model.adaln`."""
+    return _READS_CONDITION[adaln], "noise_pred_net/head/adaln/kernel"

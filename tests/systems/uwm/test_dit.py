@@ -284,13 +284,14 @@ def test_without_registers_and_qkv_bias(inputs):
     assert seen["tokens"].shape == (2, 12, WIDTH) and pred["next_obs"].shape == (2, 2, 2, 8, 8, 4)
 
 
-def test_full_width_size():
+@pytest.mark.parametrize("adaln, millions", [("official", 384.92), ("shared", 125.40), ("low_rank", 109.28)])
+def test_full_width_size(adaln, millions):
     """The paper's DROID network has 384.92 M parameters."""
-    net = DiT(action_dim=10, action_len=16, latent_shape=(3, 2, 28, 28, 4))
+    net = DiT(action_dim=10, action_len=16, latent_shape=(3, 2, 28, 28, 4), adaln=adaln, adaln_rank=64)
     noisy = {"action": jnp.zeros((1, 16, 10)), "next_obs": jnp.zeros((1, 3, 2, 28, 28, 4))}
     steps = {"action": jnp.zeros(1, int), "next_obs": jnp.zeros(1, int)}
     shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4608), jnp.float32), noisy, steps)
-    assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6, 2) == 384.92
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6, 2) == millions
     assert net.num_tokens == 171
 
 

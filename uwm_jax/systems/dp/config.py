@@ -21,6 +21,7 @@ _ONLY_OF = {
     ("model.predictor", "transformer"): (
         *("model.depth", "model.num_heads", "model.mlp_ratio", "model.qkv_bias", "model.scan_blocks", "model.remat"),
         "model.attention",
+        *fields.ADALN,
     ),
     ("model.predictor", "unet"): (
         *("model.unet.down_dims", "model.unet.kernel_size", "model.unet.groups", "model.unet.fourier"),
@@ -39,6 +40,7 @@ def _unused(field: str, value: str) -> Callable[[Mapping[str, Any]], bool]:
 FIELDS = Fields(
     sampling=(*fields.SAMPLING, "diffusion.timeshift"),
     shaping=(
+        *fields.ADALN,
         *("model.predictor", "model.embed_dim", "model.depth", "model.mlp_ratio", "model.qkv_bias", "model.unet.*"),
         *("model.timestep_embed_dim", "data.cameras", "data.low_dim", "data.text", "data.action", "data.crop"),
         *("model.encoder.stage_sizes", "model.encoder.width", "model.encoder.pool", "model.encoder.use_*"),
@@ -50,7 +52,10 @@ FIELDS = Fields(
         "diffusion.kind": "action",
         "diffusion.prediction.action": "action",
     },
-    idle={name: _unused(*only) for only, names in _ONLY_OF.items() for name in names},
+    idle={
+        **{name: _unused(*only) for only, names in _ONLY_OF.items() for name in names},
+        "model.adaln_rank": lambda flat: flat["model.predictor"] != "transformer" or fields.rank_is_idle(flat),
+    },
 )
 
 
@@ -61,6 +66,7 @@ def add_fields(c: ConfigDict) -> None:
     c.model = ConfigDict()
     c.model.predictor = "transformer"  # of the noise: transformer, or unet (1-D, along the actions)
     fields.add_transformer(c.model)  # embed_dim: of the features of a frame too
+    fields.add_adaln(c.model)
     c.model.timestep_embed_dim = 256  # width of the timestep's embedding; even
     c.model.unet = ConfigDict()
     c.model.unet.down_dims = (256, 512, 1024)  # channels of each level

@@ -14,9 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uwm_jax.models import layers
 from uwm_jax.models.activations import constrain
-from uwm_jax.models.adaln import StepConditions
+from uwm_jax.models.adaln import StepConditions, Variant
 from uwm_jax.models.obs_encoder import ObsEncoder
 from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, sinusoid
 from uwm_jax.models.unet1d import UNet1D
@@ -36,6 +35,7 @@ class ActionTransformer(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the blocks.
         timestep_embed_dim: even, at least 4.
         scan_blocks, remat, attention: as `scan`, `remat` and `attention` of `BlockStack`.
+        adaln, adaln_rank: the variant of AdaLN (`models/adaln.py`).
         dtype: of the large products; the timestep embedding and the output projection stay in float32.
     """
 
@@ -49,6 +49,8 @@ class ActionTransformer(nn.Module):
     timestep_embed_dim: int = 256
     scan_blocks: bool = True
     remat: str = "none"
+    adaln: str = "official"
+    adaln_rank: int = 0
     dtype: Any = jnp.float32
     attention: str = "xla"
 
@@ -84,7 +86,7 @@ class ActionTransformer(nn.Module):
         """All AdaLN modulations of a sampler's steps (S,) at once, for `predict`: {"blocks": (S, depth, B, 6, D),
         "head": (S, B, 2, D)}."""
         conditions = StepConditions.join(global_cond, self._embed(timestep))
-        blocks = self.get_variable("params", layers.BLOCKS)
+        blocks = self.stack.params_of(self)
         return {
             "blocks": self.stack.modulation(blocks, conditions),
             "head": self.head.step_modulation(conditions),
@@ -92,7 +94,7 @@ class ActionTransformer(nn.Module):
 
     def predict(self, noisy: Array, modulation: Mapping[str, Array]) -> Array:
         """`__call__` with one step's slice of `modulation`."""
-        blocks = self.get_variable("params", layers.BLOCKS)
+        blocks = self.stack.params_of(self)
         x, _ = self.stack.apply_modulated(blocks, self._tokens(noisy), modulation["blocks"])
         return self._output(x, modulation["head"])
 
@@ -115,6 +117,7 @@ class ActionTransformer(nn.Module):
             self.remat,
             self.dtype,
             self.attention,
+            Variant(self.adaln, self.adaln_rank),
         )
 
     def _embed(self, timestep: Array) -> Array:

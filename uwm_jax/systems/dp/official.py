@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from uwm_jax.systems import fields
 from uwm_jax.torch_bridge import layout, names, official_config
 from uwm_jax.torch_bridge.layout import Entry, EntryOf, Path, Shape
 from uwm_jax.torch_bridge.official_config import NET, Conflicts, Official, OfficialRun, Shapes, dim
@@ -182,10 +183,17 @@ def describe(system: DP) -> dict[str, Any]:
     return {"diffusion": {**c.diffusion.to_dict(), **of_sampler}}
 
 
+def _entry_of(config: ConfigDict) -> EntryOf:
+    """`entry_of` for a config; raises UserError for AdaLN that official checkpoints do not have."""
+    if config.model.predictor == "transformer":
+        fields.require_official_adaln(config.model)
+    return entry_of(config.model.predictor)
+
+
 OFFICIAL = Official(
     classes=(DIFFUSION, FLOW),
     algo="dp",
     read=read,
-    entry_of=lambda config: entry_of(config.model.predictor),
+    entry_of=_entry_of,
     describe=describe,
 )

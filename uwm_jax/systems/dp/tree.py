@@ -29,46 +29,45 @@ _PRETRAINED = (
     ),
 )
 
-_TREES = {
-    "transformer": TreeInfo(
+_UNET = TreeInfo(
+    gradient_groups=(
+        *tables.RESNET_ENCODER_GROUPS,
+        ("/film/", "film"),
+        ("/timestep_embedding/", "timestep"),
+        ("", "convolutions"),
+    ),
+    mesh_rules=(*_UNET_RULES, *tables.RESNET_ENCODER_RULES, *tables.WHOLE),
+    interfaces={
+        "action": (
+            "noise_pred_net/down_0_0/block1/conv/kernel",
+            "noise_pred_net/down_0_0/shortcut/kernel",
+            "noise_pred_net/output/kernel",
+        ),
+        "low_dim": ("noise_pred_net/*/film/kernel",),
+    },
+    misfits={
+        "noise_pred_net/*/film/kernel": (
+            "The FiLM kernels read the condition, whose width follows from views, frames, low-dim keys and text."
+        ),
+    },
+    pretrained=_PRETRAINED,
+)
+
+
+def tree(config: ConfigDict) -> TreeInfo:
+    """About the parameters of the predictor that a config names."""
+    if config.model.predictor == "unet":
+        return _UNET
+    return TreeInfo(
         gradient_groups=(*tables.RESNET_ENCODER_GROUPS, *tables.ADALN_TRANSFORMER_GROUPS),
         mesh_rules=(*tables.ADALN_TRANSFORMER_RULES, *tables.RESNET_ENCODER_RULES, *tables.WHOLE),
-        interfaces={"action": tables.ACTION_INTERFACE, "low_dim": tables.CONDITION_INTERFACE},
+        interfaces={"action": tables.ACTION_INTERFACE, "low_dim": tables.condition_interface(config.model.adaln)},
         misfits={
             "noise_pred_net/pos_embed": (
                 "The position embedding has a row for each action, so that another number of actions "
                 "(config.data.window.action) changes it alone."
             ),
-            "noise_pred_net/*/adaln/kernel": tables.ADALN_MISFIT,
+            **tables.ADALN_MISFITS,
         },
         pretrained=_PRETRAINED,
-    ),
-    "unet": TreeInfo(
-        gradient_groups=(
-            *tables.RESNET_ENCODER_GROUPS,
-            ("/film/", "film"),
-            ("/timestep_embedding/", "timestep"),
-            ("", "convolutions"),
-        ),
-        mesh_rules=(*_UNET_RULES, *tables.RESNET_ENCODER_RULES, *tables.WHOLE),
-        interfaces={
-            "action": (
-                "noise_pred_net/down_0_0/block1/conv/kernel",
-                "noise_pred_net/down_0_0/shortcut/kernel",
-                "noise_pred_net/output/kernel",
-            ),
-            "low_dim": ("noise_pred_net/*/film/kernel",),
-        },
-        misfits={
-            "noise_pred_net/*/film/kernel": (
-                "The FiLM kernels read the condition, whose width follows from views, frames, low-dim keys and text."
-            ),
-        },
-        pretrained=_PRETRAINED,
-    ),
-}
-
-
-def tree(config: ConfigDict) -> TreeInfo:
-    """About the parameters of the predictor that a config names."""
-    return _TREES[config.model.predictor]
+    )

@@ -13,6 +13,7 @@ MODALITIES = ("action", "next_obs")
 FIELDS = Fields(
     sampling=fields.SAMPLING,
     shaping=(
+        *fields.ADALN,
         *("model.embed_dim", "model.depth", "model.mlp_ratio", "model.qkv_bias", "model.patch"),
         *("model.timestep_embed_dim", "model.codec.name", "data.cameras", "data.action", "data.crop"),
         *("data.window.obs", "data.window.action", "data.window.next_obs"),
@@ -25,6 +26,7 @@ FIELDS = Fields(
         "model.codec.name": "next_obs",
         "model.patch": "next_obs",
     },
+    idle={"model.adaln_rank": fields.rank_is_idle},
 )
 
 
@@ -32,6 +34,7 @@ def add_fields(c: ConfigDict) -> None:
     """The model of the Unified World Models paper's comparison."""
     c.model = ConfigDict()
     fields.add_transformer(c.model)
+    fields.add_adaln(c.model)
     c.model.timestep_embed_dim = 512  # width of the timestep's embedding, which is the blocks' condition
     c.model.patch = (2, 4, 4)  # latent frames, rows, columns per video token
     fields.add_codec(c.model)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from uwm_jax.models import flops, patches
 from uwm_jax.models.activations import constrain
-from uwm_jax.models.adaln import StepConditions
+from uwm_jax.models.adaln import StepConditions, Variant
 from uwm_jax.models.initializers import uniform
 from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, dense, sinusoid
 
@@ -63,6 +63,7 @@ class PADNet(nn.Module):
         latent_shape: (V, T, h, w, C) of the latents of one observation.
         patch: latent frames, rows and columns per video token; must divide (T, h, w).
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, remat, attention: as in `BlockStack`; scan_blocks: its `scan`.
+        adaln, adaln_rank: the variant of AdaLN (`models/adaln.py`).
         timestep_embed_dim: even, at least 4.
         dtype: of the large products; parameters and outputs are float32.
     """
@@ -79,6 +80,8 @@ class PADNet(nn.Module):
     timestep_embed_dim: int = 512
     scan_blocks: bool = True
     remat: str = "none"
+    adaln: str = "official"
+    adaln_rank: int = 0
     dtype: Any = jnp.float32
     attention: str = "xla"
 
@@ -117,13 +120,13 @@ class PADNet(nn.Module):
         Returns {"blocks": (S, depth, 1, 6, D), "head": (S, 1, 2, D)} float32; slice s of both belongs to step s.
         """
         conditions = StepConditions.join(None, self._embed(timestep))
-        blocks = self.get_variable("params", "blocks")
+        blocks = self.stack.params_of(self)
         return {"blocks": self.stack.modulation(blocks, conditions), "head": self.head.step_modulation(conditions)}
 
     def predict(self, obs_latent: Array, noisy: Mapping[str, Array], modulation: Mapping[str, Array]) -> Prediction:
         """`__call__` with one step's slice of `modulation`, for rows that all have actions."""
         tokens, _ = self._tokens(obs_latent, noisy, None)
-        x, hidden = self.stack.apply_modulated(self.get_variable("params", "blocks"), tokens, modulation["blocks"])
+        x, hidden = self.stack.apply_modulated(self.stack.params_of(self), tokens, modulation["blocks"])
         return self._outputs(x, modulation["head"], {"tokens": tokens, "hidden": hidden})
 
     def flops(self) -> float:
@@ -148,6 +151,7 @@ class PADNet(nn.Module):
             self.remat,
             self.dtype,
             self.attention,
+            Variant(self.adaln, self.adaln_rank),
         )
 
     def _embed(self, timestep: Array) -> Array:

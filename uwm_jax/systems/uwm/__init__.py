@@ -6,7 +6,7 @@ from uwm_jax.systems.uwm import config, words
 from uwm_jax.systems.uwm.modes import ACTING, USES
 from uwm_jax.systems.uwm.official import OFFICIAL
 from uwm_jax.systems.uwm.system import UWM
-from uwm_jax.systems.uwm.tree import TREE
+from uwm_jax.systems.uwm.tree import tree
 
 SYSTEM = SystemType(
     name="uwm",
@@ -14,7 +14,7 @@ SYSTEM = SystemType(
     add_fields=config.add_fields,
     check=config.check,
     make=UWM,
-    tree=lambda config: TREE,
+    tree=tree,
     uses=USES,
     acting=ACTING,
     introduction=words.INTRODUCTION,

@@ -20,6 +20,7 @@ CHOICES = {
 FIELDS = Fields(
     sampling=fields.SAMPLING,
     shaping=(
+        *fields.ADALN,
         *("model.embed_dim", "model.depth", "model.mlp_ratio", "model.qkv_bias", "model.num_registers", "model.patch"),
         *("model.timestep_embed_dim", "model.codec.name", "data.cameras", "data.low_dim", "data.text", "data.action"),
         *("model.encoder.stage_sizes", "model.encoder.width", "model.encoder.pool", "model.encoder.use_*"),
@@ -33,7 +34,10 @@ FIELDS = Fields(
         "model.codec.name": "next_obs",
         "model.patch": "next_obs",
     },
-    idle={"loss.action_free": lambda flat: all(use for name, use in flat.items() if name.endswith(".use_actions"))},
+    idle={
+        "loss.action_free": lambda flat: all(use for name, use in flat.items() if name.endswith(".use_actions")),
+        "model.adaln_rank": fields.rank_is_idle,
+    },
 )
 
 
@@ -41,6 +45,7 @@ def add_fields(c: ConfigDict) -> None:
     """The paper's model."""
     c.model = ConfigDict()
     fields.add_transformer(c.model)
+    fields.add_adaln(c.model)
     c.model.num_registers = 8  # learned tokens without an output
     c.model.timestep_embed_dim = 512  # width of the embedding of both timesteps
     c.model.patch = (2, 4, 4)  # latent frames, rows, columns per video token

@@ -21,7 +21,7 @@ import numpy as np
 
 from uwm_jax.models import flops, patches
 from uwm_jax.models.activations import constrain
-from uwm_jax.models.adaln import StepConditions
+from uwm_jax.models.adaln import StepConditions, Variant
 from uwm_jax.models.transformer import INIT, MLP, BlockStack, Head, dense, sinusoid
 
 Array = jax.Array
@@ -42,6 +42,7 @@ class DiT(nn.Module):
         num_registers: learned tokens without an output of their own.
         timestep_embed_dim: width of the joint embedding of both timesteps; even, at least 4.
         scan_blocks, remat, attention: as `scan`, `remat` and `attention` of `BlockStack`.
+        adaln, adaln_rank: the variant of AdaLN (`models/adaln.py`).
         dtype: of the large products; parameters and outputs are float32.
     """
 
@@ -58,6 +59,8 @@ class DiT(nn.Module):
     timestep_embed_dim: int = 512
     scan_blocks: bool = True
     remat: str = "none"
+    adaln: str = "official"
+    adaln_rank: int = 0
     dtype: Any = jnp.float32
     attention: str = "xla"
 
@@ -91,6 +94,7 @@ class DiT(nn.Module):
             self.remat,
             self.dtype,
             self.attention,
+            Variant(self.adaln, self.adaln_rank),
         )
 
     def setup(self) -> None:
@@ -136,7 +140,7 @@ class DiT(nn.Module):
             {"blocks": (S, depth, B, 6, D), "head": (S, B, 2, D)} float32; slice s of both belongs to step s.
         """
         conditions = StepConditions.join(global_cond, self._embed_timestep(timestep))
-        blocks = self.get_variable("params", "blocks")
+        blocks = self.stack.params_of(self)
         return {
             "blocks": self.stack.modulation(blocks, conditions),
             "head": self.head.step_modulation(conditions),
@@ -147,7 +151,7 @@ class DiT(nn.Module):
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """`__call__` with one step's slice of `modulation`: {"blocks": (depth, B, 6, D), "head": (B, 2, D)}."""
         tokens = self._tokens(noisy)
-        x, hidden = self.stack.apply_modulated(self.get_variable("params", "blocks"), tokens, modulation["blocks"])
+        x, hidden = self.stack.apply_modulated(self.stack.params_of(self), tokens, modulation["blocks"])
         return self._outputs(x, modulation["head"], {"tokens": tokens, "hidden": hidden})
 
     def _embed_timestep(self, timestep: Mapping[str, Array]) -> Array:

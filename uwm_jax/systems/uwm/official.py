@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from uwm_jax.systems import fields
 from uwm_jax.systems.uwm.modes import MODES
 from uwm_jax.torch_bridge import layout, names, official_config
 from uwm_jax.torch_bridge.layout import Entry, EntryOf, Path, Shape
@@ -115,10 +116,16 @@ def describe(system: UWM) -> dict[str, Any]:
     }
 
 
+def _entry_of(config: ConfigDict) -> EntryOf:
+    """`entry_of` for a config; raises UserError for AdaLN that official checkpoints do not have."""
+    fields.require_official_adaln(config.model)
+    return entry_of(config.model.patch)
+
+
 OFFICIAL = Official(
     classes=("models.uwm.UnifiedWorldModel",),
     algo="uwm",
     read=read,
-    entry_of=lambda config: entry_of(config.model.patch),
+    entry_of=_entry_of,
     describe=describe,
 )

@@ -30,7 +30,7 @@ from uwm_jax.systems.base import (
 from uwm_jax.systems.uwm import objective
 from uwm_jax.systems.uwm.modes import ACTING, MODALITIES, MODES, USES
 from uwm_jax.systems.uwm.network import network_from_config
-from uwm_jax.systems.uwm.tree import TREE
+from uwm_jax.systems.uwm.tree import tree
 
 SAMPLE_KEYS = {"action": "action", "next_obs": "next_obs_latent"}  # of `sample`, by modality
 GAP_AT = 90  # % of T, where the shuffle gap is measured, for any sampler: little of the frames is left there
@@ -46,13 +46,13 @@ class UWM(System):
 
     uses = USES
     acting = ACTING
-    tree = TREE
 
     codec: Codec
 
     def __init__(self, config: ConfigDict, spec: DataSpec, codec: Codec | None):
         assert codec is not None, "a Unified World Model samples latents of a codec"
         super().__init__(config, spec, codec)
+        self.tree = tree(config)
         self.schedule = parts.schedule(config.diffusion, hide_at=config.diffusion.hide_at)
         self.prediction = config.diffusion.prediction.to_dict()
         self.clip = config.diffusion.clip.to_dict()

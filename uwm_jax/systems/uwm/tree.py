@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from ml_collections import ConfigDict
+
 from uwm_jax.systems import tables
 from uwm_jax.systems.base import Pretrained, TreeInfo
 from uwm_jax.torch_bridge.torchvision_resnet import load_imagenet_resnet
@@ -12,7 +16,7 @@ TREE = TreeInfo(
     interfaces={
         "action": tables.ACTION_INTERFACE,
         "next_obs": ("noise_pred_net/patch_encoder/kernel", "noise_pred_net/patch_decoder/kernel"),
-        "low_dim": tables.CONDITION_INTERFACE,
+        "low_dim": tables.condition_interface("official"),
     },
     codec="next_obs",
     misfits={
@@ -20,7 +24,7 @@ TREE = TreeInfo(
             "The position embedding has a row for each action, video token and register, so that another number of "
             "actions (config.data.window.action) changes it alone."
         ),
-        "noise_pred_net/*/adaln/kernel": tables.ADALN_MISFIT,
+        **tables.ADALN_MISFITS,
     },
     pretrained=(
         Pretrained(
@@ -31,3 +35,9 @@ TREE = TreeInfo(
         ),
     ),
 )
+
+
+def tree(config: ConfigDict) -> TreeInfo:
+    """`TREE` for the AdaLN of a config."""
+    interfaces = {**TREE.interfaces, "low_dim": tables.condition_interface(config.model.adaln)}
+    return dataclasses.replace(TREE, interfaces=interfaces)
