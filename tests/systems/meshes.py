@@ -28,6 +28,7 @@ from uwm_jax.training.build import build
 
 STEPS, ROWS = 10, 16
 VARIANTS = ("uwm", "dp", "dp_unet", "dp_flow", "pad", "gr1")
+ADALN = {"uwm": "shared", "dp": "low_rank"}  # on meshes that cut its kernels
 # name: (data, fsdp, tensor), accumulation steps; the sizes say how many of the devices are used
 MESHES = {
     "one": ((1, 1, 1), 1),
@@ -47,9 +48,13 @@ def formula(shapes):
     return jax.tree.unflatten(jax.tree.structure(shapes), made)
 
 
-def run(variant: str, sizes: tuple[int, int, int], accumulation_steps: int) -> list[dict[str, float]]:
+def run(
+    variant: str, sizes: tuple[int, int, int], accumulation_steps: int, adaln: str = "official"
+) -> list[dict[str, float]]:
     """Loss and gradient norms of each step."""
     config = small_config(variant)
+    if adaln != "official":
+        config.model.adaln, config.model.adaln_rank = adaln, 8
     config.batch_size, config.accumulation_steps = ROWS, accumulation_steps
     config.data.cameras, config.data.low_dim = ("left", "right"), ("state",)
     if variant == "dp_unet":  # normalisation of fewer values amplifies what rounding leaves of their differences
@@ -80,5 +85,8 @@ def run(variant: str, sizes: tuple[int, int, int], accumulation_steps: int) -> l
 if __name__ == "__main__":
     variants = sys.argv[2:] or VARIANTS
     results = {variant: {name: run(variant, *mesh) for name, mesh in MESHES.items()} for variant in variants}
+    for variant, adaln in ADALN.items():
+        cut = {name: MESHES[name] for name in ("one", "fsdp 4, tensor 2")}
+        results[f"{variant} {adaln}"] = {name: run(variant, *mesh, adaln) for name, mesh in cut.items()}
     with open(sys.argv[1], "w") as file:
         json.dump(results, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -23,8 +24,15 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["accumulated", "data 8", "fsdp 4, tensor 2"])
-@pytest.mark.parametrize("variant", ["uwm", "dp", "dp_unet", "dp_flow", "pad", "gr1"])
+@pytest.mark.parametrize(
+    "variant, mesh",
+    [
+        *itertools.product(
+            ("uwm", "dp", "dp_unet", "dp_flow", "pad", "gr1"), ("accumulated", "data 8", "fsdp 4, tensor 2")
+        ),
+        *itertools.product(("uwm shared", "dp low_rank"), ("fsdp 4, tensor 2",)),
+    ],
+)
 def test_losses_and_gradient_norms_agree_with_one_device(runs, variant, mesh):
     one, found = runs[variant]["one"], runs[variant][mesh]
     assert len(one) == len(found) == 10 and one[0]["grad_norm"] != one[9]["grad_norm"]

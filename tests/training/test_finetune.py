@@ -227,6 +227,22 @@ def test_the_refusal_names_the_fields_that_differ(origin, tiny_config):
     assert "Undo what changed the shapes" in message and "views" not in message.partition("The AdaLN")[0]
 
 
+@pytest.mark.parametrize("adaln", ["shared", "low_rank"])
+def test_another_adaln_is_named_and_its_arrays_may_start_fresh(origin, tiny_config, adaln):
+    tiny_config.model.adaln = adaln
+    shapes, _ = shapes_of(tiny_config)
+    with pytest.raises(UserError) as caught:
+        origin.skipped(shapes, tiny_config)
+    message = str(caught.value)
+    new = {"shared": "noise_pred_net/adaln/kernel", "low_rank": "noise_pred_net/blocks/adaln/down"}[adaln]
+    assert f"{new}: absent in the origin, (" in message and "noise_pred_net/blocks/adaln/kernel: (" in message
+    assert f"config.model.adaln is {adaln}, the origin's is official" in message
+    assert "other ones for each config.model.adaln" in message
+    flag = re.search(r"--config.init_from_skip='(.*)'", message).group(1)
+    skipped = origin.skipped(shapes, skipping(tiny_config, *flag.split(",")))
+    assert skipped == sorted([new, "noise_pred_net/blocks/adaln/kernel"])
+
+
 def test_a_longer_action_window_costs_the_position_embedding_alone(origin, tiny_config):
     tiny_config.data.window.action, tiny_config.data.window.next_obs = (1, 2, 3, 4, 5, 6), (7, 8)
     shapes, spec = shapes_of(tiny_config)
