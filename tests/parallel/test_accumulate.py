@@ -166,7 +166,8 @@ def test_tensor_sums_tokens_twice_a_block_in_each_direction(runs):
     tokens = [c for c in run["collectives"] if c[1] >= run["token_bytes"] and c[2] == 4]
     assert [(kind, times) for kind, _, _, times, _ in tokens] == [("all-reduce", 2)] * 4, "in a loop over two blocks"
     rest = sum(size * times for kind, size, _, times, _ in run["collectives"] if kind != "all-reduce")
-    assert rest < run["token_bytes"], "beside them, only modulations are gathered"
+    latents = 2 * 8 * (2 * 2 * 8 * 8 * 4) * 4  # mean and variance, 8 rows
+    assert rest - latents < run["token_bytes"], "beside them, only modulations and the latents are gathered"
 
 
 @pytest.mark.slow

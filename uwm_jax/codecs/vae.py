@@ -101,7 +101,8 @@ def _in_passes(function: Callable, x: jax.Array, microbatch: int) -> Any:
 
     The items are spread over all devices, those that share a row (`tensor`) too; the results lie as rows of a batch do.
     """
-    lead, x = x.shape[:3], x.reshape(-1, *x.shape[3:])
+    # Both ends are held to the rows of the batch, or the layout would spread to what comes before and after.
+    lead, x = x.shape[:3], constrain(x, "batch").reshape(-1, *x.shape[3:])
     spread, devices = axes_for(len(x))
     x, items = lay_out(x, spread), len(x) // devices  # of each device
     passes = -(-items // microbatch)
