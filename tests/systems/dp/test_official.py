@@ -40,6 +40,9 @@ def tree(width: int, levels: tuple[int, ...], action: tuple[int, int], features:
         "qkv_bias": True,
         "scan_blocks": True,
         "remat": "none",
+        "attention": "xla",
+        "adaln": "official",
+        "adaln_rank": 0,
     }
     net = network_from_config(SimpleNamespace(**config), action_dim=action[1], action_len=action[0])
     images = jnp.zeros((1, 1, features // width, 64, 64, 3))
