@@ -78,7 +78,7 @@ def test_layouts_of_conditions_and_modulations(rows, cut):
     by_width, by_rows = (None, None, ("tensor", "fsdp")), ("fsdp",)
     for outputs in (6, 2):
         specs = [spec for shape, spec in found if shape == (rows, outputs, WIDTH)]
-        assert specs == ([by_width, by_rows] if cut else [by_rows])
+        assert specs == ([by_width, ("fsdp", None, "tensor"), by_rows] if cut else [by_rows])
     assert [spec for shape, spec in found if shape == (rows, COND)] == ([(None,)] * 2 if cut else [])
 
 

@@ -136,7 +136,11 @@ def to_rows(modulation: Array) -> Array:
     Whole along the devices that share a row: it is small compared with the tokens that it multiplies.
     """
     if kernel_stays_cut(*modulation.shape):
-        modulation = _of_all_rows(modulation, (), axes("width")[0])
+        by_rows, by_width = axes("batch")[0], axes("width")[0]
+        modulation = _of_all_rows(modulation, (), by_width)
+        if rest := tuple(a for a in by_width if a not in by_rows):
+            # One exchange along `fsdp` and one gather along `tensor`, which the partitioner does not find in one step.
+            modulation = lay_out(modulation, by_rows, (), rest)
     return constrain(modulation, "batch")
 
 
