@@ -45,7 +45,7 @@ def model_fields(**changes: Any) -> SimpleNamespace:
         "decoder": {"depth": 1, "num_heads": 4, "mlp_ratio": 4, "qkv_bias": True},
     }
     own = {"embed_dim": 128, "patch": (16, 16), "depth": 3, "num_heads": 4, "mlp_ratio": 4, "qkv_bias": True}
-    own |= {"scan_blocks": False, "remat": "none", "dtype": "float32"}
+    own |= {"scan_blocks": False, "remat": "none", "dtype": "float32", "attention": "xla"}
     for name, value in changes.items():
         part, _, field = name.partition("_")
         if part in parts:
