@@ -209,6 +209,7 @@ MAY_CHANGE = {
     *("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every"),
     *("checkpoint.keep_best", "checkpoint.keep_best_mode"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices", "mesh.rules"),
+    *("sweep.members_at_once", "sweep.devices"),
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
     "model.attention",
     *("data.num_threads", "data.prefetch"),  # how fast the same rows are read
@@ -221,6 +222,7 @@ def config_with_a_source():
     config.data.sources = {"robot": config_lib.source(use_actions=False)}  # else loss.action_free has no effect
     config.optimizer.ema_decay = 0.9  # else optimizer.ema_warmup has none
     config.optimizer.schedule, config.optimizer.decay_steps = "wsd", 1  # else optimizer.decay_steps has none
+    config.model.adaln = "low_rank"  # else model.adaln_rank has none
     return config
 
 
