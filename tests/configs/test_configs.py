@@ -1,4 +1,4 @@
-"""Every shipped config loads, says how to run it, and trains in a tiny form."""
+"""Every shipped config loads, says how to run it, and is planned and trains in a tiny form."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from uwm_jax import codecs, systems
 from uwm_jax import config as config_lib
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
-from uwm_jax.synthetic import synthetic_batch, synthetic_spec, synthetic_system
-from uwm_jax.training.state import create, make_optimizer
-from uwm_jax.training.step import make_train_step
+from uwm_jax.planning import compiling, rows, sizes
+from uwm_jax.planning.rows import Question
+from uwm_jax.planning.table import table
+from uwm_jax.synthetic import synthetic_arrays, synthetic_batch, synthetic_spec
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
 SIZES = {"uwm_b": (768, 12), "uwm_l": (1024, 24), "uwm_xl": (1152, 28), "uwm_7b": (2048, 32)}  # width, depth
@@ -53,18 +54,28 @@ def test_two_sizes_are_in_tiny_form_what_another_is():
     ],
     ids=lambda p: p.stem,
 )
-def test_a_step_in_tiny_form(path):
+def test_a_step_in_tiny_form(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("UWM_DATA_DIR", str(tmp_path))  # no data
     config = config_lib.load(str(path), TINY)
     if config.model.codec.name == "vae":  # no pretrained weights here
         config.model.codec.name = "pixels"
-    assert_a_step_runs(config)
+    assert_a_step_runs(config, path)
 
 
-def assert_a_step_runs(config):
-    system, frozen = synthetic_system(config, action_dim=3)
-    optimizer = make_optimizer(config)
-    step = jax.jit(make_train_step(config, system, optimizer))
-    state = jax.jit(lambda key: create(config, system.init(key), optimizer))(jax.random.key(0))
+def assert_a_step_runs(config, path):
+    """The step that `uwm_jax.plan` compiles, with the sizes that the config's file states, and its row."""
+    config.mesh.fsdp = 1  # one device
+    question = Question(sizes.of_data(config, str(path)))
+    prepared = compiling.prepare(rows.request(config, None, question))
+    program = prepared.program
+    step = compiling.compiled(program.mesh, prepared.lowered)
+    facts = {**compiling.facts_of(prepared, step), "evaluation": None, "evaluation_failure": None}
+    row = rows.row_of("here", config, None, question, {"facts": facts, "seconds": 0.0, "cached": False})
+    state, system = program.system.held(program.compile_init()()), program.system
+    frozen = synthetic_arrays(config, system.codec)
+    assert row["parameters"] == sum(x.size for x in jax.tree.leaves(state.params)) and row["flops_per_step"]
+    assert row["peak_hbm_bytes"] > sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+    assert row["failure"] is None and not row["collectives"] and "predicted, never run" in table([row])
     batch = synthetic_batch(system, config.batch_size)
     state, metrics = step(state, frozen, batch)
     assert state.step == 1 and np.isfinite(metrics["loss"].value)
@@ -73,16 +84,17 @@ def assert_a_step_runs(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart.py", "pusht.py:latents", "pusht.py:pixels"])
-def test_pusht_at_its_own_sizes(name):
+def test_pusht_at_its_own_sizes(name, tmp_path, monkeypatch):
     """Frames, codec, patches and encoder are as shipped, since they have to fit each other; the VAE's weights are
     random."""
+    monkeypatch.setenv("UWM_DATA_DIR", str(tmp_path))  # no data
     small = [(field, value) for field, value in TINY if not field.startswith(("data.", "model.encoder."))]
     config = config_lib.load(str(CONFIGS[0].parent / name), small)
-    system, state, frozen, batch = assert_a_step_runs(config)
+    system, state, frozen, batch = assert_a_step_runs(config, CONFIGS[0].parent / name)
     noise = system.noise(jax.random.key(0), batch["row"], "policy")
     sample = jax.jit(lambda params, batch: system.sample(params, system.encode(frozen, batch), "joint", noise))
     made = sample(state.eval_params, batch)
-    assert made["action"].shape == (2, 16, 3) and made["next_obs_latent"].shape == (2, *system.latent_shape)
+    assert made["action"].shape == (2, 16, 2) and made["next_obs_latent"].shape == (2, *system.latent_shape)
     frames = jax.jit(system.frames)(frozen, made)
     assert frames.shape == (2, 1, 2, *config.data.crop, 3)
     assert all(np.isfinite(x).all() for x in (made["action"], frames))
