@@ -240,14 +240,15 @@ def _evaluation_bytes(facts: Mapping[str, Any], extra: Mapping[str, int]) -> int
 def _traffic(facts: Mapping[str, Any]) -> Row:
     """Bytes of collectives in a step of one device, by kind and in detail.
 
-    Where only `data` cuts anything, what is reduced is the gradients, 4 bytes for each trained parameter, and a few
-    sums for metrics; the compiler reduces equal gradients once, which is what `merged` lacks.
+    Where only `data` cuts anything, in one slice, what is reduced is the gradients, 4 bytes for each trained
+    parameter, and a few sums for metrics; the compiler reduces equal gradients once, which is what `merged` lacks.
     """
     kinds: dict[str, int] = {}
     for c in facts["collectives"]:
         kinds[c["kind"]] = kinds.get(c["kind"], 0) + c["bytes"]
     gradients: Row = {}
-    if [axis for axis, size in facts["mesh"].items() if size > 1] == ["data"]:
+    by_data = [axis for axis, size in facts["mesh"].items() if size > 1] == ["data"]
+    if by_data and not any(bounds.DCN in c["axes"] for c in facts["collectives"]):
         gradients = {"parameters": 4 * facts["trained_parameters"], "metrics": facts["metrics_bytes"]}
         gradients["merged"] = kinds.get("all-reduce", 0) - sum(gradients.values())
     heavy = [c for c in facts["collectives"] if c["activations"] and c["bytes"] > MUCH]

@@ -145,7 +145,7 @@ def _collectives(row: Row) -> list[str]:
                 f"{c['sent_bytes'] / 1e6:,.2f}",
                 str(c["times"]),
                 "no" if c["asynchronous"] else "yes",
-                f"{'activations' if c['activations'] else 'parameters'}, {source}",
+                ", ".join(filter(None, ("activations" if c["activations"] else "parameters", source))),
             )
         )
     return cli.table(lines).splitlines()
