@@ -18,6 +18,7 @@ from tests.training import small_run
 from uwm_jax import reading
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.synthetic import synthetic_codec, synthetic_system
+from uwm_jax.training import checkpoint
 from uwm_jax.training.checkpoint import Checkpoints, latest_step, make_assets
 from uwm_jax.training.inference import load_for_inference
 from uwm_jax.training.retention import Retention
@@ -55,6 +56,28 @@ def test_reading_leaves_a_save_in_progress_alone(converted):
         assert unfinished.is_dir()
     finally:
         unfinished.rmdir()
+
+
+def test_a_run_from_before_the_data_had_a_seed_continues(tmp_path, monkeypatch):
+    """Its one seed was for all draws."""
+    checkpoints, items_of = Checkpoints(tmp_path), checkpoint._state_items
+
+    def older(state):
+        items = items_of(state)
+        fields = {name: getattr(state.hparams, name) for name in ("seed", "learning_rate", "weights")}
+        return {**items, "train_state": {**items["train_state"], "hparams": fields}}
+
+    state, assets = small_run.state_at(2), small_run.assets_of()
+    state = state.replace(hparams=state.hparams.replace(seed=jnp.uint32(7), data_seed=jnp.uint32(7)))
+    del assets["config"]["data"]["seed"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_state_items", older)
+        checkpoints.save(state, {}, small_run.CODEC, assets)
+        checkpoints.wait()
+    found, _ = checkpoints.restore_latest(small_run.like())
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
 
 
 def test_a_workdir_without_checkpoints_stays_untouched(converted, tmp_path):

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
@@ -39,7 +40,7 @@ from uwm_jax.reading import again, cause_of, no_room
 from uwm_jax.training import checkpoint_reader, lock, provenance
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint, with_digests
 from uwm_jax.training.retention import Retention
-from uwm_jax.training.state import TrainState
+from uwm_jax.training.state import Hparams, TrainState
 from uwm_jax.training.writer import make_writer
 
 READ_TIMEOUT_SECONDS = 20 * 60  # for all processes to have read a checkpoint
@@ -374,10 +375,17 @@ def _state_items(state: TrainState) -> dict[str, Any]:
 
 def _restore_state(stored: CheckpointReader, like: TrainState) -> TrainState:
     wanted = _state_items(like)
+    if one_seed := "seed" not in stored.assets["config"]["data"]:  # saved before `config.data.seed` was a field
+        names = ("seed", "learning_rate", "weights")
+        wanted["train_state"]["hparams"] = {name: getattr(like.hparams, name) for name in names}
     restored = _together(lambda: {item: stored.read(item, tree) for item, tree in wanted.items()})
     for item, tree in restored.items():
         stored.verify(item, tree)
-    return like.replace(**restored.pop("train_state"), **restored)
+    train_state = restored.pop("train_state")
+    if one_seed:
+        hparams = train_state["hparams"]
+        train_state["hparams"] = Hparams(**hparams, data_seed=jnp.copy(hparams["seed"]))
+    return like.replace(**train_state, **restored)
 
 
 def latest_step(workdir: str | os.PathLike[str]) -> int | None:
