@@ -93,6 +93,12 @@ def test_the_verdict_of_the_compiler_has_its_numbers():
     found = compiling.verdict(message)
     assert found["peak_bytes"] == int(18.06 * 2**30) and found["limit_bytes"] == int(15.75 * 2**30)
     assert found["message"] == "Used 18.06G of 15.75G hbm. Exceeded hbm capacity by 2.31G."
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (317.44G) exceeds "
+        "available HBM (15.75G)."
+    )
+    found = compiling.verdict(message)
+    assert found["temporary_bytes"] == int(317.44 * 2**30) and found["limit_bytes"] == int(15.75 * 2**30)
     assert compiling.verdict("RESOURCE_EXHAUSTED: no memory\nmore") == {"message": "RESOURCE_EXHAUSTED: no memory"}
 
 

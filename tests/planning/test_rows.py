@@ -98,7 +98,11 @@ def test_speed_days_and_costs_at_best_by_estimate_and_at_an_efficiency(plan):
 @pytest.mark.parametrize(
     ("failure", "fits", "said"),
     [
-        ({"kind": "memory", "message": "Used 18.06G of 15.75G hbm", "peak_bytes": 18 * GB}, False, "does not fit"),
+        (
+            {"kind": "memory", "message": "Used 18G of 15.75G hbm", "peak_bytes": 18 * GB, "facts": facts()},
+            False,
+            "does not fit",
+        ),
         ({"kind": "config", "message": "config.batch_size=36 does not divide"}, None, "refused"),
         ({"kind": "process", "message": "ended with status -9"}, None, "failed"),
     ],
@@ -107,8 +111,16 @@ def test_failures_are_rows(plan, failure, fits, said):
     found = plan({"failure": failure})
     assert found["fits"] is fits and found["failure"] == failure["message"]
     assert found["peak_hbm_bytes"] == failure.get("peak_bytes")
+    assert (found["flops_per_step"] is not None) == (fits is False)
     assert found["step_seconds_estimate"] is None
     assert f"{said}: {failure['message']}" in table([found])
+
+
+def test_temporaries_that_do_not_fit_come_on_top_of_what_is_held(plan):
+    failure = {"kind": "memory", "message": "no room", "temporary_bytes": 20 * GB, "facts": facts()}
+    found = plan({"failure": failure})
+    assert found["peak_hbm_bytes"] == 20 * GB + sum(facts()["bytes"].values()) and found["fits"] is False
+    assert found["parameter_bytes"] == GB and found["mesh"] == {"data": 16, "fsdp": 1, "tensor": 1}
 
 
 def test_slices_of_the_topology_are_those_of_the_mesh(plan):

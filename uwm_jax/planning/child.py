@@ -27,7 +27,11 @@ def main() -> None:
         _tell("lowering the step")
         prepared, lowering = _timed(lambda: compiling.prepare(request))
         _tell("compiling the step")
-        step, compiled = _timed(lambda: compiling.compiled(prepared.program.mesh, prepared.lowered))
+        try:
+            step, compiled = _timed(lambda: compiling.compiled(prepared.program.mesh, prepared.lowered))
+        except MemoryError as e:
+            found = compiling.verdict(str(e)) | {"facts": compiling.facts_before(prepared)}
+            return _write({"failure": {"kind": "memory", **found}})
         _tell("reading the program")
         facts = compiling.facts_of(prepared, step)
         if request["measure"]:
@@ -43,13 +47,11 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _answering() -> Iterator[None]:
-    """Turns what a user can mend, and the verdict that a program does not fit, into answers."""
+    """Turns what a user can mend into an answer."""
     try:
         yield
     except UserError as e:
         _write({"failure": {"kind": "config", "message": str(e)}})
-    except MemoryError as e:
-        _write({"failure": {"kind": "memory", **compiling.verdict(str(e))}})
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -83,13 +83,21 @@ def compiled(mesh: Mesh, lowered: jax.stages.Lowered) -> Any:
         return compile_lowered(mesh, lowered)
 
 
+def facts_before(prepared: Prepared) -> Facts:
+    """Facts about a step that need no compiler: devices, arrays and operations."""
+    program, frozen = prepared.program, prepared.frozen
+    return {
+        **_about_devices(program.mesh),
+        **_about_arrays(program, frozen, prepared.batch),
+        **_about_flops(program, prepared.used == {} and frozen != {}),
+    }
+
+
 def facts_of(prepared: Prepared, step: Any) -> Facts:
     """Facts about a step; `step` is what `prepared.lowered` was compiled to."""
     program, frozen, batch = prepared.program, prepared.frozen, prepared.batch
     return {
-        **_about_devices(program.mesh),
-        **_about_arrays(program, frozen, batch),
-        **_about_flops(program, prepared.used == {} and frozen != {}),
+        **facts_before(prepared),
         **about_program(step.as_text(), program.mesh),
         "memory": memory_of(step),
         "metrics_bytes": _metrics_bytes(prepared),
@@ -332,13 +340,25 @@ def _about_flops(program: Program, latents: bool) -> Facts:
     }
 
 
+_VERDICTS = (  # with two sizes: of what the program needs, and of what there is
+    re.compile(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm[^\n]*", re.IGNORECASE),
+    re.compile(
+        r"the total memory required for HLO temporaries \(([\d.]+[KMGT]?)\) exceeds [^\n]*\(([\d.]+[KMGT]?)\)[^\n]*"
+    ),
+)
+
+
 def verdict(message: str) -> Facts:
-    """The compiler's verdict that a program does not fit, read from its message: `peak_bytes` and `limit_bytes` as far
-    as it names them, and its sentence."""
-    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    found: Facts = {"message": message.strip().splitlines()[0]}
-    if used := re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message):
-        found["message"] = re.sub(r"\s+", " ", message[used.start() :].splitlines()[0]).strip()
-        found["peak_bytes"] = int(float(used[1]) * units[used[2]])
-        found["limit_bytes"] = int(float(used[3]) * units[used[4]])
-    return found
+    """The compiler's verdict that a program does not fit, read from its message: its sentence, `peak_bytes`, or
+    `temporary_bytes` where it speaks of these alone, and `limit_bytes`, as far as it names them."""
+    for pattern, name in zip(_VERDICTS, ("peak_bytes", "temporary_bytes"), strict=True):
+        if found := pattern.search(message):
+            needed, limit = map(_bytes, found.groups())
+            return {"message": " ".join(found[0].split()), name: needed, "limit_bytes": limit}
+    return {"message": message.strip().splitlines()[0]}
+
+
+def _bytes(text: str) -> int:
+    """The bytes of a text such as `15.75G`."""
+    unit = text[-1] if text[-1] in "KMGT" else ""
+    return int(float(text.removesuffix(unit)) * 2 ** (10 * " KMGT".index(unit or " ")))

@@ -163,7 +163,10 @@ def _failed(
     found = _about(name, config, place, question)
     found |= {"failure": failure["message"], "failure_kind": failure["kind"]}
     if failure["kind"] == "memory":
-        found |= {"fits": False, "peak_hbm_bytes": failure.get("peak_bytes")}
+        facts = failure["facts"]
+        found |= {**_devices(facts, found), **_held(facts), **_operations(facts), "fits": False}
+        peak, temporary = failure.get("peak_bytes"), failure.get("temporary_bytes")
+        found["peak_hbm_bytes"] = temporary + sum(facts["bytes"].values()) if temporary else peak
         found["hbm_limit_bytes"] = failure.get("limit_bytes") or found["hbm_limit_bytes"]
     return found
 
@@ -173,12 +176,9 @@ def _planned(
 ) -> Row:
     found = _about(name, config, place, question)
     chips = facts["chips"]
-    found |= {"chips": chips, "mesh": facts["mesh"], "chip": found["chip"] or facts["device_kind"]}
-    found["cores"] = found["cores"] or chips
+    found |= _devices(facts, found) | _held(facts)
     found |= _memory(facts, config, found["hbm_limit_bytes"] or facts["limit_bytes"])
-    found["flops_per_step"] = sum(facts["flops"].values())
-    found |= {f"flops_per_step/{part}": x for part, x in facts["flops"].items()}
-    found |= _traffic(facts)
+    found |= _operations(facts) | _traffic(facts)
     found |= {f"measured/{key}": value for key, value in facts.get("measured", {}).items()}
     if facts["evaluation_failure"]:
         found |= {"failure_kind": "memory", "failure": f"evaluations in training: {facts['evaluation_failure']}"}
@@ -198,6 +198,29 @@ def _planned(
     return found
 
 
+def _devices(facts: Mapping[str, Any], found: Row) -> Row:
+    chips = facts["chips"]
+    chip, cores = found["chip"] or facts["device_kind"], found["cores"] or chips
+    return {"chips": chips, "cores": cores, "chip": chip, "mesh": facts["mesh"]}
+
+
+def _held(facts: Mapping[str, Any]) -> Row:
+    """Numbers of parameters, and bytes of arrays on one device."""
+    held = facts["bytes"]
+    return {
+        "parameters": facts["parameters"],
+        "trained_parameters": facts["trained_parameters"],
+        **{f"{name[:-1] if name == 'parameters' else name}_bytes": size for name, size in held.items()},
+    }
+
+
+def _operations(facts: Mapping[str, Any]) -> Row:
+    return {
+        "flops_per_step": sum(facts["flops"].values()),
+        **{f"flops_per_step/{part}": x for part, x in facts["flops"].items()},
+    }
+
+
 def _memory(facts: Mapping[str, Any], config: ConfigDict, limit: int | None) -> Row:
     """Bytes of one device."""
     held, memory = facts["bytes"], facts["memory"]
@@ -210,13 +233,6 @@ def _memory(facts: Mapping[str, Any], config: ConfigDict, limit: int | None) -> 
     needed = peak + sum(extra.values())
     evaluating = _evaluation_bytes(facts, extra)
     return {
-        "parameters": facts["parameters"],
-        "trained_parameters": facts["trained_parameters"],
-        "parameter_bytes": held["parameters"],
-        "average_bytes": held["average"],
-        "optimizer_bytes": held["optimizer"],
-        "frozen_bytes": held["frozen"],
-        "batch_bytes": held["batch"],
         "activation_bytes": peak - memory["arguments"],
         "peak_hbm_bytes": peak,
         "extra_hbm_bytes": sum(extra.values()),
