@@ -132,7 +132,7 @@ def base(system: str = "uwm") -> ConfigDict:
     c.mesh.rules = ""  # which array lies on which axis: "" = the table of the system, or a FILE.py with one
 
     c.sweep = ConfigDict()  # of launch.sweep; a run by itself does not read it
-    c.sweep.members_at_once = 0  # members of a device that are computed side by side; 0 = all
+    c.sweep.members_at_once = 1  # members of a device that are computed side by side, the others in turn; 0 = all
     # devices along the axis sweep, which cuts the members; -1 = as many as divide members and devices
     c.sweep.devices = -1
 

@@ -14,19 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from uwm_jax import cli, config_help, systems
+from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
-from uwm_jax.data.loader import Loader, prefetch_to_device
+from uwm_jax.data.loader import prefetch_to_device
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.evaluation import in_training
 from uwm_jax.evaluation.in_training import InTraining
-from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.files import local_path
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel import mesh as mesh_lib
@@ -35,6 +32,13 @@ from uwm_jax.parallel.turns import Turns
 from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.reporting import pictures
 from uwm_jax.runs.loop import loop
+from uwm_jax.runs.opening import (
+    find_codec,
+    make_loader,
+    print_summary,
+    use_compilation_cache,
+    with_first_parameters,
+)
 from uwm_jax.runs.records import RunRecords
 from uwm_jax.training import (
     branching,
@@ -44,13 +48,12 @@ from uwm_jax.training import (
     fixed_fields,
     latents,
     lineage,
-    pretrained,
     provenance,
 )
 from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import state as state_lib
 from uwm_jax.training import workdir as workdir_lib
-from uwm_jax.training.build import Program, build
+from uwm_jax.training.build import build
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.log import MetricsLog
@@ -112,11 +115,7 @@ def run(
 ) -> None:
     startup, goodput = Startup(began), Goodput(config.total_steps, config.batch_size)
     closing.callback(signals.restore)
-    if config.compilation_cache_dir:
-        compilation_cache.reset_cache()  # else whatever compiled before this run decides where it lies
-        cache = local_path(config.compilation_cache_dir, "config.compilation_cache_dir")
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # quick ones too
+    use_compilation_cache(config)
 
     # --- Config: the same in all processes, and as an earlier start of this run fixed it. ----------
     distributed.require_same("config", config_lib.flatten(config))
@@ -195,16 +194,11 @@ def run(
             loader = make_loader(config, data, mesh, stored)
         say(f"continuing from step {stored.step}{state_lib.change_of_rate(config, before, stored.step)}")
     else:
-        skipped = origin.skipped(program.shapes.params, config) if origin else []
         init = program.compile_init()
         distributed.barrier("all have compiled the state", distributed.LATE_SECONDS)
-        state = init()
-        params = pretrained.load(system, state.params, fresh=skipped if origin else None)
+        state = with_first_parameters(program, init(), origin)
         if origin:
-            params, _ = origin.params(params, config)
-        if params is not state.params:
-            state = state_lib.with_params(state, params)
-        if origin:
+            skipped = origin.skipped(program.shapes.params, config)
             say(origin.describe_skipped(program.shapes.params, skipped, config.optimizer.freeze))
     state = system.held(state)
 
@@ -283,40 +277,6 @@ def run(
     )
     say(goodput.summary())
     say(f"done: {config.total_steps} steps in {workdir}")
-
-
-def make_loader(config: ConfigDict, data: RunData, mesh: Any, stored: Any) -> Loader:
-    """The batches of this process's rows, from where a checkpoint left off."""
-    index, count = mesh_lib.data_group(mesh)
-    return Loader(
-        data,
-        batch_size=config.batch_size,
-        start_step=stored.step if stored else 0,
-        process_index=index,
-        process_count=count,
-        state=stored.data_iter if stored else None,
-    )
-
-
-def find_codec(config: ConfigDict, data: RunData, stored: Any, origin: Any) -> codec_store.Place:
-    """The codec's place: the checkpoint's, else the origin's, else the one for this data."""
-    if stored:
-        return codec_store.in_workdir(config, stored.workdir, stored.codec)
-    if origin and origin.gives_codec(config):
-        return origin.codec
-    return codec_store.in_dataset(config, data)
-
-
-def print_summary(program: Program, data: RunData, codec: str) -> None:
-    config, system = program.config, program.system
-    lines = [data.summary(), *data.warnings(system.action_clip, FEWEST)]
-    lines += [f"warning: {told}" for told in systems.get(config.system).remarks(config)]
-    about_data = "\n".join(lines)
-    say(
-        f"{about_data}\n{program.table()}\n{state_lib.about_frozen(config, program.shapes.params)}{codec}"
-        f"devices: {program.mesh.size} {jax.default_backend()}, processes: {jax.process_count()}; "
-        f"batch {config.batch_size}, {config.total_steps} steps"
-    )
 
 
 command = cli.command(main, define_flags)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -316,6 +317,12 @@ class InTraining:
         run = Run(program, data, draw)
         self._evaluators = [kind(run) for kind in _chosen(program.config)]
         self.programs = [p for e in self._evaluators for p in e.compile(program.like.eval_params, frozen)]
+
+    def for_config(self, config: ConfigDict) -> InTraining:
+        """The same programs for another run, whose config differs in scalars of the training step alone."""
+        other = copy.copy(self)
+        other._config = config
+        return other
 
     def due(self, step: int) -> list[InTrainingEvaluator]:
         """The evaluators that measure after a step: every so many steps, and after the last."""

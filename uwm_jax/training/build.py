@@ -65,12 +65,13 @@ class Program:
         """`shapes` in the form that the step takes (`System.held`)."""
         return self.system.held(self.shapes)
 
-    def compile_init(self) -> Callable[[], TrainState]:
-        """A function that makes the fresh state of `config.seed`, as `shapes`, each array where it lies."""
+    def compile_init(self) -> Callable[..., TrainState]:
+        """A function that makes the fresh state of a seed (by default `config.seed`), as `shapes`, each array where it
+        lies."""
         seed = np.uint32(self.config.seed)
         make = functools.partial(_fresh, self.config, self.system, self.optimizer)
         program = jax.jit(make, out_shardings=self.shardings).lower(seed).compile()
-        return functools.partial(program, seed)
+        return lambda of=seed: program(np.uint32(of))
 
     def compile_step(self, frozen: Any) -> Callable[..., Any]:
         """The compiled train step, `(state, frozen, batch) -> (state, metrics)`, which reuses the state's buffers.

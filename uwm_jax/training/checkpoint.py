@@ -70,6 +70,7 @@ class Checkpoints:
       retention: which checkpoints stay when a new one is complete; by default all.
       read_only: changes nothing on disk, not even apparent remains of failed saves: a run may be saving.
       first_start: there must be no checkpoints.
+      deletes: whether a complete save deletes those that `retention` does not keep; else `delete_surplus` does.
 
     Raises:
       UserError: `read_only`, and there are no checkpoints.
@@ -83,12 +84,14 @@ class Checkpoints:
         retention: Retention | None = None,
         read_only: bool = False,
         first_start: bool = False,
+        deletes: bool = True,
     ):
         self.directory = Path(workdir).absolute() / "checkpoints"
         if read_only and latest_step(workdir) is None:
             raise UserError(f"--workdir: {str(workdir)!r} holds no checkpoint yet.")
         self._retention, self._read_only = retention or Retention(), read_only
         self._passed_over: set[int] = set()
+        self._deletes = deletes
         self._locked = False
         self._saving: threading.Thread | None = None
         self._failure: RunError | None = None
@@ -230,6 +233,19 @@ class Checkpoints:
         if distributed.is_main():
             warn(f"checkpoint {step} is damaged: {damage}. It lies in {place}; step {left[-1]} is used instead.")
 
+    def set_aside(self, after: int) -> list[int]:
+        """Moves the checkpoints of steps after a given one to `<workdir>/set_aside/`, and returns their steps."""
+        later = [step for step in self.steps() if step > after]
+        for step in later:
+            self._passed_over.add(step)
+            if distributed.is_main():
+                place = _free_name(self.directory.parent / "set_aside" / str(step))
+                place.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(place)
+        if later:
+            distributed.barrier("later checkpoints are set aside")
+        return later
+
     # --- writing -------------------------------------------------------------------------------
 
     def save(
@@ -324,6 +340,11 @@ class Checkpoints:
         except BaseException as e:
             self._failure = self._failed(step, e)
             return
+        if self._deletes:
+            self.delete_surplus()
+
+    def delete_surplus(self) -> None:
+        """Deletes the checkpoints that are not to be kept; the main process does, others do nothing."""
         if distributed.is_main():
             for old in self._surplus():
                 gone = (

@@ -1,0 +1,54 @@
+"""Members of one program against runs of their own, on eight simulated devices in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+MESHES = ("one device", "one device, in turn", "4x2x1x1", "2x2x2x1", "1x4x1x2")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    output = tmp_path_factory.mktemp("sweep") / "runs.json"
+    subprocess.run([sys.executable, "-m", "tests.sweeps.eight_devices", str(output)], check=True, env=os.environ)
+    return json.loads(output.read_text())
+
+
+def of_member(metrics, name, i):
+    return [step[name][i] for step in metrics]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_members_train_as_alone(runs, mesh):
+    """Twenty steps in float32: losses to 1e-5; norms of gradients, which are small differences, to 2e-5."""
+    for i, alone in enumerate(runs["alone"]):
+        for name in alone[0]:
+            expected = [step[name] for step in alone]
+            tolerance = 1e-5 if name.startswith("loss") else 2e-5
+            found = of_member(runs[mesh]["metrics"], name, i)
+            np.testing.assert_allclose(found, expected, rtol=tolerance, atol=1e-7, err_msg=f"{name} of member {i}")
+
+
+def test_members_differ_from_each_other(runs):
+    last = [alone[-1]["loss"] for alone in runs["alone"]]
+    assert len({round(loss, 3) for loss in last}) == 4
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_member_is_taken_out_bit_for_bit(runs, mesh):
+    assert runs[mesh]["exact"]
+
+
+def test_the_codec_runs_once_a_step(runs):
+    """Operations that the compiler counts: a further member adds its network and nothing of the codec's."""
+    one, two, three = runs["flops"]
+    np.testing.assert_allclose(three - two, two - one, rtol=0.01)
+    np.testing.assert_allclose(one - (two - one), runs["codec_flops"], rtol=0.05)

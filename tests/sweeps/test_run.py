@@ -1,0 +1,195 @@
+"""Sweeps from config to checkpoints, against runs of their own; killed, diverged, continued alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from uwm_jax import config as config_lib
+from uwm_jax.errors import RunError, UserError
+from uwm_jax.sweeps import record, run
+from uwm_jax.sweeps.members import groups, make_members
+from uwm_jax.train import train
+from uwm_jax.training import lock
+from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.inference import load_for_inference
+from uwm_jax.training.provenance import describe_use, read_starts
+
+pytestmark = pytest.mark.slow
+
+OVERRIDES = [
+    {"loss.weights.action": 1.0, "seed": 0},
+    {"loss.weights.action": 5.0, "seed": 1},
+    {"optimizer.learning_rate": 1e30, "seed": 2},
+]
+NAMES = ["action=1,seed=0", "action=5,seed=1", "learning_rate=1e+30,seed=2"]
+TIMINGS = ("samples_per_second", "data_wait_fraction", "goodput", "mfu", "time/")
+
+
+def make_config(config):
+    config.checkpoint.keep = 1
+    config.log_every = 3
+    return config
+
+
+def sweep(config, directory: Path, overrides=OVERRIDES) -> list[str]:
+    members = make_members(config, overrides)
+    return run.run_sweep(
+        directory, groups(members), lambda m: describe_use(["sweep"], m.config, list(m.overrides)), lambda *_: {}
+    )
+
+
+def lines_of(workdir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
+
+
+def steps_of(workdir: Path) -> list[int]:
+    return Checkpoints(workdir, read_only=True).steps()
+
+
+def arrays_of(workdir: Path, step: int) -> list[bytes]:
+    import jax
+
+    checkpoints = Checkpoints(workdir, read_only=True)
+    items = sorted(checkpoints.items(step) & {"params", "ema_params", "train_state"})
+    return [np.asarray(x).tobytes() for item in items for x in jax.tree.leaves(checkpoints.restore_arrays(step, item))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_tiny_config):
+    """A sweep of three members that ran to its end, one of which diverged."""
+    directory = tmp_path_factory.mktemp("sweep") / "all"
+    assert sweep(make_config(make_tiny_config()), directory) == NAMES[2:]
+    return directory
+
+
+@pytest.fixture
+def config(make_tiny_config):
+    return make_config(make_tiny_config())
+
+
+def test_members_train_as_alone(finished, config, tmp_path):
+    """Their losses are those of single runs with the data's seed of the sweep; members are ordinary workdirs."""
+    member = make_members(config, OVERRIDES)[1]
+    train(member.config, tmp_path / "alone")
+    workdir = finished / "members" / NAMES[1]
+    found, expected = lines_of(workdir), lines_of(tmp_path / "alone")
+    assert [line["step"] for line in found] == [line["step"] for line in expected] == [1, 2, 3, 4, 6]
+    for line, alone in zip(found, expected, strict=True):
+        assert line.keys() == alone.keys()
+        for name, value in alone.items():
+            np.testing.assert_allclose(line[name], value, rtol=1e-4 if "norm" in name else 1e-5, err_msg=name)
+    assert config_lib.read(workdir).data.seed == 0 and config_lib.read(workdir).seed == 1
+    assert read_starts(workdir)[0]["changed"] == {"loss.weights.action": 5.0, "seed": 1}
+    system, params, _, step = load_for_inference(workdir)
+    assert step == 6 and set(params) == {"obs_encoder", "noise_pred_net"}
+
+
+def test_what_a_sweep_leaves_behind(finished):
+    members = record.read(finished)
+    assert list(members) == NAMES
+    assert [m["status"] for m in members.values()] == ["done", "done", "diverged"]
+    assert members[NAMES[0]]["overrides"] == {"loss.weights.action": 1.0, "seed": 0}
+    assert members[NAMES[0]]["step"] == 6 and set(members[NAMES[0]]["last_losses"]) >= {"loss", "loss/action"}
+    assert [steps_of(finished / "members" / name) for name in NAMES[:2]] == [[6], [6]]
+
+
+def test_a_member_that_diverges_is_frozen_and_the_others_go_on(finished, config, tmp_path):
+    """Its rate makes the parameters of the first step infinite; the others equal a sweep without it."""
+    at = record.read(finished)[NAMES[2]]["step"]
+    assert at == 2 and latest_step(finished / "members" / NAMES[2]) is None
+    sweep(config, tmp_path / "two", OVERRIDES[:2])
+    for name in NAMES[:2]:
+        for line, other in zip(
+            lines_of(finished / "members" / name), lines_of(tmp_path / "two/members" / name), strict=True
+        ):
+            np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-5)
+
+
+def test_a_finished_sweep_is_left_alone_and_does_not_revive_the_diverged(finished, config, capsys):
+    before = (finished / "members" / NAMES[0] / "metrics.jsonl").read_bytes()
+    assert sweep(config, finished) == NAMES[2:]
+    assert "nothing to do" in capsys.readouterr().out
+    assert record.read(finished)[NAMES[2]]["status"] == "diverged"
+    assert (finished / "members" / NAMES[0] / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match="has the members .* too"):
+        sweep(config, finished, OVERRIDES[:2])
+
+
+KILLED = """
+import os, signal, sys
+from tests.sweeps.test_run import sweep
+from uwm_jax import config as config_lib
+from uwm_jax.runs.records import RunRecords
+
+saved, original = [], RunRecords.save
+
+def save(self, step, state):
+    if step == 4 and saved.count(4):  # one member has its step 4, or is writing it; the next one is never asked
+        self.checkpoints.wait()
+        [records.wait() for records in others]
+        os.kill(os.getpid(), signal.SIGKILL)
+    saved.append(step)
+    original(self, step, state)
+    others.append(self)
+
+others = []
+RunRecords.save = save
+config = config_lib.from_json(open(sys.argv[1]).read(), "test")
+sweep(config, __import__("pathlib").Path(sys.argv[2]))
+"""
+
+
+def test_killed_between_two_saves_all_members_continue_from_the_step_that_all_hold(finished, config, tmp_path, capsys):
+    """With `keep=1` the step before stays until all hold the next one; the lines and arrays are those of a sweep that
+    was left alone, bit for bit."""
+    directory, file = tmp_path / "killed", tmp_path / "config.json"
+    file.write_text(config_lib.to_json(config))
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(file), str(directory)], env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    first, second = (directory / "members" / name for name in NAMES[:2])
+    assert (steps_of(first), steps_of(second)) == ([2, 4], [2])
+    assert sweep(config, directory) == NAMES[2:]
+    assert "step [4] is set aside" in capsys.readouterr().out
+    assert (first / "set_aside" / "4").is_dir()
+    for name in NAMES[:2]:
+        assert lines_of(directory / "members" / name) == lines_of(finished / "members" / name)
+        assert arrays_of(directory / "members" / name, 6) == arrays_of(finished / "members" / name, 6)
+
+
+def test_a_member_continues_alone_but_not_while_the_sweep_runs(finished, config, tmp_path):
+    member = make_members(config, OVERRIDES)[0]
+    workdir = finished / "members" / NAMES[0]
+    member.config.total_steps = 8
+    program = f"from pathlib import Path; from uwm_jax.training import lock; print(lock.hold(Path({str(workdir)!r})))"
+    held = lock.hold(workdir)
+    assert held is None
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=True)
+    assert f"process {os.getpid()}" in other.stdout
+    lock.release(workdir)
+    train(member.config, workdir)
+    assert latest_step(workdir) == 8
+
+
+def test_a_sweep_is_refused_where_a_member_is_at_work(config, tmp_path):
+    workdir = tmp_path / "members" / NAMES[0]
+    workdir.mkdir(parents=True)
+    program = (
+        f"import sys; from pathlib import Path; from uwm_jax.training import lock; lock.hold(Path({str(workdir)!r}));"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=rf"another run is at work in .*{NAMES[0]} \(process {holder.pid}"):
+            sweep(config, tmp_path)
+    finally:
+        holder.communicate("")

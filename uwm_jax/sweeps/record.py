@@ -1,0 +1,91 @@
+"""`sweep.json` of a sweep's directory: its members, how far each has come, and which have diverged.
+
+Each member trains in an ordinary workdir, `members/<name>`; this file is what the sweep knows besides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uwm_jax.errors import UserError
+from uwm_jax.files import write_text
+from uwm_jax.parallel import distributed
+from uwm_jax.reading import read_json
+from uwm_jax.sweeps.members import Member
+
+FILE, MEMBERS = "sweep.json", "members"
+WAITING, TRAINING, STOPPED, DIVERGED, DONE = STATUSES = ("waiting", "training", "stopped", "diverged", "done")
+
+
+class Record:
+    """The record of a sweep; the main process writes it.
+
+    Args:
+      directory: of the sweep.
+      members: all of them, of all groups.
+      groups: names of the members of each program.
+      command: that started it.
+
+    Raises:
+      UserError: the directory holds a sweep of other members, or a `sweep.json` that is not one.
+    """
+
+    def __init__(
+        self, directory: Path, members: Sequence[Member], groups: Sequence[Sequence[str]], command: Sequence[str]
+    ):
+        self._file = directory / FILE
+        self._fixed = {"command": list(command), "groups": [list(names) for names in groups]}
+        before = read(directory) if self._file.exists() else {}
+        self.members: dict[str, dict[str, Any]] = {}
+        for member in members:
+            past = before.get(member.name, {})
+            if past and past["overrides"] != json.loads(json.dumps(member.overrides)):
+                raise UserError(
+                    f"{self._file}: the member {member.name!r} has the overrides {past['overrides']} there, and "
+                    f"{member.overrides} now: use a new --workdir."
+                )
+            self.members[member.name] = past or {"overrides": member.overrides, "status": WAITING, "last_losses": {}}
+        if gone := sorted(before.keys() - self.members.keys()):
+            raise UserError(
+                f"{self._file}: the sweep there has the members {', '.join(gone)} too. A sweep continues with all of "
+                "its members; others need a new --workdir."
+            )
+
+    def has_diverged(self, name: str) -> bool:
+        return self.members[name]["status"] == DIVERGED
+
+    def set(self, name: str, status: str, **fields: Any) -> None:
+        """Sets a member's status, one of STATUSES, and other fields, such as `step` and `last_losses`."""
+        self.members[name] |= {"status": status, **fields}
+
+    def write(self) -> None:
+        if distributed.is_main():
+            write_text(self._file, json.dumps({**self._fixed, "members": self.members}, indent=2) + "\n")
+
+
+def read(directory: Path) -> dict[str, dict[str, Any]]:
+    """{member: {"overrides", "status", "last_losses", ...}} of a sweep's directory.
+
+    Raises:
+      UserError: it holds no sweep, or a damaged `sweep.json`.
+    """
+    file = directory / FILE
+    try:
+        members = read_json(file).get("members")
+    except FileNotFoundError as e:
+        raise UserError(f"--workdir: {str(directory)!r} holds no sweep (there is no {FILE}).") from e
+    if not isinstance(members, dict) or not all(_is_member(member) for member in members.values()):
+        raise UserError(f"{file}: expected {{'members': {{name: {{'overrides', 'status', 'last_losses'}}}}}}.")
+    return members
+
+
+def _is_member(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("overrides"), Mapping)
+        and value.get("status") in STATUSES
+        and isinstance(value.get("last_losses"), Mapping)
+    )

@@ -1,0 +1,135 @@
+"""What a sweep writes while it trains: the records of each member, and their common `sweep.json`."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from uwm_jax.errors import RunError
+from uwm_jax.parallel.distributed import say
+from uwm_jax.runs.loop import Records
+from uwm_jax.runs.records import RunRecords
+from uwm_jax.sweeps import record as record_lib
+from uwm_jax.sweeps.program import ALIVE, SweepProgram, SweepState
+from uwm_jax.sweeps.record import Record
+from uwm_jax.training.goodput import Goodput, duration
+from uwm_jax.training.metrics import Metric
+
+
+class AllDiverged(RunError):
+    """No member of a program is left to train."""
+
+
+class SweepRecords(Records):
+    """The records of members that train in one program.
+
+    Args:
+      names: of the members, in the order of the state.
+      records: of each.
+      live: which of them train; a member that is not stays as it is.
+      sweep: their program.
+      record: of the whole sweep.
+      goodput, total_steps: of the loop.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        records: Sequence[RunRecords],
+        live: Sequence[bool],
+        sweep: SweepProgram,
+        record: Record,
+        goodput: Goodput,
+        total_steps: int,
+        ahead: int = 2,
+    ):
+        self._names, self._records, self._live = names, records, list(live)
+        self._sweep, self._record, self._goodput, self._total_steps = sweep, record, goodput, total_steps
+        self._pending: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
+        self._ahead, self._unfinished = ahead, False
+
+    def add(self, step: int, metrics: Any) -> None:
+        self._pending.append((step, metrics))
+        self._fetch(self._ahead)
+
+    def _fetch(self, leave: int) -> None:
+        while len(self._pending) > leave:
+            step, metrics = self._pending.popleft()
+            found: dict[str, Metric] = dict(jax.device_get(dict(metrics)))
+            alive: Any = found.pop(ALIVE)
+            for i in range(len(self._names)):
+                if self._live[i] and not alive[i]:
+                    self._end(i, step, {n: jax.tree.leaves(x)[0][i].item() for n, x in found.items()})
+                elif self._live[i]:
+                    self._records[i].add(step, jax.tree.map(lambda x, i=i: x[i], found))
+        if not any(self._live):
+            raise AllDiverged(f"all {len(self._names)} members of this program have diverged.")
+
+    def _end(self, i: int, step: int, metrics: Mapping[str, float]) -> None:
+        """A member has diverged; its last checkpoint stays."""
+        self._live[i] = False
+        name = self._names[i]
+        self._record.set(name, record_lib.DIVERGED, step=step)
+        self._record.write()
+        say(
+            f"{name} has diverged: its loss or gradient is not finite in step {step} (loss {metrics['loss']:g}, "
+            f"grad_norm {metrics['grad_norm']:g}). It is frozen, and its last checkpoint stays; the others go on."
+        )
+
+    def check(self) -> None:
+        for records in self._records:
+            records.check()
+
+    def evaluates(self, step: int) -> bool:
+        return self._records[0].evaluates(step)
+
+    def report(self, step: int, state: SweepState) -> None:
+        self._fetch(0)
+        evaluates = self.evaluates(step)
+        measured = {}
+        for i in self._left():
+            one: Any = self._sweep.take(state, i) if evaluates else None
+            measured[i] = self._records[i].measure(step, one)
+        rates = self._goodput.rates(step)
+        losses = "  ".join(f"{self._names[i]} {m.means['loss']:.4f}" for i, m in measured.items())
+        say(
+            f"step {step}/{self._total_steps}  loss {losses}  {rates['samples_per_second']:.1f} samples/s for "
+            f"{len(measured)} members  data wait {100 * rates['data_wait_fraction']:.0f} %  "
+            f"ETA {duration(rates['eta_seconds'])}"
+        )
+        for i, found in measured.items():
+            if found.evaluated:
+                say(f"  {self._names[i]}:{self._records[i].evaluations.headlines(found.evaluated)}")
+            self._records[i].write(step, found, rates)
+            shown = {n: x for n, x in found.means.items() if n == "loss" or n.startswith("loss/") and n.count("/") == 1}
+            status = record_lib.DONE if step == self._total_steps else record_lib.TRAINING
+            self._record.set(self._names[i], status, step=step, last_losses=shown)
+        if step < self._total_steps:  # done is what is saved, too
+            self._record.write()
+
+    def save(self, step: int, state: SweepState) -> None:
+        self._fetch(0)
+        self._complete()
+        for i in self._left():
+            self._records[i].save(step, self._sweep.take(state, i))
+        self._unfinished = True
+
+    def wait(self) -> None:
+        self._complete()
+        self._record.write()
+
+    def _complete(self) -> None:
+        """Waits until the last step that was saved is durable for all, and only then deletes older ones of any: after a
+        kill there is a step that all of them hold."""
+        for records in self._records:
+            records.wait()
+        if self._unfinished:
+            for i in self._left():
+                self._records[i].checkpoints.delete_surplus()
+        self._unfinished = False
+
+    def _left(self) -> list[int]:
+        return [i for i, live in enumerate(self._live) if live]
