@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluation": (*LIBRARY, "envs", "policy"),
     "reporting": (*LIBRARY, "envs", "evaluation"),
     "runs": (*LIBRARY, "evaluation"),
+    "sweeps": (*LIBRARY, "evaluation", "runs"),
     "cli": BASE,
     "benchmarking": (*LIBRARY, "cli"),
     "planning": (*LIBRARY, "", "cli", "evaluation"),
