@@ -11,7 +11,8 @@ def facts(**changes: Any) -> dict[str, Any]:
     def collective(kind: str, axes: list[str], size: int, **others: Any) -> dict[str, Any]:
         return {
             **{"kind": kind, "axes": axes, "bytes": size, "sent_bytes": 2 * size, "times": 1},
-            **{"asynchronous": False, "activations": False, "source": f"jit(step)/{kind}", **others},
+            **{"asynchronous": False, "activations": False, "source": f"jit(step)/{kind}"},
+            **{"in_unknown_loop": False, **others},
         }
 
     found = {

@@ -41,7 +41,7 @@ def test_the_answer_is_that_of_the_child_and_other_lines_are_passed_on(child):
     )
     answer = ask(said)
     assert answer["facts"] == {"rows": 4, "platforms": "cpu"} and not answer["cached"] and answer["seconds"] > 0
-    assert said == ["v5e-4: the compiler does not know an option"]
+    assert said == ["v5e-4: the compiler does not know an option", "v5e-4: planned after 0 s"]
 
 
 def test_progress_is_said(child, monkeypatch):

@@ -46,7 +46,7 @@ def test_the_step_that_ran_is_the_one_that_is_planned(trained, mesh):
 def test_the_gradients_are_reduced_once_with_four_bytes_for_each_parameter(trained):
     row = trained["data"]["row"]
     key = "collective_bytes/all-reduce"
-    parameters, metrics, merged = (row[f"{key}/{part}"] for part in ("parameters", "metrics", "merged"))
+    parameters, metrics, merged = (row[f"gradient_bytes/{part}"] for part in ("parameters", "metrics", "merged"))
     assert parameters == 4 * row["parameters"] and row[key] == parameters + metrics + merged
     assert abs(row[key] - metrics - parameters) <= 1e-4 * parameters
     assert not row["warnings"] and "collective_bytes/all-gather" not in row
@@ -78,7 +78,7 @@ def test_a_step_compiles_for_tpus(on_tpus):
         assert row["flops_per_step"] == on_tpus["data"]["flops_per_step"] and not row["warnings"], mesh
     data, fsdp = on_tpus["data"], on_tpus["fsdp"]
     assert data["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1} and fsdp["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
-    parameters = data["collective_bytes/all-reduce/parameters"]
+    parameters = data["gradient_bytes/parameters"]
     assert parameters == 4 * data["parameters"]
     assert data["collective_bytes/all-reduce"] == pytest.approx(parameters, rel=0.01)
     assert "collective_bytes/all-gather" not in data and fsdp["collective_bytes/all-gather"]

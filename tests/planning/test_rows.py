@@ -77,6 +77,13 @@ def test_evaluations_in_training_may_need_more_than_the_step(plan):
     assert failed["fits"] is False and "evaluations in training: Used 20.1G" in failed["failure"]
 
 
+def test_many_collectives_are_told_in_a_line(plan):
+    few = facts()["collectives"]
+    found = plan({"facts": facts(collectives=few * 10)})
+    assert len(found["collectives"]) == 20
+    assert "and 8 others, which send 1,680.00 MB" in table([found])
+
+
 def test_large_activations_between_chips_are_warned_of(plan):
     found = plan({"facts": facts()})
     (warning,) = found["warnings"]

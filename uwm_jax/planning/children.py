@@ -62,6 +62,7 @@ def ask(request: Mapping[str, Any], *, name: str, cache: Path | None, say: Say) 
     began = time.monotonic()
     answer = _in_child(request, name, say)
     answer["seconds"] = time.monotonic() - began
+    say(f"{name}: {'failed' if 'failure' in answer else 'planned'} after {answer['seconds']:.0f} s")
     if file and answer.get("failure", {}).get("kind") not in _NOT_CACHED:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -301,27 +301,27 @@ def unused_bytes(compiled: Any, frozen: Any, used: Any, batch: Any) -> dict[str,
 
 def about_program(text: str, mesh: Mesh) -> Facts:
     """Collectives of a step, equal ones put together, the cycles that the compiler expects, and the bytes that its
-    schedule moves through a chip's memory."""
+    schedule moves through a chip's memory; None where a loop's length cannot be told. Collectives in such a loop are
+    counted once and say so."""
     together: dict[tuple[Any, ...], list[int]] = {}
     for c in collectives.read(text, mesh):
-        if c.times is None:
-            raise ValueError(f"{c.name} lies in a loop whose trip count cannot be told")
-        sums = together.setdefault((c.kind, c.axes, c.asynchronous, c.activations, c.source), [0, 0, 0])
+        key = (c.kind, c.axes, c.asynchronous, c.activations, c.source, c.times is None)
+        sums = together.setdefault(key, [0, 0, 0])
         for i, value in enumerate((c.bytes, c.sent, 1)):
-            sums[i] += value * c.times
+            sums[i] += value * (c.times or 1)
+    names = ("kind", "axes", "asynchronous", "activations", "source", "in_unknown_loop")
     found = [
         {
-            **dict(zip(("kind", "axes", "asynchronous", "activations", "source"), key, strict=True)),
+            **dict(zip(names, key, strict=True)),
             **dict(zip(("bytes", "sent_bytes", "times"), sums, strict=True)),
         }
         for key, sums in sorted(together.items(), key=lambda item: -item[1][1])
     ]
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return {
-        "collectives": found,
-        "cycles": schedule.cycles(text) if on_tpu else None,
-        "hbm_bytes": schedule.hbm_bytes(text) if on_tpu else None,
-    }
+    cycles = moved = None
+    if mesh.devices.flat[0].platform == "tpu":
+        with contextlib.suppress(ValueError):
+            cycles, moved = schedule.cycles(text), schedule.hbm_bytes(text)
+    return {"collectives": found, "cycles": cycles, "hbm_bytes": moved}
 
 
 def limit_of(device: Any) -> int | None:

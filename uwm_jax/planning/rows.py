@@ -268,13 +268,15 @@ def _traffic(facts: Mapping[str, Any]) -> Row:
         gradients = {"parameters": 4 * facts["trained_parameters"], "metrics": facts["metrics_bytes"]}
         gradients["merged"] = kinds.get("all-reduce", 0) - sum(gradients.values())
     heavy = [c for c in facts["collectives"] if c["activations"] and c["bytes"] > MUCH]
+    uncounted = [c for c in facts["collectives"] if c["in_unknown_loop"]]
     return {
         **{f"collective_bytes/{kind}": size for kind, size in sorted(kinds.items())},
-        **{f"collective_bytes/all-reduce/{part}": size for part, size in gradients.items()},
+        **{f"gradient_bytes/{part}": size for part, size in gradients.items()},
         "collectives": facts["collectives"],
         "warnings": [
             f"{c['kind']} over {', '.join(c['axes'])} carries {c['bytes'] / 1e6:,.1f} MB of activations a step: "
             f"{c['source'] or 'of unknown origin'}"
             for c in heavy
-        ],
+        ]
+        + [f"{c['kind']} in a loop of unknown length is counted once: {c['source']}" for c in uncounted],
     }

@@ -17,6 +17,7 @@ _HELD = {
     "batch": "batch",
     "activation": "activations, gradients and other temporaries",
 }
+_SHOWN = 12  # collectives, those that send most
 _SOURCE = 100  # characters of the operation that a collective comes from
 
 
@@ -135,7 +136,8 @@ def _collectives(row: Row) -> list[str]:
     if not row["collectives"]:
         return ["  no collectives"]
     lines = [("  collectives of a step", "over", "MB", "sent MB", "times", "waits", "of")]
-    for c in row["collectives"]:
+    shown, others = row["collectives"][:_SHOWN], row["collectives"][_SHOWN:]
+    for c in shown:
         source = c["source"] if len(c["source"]) <= _SOURCE else "..." + c["source"][-_SOURCE:]
         lines.append(
             (
@@ -148,14 +150,14 @@ def _collectives(row: Row) -> list[str]:
                 ", ".join(filter(None, ("activations" if c["activations"] else "parameters", source))),
             )
         )
-    return cli.table(lines).splitlines()
+    rest = f"    and {len(others)} others, which send {sum(c['sent_bytes'] for c in others) / 1e6:,.2f} MB (--json has all)"
+    return cli.table(lines).splitlines() + [rest] * bool(others)
 
 
 def _gradients(row: Row) -> list[str]:
-    key = "collective_bytes/all-reduce"
-    if f"{key}/parameters" not in row:
+    if "gradient_bytes/parameters" not in row:
         return []
-    parameters, metrics, merged = (row[f"{key}/{part}"] for part in ("parameters", "metrics", "merged"))
+    parameters, metrics, merged = (row[f"gradient_bytes/{part}"] for part in ("parameters", "metrics", "merged"))
     return [
         f"  all-reduce: {parameters:,} bytes = 4 x {row['trained_parameters']:,} parameters, {metrics} of metrics, "
         f"{merged:+,} of equal gradients that are reduced once"
