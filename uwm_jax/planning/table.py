@@ -150,7 +150,8 @@ def _collectives(row: Row) -> list[str]:
                 ", ".join(filter(None, ("activations" if c["activations"] else "parameters", source))),
             )
         )
-    rest = f"    and {len(others)} others, which send {sum(c['sent_bytes'] for c in others) / 1e6:,.2f} MB (--json has all)"
+    sent = sum(c["sent_bytes"] for c in others) / 1e6
+    rest = f"    and {len(others)} others, which send {sent:,.2f} MB (--json has all)"
     return cli.table(lines).splitlines() + [rest] * bool(others)
 
 
