@@ -59,13 +59,11 @@ class Variant:
     def is_shared(self) -> bool:
         return self.kind == "shared"
 
-    def layer(self, width: int, dtype: Any, **options: Any) -> nn.Module:
+    def layer(self, width: int, dtype: Any) -> nn.Module:
         """A block's own part: from conditions (B, K), or what `base` made of them, to (B, 6, width)."""
-        if self.kind == "official":
-            return dense_of_condition((6, width), dtype=dtype, **options)
-        return (
-            Offset((6, width), dtype, **options) if self.is_shared else LowRank((6, width), self.rank, dtype, **options)
-        )
+        if self.kind == "low_rank":
+            return LowRank((6, width), self.rank, dtype)
+        return Offset((6, width), dtype) if self.is_shared else dense_of_condition((6, width), dtype=dtype)
 
     def base(self, width: int, dtype: Any) -> nn.Module:
         """What all blocks of `shared` have in common: conditions (B, K) -> (B, 6, width), without a bias."""
