@@ -161,6 +161,7 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
         "reused_bytes": compiled.memory_analysis().alias_size_in_bytes,
         "bytes": {name: on_first_device(tree) for name, tree in trees.items()},
         "adaln_bytes": {name: on_first_device(x) for name, x in adaln.items()},
+        "convolution_bytes": sum(x.nbytes for x in jax.tree.leaves(state.params["obs_encoder"]) if x.ndim == 4),
         "same_layout": all(
             jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, state.params, tree))
             for tree in trees.values()
