@@ -2,6 +2,7 @@
 
     python -m uwm_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
+A run that continues needs no `--config`: its workdir has one. Fields change with `--config.any.field=value`.
 This file is one run from top to bottom: config, mesh, data, model, shapes, state, step, loop. Every process of a
 run executes all of it; docs/training.md says how to start several.
 """
@@ -65,7 +66,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("config", None, "FILE.py[:argument]; fields change with --config.any.field=value")
+    flags.DEFINE_string("config", None, "FILE.py[:argument]; by default the workdir's own, where a run is there")
     flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, config")
     flags.DEFINE_string("profile", None, "START:STEPS writes a trace of these steps to <workdir>/profile")
     distributed.define_flags()
@@ -73,9 +74,13 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    config = config_lib.load(cli.required("config"), call.overrides)
     workdir = cli.required_path("workdir")
-    start = provenance.describe(call.line, cli.required("config"), config, call.changed)
+    if FLAGS.config or not (workdir / "config.json").is_file():
+        config = config_lib.load(cli.required("config"), call.overrides)
+        start = provenance.describe(call.line, FLAGS.config, config, call.changed)
+    else:
+        config = config_lib.read(workdir, call.overrides)
+        start = provenance.describe_again(call.line, workdir, config, call.changed)
     with distributed.session():
         train(config, workdir, FLAGS.profile, start, call.began)
 

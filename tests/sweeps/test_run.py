@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.rehearse import Processes
 from uwm_jax import config as config_lib
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.sweeps import record, run
@@ -193,3 +194,27 @@ def test_a_sweep_is_refused_where_a_member_is_at_work(config, tmp_path):
             sweep(config, tmp_path)
     finally:
         holder.communicate("")
+
+
+@pytest.mark.multihost
+@pytest.mark.parametrize("devices", [2, 1])
+def test_two_processes_train_members_as_one_does(devices, finished, config, tmp_path):
+    """The command itself, with a member on each process, and with rows of both members on each."""
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from uwm_jax import config\n"
+        f"def get_config():\n    return config.from_json({config_lib.to_json(config)!r}, 'test')\n"
+        f"def get_members():\n    return {OVERRIDES[:2]!r}\n"
+    )
+    command = [sys.executable, "-m", "launch.sweep", f"--config={file}", f"--workdir={tmp_path / 'two'}"]
+    command.append(f"--config.sweep.devices={devices}")
+    environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    with Processes(2, command, environ) as processes:
+        assert processes.wait(400) == [0, 0], processes.lines
+    assert sum("2 members in 1 program(s)" in "\n".join(lines) for lines in processes.lines) == 1, "one process speaks"
+    for name in NAMES[:2]:
+        found, expected = (lines_of(root / "members" / name) for root in (tmp_path / "two", finished))
+        assert [line["step"] for line in found] == [line["step"] for line in expected]
+        for line, alone in zip(found, expected, strict=True):
+            np.testing.assert_allclose(line["loss"], alone["loss"], rtol=1e-5)
+    assert [m["status"] for m in record.read(tmp_path / "two").values()] == ["done", "done"]

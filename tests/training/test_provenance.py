@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 
 import uwm_jax
 from uwm_jax import cli, train
 from uwm_jax.config import base
 from uwm_jax.training import provenance
+from uwm_jax.training.workdir import write_config
 
 FILE = """'''A run of seven
 steps.
@@ -102,3 +104,22 @@ def test_the_train_command_describes_itself(tmp_path, monkeypatch):
     assert start["about"] == "A run of seven steps."
     assert start["changed"] == {"model.depth": 3, "seed": 4} and start["in_file"] == {"model.depth": 12, "seed": 0}
     assert start["config_file"] == str(file)
+
+
+def test_a_run_continues_with_the_config_of_its_workdir(tmp_path, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(train, "train", lambda *arguments: given.append(arguments))
+    workdir = tmp_path / "run"
+    call = functools.partial(cli.call, train.main, define_flags=train.define_flags)
+    assert call(["train.py", f"--workdir={workdir}"]) == 2
+    assert "--config is required" in capsys.readouterr().err
+    config = base()
+    config.model.depth = 5
+    write_config(workdir, config)
+    provenance.add_start(
+        workdir, provenance.describe_use(["python"], config, ()) | {"config_file": "a.py", "about": "A."}
+    )
+    assert call(["train.py", f"--workdir={workdir}", "--config.total_steps=9"]) == 0
+    config, _, _, start, _ = given[0]
+    assert (config.model.depth, config.total_steps) == (5, 9)
+    assert (start["config_file"], start["about"], start["changed"]) == ("a.py", "A.", {"total_steps": 9})

@@ -48,6 +48,15 @@ def describe(command: Sequence[str], config_file: str, config: ConfigDict, overr
     }
 
 
+def describe_again(
+    command: Sequence[str], workdir: Path, config: ConfigDict, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """`describe` of a start that takes the config of its workdir: the file is that of the start before."""
+    last = (read_starts(workdir) or [{}])[-1]
+    kept = {name: last[name] for name in ("config_file", "about") if name in last}
+    return describe_use(command, config, overrides) | kept
+
+
 def describe_use(command: Sequence[str], config: ConfigDict, overrides: Sequence[str]) -> dict[str, Any]:
     """{"command", "changed": {field: value} of the fields that flags changed, "code_version", "time": UTC, ISO 8601}.
 
