@@ -94,7 +94,8 @@ CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
     ("module", "paths", "others"),
     [
         ("uwm_jax.train", ["workdir"], [CONFIG]),
-        ("uwm_jax.train", ["config"], []),
+        ("uwm_jax.train", ["config"], ["--workdir=run"]),
+        ("launch.sweep", ["workdir"], [CONFIG, "--grid=seed=0,1"]),
         ("uwm_jax.evaluate", ["workdir", "output"], []),
         ("uwm_jax.compare_samplers", ["workdir", "output"], ["--steps=2"]),
         ("uwm_jax.rollout", ["workdir", "output"], ["--env=pusht"]),
