@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sweeps": (*LIBRARY, "evaluation", "runs"),
     "cli": BASE,
     "benchmarking": (*LIBRARY, "cli"),
-    "planning": (*LIBRARY, "", "cli", "evaluation"),
+    "planning": (*LIBRARY, "", "cli", "evaluation", "sweeps"),
     "__main__": ("", "ending", "errors"),
 }
 

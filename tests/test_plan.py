@@ -64,6 +64,22 @@ def test_unusable_flags(file, flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_sweep_is_planned_as_its_largest_program(file, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(plan, "plan", lambda name, config, question: asked.append((config, question)) or [])
+    monkeypatch.setattr(plan, "table", lambda rows: "")
+    grid = ("--grid=loss.weights.action=1,5", "--grid=seed=0,1,2")
+    assert call(f"--config={file}", "--topology=here", *grid) == 0
+    assert asked[0][1].members == 6 and "6 members in 1 program(s)" in capsys.readouterr().err
+    assert call(f"--config={file}", "--topology=here", *grid, "--grid=model.depth=2,3") == 0
+    assert asked[1][1].members == 6 and asked[1][0].model.depth == 2
+    file.write_text(file.read_text() + "\n\ndef get_members():\n    return [{'seed': 1}, {'seed': 2}]\n")
+    assert call(f"--config={file}", "--topology=here") == 0
+    assert asked[2][1].members == 2
+    assert call(f"--config={file}", "--topology=v5e-4", "--search") == 2
+    assert "--search tries meshes of single runs" in capsys.readouterr().err
+
+
 def test_without_libtpu_a_line_says_how_to_get_it(file, monkeypatch, capsys):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     assert call(f"--config={file}", "--topology=v5e-16") == 2

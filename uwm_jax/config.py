@@ -214,6 +214,15 @@ def data_sizes(spec: str) -> dict[str, Any]:
     return run_python(path, f"--config: {path}", expected, lambda m: dict(getattr(m, "data_sizes", dict)()))
 
 
+def has_members(spec: str) -> bool:
+    """Whether `FILE.py[:argument]` is the config file of a sweep.
+
+    Raises UserError as `load`.
+    """
+    path, _ = _file_of(spec)
+    return run_python(path, f"--config: {path}", "a config file", lambda module: hasattr(module, "get_members"))
+
+
 def _file_of(spec: str) -> tuple[str, str]:
     """The path and the argument of `FILE.py[:argument]`."""
     path, _, argument = spec.partition(":")

@@ -8,6 +8,7 @@ It compiles the very step that `uwm_jax.train` runs, for each topology, with lib
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -24,12 +25,14 @@ from uwm_jax.planning import children, search, sizes, topology
 from uwm_jax.planning.rows import Question, Row, refused, row
 from uwm_jax.planning.table import table
 from uwm_jax.planning.topology import HERE
+from uwm_jax.sweeps import members as members_lib
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
     flags.DEFINE_string("config", None, "FILE.py[:argument]; fields change with --config.any.field=value")
+    flags.DEFINE_multi_string("grid", None, "FIELD=V1,V2 makes a sweep of the config, as launch.sweep does")
     flags.DEFINE_list("topology", None, f"v5e-16, v5p-128, 2xv5e-16, ..., or {HERE}: the devices of this machine")
     flags.DEFINE_string("json", None, "also write the rows to this file")
     flags.DEFINE_float("price", None, "of a chip-hour, in any currency; tells what all steps cost", lower_bound=0.0)
@@ -53,10 +56,24 @@ def main(call: cli.Call) -> None:
     cache = children.default_cache() if FLAGS.cache is None else FLAGS.cache and local_path(FLAGS.cache, "--cache")
     data = sizes.of_data(config, file, FLAGS.sizes)
     question = Question(data, FLAGS.latents, FLAGS.efficiency, FLAGS.price, cache or None, FLAGS.measure)
+    config, question = members(file, config, question)
     rows = [made for name in names for made in plan(name, config, question)]
     print(table(rows))
     if output:
         files.write_text(output, json.dumps(rows, indent=2) + "\n")
+
+
+def members(file: str, config: ConfigDict, question: Question) -> tuple[ConfigDict, Question]:
+    """A run as it is; of a sweep the largest program: the config of a member, and how many train together."""
+    if not FLAGS.grid and not config_lib.has_members(file):
+        return config, question
+    overrides = members_lib.parse_grid(FLAGS.grid) if FLAGS.grid else members_lib.read_members(file)
+    groups = members_lib.groups(members_lib.make_members(config, overrides))
+    say(members_lib.describe(groups))
+    if FLAGS.search:
+        raise UserError("--search tries meshes of single runs: leave it out for a sweep.")
+    largest = max(groups, key=len)
+    return largest[0].config, dataclasses.replace(question, members=len(largest))
 
 
 def plan(name: str, config: ConfigDict, question: Question) -> list[Row]:

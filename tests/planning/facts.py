@@ -19,6 +19,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         "platform": "tpu",
         "device_kind": "TPU v5 lite",
         "chips": 16,
+        "members": 0,
         "mesh": {"data": 16, "fsdp": 1, "tensor": 1},
         "limit_bytes": None,
         "parameters": 250_000_000,

@@ -130,6 +130,18 @@ def test_temporaries_that_do_not_fit_come_on_top_of_what_is_held(plan):
     assert found["parameter_bytes"] == GB and found["mesh"] == {"data": 16, "fsdp": 1, "tensor": 1}
 
 
+def test_members_of_a_sweep(plan):
+    """Two members on each of four chips hold 3 GB of state and as many gradients as parameters, 1 GB."""
+    mesh = {"sweep": 4, "data": 1, "fsdp": 1, "tensor": 1}
+    found = plan({"facts": facts(members=8, chips=4, mesh=mesh, collectives=[])}, name="v5e-4", members=8)
+    assert found["members_per_chip"] == 2 and "gradient_bytes/parameters" not in found
+    shared = found["peak_hbm_bytes"] + found["extra_hbm_bytes"] - 4 * GB - 24
+    assert found["members_per_chip_at_most"] == int((int(15.75 * 2**30) - shared) // (2 * GB + 12)) == 6
+    assert found["member_steps_per_second/estimate"] == pytest.approx(8 / found["step_seconds_estimate"])
+    assert found["member_steps_per_second/lower_bound"] == pytest.approx(8 / found["step_seconds_lower_bound"])
+    assert "8 members in one program, 2 on a chip, where 6 fit by arithmetic" in table([found])
+
+
 def test_slices_of_the_topology_are_those_of_the_mesh(plan):
     config = base()
     config.mesh.slices = 2

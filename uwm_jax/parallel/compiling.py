@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from uwm_jax import host_memory
 from uwm_jax.parallel.distributed import say
 from uwm_jax.parallel.mesh import FSDP_AXIS
 
@@ -24,7 +25,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def compile_lowered(mesh: Mesh, lowered: Any) -> Any:
-    """`lowered.compile()` with `compiler_options`.
+    """`lowered.compile()` with `compiler_options`; gives back the memory that the compiler has freed.
 
     A compiler that does not know them compiles without, and a line says so.
 
@@ -35,10 +36,15 @@ def compile_lowered(mesh: Mesh, lowered: Any) -> Any:
     options = compiler_options(mesh)
     if options:
         try:
-            return lowered.compile(compiler_options=options)
+            return _given_back(lowered.compile(compiler_options=options))
         except jax.errors.JaxRuntimeError as e:
             if _UNKNOWN not in str(e):
                 raise
         names = ", ".join(f"{name}={value}" for name, value in options.items())
         say(f"this TPU compiler does not know {names}: compiled without, and slower under fsdp.")
-    return lowered.compile()
+    return _given_back(lowered.compile())
+
+
+def _given_back(compiled: Any) -> Any:
+    host_memory.give_back()
+    return compiled

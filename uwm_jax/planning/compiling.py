@@ -28,9 +28,11 @@ from uwm_jax.parallel import collectives
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.compiling import compile_lowered
 from uwm_jax.planning import schedule
+from uwm_jax.sweeps.program import SweepProgram
 from uwm_jax.training import flops
 from uwm_jax.training.build import Program, build
 from uwm_jax.training.patterns import split
+from uwm_jax.training.state import TrainState
 
 Facts = dict[str, Any]
 
@@ -40,17 +42,20 @@ class Prepared:
     """A step before it is compiled.
 
     Attributes:
-      program: of the run.
+      program: of the run, or of one member of a sweep.
+      state: shapes of what the step changes, with shardings: a `TrainState`, or the `SweepState` of `members`.
       frozen: shapes of the codec's arrays, with shardings; used: those that the step is given.
       batch: as `Program.batch_like`, or with latents.
       lowered: the step.
     """
 
     program: Program
+    state: Any
     frozen: Any
     used: Any
     batch: dict[str, jax.ShapeDtypeStruct]
     lowered: jax.stages.Lowered
+    members: int = 0
 
 
 def prepare(request: Mapping[str, Any]) -> Prepared:
@@ -58,19 +63,23 @@ def prepare(request: Mapping[str, Any]) -> Prepared:
 
     Args:
       request: `config` and `spec`, as JSON has them; `arrays`, the shapes of a fitted codec's arrays, or None;
-        `latents`, whether batches hold latents in place of the frames to predict; `description` of a TPU topology, None
-        for the devices of this process.
+        `latents`, whether batches hold latents in place of the frames to predict; `members` of a sweep that train in
+        one program, 0 for a run; `description` of a TPU topology, None for the devices of this process.
 
     Raises:
       UserError: the config does not fit the data or the devices.
     """
     config = config_lib.from_dict(request["config"], "--config")
-    mesh = mesh_lib.make_mesh(config, _devices(request["description"]))
+    members = request["members"]
+    mesh = mesh_lib.make_mesh(config, _devices(request["description"]), members)
     with _traced_for(mesh):
         program, frozen = program_of(config, DataSpec.from_json(request["spec"]), request["arrays"], mesh)
         batch = with_latents(program) if request["latents"] else program.batch_like
         used = {} if request["latents"] else frozen
-        return Prepared(program, frozen, used, batch, program.lower_step(used, batch))
+        if not members:
+            return Prepared(program, program.like, frozen, used, batch, program.lower_step(used, batch))
+        sweep = SweepProgram(program, members)
+        return Prepared(program, sweep.like, frozen, used, batch, sweep.lower_step(used, batch), members)
 
 
 def compiled(mesh: Mesh, lowered: jax.stages.Lowered) -> Any:
@@ -88,8 +97,8 @@ def facts_before(prepared: Prepared) -> Facts:
     program, frozen = prepared.program, prepared.frozen
     return {
         **_about_devices(program.mesh),
-        **_about_arrays(program, frozen, prepared.batch),
-        **_about_flops(program, prepared.used == {} and frozen != {}),
+        **_about_arrays(prepared),
+        **_about_flops(program, prepared.members or 1, prepared.used == {} and frozen != {}),
     }
 
 
@@ -241,20 +250,23 @@ def _about_devices(mesh: Mesh) -> Facts:
     }
 
 
-def _about_arrays(program: Program, frozen: Any, batch: Any) -> Facts:
-    """Bytes on one device, and numbers of parameters."""
+def _about_arrays(prepared: Prepared) -> Facts:
+    """Bytes on one device, of all members of a sweep, and numbers of parameters, of one."""
+    program = prepared.program
+    state: TrainState = prepared.state.members if prepared.members else prepared.state
     shapes, config = program.shapes, program.config
     trained, _ = split(shapes.params, (*config.optimizer.freeze, *program.system.tree.untrained))
     count = {"parameters": shapes.params, "trained_parameters": trained}
     parts = {
-        "parameters": shapes.params,
-        "average": shapes.ema_params,
-        "optimizer": shapes.opt_state,
-        "counters": (shapes.step, shapes.hparams),
-        "frozen": frozen,
-        "batch": batch,
+        "parameters": state.params,
+        "average": state.ema_params,
+        "optimizer": state.opt_state,
+        "counters": (state.step, state.hparams),
+        "frozen": prepared.frozen,
+        "batch": prepared.batch,
     }
     return {
+        "members": prepared.members,
         **{name: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for name, tree in count.items()},
         "bytes": {name: sum(map(bytes_on_device, jax.tree.leaves(tree))) for name, tree in parts.items()},
     }
@@ -329,10 +341,10 @@ def limit_of(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _about_flops(program: Program, latents: bool) -> Facts:
+def _about_flops(program: Program, members: int, latents: bool) -> Facts:
     """Analytic operations of a step of all devices, and the seconds that one device would take for them at its peak."""
     rows, sample = program.config.batch_size, program.system.flops()
-    trained, frozen = rows * (sample.training - sample.frozen), 0.0 if latents else rows * sample.frozen
+    trained, frozen = members * rows * (sample.training - sample.frozen), 0.0 if latents else rows * sample.frozen
     kind = program.mesh.devices.flat[0].device_kind
     return {
         "flops": {"trained": trained, "frozen": frozen},

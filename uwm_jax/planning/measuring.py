@@ -33,7 +33,7 @@ def measure(prepared: Prepared, step: Any) -> Facts:
     """
     mesh = prepared.program.mesh
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    fill = _filling((prepared.program.like, prepared.frozen, prepared.batch))
+    fill = _filling((prepared.state, prepared.frozen, prepared.batch))
     host_memory.give_back()
     before = _reset_peak() if on_cpu else None
     state, frozen, batch = fill()

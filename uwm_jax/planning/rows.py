@@ -41,6 +41,7 @@ class Question:
       price: of a chip-hour, None for no costs.
       cache: directory of answers; None for none.
       measure: whether the step is run on the devices of this machine, where these are the topology.
+      members: of a sweep that train in one program; 0 for a run.
     """
 
     data: Data
@@ -49,6 +50,7 @@ class Question:
     price: float | None = None
     cache: Path | None = None
     measure: bool = False
+    members: int = 0
 
 
 def row(name: str, config: ConfigDict, question: Question, say: Say) -> Row:
@@ -60,7 +62,7 @@ def row(name: str, config: ConfigDict, question: Question, say: Say) -> Row:
     place = None if name == HERE else topology.find(name)
     try:
         config = with_slices(config, place)
-        if place:
+        if place and not question.members:
             check_batch(config, place)
     except UserError as e:
         return refused(name, config, question, e)
@@ -83,6 +85,7 @@ def request(config: ConfigDict, place: Topology | None, question: Question) -> d
         "spec": question.data.spec.to_json(),
         "arrays": question.data.arrays,
         "latents": question.latents,
+        "members": question.members,
         "measure": question.measure and place is None,
         "description": place.description() if place else None,
     }
@@ -150,6 +153,7 @@ def _about(name: str, config: ConfigDict, place: Topology | None, question: Ques
         "accumulation_steps": config.accumulation_steps,
         "remat": config.model.get("remat"),
         "latents": question.latents,
+        "members": question.members,
         "data": question.data.origin,
         "failure": None,
         "failure_kind": None,
@@ -195,7 +199,27 @@ def _planned(
             seconds, rows=config.batch_size, steps=config.total_steps, chips=chips, price=question.price
         )
         found |= {f"{key}/{at}": value for key, value in told.items()}
+        if question.members:
+            found[f"member_steps_per_second/{at}"] = question.members / seconds if seconds else None
+    if question.members:
+        found["members_per_chip"] = _members_on_chip(facts)
+        found["members_per_chip_at_most"] = _members_that_fit(facts, found)
     return found
+
+
+def _members_on_chip(facts: Mapping[str, Any]) -> int:
+    return facts["members"] // facts["mesh"]["sweep"]
+
+
+def _members_that_fit(facts: Mapping[str, Any], found: Row) -> int | None:
+    """Members whose states and gradients have room on a chip next to what all of them share, by arithmetic."""
+    if found["hbm_limit_bytes"] is None:
+        return None
+    held, here = facts["bytes"], _members_on_chip(facts)
+    state = sum(held[name] for name in ("parameters", "average", "optimizer", "counters"))
+    each = (state + held["parameters"]) / here  # gradients are as large as the parameters
+    shared = found["peak_hbm_bytes"] + found["extra_hbm_bytes"] - each * here
+    return max(int((found["hbm_limit_bytes"] - shared) / each), 0)
 
 
 def _devices(facts: Mapping[str, Any], found: Row) -> Row:
@@ -250,6 +274,8 @@ def _evaluation_bytes(facts: Mapping[str, Any], extra: Mapping[str, int]) -> int
     if not evaluation:
         return 0
     state = sum(held[name] for name in ("parameters", "average", "optimizer", "counters", "frozen"))
+    if facts["members"]:  # one of them is taken out of the others at a time
+        state += (state - held["frozen"]) // _members_on_chip(facts)
     return state + held["batch"] + extra["prefetch"] + extra["code"] + evaluation["peak"] + evaluation["code"]
 
 
@@ -264,7 +290,7 @@ def _traffic(facts: Mapping[str, Any]) -> Row:
         kinds[c["kind"]] = kinds.get(c["kind"], 0) + c["bytes"]
     gradients: Row = {}
     by_data = [axis for axis, size in facts["mesh"].items() if size > 1] == ["data"]
-    if by_data and not any(bounds.DCN in c["axes"] for c in facts["collectives"]):
+    if by_data and not facts["members"] and not any(bounds.DCN in c["axes"] for c in facts["collectives"]):
         gradients = {"parameters": 4 * facts["trained_parameters"], "metrics": facts["metrics_bytes"]}
         gradients["merged"] = kinds.get("all-reduce", 0) - sum(gradients.values())
     heavy = [c for c in facts["collectives"] if c["activations"] and c["bytes"] > MUCH]

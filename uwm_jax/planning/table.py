@@ -80,7 +80,7 @@ def _details(row: Row) -> str:
     if "collectives" not in row:
         return f"{title}\n  {_KINDS[row['failure_kind']]}: {row['failure']}"
     took = "from the cache" if row["cached"] else f"compiled in {row['compile_seconds']:.0f} s"
-    parts = (_memory, _time, _measured, _collectives, _gradients, _remarks)
+    parts = (_memory, _time, _sweep, _measured, _collectives, _gradients, _remarks)
     return "\n".join([f"{title}, {took}", *(line for part in parts for line in part(row))])
 
 
@@ -118,6 +118,20 @@ def _time(row: Row) -> list[str]:
             told = f"{_number(speed)} samples/s, {_number(days)} days for all steps"
             told += f", cost {_number(cost)} at {row['price_per_chip_hour']:g} a chip-hour" if cost is not None else ""
             lines.append(f"  {name}: {told}")
+    return lines
+
+
+def _sweep(row: Row) -> list[str]:
+    if not row["members"]:
+        return []
+    most = row["members_per_chip_at_most"]
+    lines = [
+        f"  {row['members']} members in one program, {row['members_per_chip']} on a chip"
+        + ("" if most is None else f", where {most} fit by arithmetic")
+    ]
+    for at, name in (("lower_bound", "at the lower bound"), ("estimate", "at the estimate")):
+        if (speed := row[f"member_steps_per_second/{at}"]) is not None:
+            lines.append(f"  {name}: {_number(speed)} member-steps/s")
     return lines
 
 

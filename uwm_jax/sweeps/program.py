@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uwm_jax.parallel.accumulate import each_value_and_grad
+from uwm_jax.parallel.compiling import compile_lowered
 from uwm_jax.parallel.mesh import BATCH_AXES, SWEEP_AXIS, TENSOR_AXIS
 from uwm_jax.systems.base import System
 from uwm_jax.training.build import Program
 from uwm_jax.training.patterns import join
 from uwm_jax.training.state import TrainState
-from uwm_jax.training.step import divide, finish, weighted_loss
+from uwm_jax.training.step import divide, finish, lower_for, weighted_loss
 
 ALIVE = "alive"  # the metric (M,) that tells which members were finite up to and with a step
 
@@ -72,8 +73,12 @@ class SweepProgram:
     def compile_step(self, frozen: Any) -> Callable[..., Any]:
         """`(state, frozen, batch) -> (state, metrics)`: as `Program.compile_step`, every metric with a leading axis of
         members; `ALIVE` besides."""
+        return compile_lowered(self.mesh, self.lower_step(frozen, self.program.batch_like))
+
+    def lower_step(self, frozen: Any, batch: Any) -> jax.stages.Lowered:
+        """The step that `compile_step` compiles, lowered; `batch` as `Program.batch_like`."""
         step = make_sweep_step(self.program, self.program.config.sweep.members_at_once)
-        return self.program.compile(step, self.like, frozen, self.program.batch_like, updates_state=True)
+        return lower_for(self.mesh, self.program.rules, step, self.like, frozen, batch, updates_state=True)
 
     def empty(self) -> SweepState:
         """Zeros, all alive; `put` fills them."""

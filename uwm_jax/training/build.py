@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from uwm_jax import host_memory, systems
+from uwm_jax import systems
 from uwm_jax.codecs import Codec
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.parallel import mesh as mesh_lib
@@ -79,9 +79,7 @@ class Program:
         Args:
           frozen: arrays, or shapes with shardings, of the codec.
         """
-        compiled = compile_lowered(self.mesh, self.lower_step(frozen, self.batch_like))
-        host_memory.give_back()
-        return compiled
+        return compile_lowered(self.mesh, self.lower_step(frozen, self.batch_like))
 
     def lower_step(self, frozen: Any, batch: Any) -> jax.stages.Lowered:
         """The step that `compile_step` compiles, lowered; `batch` as `batch_like`."""

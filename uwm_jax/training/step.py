@@ -11,7 +11,6 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from uwm_jax import host_memory
 from uwm_jax.parallel.accumulate import value_and_grad
 from uwm_jax.parallel.compiling import compile_lowered
 from uwm_jax.parallel.mesh import replicated
@@ -149,9 +148,7 @@ def make_eval_step(system: System) -> Callable[[Any, Any, Mapping[str, jax.Array
 
 def compile_for(mesh: Mesh, rules: Rules, function: Callable[..., Any], *inputs: Any, updates_state: bool) -> Any:
     """A function compiled for a mesh; arguments as `lower_for`."""
-    compiled = compile_lowered(mesh, lower_for(mesh, rules, function, *inputs, updates_state=updates_state))
-    host_memory.give_back()
-    return compiled
+    return compile_lowered(mesh, lower_for(mesh, rules, function, *inputs, updates_state=updates_state))
 
 
 def lower_for(
