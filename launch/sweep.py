@@ -16,10 +16,10 @@ from absl import flags
 
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
-from uwm_jax.errors import RunError
+from uwm_jax.errors import RunError, warn
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel.distributed import say
-from uwm_jax.reporting import pictures
+from uwm_jax.reporting import pictures, sweep_page
 from uwm_jax.sweeps import members as members_lib
 from uwm_jax.sweeps.run import run_sweep
 from uwm_jax.training import provenance
@@ -45,9 +45,15 @@ def main(call: cli.Call) -> None:
     def describe(member: members_lib.Member) -> dict:
         return provenance.describe(call.line, spec, member.config, [*call.changed, *member.overrides])
 
+    def draw_page() -> None:
+        try:
+            say(f"wrote {sweep_page.write(directory)}")
+        except Exception as e:  # never the end of a sweep
+            warn(f"{directory / sweep_page.FILE} was not written: {e}")
+
     with distributed.session():
         say(members_lib.describe(groups))
-        diverged = run_sweep(directory, groups, describe, pictures.draw)
+        diverged = run_sweep(directory, groups, describe, pictures.draw, draw_page)
     if diverged:
         raise RunError(f"{len(diverged)} of {len(members)} members have diverged: {', '.join(diverged)}.")
 

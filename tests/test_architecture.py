@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": (*FLOORS, "", "config", "config_checks", "systems", "torch_bridge"),
     "policy": (*BASE, "data", "systems"),
     "evaluation": (*LIBRARY, "envs", "policy"),
-    "reporting": (*LIBRARY, "envs", "evaluation"),
+    "reporting": (*LIBRARY, "envs", "evaluation", "sweeps"),
     "runs": (*LIBRARY, "evaluation"),
     "sweeps": (*LIBRARY, "evaluation", "runs"),
     "cli": BASE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -51,6 +52,23 @@ def test_the_command(make_run, call, tmp_path):
         ((run, f"--output={tmp_path / 'one.html' / 'x.html'}"), "Not a directory"),
         ((run, "--output=gs://bucket/x.html"), "--output=gs://bucket/x.html: gs:// is not supported"),
         (("gs://bucket/run",), "gs:// is not supported"),
+        ((run, "--x=policy/action_mse"), "--x=policy/action_mse requires one directory of a sweep"),
+    ):
+        status, error = call(*arguments)
+        assert status == 2 and message in error and error.count("\n") == 1, (status, error)
+
+
+def test_the_directory_of_a_sweep(make_run, call, tmp_path):
+    sweep = tmp_path / "sweep"
+    member = make_run(sweep / "members" / "seed=1")
+    told = {"overrides": {"seed": 1}, "status": "done", "last_losses": {}}
+    (sweep / "sweep.json").write_text(json.dumps({"members": {"seed=1": told}}))
+    assert call(f"--workdir={sweep}") == (0, "") and "seed=1" in (sweep / "sweep.html").read_text()
+    assert call(sweep, f"--output={tmp_path}") == (0, "") and (tmp_path / "sweep.html").is_file()
+    assert call(member) == (0, "") and (member / "report.html").is_file()
+    for arguments, message in (
+        ((sweep, "--y=a/b"), "--y=a/b: no member has this metric. Of them, none was evaluated."),
+        ((sweep, member), "holds a sweep, not a run"),
     ):
         status, error = call(*arguments)
         assert status == 2 and message in error and error.count("\n") == 1, (status, error)

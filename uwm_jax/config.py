@@ -385,6 +385,7 @@ def _system_of(stored: Any, where: str) -> str:
 
 def read(workdir: str | os.PathLike[str], overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     """The config of a workdir, with overrides on top."""
+    refuse_sweep(workdir)
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"--workdir: {str(workdir)!r} holds no config.json; it is not a run's directory.")
@@ -392,6 +393,17 @@ def read(workdir: str | os.PathLike[str], overrides: Iterable[tuple[str, str]] =
     apply_overrides(config, overrides)
     validate(config)
     return config
+
+
+def refuse_sweep(workdir: str | os.PathLike[str]) -> None:
+    """Raises UserError, with names of its members, for the directory of a sweep where that of a run is expected."""
+    if (Path(workdir) / "sweep.json").is_file():
+        names = sorted(place.name for place in (Path(workdir) / "members").glob("*/"))
+        found = f" It has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}." if names else ""
+        raise UserError(
+            f"--workdir: {str(workdir)!r} holds a sweep, not a run. Its members are runs: "
+            f"--workdir={workdir}/members/NAME.{found}"
+        )
 
 
 def parse_origin(spec: str, field: str = "init_from") -> tuple[Path, int | None]:

@@ -2,6 +2,7 @@
 
     python -m uwm_jax.report --workdir=DIR [--output=FILE]  writes DIR/report.html again
     python -m uwm_jax.report DIR DIR... [--output=FILE]     writes a comparison of the runs, comparison.html by default
+    python -m uwm_jax.report --workdir=SWEEP [--x=METRIC] [--y=METRIC] [--output=FILE]  writes SWEEP/sweep.html again
 
 `report DIR` is the same as `report --workdir=DIR`. Everything comes from the files of the workdirs, so that `evaluate`
 and `rollout` write the report again too. `--output` writes it elsewhere, also for runs that can only be read.
@@ -16,8 +17,9 @@ from absl import flags
 from uwm_jax import cli
 from uwm_jax.errors import UserError
 from uwm_jax.files import local_path
+from uwm_jax.reporting import run_page, sweep_page
 from uwm_jax.reporting.comparison import compare
-from uwm_jax.reporting.run_page import write
+from uwm_jax.sweeps import record
 
 FLAGS = flags.FLAGS
 
@@ -28,9 +30,11 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "output",
         None,
-        "the page to write, FILE.html; DIR/report.html, or comparison.html for several runs, by default; or a folder "
-        "for it, which may hold results that --output of evaluate or rollout wrote",
+        "the page to write, FILE.html; DIR/report.html, comparison.html for several runs, or DIR/sweep.html, by "
+        "default; or a folder for it, which may hold results that --output of evaluate or rollout wrote",
     )
+    for axis, default in zip("xy", sweep_page.AXES, strict=True):
+        flags.DEFINE_string(axis, None, f"of a sweep: metric of its picture's {axis} axis ({default} by default)")
 
 
 def main(call: cli.Call) -> None:
@@ -41,11 +45,22 @@ def main(call: cli.Call) -> None:
     runs = [workdir] if workdir else [local_path(a, "DIR") for a in call.arguments]
     if not runs:
         raise UserError("--workdir is required, or the directories of several runs to compare; found none.")
-    output, name = cli.optional_path("output"), "comparison.html" if runs[1:] else "report.html"
+    is_sweep = not runs[1:] and (runs[0] / record.FILE).is_file()
+    for axis in "xy" if not is_sweep else "":
+        if FLAGS[axis].value is not None:
+            raise UserError(f"--{axis}={FLAGS[axis].value} requires one directory of a sweep, with its {record.FILE}.")
+    output = cli.optional_path("output")
+    name = "comparison.html" if runs[1:] else sweep_page.FILE if is_sweep else "report.html"
     results = output if output and (output.is_dir() or output.suffix.lower() not in (".html", ".htm")) else None
     page = results / name if results else output or (Path(name) if runs[1:] else runs[0] / name)
     try:
-        print(f"wrote {compare(runs, page) if runs[1:] else write(runs[0], page, results)}")
+        if is_sweep:
+            sweep_page.write(runs[0], page, FLAGS.x, FLAGS.y)
+        elif runs[1:]:
+            compare(runs, page)
+        else:
+            run_page.write(runs[0], page, results)
+        print(f"wrote {page}")
     except OSError as e:
         if e.filename is None or Path(e.filename) not in (page, *page.parents):
             raise

@@ -125,6 +125,7 @@ def run(
     # --- Config: the same in all processes, and as an earlier start of this run fixed it. ----------
     distributed.require_same("config", config_lib.flatten(config))
     in_training.check_config(config)
+    config_lib.refuse_sweep(workdir)
     last_step = distributed.agree(checkpoint_lib.latest_step(workdir))
     first_start = last_step is None
     if last_step is not None:

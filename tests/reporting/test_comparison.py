@@ -11,7 +11,7 @@ import pytest
 
 from uwm_jax.config import base, to_json
 from uwm_jax.reporting import comparison
-from uwm_jax.reporting.comparison import _best, _more_is_better
+from uwm_jax.reporting.comparison import _best, more_is_better
 from uwm_jax.reporting.results import Interval, Run
 
 
@@ -27,7 +27,7 @@ from uwm_jax.reporting.results import Interval, Run
     ],
 )
 def test_which_way_is_better(name, more):
-    assert _more_is_better(name) is more
+    assert more_is_better(name) is more
 
 
 def test_the_best_is_apart_from_every_other():

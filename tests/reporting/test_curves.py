@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 
-from uwm_jax.reporting import curves
-from uwm_jax.reporting.curves import Curve, Panel, curves_svg
+from uwm_jax.reporting.curves import PAGE_COLOR, Curve, Panel, curves_svg
 from uwm_jax.reporting.page import curves as curves_html
 
 
@@ -18,7 +17,7 @@ def test_curves_take_the_page_colour_and_reach_nothing_outside():
         svg = curves_svg(panel)
         assert svg == curves_svg(panel)  # the same bytes each time
         ElementTree.fromstring(svg)
-        assert "currentColor" in svg and curves._PAGE not in svg and "<image" not in svg and "<metadata" not in svg
+        assert "currentColor" in svg and PAGE_COLOR not in svg and "<image" not in svg and "<metadata" not in svg
         texts = re.findall(r"<(?:text|tspan)[^>]*>([^<]+)<", svg)
         assert texts and not [t for t in texts if re.search("[a-z]{2}", t)], "numbers of axes only"
     assert "#123456" in curves_svg(gap)
@@ -38,3 +37,8 @@ def test_every_curve_is_in_the_key_with_its_dashes(parse):
     assert "held out <1>" in page.text and "never evaluated" not in page.text
     dashes = [a["stroke-dasharray"] for tag, a in page.tags if a.get("stroke") == "#123456"]
     assert dashes == ["6 4"]
+
+
+def test_curves_that_look_alike_share_an_entry_of_the_key(parse):
+    curve = Curve("both", [1, 2], [1.0, 0.5])
+    assert parse(curves_html([Panel("loss", [curve, curve._replace(values=[2.0, 1.0])])])).text.count("both") == 1

@@ -50,7 +50,7 @@ def compare(workdirs: Sequence[Path], output: Path) -> Path:
     top = fill("<h1>{} runs side by side</h1>{}", len(runs), same_windows(runs))
     sections = [
         Section("runs", "The runs", _facts(runs)),
-        *_metrics(runs),
+        *metrics(runs),
         Section("pairs", "Closed loops on the same starts", pairs.section(runs)),
         Section("curves", "Curves", curves(_panels(runs))),
         Section("configs", "Config fields that differ", _configs(runs)),
@@ -124,17 +124,17 @@ def _how(record: Mapping[str, Any]) -> dict[str, str]:
     return how
 
 
-def _metrics(runs: Sequence[Run]) -> list[Section]:
-    """A row per metric, a column per run; what is better than every other with intervals apart is marked."""
-    by_run = [{**run.metrics, **{f"rollout/{name}": m for name, m in run.rollout.items()}} for run in runs]
-    found = list(dict.fromkeys(name for metrics in by_run for name in metrics))
+def metrics(runs: Sequence[Run]) -> list[Section]:
+    """All metrics: a row per metric, a column per run; what is better than every other with intervals apart is
+    marked."""
+    found = list(dict.fromkeys(name for run in runs for name in run.measured))
     if not found:
         say = "<p>None of the runs was evaluated: <code>python -m uwm_jax.evaluate --workdir=DIR</code>.</p>"
         return [Section("metrics", "Metrics", fill(say))]
-    heads = ["metric", *(number_head(run.name, _steps(run)) for run in runs)]
+    heads = ["metric", *(number_head(run.name, evaluated_at(run)) for run in runs)]
 
     def rows(chosen: Sequence[str]) -> Html:
-        cells = [_row(name, [metrics.get(name) for metrics in by_run], _is_merit(name, runs)) for name in chosen]
+        cells = [_row(name, [run.measured.get(name) for run in runs], _is_merit(name, runs)) for name in chosen]
         return table(heads, cells, "metrics")
 
     uses = {f"{use}/" for run in runs for use in run.kind.uses}
@@ -151,7 +151,8 @@ def _metrics(runs: Sequence[Run]) -> list[Section]:
     ]
 
 
-def _steps(run: Run) -> str:
+def evaluated_at(run: Run) -> str:
+    """The steps of the numbers of a run, in words."""
     evaluated = f"evaluated at step {run.eval_step}" if run.metrics else "not evaluated"
     return evaluated + (f", in the simulator at {run.rollout_step}" if run.rollout else "")
 
@@ -166,12 +167,13 @@ def _is_merit(name: str, runs: Sequence[Run]) -> bool:
 
 def _row(name: str, found: Sequence[Interval | None], merit: bool) -> list[Html]:
     """Cells of a metric of all runs, in one format."""
-    best = _best(found, _more_is_better(name)) if merit else None
+    best = _best(found, more_is_better(name)) if merit else None
     form = Format.of(m and m.mean for m in found)
     return [head(*names.of(name)), *(cell(m, form, "best" if m and m is best else "") for m in found)]
 
 
-def _more_is_better(name: str) -> bool:
+def more_is_better(name: str) -> bool:
+    """Whether larger values of a metric are better ones."""
     kind = name.rsplit("/", 1)[-1]
     return not kind.endswith("_mse") or "paired/" in name
 
@@ -206,16 +208,20 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
         return [run.evaluated(name, run.name, color) for run, color in named]
 
     parts = dict.fromkeys(part for run in runs for part in run.config.loss.weights)
-    uses = dict.fromkeys(use for run in runs for use in run.kind.uses)
-    shown = [f"{use}/{metric}" for use in uses for metric in ("action_mse", "changed_mse")]
-    shown += [n for n in runs[0].metrics if n.startswith("control/") and n.count("/") == 1]
-    evaluated = [name for name in shown if any(name in run.metrics for run in runs)]
     scores = Panel(
         "The best of an episode in the simulator",
         [run.rolled_out(f"policy/{run.score}", run.name, c) for run, c in named],
     )
     return [
         *(Panel(f"Loss: {part}", losses(part), logarithmic=True) for part in parts),
-        *(Panel(names.of(name)[0], values(name), zero=name.startswith("control/")) for name in evaluated),
+        *(Panel(names.of(name)[0], values(name), zero=name.startswith("control/")) for name in headlines(runs)),
         scores,
     ]
+
+
+def headlines(runs: Sequence[Run]) -> list[str]:
+    """The metrics of evaluations that curves and short tables show: errors of all uses, and probes."""
+    uses = dict.fromkeys(use for run in runs for use in run.kind.uses)
+    shown = [f"{use}/{metric}" for use in uses for metric in ("action_mse", "changed_mse")]
+    shown += dict.fromkeys(n for run in runs for n in run.metrics if n.startswith("control/") and n.count("/") == 1)
+    return [name for name in shown if any(name in run.metrics for run in runs)]

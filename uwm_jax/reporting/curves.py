@@ -1,20 +1,18 @@
-"""Curves over training steps, drawn for pages, which write titles and keys; the numbers of the axes are drawn."""
+"""Curves over training steps, drawn for pages, which write titles and keys; the numbers of the axes are drawn.
+
+Matplotlib is imported where something is drawn: a training run starts without it.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
-from matplotlib.figure import Figure
-
-matplotlib.use("Agg")
-
-_PAGE = "#010203"  # stands for the page's colour while matplotlib draws
-_PAGE_COLORS: dict[Any, Any] = {f"{part}.color": _PAGE for part in ("xtick", "ytick", "grid")} | {
-    "axes.edgecolor": _PAGE
+PAGE_COLOR = "#010203"  # stands for the page's colour while matplotlib draws
+_PAGE_COLORS: dict[Any, Any] = {f"{part}.color": PAGE_COLOR for part in ("xtick", "ytick", "grid")} | {
+    "axes.edgecolor": PAGE_COLOR
 }
 
 
@@ -38,10 +36,9 @@ class Panel(NamedTuple):
 
 
 def curves_svg(panel: Panel) -> str:
-    """An `<svg>` of a panel for a page: no background, the page's own text colour, no text but the axes' numbers."""
-    with matplotlib.rc_context({"svg.hashsalt": panel.title, "svg.fonttype": "none", **_PAGE_COLORS}):
-        figure = Figure(figsize=(5.6, 3.2), facecolor="none")
-        axis = figure.add_axes((0.12, 0.1, 0.86, 0.87), facecolor="none")
+    """An `<svg>` of a panel, as `svg` makes it."""
+
+    def draw(axis: Any) -> None:
         for curve in panel.curves:
             marker = "" if len(curve.steps) > 20 else "o"
             axis.plot(curve.steps, curve.values, curve.style + marker, color=curve.color, markersize=4)
@@ -50,15 +47,34 @@ def curves_svg(panel: Panel) -> str:
         if panel.logarithmic:
             axis.set_yscale("log")
         if panel.zero:
-            axis.axhline(0, color=_PAGE, linewidth=0.8)
+            axis.axhline(0, color=PAGE_COLOR, linewidth=0.8)
+
+    return svg(panel.title, draw)
+
+
+def svg(title: str, draw: Callable[[Any], None]) -> str:
+    """An `<svg>` for a page: no background, the page's own text colour, no text but the axes' numbers.
+
+    Args:
+      title: ids inside of it follow from this.
+      draw: draws on matplotlib axes; `PAGE_COLOR` becomes the colour of the page's text.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.use("Agg")
+    with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "none", **_PAGE_COLORS}):
+        figure = Figure(figsize=(5.6, 3.2), facecolor="none")
+        axis = figure.add_axes((0.12, 0.1, 0.86, 0.87), facecolor="none")
+        draw(axis)
         axis.grid(alpha=0.2)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
-    svg = buffer.getvalue().replace(_PAGE, "currentColor")
-    svg = svg[svg.index("<svg") :]
-    used = set(re.findall(r"#([\w.-]+)", svg))
+    drawn = buffer.getvalue().replace(PAGE_COLOR, "currentColor")
+    drawn = drawn[drawn.index("<svg") :]
+    used = set(re.findall(r"#([\w.-]+)", drawn))
     return re.sub(
-        r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", svg
+        r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", drawn
     )  # ids of a page are its own

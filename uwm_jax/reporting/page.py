@@ -213,6 +213,11 @@ _SWATCHES = {
     "cross": '<path d="M14 2v12M8 8h12" fill="none" stroke="{color}" stroke-width="3"/>',
     "bar": '<rect x="1" y="5" width="26" height="6" fill="#d0d0d0"/><rect x="1" y="5" width="16" height="6" '
     'fill="{color}"/>',
+    "o": '<circle cx="14" cy="8" r="5" fill="{color}"/>',
+    "s": '<rect x="9" y="3" width="10" height="10" fill="{color}"/>',
+    "^": '<path d="M14 2l6 11H8z" fill="{color}"/>',
+    "D": '<path d="M14 1l7 7-7 7-7-7z" fill="{color}"/>',
+    "ring": '<circle cx="14" cy="8" r="4.5" fill="none" stroke="{color}" stroke-width="2"/>',
     "tick": '<rect x="12" y="1" width="4" height="14" fill="{color}"/>',
     "scale": '<rect x="1" y="3" width="9" height="10" fill="#000004"/><rect x="10" y="3" width="9" height="10" '
     'fill="#b73779"/><rect x="19" y="3" width="8" height="10" fill="{color}"/>',
@@ -243,7 +248,7 @@ def curves(panels: Sequence[Panel]) -> Html:
             panel.title,
             panel.title,
             Html(curves_svg(panel)),
-            key([Mark(c.style, c.color, c.label) for c in panel.curves]),
+            key(list(dict.fromkeys(Mark(c.style, c.color, c.label) for c in panel.curves))),
         )  # fmt: skip
         for panel in panels
     ]
@@ -303,6 +308,7 @@ ul.key li { display: flex; gap: .4rem; align-items: center; min-width: 0; }
 ul.key svg { background: #fff; border-radius: 2px; flex: none; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 0 2rem; }
 .curves figure { margin: 0 0 1.5rem; min-width: 0; } .curve svg { width: 100%; height: auto; }
+.wide .curve { max-width: 52rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding-left: 1rem; }
 .bar { min-width: 8rem; width: 20rem; }
 .bar i { display: block; height: 1rem; background: #0072b2; margin-top: .25rem; }

@@ -21,6 +21,7 @@ from uwm_jax.reporting.results import Interval, Run, damaged, seeds_of, verdict
 _SAME = ("env", "execute", "max_steps", "score_range")  # with the starts' seeds: what makes two closed loops comparable
 
 Difference = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Stored]
+Name = Callable[[Sequence[Run]], str]  # of the runs of one setting
 
 
 class Setting(NamedTuple):
@@ -30,20 +31,21 @@ class Setting(NamedTuple):
     runs: list[Run]
 
 
-def settings(runs: Sequence[Run]) -> list[Setting]:
-    """The settings of runs, in the order of their first runs; named by what the names of their runs begin with."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(str(sorted({**flatten(run.config), "seed": None}.items())), []).append(run)
-    return [Setting(_name(same), same) for same in found.values()]
-
-
-def _name(runs: Sequence[Run]) -> str:
+def name_of(runs: Sequence[Run]) -> str:
+    """The name of a setting by what the names of its runs begin with."""
     if len(runs) == 1:
         return runs[0].name
     every = [run.name for run in runs]
     begins = os.path.commonprefix(every).rstrip("_-./ ")
     return f"{begins} (seeds {', '.join(str(run.config.seed) for run in runs)})" if begins else ", ".join(every)
+
+
+def settings(runs: Sequence[Run], name: Name = name_of) -> list[Setting]:
+    """The settings of runs, in the order of their first runs."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(str(sorted({**flatten(run.config), "seed": None}.items())), []).append(run)
+    return [Setting(name(same), same) for same in found.values()]
 
 
 def differences(first: Setting, second: Setting) -> dict[str, Interval]:
@@ -92,7 +94,7 @@ def _check(run: Run) -> None:
         )
 
 
-def section(runs: Sequence[Run]) -> Html:
+def section(runs: Sequence[Run], name: Name = name_of) -> Html:
     """A table of the differences of every two settings whose closed loops can be paired; "" where there are none."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -100,12 +102,12 @@ def section(runs: Sequence[Run]) -> Html:
         if run.score and "score_range" in how and seeds_of(how):
             _check(run)
             groups.setdefault(str([*(how.get(name) for name in _SAME), seeds_of(how)]), []).append(run)
-    tables = [_table(group) for group in groups.values()]
+    tables = [_table(settings(group, name)) for group in groups.values()]
     return fill("{}", tables) if any(tables) else NOTHING
 
 
-def _table(runs: Sequence[Run]) -> Html:
-    pairs = list(itertools.combinations(settings(runs), 2))
+def _table(of_starts: Sequence[Setting]) -> Html:
+    pairs = list(itertools.combinations(of_starts, 2))
     if not pairs:
         return NOTHING
     found = [differences(*pair) for pair in pairs]
@@ -118,7 +120,7 @@ def _table(runs: Sequence[Run]) -> Html:
         "that of all pairs, and the range spans the 95 % intervals of all of them. A difference is shown only where "
         "all pairs agree.</p>{}"
     )
-    how = runs[0].rollout_how
+    how = of_starts[0].runs[0].rollout_how
     return fill(about, how["env"], len(seeds_of(how)), table([*heads, "better score?"], rows, "closed loops"))
 
 

@@ -212,6 +212,11 @@ class Run:
         return self.rollouts[max(self.rollouts)] if self.rollouts else {}
 
     @property
+    def measured(self) -> dict[str, Interval]:
+        """Of the newest evaluation and, below `rollout/`, of the newest closed loop."""
+        return self.metrics | {f"rollout/{name}": m for name, m in self.rollout.items()}
+
+    @property
     def score(self) -> str:
         """The closed loop's metric, such as "max_coverage"; "" where there was none."""
         return next((name.removeprefix("policy/") for name in self.rollout if name.startswith("policy/max_")), "")

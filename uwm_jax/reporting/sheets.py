@@ -22,7 +22,8 @@ class Mark(NamedTuple):
     """An entry of a key.
 
     Attributes:
-        kind: a line's style as matplotlib has it ("-", "--", "-.", ":"), or "frame", "cross", "outline", "scale".
+        kind: a line's style as matplotlib has it ("-", "--", "-.", ":"), "o", "s", "^" or "D" as its markers are,
+            or "frame", "cross", "outline", "scale", "ring".
         color: `#rrggbb`.
         text: what it stands for.
     """

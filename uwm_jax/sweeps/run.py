@@ -106,7 +106,7 @@ def run_sweep(
       groups: as `members.groups` made them.
       describe: what `run.json` of a member gets of this start (`provenance.describe`).
       draw: as `in_training.Run` has it.
-      after_group: called on the main process after each group.
+      after_group: called on the main process after each group, however it ended.
 
     Raises:
       UserError: configs, data or a directory that cannot be used.
@@ -141,8 +141,9 @@ def run_sweep(
                         record.set(place.name, record_lib.STOPPED)
                 record.write()
                 raise
-            if distributed.is_main():
-                after_group()
+            finally:
+                if distributed.is_main():
+                    after_group()
     return [member.name for member in members if record.has_diverged(member.name)]
 
 
