@@ -239,7 +239,7 @@ def _shipped() -> str:
         return ""
     folder = root / "configs"
     place = Path("configs") if Path("configs").resolve() == folder else folder
-    shipped = [str(place / p.name) for p in sorted(folder.glob("*.py")) if p.stem != "__init__"]
+    shipped = [str(place / p.relative_to(folder)) for p in sorted(folder.rglob("*.py")) if p.stem != "__init__"]
     return f" Shipped configs: {', '.join(shipped)}."
 
 

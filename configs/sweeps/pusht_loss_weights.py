@@ -21,6 +21,8 @@ from configs import pusht_cpu
 WEIGHTS = ((0.2, 1.0), (1.0, 1.0), (5.0, 1.0), (25.0, 1.0), (125.0, 1.0), (5.0, 0.0))  # of action, of next_obs
 SEEDS = (0, 1, 2)
 
+data_sizes = pusht_cpu.data_sizes
+
 
 def get_config() -> ConfigDict:
     c = pusht_cpu.get_config("short")

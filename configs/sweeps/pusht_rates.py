@@ -21,6 +21,8 @@ from uwm_jax.sweeps.members import grid
 WIDTHS = (64, 128, 256)
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
+data_sizes = quickstart.data_sizes
+
 
 def get_config() -> ConfigDict:
     c = quickstart.get_config()

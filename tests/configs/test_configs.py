@@ -16,9 +16,12 @@ from uwm_jax.errors import UserError
 from uwm_jax.planning import compiling, rows, sizes
 from uwm_jax.planning.rows import Question
 from uwm_jax.planning.table import table
+from uwm_jax.sweeps.members import groups, make_members, read_members
 from uwm_jax.synthetic import synthetic_arrays, synthetic_batch, synthetic_spec
 
-CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
+FOLDER = Path(__file__).parents[2] / "configs"
+SWEEPS = sorted(p for p in (FOLDER / "sweeps").glob("*.py") if p.stem != "__init__")
+CONFIGS = sorted(p for p in FOLDER.glob("*.py") if p.stem != "__init__")
 SIZES = {"uwm_b": (768, 12), "uwm_l": (1024, 24), "uwm_xl": (1152, 28), "uwm_7b": (2048, 32)}  # width, depth
 
 # What makes any of them small; everything else, such as options and keys, stays as shipped.
@@ -128,11 +131,40 @@ def test_systems_of_the_comparison_differ_in_nothing_but_themselves():
             assert config.diffusion.num_inference_steps == reference.diffusion.num_inference_steps
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *SWEEPS], ids=lambda p: p.stem)
 def test_the_docstring_keeps_its_promise(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
-    for part in ("Command:", f"--config=configs/{path.name}", "Hardware:", "Expect:"):
+    place = path.relative_to(FOLDER.parent).as_posix()
+    for part in ("Command:", f"--config={place}", "Hardware:", "Expect:"):
         assert part in docstring, f"{path.name} lacks {part!r}"
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_the_members_of_a_sweep_share_a_program(path):
+    base = config_lib.load(str(path))
+    members = make_members(base, read_members(str(path)))
+    shared = {"pusht_rates": 3}.get(path.stem, 1)  # a program for each width
+    assert len(groups(members)) == shared and len(members) > shared
+    assert {member.config.data.seed for member in members} == {config_lib.data_seed(base)}
+    assert config_lib.data_sizes(str(path)), "for uwm_jax.plan"
+    assert all(member.config.eval.every == member.config.total_steps for member in members)
+
+
+def test_the_weightings_of_the_sweeps():
+    droid, pusht = (FOLDER / "sweeps" / f"{name}.py" for name in ("loss_weights", "pusht_loss_weights"))
+    weights = [m.config.loss.weights for m in make_members(config_lib.load(str(droid)), read_members(str(droid)))]
+    assert sorted(w.action / w.next_obs for w in weights) == [2.0**n for n in range(-2, 6)]
+    assert any((w.action, w.next_obs) == (1, 1) for w in weights)
+    assert config_lib.load(f"{droid}:official").data.last_action == "keep" and read_members(f"{droid}:official")
+    short = config_lib.flatten(config_lib.load(str(FOLDER / "pusht_cpu.py") + ":short"))
+    members = make_members(config_lib.load(str(pusht)), read_members(str(pusht)))
+    assert len(members) == 18 and sorted({m.config.seed for m in members}) == [0, 1, 2]
+    fixed = {"data.seed", "eval.every", "eval.closed_loop.env", "checkpoint.every", "checkpoint.keep"}
+    for member in members:
+        flat = config_lib.flatten(member.config)
+        differ = {n for n in flat if flat[n] != short[n]}
+        assert fixed <= differ <= {*fixed, "seed", "loss.weights.action", "loss.weights.next_obs"}
+        assert (flat["eval.num_windows"], flat["eval.closed_loop.episodes"]) == (256, 50)
 
 
 def test_the_papers_pretraining():
