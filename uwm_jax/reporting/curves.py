@@ -17,7 +17,7 @@ _PAGE_COLORS: dict[Any, Any] = {f"{part}.color": PAGE_COLOR for part in ("xtick"
 
 
 class Curve(NamedTuple):
-    """A line over steps; with `low` and `high` an interval around every point."""
+    """A line over steps, or what else its panel is over; with `low` and `high` an interval around every point."""
 
     label: str
     steps: Sequence[float]
@@ -33,6 +33,8 @@ class Panel(NamedTuple):
     curves: Sequence[Curve]
     logarithmic: bool = False
     zero: bool = False  # draw a line at zero
+    over: str = "training steps"
+    logarithmic_over: bool = False
 
 
 def curves_svg(panel: Panel) -> str:
@@ -46,10 +48,12 @@ def curves_svg(panel: Panel) -> str:
                 axis.vlines(curve.steps, curve.low, curve.high, color=curve.color, linewidth=2, alpha=0.6)
         if panel.logarithmic:
             axis.set_yscale("log")
+        if panel.logarithmic_over:
+            axis.set_xscale("log")
         if panel.zero:
             axis.axhline(0, color=PAGE_COLOR, linewidth=0.8)
 
-    return svg(panel.title, draw)
+    return svg(f"{panel.title}, over {panel.over}", draw)
 
 
 def svg(title: str, draw: Callable[[Any], None]) -> str:

@@ -243,9 +243,10 @@ def curves(panels: Sequence[Panel]) -> Html:
         return NOTHING
     drawn = [
         fill(
-            "<figure><figcaption><b>{}</b>, over training steps</figcaption>"
+            "<figure><figcaption><b>{}</b>, over {}</figcaption>"
             '<div class="curve" role="img" aria-label="{}">{}</div>{}</figure>\n',
             panel.title,
+            panel.over,
             panel.title,
             Html(curves_svg(panel)),
             key(list(dict.fromkeys(Mark(c.style, c.color, c.label) for c in panel.curves))),

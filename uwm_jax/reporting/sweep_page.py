@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import write_text
-from uwm_jax.reporting import comparison, names, pairs, seeds, tradeoff
+from uwm_jax.reporting import comparison, names, pairs, seeds, tradeoff, varied
 from uwm_jax.reporting.comparison import RUN_COLORS, more_is_better
 from uwm_jax.reporting.curves import Curve, Panel
 from uwm_jax.reporting.markup import Html, fill
@@ -40,6 +40,7 @@ from uwm_jax.training.checkpoint import latest_step
 
 FILE = "sweep.html"
 AXES = ("policy/action_mse", "forward/changed_mse")  # across and upwards
+_LOSS = "loss/"  # of evaluations
 _SCORES = ("rollout/policy/max_", "rollout/policy/success")  # of closed loops
 _MARKERS, _LINES = "os^D", ("-", "--", "-.", ":")  # one of each after another, where colours do not suffice
 
@@ -125,13 +126,14 @@ def write(directory: Path, output: Path | None = None, x: str | None = None, y: 
 
     settings = pairs.settings(runs, name_of)
     looks = _looks(settings)
-    short = [*comparison.headlines(runs), *(n for n in known if n.startswith(_SCORES))]
+    short = [*comparison.headlines(runs), *(n for n in known if n.startswith((_LOSS, *_SCORES)))]
     short += [name for name in (x, y) if name is not None and name not in short]
     in_front = _front(members, axes)
     title = f"Sweep {directory.absolute().name}: {len(members)} members"
     sections = [
         Section("members", "Members", _members(members, short, in_front)),
         Section("tradeoff", "One error against another", _tradeoff(members, axes, in_front, looks)),
+        Section("varied", "Metrics over what was varied", _varied(members, axes, short)),
         Section("seeds", "Settings, over their seeds", _seeds(settings, short)),
         Section("pairs", "Closed loops on the same starts", pairs.section(runs, name_of)),
         Section("curves", "Curves", curves(_panels(runs, looks, axes))),
@@ -194,7 +196,7 @@ def _members(members: Sequence[Shown], metrics: Sequence[str], in_front: Sequenc
         for member, found, of_member in zip(members, losses, measured, strict=True)
     ]
     heads = ["member", *(number_head(f.rpartition(".")[2], f.rpartition(".")[0]) for f in fields), "status"]
-    heads += [number_head(*names.of(name)) for name in metrics]
+    heads += [number_head(names.of(n)[0], "held out" if n.startswith(_LOSS) else names.of(n)[1]) for n in metrics]
     heads += [number_head(names.of(name)[0], "last in training") for name in parts]
     about = (
         "<p>Losses are the last that training logged; the total is weighted, so that those of other weights cannot be "
@@ -271,6 +273,20 @@ def _tradeoff(
         key(marks),
         f"{left} members have not both. " if left else "",
     )
+
+
+def _varied(members: Sequence[Shown], axes: tuple[str, str], metrics: Sequence[str]) -> Html:
+    """Curves of the main metrics over each field with several numbers."""
+    points = [varied.Point(m.told["overrides"], m.run.measured) for m in members if m.run and m.run.measured]
+    shown = [name for name in metrics if name in axes or name.startswith(("control/", _LOSS, *_SCORES))]
+    drawn = [curves(varied.panels(points, field, shown)) for field in varied.fields(points)]
+    if not any(drawn):
+        return NOTHING
+    about = (
+        "<p>Each value is the mean over seeds, its bar goes from the smallest to the largest of them; a single seed "
+        "has the 95 % interval over held-out episodes. Members that diverged have none.</p>{}"
+    )
+    return fill(about, drawn)
 
 
 def _seeds(settings: Sequence[pairs.Setting], metrics: Sequence[str]) -> Html:
