@@ -99,12 +99,16 @@ def test_slices_lie_along_data_and_heads_are_divided(tiny):
     assert all(math.prod(mesh) == 8 for mesh in meshes)
 
 
-def test_a_batch_that_does_not_divide_gets_the_nearest_that_do(tiny):
+def test_a_batch_that_does_not_divide_gets_the_nearest_that_do(tiny, compiler):
     config, question = tiny
     config = config.copy_and_resolve_references()
     config.batch_size = 20
     found = {c.batch for c in search._candidates(config, question, topology.find("v5e-8")) if c.tensor == 1}
     assert found == {16, 24}
+    said: list[str] = []
+    compiler(lambda c: (1.0, True))
+    tried = search.search("v5e-8", config, question, best=2, say=said.append)
+    assert {made["batch_size"] for made in tried} <= {16, 20, 24} and "the nearest that do are 16 and 24" in said[0]
     droid = config_lib.base()
     droid.batch_size = 144
     with pytest.raises(UserError, match="nearest that do are 256; 144 rows can use at most 16 of the 256 chips"):

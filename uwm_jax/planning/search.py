@@ -24,7 +24,7 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
 from uwm_jax.planning import compiling, topology
 from uwm_jax.planning.children import Say
-from uwm_jax.planning.rows import Question, Row, nearest, row, with_slices
+from uwm_jax.planning.rows import Question, Row, check_batch, nearest, row, with_slices
 from uwm_jax.planning.topology import Topology
 from uwm_jax.training import flops
 from uwm_jax.training.build import Program
@@ -86,6 +86,10 @@ def search(name: str, config: ConfigDict, question: Question, *, best: int, say:
     """
     place = topology.find(name)
     config = with_slices(config, place)
+    try:
+        check_batch(config, place)
+    except UserError as e:  # the search goes on with the nearest batches
+        say(f"{name}: {e}")
     waiting = _fitting(name, config, question, place)
     say(f"{name}: {len(waiting)} meshes fit by arithmetic; compiling at most {best} programs")
     heapq.heapify(waiting)

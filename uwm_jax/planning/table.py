@@ -52,7 +52,7 @@ def _overview(rows: Sequence[Row]) -> str:
                 ),
             )
         )
-    return f"Plan ({STATUS}; GB are 1e9 bytes of one chip, mesh is data x fsdp x tensor):\n{cli.table(lines)}"
+    return f"Plan ({STATUS}; GB are 1e9 bytes of one chip, mesh is [sweep x] data x fsdp x tensor):\n{cli.table(lines)}"
 
 
 def needed(row: Row) -> int | None:
