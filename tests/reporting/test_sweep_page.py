@@ -56,6 +56,14 @@ def test_the_front_is_what_no_other_dominates():
     assert tradeoff.front(points, (False, True)) == ["d"]
 
 
+def test_an_axis_whose_values_differ_tenfold_is_logarithmic():
+    def drawn(*points):
+        return tradeoff.picture("a", [tradeoff.Dot(point, "#123456", "o", True) for point in points])
+
+    exponents = [drawn(at(1, 1), point).count("10^") for point in (at(2, 20), at(20, 20), at(2, 2))]
+    assert exponents[0] > 0 and exponents[1] > exponents[0] and exponents[2] == 0
+
+
 @pytest.mark.parametrize(
     ("first", "second", "told"),
     [

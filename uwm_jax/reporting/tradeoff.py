@@ -39,9 +39,14 @@ def front(points: Mapping[str, Pair], more_is_better: tuple[bool, bool]) -> list
 
 
 def picture(title: str, dots: Sequence[Dot]) -> str:
-    """An `<svg>` of the dots with error bars, as `curves.svg` makes it; a line connects the filled ones."""
+    """An `<svg>` of the dots with error bars, as `curves.svg` makes it; a line connects the filled ones. An axis whose
+    values are positive and differ tenfold is logarithmic."""
 
     def draw(axis: Any) -> None:
+        for side, scale in enumerate((axis.set_xscale, axis.set_yscale)):
+            lowest = min(dot.at[side].lo for dot in dots)
+            if lowest > 0 and max(dot.at[side].mean for dot in dots) >= 10 * min(dot.at[side].mean for dot in dots):
+                scale("log")
         filled = sorted((dot.at[0].mean, dot.at[1].mean) for dot in dots if dot.filled)
         axis.plot([x for x, _ in filled], [y for _, y in filled], color=PAGE_COLOR, linewidth=0.8, alpha=0.5)
         for (x, y), color, marker, is_filled in dots:
