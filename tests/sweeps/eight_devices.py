@@ -42,15 +42,19 @@ MESHES = {
     "2x2x2x1": ((2, 2, 2, 1), 2, 1),
     "1x4x1x2": ((1, 4, 1, 2), 1, 2),
 }
+OTHERS = ("dp", "pad", "gr1")  # with two members each
 
 
-def members() -> list[Member]:
-    config = small_config("uwm")
+def members(variant: str = "uwm") -> list[Member]:
+    config = small_config(variant)
     config.batch_size = ROWS
     config.data.cameras, config.data.low_dim = ("left", "right"), ("state",)
     config.optimizer.ema_decay, config.optimizer.clip_norm = 0.9, 1.0
     config.optimizer.eps = 1e-5  # the usual one makes whole steps of gradients that are zero but for rounding
-    return make_members(config, OVERRIDES)
+    parts = {f"loss.weights.{name}" for name in config.loss.weights}
+    return make_members(
+        config, [{k: v for k, v in x.items() if not k.startswith("loss.") or k in parts} for x in OVERRIDES]
+    )
 
 
 def on_mesh(member: Member, sizes: tuple[int, ...], accumulation_steps: int, count: int) -> tuple[Program, dict]:
@@ -81,20 +85,22 @@ def numbers(metrics: dict) -> dict[str, list]:
     return {name: np.asarray(jax.tree.leaves(x)[0]).tolist() for name, x in shown.items()}
 
 
-def alone(all_members: list[Member]) -> list[list[dict]]:
+def alone(all_members: list[Member], steps: int = STEPS) -> list[list[dict]]:
     program, frozen = on_mesh(all_members[0], (1, 1, 1, 1), 1, 0)
     batch, step = batch_of(program), program.compile_step(frozen)
     found: list[list[dict]] = []
     for member in all_members:
         state = fresh(program, member)
         found.append([])
-        for _ in range(STEPS):
+        for _ in range(steps):
             state, metrics = step(state, frozen, batch)
             found[-1].append(numbers(metrics))
     return found
 
 
-def together(all_members: list[Member], sizes: tuple[int, ...], accumulation_steps: int, at_once: int) -> dict:
+def together(
+    all_members: list[Member], sizes: tuple[int, ...], accumulation_steps: int, at_once: int, steps: int = STEPS
+) -> dict:
     count = len(all_members)
     program, frozen = on_mesh(all_members[0], sizes, accumulation_steps, count)
     program.config.sweep.members_at_once = at_once
@@ -106,7 +112,7 @@ def together(all_members: list[Member], sizes: tuple[int, ...], accumulation_ste
         state = sweep.put(state, i, one, True)
         exact &= same(one, sweep.take(state, i))
     found = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         state, metrics = step(state, frozen, batch)
         assert np.asarray(metrics.pop(ALIVE)).all()
         found.append(numbers(metrics))
@@ -141,6 +147,9 @@ if __name__ == "__main__":
     results = {"alone": alone(trained)}
     results |= {name: together(trained, *MESHES[name]) for name in sys.argv[2:] or MESHES}
     if not sys.argv[2:]:
+        for variant in OTHERS:
+            others = members(variant)[:2]
+            results[variant] = together(others, (2, 2, 1, 1), 1, 1, steps=3) | {"alone": alone(others, steps=3)}
         counted = [operations(trained, count) for count in (1, 2, 3)]
         results |= {"flops": [step for step, _ in counted], "codec_flops": counted[0][1]}
     with open(sys.argv[1], "w") as file:

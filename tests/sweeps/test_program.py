@@ -37,6 +37,14 @@ def test_members_train_as_alone(runs, mesh):
             np.testing.assert_allclose(found, expected, rtol=tolerance, atol=1e-7, err_msg=f"{name} of member {i}")
 
 
+@pytest.mark.parametrize("variant", ["dp", "pad", "gr1"])
+def test_members_of_other_systems_train_as_alone(runs, variant):
+    for i, alone in enumerate(runs[variant]["alone"]):
+        for name in alone[0]:
+            found = of_member(runs[variant]["metrics"], name, i)
+            np.testing.assert_allclose(found, [step[name] for step in alone], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
 def test_members_differ_from_each_other(runs):
     last = [alone[-1]["loss"] for alone in runs["alone"]]
     assert len({round(loss, 3) for loss in last}) == 4

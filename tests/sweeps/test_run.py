@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,6 @@ from uwm_jax.errors import RunError, UserError
 from uwm_jax.sweeps import record, run
 from uwm_jax.sweeps.members import groups, make_members
 from uwm_jax.train import train
-from uwm_jax.training import lock
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.inference import load_for_inference
 from uwm_jax.training.provenance import describe_use, read_starts
@@ -166,34 +166,45 @@ def test_killed_between_two_saves_all_members_continue_from_the_step_that_all_ho
         assert arrays_of(directory / "members" / name, 6) == arrays_of(finished / "members" / name, 6)
 
 
-def test_a_member_continues_alone_but_not_while_the_sweep_runs(finished, config, tmp_path):
-    member = make_members(config, OVERRIDES)[0]
-    workdir = finished / "members" / NAMES[0]
-    member.config.total_steps = 8
-    program = f"from pathlib import Path; from uwm_jax.training import lock; print(lock.hold(Path({str(workdir)!r})))"
-    held = lock.hold(workdir)
-    assert held is None
-    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=True)
-    assert f"process {os.getpid()}" in other.stdout
-    lock.release(workdir)
-    train(member.config, workdir)
-    assert latest_step(workdir) == 8
-
-
-def test_a_sweep_is_refused_where_a_member_is_at_work(config, tmp_path):
-    workdir = tmp_path / "members" / NAMES[0]
-    workdir.mkdir(parents=True)
+@contextlib.contextmanager
+def at_work(workdir: Path):
+    """Another process holds the lock of a workdir; gives its number."""
     program = (
         f"import sys; from pathlib import Path; from uwm_jax.training import lock; lock.hold(Path({str(workdir)!r}));"
         "print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=rf"another run is at work in .*{NAMES[0]} \(process {holder.pid}"):
-            sweep(config, tmp_path)
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        yield holder.pid
     finally:
         holder.communicate("")
+
+
+def test_members_start_from_another_run(finished, config, tmp_path):
+    """Both from the parameters that one of them had, so that their first losses differ by the weight alone."""
+    config.init_from = str(finished / "members" / NAMES[1])
+    config.total_steps = 2
+    sweep(config, tmp_path, [{"loss.weights.action": 1.0}, {"loss.weights.action": 2.0}])
+    one, two = (lines_of(tmp_path / "members" / f"action={weight}")[0] for weight in (1, 2))
+    np.testing.assert_allclose(one["loss/action"], two["loss/action"], rtol=1e-6)
+    np.testing.assert_allclose(two["loss"], one["loss"] + one["loss/action"], rtol=1e-5)
+    assert one["loss/action"] < 0.9 * lines_of(finished / "members" / NAMES[0])[0]["loss/action"]
+    assert config_lib.read(tmp_path / "members" / "action=1").init_from.endswith("@6")
+
+
+def test_a_sweep_and_a_member_are_refused_while_the_other_is_at_work(finished, config, tmp_path):
+    """`train` in a member's workdir finds the lock that its sweep holds; a sweep finds that of a member."""
+    workdir = tmp_path / "members" / NAMES[0]
+    workdir.mkdir(parents=True)
+    with at_work(workdir) as pid, pytest.raises(RunError, match=rf"at work in .*{NAMES[0]} \(process {pid}"):
+        sweep(config, tmp_path)
+    member = make_members(config, OVERRIDES)[0]
+    member.config.total_steps = 8
+    workdir = finished / "members" / NAMES[0]
+    with at_work(workdir) as pid, pytest.raises(RunError, match=rf"at work in .*{NAMES[0]}.* \(process {pid}"):
+        train(member.config, workdir)
+    assert latest_step(workdir) == 6
 
 
 @pytest.mark.multihost
@@ -218,3 +229,14 @@ def test_two_processes_train_members_as_one_does(devices, finished, config, tmp_
         for line, alone in zip(found, expected, strict=True):
             np.testing.assert_allclose(line["loss"], alone["loss"], rtol=1e-5)
     assert [m["status"] for m in record.read(tmp_path / "two").values()] == ["done", "done"]
+
+
+def test_a_member_continues_alone(finished, config):
+    """The last test of this file: it changes the sweep that the others read."""
+    member = make_members(config, OVERRIDES)[0]
+    member.config.total_steps = 8
+    train(member.config, finished / "members" / NAMES[0])
+    assert latest_step(finished / "members" / NAMES[0]) == 8
+    member.config.seed = 5
+    with pytest.raises(UserError, match="config.seed is 5, but this workdir was started with 0"):
+        train(member.config, finished / "members" / NAMES[0])

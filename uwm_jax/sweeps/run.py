@@ -98,6 +98,7 @@ def run_sweep(
     describe: Callable[[Member], dict[str, Any]],
     draw: Draw,
     after_group: Callable[[], None] = lambda: None,
+    began: tuple[float, float] | None = None,
 ) -> list[str]:
     """Trains all groups to their last step, and returns the names of members that have diverged.
 
