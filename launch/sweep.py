@@ -53,7 +53,7 @@ def main(call: cli.Call) -> None:
 
     with distributed.session():
         say(members_lib.describe(groups))
-        diverged = run_sweep(directory, groups, describe, pictures.draw, draw_page)
+        diverged = run_sweep(directory, groups, describe, pictures.draw, draw_page, call.began)
     if diverged:
         raise RunError(f"{len(diverged)} of {len(members)} members have diverged: {', '.join(diverged)}.")
 

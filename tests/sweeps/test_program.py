@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-MESHES = ("one device", "one device, in turn", "4x2x1x1", "2x2x2x1", "1x4x1x2")
+MESHES = ("one device", "4x2x1x1", "2x2x2x1", "1x4x1x2")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,6 @@ def test_a_member_is_taken_out_bit_for_bit(runs, mesh):
 
 
 def test_the_codec_runs_once_a_step(runs):
-    """Operations that the compiler counts: a further member adds its network and nothing of the codec's."""
-    one, two, three = runs["flops"]
-    np.testing.assert_allclose(three - two, two - one, rtol=0.01)
+    """Operations that the compiler counts: a second member adds its network and nothing of the encoding."""
+    one, two = runs["flops"]
     np.testing.assert_allclose(one - (two - one), runs["codec_flops"], rtol=0.05)

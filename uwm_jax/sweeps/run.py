@@ -108,6 +108,7 @@ def run_sweep(
       describe: what `run.json` of a member gets of this start (`provenance.describe`).
       draw: as `in_training.Run` has it.
       after_group: called on the main process after each group, however it ended.
+      began: as `Startup` takes it, for the first group.
 
     Raises:
       UserError: configs, data or a directory that cannot be used.
@@ -126,14 +127,14 @@ def run_sweep(
     with contextlib.ExitStack() as closing:
         hold_all(directory, [directory, *(directory / record_lib.MEMBERS / m.name for m in members)], closing)
         record.write()
-        for group in groups:
+        for number, group in enumerate(groups):
             places = [
                 Place(member, directory / record_lib.MEMBERS / member.name, record.has_diverged(member.name))
                 for member in group
             ]
             try:
                 with contextlib.ExitStack() as closing_group:
-                    run_group(places, record, describe, draw, closing_group)
+                    run_group(places, record, describe, draw, None if number else began, closing_group)
             except AllDiverged as e:
                 say(str(e))
             except BaseException:
@@ -173,12 +174,13 @@ def run_group(
     record: Record,
     describe: Callable[[Member], dict[str, Any]],
     draw: Draw,
+    began: tuple[float, float] | None,
     closing: contextlib.ExitStack,
 ) -> None:
     """Trains members that differ in scalars alone, from where all of them stand to the last step."""
     first, live = places[0], [place for place in places if not place.diverged]
     config = first.config
-    startup, goodput = Startup(), Goodput(config.total_steps, config.batch_size)
+    startup, goodput = Startup(began), Goodput(config.total_steps, config.batch_size)
     closing.callback(signals.restore)
     use_compilation_cache(config)
     distributed.require_same("config", [config_lib.flatten(place.config) for place in places])
