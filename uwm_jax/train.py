@@ -21,21 +21,18 @@ from ml_collections import ConfigDict
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import prefetch_to_device
-from uwm_jax.data.run_data import RunData
-from uwm_jax.data.spec import DataSpec
 from uwm_jax.evaluation import in_training
 from uwm_jax.evaluation.in_training import InTraining
 from uwm_jax.files import local_path
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
-from uwm_jax.parallel.turns import Turns
-from uwm_jax.parallel.watchdog import Watchdog
 from uwm_jax.reporting import pictures
-from uwm_jax.runs.loop import loop
+from uwm_jax.runs.loop import Watch, loop
 from uwm_jax.runs.opening import (
     find_codec,
     make_loader,
+    open_data,
     print_summary,
     use_compilation_cache,
     with_first_parameters,
@@ -44,7 +41,6 @@ from uwm_jax.runs.records import RunRecords
 from uwm_jax.training import (
     branching,
     codec_store,
-    compatibility,
     finetune,
     fixed_fields,
     latents,
@@ -160,15 +156,8 @@ def run(
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
     startup.reached("data")
-    normalizer = DataSpec.from_json(stored.assets["data_spec"]).normalizer if stored else None
-    data = RunData(config.data, seed=config_lib.data_seed(config), normalizer=normalizer)
-    closing.callback(data.close)
-    distributed.require_same("the data", data.identities())
-    if origin:
-        say("\n".join(compatibility.check(origin, config, data.spec, data.ranges())))
-        data = data.with_normalizer(origin.normalizer_for(config, data.spec))
+    data = open_data(config, stored, origin, closing)
     loader = make_loader(config, data, mesh, stored)
-    in_training.check_data(config, data)
     trace = Profile.parse(profile, workdir, stored.step if stored else 0, config.total_steps)
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
@@ -241,11 +230,9 @@ def run(
     if mfu.note:
         say(mfu.note)
 
-    for resource in (batches, log, trace):
+    for resource in (batches, log):
         closing.callback(resource.close)
-    signals.take()
-    turns = closing.enter_context(Turns(config.hang_seconds, config.checkpoint.every_minutes))
-    watchdog = closing.enter_context(Watchdog(config.hang_seconds))
+    watch = Watch.begin(config, goodput, startup, trace, closing)
     records = RunRecords(
         workdir,
         config.total_steps,
@@ -256,32 +243,12 @@ def run(
         codec_arrays=codec_store.checkpointed(codec, frozen),
         position=loader.state,
         assets=assets,
-        goodput=goodput,
         mfu=mfu,
-        turns=turns,
-        watchdog=watchdog,
+        watch=watch,
     )
     if progress:
         records.accumulator.restore(progress["metrics"])
-
-    # On CPUs a collective fails when another process comes to it half a minute later: there is none before.
-    distributed.barrier("all are ready for the first step", distributed.LATE_SECONDS)
-    startup.reached("step")
-    loop(
-        config,
-        train_step,
-        state,
-        frozen,
-        batches,
-        records,
-        start_step=start_step,
-        turns=turns,
-        watchdog=watchdog,
-        trace=trace,
-        goodput=goodput,
-        startup=startup,
-    )
-    say(goodput.summary())
+    loop(config, train_step, state, frozen, batches, records, start_step, watch)
     say(f"done: {config.total_steps} steps in {workdir}")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel.distributed import say
 from uwm_jax.parallel.turns import Turns
 from uwm_jax.parallel.watchdog import Watchdog
@@ -45,6 +48,35 @@ class Records(abc.ABC):
         """Blocks until the last checkpoint is durable."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What goes with a loop from step to step.
+
+    Attributes:
+      turns: whether to go on, the same on all processes.
+      watchdog: gets a beat of every step.
+      goodput: the clock of the run; startup: that of this start.
+      trace: of a few steps.
+    """
+
+    turns: Turns
+    watchdog: Watchdog
+    goodput: Goodput
+    startup: Startup
+    trace: Profile
+
+    @classmethod
+    def begin(
+        cls, config: ConfigDict, goodput: Goodput, startup: Startup, trace: Profile, closing: contextlib.ExitStack
+    ) -> Watch:
+        """Signals are taken from here on, until `closing`."""
+        closing.callback(trace.close)
+        signals.take()
+        turns = closing.enter_context(Turns(config.hang_seconds, config.checkpoint.every_minutes))
+        watchdog = closing.enter_context(Watchdog(config.hang_seconds))
+        return cls(turns, watchdog, goodput, startup, trace)
+
+
 def loop(
     config: ConfigDict,
     train_step: Callable[..., Any],
@@ -52,13 +84,8 @@ def loop(
     frozen: Any,
     batches: Any,
     records: Records,
-    *,
     start_step: int,
-    turns: Turns,
-    watchdog: Watchdog,
-    trace: Profile,
-    goodput: Goodput,
-    startup: Startup,
+    watch: Watch,
 ) -> None:
     """Trains from `start_step` to `config.total_steps`.
 
@@ -72,6 +99,10 @@ def loop(
     Raises:
       what the turns, the data and the records raise: the run is to end, and what it saved is complete.
     """
+    goodput, turns = watch.goodput, watch.turns
+    # On CPUs a collective fails when another process comes to it half a minute later: there is none before.
+    distributed.barrier("all are ready for the first step", distributed.LATE_SECONDS)
+    watch.startup.reached("step")
     saved_step, decay_starts = start_step, decay_start(config)  # from its checkpoint a longer run can go on
 
     def save(step: int) -> None:
@@ -89,12 +120,12 @@ def loop(
             records.wait()
             raise turn.end(step - 1)
         batch = next(batches)
-        with trace.step(step, state.step):
+        with watch.trace.step(step, state.step):
             state, metrics = train_step(state, frozen, batch)
         if step == start_step + 1:
-            say(startup.summary(metrics))
+            say(watch.startup.summary(metrics))
         records.add(step, metrics)
-        watchdog.beat(step)
+        watch.watchdog.beat(step)
         records.check()
 
         due = step % config.checkpoint.every == 0 or step in (decay_starts, config.total_steps)
@@ -105,3 +136,4 @@ def loop(
             save(step)
     with goodput.spend("checkpoint"):
         records.wait()
+    say(goodput.summary())

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from uwm_jax import config as config_lib
 from uwm_jax import systems
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.run_data import RunData
+from uwm_jax.data.spec import DataSpec
+from uwm_jax.evaluation import in_training
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.files import local_path
+from uwm_jax.parallel import distributed
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
-from uwm_jax.training import codec_store, pretrained
+from uwm_jax.training import codec_store, compatibility, pretrained
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import Program
 from uwm_jax.training.checkpoint_reader import CheckpointReader
@@ -29,6 +35,25 @@ def use_compilation_cache(config: ConfigDict) -> None:
         cache = local_path(config.compilation_cache_dir, "config.compilation_cache_dir")
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # quick ones too
+
+
+def open_data(
+    config: ConfigDict, stored: CheckpointReader | None, origin: Origin | None, closing: contextlib.ExitStack
+) -> RunData:
+    """The data of a run, open until `closing`, under the normaliser of its checkpoint, or of its origin.
+
+    Raises:
+      UserError: data that do not fit the config, the origin or an evaluator; or other data on another process.
+    """
+    normalizer = DataSpec.from_json(stored.assets["data_spec"]).normalizer if stored else None
+    data = RunData(config.data, seed=config_lib.data_seed(config), normalizer=normalizer)
+    closing.callback(data.close)
+    distributed.require_same("the data", data.identities())
+    if origin:
+        say("\n".join(compatibility.check(origin, config, data.spec, data.ranges())))
+        data = data.with_normalizer(origin.normalizer_for(config, data.spec))
+    in_training.check_data(config, data)
+    return data
 
 
 def make_loader(config: ConfigDict, data: RunData, mesh: Mesh, stored: CheckpointReader | None) -> Loader:

@@ -9,12 +9,9 @@ from typing import Any, NamedTuple
 
 from uwm_jax.evaluation.in_training import InTraining
 from uwm_jax.parallel.distributed import say
-from uwm_jax.parallel.turns import Turns
-from uwm_jax.parallel.watchdog import Watchdog
-from uwm_jax.runs.loop import Records
+from uwm_jax.runs.loop import Records, Watch
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.flops import Mfu
-from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.log import MetricsLog, progress_line
 from uwm_jax.training.metrics import MetricAccumulator
 from uwm_jax.training.state import TrainState
@@ -44,7 +41,8 @@ class RunRecords(Records):
       codec_arrays: those that a checkpoint holds, None for none.
       position: step -> the data position after it, JSON.
       assets: of every checkpoint.
-      goodput, mfu, turns, watchdog: of the loop.
+      mfu: of the model on its devices.
+      watch: of the loop.
       accumulator: of the metrics since the last line.
     """
 
@@ -57,10 +55,8 @@ class RunRecords(Records):
     codec_arrays: Any
     position: Callable[[int], Mapping[str, Any]]
     assets: Mapping[str, Any]
-    goodput: Goodput
     mfu: Mfu
-    turns: Turns
-    watchdog: Watchdog
+    watch: Watch
     accumulator: MetricAccumulator = dataclasses.field(default_factory=MetricAccumulator)
 
     def add(self, step: int, metrics: Any) -> None:
@@ -74,7 +70,7 @@ class RunRecords(Records):
 
     def report(self, step: int, state: TrainState) -> None:
         measured = self.measure(step, state)
-        rates = self.goodput.rates(step)
+        rates = self.watch.goodput.rates(step)
         rates |= self.mfu(rates["samples_per_second"])
         say(progress_line(step, self.total_steps, {**measured.means, **rates}))
         if measured.evaluated:
@@ -84,18 +80,20 @@ class RunRecords(Records):
     def measure(self, step: int, state: TrainState) -> Measured:
         """The means since the last report, and the evaluations that are due. Raises NotFinite."""
         means = self.accumulator.means()  # raises on NaN, so that none is ever saved
-        with self.goodput.spend("evaluation"):
-            evaluated = self.evaluations.evaluate(self.workdir, step, state, self.frozen, self.turns, self.watchdog)
+        with self.watch.goodput.spend("evaluation"):
+            evaluated = self.evaluations.evaluate(
+                self.workdir, step, state, self.frozen, self.watch.turns, self.watch.watchdog
+            )
         return Measured(means, *evaluated)
 
     def write(self, step: int, measured: Measured, rates: Mapping[str, float]) -> None:
         """Writes the line of a step; `rates` as `Goodput.rates` has them."""
-        with self.goodput.spend("other"):
+        with self.watch.goodput.spend("other"):
             logged = {name: rate for name, rate in rates.items() if name != "eta_seconds"}
             self.log.write(step, {**measured.means, **logged, **measured.evaluated}, measured.drawn)
 
     def save(self, step: int, state: TrainState) -> None:
-        progress = {"metrics": self.accumulator.state(), "goodput": self.goodput.state(step)}
+        progress = {"metrics": self.accumulator.state(), "goodput": self.watch.goodput.state(step)}
         self.checkpoints.save(state, self.position(step), self.codec_arrays, {**self.assets, "progress": progress})
         if self.log.behind:  # lines that are nowhere, for steps that no continued run makes again
             self.checkpoints.wait()

@@ -17,20 +17,17 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import prefetch_to_device
-from uwm_jax.data.run_data import RunData
-from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.evaluation import in_training
 from uwm_jax.evaluation.in_training import Draw, InTraining
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
-from uwm_jax.parallel.turns import Turns
-from uwm_jax.parallel.watchdog import Watchdog
-from uwm_jax.runs.loop import loop
+from uwm_jax.runs.loop import Watch, loop
 from uwm_jax.runs.opening import (
     find_codec,
     make_loader,
+    open_data,
     print_summary,
     use_compilation_cache,
     with_first_parameters,
@@ -44,7 +41,6 @@ from uwm_jax.sweeps.records import AllDiverged, SweepRecords
 from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import (
     codec_store,
-    compatibility,
     finetune,
     fixed_fields,
     latents,
@@ -209,15 +205,8 @@ def run_group(
 
     # --- Data and codec, once for all. ---------------------------------------------------------------
     startup.reached("data")
-    normalizer = DataSpec.from_json(stored.assets["data_spec"]).normalizer if stored else None
-    data = RunData(config.data, seed=config_lib.data_seed(config), normalizer=normalizer)
-    closing.callback(data.close)
-    distributed.require_same("the data", data.identities())
-    if origin:
-        say("\n".join(compatibility.check(origin, config, data.spec, data.ranges())))
-        data = data.with_normalizer(origin.normalizer_for(config, data.spec))
+    data = open_data(config, stored, origin, closing)
     loader = make_loader(config, data, mesh, stored)
-    in_training.check_data(config, data)
     startup.reached("model")
     codec_place = find_codec(config, data, stored, origin)
     codec, frozen = codec_store.open_codec(config, codec_place)
@@ -262,10 +251,8 @@ def run_group(
         closing.callback(log.close)
     progress = stored.assets.get("progress", {}) if stored else {}
     goodput.begin(start_step, progress.get("goodput"), logs[0].cut)
-    signals.take()
-    turns = closing.enter_context(Turns(config.hang_seconds, config.checkpoint.every_minutes))
-    watchdog = closing.enter_context(Watchdog(config.hang_seconds))
     trace = Profile.parse(None, first.workdir, start_step, config.total_steps)
+    watch = Watch.begin(config, goodput, startup, trace, closing)
     mfu = Mfu(program.system, list(mesh.devices.flat))
     of_live = iter(logs)
 
@@ -282,10 +269,8 @@ def run_group(
             codec_arrays=codec_store.checkpointed(codec, frozen),
             position=loader.state,
             assets=checkpoint_lib.make_assets(place.config, data.spec, dataset=data.manifest(), **past),
-            goodput=goodput,
             mfu=mfu,
-            turns=turns,
-            watchdog=watchdog,
+            watch=watch,
         )
         if place.stored and not place.diverged and "progress" in place.stored.assets:
             records.accumulator.restore(place.stored.assets["progress"]["metrics"])
@@ -303,23 +288,7 @@ def run_group(
         goodput,
         config.total_steps,
     )
-    distributed.barrier("all are ready for the first step", distributed.LATE_SECONDS)
-    startup.reached("step")
-    loop(
-        config,
-        train_step,
-        state,
-        frozen,
-        batches,
-        records,
-        start_step=start_step,
-        turns=turns,
-        watchdog=watchdog,
-        trace=trace,
-        goodput=goodput,
-        startup=startup,
-    )
-    say(goodput.summary())
+    loop(config, train_step, state, frozen, batches, records, start_step, watch)
     say(f"done: {config.total_steps} steps of {len(live)} members")
 
 
