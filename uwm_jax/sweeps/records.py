@@ -19,6 +19,9 @@ from uwm_jax.training.goodput import Goodput, duration
 from uwm_jax.training.metrics import Metric
 
 
+SHOWN = 6  # members whose losses a line of progress has one by one
+
+
 class AllDiverged(RunError):
     """No member of a program is left to train."""
 
@@ -94,7 +97,10 @@ class SweepRecords(Records):
             one: Any = self._sweep.take(state, i) if evaluates else None
             measured[i] = self._records[i].measure(step, one)
         rates = self._goodput.rates(step)
-        losses = "  ".join(f"{self._names[i]} {m.means['loss']:.4f}" for i, m in measured.items())
+        each = {self._names[i]: found.means["loss"] for i, found in measured.items()}
+        losses = "  ".join(f"{name} {loss:.4f}" for name, loss in each.items())
+        if len(each) > SHOWN:
+            losses = f"{min(each.values()):.4f} to {max(each.values()):.4f}"
         say(
             f"step {step}/{self._total_steps}  loss {losses}  {rates['samples_per_second']:.1f} samples/s for "
             f"{len(measured)} members  data wait {100 * rates['data_wait_fraction']:.0f} %  "
