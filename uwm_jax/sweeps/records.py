@@ -18,7 +18,6 @@ from uwm_jax.sweeps.record import Record
 from uwm_jax.training.goodput import Goodput, duration
 from uwm_jax.training.metrics import Metric
 
-
 SHOWN = 6  # members whose losses a line of progress has one by one
 
 
