@@ -41,7 +41,7 @@ MESHES = {
     "2x2x2x1": ((2, 2, 2, 1), 2, 1),
     "1x4x1x2": ((1, 4, 1, 2), 1, 2),
 }
-OTHERS = ("dp", "pad", "gr1")  # with two members each
+OTHERS = ("dp", "gr1")  # with two members each
 
 
 def members(variant: str = "uwm") -> list[Member]:
