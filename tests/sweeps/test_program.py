@@ -28,7 +28,7 @@ def of_member(metrics, name, i):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_members_train_as_alone(runs, mesh):
-    """In float32: losses over twenty steps; norms of gradients over ten, before training has multiplied the rounding."""
+    """In float32: losses over twenty steps; gradients over ten, before training has multiplied the rounding."""
     for i, alone in enumerate(runs["alone"]):
         for name in alone[0]:
             steps = 20 if name.startswith("loss") else 10
