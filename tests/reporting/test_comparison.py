@@ -23,6 +23,7 @@ from uwm_jax.reporting.results import Interval, Run
         ("control/shuffle_gap", True),
         ("paired/inverse_vs_policy/action_mse", True),
         ("policy/action_mse", False),
+        ("loss/action", False),
         ("baseline/copied_frame/changed_mse", False),
     ],
 )

@@ -23,6 +23,12 @@ def test_curves_take_the_page_colour_and_reach_nothing_outside():
     assert "#123456" in curves_svg(gap)
 
 
+def test_a_logarithmic_axis_has_short_labels():
+    """Between 0.105 and 0.115 they would be 1.05 x 10^-1 and so on, longer than there is room."""
+    near, far = (Panel("loss", [Curve("a", [1, 2], [0.1, last])], logarithmic=True) for last in (0.12, 0.5))
+    assert "10^" not in curves_svg(near) and "10^" in curves_svg(far)
+
+
 def test_two_panels_have_no_id_in_common():
     used = [
         set(re.findall(r' id="([^"]+)"', curves_svg(Panel(title, [Curve("a", [1, 2], [1.0, 0.5])]))))

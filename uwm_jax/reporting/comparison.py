@@ -175,7 +175,7 @@ def _row(name: str, found: Sequence[Interval | None], merit: bool) -> list[Html]
 def more_is_better(name: str) -> bool:
     """Whether larger values of a metric are better ones."""
     kind = name.rsplit("/", 1)[-1]
-    return not kind.endswith("_mse") or "paired/" in name
+    return "paired/" in name or not (kind.endswith("_mse") or name.startswith("loss/"))
 
 
 def _best(found: Sequence[Interval | None], more: bool) -> Interval | None:

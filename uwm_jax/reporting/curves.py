@@ -31,7 +31,7 @@ class Curve(NamedTuple):
 class Panel(NamedTuple):
     title: str
     curves: Sequence[Curve]
-    logarithmic: bool = False
+    logarithmic: bool = False  # where the largest value is twice the smallest
     zero: bool = False  # draw a line at zero
     over: str = "training steps"
     logarithmic_over: bool = False
@@ -46,7 +46,8 @@ def curves_svg(panel: Panel) -> str:
             axis.plot(curve.steps, curve.values, curve.style + marker, color=curve.color, markersize=4)
             if curve.low is not None and curve.high is not None:
                 axis.vlines(curve.steps, curve.low, curve.high, color=curve.color, linewidth=2, alpha=0.6)
-        if panel.logarithmic:
+        positive = [value for curve in panel.curves for value in curve.values if value > 0]
+        if panel.logarithmic and max(positive, default=1) >= 2 * min(positive, default=1):
             axis.set_yscale("log")
         if panel.logarithmic_over:
             axis.set_xscale("log")
