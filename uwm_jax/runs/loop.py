@@ -29,7 +29,11 @@ class Records(abc.ABC):
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Raises where an asynchronous save has failed, or nothing is left to train; costs nothing."""
+        """Raises where an asynchronous save has failed; costs nothing."""
+
+    def is_over(self) -> bool:
+        """Whether nothing is left to train, so that the loop ends before its last step; the same on all processes."""
+        return False
 
     @abc.abstractmethod
     def evaluates(self, step: int) -> bool:
@@ -127,6 +131,8 @@ def loop(
         records.add(step, metrics)
         watch.watchdog.beat(step)
         records.check()
+        if records.is_over():
+            break
 
         due = step % config.checkpoint.every == 0 or step in (decay_starts, config.total_steps)
         if step % config.log_every == 0 or step == 1 or due or records.evaluates(step):

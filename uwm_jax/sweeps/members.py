@@ -82,7 +82,8 @@ def read_members(spec: str) -> list[dict[str, Any]]:
 def make_members(base: ConfigDict, overrides: Sequence[Overrides]) -> list[Member]:
     """The members that these overrides make of a config.
 
-    Where `config.data.seed` is -1 it becomes the base config's `seed` in all of them, so that they see the same data.
+    Where `config.data.seed` is -1 it becomes the base config's `seed` in all of them, so that they see the same data; a
+    member that changes it to -1 itself gets its own `seed`.
 
     Raises UserError for an unknown field, a value that does not fit, two equal members, or a list in `--grid`.
     """
@@ -93,6 +94,7 @@ def make_members(base: ConfigDict, overrides: Sequence[Overrides]) -> list[Membe
         config = base.copy_and_resolve_references()
         config.data.seed = config_lib.data_seed(base)
         _apply(config, changed)
+        config.data.seed = config_lib.data_seed(config)  # of a member that asks for -1
         config_lib.validate(config)
         flat = config_lib.flatten(config)
         values = {name: flat[name] for name in changed}

@@ -156,8 +156,7 @@ def make_sweep_step(
             mine = {name: jnp.take(share, place, axis=1) for name, share in shares.items()}
             return weighted_loss(system, join(trained, still), hparams.weights, encoded, draws, mine)
 
-        count = len(state.alive)
-        places = jnp.arange(count) % (count // mesh.shape[SWEEP_AXIS])  # among the members of a device
+        places = jnp.arange(len(state.alive))
         by_row = jax.tree.map(jnp.transpose, shares)
         (losses, sums), grads = each_value_and_grad(
             loss,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, warn
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
 from uwm_jax.reading import read_json
@@ -48,10 +48,10 @@ class Record:
                     f"{member.overrides} now: use a new --workdir."
                 )
             self.members[member.name] = past or {"overrides": member.overrides, "status": WAITING, "last_losses": {}}
-        if gone := sorted(before.keys() - self.members.keys()):
+        if before and (others := sorted(before.keys() ^ self.members.keys())):
             raise UserError(
-                f"{self._file}: the sweep there has the members {', '.join(gone)} too. A sweep continues with all of "
-                "its members; others need a new --workdir."
+                f"{self._file}: the sweep there has other members ({', '.join(others)} are in one of both only). It "
+                "continues with those that it was started with; others need a new --workdir."
             )
 
     def has_diverged(self, name: str) -> bool:
@@ -62,8 +62,12 @@ class Record:
         self.members[name] |= {"status": status, **fields}
 
     def write(self) -> None:
+        """Writes the file; a disk that is full for a while does not end a sweep."""
         if distributed.is_main():
-            write_text(self._file, json.dumps({**self._fixed, "members": self.members}, indent=2) + "\n")
+            try:
+                write_text(self._file, json.dumps({**self._fixed, "members": self.members}, indent=2) + "\n")
+            except OSError as e:
+                warn(f"{self._file} cannot be written ({e.strerror}). The sweep goes on; the next line is tried again.")
 
 
 def read(directory: Path) -> dict[str, dict[str, Any]]:

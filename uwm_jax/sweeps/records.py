@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from uwm_jax.errors import RunError
 from uwm_jax.parallel.distributed import say
 from uwm_jax.runs.loop import Records
 from uwm_jax.runs.records import RunRecords
@@ -19,10 +18,6 @@ from uwm_jax.training.goodput import Goodput, duration
 from uwm_jax.training.metrics import Metric
 
 SHOWN = 6  # members whose losses a line of progress has one by one
-
-
-class AllDiverged(RunError):
-    """No member of a program is left to train."""
 
 
 class SweepRecords(Records):
@@ -67,8 +62,6 @@ class SweepRecords(Records):
                     self._end(i, step, {n: jax.tree.leaves(x)[0][i].item() for n, x in found.items()})
                 elif self._live[i]:
                     self._records[i].add(step, jax.tree.map(lambda x, i=i: x[i], found))
-        if not any(self._live):
-            raise AllDiverged(f"all {len(self._names)} members of this program have diverged.")
 
     def _end(self, i: int, step: int, metrics: Mapping[str, float]) -> None:
         """A member has diverged; its last checkpoint stays."""
@@ -85,11 +78,16 @@ class SweepRecords(Records):
         for records in self._records:
             records.check()
 
+    def is_over(self) -> bool:
+        return not any(self._live)
+
     def evaluates(self, step: int) -> bool:
         return self._records[0].evaluates(step)
 
     def report(self, step: int, state: SweepState) -> None:
         self._fetch(0)
+        if self.is_over():
+            return
         evaluates = self.evaluates(step)
         measured = {}
         for i in self._left():
@@ -110,10 +108,8 @@ class SweepRecords(Records):
                 say(f"  {self._names[i]}:{self._records[i].evaluations.headlines(found.evaluated)}")
             self._records[i].write(step, found, rates)
             shown = {n: x for n, x in found.means.items() if n == "loss" or n.startswith("loss/") and n.count("/") == 1}
-            status = record_lib.DONE if step == self._total_steps else record_lib.TRAINING
-            self._record.set(self._names[i], status, step=step, last_losses=shown)
-        if step < self._total_steps:  # done is what is saved, too
-            self._record.write()
+            self._record.set(self._names[i], record_lib.TRAINING, step=step, last_losses=shown)
+        self._record.write()
 
     def save(self, step: int, state: SweepState) -> None:
         self._fetch(0)
@@ -124,7 +120,6 @@ class SweepRecords(Records):
 
     def wait(self) -> None:
         self._complete()
-        self._record.write()
 
     def _complete(self) -> None:
         """Waits until the last step that was saved is durable for all, and only then deletes older ones of any: after a

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import prefetch_to_device
-from uwm_jax.errors import RunError, UserError
+from uwm_jax.errors import Preempted, RunError, UserError
 from uwm_jax.evaluation import in_training
 from uwm_jax.evaluation.in_training import Draw, InTraining
 from uwm_jax.parallel import distributed, signals
@@ -37,9 +37,9 @@ from uwm_jax.sweeps import record as record_lib
 from uwm_jax.sweeps.members import Member
 from uwm_jax.sweeps.program import SweepProgram, SweepState
 from uwm_jax.sweeps.record import Record
-from uwm_jax.sweeps.records import AllDiverged, SweepRecords
-from uwm_jax.training import checkpoint as checkpoint_lib
+from uwm_jax.sweeps.records import SweepRecords
 from uwm_jax.training import (
+    branching,
     codec_store,
     finetune,
     fixed_fields,
@@ -48,6 +48,7 @@ from uwm_jax.training import (
     lock,
     provenance,
 )
+from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import workdir as workdir_lib
 from uwm_jax.training.build import build
 from uwm_jax.training.checkpoint import Checkpoints
@@ -119,9 +120,13 @@ def run_sweep(
                 "config.branch_from belongs to uwm_jax.train: a sweep starts its members, or continues them."
             )
     command = describe(members[0])["command"]
-    record = Record(directory, members, [[member.name for member in group] for group in groups], command)
+    if (directory / "config.json").exists():
+        raise UserError(f"--workdir: {str(directory)!r} is the directory of a run: a sweep needs one of its own.")
     with contextlib.ExitStack() as closing:
+        closing.callback(signals.restore)
         hold_all(directory, [directory, *(directory / record_lib.MEMBERS / m.name for m in members)], closing)
+        record = Record(directory, members, [[member.name for member in group] for group in groups], command)
+        distributed.barrier("all have read the record of the sweep")
         record.write()
         for number, group in enumerate(groups):
             places = [
@@ -129,20 +134,27 @@ def run_sweep(
                 for member in group
             ]
             try:
+                end_if_told(number, len(groups))
                 with contextlib.ExitStack() as closing_group:
                     run_group(places, record, describe, draw, None if number else began, closing_group)
-            except AllDiverged as e:
-                say(str(e))
             except BaseException:
                 for place in places:
                     if record.members[place.name]["status"] == record_lib.TRAINING:
                         record.set(place.name, record_lib.STOPPED)
-                record.write()
                 raise
             finally:
+                record.write()
                 if distributed.is_main():
                     after_group()
     return [member.name for member in members if record.has_diverged(member.name)]
+
+
+def end_if_told(done: int, count: int) -> None:
+    """Raises Preempted, on all processes, where a signal came that no turn of a group has seen."""
+    number = max(distributed.gather(signals.received() or 0))
+    if number:
+        told = f"told to end ({signals.NAMES[number]}): {done} of {count} programs are done"
+        raise Preempted(f"{told}; the same command continues from there.", 128 + number)
 
 
 def hold_all(directory: Path, folders: Sequence[Path], closing: contextlib.ExitStack) -> None:
@@ -177,10 +189,10 @@ def run_group(
     first, live = places[0], [place for place in places if not place.diverged]
     config = first.config
     startup, goodput = Startup(began), Goodput(config.total_steps, config.batch_size)
-    closing.callback(signals.restore)
     use_compilation_cache(config)
     distributed.require_same("config", [config_lib.flatten(place.config) for place in places])
     if not live:
+        say(f"all {len(places)} members of this program have diverged before")
         return
 
     # --- Mesh, and the step that all members hold. --------------------------------------------------
@@ -190,10 +202,9 @@ def run_group(
         closing.callback(place.checkpoints.close)
     start_step = find_common_step(places)
     if start_step >= config.total_steps:
-        say(f"nothing to do: {', '.join(p.name for p in live)} are at step {start_step} already")
+        say(f"nothing to do: {', '.join(p.name for p in live)} have made all {config.total_steps} steps")
         for place in live:
             record.set(place.name, record_lib.DONE, step=start_step)
-        record.write()
         return
     stored, origin = live[0].stored, None
     if not stored and config.init_from:
@@ -289,58 +300,89 @@ def run_group(
         config.total_steps,
     )
     loop(config, train_step, state, frozen, batches, records, start_step, watch)
-    say(f"done: {config.total_steps} steps of {len(live)} members")
+    left = [place for place in live if not record.has_diverged(place.name)]
+    for place in left:
+        record.set(place.name, record_lib.DONE)
+    say(f"done: {config.total_steps} steps of {len(left)} members" if left else "no member of this program is left")
 
 
 def find_common_step(places: Sequence[Place]) -> int:
-    """The newest step of which every live member has an intact checkpoint, 0 for none; sets `stored` of all members.
+    """The newest step of which every live member has an intact checkpoint, 0 for none; sets `stored` of live members.
 
-    Later checkpoints, of which some members have none, are moved to `set_aside/` in their workdirs. A member that has
-    diverged gets its own newest one.
+    Later checkpoints, of which some members have none, are moved to `set_aside/` in their workdirs. Where every member
+    has made all steps, one perhaps more of them by itself, nothing is moved.
 
-    Raises UserError where a member's config differs from the one that it was started with.
+    Raises:
+      UserError: a member's config differs from the one that it was started with; or the members have checkpoints, but
+        none of the same step.
     """
     live = [place for place in places if not place.diverged]
+    for place in live:
+        if newest := max(distributed.agree(_checkpoints(place).steps()), default=0):
+            before = fixed_fields.started_with(place.workdir, newest)
+            config_lib.refuse_changed(place.config, before)
+            branching.refuse_longer(place.workdir, place.config, before, newest)
+            place.member = dataclasses.replace(
+                place.member, config=config_lib.with_origins(place.config, init_from=before.init_from)
+            )
     while True:
-        common = set.intersection(*(set(_checkpoints(place).steps()) for place in live))
-        step = distributed.agree(max(common, default=0))
+        held = distributed.agree({place.name: _checkpoints(place).steps() for place in live})
+        if all(steps and steps[-1] >= live[0].config.total_steps for steps in held.values()):
+            return min(steps[-1] for steps in held.values())
+        step = max(set.intersection(*map(set, held.values())), default=0)
+        found = {step for steps in held.values() for step in steps}
+        if not step and len(found) > 1 or not step and found and all(held.values()):
+            listed = "; ".join(f"{name}: {steps}" for name, steps in held.items())
+            raise UserError(
+                "the members of the sweep have no checkpoint of the same step, from which all could continue "
+                f"({listed}). Nothing was changed. Restore one that all had (set_aside/ and corrupt/ in their workdirs "
+                "hold what was moved), or use a new --workdir."
+            )
         for place in live:
             if later := _checkpoints(place).set_aside(step):
                 say(f"{place.name}: step {later} is set aside, which not all members hold; all continue from {step}")
-        if not step:
-            return 0
-        try:
-            for place in live:
-                place.stored = CheckpointReader(_checkpoints(place).directory, step)
-                try:
-                    place.stored.verify_small()
-                except CorruptCheckpoint as e:
-                    _checkpoints(place).pass_over(step, e)
-                    raise
-                config_lib.refuse_changed(place.config, fixed_fields.stored_config(place.stored))
-        except CorruptCheckpoint:
-            continue
-        for place in places:
-            if place.diverged and (steps := _checkpoints(place).steps()):
-                place.stored = CheckpointReader(_checkpoints(place).directory, steps[-1])
-        return step
+        if not step or _all_readable(live, step):
+            return step
+
+
+def _all_readable(live: Sequence[Place], step: int) -> bool:
+    """Opens the checkpoints of a step; False where one is damaged, which is passed over."""
+    for place in live:
+        place.stored = None
+    for place in live:
+        stored = _checkpoints(place).newest_readable()
+        if stored is None or stored.step != step:
+            return False
+        place.stored = stored
+    return True
 
 
 def gather_states(places: Sequence[Place], sweep: SweepProgram, origin: Any, start_step: int) -> SweepState:
-    """The state of all members, restored or fresh. The place of a member that has diverged holds its last checkpoint,
-    or a fresh state, and stays as it is."""
-    program, state = sweep.program, sweep.empty()
+    """The state of all members, restored or fresh; that of a member which has diverged is zero, and stays so.
+
+    Raises:
+      UserError: a checkpoint's arrays are damaged; it is passed over, so that the next start continues from another.
+    """
+    program, state, whole = sweep.program, sweep.empty(), mesh_lib.replicated(sweep.mesh)
     init: Callable[..., TrainState] | None = None
     for i, place in enumerate(places):
-        if place.stored:
-            one = _checkpoints(place).restore_state(place.stored.step, program.shapes)[0]
+        if place.diverged:
+            one = sweep.take(state, i)
+        elif place.stored:
+            try:
+                one = _checkpoints(place).restore_state(place.stored.step, program.shapes)[0]
+            except CorruptCheckpoint as e:
+                _checkpoints(place).pass_over(place.stored.step, e)
+                raise UserError(f"{place.name}: {e}. The same command continues from an earlier step.") from e
+            one = program.system.held(one)
         else:
             init = init or program.compile_init()
-            one = with_first_parameters(program, init(place.config.seed), origin)
-            hparams = Hparams.from_config(place.config)
-            one = one.replace(hparams=mesh_lib.place(hparams, mesh_lib.replicated(sweep.mesh)))
-        one = one.replace(step=mesh_lib.place(jax.numpy.int32(start_step), mesh_lib.replicated(sweep.mesh)))
-        state = sweep.put(state, i, program.system.held(one), not place.diverged)
+            one = program.system.held(with_first_parameters(program, init(place.config.seed), origin))
+        one = one.replace(
+            step=mesh_lib.place(jax.numpy.int32(start_step), whole),
+            hparams=mesh_lib.place(Hparams.from_config(place.config), whole),
+        )
+        state = sweep.put(state, i, one, not place.diverged)
     return state
 
 

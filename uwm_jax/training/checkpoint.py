@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -100,7 +101,7 @@ class Checkpoints:
             self._take_lock(first_start)
             if distributed.is_main():
                 self._remove_unfinished()
-            self._writer = make_writer()
+            self._writer = make_writer(f"{self.directory.parent.name}-{zlib.crc32(str(self.directory).encode()):08x}")
 
     def _take_lock(self, first_start: bool) -> None:
         workdir, holder, found = self.directory.parent, None, None
@@ -235,15 +236,14 @@ class Checkpoints:
 
     def set_aside(self, after: int) -> list[int]:
         """Moves the checkpoints of steps after a given one to `<workdir>/set_aside/`, and returns their steps."""
-        later = [step for step in self.steps() if step > after]
+        later = distributed.agree([step for step in self.steps() if step > after])
         for step in later:
             self._passed_over.add(step)
             if distributed.is_main():
                 place = _free_name(self.directory.parent / "set_aside" / str(step))
                 place.parent.mkdir(exist_ok=True)
                 (self.directory / str(step)).rename(place)
-        if later:
-            distributed.barrier("later checkpoints are set aside")
+        distributed.barrier("later checkpoints are set aside")
         return later
 
     # --- writing -------------------------------------------------------------------------------

@@ -16,11 +16,18 @@ _ARRAY_ITEMS = ("params", "ema_params", "train_state", "codec")
 _JSON_ITEMS = ("data_iter", "assets")
 
 
-def make_writer() -> ocp.AsyncCheckpointer:
-    """A writer of checkpoints with these items, or some of them; to be closed."""
+def make_writer(name: str = "") -> ocp.AsyncCheckpointer:
+    """A writer of checkpoints with these items, or some of them; to be closed.
+
+    Args:
+      name: under which processes wait for each other: the same on all of them, and another for each of several writers
+        that save at the same time.
+    """
     # Named processes make orbax wait at barriers with timeouts instead of at device collectives without.
     processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
-    shared = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=processes)
+    shared = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes=processes, barrier_sync_key_prefix=name or None
+    )
     background = ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_SECONDS)
     handlers: dict[str, Any] = {
         **{name: ocp.StandardCheckpointHandler(multiprocessing_options=shared) for name in _ARRAY_ITEMS},
