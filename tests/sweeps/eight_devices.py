@@ -119,7 +119,22 @@ def together(
         one = sweep.take(state, i)
         stacked = state.members.replace(step=())
         exact &= same(one.replace(step=()), jax.tree.map(lambda x, i=i: np.asarray(x)[i], stacked))
-    return {"metrics": found, "exact": bool(exact)}
+    return {"metrics": found, "exact": bool(exact), "frozen": freezes(sweep, step, state, frozen, batch)}
+
+
+def freezes(sweep: SweepProgram, step, state, frozen, batch) -> bool:
+    """Whether a member with a parameter that is not a number stays as it is, for two steps, while the others train."""
+    last = sweep.count - 1
+    one = sweep.take(state, last)
+    leaves, structure = jax.tree.flatten(one.params)
+    poisoned = jax.tree.unflatten(structure, [leaves[0] + np.nan, *leaves[1:]])
+    state = sweep.put(state, last, one.replace(params=poisoned), True)
+    before, first = sweep.take(state, last), jax.device_get(sweep.take(state, 0).params)
+    for _ in range(2):
+        state, metrics = step(state, frozen, batch)
+    after, alive = sweep.take(state, last), np.asarray(metrics[ALIVE]).tolist()
+    stays = same(before.replace(step=()), after.replace(step=()))
+    return stays and alive == [True] * last + [False] and not same(first, sweep.take(state, 0).params)
 
 
 def operations(all_members: list[Member], count: int) -> tuple[float, float]:

@@ -55,6 +55,11 @@ def test_a_member_is_taken_out_bit_for_bit(runs, mesh):
     assert runs[mesh]["exact"]
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_member_that_is_not_finite_is_frozen_within_the_step(runs, mesh):
+    assert runs[mesh]["frozen"]
+
+
 def test_the_codec_runs_once_a_step(runs):
     """Operations that the compiler counts: a second member adds its network and nothing of the encoding."""
     one, two = runs["flops"]

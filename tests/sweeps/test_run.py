@@ -121,8 +121,9 @@ def test_a_finished_sweep_is_left_alone_and_does_not_revive_the_diverged(finishe
     assert "nothing to do" in capsys.readouterr().out
     assert record.read(finished)[NAMES[2]]["status"] == "diverged"
     assert (finished / "members" / NAMES[0] / "metrics.jsonl").read_bytes() == before
-    with pytest.raises(UserError, match="has the members .* too"):
-        sweep(config, finished, OVERRIDES[:2])
+    for others in (OVERRIDES[:2], [*OVERRIDES, {"seed": 9}]):
+        with pytest.raises(UserError, match="has other members"):
+            sweep(config, finished, others)
 
 
 KILLED = """
@@ -232,12 +233,18 @@ def test_two_processes_train_members_as_one_does(devices, finished, config, tmp_
     assert [m["status"] for m in record.read(tmp_path / "two").values()] == ["done", "done"]
 
 
-def test_a_member_continues_alone(finished, config):
+def test_a_member_continues_alone_and_the_sweep_does_not_move_it(finished, config):
     """The last test of this file: it changes the sweep that the others read."""
     member = make_members(config, OVERRIDES)[0]
     member.config.total_steps = 8
     train(member.config, finished / "members" / NAMES[0])
     assert latest_step(finished / "members" / NAMES[0]) == 8
+    assert sweep(config, finished) == NAMES[2:], "all have made the sweep's steps"
+    assert steps_of(finished / "members" / NAMES[0]) == [8]
+    config.total_steps = 10
+    with pytest.raises(UserError, match=rf"no checkpoint of the same step.*{NAMES[0]}: \[8\]; {NAMES[1]}: \[6\]"):
+        sweep(config, finished)
+    assert [steps_of(finished / "members" / name) for name in NAMES[:2]] == [[8], [6]]
     member.config.seed = 5
     with pytest.raises(UserError, match="config.seed is 5, but this workdir was started with 0"):
         train(member.config, finished / "members" / NAMES[0])
