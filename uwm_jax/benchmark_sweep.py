@@ -21,11 +21,10 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from uwm_jax import cli, config_help, files, synthetic
+from uwm_jax import cli, codecs, config_help, files, synthetic
 from uwm_jax import config as config_lib
 from uwm_jax.benchmarking import clock
-from uwm_jax.codecs import Codec, VAECodec
-from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
+from uwm_jax.codecs import Codec
 from uwm_jax.errors import UserError
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.sweeps.members import make_members
@@ -78,7 +77,8 @@ def small_model() -> tuple[ConfigDict, Codec]:
     c.model.timestep_embed_dim, c.model.patch = 128, (2, 2, 2)
     c.model.encoder.stage_sizes, c.model.encoder.width, c.model.encoder.pool = (1, 1, 1), 16, "flatten"
     c.model.encoder.use_low_dim = True
-    return c, VAECodec(AutoencoderKL(block_out_channels=(32, 64, 96, 96), norm_num_groups=8))
+    kind: Any = codecs.get("vae")
+    return c, kind.of_widths((32, 64, 96, 96), norm_num_groups=8)
 
 
 def benchmark(

@@ -40,6 +40,11 @@ class VAECodec(Codec):
     def from_config(cls, fields: ConfigDict) -> VAECodec:
         return cls(AutoencoderKL(dtype=jnp.dtype(fields.dtype)), microbatch=fields.microbatch)
 
+    @classmethod
+    def of_widths(cls, widths: tuple[int, ...], norm_num_groups: int) -> VAECodec:
+        """One of another size than SDXL's, with so many channels on each of its levels, for benchmarks."""
+        return cls(AutoencoderKL(block_out_channels=widths, norm_num_groups=norm_num_groups))
+
     def latent_shape(self, num_views: int, num_frames: int, height: int, width: int) -> LatentShape:
         """(V, T, h, w, C) of the latents of `num_frames` frames of `num_views` views of `height` x `width`."""
         h, w = grid(height, width, self.vae.downsampling, "the VAE's downsampling")
