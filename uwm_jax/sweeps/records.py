@@ -14,9 +14,11 @@ from uwm_jax.runs.records import RunRecords
 from uwm_jax.sweeps import record as record_lib
 from uwm_jax.sweeps.program import ALIVE, SweepProgram, SweepState
 from uwm_jax.sweeps.record import Record
-from uwm_jax.training.goodput import Goodput, duration
+from uwm_jax.training.goodput import duration
+from uwm_jax.training.log import loss_parts
 from uwm_jax.training.metrics import Metric
 
+AHEAD = 2  # steps in flight, as `MetricAccumulator` has them
 SHOWN = 6  # members whose losses a line of progress has one by one
 
 
@@ -29,7 +31,6 @@ class SweepRecords(Records):
       live: which of them train; a member that is not stays as it is.
       sweep: their program.
       record: of the whole sweep.
-      goodput, total_steps: of the loop.
     """
 
     def __init__(
@@ -39,18 +40,15 @@ class SweepRecords(Records):
         live: Sequence[bool],
         sweep: SweepProgram,
         record: Record,
-        goodput: Goodput,
-        total_steps: int,
-        ahead: int = 2,
     ):
         self._names, self._records, self._live = names, records, list(live)
-        self._sweep, self._record, self._goodput, self._total_steps = sweep, record, goodput, total_steps
+        self._sweep, self._record = sweep, record
         self._pending: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
-        self._ahead, self._unfinished = ahead, False
+        self._unfinished = False
 
     def add(self, step: int, metrics: Any) -> None:
         self._pending.append((step, metrics))
-        self._fetch(self._ahead)
+        self._fetch(AHEAD)
 
     def _fetch(self, leave: int) -> None:
         while len(self._pending) > leave:
@@ -93,13 +91,14 @@ class SweepRecords(Records):
         for i in self._left():
             one: Any = self._sweep.take(state, i) if evaluates else None
             measured[i] = self._records[i].measure(step, one)
-        rates = self._goodput.rates(step)
+        first = self._records[0]
+        rates = first.watch.goodput.rates(step)
         each = {self._names[i]: found.means["loss"] for i, found in measured.items()}
         losses = "  ".join(f"{name} {loss:.4f}" for name, loss in each.items())
         if len(each) > SHOWN:
             losses = f"{min(each.values()):.4f} to {max(each.values()):.4f}"
         say(
-            f"step {step}/{self._total_steps}  loss {losses}  {rates['samples_per_second']:.1f} samples/s for "
+            f"step {step}/{first.total_steps}  loss {losses}  {rates['samples_per_second']:.1f} samples/s for "
             f"{len(measured)} members  data wait {100 * rates['data_wait_fraction']:.0f} %  "
             f"ETA {duration(rates['eta_seconds'])}"
         )
@@ -107,21 +106,18 @@ class SweepRecords(Records):
             if found.evaluated:
                 say(f"  {self._names[i]}:{self._records[i].evaluations.headlines(found.evaluated)}")
             self._records[i].write(step, found, rates)
-            shown = {n: x for n, x in found.means.items() if n == "loss" or n.startswith("loss/") and n.count("/") == 1}
+            shown = {name: found.means[name] for name in ("loss", *loss_parts(found.means))}
             self._record.set(self._names[i], record_lib.TRAINING, step=step, last_losses=shown)
         self._record.write()
 
     def save(self, step: int, state: SweepState) -> None:
         self._fetch(0)
-        self._complete()
+        self.wait()
         for i in self._left():
             self._records[i].save(step, self._sweep.take(state, i))
         self._unfinished = True
 
     def wait(self) -> None:
-        self._complete()
-
-    def _complete(self) -> None:
         """Waits until the last step that was saved is durable for all, and only then deletes older ones of any: after a
         kill there is a step that all of them hold."""
         for records in self._records:

@@ -71,7 +71,7 @@ class Place:
       workdir: `members/<name>`.
       diverged: before this start.
       checkpoints: of its workdir.
-      stored: the checkpoint that it continues from; None where it starts, or has diverged before its first one.
+      stored: the checkpoint that it continues from; None where it starts, or has diverged.
     """
 
     member: Member
@@ -257,23 +257,25 @@ def run_group(
     # --- Loop. ---------------------------------------------------------------------------------------
     batches = prefetch_to_device(iter(loader), mesh_lib.batch_sharding(mesh), config.data.prefetch, data.waits_for)
     closing.callback(batches.close)
-    logs = [MetricsLog(place.workdir, start_step, writes=distributed.is_main()) for place in live]
+    main = distributed.is_main()
+    logs = [MetricsLog(place.workdir, start_step, writes=main and not place.diverged) for place in places]
     for log in logs:
         closing.callback(log.close)
     progress = stored.assets.get("progress", {}) if stored else {}
-    goodput.begin(start_step, progress.get("goodput"), logs[0].cut)
+    goodput.begin(
+        start_step,
+        progress.get("goodput"),
+        next(log.cut for place, log in zip(places, logs, strict=True) if not place.diverged),
+    )
     trace = Profile.parse(None, first.workdir, start_step, config.total_steps)
     watch = Watch.begin(config, goodput, startup, trace, closing)
     mfu = Mfu(program.system, list(mesh.devices.flat))
-    of_live = iter(logs)
 
-    def records_of(place: Place) -> RunRecords:
-        assert place.checkpoints is not None
-        log = MetricsLog(place.workdir, start_step, writes=False) if place.diverged else next(of_live)
+    def records_of(place: Place, log: MetricsLog) -> RunRecords:
         records = RunRecords(
             place.workdir,
             config.total_steps,
-            place.checkpoints,
+            _checkpoints(place),
             log,
             evaluations.for_config(place.config),
             frozen,
@@ -292,12 +294,10 @@ def run_group(
     record.write()
     records = SweepRecords(
         [place.name for place in places],
-        [records_of(place) for place in places],
+        [records_of(place, log) for place, log in zip(places, logs, strict=True)],
         [not place.diverged for place in places],
         sweep,
         record,
-        goodput,
-        config.total_steps,
     )
     loop(config, train_step, state, frozen, batches, records, start_step, watch)
     left = [place for place in live if not record.has_diverged(place.name)]

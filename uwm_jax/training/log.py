@@ -123,14 +123,18 @@ def _lines(path: Path) -> list[str]:
     return again(path.read_bytes, path).decode(errors="replace").splitlines() if path.is_file() else []
 
 
+def loss_parts(metrics: Mapping[str, Any]) -> list[str]:
+    """The names `loss/<part>` among a line's metrics, without those of buckets, sorted."""
+    return sorted(name for name in metrics if name.startswith("loss/") and name.count("/") == 1)
+
+
 def progress_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     """`step 200/1000  loss 0.812 (action 0.402, next_obs 0.410)  285 samples/s  data wait 1 %  ETA 3:20`.
 
     In brackets are the parts of the loss, `loss/<part>`, that the metrics have. With `mfu` among them, it stands behind
     the samples.
     """
-    names = sorted(name for name in metrics if name.startswith("loss/") and name.count("/") == 1)
-    parts = ", ".join(f"{name.removeprefix('loss/')} {metrics[name]:.4f}" for name in names)
+    parts = ", ".join(f"{name.removeprefix('loss/')} {metrics[name]:.4f}" for name in loss_parts(metrics))
     mfu = f"  MFU {100 * metrics['mfu']:.1f} %" if "mfu" in metrics else ""
     return (
         f"step {step}/{total_steps}  loss {metrics['loss']:.4f} ({parts})  "
