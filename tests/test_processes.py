@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from launch.rehearse import Processes, one_device
 from tests.systems.small import on_tiny_dataset, small_config
 from uwm_jax import config as config_lib
+from uwm_jax.parallel.distributed import SILENCE_SECONDS
 
 QUICK_COMPILE = "--xla_backend_optimization_level=0"  # which is most of the time here
 
@@ -240,7 +242,10 @@ def test_one_process_writes_the_text(runs):
 
 
 def test_sigterm_saves_and_sigkill_ends_all(train_command, tmp_path):
-    """Two processes: SIGTERM to one, continue, SIGKILL the other."""
+    """Two processes: SIGTERM to one, continue, SIGKILL the other.
+
+    The one that is left learns it at once in a collective, and in a turn, where it waits for words, by silence.
+    """
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "uwm_jax.train"]
     command += train_command(workdir, "--config.total_steps=100000", "--config.checkpoint.every=100000")
@@ -269,7 +274,8 @@ def test_sigterm_saves_and_sigkill_ends_all(train_command, tmp_path):
         began = time.monotonic()
         statuses = processes.wait(120)
     assert statuses == [1, 128 + signal.SIGKILL], processes.lines
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < SILENCE_SECONDS + 30
     output = "\n".join(processes.lines[0])
-    assert "process 0 of 2 lost contact with another process" in output and "Traceback" not in output
+    assert re.search("0 of 2 lost contact with another process|1 of 2 failed: it showed no life", output)
+    assert "Traceback" not in output
     assert [int(p.name) for p in (workdir / "checkpoints").iterdir()] == steps
