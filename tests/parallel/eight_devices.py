@@ -173,8 +173,26 @@ def run(sizes: tuple[int, int, int], accumulation_steps: int) -> dict:
     }
 
 
+def encode_six_frames() -> dict:
+    """Latents of one row with three views of two frames, whole and over fsdp 2 x tensor 4, which do not divide them."""
+    config = tiny((1, 2, 4), 1)
+    mesh = mesh_lib.make_mesh(config, jax.devices())
+    system, frozen = make_system(config)
+    frames = jnp.asarray(np.random.default_rng(2).uniform(size=(1, 3, 2, 16, 16, 3)), jnp.float32)
+
+    def encode(frozen, frames):
+        return system.codec.encode(frozen, frames, None)
+
+    rules = sharding.load_rules(config.mesh.rules, "uwm", TREE.mesh_rules)
+    inputs = jax.device_put((frozen, frames), mesh_lib.replicated(mesh))
+    compiled = compile_for(mesh, rules, encode, *inputs, updates_state=False)
+    latents = {"whole": jax.jit(encode)(frozen, frames), "spread": compiled(*inputs)}
+    encoded = {"encoded_frames": frames_of_convolutions(compiled.as_text())}
+    return encoded | {name: x.ravel().tolist() for name, x in latents.items()}
+
+
 if __name__ == "__main__":
     names = sys.argv[2:] or VARIANTS
-    results = {name: run(*VARIANTS[name]) for name in names}
+    results = {name: run(*VARIANTS[name]) for name in names} | {"six frames": encode_six_frames()}
     with open(sys.argv[1], "w") as file:
         json.dump(results, file)

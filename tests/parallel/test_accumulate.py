@@ -176,3 +176,6 @@ def test_frozen_frames_are_encoded_once(runs):
     """Sixteen rows of two views and two frames, over all eight devices, those along `tensor` too."""
     assert len(runs["data 2, tensor 4"]["encoded_frames"]) > 5
     assert set(runs["data 2, tensor 4"]["encoded_frames"]) == {16 * 2 * 2 // 8}
+    uneven = runs["six frames"]
+    assert set(uneven["encoded_frames"]) == {1}, "two of the eight devices have a frame of padding"
+    np.testing.assert_allclose(uneven["spread"], uneven["whole"], rtol=1e-5, atol=1e-8)

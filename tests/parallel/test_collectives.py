@@ -151,6 +151,22 @@ def test_activations_are_told_from_parameters():
         assert not any(c.activations for c in on_tpu(program, *sizes)), program
 
 
+def test_a_layer_of_a_member_of_a_sweep_is_a_parameter():
+    text = """
+HloModule jit_step, num_partitions=4
+
+ENTRY %main (p: f32[2,12,768,3072]) -> f32[768,3072] {
+  %p = f32[2,12,768,768]{3,2,1,0} parameter(0), sharding={devices=[1,1,1,4]<=[4]}, metadata={op_name="args[0].params['kernel']"}
+  %layer = f32[768,768]{1,0} bitcast(%slice)
+  %tokens = f32[768,769]{1,0} parameter(1)
+  %rows = f32[768,3076]{1,0} all-gather(%tokens), replica_groups={{0,1,2,3}}, dimensions={1}
+  ROOT %kernel = f32[768,3072]{1,0} all-gather(%layer), replica_groups={{0,1,2,3}}, dimensions={1}
+}
+"""
+    found = {c.name: c.activations for c in collectives.read(text)}
+    assert found == {"rows": True, "kernel": False}
+
+
 def test_slices_exchange_their_sums_over_the_network_between_them():
     scatter, between, gather = on_tpu("slices", 2, 2, 2)
     assert (scatter.kind, scatter.axes, scatter.bytes) == ("reduce-scatter", ("fsdp",), KERNEL)

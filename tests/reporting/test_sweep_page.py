@@ -132,8 +132,9 @@ def test_members_without_an_evaluation_are_told_how_to_get_one(make_sweep, monke
         shutil.rmtree(sweep / "members" / name / "eval")
     monkeypatch.setattr(sweep_page, "latest_step", lambda workdir: None if "=6" in str(workdir) else 20)
     source = sweep_page.write(sweep).read_text()
-    assert f"python -m uwm_jax.evaluate --workdir={sweep}/members/batch_size=5" in source.replace("&#x27;", "")
-    assert "--workdir={sweep}/members/batch_size=6" not in source, "it holds no checkpoint"
+    commands = source.replace("&#x27;", "")
+    assert f"python -m uwm_jax.evaluate --workdir={sweep}/members/batch_size=5" in commands
+    assert f"--workdir={sweep}/members/batch_size=6" not in commands, "it holds no checkpoint"
     assert 'id="tradeoff"' not in source
 
 

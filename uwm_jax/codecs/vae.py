@@ -108,20 +108,21 @@ def _in_passes(function: Callable, x: jax.Array, microbatch: int) -> Any:
     """
     # Both ends are held to the rows of the batch, or the layout would spread to what comes before and after.
     lead, x = x.shape[:3], constrain(x, "batch").reshape(-1, *x.shape[3:])
-    spread, devices = axes_for(len(x))
-    x, items = lay_out(x, spread), len(x) // devices  # of each device
+    count = len(x)
+    spread, devices, padded = axes_for(count)
+    x = lay_out(_pad(x, 0, padded), spread)
+    items = padded // devices  # of each device
     passes = -(-items // microbatch)
     # an exact division needs no padding, so a few passes more are a good price for it
     passes = next((p for p in range(passes, min(2 * passes, items) + 1) if items % p == 0), passes)
     size = -(-items // passes)
 
     def back(y: jax.Array) -> jax.Array:
-        return constrain(y.reshape(*lead, *y.shape[1:]), "batch")
+        return constrain(y[:count].reshape(*lead, *y.shape[1:]), "batch")
 
     if passes == 1:
         return jax.tree.map(back, function(x))
-    x = x.reshape(devices, items, *x.shape[1:])
-    x = jnp.pad(x, [(0, 0), (0, size * passes - items)] + [(0, 0)] * (x.ndim - 2))
+    x = _pad(x.reshape(devices, items, *x.shape[1:]), 1, size * passes)
     # pass j takes items j, j + passes, ... of every device, so that no item ever moves to another one
     x = x.reshape(devices * size, passes, *x.shape[2:]).swapaxes(0, 1)
     y = jax.lax.map(lambda part: function(lay_out(part, spread)), x)
@@ -131,3 +132,8 @@ def _in_passes(function: Callable, x: jax.Array, microbatch: int) -> Any:
         return back(y.reshape(-1, *y.shape[2:]))
 
     return jax.tree.map(in_order, y)
+
+
+def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """`x` with zeros behind its own items along `axis`, `length` in sum."""
+    return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])

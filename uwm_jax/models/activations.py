@@ -31,20 +31,26 @@ def axes(name: str | None) -> tuple[tuple[str, ...], int]:
     return names, math.prod(sizes[a] for a in names)
 
 
-def axes_for(rows: int) -> tuple[tuple[str, ...], int]:
-    """The mesh axes that can share `rows` independent rows, and the number of their devices: those of `batch` first,
-    then all others, as far as the rows divide.
+def axes_for(rows: int) -> tuple[tuple[str, ...], int, int]:
+    """How devices share `rows` independent rows: (the mesh axes, the number of their devices, rows with padding).
 
-    For what no axis cuts otherwise, such as frozen encoders: along `tensor` it would be repeated.
+    The axes are those of `batch` first, then all others, as far as the rows divide; or all of them, the rows padded to a
+    multiple of the devices, where that leaves fewer for each. For what no axis cuts otherwise, such as frozen encoders:
+    along `tensor` it would be repeated.
     """
     if not nn.get_logical_axis_rules():
-        return (), 1
+        return (), 1, rows
     sizes, found, devices = divided_axes(), [], 1
-    for name in dict.fromkeys((*axes("batch")[0], *sizes)):
+    every = tuple(dict.fromkeys((*axes("batch")[0], *sizes)))
+    for name in every:
         if rows % (devices * sizes[name]) == 0:
             found.append(name)
             devices *= sizes[name]
-    return tuple(found), devices
+    most = math.prod(sizes.values())
+    of_each = -(-rows // most)
+    if of_each < rows // devices:
+        return every, most, of_each * most
+    return tuple(found), devices, rows
 
 
 def divided_axes() -> dict[str, int]:

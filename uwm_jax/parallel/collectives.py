@@ -209,7 +209,7 @@ def _bytes(arrays: Iterable[Array]) -> int:
 
 def _parameter_sizes(module: Module) -> frozenset[int]:
     """Elements of the parameters of a program (its first argument): as each device holds them, whole, cut along some of
-    the mesh axes alone, and of a layer of those that are stacked."""
+    the mesh axes alone, and of a layer of those that are stacked, as in a sweep its members are, too."""
     sizes: set[int] = set()
     for instruction in module.computations[module.entry].values():
         if instruction.operation != "parameter" or not instruction.op_name.startswith("args[0]"):
@@ -220,6 +220,6 @@ def _parameter_sizes(module: Module) -> frozenset[int]:
         cut = {array.elements}
         for factor in factors:
             cut |= {elements * factor for elements in cut}
-        layers = array.dims[0] if len(array.dims) > 2 else 1
-        sizes |= cut | {elements // layers for elements in cut}
+        stacks = [math.prod(array.dims[:n]) for n in range(max(1, len(array.dims) - 1))]
+        sizes |= cut | {elements // stacked for elements in cut for stacked in stacks[:3]}
     return frozenset(sizes)
