@@ -160,11 +160,13 @@ ENTRY %main (p: f32[2,12,768,3072]) -> f32[768,3072] {
   %layer = f32[768,768]{1,0} bitcast(%slice)
   %tokens = f32[768,769]{1,0} parameter(1)
   %rows = f32[768,3076]{1,0} all-gather(%tokens), replica_groups={{0,1,2,3}}, dimensions={1}
-  ROOT %kernel = f32[768,3072]{1,0} all-gather(%layer), replica_groups={{0,1,2,3}}, dimensions={1}
+  ROOT %kernel = f32[768,3072]{1,0} all-gather(%layer), replica_groups={{0,1},{2,3}}, dimensions={1}
 }
 """
-    found = {c.name: c.activations for c in collectives.read(text)}
-    assert found == {"rows": True, "kernel": False}
+    # in each of two slices, whose devices have numbers of their own: two members on two devices each
+    mesh = AbstractMesh((2, 2, 2, 1), ("sweep", "data", "fsdp", "tensor"))
+    found = {c.name: (c.axes, c.activations) for c in collectives.read(text, mesh)}
+    assert found == {"rows": (("sweep", "fsdp"), True), "kernel": (("fsdp",), False)}
 
 
 def test_slices_exchange_their_sums_over_the_network_between_them():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from jax.sharding import AbstractMesh
 
 from uwm_jax.parallel import replica_groups
 
@@ -45,4 +44,4 @@ def test_every_notation(text, groups):
 )
 def test_axes_are_those_along_which_a_group_differs(groups, axes):
     # a group of two could be any of the three: its devices tell, not its size
-    assert replica_groups.axes(groups, AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))) == axes
+    assert replica_groups.axes(groups, {"data": 2, "fsdp": 2, "tensor": 2}) == axes

@@ -34,9 +34,9 @@ def axes(name: str | None) -> tuple[tuple[str, ...], int]:
 def axes_for(rows: int) -> tuple[tuple[str, ...], int, int]:
     """How devices share `rows` independent rows: (the mesh axes, the number of their devices, rows with padding).
 
-    The axes are those of `batch` first, then all others, as far as the rows divide; or all of them, the rows padded to a
-    multiple of the devices, where that leaves fewer for each. For what no axis cuts otherwise, such as frozen encoders:
-    along `tensor` it would be repeated.
+    The axes are those of `batch` first, then all others, as far as the rows divide; or all of them, the rows padded to
+    a multiple of the devices, where that leaves fewer for each. For what no axis cuts otherwise, such as frozen
+    encoders: along `tensor` it would be repeated.
     """
     if not nn.get_logical_axis_rules():
         return (), 1, rows

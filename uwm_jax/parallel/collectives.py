@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from uwm_jax.parallel import hlo_text, replica_groups
 from uwm_jax.parallel.hlo_text import Array, Instruction, Module
+from uwm_jax.parallel.mesh import DATA_AXIS
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 DCN = "dcn"  # the axis of transfers between slices, over the data-centre network
@@ -182,7 +183,9 @@ class _Reader:
     def _axes(self, groups: replica_groups.Groups | None) -> tuple[str, ...]:
         if self.mesh is None:
             return ()
-        return replica_groups.axes(groups or (tuple(range(self.partitions)),), self.mesh)
+        shape = dict(self.mesh.shape)
+        shape[DATA_AXIS] //= self.mesh.size // self.partitions  # the numbers are of one slice, which has a part of it
+        return replica_groups.axes(groups or (tuple(range(self.partitions)),), shape)
 
     def _times(self, computation: str) -> int | None:
         times = self.module.times[computation]

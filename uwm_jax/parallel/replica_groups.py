@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -41,18 +40,19 @@ def read(attributes: str) -> Groups | None:
     return None
 
 
-def axes(groups: Groups, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+def axes(groups: Groups, shape: Mapping[str, int]) -> tuple[str, ...]:
     """The axes of a mesh along which devices of one group differ, in the order of the mesh.
 
     Args:
       groups: of positions in the mesh, as `read` returns them.
+      shape: {axis: devices} of the mesh, or of one slice's part of it.
     """
-    sizes = tuple(mesh.shape.values())
+    sizes = tuple(shape.values())
     used: set[int] = set()
     for group in groups:
         places = np.array(np.unravel_index(np.array(group), sizes))  # (axes, devices)
         used |= set(np.flatnonzero((places != places[:, :1]).any(axis=1)).tolist())
-    return tuple(name for i, name in enumerate(mesh.shape) if i in used)
+    return tuple(name for i, name in enumerate(shape) if i in used)
 
 
 def _integers(text: str) -> list[int]:
