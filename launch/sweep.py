@@ -28,7 +28,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("config", None, "FILE.py[:argument] of a sweep, or of any run with --grid")
+    flags.DEFINE_string("config", None, "FILE.py[:argument] of a sweep, or of a run with --grid")
     flags.DEFINE_multi_string("grid", None, "FIELD=V1,V2 such as seed=0,1; several make all combinations")
     flags.DEFINE_string("workdir", None, "directory of the sweep: members, sweep.json, sweep.html")
     distributed.define_flags()
@@ -38,7 +38,7 @@ def define_flags() -> None:
 def main(call: cli.Call) -> None:
     spec, directory = cli.required("config"), cli.required_path("workdir")
     base = config_lib.load(spec, call.overrides)
-    overrides = members_lib.parse_grid(FLAGS.grid) if FLAGS.grid else members_lib.read_members(spec)
+    overrides = members_lib.asked_for(spec, FLAGS.grid)
     members = members_lib.make_members(base, overrides)
     groups = members_lib.groups(members)
 

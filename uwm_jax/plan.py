@@ -67,7 +67,7 @@ def members(file: str, config: ConfigDict, question: Question) -> tuple[ConfigDi
     """A run as it is; of a sweep the largest program: the config of a member, and how many train together."""
     if not FLAGS.grid and not config_lib.has_members(file):
         return config, question
-    overrides = members_lib.parse_grid(FLAGS.grid) if FLAGS.grid else members_lib.read_members(file)
+    overrides = members_lib.asked_for(file, FLAGS.grid)
     groups = members_lib.groups(members_lib.make_members(config, overrides))
     say(members_lib.describe(groups))
     if FLAGS.search:

@@ -27,6 +27,7 @@ def test_names_are_as_long_as_they_must_be():
         "model.codec.dtype": "codec.dtype",
     }
     assert [members._text(x) for x in (3e-4, 1.0, "a/b c", "")] == ["0.0003", "1", "a_b_c", "none"]
+    assert members._text(1.0000001) == "1.0000001", "or it would be the name of 1"
 
 
 def test_members_see_the_data_of_the_base_config():
@@ -67,6 +68,24 @@ def test_members_that_differ_in_scalars_share_a_program():
 def test_what_is_no_grid_is_refused(grid, message):
     with pytest.raises(UserError, match=message):
         members.make_members(base(), members.parse_grid(grid))
+
+
+def test_names_that_are_equal_or_too_long_are_refused_with_what_makes_them():
+    with pytest.raises(UserError, match=r"share the folder 'path=a_b': {'data.path': 'a/b'} and {'data.path': 'a_b'}"):
+        members.make_members(base(), [{"data.path": "a/b"}, {"data.path": "a_b"}])
+    members.make_members(base(), [{"data.path": "x" * 250}])
+    with pytest.raises(UserError, match=r"1 fields to values that make a name of 256 bytes, 'path=xxx.* at most 255"):
+        members.make_members(base(), [{"data.path": "x" * 251}])
+
+
+def test_a_grid_of_a_file_that_names_its_members_is_refused(tmp_path):
+    file = tmp_path / "sweep.py"
+    file.write_text("def get_members():\n    return [{'seed': 3}]\n")
+    assert members.asked_for(str(file), None) == [{"seed": 3}]
+    with pytest.raises(UserError, match=r"--grid: .*sweep.py names its members itself, in get_members\(\)"):
+        members.asked_for(f"{file}:x", ["seed=0,1"])
+    file.write_text("")
+    assert members.asked_for(str(file), ["seed=0,1"]) == [{"seed": "0"}, {"seed": "1"}]
 
 
 def test_members_of_a_file(tmp_path):

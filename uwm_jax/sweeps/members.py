@@ -20,6 +20,8 @@ from uwm_jax.reading import run_python
 # Fields that enter the step as arrays: members that differ in nothing else train in one program.
 SCALARS = ("loss.weights.*", "optimizer.learning_rate", "seed")
 
+LONGEST = 255  # bytes of a folder's name, on most file systems
+
 Overrides = Mapping[str, Any]  # {field, such as "loss.weights.action": value}
 
 
@@ -79,13 +81,29 @@ def read_members(spec: str) -> list[dict[str, Any]]:
     return [dict(x) for x in found]
 
 
+def asked_for(spec: str, flags: Sequence[str] | None) -> list[dict[str, Any]]:
+    """The overrides of members that `--config` and `--grid` ask for: those of `parse_grid`, or of `read_members`.
+
+    Raises UserError as these do, and for a grid of a file that names its members itself.
+    """
+    if not flags:
+        return read_members(spec)
+    if config_lib.has_members(spec):
+        raise UserError(
+            f"--grid: {spec.partition(':')[0]} names its members itself, in get_members(). Leave --grid out, or vary "
+            "a config without get_members(), such as the one that it is made from."
+        )
+    return parse_grid(flags)
+
+
 def make_members(base: ConfigDict, overrides: Sequence[Overrides]) -> list[Member]:
     """The members that these overrides make of a config.
 
     Where `config.data.seed` is -1 it becomes the base config's `seed` in all of them, so that they see the same data; a
     member that changes it to -1 itself gets its own `seed`.
 
-    Raises UserError for an unknown field, a value that does not fit, two equal members, or a list in `--grid`.
+    Raises UserError for an unknown field, a value that does not fit, a list in `--grid`, or members whose names are
+    equal or too long for a folder.
     """
     fields = sorted({name for changed in overrides for name in changed})
     short = _short_names(fields)
@@ -99,9 +117,7 @@ def make_members(base: ConfigDict, overrides: Sequence[Overrides]) -> list[Membe
         flat = config_lib.flatten(config)
         values = {name: flat[name] for name in changed}
         made.append(Member(",".join(f"{short[n]}={_text(values[n])}" for n in changed) or "member", values, config))
-    for name, count in collections.Counter(member.name for member in made).items():
-        if count > 1:
-            raise UserError(f"the sweep has {count} members {name!r}: name every combination of values once.")
+    _check_names(made)
     return made
 
 
@@ -122,6 +138,26 @@ def describe(groups: Sequence[Sequence[Member]]) -> str:
     for number, group in enumerate(groups, 1):
         lines.append(f"  {number}: {len(group)} together: {'  '.join(member.name for member in group)}")
     return "\n".join(lines)
+
+
+def _check_names(made: Sequence[Member]) -> None:
+    by_name: dict[str, list[Member]] = collections.defaultdict(list)
+    for member in made:
+        by_name[member.name].append(member)
+    for name, members in by_name.items():
+        if len(size := name.encode()) > LONGEST:
+            raise UserError(
+                f"a member changes {len(members[0].overrides)} fields to values that make a name of {len(size)} bytes, "
+                f"{name!r:.80}...: a folder's has at most {LONGEST}. Vary fewer fields, or shorter texts."
+            )
+        different = [member.overrides for member in members if member.overrides != members[0].overrides]
+        if different:
+            raise UserError(
+                f"two members would share the folder {name!r}: {members[0].overrides} and {different[0]}. Letters, "
+                "digits and _ + - . alone tell names apart: use values that differ in them."
+            )
+        if len(members) > 1:
+            raise UserError(f"the sweep has {len(members)} members {name!r}: name every combination of values once.")
 
 
 def _apply(config: ConfigDict, changed: Overrides) -> None:
@@ -146,5 +182,7 @@ def _short_names(fields: Sequence[str]) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     """A value as a part of a folder's name."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = str(value)
+    if isinstance(value, float) and float(short := f"{value:g}") == value:
+        text = short
     return re.sub(r"[^\w.+-]+", "_", text).strip("_") or "none"
