@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -44,3 +45,8 @@ def test_what_is_free_is_kept_until_it_is_given_back():
 def test_a_library_that_was_not_told_is_left_alone():
     assert host_memory._kept == []  # this process is no command
     host_memory.give_back()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_free_memory_is_less_than_all_of_it():
+    assert 0 < host_memory.available() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""Memory that XLA frees on CPUs: kept in the process by the C library, or given back to the system.
+"""Memory of the host: how much is free, and what becomes of that which XLA frees on CPUs.
 
 XLA takes a CPU's buffers from the C library. glibc gives large ones back to the system as soon as they are free, so
 that every step would fault them in again, page by page (docs/benchmarks.md): commands tell it to keep them. What is
@@ -7,8 +7,10 @@ never needed again, such as what the compiler worked with, is given back by `giv
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from uwm_jax import host_tpu
 
@@ -34,3 +36,11 @@ def give_back() -> None:
     """Gives what is free now back to the system, where `keep_freed` keeps it: after a compilation, before the steps."""
     for library in _kept:
         library.malloc_trim(0)
+
+
+def available() -> int | None:
+    """Bytes that the system can give to programs without swapping; None where it does not say (other than Linux)."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -157,6 +158,37 @@ def test_more_steps_of_members_whose_rate_decays_are_refused_before_anything_is_
     with pytest.raises(UserError, match=r"total_steps is 20, was 6, .*decay of the learning rate.*branch_from=.*a@2"):
         run.find_common_step(places)
     assert files(tmp_path) == before
+
+
+def no_describe(*_):
+    raise AssertionError("nothing starts")
+
+
+def test_members_that_have_made_all_steps_are_left_alone(start, tmp_path, capsys):
+    """`sweep.json`, which may lag behind after a kill, gets their last losses from their lines."""
+    config = base()
+    config.total_steps, config.sweep.devices = 6, 1
+    places = start({"a": (4, 6), "b": (6,)}, config)
+    for place in places:
+        place.checkpoints.close()
+        (place.workdir / "metrics.jsonl").write_text('{"step": 6, "loss": 2.5, "loss/action": 1.5, "grad_norm": 1}\n')
+    before = [files(place.workdir) for place in places]
+    of_sweep = record.Record(tmp_path, [place.member for place in places], [["a", "b"]], ["sweep"])
+    with contextlib.ExitStack() as closing:
+        run.run_group(places, of_sweep, no_describe, no_describe, None, closing)
+    assert "nothing to do: a, b have made all 6 steps" in capsys.readouterr().out
+    assert [files(place.workdir) for place in places] == before
+    losses = {"loss": 2.5, "loss/action": 1.5}
+    assert of_sweep.members["b"] == {"overrides": {}, "status": "done", "step": 6, "last_losses": losses}
+
+
+def test_a_program_all_of_whose_members_had_diverged_is_passed_over(start, capsys):
+    places = start({"a": (4, 6), "b": ()})
+    for place in places:
+        place.diverged = True
+    with contextlib.ExitStack() as closing:
+        run.run_group(places, None, no_describe, no_describe, None, closing)
+    assert "all 2 members of this program have diverged before" in capsys.readouterr().out
 
 
 @pytest.fixture

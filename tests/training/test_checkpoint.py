@@ -125,6 +125,8 @@ def test_too_little_room_for_the_checkpoints_to_keep_is_told(tmp_path, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3.1e6))
     warn_of_room(tmp_path, state, 4)
     assert not capsys.readouterr().err
+    warn_of_room(tmp_path, state, 4, members=2)
+    assert "3 more checkpoints of 1.0 MB for each of 2 members" in capsys.readouterr().err
 
 
 def test_a_converted_checkpoint_cannot_be_continued(converted, make_tiny_config):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +57,33 @@ def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
     config.model.codec.vae = "nowhere/at-all"  # a run that continues reads its own copy
     _, again = codec_store.open_codec(config, codec_store.in_workdir(config, tmp_path / "run", None))
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_members_of_a_sweep_share_the_files_of_a_codec(config, tmp_path, monkeypatch):
+    """Linked where that is possible; what is there already is checked as that of any run."""
+    copied = []
+
+    def copy(place, folder):
+        copied.append(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "weights").write_bytes(b"weights")
+
+    monkeypatch.setitem(codec_store._FILES, "vae", codec_store._FILES["vae"]._replace(copy=copy))
+    workdirs = [tmp_path / name for name in ("a", "b", "c")]
+    codec_store.keep(config, codec_store.Place("x"), workdirs[0])
+    codec_store.keep(config, codec_store.Place("x"), workdirs[1], workdirs[0])
+    first, second, third = (codec_store.folder(workdir, config) for workdir in workdirs)
+    assert copied == [first] and (first / "weights").samefile(second / "weights")
+    codec_store.keep(config, codec_store.Place("x"), workdirs[1], workdirs[0])
+    assert copied == [first, second], "it is checked"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", no_links)
+        codec_store.keep(config, codec_store.Place("x"), workdirs[2], workdirs[0])
+    assert copied[2:] == [third] and (third / "weights").read_bytes() == b"weights"
+
+
+def no_links(source, target):
+    raise OSError(errno.EPERM, "no links here")
 
 
 @pytest.mark.slow

@@ -69,6 +69,8 @@ def test_mfu_is_the_time_at_peak_over_the_time():
     sample = system.flops()
     seconds = (sample.training - sample.frozen) / 19.5e12 + sample.frozen / 312e12
     assert flops.Mfu(system, [device("NVIDIA A100-SXM4-80GB")])(2.0)["mfu"] == pytest.approx(2 * seconds)
+    seconds += 7 * (sample.training - sample.frozen) / 19.5e12  # eight members, one codec
+    assert flops.Mfu(system, [device("NVIDIA A100-SXM4-80GB")], members=8)(2.0)["mfu"] == pytest.approx(2 * seconds)
 
 
 def test_no_mfu_where_the_peak_is_not_known():

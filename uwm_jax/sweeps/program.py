@@ -15,6 +15,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uwm_jax.parallel.accumulate import each_value_and_grad
@@ -106,15 +107,29 @@ class SweepProgram:
 
     @functools.cached_property
     def take(self) -> Callable[[SweepState, int], TrainState]:
-        """(state, i) -> the state of member i as `Program.like`, bit for bit."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.program.like)
+        """(state, i) -> the state of member i as `Program.like`, bit for bit; compiled when it is asked for."""
+        return self._compile_take(lambda state: state)
+
+    @functools.cached_property
+    def take_evaluated(self) -> Callable[[SweepState, int], TrainState]:
+        """As `take`, of `eval_params` alone; what else a state has is () there, but for `step`."""
+
+        def part(state: TrainState) -> TrainState:
+            averaged = state.ema_params is not None
+            return state.replace(params=() if averaged else state.params, opt_state=(), hparams=())
+
+        return self._compile_take(part)
+
+    def _compile_take(self, part: Callable[[TrainState], TrainState]) -> Callable[[SweepState, int], TrainState]:
+        shardings = jax.tree.map(lambda x: x.sharding, part(self.program.like))
 
         def take(state: SweepState, i: jax.Array) -> TrainState:
-            members, layout = state.members.replace(step=()), shardings.replace(step=())
+            members, layout = part(state.members).replace(step=()), shardings.replace(step=())
             one = jax.tree.map(lambda x, s: _take(self.mesh, x, i, s.spec), members, layout)
             return one.replace(step=state.step)
 
-        return jax.jit(take, out_shardings=shardings)
+        program = jax.jit(take, out_shardings=shardings).lower(self.like, np.int32(0)).compile()
+        return lambda state, i: program(state, np.int32(i))
 
 
 def _take(mesh: Mesh, x: jax.Array, i: jax.Array, spec: PartitionSpec) -> jax.Array:

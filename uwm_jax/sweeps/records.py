@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from uwm_jax import host_memory
 from uwm_jax.parallel.distributed import say
 from uwm_jax.runs.loop import Records
 from uwm_jax.runs.records import RunRecords
@@ -17,6 +18,7 @@ from uwm_jax.sweeps.record import Record
 from uwm_jax.training.goodput import duration
 from uwm_jax.training.log import loss_parts
 from uwm_jax.training.metrics import Metric
+from uwm_jax.training.state import TrainState
 
 AHEAD = 2  # steps in flight, as `MetricAccumulator` has them
 SHOWN = 6  # members whose losses a line of progress has one by one
@@ -44,7 +46,7 @@ class SweepRecords(Records):
         self._names, self._records, self._live = names, records, list(live)
         self._sweep, self._record = sweep, record
         self._pending: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
-        self._unfinished = False
+        self._unfinished = self._told = False
 
     def add(self, step: int, metrics: Any) -> None:
         self._pending.append((step, metrics))
@@ -89,10 +91,12 @@ class SweepRecords(Records):
         evaluates = self.evaluates(step)
         measured = {}
         for i in self._left():
-            one: Any = self._sweep.take(state, i) if evaluates else None
+            one: Any = self._sweep.take_evaluated(state, i) if evaluates else None
             measured[i] = self._records[i].measure(step, one)
+            del one  # before the next one is taken: there is room for one
         first = self._records[0]
         rates = first.watch.goodput.rates(step)
+        rates |= first.mfu(rates["samples_per_second"])
         each = {self._names[i]: found.means["loss"] for i, found in measured.items()}
         losses = "  ".join(f"{name} {loss:.4f}" for name, loss in each.items())
         if len(each) > SHOWN:
@@ -113,9 +117,31 @@ class SweepRecords(Records):
     def save(self, step: int, state: SweepState) -> None:
         self._fetch(0)
         self.wait()
-        for i in self._left():
-            self._records[i].save(step, self._sweep.take(state, i))
         self._unfinished = True
+        writing: collections.deque[int] = collections.deque()
+        most = 0
+        for i in self._left():
+            one = self._sweep.take(state, i)
+            most = most or self._copies(one)
+            if len(writing) == most:
+                self._records[writing.popleft()].wait()
+            self._records[i].save(step, one)
+            writing.append(i)
+            del one
+
+    def _copies(self, one: TrainState) -> int:
+        """How many members' copies, from which they are written, half of the host's free memory holds; at least 1."""
+        size, free, count = host_bytes(one), host_memory.available(), len(self._left())
+        if free is None:
+            return count
+        most = min(count, max(1, free // 2 // size))
+        if most < count and not self._told:
+            self._told = True
+            say(
+                f"checkpoints of {count} members are written {most} at a time, while training waits: each is copied to "
+                f"{size / 1e9:.2f} GB of the host's memory, of which {free / 1e9:.2f} GB are free"
+            )
+        return most
 
     def wait(self) -> None:
         """Waits until the last step that was saved is durable for all, and only then deletes older ones of any: after a
@@ -129,3 +155,9 @@ class SweepRecords(Records):
 
     def _left(self) -> list[int]:
         return [i for i, live in enumerate(self._live) if live]
+
+
+def host_bytes(tree: Any) -> int:
+    """Bytes of arrays that this process copies and writes: of parts that several devices hold, one."""
+    parts = (part for x in jax.tree.leaves(tree) for part in x.addressable_shards if part.replica_id == 0)
+    return sum(part.data.nbytes for part in parts)

@@ -55,7 +55,7 @@ from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.log import MetricsLog
+from uwm_jax.training.log import MetricsLog, loss_parts, read_metrics
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup
@@ -204,7 +204,7 @@ def run_group(
     if start_step >= config.total_steps:
         say(f"nothing to do: {', '.join(p.name for p in live)} have made all {config.total_steps} steps")
         for place in live:
-            record.set(place.name, record_lib.DONE, step=start_step)
+            record.set(place.name, record_lib.DONE, step=start_step, **last_losses(place.workdir, start_step))
         return
     stored, origin = live[0].stored, None
     if not stored and config.init_from:
@@ -237,6 +237,9 @@ def run_group(
     say(f"continuing from step {start_step}" if stored else "starting at step 0")
 
     # --- Workdirs. -----------------------------------------------------------------------------------
+    if distributed.is_main():
+        most = Retention.of(config).at_most(config.total_steps)
+        workdir_lib.warn_of_room(live[0].workdir, program.like, most, members=len(live))
     for place in places:
         if distributed.is_main():
             workdir_lib.write_config(place.workdir, place.config)
@@ -244,13 +247,14 @@ def run_group(
                 provenance.add_start(place.workdir, describe(place.member))
         workdir_lib.require_shared(place.workdir, place.config)
         if not stored:
-            codec_store.keep(config, codec_place, place.workdir)
+            codec_store.keep(config, codec_place, place.workdir, None if place is first else first.workdir)
 
     # --- Programs. -----------------------------------------------------------------------------------
     startup.reached("compile")
     say(f"compiling the step of {len(places)} members...")
     with goodput.spend("compile"):
         train_step = sweep.compile_step(frozen)
+        Checkpoints.warm_up(sweep.take(state, 0), codec_store.checkpointed(codec, frozen))  # SIGTERM leaves little time
         evaluations = InTraining(program, data, frozen, command=describe(first.member)["command"], draw=draw)
         Retention.of(config).check(evaluations.metrics)
 
@@ -269,7 +273,9 @@ def run_group(
     )
     trace = Profile.parse(None, first.workdir, start_step, config.total_steps)
     watch = Watch.begin(config, goodput, startup, trace, closing)
-    mfu = Mfu(program.system, list(mesh.devices.flat))
+    mfu = Mfu(program.system, list(mesh.devices.flat), len(live))
+    if mfu.note:
+        say(mfu.note)
 
     def records_of(place: Place, log: MetricsLog) -> RunRecords:
         records = RunRecords(
@@ -355,6 +361,12 @@ def _all_readable(live: Sequence[Place], step: int) -> bool:
             return False
         place.stored = stored
     return True
+
+
+def last_losses(workdir: Path, step: int) -> dict[str, Any]:
+    """`last_losses` of `sweep.json`, of the line of a step; {} where `metrics.jsonl` has none."""
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["step"] == step and "loss" in line]
+    return {"last_losses": {name: lines[-1][name] for name in ("loss", *loss_parts(lines[-1]))}} if lines else {}
 
 
 def gather_states(places: Sequence[Place], sweep: SweepProgram, origin: Any, start_step: int) -> SweepState:

@@ -19,6 +19,7 @@ from uwm_jax.codecs import Codec, VAECodec
 from uwm_jax.data.fitted import read_fitted
 from uwm_jax.data.run_data import RunData
 from uwm_jax.errors import UserError
+from uwm_jax.files import new_folder
 from uwm_jax.parallel import distributed
 from uwm_jax.torch_bridge import diffusers_vae
 
@@ -108,8 +109,13 @@ def open_codec(config: ConfigDict, place: Place) -> tuple[Codec | None, Any]:
     return codec.from_arrays(place.arrays), jax.device_put(dict(place.arrays))
 
 
-def keep(config: ConfigDict, place: Place, workdir: str | os.PathLike[str]) -> None:
+def keep(
+    config: ConfigDict, place: Place, workdir: str | os.PathLike[str], twin: str | os.PathLike[str] | None = None
+) -> None:
     """Copies the files of a pretrained codec into the workdir of a run that starts (the main process does).
+
+    Args:
+      twin: a workdir in which they have been kept already; the files become links to those, if there are none.
 
     Raises:
       UserError: the workdir holds others.
@@ -118,8 +124,23 @@ def keep(config: ConfigDict, place: Place, workdir: str | os.PathLike[str]) -> N
     if codec is None or not codec.pretrained:
         return
     if distributed.is_main():
-        _FILES[codec.name].copy(place.files, folder(workdir, config))
+        kept = folder(workdir, config)
+        if twin is None or not _linked(folder(twin, config), kept):
+            _FILES[codec.name].copy(place.files, kept)
     distributed.barrier("the codec's files are in the workdir")
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Makes a folder of links to the files of another; False where there is one already, or no links are possible."""
+    if target.exists():
+        return False
+    try:
+        with new_folder(target) as made:
+            for file in source.iterdir():
+                os.link(file, made / file.name)
+    except OSError:
+        return False
+    return True
 
 
 def checkpointed(codec: Codec | None, frozen: Any) -> Any:

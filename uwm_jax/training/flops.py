@@ -75,19 +75,20 @@ class Mfu:
     Args:
       system: the model.
       devices: all devices of the run.
+      members: how many runs train on each sample, whose frozen codec runs once for all.
 
     Attributes:
       note: a line for people on a device that is not in the table; "" otherwise.
     """
 
-    def __init__(self, system: System, devices: Sequence[jax.Device]):
+    def __init__(self, system: System, devices: Sequence[jax.Device], members: int = 1):
         self.note = ""
         self._seconds: float | None = None  # at peak, per sample
         kind = devices[0].device_kind
         if devices[0].platform == "cpu":
             return
         sample = system.flops()
-        ideal = seconds_at_peak(system, sample.training - sample.frozen, sample.frozen, kind)
+        ideal = seconds_at_peak(system, members * (sample.training - sample.frozen), sample.frozen, kind)
         if ideal is None:
             self.note = f"mfu is not logged: the peak of {kind!r} is not in the table of uwm_jax/training/flops.py"
         else:

@@ -49,12 +49,13 @@ def require_shared(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
         )
 
 
-def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None) -> None:
+def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None, members: int = 1) -> None:
     """Warns if the disk has less free space than the checkpoints of a run still need.
 
     Args:
       state: shapes and dtypes of what each of them holds.
       most: how many there will be at one time, with one that is being written (`Retention.at_most`); None: unknown.
+      members: how many runs of a sweep save such checkpoints on this disk; `workdir` is that of one of them.
     """
     if most is None:
         return
@@ -64,11 +65,12 @@ def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None) 
         free = shutil.disk_usage(workdir).free
     except OSError:  # a file system that does not report it
         return
-    if free < missing * size:
+    if free < missing * size * members:
+        each = f" for each of {members} members" if members > 1 else ""
         warn(
-            f"{workdir}: {free / 1e6:,.1f} MB are free, but {missing} more checkpoints of {size / 1e6:,.1f} MB are "
-            f"written before old ones are deleted (config.checkpoint.keep and the like keep up to {most - 1}). Free "
-            "some space, or keep fewer."
+            f"{workdir}: {free / 1e6:,.1f} MB are free, but {missing} more checkpoints of {size / 1e6:,.1f} MB{each} "
+            f"are written before old ones are deleted (config.checkpoint.keep and the like keep up to {most - 1}). "
+            "Free some space, or keep fewer."
         )
 
 
