@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -64,6 +65,16 @@ def test_unusable_flags(file, flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_sizes_that_are_missing_are_asked_for_with_a_flag_that_can_be_copied(file, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(plan, "plan", lambda name, config, question: asked.append(question) or [])
+    monkeypatch.setattr(plan, "table", lambda rows: "")
+    flags = (f"--config={file}", "--topology=here", "--config.data.path=absent")
+    assert call(*flags) == 2
+    (flag,) = re.findall(r"--sizes=\S+", capsys.readouterr().err)
+    assert call(*flags, flag) == 0 and asked[0].data.origin.startswith("--sizes")
+
+
 def test_a_sweep_is_planned_as_its_largest_program(file, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(plan, "plan", lambda name, config, question: asked.append((config, question)) or [])
@@ -76,6 +87,10 @@ def test_a_sweep_is_planned_as_its_largest_program(file, monkeypatch, capsys):
     file.write_text(file.read_text() + "\n\ndef get_members():\n    return [{'seed': 1}, {'seed': 2}]\n")
     assert call(f"--config={file}", "--topology=here") == 0
     assert asked[2][1].members == 2
+    file.write_text(file.read_text().replace("{'seed': 2}", "{2: 3}"))
+    assert call(f"--config={file}", "--topology=here") == 2
+    assert "get_members of" in capsys.readouterr().err
+    file.write_text(file.read_text().replace("{2: 3}", "{'seed': 2}"))
     assert call(f"--config={file}", "--topology=v5e-4", "--search") == 2
     assert "--search tries meshes of single runs" in capsys.readouterr().err
 

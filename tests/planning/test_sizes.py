@@ -40,7 +40,7 @@ def test_what_is_missing_is_asked_for_by_name(tmp_path):
     file.write_text("from uwm_jax.config import base as get_config\n")
     overrides = [("data.cameras", "top"), ("data.low_dim", "pose"), ("data.text", "words")]
     config = config_lib.load(str(file), overrides)
-    wanted = r"--sizes=top=180x320 --sizes=pose=7 --sizes=words=7 --sizes=action=7 \(sizes are examples\)"
+    wanted = r"--sizes=top=180x320,pose=7,words=7,action=7 \(sizes are examples\)"
     with pytest.raises(UserError, match=f"4 key.*no dataset at {tmp_path}/droid.*data_sizes.*{wanted}"):
         sizes.of_data(config, str(file))
     given = ["top=90x160", "pose=6", "words=512", "action=4"]
@@ -49,7 +49,26 @@ def test_what_is_missing_is_asked_for_by_name(tmp_path):
     assert (spec.text_dim, spec.action_dim) == (512, 4)
 
 
-@pytest.mark.parametrize("given", ["wrist_image_left=7", "wrist_image_left", "=7", "action_dict/gripper_position=2x3"])
+@pytest.mark.parametrize("size", [(96,), "180x320", 96, (96, 0), (96, 96.0)])
+def test_data_sizes_of_another_type_are_refused(tmp_path, size):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"from uwm_jax.config import base as get_config\n\ndef data_sizes():\n    return {{'top': {size!r}, 'action': 7}}\n"
+    )
+    config = config_lib.load(str(file), [("data.cameras", "top")])
+    with pytest.raises(UserError, match=r"top: expected \(height, width\) of at least 1, found .* of .*mine.py"):
+        sizes.of_data(config, str(file))
+
+
+def test_sizes_of_keys_that_are_not_read_are_refused():
+    with pytest.raises(UserError, match="the config reads no 'wirst_image_left'.*Did you mean wrist_image_left"):
+        sizes.of_data(config_lib.load(DROID), DROID, ["wirst_image_left=180x320"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["wrist_image_left=7", "wrist_image_left", "=7", "action_dict/gripper_position=2x3", "wrist_image_left=0x320"],
+)
 def test_sizes_of_another_form_are_refused(given):
     with pytest.raises(UserError, match="expected"):
         sizes.of_data(config_lib.load(DROID), DROID, [given])
@@ -64,6 +83,8 @@ def test_the_dataset_counts_where_it_is_present(make_tiny_config, tmp_path):
     data.close()
     assert like == expected and found.origin == f"the dataset {config.data.path}"
     assert found.arrays == {name: x.shape for name, x in frozen.items()} and codec is not None
+    with pytest.raises(UserError, match="--sizes states sizes of data that are not there, but .* is present"):
+        sizes.of_data(config, "none.py", ["wrist=180x320"])
     assert found.arrays["components"] == np.shape(frozen["components"])
 
 

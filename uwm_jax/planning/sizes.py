@@ -22,7 +22,7 @@ from uwm_jax.data.sources import keys_read, open_sources, spec_of
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.transforms import get_transform
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, suggest
 
 Sizes = Mapping[str, Any]  # {key: (height, width), or a width}
 
@@ -49,13 +49,19 @@ def of_data(config: ConfigDict, file: str, given: Sequence[str] = ()) -> Data:
 
     Args:
       file: the flag `--config`.
-      given: `KEY=SIZE` of `--sizes`, which count before all others.
+      given: `KEY=SIZE` of `--sizes`, which count before `data_sizes()`.
 
     Raises:
-      UserError: a size that nothing states, or a dataset that does not fit the config.
+      UserError: a size that nothing states, one of another type or of a key that the config does not read, a dataset
+        that does not fit the config, or one that is present next to `given`.
     """
     stated = dict(map(_parsed, given))
-    if not stated and _is_present(config.data):
+    if _is_present(config.data):
+        if stated:
+            raise UserError(
+                f"{FLAG} states sizes of data that are not there, but {dataset_dir(config.data.path)} is present and has "
+                f"them: leave {FLAG} out, or name a config.data.path that does not exist."
+            )
         sources = open_sources(config.data, 0)
         try:
             first = next(source for source in sources.values() if source.use_actions)
@@ -64,7 +70,7 @@ def of_data(config: ConfigDict, file: str, given: Sequence[str] = ()) -> Data:
         finally:
             for source in sources.values():
                 source.dataset.close()
-    spec = _stated(config, {**config_lib.data_sizes(file), **stated}, file.partition(":")[0])
+    spec = _stated(config, config_lib.data_sizes(file), stated, file.partition(":")[0])
     return Data(spec, None, f"{FLAG}, data_sizes() of {file}" if stated else f"data_sizes() of {file}")
 
 
@@ -82,26 +88,34 @@ def _fitted(config: ConfigDict, place: Any, cameras: Mapping[str, str]) -> dict[
     return {name: array.shape for name, array in arrays.items()}
 
 
-def _stated(config: ConfigDict, stated: Sizes, file: str) -> DataSpec:
-    data, missing = config.data, []
+def _stated(config: ConfigDict, of_file: Sizes, given: Sizes, file: str) -> DataSpec:
+    """The contents of a batch whose sizes `data_sizes()` of a file and `--sizes` state, the latter before the former."""
+    data, stated, missing = config.data, {**of_file, **given}, []
     window = WindowSpec.from_config(data.window)
     (action,) = list(keys_read(data)["action"].values())[:1]
     parts = [(key, get_transform(name)) for key, name in action] if window.action else []
     cameras = sorted(data.cameras) if window.obs or window.next_obs else []
-    for key, example in (
-        *((camera, "180x320") for camera in cameras),
-        *((key, "7") for key in [*sorted(data.low_dim), *([data.text] if data.text else []), *(k for k, _ in parts)]),
-    ):
+    examples = dict.fromkeys(cameras, "180x320")
+    examples |= dict.fromkeys([*sorted(data.low_dim), *([data.text] if data.text else [])], "7")
+    examples |= {key: str(transform.in_dim or 7) for key, transform in parts}
+    for key in given:
+        if key not in examples:
+            raise UserError(
+                f"{FLAG}: the config reads no {key!r}, expected {', '.join(examples)}.{suggest(key, list(examples))}"
+            )
+    for key, example in examples.items():
         if key not in stated:
-            missing.append(f"{FLAG}={key}={example}")
-        elif isinstance(stated[key], int) == ("x" in example):
-            kind = "(height, width)" if "x" in example else "a width"
-            raise UserError(f"{key}: expected {kind}, found {stated[key]!r} in {FLAG} or data_sizes() of {file}.")
+            missing.append(f"{key}={example}")
+        elif not _is_size(stated[key], 2 if key in cameras else 1):
+            kind = "(height, width)" if key in cameras else "a width"
+            raise UserError(
+                f"{key}: expected {kind} of at least 1, found {stated[key]!r} in {FLAG} or data_sizes() of {file}."
+            )
     if missing:
         raise UserError(
             f"the sizes of {len(missing)} key(s) of config.data are not known: there is no dataset at "
             f"{dataset_dir(data.path)}, and data_sizes() of {file} does not state them. Add them there, or state them: "
-            f"{' '.join(missing)} (sizes are examples)."
+            f"{FLAG}={','.join(missing)} (sizes are examples)."
         )
     return DataSpec(
         window=window,
@@ -111,6 +125,12 @@ def _stated(config: ConfigDict, stated: Sizes, file: str) -> DataSpec:
         text_dim=int(stated[data.text]) if data.text else 0,
         normalizer=Normalizer(),
     )
+
+
+def _is_size(value: Any, sides: int) -> bool:
+    """Whether it is a positive integer, or as many of them as a camera has sides."""
+    values = list(value) if sides > 1 and isinstance(value, list | tuple) else [value]
+    return len(values) == sides and all(type(n) is int and n > 0 for n in values)
 
 
 def _parsed(text: str) -> tuple[str, Any]:

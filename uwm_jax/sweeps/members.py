@@ -76,7 +76,7 @@ def read_members(spec: str) -> list[dict[str, Any]]:
     )
     arguments = [argument] if argument else []
     found = run_python(path, f"--config: {path}", expected, lambda module: module.get_members(*arguments))
-    if not isinstance(found, list) or not found or not all(isinstance(x, Mapping) for x in found):
+    if not isinstance(found, list) or not found or not all(map(_is_overrides, found)):
         raise UserError(f"--config: get_members of {path} returned {found!r:.200}, expected {expected}.")
     return [dict(x) for x in found]
 
@@ -94,6 +94,10 @@ def asked_for(spec: str, flags: Sequence[str] | None) -> list[dict[str, Any]]:
             "a config without get_members(), such as the one that it is made from."
         )
     return parse_grid(flags)
+
+
+def _is_overrides(found: Any) -> bool:
+    return isinstance(found, Mapping) and all(isinstance(name, str) for name in found)
 
 
 def make_members(base: ConfigDict, overrides: Sequence[Overrides]) -> list[Member]:
