@@ -84,6 +84,17 @@ def test_many_collectives_are_told_in_a_line(plan):
     assert "and 8 others, which send 1,680.00 MB" in table([found])
 
 
+@pytest.mark.parametrize(
+    ("moved", "rest"), [(-3_584, " - 3,584 of equal gradients that are reduced once"), (0, ""), (20, " + 20 of others")]
+)
+def test_the_all_reduce_is_the_sum_of_its_parts(plan, moved, rest):
+    reduced = facts()["collectives"][0] | {"bytes": 4 * 250_000_000 + 76 + moved}
+    found = plan({"facts": facts(collectives=[reduced])})
+    assert found["gradient_bytes/merged"] == moved
+    line = f"all-reduce: {reduced['bytes']:,} bytes = 4 x 250,000,000 parameters + 76 of metrics{rest}\n"
+    assert line in table([found]) + "\n"
+
+
 def test_large_activations_between_chips_are_warned_of(plan):
     found = plan({"facts": facts()})
     (warning,) = found["warnings"]

@@ -283,7 +283,8 @@ def _traffic(facts: Mapping[str, Any]) -> Row:
     """Bytes of collectives in a step of one device, by kind and in detail.
 
     Where only `data` cuts anything, in one slice, what is reduced is the gradients, 4 bytes for each trained
-    parameter, and a few sums for metrics; the compiler reduces equal gradients once, which is what `merged` lacks.
+    parameter, and a few sums for metrics; `merged` is the rest: below zero for equal gradients that the compiler reduces
+    once, above for all-reduces of something else.
     """
     kinds: dict[str, int] = {}
     for c in facts["collectives"]:

@@ -173,9 +173,10 @@ def _gradients(row: Row) -> list[str]:
     if "gradient_bytes/parameters" not in row:
         return []
     parameters, metrics, merged = (row[f"gradient_bytes/{part}"] for part in ("parameters", "metrics", "merged"))
+    rest = f"+ {merged:,} of others" if merged > 0 else f"- {-merged:,} of equal gradients that are reduced once"
     return [
-        f"  all-reduce: {parameters:,} bytes = 4 x {row['trained_parameters']:,} parameters, {metrics} of metrics, "
-        f"{merged:+,} of equal gradients that are reduced once"
+        f"  all-reduce: {parameters + metrics + merged:,} bytes = 4 x {row['trained_parameters']:,} parameters + "
+        f"{metrics:,} of metrics{f' {rest}' if merged else ''}"
     ]
 
 
