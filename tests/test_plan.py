@@ -75,7 +75,7 @@ def test_sizes_that_are_missing_are_asked_for_with_a_flag_that_can_be_copied(fil
     assert call(*flags, flag) == 0 and asked[0].data.origin.startswith("--sizes")
 
 
-def test_a_sweep_is_planned_as_its_largest_program(file, monkeypatch, capsys):
+def test_each_program_of_a_sweep_is_planned(file, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(plan, "plan", lambda name, config, question: asked.append((config, question)) or [])
     monkeypatch.setattr(plan, "table", lambda rows: "")
@@ -83,10 +83,11 @@ def test_a_sweep_is_planned_as_its_largest_program(file, monkeypatch, capsys):
     assert call(f"--config={file}", "--topology=here", *grid) == 0
     assert asked[0][1].members == 6 and "6 members in 1 program(s)" in capsys.readouterr().err
     assert call(f"--config={file}", "--topology=here", *grid, "--grid=model.depth=2,3") == 0
-    assert asked[1][1].members == 6 and asked[1][0].model.depth == 2
+    assert [(c.model.depth, q.members, q.program, q.programs) for c, q in asked[1:]] == [(2, 6, 1, 2), (3, 6, 2, 2)]
+    assert asked[2][1].names[0] == "action=1,seed=0,depth=3"
     file.write_text(file.read_text() + "\n\ndef get_members():\n    return [{'seed': 1}, {'seed': 2}]\n")
     assert call(f"--config={file}", "--topology=here") == 0
-    assert asked[2][1].members == 2
+    assert asked[3][1].members == 2
     file.write_text(file.read_text().replace("{'seed': 2}", "{2: 3}"))
     assert call(f"--config={file}", "--topology=here") == 2
     assert "get_members of" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.files import local_path
 from uwm_jax.planning import children, search, sizes, topology
-from uwm_jax.planning.rows import Question, Row, refused, row
+from uwm_jax.planning.rows import Question, Row, refused, row, whole_sweep
 from uwm_jax.planning.table import table
 from uwm_jax.planning.topology import HERE
 from uwm_jax.sweeps import members as members_lib
@@ -54,26 +54,32 @@ def main(call: cli.Call) -> None:
     if output:
         files.check_output_file(output, "--json")
     cache = children.default_cache() if FLAGS.cache is None else FLAGS.cache and local_path(FLAGS.cache, "--cache")
-    data = sizes.of_data(config, file, FLAGS.sizes)
-    question = Question(data, FLAGS.latents, FLAGS.efficiency, FLAGS.price, cache or None, FLAGS.measure)
-    config, question = members(file, config, question)
-    rows = [made for name in names for made in plan(name, config, question)]
+    asked = []
+    for number, (one, names_of) in enumerate(found := programs(file, config), 1):
+        data = sizes.of_data(one, file, FLAGS.sizes)
+        question = Question(data, FLAGS.latents, FLAGS.efficiency, FLAGS.price, cache or None, FLAGS.measure)
+        question = dataclasses.replace(question, names=names_of, program=number, programs=len(found))
+        asked.append((one, dataclasses.replace(question, members=len(names_of))))
+    rows: list[Row] = []
+    for name in names:
+        made = [row for one, question in asked for row in plan(name, one, question)]
+        rows += whole_sweep(made) if len(asked) > 1 else made
     print(table(rows))
     if output:
         files.write_text(output, json.dumps(rows, indent=2) + "\n")
 
 
-def members(file: str, config: ConfigDict, question: Question) -> tuple[ConfigDict, Question]:
-    """A run as it is; of a sweep the largest program: the config of a member, and how many train together."""
+def programs(file: str, config: ConfigDict) -> list[tuple[ConfigDict, tuple[str, ...]]]:
+    """(config, names of members) of each program that the config's command trains, one after another; a run has one
+    and no members."""
     if not FLAGS.grid and not config_lib.has_members(file):
-        return config, question
+        return [(config, ())]
     overrides = members_lib.asked_for(file, FLAGS.grid)
     groups = members_lib.groups(members_lib.make_members(config, overrides))
     say(members_lib.describe(groups))
     if FLAGS.search:
         raise UserError("--search tries meshes of single runs: leave it out for a sweep.")
-    largest = max(groups, key=len)
-    return largest[0].config, dataclasses.replace(question, members=len(largest))
+    return [(group[0].config, tuple(member.name for member in group)) for group in groups]
 
 
 def plan(name: str, config: ConfigDict, question: Question) -> list[Row]:

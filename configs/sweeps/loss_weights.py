@@ -9,8 +9,12 @@ gradients, so without clipping little but the ratio of the two weights matters: 
 has the ratios 1/4, 1/2, 1, ... 32, each once. `action=1,next_obs=1` is the paper's. Other members need a file like this
 one, or `--grid=loss.weights.action=1,5` with `--config=configs/droid.py`.
 
-Hardware: accelerators, as `configs/droid.py`. Each member has parameters and optimizer state of its own; `python -m
-uwm_jax.plan --config=configs/sweeps/loss_weights.py --topology=...` tells how many fit.
+Hardware: 16 chips of TPU v5e or more, on which two chips share a member. So that parameters, moments and activations of
+all members have room there, a batch is computed in 8 parts and blocks are rematerialised (`accumulation_steps=8`,
+`model.remat="dots"`), which changes losses by rounding alone; in one part without rematerialisation they do not fit.
+Predicted, never run; how many members fit, tells
+
+    python -m uwm_jax.plan --config=configs/sweeps/loss_weights.py --topology=v5e-16
 
 Expect: one program, in which the VAE encodes a batch once for all members, and `sweep.html` with what each weighting
 costs the policy and the forward mode. Held-out windows are evaluated at the last step; seeds are not varied, so that a
@@ -31,6 +35,7 @@ data_sizes = droid.data_sizes
 
 def get_config(episodes: str = "successes") -> ConfigDict:
     c = droid.get_config(episodes)
+    c.accumulation_steps, c.model.remat = 8, "dots"
     c.eval.every = c.total_steps
     return c
 

@@ -72,7 +72,7 @@ def assert_a_step_runs(config, path):
     prepared = compiling.prepare(rows.request(config, None, question))
     program = prepared.program
     step = compiling.compiled(program.mesh, prepared.lowered)
-    facts = {**compiling.facts_of(prepared, step), "evaluation": None, "evaluation_failure": None}
+    facts = {**compiling.facts_of(prepared, step), **compiling.NO_EVALUATION}
     row = rows.row_of("here", config, None, question, {"facts": facts, "seconds": 0.0, "cached": False})
     state, system = program.system.held(program.compile_init()()), program.system
     frozen = synthetic_arrays(config, system.codec)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from uwm_jax.planning.compiling import NO_EVALUATION
+
 
 def facts(**changes: Any) -> dict[str, Any]:
     """16 chips; 1 GB of parameters; 200 MB of gradients that wait, and 10 MB of activations that do not."""
@@ -42,7 +44,6 @@ def facts(**changes: Any) -> dict[str, Any]:
         "metrics_bytes": 76,
         "cycles": 450_000_000,
         "hbm_bytes": 819 * 10**8,
-        "evaluation": None,
-        "evaluation_failure": None,
+        **NO_EVALUATION,
     }
     return found | changes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from uwm_jax.planning.chips import CHIPS, gpu_hbm
+from uwm_jax.planning.chips import CHIPS
 from uwm_jax.training.flops import peak_flops
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
@@ -25,8 +25,3 @@ def test_the_page_has_the_constants(name):
         f"{chip.dcn / 1e9:g}",
         f"{chip.clock / 1e9:g}" + ", a guess" * chip.clock_is_guess,
     ]
-
-
-def test_gpus_are_known_by_the_longest_name():
-    assert gpu_hbm("NVIDIA H200") == 4_800e9 and gpu_hbm("NVIDIA L40S") == 864e9
-    assert gpu_hbm("NVIDIA H200 MIG 1g.18gb") is None and gpu_hbm("cpu") is None

@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from uwm_jax import config as config_lib
+from uwm_jax.errors import UserError
+from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.planning import children, compiling, rows, sizes, topology
 from uwm_jax.planning.rows import Question
 
@@ -83,6 +87,32 @@ def test_a_step_compiles_for_tpus(on_tpus):
     assert data["collective_bytes/all-reduce"] == pytest.approx(parameters, rel=0.01)
     assert "collective_bytes/all-gather" not in data and fsdp["collective_bytes/all-gather"]
     assert fsdp["parameter_bytes"] < data["parameter_bytes"]
+
+
+def test_what_train_refuses_is_refused_before_anything_is_lowered(make_tiny_config):
+    config = make_tiny_config()
+    question = Question(sizes.of_data(config, "none.py"))
+    config.checkpoint.keep_best = "loss"
+    with pytest.raises(UserError, match="config.checkpoint.keep_best='loss': expected a metric"):
+        compiling.prepare(rows.request(config, None, question))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (UserError("install it"), "config", "install it"),
+        (KeyError("x"), "process", "KeyError: 'x'"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), "memory", "RESOURCE_EXHAUSTED: no room"),
+    ],
+)
+def test_evaluations_that_fail_are_a_fact_among_others(monkeypatch, error, kind, message):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(compiling.in_training, "InTraining", fail)
+    program = SimpleNamespace(system=SimpleNamespace(spec=None), mesh=mesh_lib.data_mesh(jax.devices()))
+    found = compiling.evaluations(SimpleNamespace(program=program, frozen={}))
+    assert found == {"evaluation": None, "evaluation_failure": message, "evaluation_failure_kind": kind}
 
 
 def test_the_verdict_of_the_compiler_has_its_numbers():

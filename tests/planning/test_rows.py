@@ -73,8 +73,18 @@ def test_evaluations_in_training_may_need_more_than_the_step(plan):
     assert found["evaluation_hbm_bytes"] == 3.3 * GB + 24 + batches + 10**8 + 13 * GB + 2 * 10**8
     assert found["fits"] is True
     assert plan({"facts": facts(evaluation={"peak": 14 * GB, "code": 2 * 10**8})})["fits"] is False
-    failed = plan({"facts": facts(evaluation_failure="Used 20.1G of 15.75G hbm")})
+    failure = "Used 20.1G of 15.75G hbm"
+    failed = plan({"facts": facts(evaluation_failure=failure, evaluation_failure_kind="memory")})
     assert failed["fits"] is False and "evaluations in training: Used 20.1G" in failed["failure"]
+
+
+def test_evaluations_that_cannot_be_planned_leave_the_step(plan):
+    failure = {"evaluation_failure": "install gym-pusht", "evaluation_failure_kind": "config"}
+    failed = plan({"facts": facts(**failure)})
+    assert failed["fits"] is None and failed["failure_kind"] == "config" and failed["step_seconds_estimate"]
+    assert "refused: evaluations in training: install gym-pusht" in table([failed])
+    large = facts()["memory"] | {"peak": 20 * GB}
+    assert plan({"facts": facts(memory=large, **failure)})["fits"] is False
 
 
 def test_many_collectives_are_told_in_a_line(plan):
@@ -150,7 +160,72 @@ def test_members_of_a_sweep(plan):
     assert found["members_per_chip_at_most"] == int((int(15.75 * 2**30) - shared) // (2 * GB + 12)) == 6
     assert found["member_steps_per_second/estimate"] == pytest.approx(8 / found["step_seconds_estimate"])
     assert found["member_steps_per_second/lower_bound"] == pytest.approx(8 / found["step_seconds_lower_bound"])
-    assert "8 members in one program, 2 on a chip, where 6 fit by arithmetic" in table([found])
+    assert "8 members in one program" in table([found])
+    assert "2 on a chip, where 6 fit by arithmetic" in table([found])
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "told"),
+    [
+        ({"peak_bytes": 19 * GB}, 0, "2 on a chip, where 0 fit by arithmetic"),  # 16.9 GB, of which others take 15
+        ({"peak_bytes": 17 * GB}, 1, "2 on a chip, where 1 fit by arithmetic"),
+        ({"temporary_bytes": 40 * GB}, 0, "2 on a chip, where 0 fit by arithmetic"),
+        ({}, None, "2 on a chip, how many fit is not known"),
+    ],
+)
+def test_members_of_a_sweep_that_does_not_fit(plan, size, most, told):
+    mesh = {"sweep": 4, "data": 1, "fsdp": 1, "tensor": 1}
+    failure = {"kind": "memory", "message": "no room", **size, "facts": facts(members=8, chips=4, mesh=mesh)}
+    config = base()
+    config.sweep.members_at_once = 0
+    found = plan({"failure": failure}, config, name="v5e-4", members=8, names=("seed=0", "seed=1"))
+    assert (found["members_per_chip"], found["members_per_chip_at_most"]) == (2, most)
+    text = table([found])
+    assert told in text and "8 members in one program: seed=0  seed=1" in text
+    assert "to try: config.model.remat=dots or full, config.accumulation_steps=2, " in text
+    assert "config.sweep.members_at_once=1, fewer members, more chips" in text
+
+
+def test_a_sweep_of_several_programs_is_told_as_a_whole(plan):
+    answer = {"facts": facts(members=2, mesh={"sweep": 2, "data": 8, "fsdp": 1, "tensor": 1})}
+    made = [plan(answer, members=2, program=n, programs=2, price=1.0) for n in (1, 2)]
+    first, second = rows.whole_sweep(made)
+    assert first["sweep_fits"] is second["sweep_fits"] is True
+    for key in ("days", "cost"):
+        assert first[f"sweep_{key}/estimate"] == pytest.approx(2 * first[f"{key}/estimate"])
+    text = table([first, second])
+    assert "v5e-16 (1 of 2)" in text and "v5e-16 (2 of 2)" in text
+    assert text.count("all 2 programs of the sweep on v5e-16, one after another: fit: yes, days ") == 1
+    failed = plan({"failure": {"kind": "config", "message": "no"}}, members=2, program=2, programs=2)
+    assert rows.whole_sweep([made[0], failed])[0]["sweep_fits"] is None
+    assert rows.whole_sweep([made[0] | {"fits": False}, failed])[0]["sweep_fits"] is False
+    assert rows.whole_sweep([made[0], failed])[1]["sweep_days/estimate"] is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "ways"),
+    [
+        ({}, "config.model.remat=dots or full, config.accumulation_steps=2, a larger config.mesh.fsdp, --search, "),
+        ({"model.remat": "full", "accumulation_steps": 2}, "a larger config.mesh.fsdp, --search, "),
+    ],
+)
+def test_what_does_not_fit_gets_advice(plan, changed, ways):
+    config = base()
+    config.update_from_flattened_dict(changed)
+    failure = {"kind": "memory", "message": "no room", "peak_bytes": 18 * GB, "facts": facts()}
+    assert f"to try: {ways}which tries these, more chips" in table([plan({"failure": failure}, config)])
+    too_large = facts(memory=facts()["memory"] | {"peak": 20 * GB})
+    assert "to try: " in table([plan({"facts": too_large}, config)]) and "to_try" not in plan({"facts": facts()})
+
+
+def test_the_cache_knows_the_contents_of_the_mesh_rules(tmp_path):
+    config, prints = base(), set()
+    config.mesh.rules = str(tmp_path / "rules.py")
+    for text in (None, "PARAMS = ()", "PARAMS = ((r'.*', ()),)"):
+        if text:
+            (tmp_path / "rules.py").write_text(text)
+        prints.add(children.fingerprint(rows.request(config, topology.find("v5e-16"), question(config))))
+    assert len(prints) == 3
 
 
 def test_slices_of_the_topology_are_those_of_the_mesh(plan):

@@ -52,9 +52,8 @@ def test_what_is_missing_is_asked_for_by_name(tmp_path):
 @pytest.mark.parametrize("size", [(96,), "180x320", 96, (96, 0), (96, 96.0)])
 def test_data_sizes_of_another_type_are_refused(tmp_path, size):
     file = tmp_path / "mine.py"
-    file.write_text(
-        f"from uwm_jax.config import base as get_config\n\ndef data_sizes():\n    return {{'top': {size!r}, 'action': 7}}\n"
-    )
+    stated = f"def data_sizes():\n    return {{'top': {size!r}, 'action': 7}}\n"
+    file.write_text(f"from uwm_jax.config import base as get_config\n\n{stated}")
     config = config_lib.load(str(file), [("data.cameras", "top")])
     with pytest.raises(UserError, match=r"top: expected \(height, width\) of at least 1, found .* of .*mine.py"):
         sizes.of_data(config, str(file))

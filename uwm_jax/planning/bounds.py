@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from uwm_jax.parallel.collectives import DCN
-from uwm_jax.planning.chips import gpu_hbm
 from uwm_jax.planning.topology import Topology
 
 DAY = 86_400.0
@@ -24,13 +23,12 @@ def times(facts: Mapping[str, Any], topology: Topology | None) -> dict[str, floa
 
     Args:
       facts: of `compiling`.
-      topology: None for the devices of this machine, of which GPUs have two of the bounds.
+      topology: None for the devices of this machine, of which GPUs have the bound by compute alone.
     """
     ideal, moved, cycles = facts["seconds_at_peak"], facts["hbm_bytes"], facts["cycles"]
-    hbm = topology.chip.hbm if topology else gpu_hbm(facts["device_kind"])
     bound: dict[str, float | None] = {
         "compute": None if ideal is None else ideal / facts["chips"],
-        "memory": moved / hbm if topology and moved and hbm else None,
+        "memory": moved / topology.chip.hbm if topology and moved else None,
     }
     estimate: dict[str, float | None] = {"cycles": None}
     if topology:

@@ -63,7 +63,7 @@ def ask(request: Mapping[str, Any], *, name: str, cache: Path | None, say: Say) 
     answer = _in_child(request, name, say)
     answer["seconds"] = time.monotonic() - began
     say(f"{name}: {'failed' if 'failure' in answer else 'planned'} after {answer['seconds']:.0f} s")
-    if file and answer.get("failure", {}).get("kind") not in _NOT_CACHED:
+    if file and not _may_change(answer):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(answer))
@@ -72,10 +72,19 @@ def ask(request: Mapping[str, Any], *, name: str, cache: Path | None, say: Say) 
     return {**answer, "cached": False}
 
 
+def _may_change(answer: Answer) -> bool:
+    """Whether the next call may have another answer to the same request."""
+    failure = answer.get("failure")
+    return (failure["kind"] if failure else answer["facts"].get("evaluation_failure_kind")) in _NOT_CACHED
+
+
 def fingerprint(request: Mapping[str, Any]) -> str:
-    """Identifies what an answer depends on: the request, the versions of libraries, and our source."""
+    """Identifies what an answer depends on: the request, the versions of libraries, our source, and what
+    the environment tells JAX and libtpu."""
     versions = {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")}
-    content = json.dumps({"request": request, "versions": versions, "source": _source()}, sort_keys=True)
+    environment = {k: v for k, v in {**os.environ, **TPU_ENVIRONMENT}.items() if k.startswith(("JAX_", "LIBTPU_"))}
+    about = {"request": request, "versions": versions, "source": _source(), "environment": environment}
+    content = json.dumps(about, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

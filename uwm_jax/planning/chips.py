@@ -4,7 +4,7 @@ Peak operations of products are those of `training.flops`, which takes them from
 
 Sources: [TPU] Google Cloud's "TPU architecture" pages of v4, v5e, v5p and v6e; [book] "How to Scale Your Model",
 chapter "How to Think About TPUs" (jax-ml.github.io/scaling-book/tpus); [compiler] libtpu 0.0.42, which names the usable
-memory when a program does not fit; [GPU] NVIDIA's data sheets.
+memory when a program does not fit.
 """
 
 from __future__ import annotations
@@ -57,26 +57,3 @@ CHIPS = {
         Chip("v6e", "TPU v6 lite", 1, 1_638e9, int(31.24 * _GIB), 100e9, 4 * 200e9 / 8 / 8, 1.75e9, 16, True),
     )
 }
-
-# Bytes a second of GPUs' memory, by the beginning of `device_kind`; the longest that fits counts [GPU].
-_GPU_HBM = {
-    "NVIDIA A100-SXM4-80GB": 2_039e9,
-    "NVIDIA A100 80GB PCIe": 1_935e9,
-    "NVIDIA A100-SXM4-40GB": 1_555e9,
-    "NVIDIA A100-PCIE-40GB": 1_555e9,
-    "NVIDIA H100 80GB HBM3": 3_350e9,
-    "NVIDIA H100 PCIe": 2_000e9,
-    "NVIDIA H100 NVL": 3_900e9,
-    "NVIDIA H200": 4_800e9,
-    "NVIDIA B200": 8_000e9,
-    "NVIDIA L4": 300e9,
-    "NVIDIA L40S": 864e9,
-    "NVIDIA A10": 600e9,
-    "NVIDIA GeForce RTX 4090": 1_008e9,
-}
-
-
-def gpu_hbm(device_kind: str) -> float | None:
-    """Bytes a second of a GPU's memory; None for one that is not in the table, and for a slice of one (MIG)."""
-    kinds = [k for k in _GPU_HBM if device_kind == k or device_kind.startswith((k + " ", k + "-"))]
-    return None if not kinds or " MIG " in device_kind else _GPU_HBM[max(kinds, key=len)]

@@ -22,7 +22,7 @@ from uwm_jax.data.held_out import windows_like
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.in_training import InTraining
+from uwm_jax.evaluation import in_training
 from uwm_jax.models import target
 from uwm_jax.parallel import collectives
 from uwm_jax.parallel import mesh as mesh_lib
@@ -35,6 +35,8 @@ from uwm_jax.training.patterns import split
 from uwm_jax.training.state import TrainState
 
 Facts = dict[str, Any]
+
+NO_EVALUATION: Facts = {"evaluation": None, "evaluation_failure": None, "evaluation_failure_kind": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +69,10 @@ def prepare(request: Mapping[str, Any]) -> Prepared:
         one program, 0 for a run; `description` of a TPU topology, None for the devices of this process.
 
     Raises:
-      UserError: the config does not fit the data or the devices.
+      UserError: the config does not fit the data, the devices, or the evaluations in training.
     """
     config = config_lib.from_dict(request["config"], "--config")
+    in_training.check_config(config)
     members = request["members"]
     mesh = mesh_lib.make_mesh(config, _devices(request["description"]), members)
     with _traced_for(mesh):
@@ -117,18 +120,27 @@ def facts_of(prepared: Prepared, step: Any) -> Facts:
 
 def evaluations(prepared: Prepared) -> Facts:
     """What the programs of evaluations in training need next to the state, the codec and the batches: the bytes of the
-    largest, and those of the code of all; or the compiler's verdict that one of them does not fit."""
+    largest, and those of the code of all; or why there are none: the compiler's verdict that one of them does not fit,
+    a missing package, an error of their own, with the kinds of failures of `rows`. The facts of the step stay."""
     program, frozen = prepared.program, prepared.frozen
     data = cast(RunData, WithoutData(program.system.spec))
     try:
         with _traced_for(program.mesh), _verdict():
-            programs = InTraining(program, data, frozen, command=(), draw=lambda *_: {}).programs
+            programs = in_training.InTraining(program, data, frozen, command=(), draw=lambda *_: {}).programs
     except MemoryError as e:
-        return {"evaluation": None, "evaluation_failure": verdict(str(e))["message"]}
+        return _failed("memory", verdict(str(e))["message"])
+    except UserError as e:
+        return _failed("config", str(e))
+    except Exception as e:
+        return _failed("process", f"{type(e).__name__}: {e}")
     peak = "peak" if program.mesh.devices.flat[0].platform == "tpu" else "total"
     own = [memory_of(p)[peak] - _shared_bytes(p, program.like.eval_params, frozen) for p in programs]
     code = sum(memory_of(p)["code"] for p in programs)
-    return {"evaluation": {"peak": max(own), "code": code} if programs else None, "evaluation_failure": None}
+    return NO_EVALUATION | {"evaluation": {"peak": max(own), "code": code} if programs else None}
+
+
+def _failed(kind: str, message: str) -> Facts:
+    return NO_EVALUATION | {"evaluation_failure_kind": kind, "evaluation_failure": message}
 
 
 class WithoutData:

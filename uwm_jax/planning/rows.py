@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
+from uwm_jax.files import local_path
 from uwm_jax.planning import bounds, children, topology
 from uwm_jax.planning.children import Say
 from uwm_jax.planning.sizes import Data
@@ -42,6 +43,8 @@ class Question:
       cache: directory of answers; None for none.
       measure: whether the step is run on the devices of this machine, where these are the topology.
       members: of a sweep that train in one program; 0 for a run.
+      names: of these members.
+      program, programs: the number of the program of a sweep, from 1, and how many it has, one after another.
     """
 
     data: Data
@@ -51,6 +54,9 @@ class Question:
     cache: Path | None = None
     measure: bool = False
     members: int = 0
+    names: tuple[str, ...] = ()
+    program: int = 1
+    programs: int = 1
 
 
 def row(name: str, config: ConfigDict, question: Question, say: Say) -> Row:
@@ -78,6 +84,18 @@ def row_of(name: str, config: ConfigDict, place: Topology | None, question: Ques
     return _planned(name, config, place, question, answer["facts"]) | timing
 
 
+def whole_sweep(rows: list[Row]) -> list[Row]:
+    """The rows of a sweep's programs on one topology, each with what holds for all of them, which train one after
+    another: `sweep_fits`, and the sums `sweep_days/*` and `sweep_cost/*`; None where that of a program is not known."""
+    fits = [row["fits"] for row in rows]
+    of_all: Row = {"sweep_fits": False if False in fits else None if None in fits else True}
+    for key in ("days", "cost"):
+        for at in ("lower_bound", "estimate", "efficiency"):
+            parts = [row.get(f"{key}/{at}") for row in rows]
+            of_all[f"sweep_{key}/{at}"] = None if None in parts else math.fsum(part or 0.0 for part in parts)
+    return [row | of_all for row in rows]
+
+
 def request(config: ConfigDict, place: Topology | None, question: Question) -> dict[str, Any]:
     """What `child` is asked."""
     return {
@@ -87,8 +105,18 @@ def request(config: ConfigDict, place: Topology | None, question: Question) -> d
         "latents": question.latents,
         "members": question.members,
         "measure": question.measure and place is None,
+        "rules": _contents(config.mesh.rules),
         "description": place.description() if place else None,
     }
+
+
+def _contents(file: str) -> str | None:
+    """The text of `config.mesh.rules`, on which an answer depends too; None for none, and for one that cannot be read,
+    which the child reports."""
+    try:
+        return local_path(file, "config.mesh.rules").read_text() if file else None
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def with_slices(config: ConfigDict, place: Topology | None) -> ConfigDict:
@@ -154,6 +182,9 @@ def _about(name: str, config: ConfigDict, place: Topology | None, question: Ques
         "remat": config.model.get("remat"),
         "latents": question.latents,
         "members": question.members,
+        "program": question.program,
+        "programs": question.programs,
+        "member_names": list(question.names),
         "data": question.data.origin,
         "failure": None,
         "failure_kind": None,
@@ -172,7 +203,30 @@ def _failed(
         peak, temporary = failure.get("peak_bytes"), failure.get("temporary_bytes")
         found["peak_hbm_bytes"] = temporary + sum(facts["bytes"].values()) if temporary else peak
         found["hbm_limit_bytes"] = failure.get("limit_bytes") or found["hbm_limit_bytes"]
+        found["to_try"] = _to_try(config, question, facts)
+        if question.members:
+            here, most = _members_on_chip(facts), _members_that_fit(facts, found)
+            found["members_per_chip"] = here
+            found["members_per_chip_at_most"] = None if most is None else min(most, here - 1)
     return found
+
+
+def _to_try(config: ConfigDict, question: Question, facts: Mapping[str, Any]) -> list[str]:
+    """What makes a step that does not fit smaller, for people."""
+    mesh, parts, remat = facts["mesh"], config.accumulation_steps, config.model.get("remat", "full")
+    ways = []
+    if remat != "full":
+        ways.append(f"config.model.remat={'dots or full' if remat == 'none' else 'full'}")
+    rows = config.batch_size // (mesh["data"] * mesh["fsdp"] * parts)  # of a part, on a chip
+    if rows > 1:
+        factor = next(n for n in range(2, rows + 1) if rows % n == 0)
+        ways.append(f"config.accumulation_steps={parts * factor}")
+    if mesh["fsdp"] == 1 and mesh["data"] > 1:
+        ways.append("a larger config.mesh.fsdp")
+    if _members_on_chip(facts) > 1 and config.sweep.members_at_once != 1:
+        ways.append("config.sweep.members_at_once=1")
+    ways.append("fewer members" if question.members else "--search, which tries these")
+    return [*ways, "more chips, or larger ones"]
 
 
 def _planned(
@@ -185,7 +239,10 @@ def _planned(
     found |= _operations(facts) | _traffic(facts)
     found |= {f"measured/{key}": value for key, value in facts.get("measured", {}).items()}
     if facts["evaluation_failure"]:
-        found |= {"failure_kind": "memory", "failure": f"evaluations in training: {facts['evaluation_failure']}"}
+        kind = facts["evaluation_failure_kind"]
+        found |= {"failure_kind": kind, "failure": f"evaluations in training: {facts['evaluation_failure']}"}
+    if found["fits"] is False:
+        found["to_try"] = _to_try(config, question, facts)
     found |= bounds.times(facts, place)
     at_efficiency = found["step_seconds_lower_bound/compute"]
     at_efficiency = at_efficiency and at_efficiency / question.efficiency
@@ -208,17 +265,18 @@ def _planned(
 
 
 def _members_on_chip(facts: Mapping[str, Any]) -> int:
-    return facts["members"] // facts["mesh"]["sweep"]
+    return facts["members"] // facts["mesh"].get("sweep", 1)
 
 
 def _members_that_fit(facts: Mapping[str, Any], found: Row) -> int | None:
-    """Members whose states and gradients have room on a chip next to what all of them share, by arithmetic."""
-    if found["hbm_limit_bytes"] is None:
+    """Members whose states and gradients have room on a chip next to what all of them share, by arithmetic; None where
+    the limit or the peak of the step is not known."""
+    if found["hbm_limit_bytes"] is None or found["peak_hbm_bytes"] is None:
         return None
     held, here = facts["bytes"], _members_on_chip(facts)
     state = sum(held[name] for name in ("parameters", "average", "optimizer", "counters"))
     each = (state + held["parameters"]) / here  # gradients are as large as the parameters
-    shared = found["peak_hbm_bytes"] + found["extra_hbm_bytes"] - each * here
+    shared = found["peak_hbm_bytes"] + (found["extra_hbm_bytes"] or 0) - each * here
     return max(int((found["hbm_limit_bytes"] - shared) / each), 0)
 
 
@@ -256,6 +314,9 @@ def _memory(facts: Mapping[str, Any], config: ConfigDict, limit: int | None) -> 
     peak = memory["peak"] if facts["platform"] == "tpu" else memory["total"]
     needed = peak + sum(extra.values())
     evaluating = _evaluation_bytes(facts, extra)
+    fits = None if limit is None else max(needed, evaluating) <= limit
+    if fits and facts["evaluation_failure"]:
+        fits = None  # the step does, and nothing is known of the evaluations
     return {
         "activation_bytes": peak - memory["arguments"],
         "peak_hbm_bytes": peak,
@@ -263,7 +324,7 @@ def _memory(facts: Mapping[str, Any], config: ConfigDict, limit: int | None) -> 
         **{f"extra_hbm_bytes/{name}": size for name, size in extra.items()},
         "evaluation_hbm_bytes": evaluating,
         "hbm_limit_bytes": limit,
-        "fits": False if facts["evaluation_failure"] else None if limit is None else max(needed, evaluating) <= limit,
+        "fits": False if facts["evaluation_failure_kind"] == "memory" else fits,
     }
 
 
@@ -283,8 +344,8 @@ def _traffic(facts: Mapping[str, Any]) -> Row:
     """Bytes of collectives in a step of one device, by kind and in detail.
 
     Where only `data` cuts anything, in one slice, what is reduced is the gradients, 4 bytes for each trained
-    parameter, and a few sums for metrics; `merged` is the rest: below zero for equal gradients that the compiler reduces
-    once, above for all-reduces of something else.
+    parameter, and a few sums for metrics; `merged` is the rest: below zero for equal gradients that the compiler
+    reduces once, above for all-reduces of something else.
     """
     kinds: dict[str, int] = {}
     for c in facts["collectives"]:

@@ -59,8 +59,8 @@ def of_data(config: ConfigDict, file: str, given: Sequence[str] = ()) -> Data:
     if _is_present(config.data):
         if stated:
             raise UserError(
-                f"{FLAG} states sizes of data that are not there, but {dataset_dir(config.data.path)} is present and has "
-                f"them: leave {FLAG} out, or name a config.data.path that does not exist."
+                f"{FLAG} states sizes of data that are not there, but {dataset_dir(config.data.path)} is present and "
+                f"has them: leave {FLAG} out, or name a config.data.path that does not exist."
             )
         sources = open_sources(config.data, 0)
         try:
@@ -89,7 +89,7 @@ def _fitted(config: ConfigDict, place: Any, cameras: Mapping[str, str]) -> dict[
 
 
 def _stated(config: ConfigDict, of_file: Sizes, given: Sizes, file: str) -> DataSpec:
-    """The contents of a batch whose sizes `data_sizes()` of a file and `--sizes` state, the latter before the former."""
+    """The contents of a batch of the sizes that `--sizes` and, after it, `data_sizes()` of a file state."""
     data, stated, missing = config.data, {**of_file, **given}, []
     window = WindowSpec.from_config(data.window)
     (action,) = list(keys_read(data)["action"].values())[:1]

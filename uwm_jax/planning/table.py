@@ -23,7 +23,7 @@ _SOURCE = 100  # characters of the operation that a collective comes from
 
 def table(rows: Sequence[Row]) -> str:
     """All rows: an overview, then each in detail."""
-    return "\n\n".join([_overview(rows), *map(_details, rows)])
+    return "\n\n".join([_overview(rows), *_sweeps(rows), *map(_details, rows)])
 
 
 def _overview(rows: Sequence[Row]) -> str:
@@ -35,7 +35,7 @@ def _overview(rows: Sequence[Row]) -> str:
     for row in rows:
         lines.append(
             (
-                row["topology"],
+                row["topology"] + _program(row),
                 _int(row["chips"]),
                 "x".join(str(size) for size in row["mesh"].values()),
                 str(row["batch_size"]),
@@ -53,6 +53,26 @@ def _overview(rows: Sequence[Row]) -> str:
             )
         )
     return f"Plan ({STATUS}; GB are 1e9 bytes of one chip, mesh is [sweep x] data x fsdp x tensor):\n{cli.table(lines)}"
+
+
+def _program(row: Row) -> str:
+    return f" ({row['program']} of {row['programs']})" if row["programs"] > 1 else ""
+
+
+def _sweeps(rows: Sequence[Row]) -> list[str]:
+    """A line for each sweep of several programs, which train one after another."""
+    lines = []
+    for row in rows:
+        if "sweep_fits" in row and row["program"] == row["programs"]:
+            fits = {None: "not known", True: "yes", False: "NO"}[row["sweep_fits"]]
+            days, estimate = (_number(row[f"sweep_days/{at}"]) for at in ("lower_bound", "estimate"))
+            cost, by_estimate = (row[f"sweep_cost/{at}"] for at in ("lower_bound", "estimate"))
+            told = "" if cost is None else f", cost {_number(cost)} at best, {_number(by_estimate)} by the estimate"
+            lines.append(
+                f"  all {row['programs']} programs of the sweep on {row['topology']}, one after another: fit: {fits}, "
+                f"days {days} at best, {estimate} by the estimate{told} ({STATUS})"
+            )
+    return ["\n".join(lines)] * bool(lines)
 
 
 def needed(row: Row) -> int | None:
@@ -76,9 +96,9 @@ def settings(row: Row) -> str:
 
 
 def _details(row: Row) -> str:
-    title = f"{row['topology']} ({STATUS}; sizes from {row['data']})"
+    title = f"{row['topology']}{_program(row)} ({STATUS}; sizes from {row['data']})"
     if "collectives" not in row:
-        return f"{title}\n  {_KINDS[row['failure_kind']]}: {row['failure']}"
+        return "\n".join([title, *_failure(row), *_sweep(row)])
     took = "from the cache" if row["cached"] else f"compiled in {row['compile_seconds']:.0f} s"
     parts = (_memory, _time, _sweep, _measured, _collectives, _gradients, _remarks)
     return "\n".join([f"{title}, {took}", *(line for part in parts for line in part(row))])
@@ -124,13 +144,16 @@ def _time(row: Row) -> list[str]:
 def _sweep(row: Row) -> list[str]:
     if not row["members"]:
         return []
+    lines = [f"  {row['members']} members in one program: {'  '.join(row['member_names'])}"]
+    if "members_per_chip" not in row:
+        return lines
     most = row["members_per_chip_at_most"]
-    lines = [
-        f"  {row['members']} members in one program, {row['members_per_chip']} on a chip"
-        + ("" if most is None else f", where {most} fit by arithmetic")
-    ]
+    lines.append(
+        f"  {row['members_per_chip']} on a chip"
+        + (", how many fit is not known" if most is None else f", where {most} fit by arithmetic")
+    )
     for at, name in (("lower_bound", "at the lower bound"), ("estimate", "at the estimate")):
-        if (speed := row[f"member_steps_per_second/{at}"]) is not None:
+        if (speed := row.get(f"member_steps_per_second/{at}")) is not None:
             lines.append(f"  {name}: {_number(speed)} member-steps/s")
     return lines
 
@@ -181,9 +204,13 @@ def _gradients(row: Row) -> list[str]:
 
 
 def _remarks(row: Row) -> list[str]:
-    failure = [f"  {_KINDS[row['failure_kind']]}: {row['failure']}"] if row["failure"] else []
     flags = [f"  as a run: {settings(row)}"] if "by_arithmetic" in row else []
-    return failure + [f"  warning: {text}" for text in row["warnings"]] + flags
+    return _failure(row) + [f"  warning: {text}" for text in row["warnings"]] + flags
+
+
+def _failure(row: Row) -> list[str]:
+    lines = [f"  {_KINDS[row['failure_kind']]}: {row['failure']}"] if row["failure"] else []
+    return lines + ([f"  to try: {', '.join(row['to_try'])}"] if "to_try" in row else [])
 
 
 def _int(value: int | None) -> str:
