@@ -52,6 +52,8 @@ def test_a_step_is_planned_and_measured_here(file, tmp_path, capsys, monkeypatch
     ("flags", "message"),
     [
         ((), "--topology is required"),
+        (("--topology=,",), "--topology: expected at least one name"),
+        (("--topology=v5e-16", "--efficiency=5"), "efficiency"),
         (("--topology=v5e-17",), "--topology=v5e-17: expected names such as"),
         (("--measure", "--topology=v5e-16"), "--measure runs on the devices of this machine: add here"),
         (("--search", "--topology=here"), "--search requires topologies of TPUs"),

@@ -36,7 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_list("topology", None, f"v5e-16, v5p-128, 2xv5e-16, ..., or {HERE}: the devices of this machine")
     flags.DEFINE_string("json", None, "also write the rows to this file")
     flags.DEFINE_float("price", None, "of a chip-hour, in any currency; tells what all steps cost", lower_bound=0.0)
-    flags.DEFINE_float("efficiency", 0.4, "share of the peak for which speed is told as well", lower_bound=0.001)
+    flags.DEFINE_float("efficiency", 0.4, "share of the peak for which speed is told as well", 0.001, 1.0)
     flags.DEFINE_bool("latents", False, "batches hold latents of the frames to predict, which are then not encoded")
     flags.DEFINE_bool("search", False, "try meshes, remat policies, parts of a batch and nearby batches that divide")
     flags.DEFINE_integer("best", 4, "programs of each topology that --search compiles at most", lower_bound=1)
@@ -98,6 +98,8 @@ def _topologies(given: Sequence[str]) -> list[str]:
     for name in names:
         if name != HERE:
             topology.find(name)
+    if not names:
+        raise UserError("--topology: expected at least one name, such as v5e-16.")
     if FLAGS.measure and HERE not in names:
         raise UserError(f"--measure runs on the devices of this machine: add {HERE} to --topology, or leave it out.")
     if FLAGS.search and HERE in names:

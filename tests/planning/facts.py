@@ -44,6 +44,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         "metrics_bytes": 76,
         "cycles": 450_000_000,
         "hbm_bytes": 819 * 10**8,
+        "schedule_failure": None,
         **NO_EVALUATION,
     }
     return found | changes

@@ -87,6 +87,30 @@ def test_evaluations_that_cannot_be_planned_leave_the_step(plan):
     assert plan({"facts": facts(memory=large, **failure)})["fits"] is False
 
 
+def test_the_parts_of_the_memory_are_those_of_the_peak(plan):
+    held = facts()["bytes"] | {"parameters": 10**9, "optimizer": 2 * 10**9, "frozen": 3 * 10**8, "batch": 10**7}
+    read = 10**9 + 2 * 10**9 + 24 + 10**8 + 10**7  # 200 MB of the codec are not read
+    memory = facts()["memory"] | {"arguments": read}
+    text = table([plan({"facts": facts(bytes=held, memory=memory)})])
+    block = text[text.index("memory of a chip") : text.index("peak of the step")].splitlines()[1:-1]
+    assert sum(float(line.split()[-1]) for line in block) == pytest.approx(8.0, abs=0.01)
+
+
+def test_a_schedule_that_cannot_be_read_is_warned_of(plan):
+    found = plan({"facts": facts(cycles=None, hbm_bytes=None, schedule_failure="body lies in a loop")})
+    assert found["step_seconds_estimate"] is None
+    assert "the bytes of its schedule are not known: body lies in a loop" in found["warnings"][-1]
+
+
+def test_a_step_that_was_run_is_not_called_never_run():
+    measured = {"planned_bytes": GB, "measured_bytes": 2 * GB, "step_seconds": 0.5}
+    about = {"platform": "cpu", "device_kind": "cpu", "seconds_at_peak": None, "cycles": None, "hbm_bytes": None}
+    answer = {"facts": facts(measured=measured, **about), "seconds": 1.0, "cached": False}
+    found = rows.row_of("here", base(), None, question(base()), answer)
+    assert found["status"] == "predicted, but for what was measured" and "never run" not in table([found])
+    assert "measured on this machine (cpu): 500.00 ms" in table([found])
+
+
 def test_many_collectives_are_told_in_a_line(plan):
     few = facts()["collectives"]
     found = plan({"facts": facts(collectives=few * 10)})

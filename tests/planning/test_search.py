@@ -109,6 +109,8 @@ def test_a_batch_that_does_not_divide_gets_the_nearest_that_do(tiny, compiler):
     compiler(lambda c: (1.0, True))
     tried = search.search("v5e-8", config, question, best=2, say=said.append)
     assert {made["batch_size"] for made in tried} <= {16, 20, 24} and "the nearest that do are 16 and 24" in said[0]
+    for made in tried:
+        assert made.get("warnings", []) == ([said[0].removeprefix("v5e-8: ")] if made["batch_size"] != 20 else [])
     droid = config_lib.base()
     droid.batch_size = 144
     with pytest.raises(UserError, match="nearest that do are 256; 144 rows can use at most 16 of the 256 chips"):

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -141,8 +142,11 @@ def _converse(process: Any, request: Mapping[str, Any], name: str, say: Say, noi
         return found
     noise.seek(0)
     last = [line for line in noise.read().splitlines() if line.strip()][-1:]
-    why = last[0].strip() if status > 0 and last else "probably because the machine's memory was full"
-    return {"failure": {"kind": "process", "message": f"the compiling process ended with status {status}: {why}"}}
+    said = last[0].strip() if last else "it said nothing"
+    if status == -signal.SIGKILL:
+        said = "probably because the machine's memory was full"
+    how = f"status {status}" if status >= 0 else f"signal {-status} ({signal.strsignal(-status)})"
+    return {"failure": {"kind": "process", "message": f"the compiling process ended with {how}: {said}"}}
 
 
 class _Clock:
@@ -156,6 +160,7 @@ class _Clock:
 
     def stage(self, stage: str) -> None:
         self._stage, self._since = stage, time.monotonic()
+        self._say(f"{self._name}: {stage}")
 
     def __enter__(self) -> None:
         self._thread.start()

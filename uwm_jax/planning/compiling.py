@@ -325,8 +325,8 @@ def unused_bytes(compiled: Any, frozen: Any, used: Any, batch: Any) -> dict[str,
 
 def about_program(text: str, mesh: Mesh) -> Facts:
     """Collectives of a step, equal ones put together, the cycles that the compiler expects, and the bytes that its
-    schedule moves through a chip's memory; None where a loop's length cannot be told. Collectives in such a loop are
-    counted once and say so."""
+    schedule moves through a chip's memory; None, and `schedule_failure` says why, where a loop's length cannot be told.
+    Collectives in such a loop are counted once and say so."""
     together: dict[tuple[Any, ...], list[int]] = {}
     for c in collectives.read(text, mesh):
         key = (c.kind, c.axes, c.asynchronous, c.activations, c.source, c.times is None)
@@ -341,11 +341,13 @@ def about_program(text: str, mesh: Mesh) -> Facts:
         }
         for key, sums in sorted(together.items(), key=lambda item: -item[1][1])
     ]
-    cycles = moved = None
+    cycles = moved = failure = None
     if mesh.devices.flat[0].platform == "tpu":
-        with contextlib.suppress(ValueError):
+        try:
             cycles, moved = schedule.cycles(text), schedule.hbm_bytes(text)
-    return {"collectives": found, "cycles": cycles, "hbm_bytes": moved}
+        except ValueError as e:
+            failure = str(e)
+    return {"collectives": found, "cycles": cycles, "hbm_bytes": moved, "schedule_failure": failure}
 
 
 def limit_of(device: Any) -> int | None:

@@ -22,6 +22,7 @@ from uwm_jax.planning.topology import HERE, Topology
 Row = dict[str, Any]
 
 STATUS = "predicted, never run"
+MEASURED = "predicted, but for what was measured"  # of a step that --measure ran
 MUCH = 10e6  # bytes of activations in a collective of a step, from which a warning names it
 
 # Keys of every row, None where a row has no such number.
@@ -237,7 +238,8 @@ def _planned(
     found |= _devices(facts, found) | _held(facts)
     found |= _memory(facts, config, found["hbm_limit_bytes"] or facts["limit_bytes"])
     found |= _operations(facts) | _traffic(facts)
-    found |= {f"measured/{key}": value for key, value in facts.get("measured", {}).items()}
+    if measured := facts.get("measured"):
+        found |= {"status": MEASURED, **{f"measured/{key}": value for key, value in measured.items()}}
     if facts["evaluation_failure"]:
         kind = facts["evaluation_failure_kind"]
         found |= {"failure_kind": kind, "failure": f"evaluations in training: {facts['evaluation_failure']}"}
@@ -356,6 +358,7 @@ def _traffic(facts: Mapping[str, Any]) -> Row:
         gradients = {"parameters": 4 * facts["trained_parameters"], "metrics": facts["metrics_bytes"]}
         gradients["merged"] = kinds.get("all-reduce", 0) - sum(gradients.values())
     heavy = [c for c in facts["collectives"] if c["activations"] and c["bytes"] > MUCH]
+    schedule = facts["schedule_failure"]
     uncounted = [c for c in facts["collectives"] if c["in_unknown_loop"]]
     return {
         **{f"collective_bytes/{kind}": size for kind, size in sorted(kinds.items())},
@@ -366,5 +369,6 @@ def _traffic(facts: Mapping[str, Any]) -> Row:
             f"{c['source'] or 'of unknown origin'}"
             for c in heavy
         ]
-        + [f"{c['kind']} in a loop of unknown length is counted once: {c['source']}" for c in uncounted],
+        + [f"{c['kind']} in a loop of unknown length is counted once: {c['source']}" for c in uncounted]
+        + [f"the compiler's cycles and the bytes of its schedule are not known: {schedule}"] * bool(schedule),
     }

@@ -79,17 +79,23 @@ class Candidate:
 def search(name: str, config: ConfigDict, question: Question, *, best: int, say: Say) -> list[Row]:
     """Rows of a topology, the best first and what does not fit last; at most `best` programs are compiled.
 
-    Half of them are meshes with the config's own remat policy, the others are other policies on the best of these.
+    Half of them are meshes with the config's own remat policy, the others are other policies on the best of these. A
+    batch is in one part at first, whatever `config.accumulation_steps` is: parts cost time and save memory, and come
+    where a program does not fit. Rows of another batch than the config's warn why.
 
     Raises:
       UserError: no mesh can fit by arithmetic.
     """
     place = topology.find(name)
     config = with_slices(config, place)
+    in_one = config.copy_and_resolve_references()
+    in_one.accumulation_steps = 1
+    remark = ""
     try:
-        check_batch(config, place)
+        check_batch(in_one, place)
     except UserError as e:  # the search goes on with the nearest batches
-        say(f"{name}: {e}")
+        remark = str(e)
+        say(f"{name}: {remark}")
     waiting = _fitting(name, config, question, place)
     say(f"{name}: {len(waiting)} meshes fit by arithmetic; compiling at most {best} programs")
     heapq.heapify(waiting)
@@ -106,6 +112,8 @@ def search(name: str, config: ConfigDict, question: Question, *, best: int, say:
         candidate = heapq.heappop(waiting)
         made = row(name, candidate.applied(config), question, _telling(candidate, say))
         made["by_arithmetic"] = {"held_bytes": candidate.held, "step_seconds": candidate.seconds * candidate.batch}
+        if remark and candidate.batch != config.batch_size:
+            made["warnings"] = [remark, *made.get("warnings", [])]
         found.append((candidate, made))
         if made["fits"] is False:
             add(_smaller(candidate, config))

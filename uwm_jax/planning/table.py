@@ -13,7 +13,7 @@ _HELD = {
     "parameter": "parameters",
     "average": "their average",
     "optimizer": "optimizer",
-    "frozen": "frozen codec",
+    "frozen": "frozen codec, as far as the step reads it",
     "batch": "batch",
     "activation": "activations, gradients and other temporaries",
 }
@@ -52,7 +52,8 @@ def _overview(rows: Sequence[Row]) -> str:
                 ),
             )
         )
-    return f"Plan ({STATUS}; GB are 1e9 bytes of one chip, mesh is [sweep x] data x fsdp x tensor):\n{cli.table(lines)}"
+    status = "; ".join(dict.fromkeys(row["status"] for row in rows)) or STATUS
+    return f"Plan ({status}; GB are 1e9 bytes of one chip, mesh is [sweep x] data x fsdp x tensor):\n{cli.table(lines)}"
 
 
 def _program(row: Row) -> str:
@@ -96,7 +97,7 @@ def settings(row: Row) -> str:
 
 
 def _details(row: Row) -> str:
-    title = f"{row['topology']}{_program(row)} ({STATUS}; sizes from {row['data']})"
+    title = f"{row['topology']}{_program(row)} ({row['status']}; sizes from {row['data']})"
     if "collectives" not in row:
         return "\n".join([title, *_failure(row), *_sweep(row)])
     took = "from the cache" if row["cached"] else f"compiled in {row['compile_seconds']:.0f} s"
@@ -106,7 +107,8 @@ def _details(row: Row) -> str:
 
 def _memory(row: Row) -> list[str]:
     lines = [("  memory of a chip, GB", "")]
-    lines += [(f"    {what}", _gb(row[f"{name}_bytes"])) for name, what in _HELD.items()]
+    read = {"frozen": row["frozen_bytes"] - row["extra_hbm_bytes/decoder"]}
+    lines += [(f"    {what}", _gb(read.get(name, row[f"{name}_bytes"]))) for name, what in _HELD.items()]
     lines += [("    peak of the step, as compiled", _gb(row["peak_hbm_bytes"]))]
     extra = {"decoder": "frozen arrays that the step does not read", "prefetch": "batches ahead", "code": "code"}
     lines += [(f"    {what}", _gb(row[f"extra_hbm_bytes/{name}"])) for name, what in extra.items()]
@@ -205,11 +207,12 @@ def _gradients(row: Row) -> list[str]:
 
 def _remarks(row: Row) -> list[str]:
     flags = [f"  as a run: {settings(row)}"] if "by_arithmetic" in row else []
-    return _failure(row) + [f"  warning: {text}" for text in row["warnings"]] + flags
+    return _failure(row) + flags
 
 
 def _failure(row: Row) -> list[str]:
     lines = [f"  {_KINDS[row['failure_kind']]}: {row['failure']}"] if row["failure"] else []
+    lines += [f"  warning: {text}" for text in row.get("warnings", [])]
     return lines + ([f"  to try: {', '.join(row['to_try'])}"] if "to_try" in row else [])
 
 

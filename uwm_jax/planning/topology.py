@@ -63,7 +63,7 @@ class Topology:
             found["num_slices"] = self.slices
         if self.chip.cores > 1:  # a device is a chip, not a core
             found |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
-        if self.chips == 1:
+        if math.prod(self.shape) == 1:
             found["chips_per_host_bounds"] = (1, 1, 1)
         return found
 

@@ -82,7 +82,10 @@ def read(directory: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError as e:
         raise UserError(f"--workdir: {str(directory)!r} holds no sweep (there is no {FILE}).") from e
     if not isinstance(members, dict) or not all(_is_member(member) for member in members.values()):
-        raise UserError(f"{file}: expected {{'members': {{name: {{'overrides', 'status', 'last_losses'}}}}}}.")
+        raise UserError(
+            f"{file}: expected {{'members': {{name: {{'overrides', 'status', 'last_losses'}}}}}}: "
+            "restore the file from a copy, or start the sweep again in a new --workdir."
+        )
     return members
 
 
