@@ -12,7 +12,7 @@ from uwm_jax import host_memory
 from uwm_jax.runs.records import Measured
 from uwm_jax.sweeps import record as record_lib
 from uwm_jax.sweeps.program import ALIVE
-from uwm_jax.sweeps.record import Record
+from uwm_jax.sweeps.record import Record, read
 from uwm_jax.sweeps.records import SweepRecords, host_bytes
 from uwm_jax.training.metrics import Mean
 
@@ -87,10 +87,12 @@ def device_state():
     return jnp.asarray(STATE)
 
 
-def test_older_checkpoints_go_once_all_have_the_newer_one(made):
-    records, done, _, _ = made
+def test_older_checkpoints_go_once_all_have_the_newer_one(made, tmp_path):
+    records, done, _, of_sweep = made
     records.save(4, device_state())
+    assert [of_sweep.saved(name) for name in NAMES] == [0, 0, 0], "none is durable yet"
     records.wait()
+    assert {name: member["saved"] for name, member in read(tmp_path).items()} == dict.fromkeys(NAMES, 4)
     waits = [("wait", name) for name in NAMES]
     assert done == [*waits, *(("save", name, 4) for name in NAMES), *waits, *(("delete", name) for name in NAMES)]
     done.clear()

@@ -122,6 +122,18 @@ def test_a_first_save_that_was_cut_off_is_made_again(start):
     assert steps(places) == [[], []] and (places[0].workdir / "set_aside" / "4").is_dir()
 
 
+@pytest.mark.parametrize("held", [{"a": (4,), "b": ()}, {"a": (), "b": ()}])
+def test_members_that_have_saved_before_never_start_anew(start, tmp_path, held):
+    """As where the checkpoints of one were deleted, with `keep=1` of a sweep that is done."""
+    places = start(held)
+    for place in places:
+        place.saved = 4
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r"no checkpoint of the same step.*b: \[\]"):
+        run.find_common_step(places)
+    assert files(tmp_path) == before
+
+
 @pytest.mark.parametrize("held", [{"a": (8,), "b": (6,)}, {"a": (4, 6), "b": ()}, {"a": (6, 8), "b": (8,), "c": (6,)}])
 def test_members_without_a_common_step_are_left_as_they_are(start, tmp_path, held):
     places = start(held)

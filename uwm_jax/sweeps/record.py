@@ -61,6 +61,14 @@ class Record:
         """Sets a member's status, one of STATUSES, and other fields, such as `step` and `last_losses`."""
         self.members[name] |= {"status": status, **fields}
 
+    def saved(self, name: str) -> int:
+        """The newest step of which this member and all others of its program had a whole checkpoint; 0 for none."""
+        return self.members[name].get("saved", 0)
+
+    def set_saved(self, names: Sequence[str], step: int) -> None:
+        for name in names:
+            self.members[name]["saved"] = step
+
     def write(self) -> None:
         """Writes the file; a disk that is full for a while does not end a sweep."""
         if distributed.is_main():
@@ -95,4 +103,5 @@ def _is_member(value: Any) -> bool:
         and isinstance(value.get("overrides"), Mapping)
         and value.get("status") in STATUSES
         and isinstance(value.get("last_losses"), Mapping)
+        and isinstance(value.get("saved", 0), int)
     )

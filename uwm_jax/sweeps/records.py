@@ -46,7 +46,8 @@ class SweepRecords(Records):
         self._names, self._records, self._live = names, records, list(live)
         self._sweep, self._record = sweep, record
         self._pending: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
-        self._unfinished = self._told = False
+        self._saving: int | None = None  # a step that is not durable for all yet
+        self._told = False
 
     def add(self, step: int, metrics: Any) -> None:
         self._pending.append((step, metrics))
@@ -117,7 +118,7 @@ class SweepRecords(Records):
     def save(self, step: int, state: SweepState) -> None:
         self._fetch(0)
         self.wait()
-        self._unfinished = True
+        self._saving = step
         writing: collections.deque[int] = collections.deque()
         most = 0
         for i in self._left():
@@ -148,10 +149,12 @@ class SweepRecords(Records):
         kill there is a step that all of them hold."""
         for records in self._records:
             records.wait()
-        if self._unfinished:
+        if self._saving is not None:
+            self._record.set_saved([self._names[i] for i in self._left()], self._saving)
+            self._record.write()
             for i in self._left():
                 self._records[i].checkpoints.delete_surplus()
-        self._unfinished = False
+        self._saving = None
 
     def _left(self) -> list[int]:
         return [i for i, live in enumerate(self._live) if live]

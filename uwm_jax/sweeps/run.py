@@ -70,6 +70,7 @@ class Place:
       member: the member, whose config may name its origin with a step.
       workdir: `members/<name>`.
       diverged: before this start.
+      saved: the newest step of which all members of its program had a checkpoint, by `sweep.json`; 0 for none.
       checkpoints: of its workdir.
       stored: the checkpoint that it continues from; None where it starts, or has diverged.
     """
@@ -77,6 +78,7 @@ class Place:
     member: Member
     workdir: Path
     diverged: bool
+    saved: int = 0
     checkpoints: Checkpoints | None = None
     stored: CheckpointReader | None = None
 
@@ -119,6 +121,8 @@ def run_sweep(
             raise UserError(
                 "config.branch_from belongs to uwm_jax.train: a sweep starts its members, or continues them."
             )
+    for group in groups:  # what does not fit the devices is refused before the first group trains
+        mesh_lib.make_mesh(group[0].config, members=len(group))
     command = describe(members[0])["command"]
     if (directory / "config.json").exists():
         raise UserError(f"--workdir: {str(directory)!r} is the directory of a run: a sweep needs one of its own.")
@@ -130,7 +134,12 @@ def run_sweep(
         record.write()
         for number, group in enumerate(groups):
             places = [
-                Place(member, directory / record_lib.MEMBERS / member.name, record.has_diverged(member.name))
+                Place(
+                    member,
+                    directory / record_lib.MEMBERS / member.name,
+                    record.has_diverged(member.name),
+                    record.saved(member.name),
+                )
                 for member in group
             ]
             try:
@@ -319,8 +328,8 @@ def find_common_step(places: Sequence[Place]) -> int:
     has made all steps, one perhaps more of them by itself, nothing is moved.
 
     Raises:
-      UserError: a member's config differs from the one that it was started with; or the members have checkpoints, but
-        none of the same step.
+      UserError: a member's config differs from the one that it was started with; or the members have saved before, and
+        have no checkpoint of the same step now.
     """
     live = [place for place in places if not place.diverged]
     for place in live:
@@ -337,7 +346,9 @@ def find_common_step(places: Sequence[Place]) -> int:
             return min(steps[-1] for steps in held.values())
         step = max(set.intersection(*map(set, held.values())), default=0)
         found = {step for steps in held.values() for step in steps}
-        if not step and len(found) > 1 or not step and found and all(held.values()):
+        # Only the first save may have been cut off before all members had it, so that all start anew.
+        has_begun = any(place.saved for place in live) or len(found) > 1 or found and all(held.values())
+        if not step and has_begun:
             listed = "; ".join(f"{name}: {steps}" for name, steps in held.items())
             raise UserError(
                 "the members of the sweep have no checkpoint of the same step, from which all could continue "
