@@ -27,7 +27,7 @@ from uwm_jax.sweeps.program import ALIVE, SweepProgram
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import Program, build
 
-STEPS, ROWS = 20, 16
+STEPS, ROWS = 20, 8
 OVERRIDES = [
     {"loss.weights.action": 1.0, "seed": 0},
     {"loss.weights.action": 5.0, "seed": 1},
@@ -36,10 +36,10 @@ OVERRIDES = [
 ]
 # name: (sweep, data, fsdp, tensor), accumulation steps, members at once
 MESHES = {
-    "one device": ((1, 1, 1, 1), 2, 3),
+    "one device": ((1, 1, 1, 1), 1, 3),
     "4x2x1x1": ((4, 2, 1, 1), 1, 0),
     "2x2x2x1": ((2, 2, 2, 1), 2, 1),
-    "1x4x1x2": ((1, 4, 1, 2), 1, 2),
+    "1x4x1x2": ((1, 4, 1, 2), 1, 0),
 }
 OTHERS = ("dp", "gr1")  # with two members each
 
@@ -68,7 +68,7 @@ def on_mesh(member: Member, sizes: tuple[int, ...], accumulation_steps: int, cou
 
 def batch_of(program: Program) -> dict:
     batch = synthetic.synthetic_batch(program.system, ROWS)
-    batch["action_mask"] = batch["row"] % 5 != 3  # some rows without actions
+    batch["action_mask"] = batch["row"] % 5 != 3  # a row without actions
     return jax.device_put(batch, mesh_lib.batch_sharding(program.mesh))
 
 
@@ -84,7 +84,7 @@ def numbers(metrics: dict) -> dict[str, list]:
     return {name: np.asarray(jax.tree.leaves(x)[0]).tolist() for name, x in shown.items()}
 
 
-def alone(all_members: list[Member], steps: int = STEPS) -> list[list[dict]]:
+def alone(all_members: list[Member], steps: int = STEPS) -> dict:
     program, frozen = on_mesh(all_members[0], (1, 1, 1, 1), 1, 0)
     batch, step = batch_of(program), program.compile_step(frozen)
     found: list[list[dict]] = []
@@ -94,7 +94,7 @@ def alone(all_members: list[Member], steps: int = STEPS) -> list[list[dict]]:
         for _ in range(steps):
             state, metrics = step(state, frozen, batch)
             found[-1].append(numbers(metrics))
-    return found
+    return {"metrics": found, "flops": step.cost_analysis()["flops"]}
 
 
 def together(
@@ -119,33 +119,53 @@ def together(
         one = sweep.take(state, i)
         stacked = state.members.replace(step=())
         exact &= same(one.replace(step=()), jax.tree.map(lambda x, i=i: np.asarray(x)[i], stacked))
-    return {"metrics": found, "exact": bool(exact), "frozen": freezes(sweep, step, state, frozen, batch)}
+    return {
+        "metrics": found,
+        "exact": bool(exact),
+        "frozen": freezes(sweep, step, state, frozen, batch),
+        "flops": step.cost_analysis()["flops"],
+    }
 
 
-def freezes(sweep: SweepProgram, step, state, frozen, batch) -> bool:
-    """Whether a member with a parameter that is not a number stays as it is, for two steps, while the others train."""
+def freezes(sweep: SweepProgram, step, state, frozen, batch) -> dict[str, bool]:
+    """What becomes in two steps of a member with a parameter that is not a number, and of the others."""
     last = sweep.count - 1
-    one = sweep.take(state, last)
-    leaves, structure = jax.tree.flatten(one.params)
-    poisoned = jax.tree.unflatten(structure, [leaves[0] + np.nan, *leaves[1:]])
-    state = sweep.put(state, last, one.replace(params=poisoned), True)
-    before, first = sweep.take(state, last), jax.device_get(sweep.take(state, 0).params)
-    for _ in range(2):
-        state, metrics = step(state, frozen, batch)
-    after, alive = sweep.take(state, last), np.asarray(metrics[ALIVE]).tolist()
-    stays = same(before.replace(step=()), after.replace(step=()))
-    return stays and alive == [True] * last + [False] and not same(first, sweep.take(state, 0).params)
+    before = [sweep.take(state, i) for i in range(sweep.count)]
+    leaves, structure = jax.tree.flatten(before[last].params)
+    poisoned = before[last].replace(params=jax.tree.unflatten(structure, [leaves[0] + np.nan, *leaves[1:]]))
+
+    def two_steps(one, alive: bool = True) -> tuple[list, list[list[bool]]]:
+        nonlocal state
+        told = []
+        for i, member in enumerate([*before[:-1], one]):
+            state = sweep.put(state, i, member, alive or i < last)
+        for _ in range(2):
+            state, metrics = step(state, frozen, batch)
+            told.append(np.asarray(metrics[ALIVE]).tolist())
+        return [sweep.take(state, i).replace(step=()) for i in range(sweep.count)], told
+
+    healthy, _ = two_steps(before[last])
+    frozen_one, told = two_steps(poisoned)
+    finite_again, still = two_steps(before[last], alive=False)
+    expected = [[True] * last + [False]] * 2
+    return {
+        "it is told from the first step on": told == expected,
+        "it stays as it was": same(poisoned.replace(step=()), frozen_one[last]),
+        "the others train as if it were healthy": same(healthy[:last], frozen_one[:last]),
+        "the others train": not same(before[0].params, healthy[0].params),
+        "it is not revived when it is finite again": still == expected
+        and same(before[last].replace(step=()), finite_again[last]),
+    }
 
 
-def operations(all_members: list[Member], count: int) -> tuple[float, float]:
-    """Of the compiled step of some of the members on one device, and of encoding a batch alone."""
-    program, frozen = on_mesh(all_members[0], (1, 1, 1, 1), 1, count)
+def operations_of_codec(member: Member) -> float:
+    """Operations of encoding a batch alone, as the compiler counts them."""
+    program, frozen = on_mesh(member, (1, 1, 1, 1), 1, 0)
     batch = batch_of(program)
     encode = program.compile(
         lambda frozen, batch: program.system.encode(frozen, batch, jax.random.key(0)), frozen, batch
     )
-    costs = (SweepProgram(program, count).compile_step(frozen), encode)
-    return tuple(cost.cost_analysis()["flops"] for cost in costs)
+    return encode.cost_analysis()["flops"]
 
 
 def same(one, other) -> bool:
@@ -164,7 +184,6 @@ if __name__ == "__main__":
         for variant in OTHERS:
             others = members(variant)[:2]
             results[variant] = together(others, (2, 2, 1, 1), 1, 1, steps=3) | {"alone": alone(others, steps=3)}
-        counted = [operations(trained, count) for count in (1, 2)]
-        results |= {"flops": [step for step, _ in counted], "codec_flops": counted[0][1]}
+        results["codec_flops"] = operations_of_codec(trained[0])
     with open(sys.argv[1], "w") as file:
         json.dump(results, file)
