@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from launch import sweep as launch_sweep
 from launch.rehearse import Processes
+from tests.training import small_run
+from uwm_jax import cli
 from uwm_jax import config as config_lib
-from uwm_jax.errors import RunError, UserError
+from uwm_jax.errors import Preempted, RunError, UserError
+from uwm_jax.runs.loop import loop
 from uwm_jax.sweeps import record, run
 from uwm_jax.sweeps.members import groups, make_members
+from uwm_jax.sweeps.records import SweepRecords
 from uwm_jax.train import train
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.inference import load_for_inference
@@ -57,8 +64,6 @@ def steps_of(workdir: Path) -> list[int]:
 
 
 def arrays_of(workdir: Path, step: int) -> list[bytes]:
-    import jax
-
     checkpoints = Checkpoints(workdir, read_only=True)
     items = sorted(checkpoints.items(step) & {"params", "ema_params", "train_state"})
     return [np.asarray(x).tobytes() for item in items for x in jax.tree.leaves(checkpoints.restore_arrays(step, item))]
@@ -103,22 +108,31 @@ def test_what_a_sweep_leaves_behind(finished):
     assert [steps_of(finished / "members" / name) for name in NAMES[:2]] == [[6], [6]]
 
 
-def test_a_member_that_diverges_is_frozen_and_the_others_go_on(finished, config, tmp_path):
-    """Its rate makes the parameters of the first step infinite; the others equal a sweep without it."""
-    at = record.read(finished)[NAMES[2]]["step"]
-    assert at == 2 and latest_step(finished / "members" / NAMES[2]) is None
-    sweep(config, tmp_path / "two", OVERRIDES[:2])
-    for name in NAMES[:2]:
-        for line, other in zip(
-            lines_of(finished / "members" / name), lines_of(tmp_path / "two/members" / name), strict=True
-        ):
-            np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-5)
+def test_a_member_that_diverges_is_frozen_and_the_others_go_on(finished):
+    """Its rate makes the parameters of the first step infinite, so that it has a line of that step and no checkpoint;
+    `test_members_train_as_alone` and `test_program` compare the others with runs without it."""
+    workdir = finished / "members" / NAMES[2]
+    assert record.read(finished)[NAMES[2]]["step"] == 2 and latest_step(workdir) is None
+    assert [line["step"] for line in lines_of(workdir)] == [1]
 
 
-def test_a_finished_sweep_is_left_alone_and_does_not_revive_the_diverged(finished, config, capsys):
+def config_file(folder: Path, config, overrides) -> Path:
+    file = folder / "config.py"
+    file.write_text(
+        "from uwm_jax import config\n"
+        f"def get_config():\n    return config.from_json({config_lib.to_json(config)!r}, 'test')\n"
+        f"def get_members():\n    return {overrides!r}\n"
+    )
+    return file
+
+
+def test_a_finished_sweep_is_left_alone_and_does_not_revive_the_diverged(finished, config, tmp_path, capsys):
+    """The command exits with 1, as it did when the member diverged."""
     before = (finished / "members" / NAMES[0] / "metrics.jsonl").read_bytes()
-    assert sweep(config, finished) == NAMES[2:]
-    assert "nothing to do" in capsys.readouterr().out
+    flags = [f"--config={config_file(tmp_path, config, OVERRIDES)}", f"--workdir={finished}"]
+    assert cli.call(launch_sweep.main, ["sweep", *flags], launch_sweep.define_flags) == 1
+    told = capsys.readouterr()
+    assert "nothing to do" in told.out and f"1 of 3 members have diverged: {NAMES[2]}" in told.err
     assert record.read(finished)[NAMES[2]]["status"] == "diverged"
     assert (finished / "members" / NAMES[0] / "metrics.jsonl").read_bytes() == before
     for others in (OVERRIDES[:2], [*OVERRIDES, {"seed": 9}]):
@@ -150,21 +164,58 @@ sweep(config, __import__("pathlib").Path(sys.argv[2]))
 """
 
 
-def test_killed_between_two_saves_all_members_continue_from_the_step_that_all_hold(finished, config, tmp_path, capsys):
-    """With `keep=1` the step before stays until all hold the next one; the lines and arrays are those of a sweep that
-    was left alone, bit for bit."""
+def sigterm_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    add = SweepRecords.add
+
+    def add_and_be_told(self, at, metrics):
+        add(self, at, metrics)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    patch.setattr(SweepRecords, "add", add_and_be_told)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_killed_and_told_to_end_a_sweep_continues_from_the_step_that_all_hold(
+    finished, config, tmp_path, capsys, caplog, monkeypatch
+):
+    """Killed between two saves with `keep=1`, the step before stays until all hold the next one. SIGTERM saves all.
+    Lines and arrays are those of a sweep that was left alone, bit for bit."""
     directory, file = tmp_path / "killed", tmp_path / "config.json"
     file.write_text(config_lib.to_json(config))
     killed = subprocess.run([sys.executable, "-c", KILLED, str(file), str(directory)], env=os.environ)
     assert killed.returncode == -signal.SIGKILL
-    first, second = (directory / "members" / name for name in NAMES[:2])
+    first, second, third = (directory / "members" / name for name in NAMES)
     assert (steps_of(first), steps_of(second)) == ([2, 4], [2])
+
+    began: list[int] = []
+    with monkeypatch.context() as patch, jax.log_compiles():
+        patch.setattr(run, "loop", lambda *given: began.append(len(caplog.messages)) or loop(*given))
+        sigterm_at(5, patch)
+        with pytest.raises(Preempted, match=r"told to end \(SIGTERM\): step 5 is saved") as told:
+            sweep(config, directory)
+    assert told.value.status == 143
+    assert "step [4] is set aside" in capsys.readouterr().out and (first / "set_aside" / "4").is_dir()
+    assert [m["status"] for m in record.read(directory).values()] == ["stopped", "stopped", "diverged"]
+    assert steps_of(first) == steps_of(second) == [5]
+    compiled = [[m for m in part if "Compiling jit(take)" in m] for part in split_at(began[0], caplog.messages)]
+    assert len(compiled[0]) == 1 and not compiled[1], "saving compiles nothing: SIGTERM leaves little time"
+
+    shutil.copytree(first / "checkpoints" / "5", third / "checkpoints" / "5")
+    small_run.flip(small_run.largest_file(third / "checkpoints" / "5" / "params"))
+    before = files_of(third / "checkpoints")
     assert sweep(config, directory) == NAMES[2:]
-    assert "step [4] is set aside" in capsys.readouterr().out
-    assert (first / "set_aside" / "4").is_dir()
+    assert files_of(third / "checkpoints") == before, "of a member that has diverged nothing is read or moved"
     for name in NAMES[:2]:
         assert lines_of(directory / "members" / name) == lines_of(finished / "members" / name)
         assert arrays_of(directory / "members" / name, 6) == arrays_of(finished / "members" / name, 6)
+
+
+def split_at(place: int, lines: list[str]) -> tuple[list[str], list[str]]:
+    return lines[:place], lines[place:]
 
 
 @contextlib.contextmanager
@@ -183,10 +234,10 @@ def at_work(workdir: Path):
 
 
 def test_members_start_from_another_run(finished, config, tmp_path):
-    """Both from the parameters that one of them had, so that their first losses differ by the weight alone."""
+    """All from the parameters that one of them had, so that their first losses differ by the weight alone."""
     config.init_from = str(finished / "members" / NAMES[1])
     config.total_steps = 2
-    sweep(config, tmp_path, [{"loss.weights.action": 1.0}, {"loss.weights.action": 2.0}])
+    sweep(config, tmp_path, [{"loss.weights.action": weight} for weight in (1.0, 2.0, 3.0)])  # as many as `finished`
     one, two = (lines_of(tmp_path / "members" / f"action={weight}")[0] for weight in (1, 2))
     np.testing.assert_allclose(one["loss/action"], two["loss/action"], rtol=1e-6)
     np.testing.assert_allclose(two["loss"], one["loss"] + one["loss/action"], rtol=1e-5)
@@ -213,12 +264,7 @@ def test_a_sweep_and_a_member_are_refused_while_the_other_is_at_work(finished, c
 @pytest.mark.parametrize("devices", [2, 1])
 def test_two_processes_train_members_as_one_does(devices, finished, config, tmp_path):
     """The command itself, with a member on each process, and with rows of both members on each."""
-    file = tmp_path / "config.py"
-    file.write_text(
-        "from uwm_jax import config\n"
-        f"def get_config():\n    return config.from_json({config_lib.to_json(config)!r}, 'test')\n"
-        f"def get_members():\n    return {OVERRIDES[:2]!r}\n"
-    )
+    file = config_file(tmp_path, config, OVERRIDES[:2])
     command = [sys.executable, "-m", "launch.sweep", f"--config={file}", f"--workdir={tmp_path / 'two'}"]
     command.append(f"--config.sweep.devices={devices}")
     environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
