@@ -17,13 +17,15 @@ os.environ["NPROC"] = "32"  # XLA's threads: with few cores' 8, all may wait for
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.systems.meshes import formula
 from tests.systems.small import small_config
 from uwm_jax import synthetic
 from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.parallel.mesh import DATA_AXIS, SWEEP_AXIS
 from uwm_jax.sweeps.members import Member, make_members
-from uwm_jax.sweeps.program import ALIVE, SweepProgram
+from uwm_jax.sweeps.program import ALIVE, SweepProgram, _take
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import Program, build
 
@@ -84,7 +86,7 @@ def numbers(metrics: dict) -> dict[str, list]:
     return {name: np.asarray(jax.tree.leaves(x)[0]).tolist() for name, x in shown.items()}
 
 
-def alone(all_members: list[Member], steps: int = STEPS) -> dict:
+def alone(all_members: list[Member], steps: int = STEPS) -> list[list[dict]]:
     program, frozen = on_mesh(all_members[0], (1, 1, 1, 1), 1, 0)
     batch, step = batch_of(program), program.compile_step(frozen)
     found: list[list[dict]] = []
@@ -94,7 +96,7 @@ def alone(all_members: list[Member], steps: int = STEPS) -> dict:
         for _ in range(steps):
             state, metrics = step(state, frozen, batch)
             found[-1].append(numbers(metrics))
-    return {"metrics": found, "flops": step.cost_analysis()["flops"]}
+    return found
 
 
 def together(
@@ -119,12 +121,7 @@ def together(
         one = sweep.take(state, i)
         stacked = state.members.replace(step=())
         exact &= same(one.replace(step=()), jax.tree.map(lambda x, i=i: np.asarray(x)[i], stacked))
-    return {
-        "metrics": found,
-        "exact": bool(exact),
-        "frozen": freezes(sweep, step, state, frozen, batch),
-        "flops": step.cost_analysis()["flops"],
-    }
+    return {"metrics": found, "exact": bool(exact), "frozen": freezes(sweep, step, state, frozen, batch)}
 
 
 def freezes(sweep: SweepProgram, step, state, frozen, batch) -> dict[str, bool]:
@@ -158,14 +155,28 @@ def freezes(sweep: SweepProgram, step, state, frozen, batch) -> dict[str, bool]:
     }
 
 
-def operations_of_codec(member: Member) -> float:
-    """Operations of encoding a batch alone, as the compiler counts them."""
-    program, frozen = on_mesh(member, (1, 1, 1, 1), 1, 0)
+def operations(all_members: list[Member], count: int) -> tuple[float, float]:
+    """Of the compiled step of some of the members on one device, and of encoding a batch alone."""
+    program, frozen = on_mesh(all_members[0], (1, 1, 1, 1), 1, count)
     batch = batch_of(program)
     encode = program.compile(
         lambda frozen, batch: program.system.encode(frozen, batch, jax.random.key(0)), frozen, batch
     )
-    return encode.cost_analysis()["flops"]
+    costs = (SweepProgram(program, count).compile_step(frozen), encode)
+    return tuple(cost.cost_analysis()["flops"] for cost in costs)
+
+
+def bits_stay() -> bool:
+    """Whether what is taken out of an array over `sweep` and `data` has its bits: NaN of all kinds, -0.0, 16 bits."""
+    mesh = jax.make_mesh((4, 2), (SWEEP_AXIS, DATA_AXIS))
+    for dtype, words in (("float32", [0x7FC00001, 0xFFC12345, 1 << 31, 0x7F800000]), ("bfloat16", [0x7FC1, 1 << 15])):
+        unsigned = np.dtype(f"uint{8 * np.dtype(dtype).itemsize}")
+        stacked = np.stack([np.roll(np.array(words + words, unsigned), i) for i in range(8)]).view(dtype)
+        x = jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(SWEEP_AXIS, DATA_AXIS)))
+        take = jax.jit(lambda x, i: _take(mesh, x, i, PartitionSpec(DATA_AXIS)))
+        if not all(same(take(x, i), stacked[i]) for i in range(8)):
+            return False
+    return True
 
 
 def same(one, other) -> bool:
@@ -184,6 +195,7 @@ if __name__ == "__main__":
         for variant in OTHERS:
             others = members(variant)[:2]
             results[variant] = together(others, (2, 2, 1, 1), 1, 1, steps=3) | {"alone": alone(others, steps=3)}
-        results["codec_flops"] = operations_of_codec(trained[0])
+        counted = [operations(trained, count) for count in (1, 2)]
+        results |= {"flops": [step for step, _ in counted], "codec_flops": counted[0][1], "bits": bits_stay()}
     with open(sys.argv[1], "w") as file:
         json.dump(results, file)

@@ -30,7 +30,7 @@ def of_member(metrics, name, i):
 def test_members_train_as_alone(runs, mesh):
     """In float32: losses over twenty steps; norms of gradients and buckets of a few rows over ten, before training has
     multiplied the rounding."""
-    for i, alone in enumerate(runs["alone"]["metrics"]):
+    for i, alone in enumerate(runs["alone"]):
         for name in alone[0]:
             steps = 20 if name in ("loss", "loss/action", "loss/next_obs") else 10
             expected = [step[name] for step in alone][:steps]
@@ -40,20 +40,20 @@ def test_members_train_as_alone(runs, mesh):
 
 @pytest.mark.parametrize("variant", ["dp", "gr1"])
 def test_members_of_other_systems_train_as_alone(runs, variant):
-    for i, alone in enumerate(runs[variant]["alone"]["metrics"]):
+    for i, alone in enumerate(runs[variant]["alone"]):
         for name in alone[0]:
             found = of_member(runs[variant]["metrics"], name, i)
             np.testing.assert_allclose(found, [step[name] for step in alone], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_members_differ_from_each_other(runs):
-    last = [alone[-1]["loss"] for alone in runs["alone"]["metrics"]]
+    last = [alone[-1]["loss"] for alone in runs["alone"]]
     assert len({round(loss, 3) for loss in last}) == 4
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_member_is_taken_out_bit_for_bit(runs, mesh):
-    assert runs[mesh]["exact"]
+    assert runs[mesh]["exact"] and runs["bits"]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -62,7 +62,6 @@ def test_a_member_that_is_not_finite_is_frozen_within_the_step(runs, mesh):
 
 
 def test_the_codec_runs_once_a_step(runs):
-    """Operations that the compiler counts: what four members have besides four networks is one encoding, not four."""
-    network = runs["alone"]["flops"] - runs["codec_flops"]
-    encodings = (runs["one device"]["flops"] - 4 * network) / runs["codec_flops"]
-    assert encodings == pytest.approx(1, abs=0.3)
+    """Operations that the compiler counts: a second member adds its network and nothing of the encoding."""
+    one, two = runs["flops"]
+    np.testing.assert_allclose(one - (two - one), runs["codec_flops"], rtol=0.05)
