@@ -1,15 +1,19 @@
-"""The end of a process whose output is gone, or of which a thread hangs in a read."""
+"""The end of a process whose output is gone, of which a thread hangs in a read, or whose parent has ended."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 import threading
 from typing import Any, NoReturn
 
 EXIT_SECONDS = 15.0  # for what other modules do at exit
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _left: list[str] = []
 
@@ -45,3 +49,11 @@ def exit_process(status: int) -> NoReturn:
     last_words()
     atexit._run_exitfuncs()
     os._exit(status)
+
+
+def end_with(parent: int) -> None:
+    """From now on this process is killed when its parent, of this pid, ends, in whatever way; on Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:  # it has ended already
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -37,7 +37,9 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "also write the rows to this file")
     flags.DEFINE_float("price", None, "of a chip-hour, in any currency; tells what all steps cost", lower_bound=0.0)
     flags.DEFINE_float("efficiency", 0.4, "share of the peak for which speed is told as well", 0.001, 1.0)
-    flags.DEFINE_bool("latents", False, "batches hold latents of the frames to predict, which are then not encoded")
+    flags.DEFINE_bool(
+        "latents", False, "batches of latents, which train cannot read: what a step costs without the VAE"
+    )
     flags.DEFINE_bool("search", False, "try meshes, remat policies, parts of a batch and nearby batches that divide")
     flags.DEFINE_integer("best", 4, "programs of each topology that --search compiles at most", lower_bound=1)
     flags.DEFINE_bool("measure", False, f"also run the step on the devices of this machine (--topology={HERE})")

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    os.environ.update(TPU_WORKER_HOSTNAMES="localhost")
+    from uwm_jax.planning.children import TPU_ENVIRONMENT
+
+    os.environ.update(TPU_ENVIRONMENT)
 
 import jax
 import jax.numpy as jnp

@@ -50,7 +50,7 @@ def test_progress_is_said(child, monkeypatch):
         "print(json.dumps({'stage': 'lowering'}), flush=True); time.sleep(0.5); print(json.dumps({'facts': 1}))"
     )
     ask(said)
-    assert said[0] == "v5e-4: lowering" and said[1].startswith("v5e-4: lowering, ")
+    assert {"v5e-4: lowering", "v5e-4: lowering, 0 s"} <= set(said)
 
 
 @pytest.mark.parametrize(

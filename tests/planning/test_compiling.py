@@ -97,6 +97,20 @@ def test_what_train_refuses_is_refused_before_anything_is_lowered(make_tiny_conf
         compiling.prepare(rows.request(config, None, question))
 
 
+def test_a_step_of_latents_encodes_no_frames(make_tiny_config):
+    config = make_tiny_config()
+    question = Question(sizes.of_data(config, "none.py"), latents=True)
+    prepared = compiling.prepare(rows.request(config, None, question))
+    system, held = prepared.program.system, sum(map(compiling.bytes_on_device, jax.tree.leaves(prepared.frozen)))
+    assert prepared.used == {} and held, "the step has no codec to encode with"
+    assert not [name for name in prepared.batch if name.startswith("next_obs/")]
+    assert prepared.batch["next_obs_latent"].shape == (config.batch_size, *system.latent_shape)
+    found = compiling.facts_before(prepared)
+    assert found["flops"]["frozen"] == 0.0 < found["flops"]["trained"]
+    step = SimpleNamespace(input_shardings=((prepared.state, {}, {n: x.sharding for n, x in prepared.batch.items()}),))
+    assert compiling.unused_bytes(step, prepared.frozen, {}, prepared.batch) == {"frozen": held, "batch": 0}
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [

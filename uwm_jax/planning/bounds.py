@@ -1,8 +1,10 @@
 """Bounds and the estimate of a step's time, made of facts about the compiled program and the constants of `chips`.
 
-The lower bound is arithmetic: no step is faster than its products at the chip's peak, than the bytes of its schedule
-through the chip's memory, or than what it sends over its links. The estimate is the compiler's own: the cycles of its
-schedule, and the transfers that nothing is scheduled next to. Both are predicted; neither was run.
+The lower bound is arithmetic about one compiled program: no step of this program is faster than about its products at
+the chip's peak, the bytes of its schedule through the chip's memory, or what it sends over its links. Products are
+three times those of the forward pass, of which the first layers need a little less; bytes count an operand in full that
+a fusion reads in part. Another program of the same config can move less. The estimate is the compiler's own: the cycles
+of its schedule, and the transfers that nothing is scheduled next to. Both are predicted; neither was run.
 """
 
 from __future__ import annotations

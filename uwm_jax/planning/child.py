@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from uwm_jax import host_memory
+from uwm_jax import ending, host_memory
 from uwm_jax.errors import UserError
 from uwm_jax.planning import compiling, measuring
 
@@ -23,6 +23,7 @@ def main() -> None:
     """Answers the request on the standard input."""
     host_memory.keep_freed()  # as commands do
     request = json.load(sys.stdin)
+    ending.end_with(request["parent"])  # compiling takes minutes, in which nobody writes to a closed output
     with _answering():
         _tell("lowering the step")
         prepared, lowering = _timed(lambda: compiling.prepare(request))

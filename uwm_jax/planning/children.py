@@ -124,7 +124,7 @@ def _in_child(request: Mapping[str, Any], name: str, say: Say) -> Answer:
 def _converse(process: Any, request: Mapping[str, Any], name: str, say: Say, noise: Any) -> Answer:
     clock, found = _Clock(name, say), {}
     with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(json.dumps(request))
+        process.stdin.write(json.dumps({**request, "parent": os.getpid()}))
         process.stdin.close()
     with clock:
         for line in process.stdout:

@@ -126,10 +126,10 @@ def with_slices(config: ConfigDict, place: Topology | None) -> ConfigDict:
     Raises:
       UserError: it asks for another number of slices.
     """
-    slices, field = place.slices if place else 1, config.mesh.get("slices", 1)
+    slices, field = place.slices if place else 1, config.mesh.slices
     if place is None or slices == field:
         return config
-    if field != 1 or "slices" not in config.mesh:
+    if field != 1:
         raise UserError(
             f"config.mesh.slices={field} does not fit --topology={place.name} of {slices} slice(s): set it to "
             f"{slices}, or leave it at 1."
@@ -146,7 +146,7 @@ def check_batch(config: ConfigDict, place: Topology) -> None:
     if place.chips % (mesh.fsdp * mesh.tensor) or mesh.data not in (-1, shares // mesh.fsdp):
         return  # the mesh itself does not fit
     if config.batch_size % (shares * parts):
-        most = max(math.gcd(config.batch_size, shares * parts) // parts, 1) * mesh.tensor
+        most = math.gcd(config.batch_size, shares * parts) // parts * mesh.tensor
         in_parts = f" in config.accumulation_steps={parts} parts" if parts > 1 else ""
         raise UserError(
             f"config.batch_size={config.batch_size} does not divide over data x fsdp = {shares} chips{in_parts}: the "
