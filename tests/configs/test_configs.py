@@ -13,11 +13,14 @@ from uwm_jax import codecs, systems
 from uwm_jax import config as config_lib
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
-from uwm_jax.planning import compiling, rows, sizes
+from uwm_jax.parallel.mesh import make_mesh
+from uwm_jax.planning import compiling, rows, sizes, topology
 from uwm_jax.planning.rows import Question
 from uwm_jax.planning.table import table
 from uwm_jax.sweeps.members import groups, make_members, read_members
+from uwm_jax.sweeps.program import SweepProgram
 from uwm_jax.synthetic import synthetic_arrays, synthetic_batch, synthetic_spec
+from uwm_jax.training.build import build
 
 FOLDER = Path(__file__).parents[2] / "configs"
 SWEEPS = sorted(p for p in (FOLDER / "sweeps").glob("*.py") if p.stem != "__init__")
@@ -83,6 +86,37 @@ def assert_a_step_runs(config, path):
     state, metrics = step(state, frozen, batch)
     assert state.step == 1 and np.isfinite(metrics["loss"].value)
     return system, state, frozen, batch
+
+
+@pytest.mark.slow
+def test_the_program_of_a_sweep_in_tiny_form(tmp_path, monkeypatch):
+    """What `uwm_jax.plan` compiles is what `launch.sweep` compiles, and its row has the memory of that program."""
+    monkeypatch.setenv("UWM_DATA_DIR", str(tmp_path))  # no data
+    path = FOLDER / "sweeps" / "loss_weights.py"
+    small = dict(TINY) | {"accumulation_steps": "1", "sweep.members_at_once": "0", "model.depth": "1"}
+    small |= {"model.codec.name": "pixels", "data.augment.random_crop": "False", "data.augment.hue": "0"}
+    members = make_members(config_lib.load(str(path), list(small.items())), read_members(str(path)))[:2]
+    config, place = members[0].config, topology.find("v5e-1")
+    question = Question(sizes.of_data(config, str(path)), members=2, names=tuple(m.name for m in members))
+    prepared = compiling.prepare(rows.request(config, None, question))
+
+    mesh = make_mesh(config, members=2)
+    program = build(config, question.data.spec, codecs.from_config(config), mesh)
+    sweep, frozen = SweepProgram(program, 2), synthetic_arrays(config, program.system.codec)
+    assert prepared.lowered.as_text() == sweep.lower_step(frozen, program.batch_like).as_text()
+    # The same text for both, so that either can be compiled; most of the time is optimisation.
+    step = prepared.lowered.compile({"xla_backend_optimization_level": 0})
+    facts = {**compiling.facts_of(prepared, step), **compiling.NO_EVALUATION}
+    row = rows.row_of("v5e-1", config, place, question, {"facts": facts, "seconds": 0.0, "cached": False})
+    plan = step.memory_analysis()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.shapes))
+    assert row["parameter_bytes"] + row["optimizer_bytes"] <= 2 * held <= plan.argument_size_in_bytes
+    assert row["peak_hbm_bytes"] == plan.argument_size_in_bytes + plan.temp_size_in_bytes + (
+        plan.output_size_in_bytes - plan.alias_size_in_bytes
+    )
+    single = config.batch_size * program.system.flops().training
+    assert single < row["flops_per_step"] <= 2 * single
+    assert row["members_per_chip"] == 2 < row["members_per_chip_at_most"] and row["fits"]
 
 
 @pytest.mark.slow
