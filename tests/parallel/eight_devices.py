@@ -29,6 +29,7 @@ from uwm_jax.data.windows import WindowSpec
 from uwm_jax.evaluation.evaluator import make_evaluation
 from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.sweeps.program import encode_once
 from uwm_jax.synthetic import synthetic_batch
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.systems.uwm.tree import TREE
@@ -191,8 +192,31 @@ def encode_six_frames() -> dict:
     return encoded | {name: x.ravel().tolist() for name, x in latents.items()}
 
 
+def encode_for_members() -> dict:
+    """What a sweep encodes of two rows on sweep 4 x data 2, and the same of one device."""
+    config = tiny((2, 1, 1), 1)
+    config.batch_size, config.sweep.devices = 2, 4
+    mesh = mesh_lib.make_mesh(config, jax.devices(), members=4)
+    system, frozen = make_system(config)
+    inputs = (frozen, {**synthetic_batch(system, 2), "row": jnp.arange(2)}, jax.random.key(3))
+    rules = sharding.load_rules(config.mesh.rules, "uwm", TREE.mesh_rules)
+
+    def encode(frozen, batch, key):
+        return encode_once(system, mesh, frozen, batch, key)
+
+    placed = jax.device_put(inputs, mesh_lib.replicated(mesh))
+    compiled = compile_for(mesh, rules, encode, *placed, updates_state=False)
+    one = jax.jit(system.encode)(*inputs)
+    return {
+        "encoded_frames": frames_of_convolutions(compiled.as_text()),
+        "whole": [np.asarray(x, np.float64).ravel().tolist() for x in jax.tree.leaves(one)],
+        "spread": [np.asarray(x, np.float64).ravel().tolist() for x in jax.tree.leaves(compiled(*placed))],
+    }
+
+
 if __name__ == "__main__":
     names = sys.argv[2:] or VARIANTS
-    results = {name: run(*VARIANTS[name]) for name in names} | {"six frames": encode_six_frames()}
+    results = {name: run(*VARIANTS[name]) for name in names}
+    results |= {"six frames": encode_six_frames(), "two rows": encode_for_members()}
     with open(sys.argv[1], "w") as file:
         json.dump(results, file)

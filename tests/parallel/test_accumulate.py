@@ -179,3 +179,7 @@ def test_frozen_frames_are_encoded_once(runs):
     uneven = runs["six frames"]
     assert set(uneven["encoded_frames"]) == {1}, "two of the eight devices have a frame of padding"
     np.testing.assert_allclose(uneven["spread"], uneven["whole"], rtol=1e-5, atol=1e-8)
+    of_members = runs["two rows"]
+    assert set(of_members["encoded_frames"]) == {1}, "four frames of each row, over the devices of its four members"
+    for spread, whole in zip(of_members["spread"], of_members["whole"], strict=True):
+        np.testing.assert_allclose(spread, whole, rtol=1e-5, atol=1e-6)

@@ -204,7 +204,10 @@ def _key(seed: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def encode_once(system: System, mesh: Mesh, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
-    """`System.encode` of a whole batch, its rows spread over as many devices as divide them, then over (data, fsdp)."""
+    """`System.encode` of a whole batch, its rows spread over as many devices as divide them, then over (data, fsdp).
+
+    Where the rows do not divide over `sweep` or `tensor`, what the codec encodes is spread over that axis.
+    """
     if mesh.size == 1:
         return system.encode(frozen, batch, key)
     rows = len(batch["row"])
@@ -218,6 +221,7 @@ def encode_once(system: System, mesh: Mesh, frozen: Any, batch: Mapping[str, jax
         mesh=mesh,
         in_specs=(PartitionSpec(), spread, PartitionSpec()),
         out_specs=spread,
+        axis_names=set(axes),
         check_vma=False,
     )(frozen, batch, key)
     return jax.lax.with_sharding_constraint(encoded, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
