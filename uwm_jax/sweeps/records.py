@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from uwm_jax import host_memory
+from uwm_jax.parallel import distributed
 from uwm_jax.parallel.distributed import say
 from uwm_jax.runs.loop import Records
 from uwm_jax.runs.records import RunRecords
@@ -131,12 +132,12 @@ class SweepRecords(Records):
             del one
 
     def _copies(self, one: TrainState) -> int:
-        """How many members' copies, from which they are written, half of the host's free memory holds; at least 1."""
+        """How many members' copies, from which they are written, half of each host's free memory holds; at least 1."""
         size, free, count = host_bytes(one), host_memory.available(), len(self._left())
-        if free is None:
-            return count
-        most = min(count, max(1, free // 2 // size))
-        if most < count and not self._told:
+        # a process all of whose parts another one writes too copies nothing
+        here = count if free is None or not size else min(count, max(1, free // 2 // size))
+        most = min(distributed.gather(here))
+        if free is not None and most < count and not self._told:
             self._told = True
             say(
                 f"checkpoints of {count} members are written {most} at a time, while training waits: each is copied to "
