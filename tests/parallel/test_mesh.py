@@ -79,10 +79,12 @@ def test_sizes_that_the_links_do_not_allow_are_refused(monkeypatch, error):
 
 
 def test_batch_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match=r"config.batch_size=36 .* 8 devices: choose a multiple of 8"):
+    with pytest.raises(
+        UserError, match=r"config.batch_size=36 .* 8 devices: the nearest that do are 32 and 40; 36 .* at most 4"
+    ):
         mesh_lib.make_mesh(config(36, fsdp=2), devices(8))
     with pytest.raises(
-        UserError, match=r"config.batch_size=24 .* config.accumulation_steps=2 parts: .* multiple of 16"
+        UserError, match=r"config.batch_size=24 .* config.accumulation_steps=2 parts: .* 16 and 32; 24 rows"
     ):
         mesh_lib.make_mesh(config(24, accumulation_steps=2), devices(8))
     mesh_lib.make_mesh(config(36, tensor=2), devices(8))  # the rows run over 4 only
@@ -181,3 +183,16 @@ def test_processes_with_other_members_load_the_same_rows():
     assert groups((2, 2, 1, 1), 2) == [(0, 1), (0, 1)]
     assert groups((2, 2, 1, 2), 2) == [(0, 2), (1, 2), (0, 2), (1, 2)]
     assert groups((1, 4, 1, 1), 2) == [(0, 2), (1, 2)]
+
+
+def test_the_nearest_batches_that_divide_and_the_devices_that_one_can_use():
+    droid = config(144)
+    with pytest.raises(UserError, match="the nearest that do are 256; 144 rows can use at most 16 of the 256 devices"):
+        mesh_lib.find_sizes(droid, 256, "TPU")
+    assert mesh_lib.find_sizes(droid, 16, "TPU") == (1, 16, 1, 1)
+    parts = config(36, accumulation_steps=2)
+    message = "in config.accumulation_steps=2 parts: .* are 32 and 64; 36 rows .* at most 2 of"
+    with pytest.raises(UserError, match=message):
+        mesh_lib.find_sizes(parts, 16, "TPU")
+    with pytest.raises(UserError, match="2 devices for each of config.sweep.devices=4: .* are 2 and 4"):
+        mesh_lib.find_sizes(config(3), 8, "TPU", members=4)

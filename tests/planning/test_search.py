@@ -8,9 +8,8 @@ import math
 import jax
 import pytest
 
-from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
-from uwm_jax.planning import compiling, rows, search, sizes, topology
+from uwm_jax.planning import compiling, search, sizes, topology
 from uwm_jax.planning.rows import Question
 from uwm_jax.planning.table import settings
 
@@ -111,14 +110,3 @@ def test_a_batch_that_does_not_divide_gets_the_nearest_that_do(tiny, compiler):
     assert {made["batch_size"] for made in tried} <= {16, 20, 24} and "the nearest that do are 16 and 24" in said[0]
     for made in tried:
         assert made.get("warnings", []) == ([said[0].removeprefix("v5e-8: ")] if made["batch_size"] != 20 else [])
-    droid = config_lib.base()
-    droid.batch_size = 144
-    with pytest.raises(UserError, match="nearest that do are 256; 144 rows can use at most 16 of the 256 chips"):
-        rows.check_batch(droid, topology.find("v5e-256"))
-    droid.batch_size, droid.accumulation_steps = 36, 2
-    with pytest.raises(
-        UserError, match="in config.accumulation_steps=2 parts: .* are 32 and 64; 36 rows .* at most 2 of"
-    ):
-        rows.check_batch(droid, topology.find("v5e-16"))
-    droid.batch_size, droid.accumulation_steps = 144, 1
-    rows.check_batch(droid, topology.find("v5e-16"))

@@ -183,11 +183,6 @@ def arrays(shape: str) -> list[Array]:
     ]
 
 
-def size(shape: str) -> int:
-    """Bytes of all arrays in a shape, without padding."""
-    return sum(array.bytes for array in arrays(shape))
-
-
 # --- loops -----------------------------------------------------------------------------------------------
 
 

@@ -45,42 +45,18 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None, members:
     """
     devices = jax.devices() if devices is None else devices
     all_devices, kind = len(devices), getattr(devices[0], "platform", "")
-    sweep = _sweep_devices(config, all_devices, members) if members else 1
-    available = all_devices // sweep
-    asked = {name: config.mesh[name] for name in AXES}
-    rest = asked[FSDP_AXIS] * asked[TENSOR_AXIS]
-    text = ", ".join(f"config.mesh.{name}={size}" for name, size in asked.items())
-    each = f" for each of config.sweep.devices={sweep}" * (sweep > 1)
-    if asked[DATA_AXIS] == -1 and available % rest == 0:
-        asked[DATA_AXIS] = available // rest
-    if asked[DATA_AXIS] * rest != available:
-        hint = (
-            f"set config.mesh.data to {available // rest}, or to -1"
-            if available % rest == 0
-            else f"choose fsdp and tensor so that their product, {rest} now, divides {available}"
-        )
-        raise UserError(
-            f"{text} does not fit the {available} {kind} device(s) of this run{each}: expected data x fsdp x tensor = "
-            f"{available}; {hint}."
-        )
-    rows = asked[DATA_AXIS] * asked[FSDP_AXIS]
-    if config.batch_size % (rows * config.accumulation_steps):
-        parts = f" in config.accumulation_steps={config.accumulation_steps} parts" * (config.accumulation_steps > 1)
-        raise UserError(
-            f"config.batch_size={config.batch_size} does not divide over data x fsdp = {rows} devices{parts}: choose "
-            f"a multiple of {rows * config.accumulation_steps}."
-        )
+    sweep, data, fsdp, tensor = find_sizes(config, all_devices, kind, members)
     slices = config.mesh.slices
     by_process = _slice_attribute(slices, devices) == "process_index"
-    if asked[DATA_AXIS] % slices:
+    if data % slices:
         raise UserError(
-            f"config.mesh.slices={slices} does not divide the {asked[DATA_AXIS]} devices along config.mesh.data, which "
-            f"slices share: choose fsdp and tensor so that their product, {rest} now, divides the "
-            f"{available // slices} devices of a slice."
+            f"config.mesh.slices={slices} does not divide the {data} devices along config.mesh.data, which slices "
+            f"share: choose fsdp and tensor so that their product, {fsdp * tensor} now, divides the "
+            f"{data * fsdp * tensor // slices} devices of a slice."
         )
     before: tuple[int, ...] = (sweep,) if members else ()
     axes = (SWEEP_AXIS, *AXES) if members else AXES
-    inside = (*before, asked[DATA_AXIS] // slices, asked[FSDP_AXIS], asked[TENSOR_AXIS])
+    inside = (*before, data // slices, fsdp, tensor)
     across = (*[1 for _ in before], slices, 1, 1)
     try:
         if slices == 1:
@@ -91,12 +67,62 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None, members:
             )
     except (NotImplementedError, ValueError) as e:
         raise UserError(
-            f"{text} cannot be laid onto the links between the {all_devices} {kind} devices of this run "
+            f"{_text(config)} cannot be laid onto the links between the {all_devices} {kind} devices of this run "
             f"({str(e).splitlines()[0] if str(e) else type(e).__name__}): choose sizes of config.mesh.data, "
             "config.mesh.fsdp and config.mesh.tensor that are products of the sides of the devices' grid (on a 4x4 "
             "slice 4 and 4, or 16), or give all devices to one of them."
         ) from e
     return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def find_sizes(config: ConfigDict, count: int, kind: str, members: int = 0) -> tuple[int, int, int, int]:
+    """Devices along sweep, data, fsdp and tensor, of `count` of them in all.
+
+    Args:
+      kind: of device, for messages.
+      members: as `make_mesh` takes it.
+
+    Raises UserError when the sizes do not use every device, or the batch or the members do not divide over them; for a
+    batch it names the nearest that do.
+    """
+    sweep = _sweep_devices(config, count, members) if members else 1
+    available = count // sweep
+    data, fsdp, tensor = (config.mesh[name] for name in AXES)
+    rest = fsdp * tensor
+    each = f" for each of config.sweep.devices={sweep}" * (sweep > 1)
+    if data == -1 and available % rest == 0:
+        data = available // rest
+    if data * rest != available:
+        hint = (
+            f"set config.mesh.data to {available // rest}, or to -1"
+            if available % rest == 0
+            else f"choose fsdp and tensor so that their product, {rest} now, divides {available}"
+        )
+        raise UserError(
+            f"{_text(config)} does not fit the {available} {kind} device(s) of this run{each}: expected data x fsdp x "
+            f"tensor = {available}; {hint}."
+        )
+    rows, parts = data * fsdp, config.accumulation_steps
+    if config.batch_size % (rows * parts):
+        in_parts = f" in config.accumulation_steps={parts} parts" if parts > 1 else ""
+        most = math.gcd(config.batch_size, rows * parts) // parts * tensor
+        usable = f"; {config.batch_size} rows can use at most {most} of the {available} devices" if most else ""
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide over data x fsdp = {rows} devices{in_parts}{each}: "
+            f"the nearest that do are {' and '.join(map(str, nearest_batches(config.batch_size, rows * parts)))}"
+            f"{usable}."
+        )
+    return sweep, data, fsdp, tensor
+
+
+def nearest_batches(batch: int, shares: int) -> list[int]:
+    """The batch, if it divides over so many shares, else the nearest sizes that do, below and above."""
+    below = batch // shares * shares
+    return [batch] if below == batch else [size for size in (below, below + shares) if size]
+
+
+def _text(config: ConfigDict) -> str:
+    return ", ".join(f"config.mesh.{name}={config.mesh[name]}" for name in AXES)
 
 
 def _sweep_devices(config: ConfigDict, available: int, members: int) -> int:

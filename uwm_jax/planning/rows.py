@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.files import local_path
+from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.planning import bounds, children, topology
 from uwm_jax.planning.children import Say
 from uwm_jax.planning.sizes import Data
@@ -69,8 +70,8 @@ def row(name: str, config: ConfigDict, question: Question, say: Say) -> Row:
     place = None if name == HERE else topology.find(name)
     try:
         config = with_slices(config, place)
-        if place and not question.members:
-            check_batch(config, place)
+        if place:
+            mesh_lib.find_sizes(config, place.chips, "TPU", question.members)
     except UserError as e:
         return refused(name, config, question, e)
     answer = children.ask(request(config, place, question), name=name, cache=question.cache, say=say)
@@ -137,28 +138,6 @@ def with_slices(config: ConfigDict, place: Topology | None) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.mesh.slices = slices
     return config
-
-
-def check_batch(config: ConfigDict, place: Topology) -> None:
-    """Raises UserError where a batch does not divide over the chips of a topology, which names those nearby that do."""
-    mesh, parts = config.mesh, config.accumulation_steps
-    shares = place.chips // mesh.tensor
-    if place.chips % (mesh.fsdp * mesh.tensor) or mesh.data not in (-1, shares // mesh.fsdp):
-        return  # the mesh itself does not fit
-    if config.batch_size % (shares * parts):
-        most = math.gcd(config.batch_size, shares * parts) // parts * mesh.tensor
-        in_parts = f" in config.accumulation_steps={parts} parts" if parts > 1 else ""
-        raise UserError(
-            f"config.batch_size={config.batch_size} does not divide over data x fsdp = {shares} chips{in_parts}: the "
-            f"nearest that do are {' and '.join(map(str, nearest(config.batch_size, shares * parts)))}; "
-            f"{config.batch_size} rows can use at most {most} of the {place.chips} chips."
-        )
-
-
-def nearest(batch: int, shares: int) -> list[int]:
-    """The batch, if it divides over so many shares, else the nearest sizes that do, below and above."""
-    below = batch // shares * shares
-    return [batch] if below == batch else [size for size in (below, below + shares) if size]
 
 
 def refused(name: str, config: ConfigDict, question: Question, error: UserError) -> Row:

@@ -24,7 +24,7 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel import sharding
 from uwm_jax.planning import compiling, topology
 from uwm_jax.planning.children import Say
-from uwm_jax.planning.rows import Question, Row, check_batch, nearest, row, with_slices
+from uwm_jax.planning.rows import Question, Row, row, with_slices
 from uwm_jax.planning.topology import Topology
 from uwm_jax.training import flops
 from uwm_jax.training.build import Program
@@ -92,8 +92,8 @@ def search(name: str, config: ConfigDict, question: Question, *, best: int, say:
     in_one.accumulation_steps = 1
     remark = ""
     try:
-        check_batch(in_one, place)
-    except UserError as e:  # the search goes on with the nearest batches
+        mesh_lib.find_sizes(in_one, place.chips, "TPU")
+    except UserError as e:  # the search goes on with other meshes, and the nearest batches
         remark = str(e)
         say(f"{name}: {remark}")
     waiting = _fitting(name, config, question, place)
@@ -163,7 +163,7 @@ def _candidates(config: ConfigDict, question: Question, place: Topology) -> Iter
         placed = sharding.state_sharding(_mesh(data, fsdp, tensor), program.rules, program.shapes)
         placed = mesh_lib.with_sharding(program.shapes, placed)
         state = sum(map(compiling.bytes_on_device, jax.tree.leaves((placed, frozen))))
-        for batch in nearest(config.batch_size, data * fsdp):
+        for batch in mesh_lib.nearest_batches(config.batch_size, data * fsdp):
             rows = batch // (data * fsdp)
             held = state + (1 + max(config.data.prefetch, 1)) * row_bytes * rows
             seconds = work.seconds(batch, data, fsdp, tensor, REMAT[remat]) / batch
