@@ -169,6 +169,21 @@ ENTRY %main (p: f32[2,12,768,3072]) -> f32[768,3072] {
     assert found == {"rows": (("sweep", "fsdp"), True), "kernel": (("fsdp",), False)}
 
 
+def test_a_gradient_that_is_padded_to_whole_tiles_is_no_activation():
+    """Of 1,152 rows over 16 devices each holds 72, and the compiler scatters sums of 16 times 80."""
+    text = """
+HloModule jit_step, num_partitions=16
+
+ENTRY %main (p: f32[28,72,4608]) -> bf16[80,4608] {
+  %p = f32[28,72,4608]{2,1,0} parameter(0), sharding={devices=[1,16,1]<=[16]}, metadata={op_name="args[0].params['kernel']"}
+  %sum = bf16[1280,4608]{1,0} bitcast(%x)
+  ROOT %kernel = bf16[80,4608]{1,0} reduce-scatter(%sum), replica_groups={}, dimensions={0}, to_apply=%add
+}
+"""
+    (found,) = collectives.read(text)
+    assert (found.bytes, found.activations) == (1280 * 4608 * 2, False)
+
+
 def test_slices_exchange_their_sums_over_the_network_between_them():
     scatter, between, gather = on_tpu("slices", 2, 2, 2)
     assert (scatter.kind, scatter.axes, scatter.bytes) == ("reduce-scatter", ("fsdp",), KERNEL)

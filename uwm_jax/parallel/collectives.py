@@ -206,13 +206,17 @@ class _Reader:
         return unknown > 0
 
 
+_TILES = (8, 16, 128)  # rows of float32 and of bfloat16 in a TPU's tile, and its columns
+
+
 def _bytes(arrays: Iterable[Array]) -> int:
     return sum(a.bytes for a in arrays)
 
 
 def _parameter_sizes(module: Module) -> frozenset[int]:
     """Elements of the parameters of a program (its first argument): as each device holds them, whole, cut along some of
-    the mesh axes alone, and of a layer of those that are stacked, as in a sweep its members are, too."""
+    the mesh axes alone, and of a layer of those that are stacked, as in a sweep its members are, too. In gradients that
+    are scattered, compilers pad what a device holds along a cut axis to whole tiles."""
     sizes: set[int] = set()
     for instruction in module.computations[module.entry].values():
         if instruction.operation != "parameter" or not instruction.op_name.startswith("args[0]"):
@@ -221,7 +225,9 @@ def _parameter_sizes(module: Module) -> frozenset[int]:
         tiles = re.search(r"sharding=\{devices=\[([\d,]+)\]", instruction.attributes)
         factors = [int(n) for n in tiles[1].split(",")][: len(array.dims)] if tiles else []
         cut = {array.elements}
-        for factor in factors:
+        for held, factor in zip(array.dims, factors, strict=False):
+            padded = {-(-held // tile) * tile for tile in _TILES} if factor > 1 else set()
+            cut |= {elements // held * length for elements in cut for length in padded}
             cut |= {elements * factor for elements in cut}
         stacks = [math.prod(array.dims[:n]) for n in range(max(1, len(array.dims) - 1))]
         sizes |= cut | {elements // stacked for elements in cut for stacked in stacks[:3]}
