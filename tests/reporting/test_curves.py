@@ -29,6 +29,13 @@ def test_a_logarithmic_axis_has_short_labels():
     assert "10^" not in curves_svg(near) and "10^" in curves_svg(far)
 
 
+def test_a_logarithmic_axis_of_values_has_the_values_that_occur():
+    rates = [2.5e-4, 5e-4, 1e-3, 2e-3]
+    svg = curves_svg(Panel("loss", [Curve("a", rates, [4, 3, 2, 1])], over="rate", logarithmic_over=True))
+    texts = re.findall(r"<(?:text|tspan)[^>]*>([^<]+)<", svg)
+    assert texts[:4] == ["0.00025", "0.0005", "0.001", "0.002"] and "10^" not in svg
+
+
 def test_two_panels_have_no_id_in_common():
     used = [
         set(re.findall(r' id="([^"]+)"', curves_svg(Panel(title, [Curve("a", [1, 2], [1.0, 0.5])]))))

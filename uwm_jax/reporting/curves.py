@@ -14,6 +14,7 @@ PAGE_COLOR = "#010203"  # stands for the page's colour while matplotlib draws
 _PAGE_COLORS: dict[Any, Any] = {f"{part}.color": PAGE_COLOR for part in ("xtick", "ytick", "grid")} | {
     "axes.edgecolor": PAGE_COLOR
 }
+_MOST_TICKS = 8  # along a logarithmic axis of values
 
 
 class Curve(NamedTuple):
@@ -49,8 +50,12 @@ def curves_svg(panel: Panel) -> str:
         positive = [value for curve in panel.curves for value in curve.values if value > 0]
         if panel.logarithmic and max(positive, default=1) >= 2 * min(positive, default=1):
             axis.set_yscale("log")
-        if panel.logarithmic_over:
+        if panel.logarithmic_over:  # numbers at the values that occur, of which there are few
             axis.set_xscale("log")
+            found = sorted({step for curve in panel.curves for step in curve.steps})
+            shown = found[:: -(-len(found) // _MOST_TICKS) or 1]
+            axis.set_xticks(shown, labels=[f"{step:g}" for step in shown])
+            axis.set_xticks([], minor=True)
         if panel.zero:
             axis.axhline(0, color=PAGE_COLOR, linewidth=0.8)
 
