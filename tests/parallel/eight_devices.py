@@ -7,6 +7,7 @@ Run as a program of its own, because the number of devices is fixed when jax sta
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ os.environ["NPROC"] = "32"  # XLA's threads: with few cores' 8, all may wait for
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from uwm_jax.codecs import VAECodec
@@ -27,8 +29,10 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.evaluation.evaluator import make_evaluation
+from uwm_jax.models import target
 from uwm_jax.parallel import collectives, sharding
 from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.parallel.accumulate import each_value_and_grad
 from uwm_jax.sweeps.program import encode_once
 from uwm_jax.synthetic import synthetic_batch
 from uwm_jax.systems.uwm.system import UWM
@@ -214,9 +218,34 @@ def encode_for_members() -> dict:
     }
 
 
+def members_in_turn() -> dict:
+    """Gradients of four small members on sweep 2 x data 2 x fsdp 2, in the forms of accelerators and of CPUs."""
+    config = tiny((2, 2, 1), 1)
+    config.sweep.devices = 2
+    mesh = mesh_lib.make_mesh(config, jax.devices(), members=4)
+    rng = np.random.default_rng(4)
+    kernel = jax.device_put(rng.normal(size=(4, 6, 8)), NamedSharding(mesh, PartitionSpec("sweep", None, "fsdp")))
+    scale = jax.device_put(np.arange(1.0, 5.0), NamedSharding(mesh, PartitionSpec("sweep")))
+    rows = jax.device_put(rng.normal(size=(16, 6)), mesh_lib.batch_sharding(mesh))
+
+    def loss(kernel, scale, rows):
+        return scale * jnp.tanh(rows @ kernel).sum(), {"rows": jnp.float32(len(rows))}
+
+    found = {}
+    for platform in ("tpu", "cpu"):
+        gradients = functools.partial(each_value_and_grad, loss, mesh=mesh, at_once=1)  # traced anew
+        with target.tracing_for(platform, 8):
+            lowered = jax.jit(gradients).lower(kernel, scale, rows)
+        made = jax.tree.leaves(lowered.compile()(kernel, scale, rows))
+        values = [value for x in made for value in np.asarray(x).ravel().tolist()]
+        found[platform] = {"loops": lowered.as_text().count("stablehlo.while"), "values": values}
+    return found
+
+
 if __name__ == "__main__":
     names = sys.argv[2:] or VARIANTS
     results = {name: run(*VARIANTS[name]) for name in names}
     results |= {"six frames": encode_six_frames(), "two rows": encode_for_members()}
+    results |= {"members in turn": members_in_turn()}
     with open(sys.argv[1], "w") as file:
         json.dump(results, file)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uwm_jax.models.target import tracing_for
 from uwm_jax.parallel import collectives
-from uwm_jax.parallel.accumulate import value_and_grad
+from uwm_jax.parallel.accumulate import each_value_and_grad, value_and_grad
 
 ROOT = Path(__file__).parents[2]
 SPANS = ("t0-24", "t25-49", "t50-74", "t75-99")
@@ -59,6 +60,28 @@ def test_activations_of_one_part_live_at_a_time(problem):
 
     jax.jit(lambda p, b: value_and_grad(spy, p, b, mesh=None, steps=4))(params, batch)
     assert set(seen) == {(3, 3)}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("at_once", [1, 2, 0])
+def test_members_are_as_alone_in_the_forms_of_all_platforms(problem, platform, at_once):
+    """CPUs get one body after another, accelerators a loop, which a CPU runs too. Two of five leave one over."""
+    params, batch = problem
+    scales = jnp.arange(1.0, 6.0)
+    members = jax.tree.map(lambda x: x * scales.reshape(-1, *[1] * x.ndim), params)
+
+    def of_member(params, scale, rows):
+        value, sums = loss(params, rows)
+        return value * scale, sums
+
+    with tracing_for(platform, 1):
+        each = jax.jit(lambda p, s, b: each_value_and_grad(of_member, p, s, b, mesh=None, steps=3, at_once=at_once))
+        found = each(members, scales, batch)
+    for i in range(5):
+        alone = jax.value_and_grad(lambda p, i=i: of_member(p, scales[i], batch), has_aux=True)
+        expected = alone(jax.tree.map(lambda x, i=i: x[i], members))
+        one = jax.tree.map(lambda x, i=i: x[i], found)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), one, expected)
 
 
 # --- the real step on eight simulated devices ------------------------------------------------------------
@@ -183,3 +206,12 @@ def test_frozen_frames_are_encoded_once(runs):
     assert set(of_members["encoded_frames"]) == {1}, "four frames of each row, over the devices of its four members"
     for spread, whole in zip(of_members["spread"], of_members["whole"], strict=True):
         np.testing.assert_allclose(spread, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_loop_over_members_inside_a_mesh_is_as_one_after_another(runs):
+    """As accelerators compute members, with a kernel that the partitioner cuts over fsdp inside of the loop."""
+    looped, straight = runs["members in turn"]["tpu"], runs["members in turn"]["cpu"]
+    assert looped["loops"] > straight["loops"] == 0
+    np.testing.assert_allclose(looped["values"], straight["values"], rtol=1e-5, atol=1e-6)
+    assert np.std(straight["values"]) > 0.1
