@@ -82,17 +82,26 @@ def config(make_tiny_config):
     return make_config(make_tiny_config())
 
 
-def test_members_train_as_alone(finished, config, tmp_path):
-    """Their losses are those of single runs with the data's seed of the sweep; members are ordinary workdirs."""
-    member = make_members(config, OVERRIDES)[1]
-    train(member.config, tmp_path / "alone")
-    workdir = finished / "members" / NAMES[1]
-    found, expected = lines_of(workdir), lines_of(tmp_path / "alone")
-    assert [line["step"] for line in found] == [line["step"] for line in expected] == [1, 2, 3, 4, 6]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, make_tiny_config):
+    """The second member as a single run."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    train(make_members(make_config(make_tiny_config()), OVERRIDES)[1].config, workdir)
+    return workdir
+
+
+def assert_alike(found, expected, steps):
+    assert [line["step"] for line in found] == [line["step"] for line in expected] == steps
     for line, alone in zip(found, expected, strict=True):
         assert line.keys() == alone.keys()
         for name, value in alone.items():
             np.testing.assert_allclose(line[name], value, rtol=1e-4 if "norm" in name else 1e-5, err_msg=name)
+
+
+def test_members_train_as_alone(finished, alone):
+    """Their losses are those of single runs with the data's seed of the sweep; members are ordinary workdirs."""
+    workdir = finished / "members" / NAMES[1]
+    assert_alike(lines_of(workdir), lines_of(alone), [1, 2, 3, 4, 6])
     assert config_lib.read(workdir).data.seed == 0 and config_lib.read(workdir).seed == 1
     assert read_starts(workdir)[0]["changed"] == {"loss.weights.action": 5.0, "seed": 1}
     system, params, _, step = load_for_inference(workdir)
@@ -279,18 +288,21 @@ def test_two_processes_train_members_as_one_does(devices, finished, config, tmp_
     assert [m["status"] for m in record.read(tmp_path / "two").values()] == ["done", "done"]
 
 
-def test_a_member_continues_alone_and_the_sweep_does_not_move_it(finished, config):
+def test_a_member_continues_alone_and_the_sweep_does_not_move_it(finished, alone, config):
     """The last test of this file: it changes the sweep that the others read."""
-    member = make_members(config, OVERRIDES)[0]
+    other, name = NAMES[:2]
+    workdir, member = finished / "members" / name, make_members(config, OVERRIDES)[1]
     member.config.total_steps = 8
-    train(member.config, finished / "members" / NAMES[0])
-    assert latest_step(finished / "members" / NAMES[0]) == 8
+    train(member.config, workdir)
+    train(member.config, alone)
+    assert_alike(lines_of(workdir), lines_of(alone), [1, 2, 3, 4, 6, 8])
+    assert steps_of(workdir) == [8]
     assert sweep(config, finished) == NAMES[2:], "all have made the sweep's steps"
-    assert steps_of(finished / "members" / NAMES[0]) == [8]
+    assert steps_of(workdir) == [8]
     config.total_steps = 10
-    with pytest.raises(UserError, match=rf"no checkpoint of the same step.*{NAMES[0]}: \[8\]; {NAMES[1]}: \[6\]"):
+    with pytest.raises(UserError, match=rf"no checkpoint of the same step.*{other}: \[6\]; {name}: \[8\]"):
         sweep(config, finished)
-    assert [steps_of(finished / "members" / name) for name in NAMES[:2]] == [[8], [6]]
+    assert [steps_of(finished / "members" / each) for each in (other, name)] == [[6], [8]]
     member.config.seed = 5
-    with pytest.raises(UserError, match="config.seed is 5, but this workdir was started with 0"):
-        train(member.config, finished / "members" / NAMES[0])
+    with pytest.raises(UserError, match="config.seed is 5, but this workdir was started with 1"):
+        train(member.config, workdir)
