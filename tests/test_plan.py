@@ -109,5 +109,5 @@ def test_what_cannot_be_run_is_a_row_and_nothing_is_compiled(file, tmp_path, cap
     assert call(f"--config={file}", "--topology=v5e-16,2xv5e-4", "--config.batch_size=12", f"--json={output}") == 0
     rows = json.loads(output.read_text())
     assert [row["failure_kind"] for row in rows] == ["config", "config"]
-    assert "12 rows can use at most 4 of the 16 chips" in rows[0]["failure"]
+    assert "12 rows can use at most 4 of the 16 devices" in rows[0]["failure"]
     assert "v5e-16 (predicted, never run" in capsys.readouterr().out
