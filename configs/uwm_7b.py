@@ -12,6 +12,13 @@ again.
 
 Expect: 6,739.17 M parameters in the network, 5,033.56 M of them in the AdaLN layers of its blocks, 12.23 M in the
 image encoder and 83.65 M in the frozen VAE, and a first loss of 2.0. Nobody has trained it yet.
+
+Planned, predicted and never run (docs/scale.md):
+
+    64 chips  GB of limit     ms at best  estimate  chip-hours at best  estimate
+    v4-128    9.06 of 33.02   54.7        202.2     97                  360
+    v5e-64    9.50 of 16.91   84.4        231.8     150                 412
+    v5p-128   9.21 of 102.79  31.8        108.5     57                  193
 """
 
 from ml_collections import ConfigDict

@@ -22,6 +22,13 @@ so nothing but the batch is cut (`mesh.data`).
 
 Expect: 384.92 M parameters in the network, 283.17 M of them in the AdaLN layers of its blocks, 11.57 M in the image
 encoder and 83.65 M in the frozen VAE, and a first loss of 2.0. Nobody has trained it at this batch size.
+
+Planned, predicted and never run (docs/scale.md):
+
+    64 chips  GB of limit     ms at best  estimate  chip-hours at best  estimate
+    v4-128    8.21 of 33.02   25.9        87.4      46                  155
+    v5e-64    8.26 of 16.91   38.5        119.6     69                  213
+    v5p-128   8.31 of 102.79  13.8        48.2      25                  86
 """
 
 from ml_collections import ConfigDict

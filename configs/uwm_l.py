@@ -10,6 +10,13 @@ which each device of `mesh.fsdp=16` holds a sixteenth. `--config.mesh.fsdp=N` ta
 
 Expect: 1,310.58 M parameters in the network, 981.61 M of them in the AdaLN layers of its blocks, 11.70 M in the
 image encoder and 83.65 M in the frozen VAE, and a first loss of 2.0. Nobody has trained it yet.
+
+Planned, predicted and never run (docs/scale.md):
+
+    64 chips  GB of limit     ms at best  estimate  chip-hours at best  estimate
+    v4-128    3.99 of 33.02   23.9        81.2      42                  144
+    v5e-64    4.05 of 16.91   33.3        92.9      59                  165
+    v5p-128   4.00 of 102.79  14.3        46.4      25                  83
 """
 
 from ml_collections import ConfigDict

@@ -11,6 +11,13 @@ which each device of `mesh.fsdp=16` holds a sixteenth. `--config.mesh.fsdp=N` ta
 
 Expect: 1,916.01 M parameters in the network, 1,437.00 M of them in the AdaLN layers of its blocks, 11.77 M in the
 image encoder and 83.65 M in the frozen VAE, and a first loss of 2.0. Nobody has trained it yet.
+
+Planned, predicted and never run (docs/scale.md):
+
+    64 chips  GB of limit     ms at best  estimate  chip-hours at best  estimate
+    v4-128    4.59 of 33.02   26.1        97.8      46                  174
+    v5e-64    4.66 of 16.91   36.5        108.9     65                  194
+    v5p-128   4.69 of 102.79  15.7        56.4      28                  100
 """
 
 from ml_collections import ConfigDict
