@@ -17,7 +17,7 @@ from uwm_jax.sweeps import record as record_lib
 from uwm_jax.sweeps.program import ALIVE, SweepProgram, SweepState
 from uwm_jax.sweeps.record import Record
 from uwm_jax.training.goodput import duration
-from uwm_jax.training.log import loss_parts
+from uwm_jax.training.log import losses_of
 from uwm_jax.training.metrics import Metric
 from uwm_jax.training.state import TrainState
 
@@ -112,8 +112,7 @@ class SweepRecords(Records):
             if found.evaluated:
                 say(f"  {self._names[i]}:{self._records[i].evaluations.headlines(found.evaluated)}")
             self._records[i].write(step, found, rates)
-            shown = {name: found.means[name] for name in ("loss", *loss_parts(found.means))}
-            self._record.set(self._names[i], record_lib.TRAINING, step=step, last_losses=shown)
+            self._record.set(self._names[i], record_lib.TRAINING, step=step, last_losses=losses_of(found.means))
         self._record.write()
 
     def save(self, step: int, state: SweepState) -> None:

@@ -55,7 +55,7 @@ from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.log import MetricsLog, loss_parts, read_metrics
+from uwm_jax.training.log import MetricsLog, losses_of, read_metrics
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup
@@ -377,7 +377,7 @@ def _all_readable(live: Sequence[Place], step: int) -> bool:
 def last_losses(workdir: Path, step: int) -> dict[str, Any]:
     """`last_losses` of `sweep.json`, of the line of a step; {} where `metrics.jsonl` has none."""
     lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["step"] == step and "loss" in line]
-    return {"last_losses": {name: lines[-1][name] for name in ("loss", *loss_parts(lines[-1]))}} if lines else {}
+    return {"last_losses": losses_of(lines[-1])} if lines else {}
 
 
 def gather_states(places: Sequence[Place], sweep: SweepProgram, origin: Any, start_step: int) -> SweepState:

@@ -128,6 +128,11 @@ def loss_parts(metrics: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in metrics if name.startswith("loss/") and name.count("/") == 1)
 
 
+def losses_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The total loss and its parts among a line's metrics, by name."""
+    return {name: metrics[name] for name in ("loss", *loss_parts(metrics))}
+
+
 def progress_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     """`step 200/1000  loss 0.812 (action 0.402, next_obs 0.410)  285 samples/s  data wait 1 %  ETA 3:20`.
 
