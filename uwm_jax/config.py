@@ -18,7 +18,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from uwm_jax import config_checks, systems
-from uwm_jax.data.source_fields import source as source
+from uwm_jax.data.fields import data_fields
+from uwm_jax.data.fields import source as source
 from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import local_path
 from uwm_jax.reading import parse_json, read_json, run_python
@@ -69,45 +70,7 @@ def base(system: str = "uwm") -> ConfigDict:
     # DIR@STEP of another run, from whose whole state this one goes on under its own schedule and total_steps; "" = none
     c.branch_from = ""
 
-    c.data = ConfigDict()
-    c.data.path = "droid"  # dataset directory, relative to $UWM_DATA_DIR (default data/) unless absolute
-    # of the order of samples, their augmentation and the codec's posterior; -1 = config.seed
-    c.data.seed = -1
-    c.data.split = "train"  # the dataset's own split; validation episodes are held out of it
-    c.data.sources = ConfigDict()  # {name: source()} of a mixture; empty = data.path alone
-    # observation keys of the images, one view each; of one size after resizing
-    c.data.cameras = ("exterior_image_1_left", "exterior_image_2_left", "wrist_image_left")
-    c.data.low_dim = ()  # observation keys of low-dimensional state, e.g. ("gripper_position",)
-    c.data.text = ""  # step key of a precomputed text embedding; "" = none
-    c.data.action = (("action", "identity"),)  # pairs (step key, transform) that make the action, joined in this order
-    c.data.window = ConfigDict()  # a group of steps that is () is absent: it is neither in batches nor decoded
-    c.data.window.obs = (0, 1)  # current frames, in steps from the window's origin
-    c.data.window.action = tuple(range(1, 17))  # steps of the action chunk, from the window's origin
-    c.data.window.next_obs = (17, 18)  # frames to predict, in steps from the window's origin
-    c.data.window.pad = "none"  # none: windows lie inside the episode; edge: its first and last step are repeated
-    # () or (first, last) steps that lie inside the episode as well, unread, so that configs with shorter windows have
-    # the windows (episode and origin) of the longest
-    c.data.window.reserve = ()
-    c.data.drop_nonfinite = False  # whether to leave out episodes with NaN or infinity in the keys that are read
-    c.data.val_ratio = 0.05  # share of episodes held out for evaluation
-    # of an episode, where the data mark it by is_last (RLDS leaves it undefined): drop, or keep (official)
-    c.data.last_action = "drop"
-    # of actions and low-dimensional state, to [-1, 1]: minmax, quantile (1 % to 99 %), none
-    c.data.normalize = "minmax"
-    # streams that the windows are divided among, each shuffled within its own range; fixes the order
-    c.data.num_streams = 1024
-    c.data.num_threads = 4  # threads that read and decode, in each process
-    c.data.prefetch = 4  # batches that are on the device ahead of the step
-    c.data.resize = (240, 320)  # (height, width) that camera images are resized to
-    c.data.crop = (224, 224)  # (height, width) of the crop: random in training where data.augment says so, else central
-    c.data.augment = ConfigDict()
-    c.data.augment.random_crop = True  # whether to crop at random places in training
-    c.data.augment.brightness = 0.2  # largest relative change of brightness in training; 0 = none
-    c.data.augment.contrast = 0.2  # largest relative change of contrast; 0 = none
-    c.data.augment.saturation = 0.2  # largest relative change of saturation; 0 = none
-    c.data.augment.hue = 0.2  # largest change of hue, in turns of the colour circle, at most 0.5; 0 = none
-    # sample: one draw of the augmentation per sample and view; batch: per batch and view (official)
-    c.data.augment.draw = "sample"
+    c.data = data_fields()
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-4  # of AdamW, after the warm-up

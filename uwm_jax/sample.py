@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 
 from uwm_jax import cli, config_help, files, systems
-from uwm_jax.data.ranges import far_out
+from uwm_jax.data.value_ranges import far_out
 from uwm_jax.errors import UserError, closest, warn
 from uwm_jax.systems.base import System
 from uwm_jax.torch_bridge import weights

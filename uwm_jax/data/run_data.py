@@ -18,11 +18,11 @@ import numpy as np
 
 from uwm_jax.data.held_out import FixedWindows
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.data.ranges import Range, about_pool, ranges_of
 from uwm_jax.data.remarks import far_out, few_held_out
 from uwm_jax.data.samples import Clip
 from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, pooled_stats, spec_of
 from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.value_ranges import Range, about_pool, ranges_of
 from uwm_jax.data.windows import Windows
 from uwm_jax.ending import leave_behind
 from uwm_jax.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from uwm_jax.data import source_fields
+from uwm_jax.data import fields as fields_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import StreamOrder, mix
 from uwm_jax.data.records import Dataset, dataset_dir
@@ -140,7 +140,7 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
     if not config.sources:
         dataset = Dataset(dataset_dir(config.path), config.split)
         name = dataset.directory.name
-        return {name: Source(name, str(dataset.directory), dataset, config, source_fields.source(), seed)}
+        return {name: Source(name, str(dataset.directory), dataset, config, fields_lib.source(), seed)}
     sources: dict[str, Source] = {}
     opened: dict[tuple[str, str], Dataset] = {}
     for name, fields in sorted(config.sources.items()):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from uwm_jax.data.ranges import under
+from uwm_jax.data.value_ranges import under
 from uwm_jax.errors import warn
 from uwm_jax.evaluation import places
 from uwm_jax.evaluation.data import Data, open_data

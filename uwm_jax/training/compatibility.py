@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from uwm_jax import codecs, systems
 from uwm_jax import config as config_lib
-from uwm_jax.data.ranges import Range, under
 from uwm_jax.data.sources import keys_read
 from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.value_ranges import Range, under
 from uwm_jax.data.windows import GROUPS
 from uwm_jax.errors import UserError
 from uwm_jax.training import average

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.data.ranges import about_pool, ranges_of
 from uwm_jax.data.stats import column_stats
+from uwm_jax.data.value_ranges import about_pool, ranges_of
 
 
 def test_ranges_are_what_a_normaliser_maps_onto_one():

@@ -1,0 +1,75 @@
+"""Config fields of data: `config.data`, and a source of a mixture, which configs make by `uwm_jax.config.source`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def data_fields() -> ConfigDict:
+    """`config.data` with its defaults."""
+    d = ConfigDict()
+    d.path = "droid"  # dataset directory, relative to $UWM_DATA_DIR (default data/) unless absolute
+    # of the order of samples, their augmentation and the codec's posterior; -1 = config.seed
+    d.seed = -1
+    d.split = "train"  # the dataset's own split; validation episodes are held out of it
+    d.sources = ConfigDict()  # {name: source()} of a mixture; empty = data.path alone
+    # observation keys of the images, one view each; of one size after resizing
+    d.cameras = ("exterior_image_1_left", "exterior_image_2_left", "wrist_image_left")
+    d.low_dim = ()  # observation keys of low-dimensional state, e.g. ("gripper_position",)
+    d.text = ""  # step key of a precomputed text embedding; "" = none
+    d.action = (("action", "identity"),)  # pairs (step key, transform) that make the action, joined in this order
+    d.window = ConfigDict()  # a group of steps that is () is absent: it is neither in batches nor decoded
+    d.window.obs = (0, 1)  # current frames, in steps from the window's origin
+    d.window.action = tuple(range(1, 17))  # steps of the action chunk, from the window's origin
+    d.window.next_obs = (17, 18)  # frames to predict, in steps from the window's origin
+    d.window.pad = "none"  # none: windows lie inside the episode; edge: its first and last step are repeated
+    # () or (first, last) steps that lie inside the episode as well, unread, so that configs with shorter windows have
+    # the windows (episode and origin) of the longest
+    d.window.reserve = ()
+    d.drop_nonfinite = False  # whether to leave out episodes with NaN or infinity in the keys that are read
+    d.val_ratio = 0.05  # share of episodes held out for evaluation
+    # of an episode, where the data mark it by is_last (RLDS leaves it undefined): drop, or keep (official)
+    d.last_action = "drop"
+    # of actions and low-dimensional state, to [-1, 1]: minmax, quantile (1 % to 99 %), none
+    d.normalize = "minmax"
+    # streams that the windows are divided among, each shuffled within its own range; fixes the order
+    d.num_streams = 1024
+    d.num_threads = 4  # threads that read and decode, in each process
+    d.prefetch = 4  # batches that are on the device ahead of the step
+    d.resize = (240, 320)  # (height, width) that camera images are resized to
+    d.crop = (224, 224)  # (height, width) of the crop: random in training where data.augment says so, else central
+    d.augment = ConfigDict()
+    d.augment.random_crop = True  # whether to crop at random places in training
+    d.augment.brightness = 0.2  # largest relative change of brightness in training; 0 = none
+    d.augment.contrast = 0.2  # largest relative change of contrast; 0 = none
+    d.augment.saturation = 0.2  # largest relative change of saturation; 0 = none
+    d.augment.hue = 0.2  # largest change of hue, in turns of the colour circle, at most 0.5; 0 = none
+    # sample: one draw of the augmentation per sample and view; batch: per batch and view (official)
+    d.augment.draw = "sample"
+    return d
+
+
+def source(**fields: Any) -> ConfigDict:
+    """One source of `config.data.sources`; `fields` change the defaults."""
+    s = ConfigDict()
+    s.path = ""  # as config.data.path; "" = that one
+    s.split = ""  # as config.data.split; "" = that one
+    s.weight = 1.0  # share of the samples, relative to the other sources; may change when a run continues
+    s.use_actions = True  # False: its actions are not used, as with video; rows have action_mask False
+    # Conditions of which an episode must meet one: a string that its path contains, or (key, string) that this text of
+    # the episode contains. Strings of one key are alternatives, and every key that occurs must match:
+    # ("success", ("recording_folderpath", "LAB")). () = all episodes
+    s.include = ()
+    s.exclude = ()  # conditions, as in include, of which an episode may meet none
+    s.path_key = "episode_metadata/file_path"  # key of the episode's path
+    s.max_episodes = 0  # at most so many of the episodes that pass, held-out ones included; 0 = all
+    s.max_episodes_seed = 0  # decides which episodes max_episodes takes
+    s.cameras = ()  # this source's keys for config.data.cameras, in that order; () = the same keys
+    # What a source without actions shows in views that it has no camera for: same (its first camera), none (black; its
+    # camera's view is drawn for each sample), random (other windows of the source)
+    s.fill_views = "same"
+    s.action = ()  # as config.data.action; () = that one
+    s.update(fields)
+    return s
