@@ -1,0 +1,52 @@
+"""Small video files whose frames tell which they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+SIZE = (48, 64)
+_STEP = 8  # grey levels between two frames
+
+
+def picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """(H, W, 3) uint8: grey by the frame's number, with a bright upper left quarter, so that flips show."""
+    image = np.full((*size, 3), 16 + _STEP * (number % 24), np.uint8)
+    image[: size[0] // 2, : size[1] // 2, 0] += 40
+    return image
+
+
+def number_of(image: np.ndarray) -> int:
+    """The number of a picture that was encoded and decoded; of the first 24."""
+    return round((float(np.median(image[-8:, -8:])) - 16) / _STEP)
+
+
+def write_clip(
+    path: Path,
+    numbers: Sequence[int],
+    times: Sequence[Fraction | float] | None = None,
+    *,
+    fps: int = 10,
+    codec: str = "libx264",
+    size: tuple[int, int] = SIZE,
+    key_every: int = 12,
+) -> None:
+    """Writes the pictures `numbers` with the time stamps `times` in seconds; None: one every 1 / fps."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"libx264": {"preset": "ultrafast", "bf": "2"}, "libsvtav1": {"preset": "12"}}.get(codec, {})
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = key_every
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i, number in enumerate(numbers):
+            frame = av.VideoFrame.from_ndarray(picture(number, size), format="rgb24")
+            frame.pts = round(1000 * (times[i] if times is not None else Fraction(i, fps)))
+            frame.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
