@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import rlds
 from data_prep.chunks import Layout, step_features, why_unusable
-from data_prep.cutting import MAX_NOTES, Result
+from data_prep.cutting import Result, first_notes
 from data_prep.features import STEPS, Feature, as_images
+from data_prep.inputs import Corpus
 from uwm_jax.data import records
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text, writing
@@ -35,12 +35,12 @@ def check_files(layout: Layout, splits: Iterable[str], where: Path) -> None:
             owners[file] = owner
 
 
-def assemble(building: Path, source: rlds.Source, layout: Layout, results: dict[str, list[Result]]) -> dict[str, Any]:
+def assemble(building: Path, corpus: Corpus, layout: Layout, results: dict[str, list[Result]]) -> dict[str, Any]:
     """Assembles the parts: final shard names, index, columns, TFDS's two files, manifest."""
     splits, info_splits = {}, []
     for split, parts in results.items():
         if any(part.lengths for part in parts):
-            splits[split] = _assemble_split(building, source, layout, split, parts)
+            splits[split] = _assemble_split(building, corpus, layout, split, parts)
             lengths = [str(shard["records"]) for shard in splits[split]["shards"]]
             info_splits.append(
                 {
@@ -51,45 +51,47 @@ def assemble(building: Path, source: rlds.Source, layout: Layout, results: dict[
                 }
             )
         else:
-            notes = "\n  ".join(note for part in parts for note in part.notes) or "its files hold no record"
+            notes = "\n  ".join(note for _, note in first_notes(parts, 5)) or "its files hold no record"
             if len(results) == 1:
-                raise UserError(f"{source.path}: no usable episode in split {split!r}:\n  {notes}")
+                raise UserError(f"{corpus.path}: no usable episode in split {split!r}:\n  {notes}")
             print(f"split {split!r} has no usable episode and is left out:\n  {notes}")
     if not splits:
-        raise UserError(f"{source.path}: no usable episode in {', '.join(map(repr, results))}.")
+        raise UserError(f"{corpus.path}: no usable episode in {', '.join(map(repr, results))}.")
     shutil.rmtree(building / "parts")
 
-    steps = step_features(source.features)
+    steps = step_features(corpus.features)
     manifest = {
         "format": records.FORMAT,
         "format_version": records.FORMAT_VERSION,
-        "name": source.name,
-        "version": source.version,
-        "source": {"path": str(source.path), "file_format": source.file_format, "splits": sorted(source.splits)},
+        "name": corpus.name,
+        "version": corpus.version,
+        "source": {"path": str(corpus.path), **corpus.source},
         "chunk_steps": layout.chunk_steps,
         "step_features": {key: _described(key, feature, layout) for key, feature in steps.items()},
         "unusable_keys": {key: reason for key, feature in steps.items() if (reason := why_unusable(feature))},
         "episode_features": {
             name: {"shape": None if f.shape is None else list(f.shape), "dtype": f.dtype}
-            for name, f in source.features.items()
+            for name, f in corpus.features.items()
             if not name.startswith(STEPS)
         },
         "cameras": {key: {"height": h, "width": w} for key, (h, w) in layout.cameras.items()},
         "splits": splits,
     }
-    info = source.info | {"fileFormat": "array_record", "splits": info_splits}
-    stored = _stored_features(source, layout)
+    if taken := manifest.keys() & corpus.facts.keys():
+        raise ValueError(f"facts of a corpus that are fields of every manifest: {taken}")
+    manifest |= corpus.facts
+    info = {**corpus.info, "name": corpus.name, "version": corpus.version, "fileFormat": "array_record"}
+    info["splits"] = info_splits
+    stored = _stored_features(corpus, layout)
     for name, value in (("dataset_info", info), ("features", stored), ("manifest", manifest)):
         write_text(building / f"{name}.json", json.dumps(value, indent=1))
     return manifest
 
 
-def _assemble_split(
-    building: Path, source: rlds.Source, layout: Layout, split: str, parts: list[Result]
-) -> dict[str, Any]:
+def _assemble_split(building: Path, corpus: Corpus, layout: Layout, split: str, parts: list[Result]) -> dict[str, Any]:
     shards = [shard for part in parts for shard in part.shards]
     for i, shard in enumerate(shards):
-        shard["file"] = f"{source.name}-{split}.array_record-{i:05d}-of-{len(shards):05d}"
+        shard["file"] = f"{corpus.name}-{split}.array_record-{i:05d}-of-{len(shards):05d}"
         shard.pop("part").rename(building / shard["file"])
     lengths = np.asarray([n for part in parts for n in part.lengths], np.int64)
     chunks = -(-lengths // layout.chunk_steps)
@@ -125,15 +127,17 @@ def _assemble_split(
         *(records.column_file(split, key) for key in layout.columns),
     ]
     skipped: collections.Counter[str] = sum((part.skipped for part in parts), collections.Counter())
-    return {
+    remarks: collections.Counter[str] = sum((part.remarks for part in parts), collections.Counter())
+    described = {
         "episodes": len(lengths),
         "steps": int(lengths.sum()),
         "chunks": int(chunks.sum()),
         "skipped": dict(skipped),
-        "skipped_notes": [note for part in parts for note in part.notes][:MAX_NOTES],
+        "skipped_notes": [note for _, note in first_notes(parts)],
         "shards": shards,
         "files": {file: {"crc32c": records.checksum(building / file)} for file in files},
     }
+    return described | ({"remarks": dict(remarks)} if remarks else {})
 
 
 def _described(key: str, feature: Feature, layout: Layout) -> dict[str, Any]:
@@ -149,7 +153,7 @@ def _described(key: str, feature: Feature, layout: Layout) -> dict[str, Any]:
     return described
 
 
-def _stored_features(source: rlds.Source, layout: Layout) -> dict[str, Any]:
+def _stored_features(corpus: Corpus, layout: Layout) -> dict[str, Any]:
     """The feature tree of the records: with a chunk's position in its episode, and pixels as PNG."""
     scalar = {
         "pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar",
@@ -159,6 +163,6 @@ def _stored_features(source: rlds.Source, layout: Layout) -> dict[str, Any]:
         "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
         "featuresDict": {"features": {"first_step": scalar, "episode_steps": scalar}},
     }
-    stored = as_images(source.features_json, {STEPS + key: shape for key, shape in layout.pixels.items()})
+    stored = as_images(dict(corpus.tree), {STEPS + key: shape for key, shape in layout.pixels.items()})
     top = stored["featuresDict"]
     return stored | {"featuresDict": top | {"features": top["features"] | {"chunk": chunk}}}

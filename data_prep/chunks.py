@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import math
 
 import numpy as np
-from PIL import Image
 
+from data_prep.episodes import encode_png
 from data_prep.features import STEPS, Feature
 from uwm_jax.data import example
 from uwm_jax.data.records import COLUMN_MAX_SIZE, image_size
@@ -227,7 +226,7 @@ def _split(
         return [example.whole_feature(view, field)] * (len(edges) - 1)
     key = name[len(STEPS) :].decode()
     if key in layout.pixels:
-        frames = [_png(frame) for frame in _frames(view, key, field, edges[-1], layout)]
+        frames = [encode_png(frame) for frame in _frames(view, key, field, edges[-1], layout)]
         return [example.bytes_feature(frames[a:b]) for a, b in itertools.pairwise(edges)]
     return _split_steps(view, name, fields, edges)
 
@@ -282,9 +281,3 @@ def _frames(view: memoryview, key: str, field: example.Field, length: int, layou
         return example.small_ints(view, field).reshape(length, *layout.pixels[key])
     except ValueError as e:
         raise EpisodeError("unreadable tensor", f"{key}: {e}") from e
-
-
-def _png(frame: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).save(out, "PNG", compress_level=1)
-    return out.getvalue()

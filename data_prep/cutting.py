@@ -1,4 +1,4 @@
-"""Cuts the files of an RLDS dataset into shards of chunks, each file by one process."""
+"""Cuts the inputs of a corpus into shards of chunks, each input by one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import errno
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,20 @@ from array_record.python import array_record_module
 from tqdm import tqdm
 
 from data_prep.chunks import EpisodeError, Layout, cut_episode
+from data_prep.inputs import Input
 from data_prep.output import naming
-from data_prep.source_files import read_records
 from data_prep.workers import pool
 
 # Riegeli's hashes detect damage; compressing encoded images would only slow down reading.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-MAX_NOTES = 20  # skipped records that are described individually
-_MISSING = "missing, though dataset_info.json declares it"
+MAX_NOTES = 100  # skipped episodes of each reason that are described individually
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     split: str
     number: int
-    file: Path
-    promised: int | None  # episodes, by dataset_info.json
-    file_format: str
+    input: Input
     layout: Layout
     shard_bytes: int
     building: Path
@@ -47,30 +44,46 @@ class Job:
 
 @dataclasses.dataclass
 class Result:
-    """The result of one input file: shards in order (temporary name, records, bytes, sha256), the crc32c of each
-    record, lengths and strings of its episodes, and skipped records by reason."""
+    """The result of one input: shards in order (temporary name, records, bytes, sha256), the crc32c of each record,
+    lengths and strings of its episodes, and skipped episodes and remarks on others by reason.
+
+    `notes` describe skipped episodes: (reason, text)."""
 
     shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     checksums: list[int] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
     texts: dict[str, list[bytes]] = dataclasses.field(default_factory=dict)
     skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    notes: list[str] = dataclasses.field(default_factory=list)
+    remarks: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     @property
     def episodes(self) -> int:
         """Number of episodes, kept and skipped."""
         return len(self.lengths) + self.skipped.total()
 
-    def count_missing(self, where: str, found: int, promised: int | None) -> None:
-        """Counts as skipped the episodes that `dataset_info.json` declares and the data lack."""
-        if promised is not None and found < promised:
-            self.skipped[_MISSING] += promised - found
-            self.notes.insert(
-                0, f"{where}: ends after {found} of the {promised} episodes that dataset_info.json declares"
-            )
-        elif promised is not None and found > promised:
-            self.notes.insert(0, f"{where}: has {found} episodes, though dataset_info.json declares {promised}")
+    def count_missing(self, where: str, found: int, promised: int | None, declared_by: str) -> None:
+        """Counts as skipped the episodes that the source declares and the data lack."""
+        if promised is None or found == promised:
+            return
+        if found < promised:
+            missing = f"missing, though {declared_by} declares it"
+            self.skipped[missing] += promised - found
+            note = f"{where}: ends after {found} of the {promised} episodes that {declared_by} declares"
+        else:
+            missing, note = "", f"{where}: has {found} episodes, though {declared_by} declares {promised}"
+        self.notes.insert(0, (missing, note))
+
+
+def first_notes(results: Iterable[Result], most: int = MAX_NOTES) -> list[tuple[str, str]]:
+    """The first `most` notes of each reason, (reason, text)."""
+    seen: collections.Counter[str] = collections.Counter()
+    kept = []
+    for reason, note in (note for result in results for note in result.notes):
+        seen[reason] += 1
+        if seen[reason] <= most:
+            kept.append((reason, note))
+    return kept
 
 
 _done_bytes: Any = None  # shared counters of progress, set in every worker
@@ -87,20 +100,22 @@ def _run_job(job: Job) -> Result:
     job.parts.mkdir(parents=True)
     columns = {key: (job.parts / f"{i}.column").open("wb") for i, key in enumerate(job.layout.columns)}
     writer = _ShardWriter(job)
-    bytes_left = job.file.stat().st_size
-    found = 0
-    for number, (record, reason, size) in enumerate(read_records(job.file, job.file_format)):
+    bytes_left = job.input.size
+    number = -1
+    for number, found in enumerate(job.input.episodes()):
         try:
-            if record is None:
-                raise EpisodeError(reason, reason)
-            episode = cut_episode(record, job.layout)
+            if found.record is None:
+                raise EpisodeError(found.reason, found.detail or found.reason)
+            episode = cut_episode(found.record, job.layout)
         except EpisodeError as e:
             kept = 0
             result.skipped[e.reason] += 1
             detail = "" if str(e) == e.reason else f": {e}"
-            result.notes.append(f"{job.file.name}: record {number}: {e.reason}{detail}")
+            name = found.name or f"{job.input.name}: record {number}"
+            result.notes.append((e.reason, f"{name}: {e.reason}{detail}"))
         else:
             kept = 1
+            result.remarks.update(found.remarks)
             for chunk in episode.chunks:
                 writer.write(chunk)
                 result.checksums.append(google_crc32c.value(chunk))
@@ -110,7 +125,7 @@ def _run_job(job: Job) -> Result:
             result.lengths.append(episode.length)
             for name, text in episode.texts.items():
                 result.texts.setdefault(name, []).append(text)
-        found += 1
+        size = min(found.size, bytes_left)
         bytes_left -= size
         with _done_bytes.get_lock():
             _done_bytes.value += size
@@ -119,10 +134,10 @@ def _run_job(job: Job) -> Result:
         with naming(Path(column.name)):
             column.close()
     result.shards = writer.close()
-    result.count_missing(job.file.name, found, job.promised)
+    result.count_missing(job.input.name, number + 1, job.input.promised, job.input.declared_by)
     with _done_bytes.get_lock():
         _done_bytes.value += bytes_left  # data after a broken frame are not read
-    del result.notes[MAX_NOTES:]
+    result.notes = first_notes([result])
     return result
 
 
@@ -186,8 +201,8 @@ def run_jobs(jobs: list[Job], workers: int, watch: Callable[[Result], None] = la
         executor = pool(processes, _init_worker, counters)
     else:
         executor = concurrent.futures.ThreadPoolExecutor(1, initializer=_init_worker, initargs=counters)
-    total = sum(job.file.stat().st_size for job in jobs)
-    with tqdm(total=total, desc="resharding", unit="B", unit_scale=True) as bar, executor:
+    total = sum(job.input.size for job in jobs)
+    with tqdm(total=total, desc="episodes", unit="B", unit_scale=True) as bar, executor:
         futures = [executor.submit(_run_job, job) for job in jobs]
         pending: set[concurrent.futures.Future[Result]] = set(futures)
         try:

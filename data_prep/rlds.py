@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from data_prep.features import STEPS, Feature, flatten, upgrade
-from data_prep.source_files import starts_with_record
+from data_prep.inputs import Corpus, Found, Input
+from data_prep.source_files import read_records, starts_with_record
 from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.errors import UserError
 from uwm_jax.reading import read_json
@@ -44,6 +45,56 @@ class Source:
     info: dict[str, Any]
     features_json: dict[str, Any]
     features: dict[str, Feature]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RldsFile(Input):
+    """One shard of an RLDS dataset: TFRecord or ArrayRecord."""
+
+    path: Path
+    file_format: str
+
+    declared_by: ClassVar[str] = "dataset_info.json"
+
+    def episodes(self) -> Iterator[Found]:
+        for record, reason, size in read_records(self.path, self.file_format):
+            yield Found(record, reason, size=size)
+
+
+def corpus(path: Path, splits: Sequence[str] = ()) -> Corpus:
+    """An RLDS dataset as a corpus, each shard an input.
+
+    Args:
+        splits: names of the splits to take; all if empty.
+    Raises:
+        UserError: as `open_source`, or there is no such split.
+    """
+    if (path / "manifest.json").exists():
+        raise UserError(
+            f"{path} is already in the training layout. Expected as --input the RLDS dataset it was made from."
+        )
+    opened = open_source(path, splits)
+    if unknown := sorted(set(splits) - set(opened.splits)):
+        raise UserError(f"{path}: no split {unknown[0]!r}; it has {', '.join(sorted(opened.splits))}.")
+    chosen = {
+        split: [
+            RldsFile(name=file.name, size=file.stat().st_size, promised=n, path=file, file_format=opened.file_format)
+            for file, n in zip(files, opened.lengths[split], strict=True)
+        ]
+        for split, files in opened.splits.items()
+        if split in splits or not splits
+    }
+    return Corpus(
+        name=opened.name,
+        version=opened.version,
+        path=path,
+        tree=opened.features_json,
+        splits=chosen,
+        totals=opened.totals,
+        info=opened.info,
+        source={"file_format": opened.file_format, "splits": sorted(opened.splits)},
+        output_bytes=sum(file.size for files in chosen.values() for file in files),
+    )
 
 
 def open_source(path: Path, only: Iterable[str] = ()) -> Source:

@@ -1,4 +1,4 @@
-"""The chunked training layout that `uwm_jax.data` reads, made of an RLDS dataset.
+"""The chunked training layout that `uwm_jax.data` reads, made of a corpus (`data_prep.inputs`).
 
 Episodes are cut into records; encoded images and all other values keep their bytes. `uwm_jax.data.records` describes
 the layout. Finally the statistics are computed and the PCA image codec is fitted on training episodes, so that the
@@ -11,54 +11,52 @@ import collections
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep import rlds
 from data_prep.assemble import assemble, check_files
 from data_prep.chunks import EpisodeError, camera_features, frame_size, plan_layout
-from data_prep.codec import check_options, common_size, fit_codec, why_not_fitted
-from data_prep.cutting import Job, Result, run_jobs
+from data_prep.codec import common_size, fit_codec, why_not_fitted
+from data_prep.cutting import Job, Result, first_notes, run_jobs
 from data_prep.dataset_stats import write_stats
+from data_prep.inputs import Corpus
+from data_prep.layout_options import Options
 from data_prep.output import building, check_output, warn_of_space
-from data_prep.source_files import read_records
 from uwm_jax.data import records
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.reading import read_json
 
-MAX_SKIPPED = 0.01
 _SIZED_EPISODES = 64  # read to find the size of a camera that features.json does not specify
 _NOTES = 5  # about skipped episodes, in the error message
+_PRINTED_NOTES = 20  # in the summary
 
 
 def reshard(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    splits: Sequence[str] = (),
-    chunk_steps: int = 16,
-    shard_mb: int = 256,
-    codec_size: tuple[int, int] | None = None,
-    pca_patch: int = 8,
-    pca_channels: int = 12,
-    val_ratio: float = 0.05,
-    workers: int = 0,
-    overwrite: bool = False,
-    max_skipped: float = MAX_SKIPPED,
+    source: str | os.PathLike[str], output: str | os.PathLike[str], *, splits: Sequence[str] = (), **options: Any
 ) -> dict[str, Any]:
-    """Makes the training dataset `output` from the RLDS dataset `source`, completely or not at all.
+    """`build` for the RLDS dataset `source`.
 
     Args:
         splits: names of the splits to take; all if empty.
-        chunk_steps: steps per record; shard_mb: size at which a new shard begins.
-        codec_size: (height, width) at which the PCA codec is fitted; None: the cameras' own.
-        pca_patch, pca_channels: side of its patches in pixels, and latent channels.
-        val_ratio: share of episodes held out from the codec's fit (`config.data.val_ratio`).
-        workers: processes (one per core if 0); each reads its own input files.
-        overwrite: replace an existing output.
-        max_skipped: largest share of episodes that may be skipped, in each split and overall; one is always allowed.
+        options: the fields of `Options`.
+    """
+    return build(lambda: rlds.corpus(Path(source), splits), output, Options(**options), source=source)
+
+
+def build(
+    corpus: Corpus | Callable[[], Corpus],
+    output: str | os.PathLike[str],
+    options: Options,
+    source: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Makes the training dataset `output` from a corpus, completely or not at all.
+
+    Args:
+        corpus: the source of its episodes, or a function that opens it, called after `options` and `output` have been
+            checked; then `source` names its path.
     Returns:
         The manifest.
     Raises:
@@ -66,42 +64,35 @@ def reshard(
             training dataset, or source and output inside each other.
         RunError: more than `max_skipped` was skipped; no output is left.
     """
-    source, output = Path(source), Path(output)
-    check_options(codec_size, pca_patch, pca_channels, val_ratio)
-    if not 0 <= max_skipped <= 1:  # false for NaN too
-        raise UserError(f"--max_skipped={max_skipped}: expected a share of the episodes, 0 <= share <= 1.")
-    check_output(output, is_training_dataset, "a training dataset", overwrite=overwrite, source=source)
-    if (source / "manifest.json").exists():
-        raise UserError(
-            f"{source} is already in the training layout. Expected as --input the RLDS dataset it was made from."
-        )
-    opened = rlds.open_source(source, splits)
-    unknown = set(splits) - set(opened.splits)
-    if unknown:
-        raise UserError(f"{source}: no split {sorted(unknown)[0]!r}; it has {', '.join(sorted(opened.splits))}.")
-    chosen = {split: files for split, files in opened.splits.items() if split in splits or not splits}
-    layout = plan_layout(opened.features, chunk_steps, _camera_sizes(opened, chosen))
-    check_files(layout, chosen, source / "features.json")
-    warn_of_space(
-        output, sum(file.stat().st_size for files in chosen.values() for file in files), f"the input {source}"
-    )
+    output = Path(output)
+    options.check()
+    where = Path(source) if source is not None else corpus.path if isinstance(corpus, Corpus) else None
+    check_output(output, is_training_dataset, "a training dataset", overwrite=options.overwrite, source=where)
+    opened = corpus if isinstance(corpus, Corpus) else corpus()
+    layout = plan_layout(opened.features, options.chunk_steps, _camera_sizes(opened))
+    check_files(layout, opened.splits, opened.path)
+    if opened.output_bytes is not None:
+        warn_of_space(output, opened.output_bytes, f"the input {opened.path}")
 
     with building(output) as new:
         jobs = [
-            Job(split, i, file, promised, opened.file_format, layout, shard_mb << 20, new)
-            for split, files in chosen.items()
-            for i, (file, promised) in enumerate(zip(files, opened.lengths[split], strict=True))
+            Job(split, i, part, layout, options.shard_mb << 20, new)
+            for split, inputs in opened.splits.items()
+            for i, part in enumerate(inputs)
         ]
-        limit = _SkipLimit(max_skipped, [opened.totals[split] for split in chosen])
-        results = run_jobs(jobs, workers or os.cpu_count() or 1, limit.watch)
-        by_split = {split: [r for job, r in zip(jobs, results, strict=True) if job.split == split] for split in chosen}
+        limit = _SkipLimit(options.max_skipped, [opened.promised(split) for split in opened.splits])
+        results = run_jobs(jobs, options.workers or os.cpu_count() or 1, limit.watch)
+        by_split = {
+            split: [r for job, r in zip(jobs, results, strict=True) if job.split == split] for split in opened.splits
+        }
         for split, parts in by_split.items():
-            if None in opened.lengths[split]:
+            inputs = opened.splits[split]
+            if any(part.promised is None for part in inputs):
                 found = sum(part.episodes for part in parts)
-                parts[0].count_missing(f"split {split!r}", found, opened.totals[split])
+                parts[0].count_missing(f"split {split!r}", found, opened.promised(split), inputs[0].declared_by)
         limit.check(by_split)
         manifest = assemble(new, opened, layout, by_split)
-        _derive(new, manifest, codec_size, pca_patch, pca_channels, val_ratio)
+        _derive(new, manifest, options)
     return manifest
 
 
@@ -136,7 +127,7 @@ class _SkipLimit:
         if skipped <= max(1, self._share * total):
             return
         counts = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common())
-        notes = "\n".join(f"    {note}" for r in results for note in r.notes[:_NOTES])
+        notes = "\n".join(f"    {note}" for _, note in first_notes(results))
         share = min(1.0, math.ceil(100 * skipped / total) / 100)
         at_least, more = "", ""
         if sum(r.episodes for r in results) < total:
@@ -162,11 +153,11 @@ def is_training_dataset(directory: Path) -> bool:
     return manifest.get("format") == records.FORMAT
 
 
-def _camera_sizes(source: rlds.Source, splits: dict[str, list[Path]]) -> dict[str, tuple[int, int]]:
+def _camera_sizes(corpus: Corpus) -> dict[str, tuple[int, int]]:
     """Sizes of the cameras; for one that features.json does not specify, the most frequent in the first episodes."""
     sizes: dict[str, tuple[int, int]] = {}
     votes: dict[str, collections.Counter[tuple[int, int]]] = {}
-    for key, feature in camera_features(source.features).items():
+    for key, feature in camera_features(corpus.features).items():
         height, width = (feature.shape or (-1, -1))[:2]
         if height > 0 and width > 0:
             sizes[key] = (height, width)
@@ -174,7 +165,7 @@ def _camera_sizes(source: rlds.Source, splits: dict[str, list[Path]]) -> dict[st
             votes[key] = collections.Counter()
     if not votes:
         return sizes
-    everything = (r for files in splits.values() for f in files for r, _, _ in read_records(f, source.file_format))
+    everything = (found.record for inputs in corpus.splits.values() for part in inputs for found in part.episodes())
     for record in itertools.islice((r for r in everything if r is not None), _SIZED_EPISODES):
         for key, counter in votes.items():
             try:
@@ -184,7 +175,7 @@ def _camera_sizes(source: rlds.Source, splits: dict[str, list[Path]]) -> dict[st
     unread = [key for key, counter in votes.items() if not counter]
     if unread:
         raise UserError(
-            f"{source.path}: none of the first {_SIZED_EPISODES} episodes has readable images of {', '.join(unread)}, "
+            f"{corpus.path}: none of the first {_SIZED_EPISODES} episodes has readable images of {', '.join(unread)}, "
             "whose size features.json does not specify."
         )
     for key, counter in votes.items():
@@ -195,22 +186,17 @@ def _camera_sizes(source: rlds.Source, splits: dict[str, list[Path]]) -> dict[st
     return sizes
 
 
-def _derive(
-    directory: Path,
-    manifest: dict[str, Any],
-    codec_size: tuple[int, int] | None,
-    patch: int,
-    channels: int,
-    val_ratio: float,
-) -> None:
+def _derive(directory: Path, manifest: dict[str, Any], options: Options) -> None:
     """Computes statistics from the finished records, and fits the PCA codec on the `train` split, else the first."""
     write_stats(directory)
     dataset = Dataset(directory, "train" if "train" in manifest["splits"] else next(iter(manifest["splits"])))
-    size = codec_size or common_size(dataset.cameras, patch)
+    patch = options.pca_patch
+    size = options.codec_size or common_size(dataset.cameras, patch)
     if not dataset.cameras or size is None:
         print(f"PCA codec: not fitted, because {why_not_fitted(dataset.cameras, patch)}.")
         return
-    frames = fit_codec(dataset, directory / "codec" / "pca.npz", size, patch, channels, val_ratio)
+    file = directory / "codec" / "pca.npz"
+    frames = fit_codec(dataset, file, size, patch, options.pca_channels, options.val_ratio)
     print(f"PCA codec: fitted at {size[0]}x{size[1]} on {frames} steps of training episodes.")
 
 
@@ -224,7 +210,8 @@ def summary(manifest: dict[str, Any]) -> str:
             f"{len(s['shards'])} shards, {size:.1f} MB; skipped: {sum(s['skipped'].values())}"
         )
         lines += [f"    {count} x {reason}" for reason, count in s["skipped"].items()]
-        lines += [f"    {note}" for note in s["skipped_notes"]]
+        lines += [f"    {note}" for note in s["skipped_notes"][:_PRINTED_NOTES]]
+        lines += [f"    {count} x {remark} (kept)" for remark, count in s.get("remarks", {}).items()]
     cameras = [f"{k} {c['height']}x{c['width']}" for k, c in manifest["cameras"].items()]
     lines.append(f"  cameras: {', '.join(cameras) or 'none'}")
     columns = [f"{k} {v['shape']}" for k, v in manifest["step_features"].items() if v["column"]]

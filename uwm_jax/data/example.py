@@ -24,6 +24,8 @@ Buffer = bytes | memoryview
 # Field number of the list inside a `Feature`.
 BYTES, FLOAT, INT64 = 1, 2, 3
 
+_64_BITS = (1 << 64) - 1  # negative integers are stored in two's complement
+
 
 class Field(NamedTuple):
     """Location of the values of a feature: `kind` (BYTES, FLOAT, INT64, or 0 for an empty feature) and the byte range
@@ -177,8 +179,13 @@ def bytes_feature(values: Iterable[bytes]) -> bytes:
 
 
 def int_feature(values: Iterable[int]) -> bytes:
-    """A serialized `Feature` with an int64 list of non-negative values."""
-    return _tagged(INT64, _tagged(1, b"".join(_varint(v) for v in values)))
+    """A serialized `Feature` with an int64 list."""
+    return _tagged(INT64, _tagged(1, b"".join(_varint(v & _64_BITS) for v in values)))
+
+
+def float_feature(values: np.ndarray) -> bytes:
+    """A serialized `Feature` with the values (n,) as a list of float32."""
+    return _tagged(FLOAT, _tagged(1, np.ascontiguousarray(values, "<f4").tobytes()))
 
 
 def serialize(features: Iterable[tuple[bytes, bytes]]) -> bytes:
