@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
 SIZE = (48, 64)
 _STEP = 8  # grey levels between two frames
+_OPTIONS = {
+    "libx264": {"preset": "ultrafast", "bf": "2"},
+    "libx265": {"preset": "ultrafast", "x265-params": "log-level=none"},
+    "libvpx": {"deadline": "realtime"},
+    "libvpx-vp9": {"deadline": "realtime"},
+    "libsvtav1": {"preset": "12"},
+    "mpeg4": {"bf": "2", "q": "3"},
+}
 
 
 def picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
@@ -34,14 +43,24 @@ def write_clip(
     codec: str = "libx264",
     size: tuple[int, int] = SIZE,
     key_every: int = 12,
+    pixels: str = "yuv420p",
+    turn: Mapping[str, Any] | None = None,
+    pixel_aspect: Fraction | None = None,
+    format: str | None = None,
 ) -> None:
-    """Writes the pictures `numbers` with the time stamps `times` in seconds; None: one every 1 / fps."""
+    """Writes the pictures `numbers` with the time stamps `times` in seconds; None: one every 1 / fps.
+
+    `turn` are arguments of PyAV's `set_display_rotation`; `format` is the container, by default that of the suffix.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"libx264": {"preset": "ultrafast", "bf": "2"}, "libsvtav1": {"preset": "12"}}.get(codec, {})
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, options=options)
+    with av.open(str(path), "w", format=format) as container:
+        stream = container.add_stream(codec, rate=fps, options=_OPTIONS.get(codec, {}))
         stream.height, stream.width = size
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pixels
+        if turn:
+            stream.set_display_rotation(**turn)
+        if pixel_aspect:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         stream.gop_size = key_every
         stream.codec_context.time_base = Fraction(1, 1000)
         for i, number in enumerate(numbers):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.decoding import Video, VideoError, nearest, rgb
-from tests.data_prep.clips import SIZE, number_of, write_clip
+from tests.data_prep.clips import SIZE, number_of, picture, write_clip
 
 
 def taken(file: Path, times: list[Fraction], tolerance: Fraction = Fraction(1, 20)) -> list[int]:
@@ -105,3 +105,78 @@ def test_rotation_by_metadata_is_applied(tmp_path: Path) -> None:
     # The bright quarter, upper left in the file, is shown upper right.
     red = image[..., 0].astype(int) - image[..., 1]
     assert red[5, -5] > 20 > red[5, 5]
+
+
+def read(file: Path, **arguments: bool) -> list[tuple[float, int]]:
+    """(time in seconds, number) of every frame."""
+    with Video(file) as video:
+        frames = video.frames(**arguments)
+        return [(float(time), number_of(rgb(frame, video.pixel_aspect))) for time, frame in frames]
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_avi_keeps_the_order_of_display(tmp_path: Path, codec: str) -> None:
+    write_clip(tmp_path / "a.avi", range(12), codec=codec)  # with B frames, whose stored times are out of order
+    times, numbers = zip(*read(tmp_path / "a.avi"), strict=True)
+    assert numbers == tuple(range(12))
+    np.testing.assert_allclose(np.diff(times), 0.1, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name, codec, share",
+    [("a.mp4", "libx264", 0.5), ("a.webm", "libvpx-vp9", 0.5), ("a.mkv", "libx264", 0.6), ("a.avi", "mpeg4", 0.14)],
+)
+def test_a_truncated_file_is_no_shorter_video(tmp_path: Path, name: str, codec: str, share: float) -> None:
+    write_clip(tmp_path / name, range(24), codec=codec)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(VideoError) as raised:
+        read(tmp_path / name)
+    assert raised.value.reason in ("video cannot be opened", "video cannot be decoded", "ends early")
+
+
+def test_a_raw_stream_has_no_time_stamps(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", range(6), format="h264")  # named like another container
+    with pytest.raises(VideoError) as raised:
+        read(tmp_path / "a.mp4")
+    assert raised.value.reason == "no time stamps"
+    assert [number for _, number in read(tmp_path / "a.mp4", stamped=False)] == list(range(6))
+
+
+def test_empty_and_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    for name, reason in (("a.mp4", "empty file"), ("b.mp4", "unreadable file")):
+        with pytest.raises(VideoError, match=name) as raised:
+            Video(tmp_path / name)
+        assert raised.value.reason == reason
+
+
+@pytest.mark.parametrize("degrees, hflip", [(0, True), (90, False), (180, False), (-90, False), (90, True)])
+def test_display_matrices(tmp_path: Path, degrees: int, hflip: bool) -> None:
+    write_clip(tmp_path / "a.mp4", [0], turn={"degrees": degrees, "hflip": hflip})
+    with Video(tmp_path / "a.mp4") as video:
+        shown = rgb(next(video.frames())[1])
+    expected = np.rot90(picture(0), degrees // 90)  # counterclockwise
+    expected = expected[:, ::-1] if hflip else expected
+    assert shown.shape == expected.shape
+    np.testing.assert_allclose(shown.mean(axis=-1), expected.mean(axis=-1), atol=12)
+
+
+def test_a_display_matrix_of_another_angle_is_refused(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", [0], turn={"degrees": 45})
+    with pytest.raises(VideoError, match="quarter turns") as raised:
+        read(tmp_path / "a.mp4")
+    assert raised.value.reason == "odd rotation"
+
+
+def test_pixels_that_are_not_square(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mkv", [3], pixel_aspect=Fraction(3, 2))
+    with Video(tmp_path / "a.mkv") as video:
+        image = rgb(next(video.frames())[1], video.pixel_aspect)
+    assert image.shape == (48, 96, 3) and number_of(image) == 3
+
+
+@pytest.mark.parametrize("pixels, codec, size", [("yuv420p10le", "libx265", SIZE), ("yuv444p", "libx264", (47, 61))])
+def test_ten_bits_and_odd_sizes(tmp_path: Path, pixels: str, codec: str, size: tuple[int, int]) -> None:
+    write_clip(tmp_path / "a.mp4", range(4), codec=codec, pixels=pixels, size=size)
+    assert [number for _, number in read(tmp_path / "a.mp4")] == list(range(4))
