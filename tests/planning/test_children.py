@@ -97,6 +97,15 @@ def test_answers_are_kept_by_fingerprint(child, tmp_path, monkeypatch):
     assert not ask(said, None)["cached"]
 
 
+def test_libtpu_has_deep_stacks_and_the_flags_of_the_user(child, monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_use_enhanced_launch_barrier=true")
+    said = child("print(json.dumps({'facts': os.environ['LIBTPU_INIT_ARGS']}))")
+    flags = ask(said, None)["facts"].split()
+    assert flags[-1] == "--xla_tpu_use_enhanced_launch_barrier=true", "the last of two equal flags counts"
+    assert "--fibers_default_thread_stack_size=16777216" in flags
+    assert ask(said, None, REQUEST | {"description": None})["facts"].split() == flags[-1:]
+
+
 def test_the_devices_of_this_machine_are_asked_each_time(child, tmp_path):
     said = child("print(json.dumps({'facts': os.environ.get('TPU_WORKER_HOSTNAMES')}))")
     assert not any(ask(said, tmp_path / "cache", REQUEST | {"description": None})["cached"] for _ in range(2))

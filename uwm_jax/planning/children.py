@@ -40,6 +40,9 @@ TPU_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # libtpu's threads have 64 KiB of stack, on which a pass over the schedule of a large v6e program, which calls
+    # itself for every user of an instruction, ends in a segmentation fault.
+    "LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=16777216 --default_thread_stack_size=16777216",
 }
 
 
@@ -83,7 +86,7 @@ def fingerprint(request: Mapping[str, Any]) -> str:
     """Identifies what an answer depends on: the request, the versions of libraries, our source, and what
     the environment tells JAX and libtpu."""
     versions = {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")}
-    environment = {k: v for k, v in {**os.environ, **TPU_ENVIRONMENT}.items() if k.startswith(("JAX_", "LIBTPU_"))}
+    environment = {k: v for k, v in _tpu_environment().items() if k.startswith(("JAX_", "LIBTPU_"))}
     about = {"request": request, "versions": versions, "source": _source(), "environment": environment}
     content = json.dumps(about, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
@@ -104,11 +107,17 @@ def _source() -> str:
     return digest.hexdigest()
 
 
+def _tpu_environment() -> dict[str, str]:
+    """The environment of a child that compiles for a topology; flags of libtpu that the user sets come last and win."""
+    environment = {**os.environ, **TPU_ENVIRONMENT}
+    flags = (TPU_ENVIRONMENT["LIBTPU_INIT_ARGS"], os.environ.get("LIBTPU_INIT_ARGS", ""))
+    environment["LIBTPU_INIT_ARGS"] = " ".join(flags).strip()
+    environment.pop("XLA_FLAGS", None)  # such as simulated devices, which a TPU run does not have
+    return environment
+
+
 def _in_child(request: Mapping[str, Any], name: str, say: Say) -> Answer:
-    environment = dict(os.environ)
-    if request["description"] is not None:
-        environment |= TPU_ENVIRONMENT
-        environment.pop("XLA_FLAGS", None)  # such as simulated devices, which a TPU run does not have
+    environment = dict(os.environ) if request["description"] is None else _tpu_environment()
     command = [sys.executable, "-m", "uwm_jax.planning.child"]
     with tempfile.TemporaryFile("w+") as noise:
         process = subprocess.Popen(
