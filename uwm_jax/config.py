@@ -130,11 +130,11 @@ def base(system: str = "uwm") -> ConfigDict:
     return c
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """`{"model.depth": 12, ...}` of every leaf."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict | dict):
             flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
         else:
             flat[key] = value
@@ -210,12 +210,11 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]]) ->
     """Sets `("model.depth", "6")` pairs in place, each parsed to the type of the field's present value."""
     for name, text in overrides:
         flat = flatten(config)
+        if _names_choice(config, name):
+            flat.setdefault(name, ())
         if name not in flat:
             raise UserError(f"--config.{name}: {_no_such_field(name, config.system, flat)}")
-        node = config
-        *parents, leaf = name.split(".")
-        for parent in parents:
-            node = node[parent]
+        node, leaf = _holder(config, name)
         optional = systems.get(config.system).optional.get(name)
         if name == "system" and text != config.system:
             raise UserError(
@@ -226,6 +225,21 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]]) ->
             node[leaf] = None
         else:
             node[leaf] = _parse(config, name, text, optional() if optional else flat[name])
+
+
+def _holder(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
+    """The node that holds a field, and its name in it."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        config = config[parent]
+    return config, last
+
+
+def _names_choice(config: ConfigDict, name: str) -> bool:
+    """Whether a field is an entry of `data.choices` or of those of a source, whose names a config chooses."""
+    *parents, last = name.split(".")
+    of_source = parents[:2] == ["data", "sources"] and parents[3:] == ["choices"] and parents[2] in config.data.sources
+    return (parents == ["data", "choices"] or of_source) and last.isidentifier()
 
 
 def _no_such_field(name: str, system: str, known: Iterable[str]) -> str:
@@ -311,6 +325,7 @@ def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
         for name in sources if isinstance(sources, Mapping) else ():
             if name.isidentifier():
                 config.data.sources[name] = source()
+    _name_choices(config, stored)
     known = flatten(config)
 
     def fill(node: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
@@ -334,6 +349,14 @@ def from_dict(stored: Mapping[str, Any], where: str) -> ConfigDict:
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
     return config
+
+
+def _name_choices(defaults: ConfigDict, given: ConfigDict | Mapping[str, Any]) -> None:
+    """Gives `defaults` an empty entry for each choice that another config has."""
+    for name in flatten(given):
+        if _names_choice(defaults, name):
+            node, last = _holder(defaults, name)
+            node[last] = ()
 
 
 def _system_of(stored: Any, where: str) -> str:
@@ -443,6 +466,7 @@ def validate(config: ConfigDict) -> None:
                     f"config.data.sources.{name}: expected what uwm_jax.config.source(...) gives, found {value!r}."
                 )
         defaults.data.sources = ConfigDict({name: source() for name in config.data.sources})
+    _name_choices(defaults, config)
     reference, flat = flatten(defaults), flatten(config)
     for name in flat.keys() - reference.keys():
         raise UserError(f"config.{name}: {_no_such_field(name, config.system, reference)}")

@@ -39,7 +39,10 @@ _AT_LEAST_ONE = (
 
 
 # Lists of strings; the other lists are of integers, except for those below.
-_TEXTS = (*("init_from_skip", "optimizer.freeze", "data.cameras", "data.low_dim"), "data.sources.*.cameras")
+_TEXTS = (
+    *("init_from_skip", "optimizer.freeze", "data.cameras", "data.low_dim", "data.sources.*.cameras"),
+    *("data.choices.*", "data.sources.*.choices.*"),
+)
 _CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # strings, or pairs (key, string)
 _PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
 _MAY_BE_MINUS_ONE = ("mesh.data", "sweep.devices", "data.seed", "eval.*.every")  # which stands for another value
@@ -155,6 +158,7 @@ def _check_combinations(c: ConfigDict) -> None:
         f"config.data.crop={d.crop} is larger than config.data.resize={d.resize}.",
     )
     _check_window(d, check)
+    _check_choices(d, check)
     check(
         len(set(d.cameras)) == len(d.cameras),
         f"config.data.cameras: a key is named twice in {d.cameras}. Each view of the model needs its own name. One "
@@ -241,6 +245,25 @@ def _check_window(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
         f"config.data.action: expected at least one pair (step key, transform) for config.data.window.action="
         f"{w.action}. Without actions both are ().",
     )
+
+
+def _check_choices(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
+    read = {*d.cameras, d.text, *(key for s in d.sources.values() for key in s.cameras)}
+    places = {"config.data.choices": d.choices}
+    places |= {f"config.data.sources.{name}.choices": s.choices for name, s in d.sources.items()}
+    for where, choices in places.items():
+        for name, keys in choices.items():
+            check(name.isidentifier(), f"{where}.{name}: expected a name of letters, digits and underscores.")
+            check(
+                len(keys) > 0 and len(set(keys)) == len(keys),
+                f"{where}.{name}: expected at least one key, each once, such as ('exterior_image_1_left', "
+                f"'exterior_image_2_left'); found {keys}.",
+            )
+            check(
+                name in read,
+                f"{where}.{name} is used by none of config.data.cameras={d.cameras}, config.data.text={d.text!r} and "
+                "the sources' cameras: name it there in place of its keys.",
+            )
 
 
 def _check_sources(d: ConfigDict, check: Callable[[bool, str], None]) -> None:

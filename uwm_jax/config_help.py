@@ -48,13 +48,19 @@ def describe(spec: str, overrides: Iterable[tuple[str, str]]) -> list[str]:
     lines = ["", f"Config fields, set by --config.FIELD=VALUE, with {title}:"]
     fields = config_lib.flatten(config)
     for name, value in fields.items():
-        prefix, _, field = name.rpartition(".")
-        meaning = of_source[field] if prefix.startswith("data.sources.") else known[name]
-        lines += _entry(name, value, meaning)
+        _, _, of = name.partition("data.sources.")
+        field = of.partition(".")[2] or name
+        described = of_source if of else known
+        # The entries of `choices` have names of their own, and the meaning of the field.
+        lines += _entry(name, value, described[field if field in described else field.rpartition(".")[0]])
+    if not config.data.choices:
+        lines += _entry("data.choices", {}, known["data.choices"])
     if not any(name.startswith("data.sources.") for name in fields):
         lines += ["", f"Each source of a mixture, {_SOURCE} = uwm_jax.config.source(...):"]
-        for field, value in config_lib.flatten(config_lib.source()).items():
-            lines += _entry(f"{_SOURCE}.{field}", value, of_source[field])
+        for field, value in config_lib.source().items():
+            lines += _entry(
+                f"{_SOURCE}.{field}", dict(value) if isinstance(value, ConfigDict) else value, of_source[field]
+            )
     return lines
 
 
@@ -66,7 +72,8 @@ def _entry(name: str, value: Any, meaning: str) -> list[str]:
 
 
 def meanings(make: Callable[[], ConfigDict]) -> dict[str, str]:
-    """The meaning of every field of the config that `make()` returns, by its dotted name; "" for one without."""
+    """The meaning of every field of the config that `make()` returns, by its dotted name; "" for one without. A group
+    without fields, such as `data.choices`, is one field."""
     # Nodes are kept, so that none is made anew at the address of one that is gone.
     statements: dict[tuple[int, str], tuple[ConfigDict, list[str]]] = {}
 
@@ -92,7 +99,7 @@ def meanings(make: Callable[[], ConfigDict]) -> dict[str, str]:
         for key, value in node.items():
             _, comments = statements.get((id(node), key), (node, []))
             meaning = next((text for text in reversed(comments) if text), inherited)
-            if isinstance(value, ConfigDict):
+            if isinstance(value, ConfigDict) and value:
                 found |= walk(value, f"{prefix}{key}.", meaning)
             else:
                 found[f"{prefix}{key}"] = meaning

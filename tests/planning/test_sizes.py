@@ -49,6 +49,13 @@ def test_what_is_missing_is_asked_for_by_name(tmp_path):
     assert (spec.text_dim, spec.action_dim) == (512, 4)
 
 
+def test_a_choice_has_the_size_of_its_first_key() -> None:
+    c = config_lib.load(DROID)
+    c.data.cameras = ("exterior", "wrist_image_left")
+    c.data.choices = {"exterior": ("exterior_image_1_left", "exterior_image_2_left")}
+    assert sizes.of_data(c, DROID).spec.cameras == {"exterior": (180, 320), "wrist_image_left": (180, 320)}
+
+
 @pytest.mark.parametrize("size", [(96,), "180x320", 96, (96, 0), (96, 96.0)])
 def test_data_sizes_of_another_type_are_refused(tmp_path, size):
     file = tmp_path / "mine.py"

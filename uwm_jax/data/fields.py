@@ -17,6 +17,9 @@ def data_fields() -> ConfigDict:
     d.sources = ConfigDict()  # {name: source()} of a mixture; empty = data.path alone
     # observation keys of the images, one view each; of one size after resizing
     d.cameras = ("exterior_image_1_left", "exterior_image_2_left", "wrist_image_left")
+    # {name: keys}: a name for `cameras` (or `text`) that stands for one of these keys, drawn for each sample; held-out
+    # windows take the first. A policy's observation has the name: {"exterior": ("exterior_image_1_left", ...)}
+    d.choices = ConfigDict()
     d.low_dim = ()  # observation keys of low-dimensional state, e.g. ("gripper_position",)
     d.text = ""  # step key of a precomputed text embedding; "" = none
     d.action = (("action", "identity"),)  # pairs (step key, transform) that make the action, joined in this order
@@ -67,6 +70,7 @@ def source(**fields: Any) -> ConfigDict:
     s.max_episodes = 0  # at most so many of the episodes that pass, held-out ones included; 0 = all
     s.max_episodes_seed = 0  # decides which episodes max_episodes takes
     s.cameras = ()  # this source's keys for config.data.cameras, in that order; () = the same keys
+    s.choices = ConfigDict()  # {name: keys} of this source, in place of those of config.data.choices with these names
     # What a source without actions shows in views that it has no camera for: same (its first camera), none (black; its
     # camera's view is drawn for each sample), random (other windows of the source)
     s.fill_views = "same"

@@ -68,7 +68,7 @@ class FixedWindows:
     def _load(self, batch: Batch, at: int, number: int) -> None:
         source, clip = self._window(number)
         with self._reading(source, lambda: clip):
-            source.samples.load(batch, at, number, [clip], 0, self.spec)
+            source.samples.load(batch, at, number, [clip], None, self.spec)
 
     def _actions(self, rows: np.ndarray) -> Batch:
         spec = self.spec

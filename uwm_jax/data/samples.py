@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from uwm_jax.data.choices import keys_of, pick
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import mix
 from uwm_jax.data.records import Dataset
@@ -42,7 +43,8 @@ class Samples:
         UserError: a key that the dataset does not have, a transform that does not fit.
 
     Attributes:
-        camera_keys: the model's camera -> step key, for the cameras that the source has of its own.
+        camera_keys: the model's camera -> step key, for the cameras that the source has of its own; of a choice
+            (`config.choices`) the first.
         actions: (step key, transform) of the parts of the action; empty for a source that is used as video, and where
             the window has no actions.
         low_dim_keys: name -> step key; empty for a source that is used as video.
@@ -56,13 +58,14 @@ class Samples:
         self.window = WindowSpec.from_config(config.window)
         keys = source.cameras or config.cameras
         self._views = tuple(config.cameras)
-        self.camera_keys = {
-            view: dataset.camera_key(key) for view, key in zip(self._views, keys, strict=len(keys) == len(self._views))
+        self._options = {
+            view: tuple(map(dataset.camera_key, keys_of(key, config.choices, source.choices)))
+            for view, key in zip(self._views, keys, strict=len(keys) == len(self._views))
         }
+        self.camera_keys = {view: options[0] for view, options in self._options.items()}
         self._fill = source.fill_views if len(keys) < len(self._views) else ""
         self.use_actions = bool(source.use_actions)
         self.actions, self.low_dim_keys = [], {}
-        self._text = ""
         self.action_lengths = dataset.episode_lengths
         if self.use_actions and self.window.action and config.last_action == "drop":
             self.action_lengths = dataset.action_lengths()
@@ -70,13 +73,20 @@ class Samples:
             columns = (source.action or config.action) if self.window.action else ()
             self.actions = [(dataset.column_key(key), get_transform(t)) for key, t in columns]
             self.low_dim_keys = {name: dataset.column_key(name) for name in sorted(config.low_dim)}
-            self._text = dataset.float_key(config.text) if config.text else ""
-        elif config.text and dataset.has_float_key(config.text):
-            self._text = dataset.float_key(config.text)
+        texts = keys_of(config.text, config.choices, source.choices) if config.text else ()
+        if not self.use_actions:
+            texts = tuple(filter(dataset.has_float_key, texts))
+        self._texts = tuple(map(dataset.float_key, texts))
         for key in {*(key for key, _ in self.actions), *self.low_dim_keys.values()}:
             dataset.column(key)  # read and verified now, not with the first batch
         self.action_dim = sum(t.width(key, self._width(key)) for key, t in self.actions)
-        self.text_dim = self._width(self._text) if self._text else 0
+        self.text_dim = self._width(self._texts[0]) if self._texts else 0
+        for key in self._texts:
+            if self._width(key) != self.text_dim:
+                raise UserError(
+                    f"config.data.choices.{config.text}: {key} has {self._width(key)} numbers in {where}, but "
+                    f"{self._texts[0]} has {self.text_dim}: a model reads one width. Choose among keys of one encoder."
+                )
 
     @property
     def num_clips(self) -> int:
@@ -88,7 +98,7 @@ class Samples:
         actions, low-dimensional keys and text, as far as these have columns."""
         lengths = self.dataset.episode_lengths
         counted = [(key, self.action_lengths) for key, _ in self.actions]
-        counted += [(key, lengths) for key in [*self.low_dim_keys.values(), self._text]]
+        counted += [(key, lengths) for key in [*self.low_dim_keys.values(), *self._texts]]
         found: dict[str, np.ndarray] = {}
         for key, steps in counted:
             if key in self.dataset.column_keys:
@@ -109,7 +119,7 @@ class Samples:
 
     def check_fits(self, spec: DataSpec, first: str) -> None:
         """Raises UserError where this source's widths differ from those of the `first` source with actions."""
-        widths = {"obs/text": (self.text_dim, spec.text_dim)} if self._text else {}
+        widths = {"obs/text": (self.text_dim, spec.text_dim)} if self._texts else {}
         if self.use_actions:
             widths |= {"action": (self.action_dim, spec.action_dim)}
             widths |= {name: (self._width(key), spec.low_dim[name]) for name, key in self.low_dim_keys.items()}
@@ -120,12 +130,12 @@ class Samples:
                     "width in all. Choose other keys in the `action` of one of these sources, or leave one out."
                 )
 
-    def load(self, batch: Batch, at: int, row: int, clips: Sequence[Clip], draw: int, spec: DataSpec) -> None:
+    def load(self, batch: Batch, at: int, row: int, clips: Sequence[Clip], draw: int | None, spec: DataSpec) -> None:
         """Writes a sample into place `at` of a batch, as row `row`.
 
         Args:
             clips: `num_clips` windows; the first is the sample's own.
-            draw: a number of 64 random bits that belongs to the sample.
+            draw: a number of 64 random bits that belongs to the sample; None shows the first key of every choice.
         """
         self._load_frames(batch, at, clips, draw)
         dataset, window = self.dataset, self.window
@@ -133,7 +143,9 @@ class Samples:
         length, start = int(dataset.episode_lengths[episode]), int(dataset.episode_starts[episode])
         obs = window.steps(window.obs, origin, length)
         if "obs/text" in batch:
-            batch["obs/text"][at] = dataset.values(episode, obs[-1], self._text) if self._text else 0
+            batch["obs/text"][at] = 0
+            if self._texts:
+                batch["obs/text"][at] = dataset.values(episode, obs[-1], pick(self._texts, "text", draw))
             self._check_finite(batch, at, "obs/text", clips[0])
         batch["action_mask"][at] = self.use_actions
         batch["row"][at] = row
@@ -166,10 +178,10 @@ class Samples:
         parts = [transform.apply(self._rows(key, start, steps)) for key, transform in self.actions]
         return normalizer.normalize("action", np.concatenate(parts, axis=-1))
 
-    def _load_frames(self, batch: Batch, at: int, clips: Sequence[Clip], draw: int) -> None:
+    def _load_frames(self, batch: Batch, at: int, clips: Sequence[Clip], draw: int | None) -> None:
         filled: dict[str, tuple[int, str]] = {}  # view -> (number of the clip, step key)
-        keys = list(self.camera_keys.values())
-        views = _shuffled(self._views, draw) if self._fill == "none" else self._views
+        keys = [pick(options, view, draw) for view, options in self._options.items()]
+        views = _shuffled(self._views, draw or 0) if self._fill == "none" else self._views
         for view, key in zip(views, keys, strict=False):
             filled[view] = (0, key)
         for i, view in enumerate(views[len(keys) :]):

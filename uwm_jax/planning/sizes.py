@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import codecs
 from uwm_jax import config as config_lib
+from uwm_jax.data.choices import keys_of
 from uwm_jax.data.fitted import read_fitted
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import dataset_dir
@@ -91,6 +92,10 @@ def _fitted(config: ConfigDict, place: Any, cameras: Mapping[str, str]) -> dict[
 def _stated(config: ConfigDict, of_file: Sizes, given: Sizes, file: str) -> DataSpec:
     """The contents of a batch of the sizes that `--sizes` and, after it, `data_sizes()` of a file state."""
     data, stated, missing = config.data, {**of_file, **given}, []
+    for name in (*data.cameras, data.text):  # a choice has the size of its first key
+        first, *_ = keys_of(name, data.choices)
+        if first in stated:
+            stated.setdefault(name, stated[first])
     window = WindowSpec.from_config(data.window)
     (action,) = list(keys_read(data)["action"].values())[:1]
     parts = [(key, get_transform(name)) for key, name in action] if window.action else []
