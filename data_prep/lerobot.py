@@ -1,0 +1,44 @@
+"""Converts a LeRobot dataset (codebase v2.0, v2.1, v3.x) into the training layout that `uwm_jax.data` reads.
+
+    python -m data_prep.lerobot --input=DIR --output=DIR
+
+The input directory holds `meta/info.json`. Frames of videos are decoded by exact time stamps and stored as single
+images; images in parquet files keep their bytes. `docs/data.md` lists how features are named, `uwm_jax.data.records`
+describes the output. Statistics and the PCA image codec are made as by `data_prep.reshard`.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from data_prep import layout_options
+from data_prep.episodes import JPEG_QUALITY
+from data_prep.lerobot_episodes import corpus
+from data_prep.training_layout import build, summary
+from uwm_jax import cli
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("input", None, "directory of a LeRobot dataset, with meta/info.json")
+    flags.DEFINE_list("split", [], "splits of info.json to take, separated by commas; default all")
+    flags.DEFINE_list("cameras", [], "cameras to take, separated by commas; default all but depth")
+    flags.DEFINE_enum("encoding", "jpeg", ["jpeg", "png"], "encoding of frames that come from videos")
+    flags.DEFINE_integer("quality", JPEG_QUALITY, "JPEG quality of these frames", lower_bound=1, upper_bound=100)
+    layout_options.define_flags()
+
+
+def main(call: cli.Call) -> None:
+    source, output = cli.required_path("input"), cli.required_path("output")
+
+    def opened():
+        return corpus(source, cameras=FLAGS.cameras, splits=FLAGS.split, encoding=FLAGS.encoding, quality=FLAGS.quality)
+
+    print(f"{output}: {summary(build(opened, output, layout_options.from_flags(), source))}")
+
+
+command = cli.command(main, define_flags)
+
+if __name__ == "__main__":
+    command()
