@@ -226,6 +226,10 @@ class Dataset:
             if not f["image"] and f["shape"] is not None and min(f["shape"], default=1) > 0
         ]
 
+    def text_keys(self) -> list[str]:
+        """Episode-level keys of strings, in full, sorted."""
+        return sorted(self._read_texts(""))
+
     def episode_texts(self, key: str) -> list[str]:
         """The string of every episode under an episode-level key, named in full (for example
         `episode_metadata/file_path`) or without `episode_metadata/`.
@@ -233,21 +237,32 @@ class Dataset:
         Raises:
             UserError: the dataset has no such string.
         """
+        found = self._read_texts(key)
+        key = f"episode_metadata/{key}" if f"episode_metadata/{key}" in found else key
+        if key not in found:
+            raise UserError(f"{self.directory}: no episode text {key!r}; it has: {', '.join(sorted(found)) or 'none'}.")
+        data, ends = found[key]
+        if len(ends) != self.num_episodes:
+            raise UserError(
+                f"{self.directory / text_file(self.split)}: expected texts of {self.num_episodes} episodes, found "
+                f"{len(ends)}. Make the dataset again."
+            )
+        return [data[a:b].decode(errors="replace") for a, b in itertools.pairwise([0, *ends])]
+
+    def _read_texts(self, name: str) -> dict[str, tuple[bytes, list[int]]]:
+        """{episode-level key of strings: their UTF-8 and where each ends}, of keys other than `name` without values."""
         file = self.directory / text_file(self.split)
         try:
             with np.load(io.BytesIO(self._read_file(text_file(self.split))), allow_pickle=False) as stored:
-                keys = sorted(k.removesuffix("/ends") for k in stored if k.endswith("/ends"))
-                key = f"episode_metadata/{key}" if f"episode_metadata/{key}" in keys else key
-                if key not in keys:
-                    raise UserError(f"{self.directory}: no episode text {key!r}; it has: {', '.join(keys) or 'none'}.")
-                data, ends = stored[f"{key}/utf8"].tobytes(), stored[f"{key}/ends"].tolist()
+                keys = [k.removesuffix("/ends") for k in stored if k.endswith("/ends")]
+                return {
+                    key: (stored[f"{key}/utf8"].tobytes(), stored[f"{key}/ends"].tolist())
+                    if key in (name, f"episode_metadata/{name}")
+                    else (b"", [])
+                    for key in keys
+                }
         except (OSError, KeyError, ValueError) as e:
             raise UserError(f"{file}: the episodes' texts cannot be read ({e}). Make the dataset again.") from e
-        if len(ends) != self.num_episodes:
-            raise UserError(
-                f"{file}: expected texts of {self.num_episodes} episodes, found {len(ends)}. Make the dataset again."
-            )
-        return [data[a:b].decode(errors="replace") for a, b in itertools.pairwise([0, *ends])]
 
     def step_shape(self, key: str) -> tuple[int, ...]:
         """Shape of one step of a step key."""

@@ -1,0 +1,118 @@
+"""Embeddings of a dataset's strings, one for each distinct string, which `data_prep.text` computes.
+
+A table is the sidecar (`uwm_jax.data.sidecar`) `text/<name>` with the fields `encoder` (sha256 of the text encoder) and
+`keys`, the fact `encoder` (its name), and the files
+
+- `embeddings.npy`: (N, E) float32, one row for each distinct string; row 0 is that of the empty string;
+- `utf8.npy` uint8 and `ends.npy` (N,) int64: the strings, concatenated, in the order of their length;
+- `<split>/<key>.first.npy` (R,) int64 and `<split>/<key>.row.npy` (R,) int32: runs of equal consecutive steps of an
+  episode: the first step of each, counted over all episodes of the split, and its row.
+
+All are memory-mapped, so that processes of a machine share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from uwm_jax.data.records import Dataset
+from uwm_jax.data.sidecar import open_sidecar
+from uwm_jax.errors import UserError
+
+EMPTY = 0  # row of the empty string
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """The encoder of a run's texts.
+
+    Attributes:
+        name: folder or hub name that it was opened by, for people.
+        sha256: of its files, as `uwm_jax.torch_bridge.clip_text.fingerprint` computes it.
+    """
+
+    name: str
+    sha256: str
+
+    def to_json(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> TextEncoder:
+        return cls(str(stored["name"]), str(stored["sha256"]))
+
+    def __str__(self) -> str:
+        return f"{self.name} (sha256 {self.sha256[:12]})"
+
+
+def folder(name: str) -> str:
+    """The folder of a table, relative to its dataset."""
+    return f"text/{name}"
+
+
+def run_files(split: str, key: str) -> tuple[str, str]:
+    """The files of a key's runs: first steps, rows."""
+    stem = f"{split}/{key.replace('/', '.')}"
+    return f"{stem}.first.npy", f"{stem}.row.npy"
+
+
+class TextTable:
+    """The embeddings of the strings of a split.
+
+    Args:
+        dataset: an open split.
+        name: of the table, `config.data.text_table`.
+    Raises:
+        UserError: there is no complete table of this dataset, or it is damaged.
+
+    Attributes:
+        encoder: that made it.
+        keys: those that it has, in full.
+        width: E.
+    """
+
+    def __init__(self, dataset: Dataset, name: str):
+        self._dataset, self._sidecar = dataset, open_sidecar(dataset.directory, folder(name), "text")
+        self.encoder = TextEncoder(str(self._sidecar.facts["encoder"]), str(self._sidecar.fields["encoder"]))
+        self.keys = [str(key) for key in self._sidecar.fields["keys"]]
+        self._embeddings = self._sidecar.array("embeddings.npy")
+        self.width = int(self._embeddings.shape[1])
+        self._runs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def has(self, key: str) -> bool:
+        """Whether it has a key, named in full or without `observation/` or `episode_metadata/`."""
+        return self._full(key) in self.keys
+
+    def key(self, name: str) -> str:
+        """The full name of a key, whose runs are opened now.
+
+        Raises:
+            UserError: the table lacks it.
+        """
+        key = self._full(name)
+        if key not in self.keys:
+            raise UserError(
+                f"config.data.text: the table {self._sidecar.directory} has no key {name!r}; it has "
+                f"{', '.join(self.keys)}. Make it with this key: python -m data_prep.text "
+                f"--dataset={self._dataset.directory} --keys={','.join([*self.keys, name])} --overwrite."
+            )
+        first, row = (self._sidecar.array(file) for file in run_files(self._dataset.split, key))
+        self._runs[key] = first, row
+        return key
+
+    def row(self, key: str, episode: int, step: int) -> int:
+        """The row of a key's string at a step of an episode; `EMPTY` where it is empty."""
+        first, row = self._runs[key]
+        return int(row[np.searchsorted(first, self._dataset.episode_starts[episode] + step, side="right") - 1])
+
+    def embedding(self, row: int) -> np.ndarray:
+        """(E,) float32."""
+        return self._embeddings[row]
+
+    def _full(self, name: str) -> str:
+        names = (name, f"observation/{name}", f"episode_metadata/{name}")
+        return next((key for key in names if key in self.keys), name)
