@@ -9,11 +9,11 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -208,7 +208,7 @@ def _unpacked(data: np.ndarray, ends: np.ndarray) -> list[str]:
     return [raw[a:b].decode() for a, b in itertools.pairwise([0, *ends.tolist()])]
 
 
-def _save(file: io.BufferedIOBase, found: dict[str, Runs]) -> None:
+def _save(file: IO[Any], found: dict[str, Runs]) -> None:
     arrays: dict[str, np.ndarray] = {}
     for key, runs in found.items():
         data, ends = packed(runs.texts)
