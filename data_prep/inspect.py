@@ -8,19 +8,17 @@ Writes `contact_sheet.png` (a few episodes, every camera, frames evenly spaced i
 
 from __future__ import annotations
 
-import functools
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
-from PIL import Image, ImageDraw, ImageFont
 
+from data_prep.contact_sheet import contact_sheet, note, printable
 from data_prep.training_layout import summary
 from uwm_jax import cli
-from uwm_jax.data import example
-from uwm_jax.data.records import Dataset, find_dataset, read_manifest, short_key
+from uwm_jax.data.records import Dataset, find_dataset, read_manifest
 from uwm_jax.data.stats import counted_steps, is_action
 from uwm_jax.errors import UserError
 from uwm_jax.files import replacing
@@ -30,9 +28,6 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 
-_TILE_HEIGHT = 128
-_LABEL_WIDTH = 170
-_MARGIN = 4
 _BINS = 60
 
 
@@ -58,112 +53,10 @@ def inspect(dataset: Dataset, output: Path, num_episodes: int = 6, num_frames: i
     return remarks
 
 
-def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple[Image.Image, list[str]]:
-    """Evenly spaced episodes as rows, a strip per camera; evenly spaced frames as columns."""
-    cameras = sorted(dataset.cameras)
-    if not cameras:
-        return _note("this dataset has no cameras"), ["no cameras"]
-    episodes = _spread(dataset.num_episodes, num_episodes)
-    font, small = _font(13), _font(11)
-    widths = {c: round(_TILE_HEIGHT * dataset.cameras[c][1] / dataset.cameras[c][0]) for c in cameras}
-    line = _TILE_HEIGHT + 18
-    block = 24 + len(cameras) * line + 10
-    size = (_LABEL_WIDTH + num_frames * (max(widths.values()) + _MARGIN), len(episodes) * block)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    brightest = dict.fromkeys(cameras, 0)
-    for row, episode in enumerate(episodes):
-        length = int(dataset.episode_lengths[episode])
-        steps = _spread(length, num_frames)
-        frames = {c: np.empty((len(steps), *dataset.cameras[c], 3), np.uint8) for c in cameras}
-        dataset.frames(episode, dict.fromkeys(cameras, steps), frames)
-        top = row * block
-        draw.line([(0, top), (size[0], top)], fill="black", width=2)
-        text = f"episode {episode}: {length} steps: {language(dataset, episode)}"
-        draw.text((6, top + 4), fitting(text, font, size[0] - 12), "black", font)
-        for i, camera in enumerate(cameras):
-            y = top + 24 + i * line
-            name = textwrap.wrap(printable(short_key(camera)), 20)
-            height, width = dataset.cameras[camera]
-            draw.multiline_text((6, y + 18), "\n".join([*name, f"{height} x {width}"]), "black", font)
-            for j, (step, frame) in enumerate(zip(steps, frames[camera], strict=True)):
-                x = _LABEL_WIDTH + j * (max(widths.values()) + _MARGIN)
-                draw.text((x, y + 1), f"step {step}", "gray", small)
-                # Nearest neighbour keeps enlarged pixels sharp.
-                tile = Image.fromarray(frame).resize(
-                    (widths[camera], _TILE_HEIGHT),
-                    Image.Resampling.NEAREST if height < _TILE_HEIGHT else Image.Resampling.LANCZOS,
-                )
-                sheet.paste(tile, (x, y + 16))
-            brightest[camera] = max(brightest[camera], int(frames[camera].max()))
-    remarks = [f"camera {c}: black in every frame shown" for c in cameras if brightest[c] < 16]
-    return sheet, remarks
-
-
-def language(dataset: Dataset, episode: int) -> str:
-    """The episode's instruction: the first non-empty string, at the first step, whose key names language."""
-    record = dataset.record(episode, 0)
-    features = {f"steps/{key}": feature for key, feature in dataset.manifest["step_features"].items()}
-    features |= dataset.manifest["episode_features"]
-    for name, field in sorted(example.scan(record).items()):
-        key = name.decode(errors="replace").removesuffix("/ragged_flat_values")
-        text = features.get(key, {}).get("dtype") == "string"
-        if field.kind == example.BYTES and text and ("language" in key or "instruction" in key):
-            spans = example.bytes_spans(record, field, 1)
-            if spans and record[slice(*spans[0])]:
-                return record[slice(*spans[0])].decode(errors="replace")
-    return ""
-
-
-@functools.cache
-def _font_file() -> str:
-    # Of the fonts that the dependencies bring, this one covers the most scripts.
-    from matplotlib.font_manager import findfont
-
-    return findfont("DejaVu Sans")
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_font_file(), size)
-
-
-@functools.cache
-def _glyphs() -> frozenset[int]:
-    from matplotlib.ft2font import FT2Font
-
-    return frozenset(FT2Font(_font_file()).get_charmap())
-
-
-def printable(text: str) -> str:
-    """The text on one line, with characters that the font lacks escaped as in a Python string."""
-    kept = (c if ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-    return "".join(kept)
-
-
-def fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """`printable` text, cut with an ellipsis to a width in pixels."""
-    text = printable(text)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
-
-
-def _spread(total: int, count: int) -> list[int]:
-    return sorted({int(i) for i in np.linspace(0, total - 1, min(count, total)).round()})
-
-
-def _note(text: str) -> Image.Image:
-    image = Image.new("RGB", (480, 60), "white")
-    ImageDraw.Draw(image).text((10, 20), text, "black", _font(13))
-    return image
-
-
 def _plot_actions(dataset: Dataset, file: Path) -> list[str]:
     keys = [k for k in dataset.column_keys if is_action(k)]
     if not keys:
-        _note("this dataset has no numeric step key that begins with `action`").save(file)
+        note("this dataset has no numeric step key that begins with `action`").save(file)
         return ["no actions"]
     panels = []
     shown = np.flatnonzero(counted_steps(dataset.episode_lengths, dataset.action_lengths()))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 from PIL import Image
 
 import data_prep.inspect
-from data_prep.inspect import contact_sheet, fitting, inspect, language, printable
+from data_prep.inspect import inspect
 from data_prep.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax.data.records import Dataset
@@ -27,23 +26,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-def test_the_contact_sheet_shows_the_right_frames(out: Path) -> None:
-    dataset = Dataset(out)
-    sheet, remarks = contact_sheet(dataset, num_episodes=3, num_frames=4)
-    assert remarks == []
-    pixels = np.asarray(sheet)
-    # The wrist's red channel is 20 per episode, its green 6 per step, exactly (PNG, nearest neighbour).
-    steps = {0: [0, 3, 5, 8], 1: [0, 1, 2], 2: [0, 6, 13, 19]}
-    for episode, shown in steps.items():
-        for step in shown:
-            found = (pixels[..., 0] == 20 * episode) & (pixels[..., 1] == 6 * step)
-            assert found.sum() >= 128 * 100, (episode, step)
-    assert not ((pixels[..., 0] == 40) & (pixels[..., 1] == 6 * 7)).sum() > 128 * 100
-
-
 def test_pictures_and_remarks(out: Path, tmp_path: Path) -> None:
     dataset = Dataset(out)
-    assert language(dataset, 2) == "do thing 2"
     remarks = inspect(dataset, tmp_path / "pictures")
     assert remarks == ["action[6]: always 0.5"]
     for name in ("contact_sheet", "actions", "episode_lengths"):
@@ -116,25 +100,3 @@ def test_titles_of_histograms_do_not_overlap() -> None:
     for i, box in enumerate(titles):
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
         assert not any(box.overlaps(other) for other in titles[:i] + frames), names[i % 4]
-
-
-def test_what_the_font_lacks_is_escaped() -> None:
-    font = data_prep.inspect._font(13)
-    assert printable("Nimm die Tasse über\n den Löffel, возьми") == "Nimm die Tasse über den Löffel, возьми"
-    assert printable("拿 🤖\x07") == "\\u62ff \\U0001f916\\x07"
-    missing = font.getmask("\uffff").getbbox(), bytes(font.getmask("\uffff"))  # what is drawn for a missing character
-    for c in "aü�возьмиكوب☕":
-        drawn = printable(c)
-        assert drawn == c and (font.getmask(c).getbbox(), bytes(font.getmask(c))) != missing, c
-    assert fitting("short", font, 500) == "short"
-    cut = fitting("拿" * 500, font, 300)
-    assert cut.endswith("…") and 250 < font.getlength(cut) <= 300
-
-
-def test_language_is_text_not_an_encoded_embedding(out: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(out, tmp_path / "copy")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    assert language(Dataset(copy), 2) == "do thing 2"
-    manifest["step_features"]["language_instruction"] |= {"dtype": "float32", "encoding": "zlib"}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert language(Dataset(copy), 2) == ""
