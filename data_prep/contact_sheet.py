@@ -58,19 +58,25 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
     return sheet, remarks
 
 
-def language(dataset: Dataset, episode: int) -> str:
-    """The episode's instruction: the first non-empty string, at the first step, whose key names language."""
+def instructions(dataset: Dataset, episode: int) -> dict[str, str]:
+    """The episode's strings whose keys name language or instructions, at its first step, sorted by key."""
     record = dataset.record(episode, 0)
     features = {f"steps/{key}": feature for key, feature in dataset.manifest["step_features"].items()}
     features |= dataset.manifest["episode_features"]
+    found = {}
     for name, field in sorted(example.scan(record).items()):
         key = name.decode(errors="replace").removesuffix("/ragged_flat_values")
         text = features.get(key, {}).get("dtype") == "string"
         if field.kind == example.BYTES and text and ("language" in key or "instruction" in key):
             spans = example.bytes_spans(record, field, 1)
-            if spans and record[slice(*spans[0])]:
-                return record[slice(*spans[0])].decode(errors="replace")
-    return ""
+            value = record[slice(*spans[0])] if spans else b""
+            found[key.removeprefix("steps/")] = value.decode(errors="replace")
+    return found
+
+
+def language(dataset: Dataset, episode: int) -> str:
+    """The first of the episode's instructions that is not empty; "" without one."""
+    return next(filter(None, instructions(dataset, episode).values()), "")
 
 
 @functools.cache

@@ -1,27 +1,37 @@
-"""Shows the contents of a training dataset: a contact sheet, histograms, and a summary.
+"""Shows the contents of a training dataset, or of the data of a run, as a page.
 
     python -m data_prep.inspect --dataset=DIR [--output=DIR/inspect]     (or its name in $UWM_DATA_DIR)
+    python -m data_prep.inspect --workdir=DIR [--trace=STEP:ROW]         (or --config=FILE.py --output=DIR)
 
-Writes `contact_sheet.png` (a few episodes, every camera, frames evenly spaced in time), `actions.png`
-(a histogram per action dimension) and `episode_lengths.png`.
+The first writes one page, `index.html`, that opens offline: frames of a few episodes, histograms, idle steps, columns
+of two values, angles that wrap, discontinuities, lengths, language. The second shows what a run draws its samples from,
+and makes a row of a batch again that training saw, from the run's own history of weights, its arrays in a file.
 """
 
 from __future__ import annotations
 
+import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
+from PIL import Image, ImageDraw
 
-from data_prep.contact_sheet import contact_sheet, note, printable
+from data_prep.column_facts import ColumnFacts
+from data_prep.contact_sheet import contact_sheet, font_of, note, printable
+from data_prep.inspect_page import dataset_page, facts_of, run_page, traced_row
+from data_prep.trace import TracedRow, open_run, traced
 from data_prep.training_layout import summary
-from uwm_jax import cli
+from uwm_jax import cli, config_help
+from uwm_jax import config as config_lib
 from uwm_jax.data.records import Dataset, find_dataset, read_manifest
+from uwm_jax.data.run_data import RunData
 from uwm_jax.data.stats import counted_steps, is_action
 from uwm_jax.errors import UserError
-from uwm_jax.files import replacing
+from uwm_jax.files import replacing, write_text, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,41 +39,119 @@ if TYPE_CHECKING:
 FLAGS = flags.FLAGS
 
 _BINS = 60
+_IDLE = 0.2  # a larger share of idle steps is remarked
+_MOST_PANELS = 32  # dimensions of a column that are drawn
+
+
+PAGE = "index.html"
 
 
 def inspect(dataset: Dataset, output: Path, num_episodes: int = 6, num_frames: int = 8) -> list[str]:
-    """Writes the pictures of a dataset into `output`.
+    """Writes the pictures and the page of a split into `output`.
 
     Returns:
-        Remarks on suspicious data: black cameras, constant action dimensions.
+        Remarks on suspicious data: black cameras, constant dimensions, many idle steps, discontinuities.
     Raises:
         UserError: the directory cannot be created.
     """
+    _make(output)
+    sheet, remarks = contact_sheet(dataset, num_episodes, num_frames)
+    with replacing(output / "contact_sheet.png") as file:
+        sheet.save(file)
+    facts = facts_of(dataset)
+    actions = [key for key in facts if is_action(key)]
+    states = [key for key in facts if key.startswith("observation/") and not is_action(key)]
+    with replacing(output / "actions.png") as file:
+        remarks += _plot(dataset, actions, file, "no numeric step key that begins with `action`", "no actions")
+    with replacing(output / "states.png") as file:
+        _plot(dataset, states, file, "no numeric key below `observation/`", "")
+    with replacing(output / "episode_lengths.png") as file:
+        _plot_lengths(dataset, file)
+    remarks += _about(facts)
+    about = summary(dataset.manifest)
+    write_text(output / PAGE, dataset_page(dataset, about, remarks, facts, output))
+    return remarks
+
+
+def _make(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"{output} cannot be created: {e.filename}: {e.strerror}. Choose another --output.") from e
-    sheet, remarks = contact_sheet(dataset, num_episodes, num_frames)
-    with replacing(output / "contact_sheet.png") as file:
-        sheet.save(file)
-    with replacing(output / "actions.png") as file:
-        remarks += _plot_actions(dataset, file)
-    with replacing(output / "episode_lengths.png") as file:
-        _plot_lengths(dataset, file)
-    return remarks
 
 
-def _plot_actions(dataset: Dataset, file: Path) -> list[str]:
-    keys = [k for k in dataset.column_keys if is_action(k)]
+def _about(facts: Mapping[str, ColumnFacts]) -> list[str]:
+    """What the facts say of columns that a model would learn from."""
+    lines = []
+    for key, found in facts.items():
+        if found.idle > _IDLE and (found.high > found.low).any():
+            lines.append(f"{key}: {found.idle:.0%} of the steps change nothing; data_prep.ranges leaves out idle steps")
+        if found.wraps:
+            count = sum(found.wraps.values())
+            lines.append(f"{key}: {count} turns through +-pi; xyz_euler_to_rot6d has none")
+        if found.jumps:
+            most, episode, step = max(found.jumps.values())
+            which = ", ".join(f"[{i}]" for i in found.jumps)
+            lines.append(f"{key}: discontinuities in {which}, up to {most} (such as episode {episode}, step {step})")
+    return lines
+
+
+def inspect_run(
+    data: RunData,
+    total_samples: int,
+    title: str,
+    output: Path,
+    found: TracedRow | None = None,
+    at: tuple[int, int] = (0, 0),
+) -> Path:
+    """Writes the page of a run's data, with a row of a batch where one was traced; returns where.
+
+    Args:
+        total_samples: of the whole run.
+        found: the row of the step and row `at`; its arrays are written beside the page.
+    """
+    _make(output)
+    if found is None:
+        write_text(output / PAGE, run_page(title, data, total_samples))
+        return output / PAGE
+    name = f"trace_{at[0]}_{at[1]}"
+    with writing(output / f"{name}.npz", "wb") as file:
+        np.savez(file, allow_pickle=False, **found.batch)
+    with replacing(output / f"{name}.png") as picture:
+        _frames(found).save(picture)
+    body = traced_row(data, found, output / f"{name}.png", *at)
+    write_text(output / f"{name}.html", run_page(title, data, total_samples, body))
+    return output / f"{name}.html"
+
+
+def _frames(found: TracedRow) -> Image.Image:
+    """The frames of a row, a strip for each of its keys."""
+    strips = {key: x[0] for key, x in found.batch.items() if x.dtype == np.uint8}
+    if not strips:
+        return note("this window has no frames")
+    height = 18 + max(x.shape[1] for x in strips.values())
+    width = max(x.shape[0] * (x.shape[2] + 4) for x in strips.values())
+    sheet = Image.new("RGB", (max(width, 240), height * len(strips)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (key, frames) in enumerate(strips.items()):
+        draw.text((2, i * height), printable(key), "black", font_of(12))
+        for j, frame in enumerate(frames):
+            sheet.paste(Image.fromarray(frame), (j * (frame.shape[1] + 4), i * height + 18))
+    return sheet
+
+
+def _plot(dataset: Dataset, keys: list[str], file: Path, lacks: str, remark: str) -> list[str]:
+    """Histograms of every dimension of some columns."""
     if not keys:
-        note("this dataset has no numeric step key that begins with `action`").save(file)
-        return ["no actions"]
+        note(f"this dataset has {lacks}").save(file)
+        return [remark] if remark else []
     panels = []
-    shown = np.flatnonzero(counted_steps(dataset.episode_lengths, dataset.action_lengths()))
-    shown = shown[:: max(1, len(shown) // 300_000)]
     for key in keys:
+        counted = dataset.action_lengths() if is_action(key) else dataset.episode_lengths
+        shown = np.flatnonzero(counted_steps(dataset.episode_lengths, counted))
         # A few hundred thousand rows show the shape of any distribution.
-        values = np.asarray(dataset.column(key)[shown], np.float64).reshape(len(shown), -1)
+        shown = shown[:: max(1, len(shown) // 300_000)]
+        values = np.asarray(dataset.column(key)[shown], np.float64).reshape(len(shown), -1)[:, :_MOST_PANELS]
         panels += [(f"{key}[{i}]" if values.shape[1] > 1 else key, values[:, i]) for i in range(values.shape[1])]
     figure, remarks = _histograms(panels)
     figure.savefig(file, dpi=100)
@@ -123,13 +211,52 @@ def _figure(width: float, height: float) -> Figure:
 
 def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "training dataset: a directory, or its name in $UWM_DATA_DIR")
-    flags.DEFINE_string("output", "", "directory for the pictures; default DATASET/inspect")
+    flags.DEFINE_string("config", None, "FILE.py[:argument]: shows the mixture that a run of it would train on")
+    flags.DEFINE_string("workdir", None, "directory of a run: shows its mixture")
+    flags.DEFINE_string("trace", "", "STEP:ROW, a row of a batch that the run of --workdir saw; steps count from 1")
+    flags.DEFINE_string("output", "", "directory for the pages; default inspect/ inside the dataset or workdir")
     flags.DEFINE_string("split", "", "split; default train, else the first")
     flags.DEFINE_integer("episodes", 6, "rows of the contact sheet", lower_bound=1)
     flags.DEFINE_integer("frames", 8, "columns of the contact sheet", lower_bound=1)
+    cli.accept_config_overrides(config_help.describe)
 
 
 def main(call: cli.Call) -> None:
+    given = [name for name in ("dataset", "config", "workdir") if FLAGS[name].value]
+    if len(given) != 1:
+        which = ", ".join(f"--{name}" for name in given) or "none of them"
+        raise UserError(f"expected one of --dataset, --config and --workdir, found {which}.")
+    if FLAGS.trace and given != ["workdir"]:
+        raise UserError("--trace needs --workdir: which row a step sees is decided by a run.")
+    if given == ["dataset"]:
+        return _inspect_dataset()
+    if given == ["config"]:
+        output = cli.required_path("output")
+        config = config_lib.load(FLAGS.config, call.overrides)
+        data, state, start = RunData(config.data, seed=config_lib.data_seed(config)), None, 0
+    else:
+        workdir = cli.required_path("workdir")
+        output = cli.optional_path("output") or workdir / "inspect"
+        config, data, state, start = open_run(workdir, call.overrides)
+    step, row = _parse(FLAGS.trace) if FLAGS.trace else (0, 0)
+    found = traced(data, config.batch_size, state, start, step, row) if FLAGS.trace else None
+    title = f"Data of {FLAGS.config or FLAGS.workdir}"
+    page = inspect_run(data, config.total_steps * config.batch_size, title, output, found, (step, row))
+    data.close()
+    print(data.summary())
+    if found:
+        print(f"step {step}, row {row}: {found.place}")
+    print(f"wrote {page}")
+
+
+def _parse(text: str) -> tuple[int, int]:
+    numbers = re.fullmatch(r"(\d{1,12}):(\d{1,9})", text)
+    if not numbers:
+        raise UserError(f"--trace={text}: expected STEP:ROW, such as 1000:3.")
+    return int(numbers[1]), int(numbers[2])
+
+
+def _inspect_dataset() -> None:
     directory = find_dataset(cli.required_path("dataset"))
     output = cli.optional_path("output") or directory / "inspect"
     manifest = read_manifest(directory)
@@ -138,7 +265,7 @@ def main(call: cli.Call) -> None:
     print(f"{directory}: {summary(manifest)}")
     for remark in remarks:
         print(f"  note: {remark}")
-    print(f"wrote contact_sheet.png, actions.png and episode_lengths.png of split {split!r} to {output}")
+    print(f"wrote {output / PAGE}, and its pictures beside it, of split {split!r}")
 
 
 command = cli.command(main, define_flags)
