@@ -65,7 +65,8 @@ def _columns(facts: Mapping[str, ColumnFacts]) -> Html:
     heads += ["two values", "turns through ±π", "discontinuities"]
     rows = []
     for key, found in facts.items():
-        ends = [f"{low:.4g} to {high:.4g}" for low, high in zip(found.low, found.high, strict=True)]
+        ranges = zip(found.low, found.high, strict=True)
+        ends = [f"[{i}]:\u00a0{low:.4g}\u00a0to\u00a0{high:.4g}" for i, (low, high) in enumerate(ranges)]
         rows.append(
             [
                 head(fill("<code>{}</code>", key)),
