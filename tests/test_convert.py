@@ -337,6 +337,7 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
         2,
         7,
         Normalizer({"action": pair}),
+        {"b": "rows"},
     )
     system = UWM(config, spec, PCACodec(patch=8, channels=5))
     params = jax.jit(system.init)(jax.random.key(0))
@@ -357,6 +358,7 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
     assert described["codec"]["name"] == "pca" and (described["codec"]["patch"], described["step"]) == (8, 12)
     assert described["cameras"] == {"a": [32, 32], "b": [40, 30]}
     assert (described["low_dim"], described["text_dim"]) == ({"state": 3}, 7)
+    assert described["flip"] == {"b": "rows"}
     assert described["diffusion"]["prediction"] == {"action": "sample", "next_obs": "sample"}
     assert np.array_equal(np.float32(described["normalizers"]["action"]["offset"]), pair[1])
 

@@ -238,6 +238,7 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
         "config": c.to_dict(),
         "cameras": {key: list(spec.cameras[key]) for key in sorted(spec.cameras)},  # raw height, width
         "images": {"resize": list(c.data.resize), "crop": list(c.data.crop), "range": [0.0, 1.0]},
+        "flip": {key: spec.flip[key] for key in sorted(spec.flip)},  # how the robot's pictures become the model's
         "low_dim": {key: spec.low_dim[key] for key in sorted(spec.low_dim)},
         "text_dim": spec.text_dim,
         "window": {name: list(c.data.window[name]) for name in ("obs", "action", "next_obs")},

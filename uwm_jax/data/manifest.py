@@ -43,6 +43,7 @@ _FORM = {
 }
 _OPTIONAL = {
     "version": str,
+    "robot": {"flip": str},
     "unusable_keys": _Each(str),
     "episode_features": _Each({"shape": _Shape(), "dtype": str}),
 }

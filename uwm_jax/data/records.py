@@ -183,6 +183,11 @@ class Dataset:
         self._lock = threading.Lock()
 
     @property
+    def flip(self) -> str:
+        """How its pictures were turned upright when it was made: "rows", "180", or "" for not at all."""
+        return str(self.manifest.get("robot", {}).get("flip", "none")).replace("none", "")
+
+    @property
     def num_episodes(self) -> int:
         return len(self.episode_lengths)
 

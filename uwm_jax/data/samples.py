@@ -115,6 +115,7 @@ class Samples:
             action_dim=self.action_dim,
             text_dim=self.text_dim,
             normalizer=Normalizer(),
+            flip={name: flip for name in sorted(self.camera_keys)} if (flip := self.dataset.flip) else {},
         )
 
     def check_fits(self, spec: DataSpec, first: str) -> None:

@@ -31,6 +31,8 @@ class DataSpec:
         action_dim: Da; 0 without actions.
         text_dim: width of the text embedding, 0 for none.
         normalizer: raw = normalised * scale + offset, of `action` and the low-dimensional keys.
+        flip: {camera: "rows" or "180"} of the cameras whose pictures were turned upright when the dataset was made
+            (`data_prep.hdf5`): a policy must be shown its own pictures turned in the same way.
     """
 
     window: WindowSpec
@@ -39,6 +41,7 @@ class DataSpec:
     action_dim: int
     text_dim: int
     normalizer: Normalizer
+    flip: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def batch_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch of `rows` samples, by key.
@@ -127,6 +130,7 @@ class DataSpec:
             "action_dim": self.action_dim,
             "text_dim": self.text_dim,
             "normalizer": self.normalizer.to_json(),
+            "flip": dict(self.flip),
         }
 
     @classmethod
@@ -138,4 +142,5 @@ class DataSpec:
             action_dim=int(stored["action_dim"]),
             text_dim=int(stored["text_dim"]),
             normalizer=Normalizer.from_json(stored["normalizer"]),
+            flip={name: str(how) for name, how in stored.get("flip", {}).items()},  # older checkpoints have none
         )

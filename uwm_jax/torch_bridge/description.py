@@ -60,6 +60,7 @@ def read(path: str | Path, flag: str) -> Described:
                 "action_dim": stored["shapes"]["action"][-1],
                 "text_dim": stored["text_dim"],
                 "normalizer": stored["normalizers"],
+                "flip": stored.get("flip", {}),
             }
         )
         _check(spec, stored)
