@@ -214,6 +214,7 @@ MAY_CHANGE = {
     "model.attention",
     *("data.num_threads", "data.prefetch"),  # how fast the same rows are read
     *("data.path", "data.sources.robot.path", "data.sources.robot.weight"),
+    *("data.ranges", "data.sources.robot.ranges"),  # whose content the data's state tells
 }
 
 

@@ -33,6 +33,8 @@ MAY_CHANGE = (
     "model.codec.microbatch",
     # Places of datasets, whose fingerprints show that they are the same.
     *("data.path", "data.sources.*.path", "data.sources.*.weight"),
+    # Names of ranges, whose content is a part of the data's identity.
+    *("data.ranges", "data.sources.*.ranges"),
 )
 
 ORIGINS = ("init_from", "branch_from")  # fields that name a checkpoint of another run

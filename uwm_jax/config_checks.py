@@ -45,6 +45,7 @@ _TEXTS = (
 )
 _CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # strings, or pairs (key, string)
 _PAIRS = ("data.action", "data.sources.*.action")  # of (step key, transform)
+_BOUNDS = ("data.max_action", "data.sources.*.max_action")  # pairs of (step key, number)
 _MAY_BE_MINUS_ONE = ("mesh.data", "sweep.devices", "data.seed", "eval.*.every")  # which stands for another value
 _PLANE = "eval.action_plane"  # a camera and four numbers
 
@@ -111,6 +112,11 @@ def _check_elements(name: str, value: tuple[Any, ...]) -> None:
                 f"config.{name}: expected pairs (step key, transform) such as (('action', 'identity'),), "
                 f"found {value!r}."
             )
+    elif matches(name, _BOUNDS):
+        if not all(isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) and _is_bound(v[1]) for v in value):
+            raise UserError(
+                f"config.{name}: expected pairs (step key, number above 0) such as (('action', 1.5),), found {value!r}."
+            )
     elif name == _PLANE:
         numbers = value[1:]
         fits = len(numbers) == 4 and all(type(v) in (int, float) and abs(v) < float("inf") for v in numbers)
@@ -125,6 +131,10 @@ def _check_elements(name: str, value: tuple[Any, ...]) -> None:
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def _is_bound(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -22,6 +22,15 @@ FOLDERS = [f"/recordings/{LABS[i % 3]}/{i}" for i in range(30)]
 
 class FakeDataset:
     num_episodes = 30
+    episode_lengths = np.arange(10, 40)
+
+    def column_key(self, name: str) -> str:
+        return name
+
+    def column(self, key: str) -> np.ndarray:
+        """Positive at the last step of every third episode, at no other."""
+        ends = np.cumsum(self.episode_lengths) - 1
+        return np.where(np.isin(np.arange(ends[-1] + 1), ends[::3]), 1.0, -1.0).astype(np.float32)
 
     def episode_texts(self, key: str) -> list[str]:
         return {"episode_metadata/file_path": FILES, "recording_folderpath": FOLDERS}[key]
@@ -60,6 +69,19 @@ def test_conditions_that_nothing_meets_are_counted_one_by_one() -> None:
     )
     with pytest.raises(UserError, match=r"has 'KIT' in episode_metadata/file_path\. The first episode has '/data/IRIS"):
         chosen(include=("KIT",))
+
+
+def test_lengths_and_success_are_conditions_too() -> None:
+    selection = chosen(include=("success",), min_steps=20, max_steps=35, success="reward", max_episodes=2)
+    passing = [i for i in range(30) if i % 2 == 0 and i % 3 == 0 and 20 <= 10 + i <= 35]
+    assert set(np.flatnonzero(selection.kept)) < set(passing) and selection.kept.sum() == 2
+    rule = "'success' in episode_metadata/file_path; at least 20 steps; at most 35 steps; reward above 0 at some step"
+    assert str(selection) == f"{rule}; 2 chosen by seed 0"
+    assert selection.counts[0] == f"{len(passing)} of them with {rule}"
+    with pytest.raises(UserError, match=r"none of 30 episodes has at least 40 steps\. Episodes have 10 to 39 steps\."):
+        chosen(min_steps=40)
+    with pytest.raises(UserError, match=r"(?s)5 of 30 have at least 35 steps\n.*\nEpisodes have 10 to 39 steps\."):
+        chosen(min_steps=35, max_steps=34)
 
 
 def test_at_most_so_many_episodes_of_those_that_pass() -> None:

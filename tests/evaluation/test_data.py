@@ -31,6 +31,11 @@ def test_other_data_than_the_runs_are_refused_unless_named(tiny_config):
     with pytest.raises(UserError, match="there: .*source 'robot': fingerprint bbbbbbbbbbbb, the run's is aaaaaaaaaaaa"):
         refuse_other_data(system, data, of_the_run, [])
     assert refuse_other_data(system, data, of_the_run, ["data.path"]) is False
+    ranges = {"robot": "b" * 40 + " (present frames in ranges)", "video": "c" * 40}
+    with pytest.raises(
+        UserError, match=r"'robot' chooses all of its data here, but .* on \(present frames in ranges\)"
+    ):
+        refuse_other_data(system, data, ranges, [])
     data.spec = dataclasses.replace(system.spec, action_dim=3)
     with pytest.raises(UserError, match="action_dim is 3, but the run was trained with 10"):
         refuse_other_data(system, data, of_the_run, ["data.path"])

@@ -32,6 +32,12 @@ def data_fields() -> ConfigDict:
     # the windows (episode and origin) of the longest
     d.window.reserve = ()
     d.drop_nonfinite = False  # whether to leave out episodes with NaN or infinity in the keys that are read
+    # ranges of steps at which the present frame of a window lies: the name that data_prep.ranges gave them, or the path
+    # of a .json of openpi; "" = everywhere
+    d.ranges = ""
+    # pairs (step key of the action, bound in its units before the transform): windows with an action beyond +-bound are
+    # left out, e.g. (("action_dict/cartesian_velocity", 1.0),)
+    d.max_action = ()
     d.val_ratio = 0.05  # share of episodes held out for evaluation
     # of an episode, where the data mark it by is_last (RLDS leaves it undefined): drop, or keep (official)
     d.last_action = "drop"
@@ -67,8 +73,14 @@ def source(**fields: Any) -> ConfigDict:
     s.include = ()
     s.exclude = ()  # conditions, as in include, of which an episode may meet none
     s.path_key = "episode_metadata/file_path"  # key of the episode's path
+    s.min_steps = 0  # steps that an episode has at least
+    s.max_steps = 0  # steps that an episode has at most; 0 = any number
+    # step key that tells success, such as reward: only episodes are used of which it is above 0 at some step; "" = all
+    s.success = ""
     s.max_episodes = 0  # at most so many of the episodes that pass, held-out ones included; 0 = all
     s.max_episodes_seed = 0  # decides which episodes max_episodes takes
+    s.ranges = ""  # as config.data.ranges; "" = that, none = no ranges
+    s.max_action = ()  # as config.data.max_action; () = that, for the keys that this source reads
     s.cameras = ()  # this source's keys for config.data.cameras, in that order; () = the same keys
     s.choices = ConfigDict()  # {name: keys} of this source, in place of those of config.data.choices with these names
     # What a source without actions shows in views that it has no camera for: same (its first camera), none (black; its

@@ -8,7 +8,6 @@ import numpy as np
 
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.sources import Source
-from uwm_jax.data.stats import counted_steps
 from uwm_jax.data.windows import split_episodes
 
 _FAR = 1.5  # times the clip: values up to this lose little by clipping
@@ -99,10 +98,7 @@ def _shares(
 def _blocks(source: Source, key: str) -> Iterator[np.ndarray]:
     """Raw values (n, D) of a key at the training steps, evenly thinned if there are many."""
     dataset, samples = source.dataset, source.samples
-    in_training = np.zeros(dataset.num_episodes, np.int64)
-    counted = samples.action_lengths if key == "action" else dataset.episode_lengths
-    in_training[source.episodes] = counted[source.episodes]
-    steps = counted_steps(dataset.episode_lengths, in_training)
+    steps = source.counted_steps(key)
     stride = max(1, -(-len(steps) // _ROWS))
     for start in range(0, len(steps), _BLOCK):
         rows = np.flatnonzero(steps[start : start + _BLOCK])[::stride]

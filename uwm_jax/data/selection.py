@@ -1,10 +1,10 @@
-"""Selection of the episodes that a source uses: by conditions on their strings, up to a number, only finite ones."""
+"""Selection of the episodes that a source uses: by their strings, lengths and success, up to a number, if finite."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,10 @@ class Selection:
     def __str__(self) -> str:
         return "; ".join(self.rules)
 
+    def limited(self, rules: Iterable[str]) -> Selection:
+        """The same episodes, with rules that their windows must meet."""
+        return dataclasses.replace(self, rules=(*self.rules, *rules))
+
     def without(self, episodes: np.ndarray) -> Selection:
         """Less some episodes whose values are not finite."""
         kept = self.kept.copy()
@@ -96,13 +100,14 @@ def select(dataset: Dataset, fields: Any, where: str) -> Selection:
         UserError: no episode meets the conditions, or the dataset lacks a string.
     """
     selection = Selection(np.ones(dataset.num_episodes, np.bool_))
-    if asked := conditions(fields):
-        texts = {condition.key: dataset.episode_texts(condition.key) for condition in asked}
-        held = [condition.holds(texts[condition.key]) for condition in asked]
-        kept = np.logical_and.reduce(held)
-        rule = "; ".join(map(str, asked))
+    texts = {condition.key: dataset.episode_texts(condition.key) for condition in conditions(fields)}
+    asked = {str(condition): condition.holds(texts[condition.key]) for condition in conditions(fields)}
+    asked |= _of_steps(dataset, fields)
+    if asked:
+        kept = np.logical_and.reduce(list(asked.values()))
+        rule = "; ".join(asked)
         if not kept.any():
-            raise UserError(_nothing_passes(dataset, asked, texts, held, where))
+            raise UserError(_nothing_passes(dataset, asked, texts, where))
         selection = Selection(kept, (rule,), (f"{int(kept.sum())} of them with {rule}",))
     if 0 < fields.max_episodes < selection.kept.sum():
         generator = np.random.default_rng(fields.max_episodes_seed)
@@ -114,21 +119,31 @@ def select(dataset: Dataset, fields: Any, where: str) -> Selection:
     return selection
 
 
-def _nothing_passes(
-    dataset: Dataset,
-    asked: tuple[Condition, ...],
-    texts: Mapping[str, list[str]],
-    held: list[np.ndarray],
-    where: str,
-) -> str:
+def _of_steps(dataset: Dataset, fields: Any) -> dict[str, np.ndarray]:
+    """{condition: (E,) bool} of the conditions of a source on lengths and on success."""
+    found: dict[str, np.ndarray] = {}
+    if fields.min_steps:
+        found[f"at least {fields.min_steps} steps"] = dataset.episode_lengths >= fields.min_steps
+    if fields.max_steps:
+        found[f"at most {fields.max_steps} steps"] = dataset.episode_lengths <= fields.max_steps
+    if fields.success:
+        key, lengths = dataset.column_key(fields.success), dataset.episode_lengths
+        episodes, _ = steps_where(lambda x: np.any(x > 0, axis=1), dataset.column(key), lengths, lengths)
+        found[f"{key} above 0 at some step"] = np.bincount(episodes, minlength=len(lengths)) > 0
+    return found
+
+
+def _nothing_passes(dataset: Dataset, asked: Mapping[str, np.ndarray], texts: Mapping[str, Any], where: str) -> str:
     total = dataset.num_episodes
-    lines = [f"{where}: none of {total} episodes has {'; '.join(map(str, asked))}."]
+    lines = [f"{where}: none of {total} episodes has {'; '.join(asked)}."]
     if len(asked) > 1:
-        lines += [f"  {int(h.sum())} of {total} have {condition}" for condition, h in zip(asked, held, strict=True)]
-    examples = [repr(next(iter(texts[condition.key]), "")) for condition in asked]
-    return "\n".join([*lines, f"The first episode has {' and '.join(examples)}."]).replace(
-        ".\nThe first", ". The first"
-    )
+        lines += [f"  {int(held.sum())} of {total} have {condition}" for condition, held in asked.items()]
+    found = []
+    if texts:
+        found.append(f"The first episode has {' and '.join(repr(next(iter(of), '')) for of in texts.values())}.")
+    if len(texts) < len(asked) and total:
+        found.append(f"Episodes have {dataset.episode_lengths.min()} to {dataset.episode_lengths.max()} steps.")
+    return ("\n" if len(lines) > 1 else " ").join(["\n".join(lines), " ".join(found)])
 
 
 def not_finite(column: Column, lengths: np.ndarray, counted: np.ndarray, block: int = 1 << 18) -> np.ndarray:
@@ -140,14 +155,33 @@ def not_finite(column: Column, lengths: np.ndarray, counted: np.ndarray, block: 
     """
     if column.dtype.kind != "f":
         return np.zeros(0, np.int64)
+    episodes, _ = steps_where(lambda x: np.any(~np.isfinite(x), axis=1), column, lengths, counted, block)
+    return np.unique(episodes)
+
+
+def steps_where(
+    test: Callable[[np.ndarray], np.ndarray],
+    column: Column,
+    lengths: np.ndarray,
+    counted: np.ndarray,
+    block: int = 1 << 18,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(episodes, steps), (n,) int64 each, of steps that pass a test, among the first `counted` (E,) of each episode.
+
+    Args:
+        test: of rows (m, D) to (m,) bool.
+        column, lengths: as `not_finite`.
+    """
     ends = np.cumsum(lengths)
-    bad: list[np.ndarray] = []
+    found: list[np.ndarray] = [np.zeros((2, 0), np.int64)]
     for start in range(0, len(column), block):
         values = column[start : start + block]
-        rows = start + np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        rows = start + np.flatnonzero(test(values.reshape(len(values), -1)))
         episodes = np.searchsorted(ends, rows, side="right")
-        bad.append(episodes[rows - (ends - lengths)[episodes] < counted[episodes]])
-    return np.unique(np.concatenate(bad)) if bad else np.zeros(0, np.int64)
+        steps = rows - (ends - lengths)[episodes]
+        found.append(np.stack([episodes, steps])[:, steps < counted[episodes]])
+    episodes, steps = np.concatenate(found, axis=1)
+    return episodes, steps
 
 
 def describe_not_finite(found: Mapping[str, np.ndarray], total: int, where: str) -> str:

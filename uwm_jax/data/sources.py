@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from uwm_jax.data import fields as fields_lib
+from uwm_jax.data.limits import StepRanges, action_key, find_limits
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import StreamOrder, mix
 from uwm_jax.data.records import Dataset, dataset_dir
 from uwm_jax.data.samples import Clip, Samples
 from uwm_jax.data.selection import describe_not_finite, select
 from uwm_jax.data.spec import Batch, DataSpec
-from uwm_jax.data.stats import Stats, join_stats, key_stats, pool_stats
-from uwm_jax.data.transforms import get_transform
+from uwm_jax.data.stats import Stats, counted_steps, join_stats, key_stats, pool_stats
+from uwm_jax.data.transforms import Transform, get_transform
 from uwm_jax.data.windows import Windows, split_episodes
 from uwm_jax.errors import UserError
 
@@ -31,10 +34,11 @@ class Source:
         seed: of its order.
     Raises:
         UserError: as `Samples` and `select`; values that are not finite, unless `config.drop_nonfinite`; no training
-            episode is long enough.
+            episode is long enough, or no window is left.
 
     Attributes:
-        selection: the episodes that are used.
+        selection: the episodes that are used, with the rules of `limits`.
+        limits: what their windows must meet, training and held-out ones.
         episodes, held_out: numbers of the training and of the validation episodes.
     """
 
@@ -50,10 +54,13 @@ class Source:
             raise UserError(describe_not_finite(broken, dataset.num_episodes, where))
         if broken:
             self.selection = self.selection.without(np.unique(np.concatenate(list(broken.values()))))
+        kept = self.selection.kept
+        counted = np.where(kept, self.samples.action_lengths, 0)
+        self.limits = find_limits(dataset, config, fields, name, [key for key, _ in self.samples.actions], counted)
+        self.selection = self.selection.limited(limit.rule for limit in self.limits)
         # Held out first and selected then, so that sources of one dataset hold out the same episodes.
         train, held_out = split_episodes(dataset.num_episodes, config.val_ratio)
         self._num_held_out = len(held_out)
-        kept = self.selection.kept
         self.episodes, self.held_out = train[kept[train]], held_out[kept[held_out]]
         what = f"training episodes of {where}"
         if self.selection.rules:
@@ -65,17 +72,21 @@ class Source:
     def held_out_windows(self, all_episodes: bool = False) -> Windows | None:
         """All windows of the validation episodes, or of all that it uses; None if there are none."""
         usable = self.usable()
-        episodes = np.flatnonzero(usable) if all_episodes else self.held_out
-        return self._windows(episodes) if usable[episodes].any() else None
+        episodes = np.flatnonzero(usable) if all_episodes else self.held_out[usable[self.held_out]]
+        return self._windows(episodes) if len(episodes) else None
 
     def usable(self) -> np.ndarray:
         """(E,) bool, the episodes of its dataset that it uses and that have a window."""
         counts = self.samples.window.count(self.dataset.episode_lengths, self.samples.action_lengths)
-        return self.selection.kept & (counts > 0)
+        usable = self.selection.kept & (counts > 0)
+        if self.limits:
+            found, usable = self._windows(np.flatnonzero(usable)).episodes, np.zeros_like(usable)
+            usable[found] = True
+        return usable
 
     def _windows(self, episodes: np.ndarray, what: str = "episodes") -> Windows:
         lengths, actions = self.dataset.episode_lengths, self.samples.action_lengths
-        return Windows(self.samples.window, lengths, episodes, what, actions)
+        return Windows(self.samples.window, lengths, episodes, what, actions, self.limits)
 
     def about_held_out(self) -> str:
         """A sentence about the number and lengths of its validation episodes, for messages."""
@@ -107,23 +118,54 @@ class Source:
 
     def stats(self) -> dict[str, Stats]:
         """Statistics of `action`, where it is read, and of each low-dim key over the training episodes."""
-        where = dict(val_ratio=self._val_ratio, episodes=self.episodes, selection=str(self.selection))
-        samples, identity = self.samples, get_transform("identity")
-        stats = {name: key_stats(self.dataset, key, identity, **where) for name, key in samples.low_dim_keys.items()}
-        steps = samples.action_lengths
-        parts = [key_stats(self.dataset, key, t, **where, action_lengths=steps) for key, t in samples.actions]
+        samples, identity, chosen = self.samples, get_transform("identity"), str(self.selection)
+        if self.limits:  # then only steps count that windows hold, and which these are is the window's business too
+            chosen += f"; steps of windows {json.dumps(samples.window.to_json(), sort_keys=True)}"
+
+        def of(name: str, key: str, transform: Transform) -> Stats:
+            return key_stats(
+                self.dataset,
+                key,
+                transform,
+                val_ratio=self._val_ratio,
+                episodes=self.episodes,
+                selection=chosen,
+                action_lengths=samples.action_lengths if name == "action" else None,
+                steps=functools.partial(self.counted_steps, name) if self.limits else None,
+            )
+
+        stats = {name: of(name, key, identity) for name, key in samples.low_dim_keys.items()}
+        parts = [of("action", key, transform) for key, transform in samples.actions]
         return stats | ({"action": join_stats(parts)} if parts else {})
+
+    def counted_steps(self, name: str) -> np.ndarray:
+        """(steps,) bool of all steps of the dataset, those whose `action`, or low-dim key, counts for the normaliser:
+        of the training episodes all, but with `limits` those that a training window holds."""
+        dataset, window = self.dataset, self.samples.window
+        lengths = self.samples.action_lengths if name == "action" else dataset.episode_lengths
+        if not self.limits:
+            counted = np.zeros(dataset.num_episodes, np.int64)
+            counted[self.episodes] = lengths[self.episodes]
+            return counted_steps(dataset.episode_lengths, counted)
+        indices = (window.action if name == "action" else window.obs) or (0,)
+        return self.windows.steps_held(indices, lengths, dataset.episode_starts, int(dataset.episode_lengths.sum()))
+
+    def left_out(self) -> list[str]:
+        """For people, how many training windows each limit leaves out, and what did not fit its file."""
+        counts = [f"{count} are left out by {name}" for name, count in self.windows.left_out.items()]
+        return counts + [remark for limit in self.limits if isinstance(limit, StepRanges) for remark in limit.remarks]
 
     def describe(self) -> str:
         """A one-line summary."""
         lengths, dataset = self.dataset.episode_lengths, self.dataset
         counts = f" ({'; '.join(self.selection.counts)})" if self.selection.counts else ""
+        left = f" of {self.windows.total} ({'; '.join(self.left_out())})" if self.limits else ""
         use = "" if self.use_actions else "; used without actions"
         if dropped := int((self.samples.action_lengths < lengths).sum()):
             use = f"; the last action of {dropped} episodes is left out (is_last)"
         return (
             f"{dataset.directory} ({dataset.split}): {dataset.num_episodes} episodes{counts}, "
-            f"{int(lengths.sum())} steps; {len(self.windows)} training windows in {len(self.windows.episodes)} "
+            f"{int(lengths.sum())} steps; {len(self.windows)}{left} training windows in {self.windows.num_episodes} "
             f"episodes, {len(self.held_out)} held out; cameras {', '.join(sorted(self.samples.camera_keys)) or 'none'}"
             f"{use}"
         )
@@ -137,11 +179,11 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
     Raises:
         UserError: as `Source`.
     """
+    sources: dict[str, Source] = {}
     if not config.sources:
         dataset = Dataset(dataset_dir(config.path), config.split)
         name = dataset.directory.name
-        return {name: Source(name, str(dataset.directory), dataset, config, fields_lib.source(), seed)}
-    sources: dict[str, Source] = {}
+        sources[name] = Source(name, str(dataset.directory), dataset, config, fields_lib.source(), seed)
     opened: dict[tuple[str, str], Dataset] = {}
     for name, fields in sorted(config.sources.items()):
         field = f"config.data.sources.{name}.path" if fields.path else "config.data.path"
@@ -157,6 +199,11 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
         own = seed if len(config.sources) == 1 else mix(mix(seed) ^ _hash(name))
         where = f"source {name!r} ({dataset.directory})"
         sources[name] = Source(name, where, dataset, config, fields, own)
+    for key, _ in config.max_action:
+        read = {name: [k for k, _ in source.samples.actions] for name, source in sources.items()}
+        if not any(action_key(key, keys) for keys in read.values()):
+            each = "; ".join(f"{name}: {', '.join(keys) or 'none'}" for name, keys in read.items())
+            raise UserError(f"config.data.max_action: no source has {key!r} in its action, whose keys are: {each}.")
     return sources
 
 

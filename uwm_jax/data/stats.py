@@ -111,6 +111,7 @@ def key_stats(
     episodes: np.ndarray | None = None,
     selection: str = "",
     action_lengths: np.ndarray | None = None,
+    steps: Callable[[], np.ndarray] | None = None,
 ) -> Stats:
     """Statistics of one column after a transform, over the training episodes that `val_ratio` leaves.
 
@@ -121,6 +122,8 @@ def key_stats(
     Args:
         episodes: the training episodes to use, if not all; `selection` is a description of them.
         action_lengths: (E,) for a column of actions: the number of steps to use of each episode, if not all.
+        steps: called if nothing is cached: (rows,) bool, the steps that count, in place of all those of `episodes`;
+            `selection` tells which these are.
     Raises:
         UserError: the cached file is of another dataset.
     """
@@ -143,12 +146,15 @@ def key_stats(
         )
     if meaning.items() <= stored.items():
         return stored["stats"]
-    if episodes is None:
-        episodes, _ = split_episodes(dataset.num_episodes, val_ratio)
-    in_training = np.zeros(dataset.num_episodes, np.int64)
-    in_training[episodes] = counted[episodes]
-    steps = counted_steps(dataset.episode_lengths, in_training)
-    stats = column_stats(dataset.column(key), transform.apply, steps)
+    if steps is None:
+        if episodes is None:
+            episodes, _ = split_episodes(dataset.num_episodes, val_ratio)
+        in_training = np.zeros(dataset.num_episodes, np.int64)
+        in_training[episodes] = counted[episodes]
+        kept = counted_steps(dataset.episode_lengths, in_training)
+    else:
+        kept = steps()
+    stats = column_stats(dataset.column(key), transform.apply, kept)
     try:
         value = meaning | {"stats": stats}
         write_text(file, json.dumps(value | {"digest": _digest(value)}, indent=1))

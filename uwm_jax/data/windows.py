@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from uwm_jax.data.intervals import Intervals, pieces
 from uwm_jax.errors import UserError
 
 OF_FRAMES = ("obs", "next_obs")  # groups with camera frames
@@ -71,6 +72,11 @@ class WindowSpec:
         return cls(groups, str(stored["pad"]), tuple(int(i) for i in stored["reserve"]))
 
     @property
+    def present(self) -> int:
+        """Index of the present frame, the newest that a policy has seen."""
+        return max(self.obs, default=0)
+
+    @property
     def places(self) -> dict[str, Any]:
         """The fields that decide where there are windows: equal for specs with the same (episode, origin) pairs."""
         reach = [(min(x), max(x)) if x else () for x in (self._observed, self._acted)]
@@ -116,8 +122,79 @@ class WindowSpec:
         return [min(max(origin + i, 0), length - 1) for i in indices]
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """All windows of some episodes before any limit, numbered episode by episode, one number being left out after each
+    episode, so that no interval of numbers of windows crosses an episode's end.
+
+    Attributes:
+        spec: the window.
+        episodes: (n,) int64 numbers of the episodes that have windows, rising.
+        lengths, actions: (n,) int64, their steps, and how many of these, from the first on, have an action.
+        counts: (n,) int64, their windows.
+        bases: (n,) int64, the number of each one's first window.
+    """
+
+    spec: WindowSpec
+    episodes: np.ndarray
+    lengths: np.ndarray
+    actions: np.ndarray
+    counts: np.ndarray
+    bases: np.ndarray
+
+    @classmethod
+    def of(cls, spec: WindowSpec, lengths: np.ndarray, actions: np.ndarray, episodes: np.ndarray) -> Layout:
+        """The layout of `episodes`, of all of which `lengths` and `actions` tell."""
+        counts = spec.count(lengths[episodes], actions[episodes])
+        episodes, counts = np.asarray(episodes, np.int64)[counts > 0], counts[counts > 0]
+        return cls(spec, episodes, lengths[episodes], actions[episodes], counts, np.cumsum(counts + 1) - counts - 1)
+
+    @property
+    def size(self) -> int:
+        """One more than the largest number."""
+        return int((self.counts + 1).sum())
+
+    @property
+    def gaps(self) -> Intervals:
+        """The numbers that are left out."""
+        ends = self.bases + self.counts
+        return Intervals.union(ends, ends + 1)
+
+    def numbers(self, episodes: np.ndarray, first: np.ndarray, stop: np.ndarray) -> Intervals:
+        """The windows of each of `episodes` (m,) that begin at a step of [first, stop), (m,) each; episodes may repeat,
+        and need not be of this layout."""
+        at = np.searchsorted(self.episodes, episodes)
+        known = at < len(self.episodes)
+        known[known] = self.episodes[at[known]] == episodes[known]
+        at = at[known]
+        ends = [np.clip(x[known] - self.spec.first_origin, 0, self.counts[at]) + self.bases[at] for x in (first, stop)]
+        return Intervals.union(*ends)
+
+
+class Limit(Protocol):
+    """A condition on windows.
+
+    Attributes:
+        rule: the condition, in words that identify it: what must not change while a run continues.
+        name: the same for people, as what leaves windows out.
+    """
+
+    @property
+    def rule(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def left_out(self, layout: Layout) -> Intervals:
+        """The windows that do not meet it; any of `layout.gaps` may be among these."""
+        ...
+
+
 class Windows:
-    """All windows of some episodes, numbered 0 .. len - 1 episode by episode; nothing is listed in memory.
+    """All windows of some episodes that meet some limits, numbered 0 .. len - 1 episode by episode.
+
+    Held in memory is a row for each run of windows at consecutive steps: one for each episode where nothing is left
+    out.
 
     Args:
         spec: the window.
@@ -125,8 +202,14 @@ class Windows:
         episodes: (n,) which of them to use, rising.
         what: names the set in the error message.
         action_lengths: (E,) numbers of actions of all episodes, if these differ from `lengths`.
+        limits: what the windows must meet.
     Raises:
-        UserError: there are no episodes, or none is long enough.
+        UserError: there are no episodes, none is long enough, or the limits leave nothing.
+
+    Attributes:
+        episodes: (r,) int32, the episode of each run; origins: (r,) int32, the step at which its first window begins.
+        left_out: {name of a limit: how many of the windows do not meet it}.
+        total: how many windows there are without the limits.
     """
 
     def __init__(
@@ -136,19 +219,17 @@ class Windows:
         episodes: np.ndarray,
         what: str = "episodes",
         action_lengths: np.ndarray | None = None,
+        limits: Sequence[Limit] = (),
     ):
         lengths = np.asarray(lengths)
         actions = lengths if action_lengths is None else np.asarray(action_lengths)
-        counts = spec.count(lengths[episodes], actions[episodes])
-        self.spec = spec
-        self.episodes = np.asarray(episodes)[counts > 0]
-        self._ends = np.cumsum(counts[counts > 0])
         if not len(episodes):
             raise UserError(
                 f"there are no {what}: all that would do are held out (config.data.val_ratio) or left out "
                 "(config.data.drop_nonfinite)."
             )
-        if not len(self.episodes):
+        layout = Layout.of(spec, lengths, actions, np.asarray(episodes))
+        if not len(layout.episodes):
             longest = int(np.max(lengths[episodes], initial=0))
             if spec.count(lengths[episodes]).any():
                 raise UserError(
@@ -160,15 +241,54 @@ class Windows:
                 f"config.data.window spans {spec.span} steps, but the longest of {len(episodes)} {what} has {longest}. "
                 f"Use a window of at most {longest} steps, or config.data.window.pad='edge'."
             )
+        self.spec = spec
+        self.total = int(layout.counts.sum())
+        parts = {limit.name: limit.left_out(layout) for limit in limits}
+        self.left_out = {
+            name: self.total - len(Intervals.joined(layout.gaps, part).complement(layout.size))
+            for name, part in parts.items()
+        }
+        kept = Intervals.joined(layout.gaps, *parts.values()).complement(layout.size)
+        if not len(kept):
+            each = "; ".join(f"{count} are left out by {name}" for name, count in self.left_out.items())
+            raise UserError(f"none of the {self.total} windows of {len(episodes)} {what} is left: {each}.")
+        at = np.searchsorted(layout.bases, kept.starts, side="right") - 1
+        self.episodes = layout.episodes[at].astype(np.int32)
+        self.origins = (kept.starts - layout.bases[at] + spec.first_origin).astype(np.int32)
+        self._ends = np.cumsum(kept.stops - kept.starts)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes that have a window."""
+        return int(np.count_nonzero(np.diff(self.episodes))) + 1
 
     def locate(self, window: int) -> tuple[int, int]:
         """(episode number in the split, origin step) of a window."""
         i = int(np.searchsorted(self._ends, window, side="right"))
         start = int(self._ends[i - 1]) if i else 0
-        return int(self.episodes[i]), window - start + self.spec.first_origin
+        return int(self.episodes[i]), window - start + int(self.origins[i])
+
+    def steps_held(self, indices: tuple[int, ...], lengths: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
+        """(size,) bool of the steps of all episodes, one episode after another: those that a window has at one of
+        `indices`.
+
+        Args:
+            lengths: (E,) of all episodes, within which `WindowSpec.steps` keeps the steps.
+            starts: (E,) where each episode begins.
+        """
+        last, begin = lengths[self.episodes] - 1, starts[self.episodes]
+        counts = np.diff(self._ends, prepend=0)
+        found = [
+            Intervals.union(
+                begin + np.clip(self.origins + first, 0, last),
+                begin + np.clip(self.origins + counts - 1 + after, 0, last) + 1,
+            )
+            for first, after in pieces(indices)
+        ]
+        return Intervals.joined(*found).mask(size)
 
 
 def split_episodes(num_episodes: int, val_ratio: float) -> tuple[np.ndarray, np.ndarray]:

@@ -138,11 +138,17 @@ def refuse_other_data(
     if any(name.startswith(("data.path", "data.sources")) for name in changed):
         return False
     name = min(name for name in {*here, *datasets} if here.get(name) != datasets.get(name))
+    (ours, _, chosen), (theirs, _, own) = (found.get(name, "none").partition(" ") for found in (here, datasets))
+    if ours == theirs:
+        raise UserError(
+            f"{data.directory}: source {name!r} chooses {chosen or 'all of its data'} here, but the run was trained on "
+            f"{own or 'all of it'}. Use the run's ranges and conditions (config.data.ranges, config.data.sources)."
+        )
     raise UserError(
         f"{data.directory}: this is not the dataset that the run was trained on (source {name!r}: fingerprint "
-        f"{here.get(name, 'none')[:12]}, the run's is {datasets.get(name, 'none')[:12]}), so that episodes which are "
-        "held out here may be among those it learned from. Put the run's dataset there again (report.html tells which "
-        "it was), or name this one with --config.data.path."
+        f"{ours[:12]}, the run's is {theirs[:12]}), so that episodes which are held out here may be among those it "
+        "learned from. Put the run's dataset there again (report.html tells which it was), or name this one with "
+        "--config.data.path."
     )
 
 

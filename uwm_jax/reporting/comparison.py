@@ -25,7 +25,7 @@ RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#a0418f", "#e69f00", "#56b4e9", 
 DECISIVE = (
     *("data.path", "data.split", "data.sources", "data.val_ratio", "data.window.action", "data.action"),
     *("data.normalize", "data.cameras", "data.resize", "data.crop", "model.codec.name", "model.codec.vae"),
-    "eval.num_windows",
+    *("data.ranges", "data.max_action", "data.choices", "eval.num_windows"),
 )
 
 # What an evaluation or a closed loop records of itself and depends on.

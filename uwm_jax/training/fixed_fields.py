@@ -27,7 +27,7 @@ SAMPLING = ("*sampling*",)  # stands for the fields that the system names (`Fiel
 # Which held-out windows, of which data, which the commands compare with the run's own.
 WINDOWS = (
     "eval.num_windows",
-    *("data.path", "data.split", "data.val_ratio", "data.drop_nonfinite", "data.sources.*"),
+    *("data.path", "data.split", "data.val_ratio", "data.drop_nonfinite", "data.ranges", "data.sources.*"),
 )
 EVALUATION = (*SAMPLING, *WINDOWS, "eval.action_plane", "batch_size", "mesh.rules")
 
