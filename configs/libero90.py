@@ -5,11 +5,13 @@ Command:
     python -m uwm_jax.train --config=configs/libero90.py --workdir=runs/libero90
 
 The keys are those of the RLDS that is commonly built of LIBERO: `image` (the scene), `wrist_image`, and `action`, which
-is the controller's command as recorded, within [-1, 1]; nothing is normalised. For a dataset with the original names:
+is the controller's command as recorded, within [-1, 1]; nothing is normalised. For a dataset with the original names,
+such as `data_prep.hdf5` makes of LIBERO's own files:
     --config.data.cameras=agentview_rgb,eye_in_hand_rgb
 Frames of any size will do, 128x128 as rendered by LIBERO or 256x256 as in the common RLDS. But look at them with
-`data_prep.inspect`: LIBERO stores frames upside down, the common RLDS turned by 180 degrees, and the official code
-trains on upright ones. A simulator, or a checkpoint to finetune, has to see the same.
+`data_prep.inspect`: LIBERO stores frames upside down, the common RLDS turned by 180 degrees; `data_prep.hdf5` makes
+them upright, and the official code trains on upright ones. A simulator, or a checkpoint to finetune, has to see the
+same.
 
 Hardware: accelerators; the global batch of 144 (36 on each of 4 devices in the paper) spreads over all that are there.
 The VAE (stabilityai/sdxl-vae) and ImageNet weights come from the hub at the first start.
