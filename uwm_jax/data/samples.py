@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from uwm_jax.data.choices import keys_of, pick
+from uwm_jax.data.cover import cover
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import mix
 from uwm_jax.data.records import Dataset
@@ -235,25 +235,6 @@ class Samples:
 def _frames_of(batch: Batch, view: str) -> list[np.ndarray]:
     """The arrays of a view, in the order of `OF_FRAMES`."""
     return [batch[f"{group}/{view}"] for group in OF_FRAMES if f"{group}/{view}" in batch]
-
-
-def cover(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A frame (h, w, 3) uint8 resized to cover `size` (height, width) with its shape kept, cropped in the centre.
-
-    The official rule for web video: scale by the larger of the two ratios, both sides rounded up. The resampling is
-    bilinear and antialiased.
-    """
-    height, width = frame.shape[:2]
-    if (height, width) == size:
-        return frame
-    # In whole numbers: a ratio in floating point may round a side that fits exactly up by one.
-    if size[0] * width >= size[1] * height:
-        new = size[0], -(-width * size[0] // height)
-    else:
-        new = -(-height * size[1] // width), size[1]
-    resized = np.asarray(Image.fromarray(frame).resize(new[::-1], Image.Resampling.BILINEAR))
-    top, left = (new[0] - size[0]) // 2, (new[1] - size[1]) // 2
-    return resized[top : top + size[0], left : left + size[1]]
 
 
 def _shuffled(items: Sequence[str], draw: int) -> list[str]:
