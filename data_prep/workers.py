@@ -20,10 +20,11 @@ def pool(
       initializer: called once in each process with `initargs`; like submitted functions, importable by name.
     """
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(processes, context, _start, (initializer, initargs))
+    return concurrent.futures.ProcessPoolExecutor(processes, context, start, (initializer, initargs))
 
 
-def _start(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+def start(initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()) -> None:
+    """Prepares a new process: it ends silently on Ctrl-C, and with its parent."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # the command gets the signal too, and reports it
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if initializer:
