@@ -23,6 +23,8 @@ from uwm_jax.errors import UserError
 
 MAX_PIXELS = 1 << 26  # of a frame; 8K video has half of that
 _SLACK = Fraction(1, 1_000_000)  # seconds; times in metadata are rounded to floats
+_VARIABLE = Fraction(3, 2)  # ratio of two intervals between frames that rounding cannot explain
+_UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16)  # the first numbers of a display matrix that changes nothing
 _MISSING = Fraction(1, 20)  # of the declared duration, which containers round; at least two frames
 
 
@@ -39,12 +41,14 @@ class Video:
 
     Attributes:
         pixel_aspect: width of a stored pixel over its height.
+        remarks: properties that are taken into account, found while reading: rotation, a variable rate, and so on.
     Raises:
         VideoError: the file cannot be read or opened, or has no video stream.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        self.remarks: set[str] = set()
         self._av = _import_av()
         self._open()
         self.pixel_aspect = Fraction(self._stream.sample_aspect_ratio or 1)
@@ -139,19 +143,25 @@ class Video:
     def _timed(self, stamped: bool) -> Iterator[tuple[Fraction, Any]]:
         """Frames with their times, as `frames`."""
         last: Fraction | None = None
-        interval = Fraction(0)
+        interval = shortest = Fraction(0)
         spacing = 1 / Fraction(self._stream.average_rate or self._stream.guessed_rate or 1)
         for number, (time, frame) in enumerate(self._decoded()):
+            if last is None:
+                self._remark(time, frame)
             if time is None:
                 if stamped:
                     raise VideoError("no time stamps", f"{self.path.name} has frames without a time stamp")
                 time = Fraction(0) if last is None else last + spacing
-            if last is not None and time <= last:
-                raise VideoError(
-                    "time stamps do not increase",
-                    f"{self.path.name}: frame {number} at {float(time):.4f} s, the one before at {float(last):.4f} s",
-                )
-            interval = time - last if last is not None else interval
+            if last is not None:
+                interval = time - last
+                shortest = min(shortest or interval, interval)
+                if interval <= 0:
+                    raise VideoError(
+                        "time stamps do not increase",
+                        f"{self.path.name}: frame {number} at {float(time):.4f} s, the last at {float(last):.4f} s",
+                    )
+                if interval > _VARIABLE * shortest:
+                    self.remarks.add("variable rate")
             last, duration = time, frame.duration
             yield time, frame
         if last is None:
@@ -161,6 +171,17 @@ class Video:
         end = last + interval
         if declared is not None and declared - end > max(2 * interval, _MISSING * declared):
             raise VideoError("ends early", f"{self.path.name} ends at {float(end):.2f} of {float(declared):.2f} s")
+
+    def _remark(self, time: Fraction | None, frame: Any) -> None:
+        """Adds the remarks that the first frame gives reason for."""
+        remarks = {
+            "no time stamps": time is None,
+            "rotated or mirrored by metadata": any(struct.unpack("=9i", m)[:5] != _UPRIGHT for m in _matrices(frame)),
+            "pixels not square": self.pixel_aspect != 1,
+            "more than 8 bits a channel": any(component.bits > 8 for component in frame.format.components),
+            "odd size": frame.width % 2 == 1 or frame.height % 2 == 1,
+        }
+        self.remarks |= {remark for remark, applies in remarks.items() if applies}
 
     def _decoded(self) -> Iterator[tuple[Fraction | None, Any]]:
         """Frames with the times that the file stores."""
@@ -207,14 +228,18 @@ def rgb(frame: Any, pixel_aspect: Fraction = Fraction(1)) -> np.ndarray:
     """
     if frame.width * frame.height > MAX_PIXELS:
         raise VideoError("oversized picture", f"a frame has {frame.width}x{frame.height} pixels")
-    image = frame.to_ndarray(format="rgb24")
+    image = frame.to_ndarray(format="rgb24", threads=1)
     if pixel_aspect != 1:
         size = max(1, round(frame.width * pixel_aspect)), frame.height
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-    for item in frame.side_data:
-        if item.type.name == "DISPLAYMATRIX":
-            image = turned(image, struct.unpack("=9i", bytes(item)))
+    for matrix in _matrices(frame):
+        image = turned(image, struct.unpack("=9i", matrix))
     return np.ascontiguousarray(image)
+
+
+def _matrices(frame: Any) -> list[bytes]:
+    """The display matrices of a frame: none or one."""
+    return [bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"]
 
 
 def turned(image: np.ndarray, matrix: Sequence[int]) -> np.ndarray:

@@ -18,7 +18,7 @@ _OPTIONS = {
     "libvpx": {"deadline": "realtime"},
     "libvpx-vp9": {"deadline": "realtime"},
     "libsvtav1": {"preset": "12"},
-    "mpeg4": {"bf": "2", "q": "3"},
+    "mpeg4": {"bf": "2", "b": "20000000"},
 }
 
 
