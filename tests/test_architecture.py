@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "systems": (*FLOORS, "systems.*"),
     "systems.*": (*FLOORS, "systems", "torch_bridge"),
     "config": (*BASE, "config_checks", "codecs", "data", "systems"),
-    "config_checks": ("errors", "codecs", "data", "systems"),
+    "config_checks": ("errors", "reading", "codecs", "data", "systems"),
     "config_help": ("config",),
     "synthetic": (*FLOORS, "config", "systems"),
     "training": (*FLOORS, "", "config", "config_checks", "systems", "torch_bridge"),

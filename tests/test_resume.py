@@ -215,6 +215,7 @@ MAY_CHANGE = {
     *("data.num_threads", "data.prefetch"),  # how fast the same rows are read
     *("data.path", "data.sources.robot.path", "data.sources.robot.weight"),
     *("data.ranges", "data.sources.robot.ranges"),  # whose content the data's state tells
+    *("data.max_bad_records", "data.read_timeout_seconds"),  # how long damaged data are borne
 }
 
 

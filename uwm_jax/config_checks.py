@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from uwm_jax import codecs, systems
 from uwm_jax.data.windows import GROUPS
 from uwm_jax.errors import UserError
+from uwm_jax.reading import AGAIN_SECONDS
 from uwm_jax.systems import fields
 
 # Valid values of fields whose type alone is too permissive.
@@ -157,6 +158,13 @@ def _check_combinations(c: ConfigDict) -> None:
     check(
         -1 <= d.seed < 2**32,
         f"config.data.seed: expected -1 (as config.seed), or 0 to 2**32 - 1; found {d.seed}.",
+    )
+    tried = len((0.0, *AGAIN_SECONDS)) * d.read_timeout_seconds + sum(AGAIN_SECONDS)
+    check(
+        not (d.read_timeout_seconds and c.hang_seconds) or tried < c.hang_seconds,
+        f"config.data.read_timeout_seconds={d.read_timeout_seconds:g}: a read is tried {len(AGAIN_SECONDS) + 1} times "
+        f"within {tried:g} s before its record counts as bad, but config.hang_seconds={c.hang_seconds:g} ends the run "
+        "before. Make one shorter or the other longer.",
     )
     for name in ("resize", "crop"):
         check(

@@ -232,7 +232,7 @@ def run(
 
     for resource in (batches, log):
         closing.callback(resource.close)
-    watch = Watch.begin(config, goodput, startup, trace, closing)
+    watch = Watch.begin(config, goodput, startup, trace, data.faults, closing)
     records = RunRecords(
         workdir,
         config.total_steps,

@@ -16,7 +16,9 @@ import google_crc32c
 import numpy as np
 from etils import epath
 
-from uwm_jax.errors import UserError
+from uwm_jax.data.faults import BadRecord, UnreadRecord
+from uwm_jax.data.timed import within
+from uwm_jax.errors import RunError
 from uwm_jax.reading import again
 
 BLOCK = 1 << 16  # bytes; a row is in one or two blocks
@@ -32,6 +34,8 @@ class DiskColumn:
     Args:
         file: an npy of format 1.0 on a local disk.
         crc32c: of the file.
+        name: of the column, as bad records are named; by default the file's.
+        timeout: seconds that a read may take before it is tried again; 0 for any time.
     Raises:
         WrongChecksum: the checksum differs.
         ValueError: not an npy of this format.
@@ -41,8 +45,8 @@ class DiskColumn:
         shape, dtype: of the column.
     """
 
-    def __init__(self, file: epath.Path, crc32c: int):
-        self._path = file
+    def __init__(self, file: epath.Path, crc32c: int, name: str = "", timeout: float = 0.0):
+        self._path, self._name, self._timeout = file, name or file.name, timeout
         self._file = open(file, "rb", buffering=0)  # noqa: SIM115 - stays open: a file renamed over it is ignored
         found, blocks = 0, list[int]()
         while data := os.pread(self._file.fileno(), BLOCK, BLOCK * len(blocks)):
@@ -51,7 +55,7 @@ class DiskColumn:
         if found != crc32c:
             raise WrongChecksum
         self._blocks = np.asarray(blocks, np.uint32)
-        self.shape, self.dtype, self._start = _header(os.pread(self._file.fileno(), BLOCK, 0))
+        self.shape, self.dtype, self._start = npy_header(os.pread(self._file.fileno(), BLOCK, 0))
         self._row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
 
     def __len__(self) -> int:
@@ -61,7 +65,8 @@ class DiskColumn:
         """Values of these rows, (n, ...).
 
         Raises:
-            UserError: the file has changed since the column was opened.
+            BadRecord: the file has changed since the column was opened.
+            UnreadRecord: it cannot be read, even after retries.
         """
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(len(self))
@@ -84,12 +89,21 @@ class DiskColumn:
             return np.empty((0, *self.shape[1:]), self.dtype)
         begin, end = (self._start + row * self._row_bytes for row in (start, stop))
         first, last = begin // BLOCK, -(-end // BLOCK)
-        data = again(lambda: self._pread((last - first) * BLOCK, first * BLOCK), self._path)
+        try:
+            data = again(
+                lambda: within(
+                    self._timeout, lambda: self._pread((last - first) * BLOCK, first * BLOCK), str(self._path)
+                ),
+                self._path,
+            )
+        except RunError as e:
+            raise UnreadRecord(str(e), f"{self._name}#{first}") from e
         for i in range(first, last):
             if google_crc32c.value(data[(i - first) * BLOCK : (i - first + 1) * BLOCK]) != self._blocks[i]:
-                raise UserError(
+                raise BadRecord(
                     f"{self._path} changed while it was in use: bytes {i * BLOCK} to {(i + 1) * BLOCK} differ "
-                    "from those at the start. Copy the file again and rerun the same command."
+                    "from those at the start. Copy the file again and rerun the same command.",
+                    f"{self._name}#{i}",
                 )
         values = np.frombuffer(data, self.dtype, (stop - start) * math.prod(self.shape[1:]), begin - first * BLOCK)
         return values.reshape(stop - start, *self.shape[1:])
@@ -105,8 +119,10 @@ class DiskColumn:
 Column = np.ndarray | DiskColumn
 
 
-def open_column(file: epath.Path, crc32c: int, *, in_memory: bool) -> Column:
+def open_column(file: epath.Path, crc32c: int, name: str = "", *, in_memory: bool, timeout: float = 0.0) -> Column:
     """The column of an npy file of format 1.0, read-only; a file at a URL is always read into memory.
+
+    Arguments are those of `DiskColumn`.
 
     Raises:
         WrongChecksum: its checksum is not `crc32c`.
@@ -114,15 +130,15 @@ def open_column(file: epath.Path, crc32c: int, *, in_memory: bool) -> Column:
         OSError: it cannot be read.
     """
     if not in_memory and "://" not in os.fspath(file):
-        return DiskColumn(file, crc32c)
+        return DiskColumn(file, crc32c, name, timeout)
     data = file.read_bytes()
     if google_crc32c.value(data) != crc32c:
         raise WrongChecksum
-    shape, dtype, start = _header(data)
+    shape, dtype, start = npy_header(data)
     return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
 
 
-def _header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+def npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
     """(shape, dtype, offset of the values) of the bytes of an npy file."""
     stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):

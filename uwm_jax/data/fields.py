@@ -47,6 +47,11 @@ def data_fields() -> ConfigDict:
     d.num_streams = 1024
     d.num_threads = 4  # threads that read and decode, in each process
     d.prefetch = 4  # batches that are on the device ahead of the step
+    # bad records (damaged, at odds with the manifest, unreadable) that a run bears: their rows repeat earlier ones of
+    # their streams; one more ends it
+    d.max_bad_records = 0
+    # seconds after which a read of a record is tried again, as after a passing error of the disk; 0 = none
+    d.read_timeout_seconds = 0.0
     d.resize = (240, 320)  # (height, width) that camera images are resized to
     d.crop = (224, 224)  # (height, width) of the crop: random in training where data.augment says so, else central
     d.augment = ConfigDict()

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import jax
 import numpy as np
 
+from uwm_jax.data.faults import BAD, BadRecord, Faults, UnreadRecord
 from uwm_jax.data.samples import Clip
 from uwm_jax.data.sources import Source
 from uwm_jax.data.spec import Batch, DataSpec
@@ -21,14 +22,17 @@ class FixedWindows:
         sources: those with the windows.
         windows: (number of the source, episode, origin) of each.
         reading: (source, its window) -> the context of the read.
+        faults: of the data. Where they allow bad records, a window that needs one shows the last good window before it
+            (the first has the last good one of the set before it), which is told by name.
 
     Attributes:
         spec: of the batches.
         episodes: (n,) int64 a number of each window's episode, other in each source: intervals are to be clustered by
             it. With one source it is the episode's number in the split.
-        origins: (n,) int64 first step of each window.
+        origins: (n,) int64 first step of each window. Both are those of the window in its place where one is bad.
         shuffled: (n,) int64 for each window one of another episode, or if there is but one episode another one: the
             window half of the set away, or the next after it that is of another episode.
+        bad: {number of a window that cannot be read: why}, of those that were read so far.
     """
 
     def __init__(
@@ -37,8 +41,10 @@ class FixedWindows:
         sources: Sequence[Source],
         windows: list[tuple[int, int, int]],
         reading: Callable[[Source, Callable[[], Clip]], AbstractContextManager[None]],
+        faults: Faults,
     ):
-        self.spec = spec
+        self.spec, self._faults = spec, faults
+        self.bad: dict[int, str] = {}
         self._sources, self._windows, self._reading = sources, windows, reading
         first = np.cumsum([0, *(source.dataset.num_episodes for source in sources)])
         self.episodes = np.asarray([first[s] + episode for s, episode, _ in windows], np.int64)
@@ -57,18 +63,39 @@ class FixedWindows:
         """
         rows = np.arange(start, stop) % len(self)
         batch = self.spec.empty(len(rows))
-        for at, r in enumerate(rows):
-            self._load(batch, at, int(r))
-        return batch | (self._actions(rows) if "action" in batch else {})
+        shown = np.asarray([self._load(batch, at, int(r)) for at, r in enumerate(rows)])
+        return batch | (self._actions(shown) if "action" in batch else {})
 
     def batch_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch of `rows` windows."""
         return windows_like(self.spec, rows)
 
-    def _load(self, batch: Batch, at: int, number: int) -> None:
+    def _load(self, batch: Batch, at: int, number: int) -> int:
+        """Loads a window as row `number`; gives the number of the window that the row shows."""
+        failure: BadRecord | UnreadRecord | None = None
+        for other in (*range(number, -1, -1), *range(len(self) - 1, number, -1)):
+            source, clip = self._window(other)
+            if other in self.bad and other != number:
+                continue
+            try:
+                with self._reading(source, lambda clip=clip: clip):  # type: ignore[misc]
+                    source.samples.load(batch, at, number, [clip], None, self.spec)
+            except BAD as e:
+                failure = failure or e
+                if not self._faults.limit:
+                    break
+                self.bad[other] = str(e)
+            else:
+                if failure is not None:
+                    self._faults.note_held_out(failure, self._about(number), f"window {other}")
+                    self.episodes[number], self.origins[number] = self.episodes[other], clip.origin
+                return other
+        assert failure is not None
+        raise type(failure)(f"{self._about(number)}: {failure}", failure.record) from failure
+
+    def _about(self, number: int) -> str:
         source, clip = self._window(number)
-        with self._reading(source, lambda: clip):
-            source.samples.load(batch, at, number, [clip], None, self.spec)
+        return f"window {number} for evaluation ({source.where}, episode {clip.episode}, step {clip.origin})"
 
     def _actions(self, rows: np.ndarray) -> Batch:
         spec = self.spec
@@ -80,7 +107,7 @@ class FixedWindows:
             source, clip = self._window(int(r))
             last[at] = source.samples.action(clip, (before,), spec.normalizer)[0]
             has_last[at] = clip.origin + before >= 0
-            source, clip = self._window(int(self.shuffled[r]))
+            source, clip = self._window(int(self.shuffled[r]))  # of another episode, of which no record is read
             shuffled[at] = source.samples.action(clip, spec.window.action, spec.normalizer)
         return {"last_action": last, "has_last_action": has_last, "shuffled_action": shuffled}
 

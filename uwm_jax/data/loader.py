@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import grain
 import jax
 
+from uwm_jax.data.faults import BAD, BadRecord, UnreadRecord
 from uwm_jax.data.mixture import MixtureOrder, continued
 from uwm_jax.data.run_data import RunData
-from uwm_jax.data.sources import renamed
+from uwm_jax.data.sources import Source, renamed
 from uwm_jax.data.spec import Batch
 from uwm_jax.errors import UserError
 from uwm_jax.parallel.ahead import Ahead
@@ -99,12 +100,14 @@ class Loader:
         self.process_index, self.process_count = process_index, process_count
         self._check_processes()
         self.local_batch_size = batch_size // process_count
+        self._lost_streams: set[tuple[str, int]] = set()  # (source, stream) of which no window can be read
         weights = {name: source.weight for name, source in data.sources.items()}
         history: list[Any] = [(0, weights)]
         if state is not None:
             state = _under_our_names(state, data.sources)
             self._check_identity(state)
             history = [(at, w) for at, w in state["weights"]]
+            data.faults.restore(state.get("bad"))  # older states have none
         try:
             if state is not None:
                 history = continued(history, weights, start_step * batch_size)
@@ -117,23 +120,60 @@ class Loader:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, 2 * threads) if threads else 0)
         rows = _Rows(self)
         elements = grain.MapDataset.source(rows).to_iter_dataset(options)
-        return iter(elements.batch(self.local_batch_size, drop_remainder=True, batch_fn=rows.take))
+        batches = elements.batch(self.local_batch_size, drop_remainder=True, batch_fn=rows.take)
+        for step, batch in enumerate(batches, self.start_step + 1):
+            self.data.faults.check(step)
+            yield batch
 
     def load(self, batch: Batch, at: int, row: int, position: int) -> None:
-        """Writes the sample of a global position into place `at` of a batch, as row `row`."""
+        """Writes the sample of a global position into place `at` of a batch, as row `row`.
+
+        Where `config.data.max_bad_records` allows bad records, a sample that needs one is replaced by the last good one
+        of its source before it in its stream (position c * S + s of the source's order by the last good c' < c), so
+        that weights hold; if there is none, by the first good one after it, and where nothing of the stream is good by
+        one of the next stream. So a row is a function of the datasets' content and of the position alone.
+
+        Raises:
+            BadRecord, UnreadRecord: none is allowed, or no other sample is good.
+        """
         name, place = self.order.locate(position)
         source = self.data.sources[name]
-        with self.data.reading(source, lambda: source.clip(place)):
-            source.load(batch, at, row, place, self.data.spec)
+        failure: BadRecord | UnreadRecord | None = None
+        for other in self._tries(source, place):
+            try:
+                with self.data.reading(source, lambda other=other: source.clip(other)):  # type: ignore[misc]
+                    source.load(batch, at, row, other, self.data.spec)
+                return
+            except BAD as e:
+                failure = failure or e
+                if not self.data.faults.limit:
+                    break
+                self.data.faults.note(e, position // self.batch_size + 1, position)
+        assert failure is not None
+        raise failure
+
+    def _tries(self, source: Source, place: int) -> Iterator[int]:
+        """A place of a source's order; those before it in its stream, the nearest first, and those after it; and a
+        place of each of the other streams, if nothing of this one is good."""
+        stride = self.data.config.num_streams
+        most = stride * -(-len(source.windows) // source.order.num_streams)  # one pass over the stream's windows
+        if (source.name, place % stride) not in self._lost_streams:
+            yield place
+            yield from range(place - stride, max(place - most, 0) - 1, -stride)
+            yield from range(place + stride, place + most + 1, stride)
+            self._lost_streams.add((source.name, place % stride))
+        yield from range(place + 1, place + stride)
 
     def state(self, step: int) -> dict[str, Any]:
-        """State that a checkpoint after `step` steps keeps, JSON: no topology, only a position and what it counts."""
+        """State that a checkpoint after `step` steps keeps, JSON: no topology, only a position and what it counts, and
+        the bad records of the steps that `data.faults` has taken."""
         return {
             "position": step * self.batch_size,
             "seed": self.data.seed,
             "num_streams": self.data.config.num_streams,
             "weights": [[start, weights] for start, weights in self.order.history],
             "datasets": self.data.identities(),
+            "bad": self.data.faults.state(),
         }
 
     def _check_identity(self, state: Mapping[str, Any]) -> None:

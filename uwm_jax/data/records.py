@@ -34,7 +34,6 @@ import json
 import math
 import os
 import threading
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,8 @@ from PIL import Image
 
 from uwm_jax.data import example
 from uwm_jax.data.columns import Column, WrongChecksum, open_column
+from uwm_jax.data.faults import BadRecord
+from uwm_jax.data.index import Index
 from uwm_jax.data.manifest import check_manifest
 from uwm_jax.data.shards import Shards
 from uwm_jax.errors import UserError
@@ -157,6 +158,14 @@ class ChunkRef:
 class Dataset:
     """One split of a dataset directory, opened for random access; safe to use from many threads.
 
+    Args:
+        path: of the directory.
+        split: its name.
+        read_timeout: seconds that a read of a record may take before it is tried again; 0 for any time.
+        bear: whether a missing or damaged shard is only told, so that each of its records is bad when it is read.
+    Raises:
+        UserError: manifest, index or shards are missing, damaged or do not fit each other.
+
     Attributes:
         directory, split, manifest, fingerprint.
         episode_lengths: (E,) int64.
@@ -164,9 +173,17 @@ class Dataset:
         cameras: step key -> (height, width) of the 3-channel uint8 image features.
     """
 
-    def __init__(self, path: str | os.PathLike[str], split: str = "train"):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        read_timeout: float = 0.0,
+        bear: bool = False,
+    ):
         self.directory = epath.Path(path)
         self.split = split
+        self._read_timeout = read_timeout
         self.manifest = read_manifest(path)
         self.fingerprint = fingerprint(self.manifest)
         if split not in self.manifest["splits"]:
@@ -177,8 +194,10 @@ class Dataset:
         self._checksums = {name: entry["crc32c"] for name, entry in info["files"].items()}
         self.chunk_steps = int(self.manifest["chunk_steps"])
         self.cameras = {k: (c["height"], c["width"]) for k, c in self.manifest["cameras"].items()}
-        self._shards = Shards(self.directory, info["shards"])
-        self._read_index(info)
+        self._shards = Shards(self.directory, info["shards"], self.fingerprint[:12], timeout=read_timeout, bear=bear)
+        self._index = self._open_index(info)
+        self.episode_lengths = self._index.episode_length
+        self.episode_starts = np.concatenate([[0], np.cumsum(self.episode_lengths)[:-1]]).astype(np.int64)
         self._columns: dict[str, Column] = {}
         self._lock = threading.Lock()
 
@@ -289,15 +308,22 @@ class Dataset:
     def locate(self, episode: int, step: int) -> ChunkRef:
         """The location of a step of an episode."""
         chunk, offset = divmod(step, self.chunk_steps)
-        chunk += int(self._first_chunk[episode])
-        return ChunkRef(self._shards.names[self._chunk_shard[chunk]], int(self._chunk_record[chunk]), offset)
+        chunk += int(self._index.episode_first_chunk[episode])
+        shard = self._shards.names[self._index.chunk_shard[chunk]]
+        return ChunkRef(shard, int(self._index.chunk_record[chunk]), offset)
 
     def record(self, episode: int, chunk: int) -> bytes:
         """The serialized `tf.Example` with steps [chunk * chunk_steps, ...) of an episode."""
-        row = int(self._first_chunk[episode]) + chunk
+        row = int(self._index.episode_first_chunk[episode]) + chunk
+        index = self._index
         return self._shards.read(
-            int(self._chunk_shard[row]), int(self._chunk_record[row]), int(self._chunk_crc32c[row])
+            int(index.chunk_shard[row]), int(index.chunk_record[row]), int(index.chunk_crc32c[row])
         )
+
+    def record_name(self, episode: int, chunk: int) -> str:
+        """The name of that record, as bad ones are counted."""
+        row = int(self._index.episode_first_chunk[episode]) + chunk
+        return self._shards.name(int(self._index.chunk_shard[row]), int(self._index.chunk_record[row]))
 
     def frames(
         self, episode: int, steps: Mapping[str, Sequence[int]], into: Mapping[str, Sequence[np.ndarray] | np.ndarray]
@@ -328,10 +354,11 @@ class Dataset:
                         decode_image(record[slice(*spans[offset])], into[camera][place])
             except (ValueError, KeyError, IndexError, OSError) as e:
                 ref = self.locate(episode, chunk * self.chunk_steps)
-                raise UserError(
+                raise BadRecord(
                     f"{self.directory / ref.shard}: record {ref.record} (episode {episode}, steps from "
                     f"{chunk * self.chunk_steps}): {', '.join(cameras)}: {e!s}. The record does not match "
-                    "manifest.json: make the dataset again."
+                    "manifest.json: make the dataset again.",
+                    self.record_name(episode, chunk),
                 ) from e
 
     def values(self, episode: int, step: int, key: str) -> np.ndarray:
@@ -351,8 +378,9 @@ class Dataset:
                 raise IndexError(f"{len(values)} of {size} numbers")
         except (KeyError, IndexError, ValueError) as e:
             ref = self.locate(episode, step)
-            raise UserError(
-                f"{self.directory / ref.shard}: record {ref.record} has no value of {key!r} at step {step} ({e})."
+            raise BadRecord(
+                f"{self.directory / ref.shard}: record {ref.record} has no value of {key!r} at step {step} ({e}).",
+                self.record_name(episode, chunk),
             ) from e
         return values
 
@@ -374,25 +402,12 @@ class Dataset:
             + (f" {name!r} exists, but cannot be used so: {reason}." if reason else "")
         )
 
-    def _read_index(self, info: dict[str, Any]) -> None:
-        file = self.directory / index_file(self.split)
+    def _open_index(self, info: dict[str, Any]) -> Index:
+        name = index_file(self.split)
         try:
-            with np.load(io.BytesIO(self._read_file(index_file(self.split))), allow_pickle=False) as index:
-                self.episode_lengths = index["episode_length"]
-                self._first_chunk = index["episode_first_chunk"]
-                self._chunk_shard = index["chunk_shard"]
-                self._chunk_record = index["chunk_record"]
-                self._chunk_crc32c = index["chunk_crc32c"]
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
-            raise UserError(f"{file}: the episode index cannot be read ({e}). Make the dataset again.") from e
-        found = (len(self.episode_lengths), int(self.episode_lengths.sum()), len(self._chunk_shard))
-        expected = (info["episodes"], info["steps"], info["chunks"])
-        if found != expected:
-            raise UserError(
-                f"{file}: expected (episodes, steps, chunks) {expected} as in manifest.json, found {found}. "
-                "Make the dataset again."
-            )
-        self.episode_starts = np.concatenate([[0], np.cumsum(self.episode_lengths)[:-1]]).astype(np.int64)
+            return Index(self.directory / name, self._checksums.get(name), info, self.chunk_steps)
+        except WrongChecksum as e:
+            raise self._wrong_checksum(name) from e
 
     def _load_column(self, key: str) -> Column:
         name = column_file(self.split, key)
@@ -400,7 +415,11 @@ class Dataset:
         loaded = sum(column.nbytes for column in self._columns.values() if isinstance(column, np.ndarray))
         try:
             in_memory = loaded + file.stat().length <= COLUMNS_IN_MEMORY
-            column = again(lambda: open_column(file, self._checksums[name], in_memory=in_memory), file)
+            own = f"{self.fingerprint[:12]}/{name}"
+            column = again(
+                lambda: open_column(file, self._checksums[name], own, in_memory=in_memory, timeout=self._read_timeout),
+                file,
+            )
         except WrongChecksum as e:
             raise self._wrong_checksum(name) from e
         except (OSError, KeyError, ValueError) as e:

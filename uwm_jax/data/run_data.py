@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from uwm_jax.data.faults import Faults
 from uwm_jax.data.held_out import FixedWindows
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.remarks import far_out, few_held_out
@@ -43,6 +44,7 @@ class RunData:
     Attributes:
         config, seed: as given.
         sources: {name: Source}, sorted.
+        faults: the bad records that were met.
         directory: dataset of the first source with actions, in the order of names: its cameras' sizes are the model's,
             and a codec that is fitted on data is the one that was fitted on it.
         camera_keys: {camera: step key} in that dataset.
@@ -52,6 +54,7 @@ class RunData:
     def __init__(self, config: Any, *, seed: int, normalizer: Normalizer | None = None):
         self.config, self.seed = config, seed
         self.sources = open_sources(config, seed)
+        self.faults = Faults(config.max_bad_records)
         self._reads = _Reads()
         self._robots = [source for source in self.sources.values() if source.use_actions]
         self.directory = self._robots[0].dataset.directory
@@ -154,7 +157,7 @@ class RunData:
         for w in chosen:
             i = int(np.searchsorted(ends, w, side="right"))
             found.append((i, *every[i].locate(int(w - (ends[i - 1] if i else 0)))))
-        return FixedWindows(self.spec, sources, found, self.reading)
+        return FixedWindows(self.spec, sources, found, self.reading, self.faults)
 
     def close(self) -> None:
         """Closes the datasets' files, but for a read that hangs: its thread is left behind with them."""

@@ -12,8 +12,10 @@ import google_crc32c
 from array_record.python import array_record_module
 from etils import epath
 
+from uwm_jax.data.faults import BadRecord, UnreadRecord
 from uwm_jax.data.names import not_the_data
-from uwm_jax.errors import UserError
+from uwm_jax.data.timed import within
+from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.reading import again, is_fleeting
 
 # Number of shards that stay open; a reader holds a descriptor and its shard's index.
@@ -28,56 +30,96 @@ class Shards:
     Args:
         directory: of the dataset.
         entries: the shards as manifest.json lists them, with `file` and `bytes`.
+        dataset: identifies the dataset in the names of bad records.
+        timeout: seconds that a read of a record may take, 0 for any time.
+        bear: whether a shard that is missing or has another size is only told: its records are bad.
     Raises:
-        UserError: a shard is missing or has another size.
+        UserError: a shard is listed twice, is missing or has another size.
 
     Attributes:
         names: file name of each shard.
     """
 
-    def __init__(self, directory: epath.Path, entries: Sequence[Mapping[str, Any]]):
-        self._directory = directory
+    def __init__(
+        self,
+        directory: epath.Path,
+        entries: Sequence[Mapping[str, Any]],
+        dataset: str,
+        *,
+        timeout: float = 0.0,
+        bear: bool = False,
+    ):
+        self._directory, self._dataset, self._timeout = directory, dataset, timeout
         self.names = [entry["file"] for entry in entries]
-        for entry in entries:
-            file = directory / entry["file"]
-            try:
-                size = again(lambda file=file: file.stat().length, file)  # type: ignore[misc]
-            except FileNotFoundError as e:
-                raise UserError(f"{file} is missing, though manifest.json lists it. Copy it again.") from e
-            if size != entry["bytes"]:
-                if found := not_the_data(file):
-                    raise UserError(f"{file} {found}.")
-                raise UserError(f"{file}: expected {entry['bytes']} bytes, found {size}. Copy it again.")
+        twice = [name for name, count in collections.Counter(self.names).items() if count > 1]
+        if twice:
+            raise UserError(f"{directory / 'manifest.json'} lists the shard {twice[0]} twice. Copy it again.")
+        self._lost = {i: reason for i, entry in enumerate(entries) if (reason := self._unlike(entry))}
+        if self._lost:
+            first = next(iter(self._lost.values()))
+            if not bear:
+                raise UserError(first)
+            warn(f"{len(self._lost)} of {len(entries)} shards are missing or damaged; their records are bad: {first}")
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._given_up: dict[tuple[int, int], str] = {}  # (shard, record) -> message, of reads that were tried again
         self._lock = threading.Lock()
+
+    def _unlike(self, entry: Mapping[str, Any]) -> str:
+        """How a shard's file differs from its entry; "" where it does not."""
+        file = self._directory / entry["file"]
+        try:
+            size = again(lambda: within(self._timeout, lambda: file.stat().length, str(file)), file)
+        except FileNotFoundError:
+            return f"{file} is missing, though manifest.json lists it. Copy it again."
+        if size == entry["bytes"]:
+            return ""
+        if found := not_the_data(file):
+            return f"{file} {found}."
+        return f"{file}: expected {entry['bytes']} bytes, found {size}. Copy it again."
+
+    def name(self, shard: int, record: int) -> str:
+        """The name of a record, as bad ones are counted: the same wherever the dataset lies."""
+        return f"{self._dataset}/{self.names[shard]}#{record}"
 
     def read(self, shard: int, record: int, crc32c: int) -> bytes:
         """A record of a shard.
 
         Raises:
-            UserError: it is damaged, or its checksum is not that in the index.
-            RunError: it cannot be read, even after retries.
+            BadRecord: it is damaged, or its checksum is not that in the index.
+            UnreadRecord: it cannot be read, even after retries. It is not tried again in this process.
         """
-        file = self._directory / self.names[shard]
+        file, name = self._directory / self.names[shard], self.name(shard, record)
+        if shard in self._lost:
+            raise BadRecord(self._lost[shard], name)
+        if (given_up := self._given_up.get((shard, record))) is not None:
+            raise UnreadRecord(given_up, name)
+        what = f"{file}, record {record}"
         try:
-            data = again(lambda: self._read(shard, record), file)
+            data = again(lambda: self._read(shard, record, what), file)
         except (RuntimeError, IndexError, ValueError) as e:
-            raise UserError(
+            raise BadRecord(
                 f"{file}: record {record} cannot be read ({str(e)[:200]}). "
-                "The file is damaged: copy it again (manifest.json has its sha256) or make the dataset again."
+                "The file is damaged: copy it again (manifest.json has its sha256) or make the dataset again.",
+                name,
             ) from e
+        except UserError as e:  # of the file as a whole
+            raise BadRecord(str(e), name) from e
+        except RunError as e:
+            self._given_up[shard, record] = f"record {record}: {e}"
+            raise UnreadRecord(f"record {record}: {e}", name) from e
         # ArrayRecord's own hashes detect damage, but not an intact file of another dataset.
         if google_crc32c.value(data) != crc32c:
-            raise UserError(
+            raise BadRecord(
                 f"{file}: record {record} has another checksum than the index: the file belongs to another dataset or "
-                "was overwritten. Copy it again (manifest.json has its sha256) or make the dataset again."
+                "was overwritten. Copy it again (manifest.json has its sha256) or make the dataset again.",
+                name,
             )
         return data
 
-    def _read(self, shard: int, record: int) -> bytes:
+    def _read(self, shard: int, record: int, what: str) -> bytes:
         try:
-            return self._reader(shard).read([record])[0]
-        except RuntimeError:
+            return within(self._timeout, lambda: self._reader(shard).read([record])[0], what)
+        except (RuntimeError, TimeoutError):
             with self._lock:  # reopened by the next attempt: the file's handle may be stale
                 self._readers.pop(shard, None)
             raise
@@ -94,19 +136,25 @@ class Shards:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
                 return self._readers[shard]
-            file = self._directory / self.names[shard]
-            reader = array_record_module.ArrayRecordReader(
-                os.fspath(file), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
-            )
-            if not reader.ok():
-                try:
-                    reader.close()  # raises the reason
-                except RuntimeError as e:
-                    if is_fleeting(e, file):
-                        raise
-                raise UserError(f"{file} is not a complete ArrayRecord file. Copy it again.")
-            self._readers[shard] = reader
+        reader = self._open(shard)  # outside of the lock: a file that hangs must not stop other reads
+        with self._lock:
+            reader = self._readers.setdefault(shard, reader)
             # The evicted reader is closed by its last user, not here: another thread may be reading from it.
             if len(self._readers) > _MAX_OPEN_SHARDS:
                 self._readers.popitem(last=False)
             return reader
+
+    def _open(self, shard: int) -> Any:
+        file = self._directory / self.names[shard]
+        reader = array_record_module.ArrayRecordReader(
+            os.fspath(file), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
+        )
+        if not reader.ok():
+            try:
+                reader.close()  # raises the reason
+            except RuntimeError as e:
+                if is_fleeting(e, file):
+                    raise
+            what = "is not a complete ArrayRecord file" if file.exists() else "is missing"
+            raise UserError(f"{file} {what}. Copy it again.")
+        return reader

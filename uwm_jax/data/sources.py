@@ -180,8 +180,9 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
         UserError: as `Source`.
     """
     sources: dict[str, Source] = {}
+    reads = {"read_timeout": config.read_timeout_seconds, "bear": config.max_bad_records > 0}
     if not config.sources:
-        dataset = Dataset(dataset_dir(config.path), config.split)
+        dataset = Dataset(dataset_dir(config.path), config.split, **reads)
         name = dataset.directory.name
         sources[name] = Source(name, str(dataset.directory), dataset, config, fields_lib.source(), seed)
     opened: dict[tuple[str, str], Dataset] = {}
@@ -190,7 +191,7 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
         place = (str(dataset_dir(fields.path or config.path, field)), fields.split or config.split)
         if place not in opened:
             try:
-                opened[place] = Dataset(*place)
+                opened[place] = Dataset(*place, **reads)
             except UserError as e:
                 raise UserError(f"{field}={fields.path or config.path}: source {name!r}: {e}") from e
         dataset = opened[place]

@@ -174,6 +174,7 @@ class Evaluator:
         return {
             "windows": len(self.held_out),
             "episodes": len(set(self.held_out.episodes.tolist())),
+            **({"bad_windows": {str(n): why for n, why in self.held_out.bad.items()}} if self.held_out.bad else {}),
             "datasets": {name: source.identity for name, source in self._data.sources.items()},
             **self.system.describe_sampling(),
         }

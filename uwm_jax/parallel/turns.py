@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -36,10 +36,12 @@ class Turn:
     Attributes:
       save: `every_minutes` have passed since the last save.
       end: raises where the run is to end now; makes the error from the last finished step, which has been saved.
+      notes: what processes had to tell, JSON, by process.
     """
 
     save: bool = False
     end: Callable[[int], Exception] | None = None
+    notes: Sequence[Any] = ()
 
 
 class Left(Exception):
@@ -79,14 +81,18 @@ class Turns:
         if error is not None:
             announce(error)
 
-    def next(self, source: Ahead[Any]) -> Turn:
-        """Waits until all processes have their next item, or one has a reason to end. All must call it."""
+    def next(self, source: Ahead[Any], notes: Callable[[], Any] = lambda: None) -> Turn:
+        """Waits until all processes have their next item, or one has a reason to end. All must call it.
+
+        Args:
+          notes: gives what this process has to tell of its next item, JSON; None for nothing.
+        """
         if self._end is None:
-            wait = _Wait(source, self._hang_seconds)
+            wait = _Wait(source, self._hang_seconds, notes)
             self._number += 1
             verdict = self._alone(wait) if company.current is None else self._together(company.current, wait)
             if not verdict["end"]:
-                return Turn(save=verdict["save"])
+                return Turn(save=verdict["save"], notes=verdict["notes"])
             error = source.error  # now: a source that is closed forgets it
             self._end = Turn(end=lambda step: _error(verdict, error, step))
         return self._end
@@ -150,14 +156,15 @@ class Turns:
         end = min(reasons, key=lambda reason: _KINDS.index(reason["kind"]), default=None)
         waits = [r["waits"] for r in reports if r["waits"] and not (end and end["kind"] == "hang")]
         due = self._every_seconds > 0 and time.monotonic() - self._saved >= self._every_seconds
-        return {"end": end, "waits": waits, "save": due and end is None}
+        notes = [r["notes"] for r in reports if r["notes"] is not None]
+        return {"end": end, "waits": waits, "save": due and end is None, "notes": notes}
 
 
 class _Wait:
     """One process's wait for its own data at a turn."""
 
-    def __init__(self, source: Ahead[Any], hang_seconds: float):
-        self.source, self._hang_seconds = source, hang_seconds
+    def __init__(self, source: Ahead[Any], hang_seconds: float, notes: Callable[[], Any]):
+        self.source, self._hang_seconds, self._notes = source, hang_seconds, notes
         self._began = time.monotonic()
 
     def ready(self, seconds: float) -> bool:
@@ -168,7 +175,7 @@ class _Wait:
         ready = self.ready(0.0)
         waited = 0.0 if ready else time.monotonic() - self._began
         waits = f"{_who()} had waited for {self.source.waits_for()}" if waited >= NAMED_AFTER_SECONDS else ""
-        return {"ready": ready, "reason": self.reason(), "waits": waits}
+        return {"ready": ready, "reason": self.reason(), "waits": waits, "notes": self._notes() if ready else None}
 
     def reason(self) -> dict[str, Any] | None:
         """Why this process wants the run to end."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from uwm_jax.data.faults import Faults
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel.distributed import say
 from uwm_jax.parallel.turns import Turns
@@ -61,6 +62,7 @@ class Watch:
       watchdog: gets a beat of every step.
       goodput: the clock of the run; startup: that of this start.
       trace: of a few steps.
+      faults: the bad records of the data.
     """
 
     turns: Turns
@@ -68,17 +70,24 @@ class Watch:
     goodput: Goodput
     startup: Startup
     trace: Profile
+    faults: Faults
 
     @classmethod
     def begin(
-        cls, config: ConfigDict, goodput: Goodput, startup: Startup, trace: Profile, closing: contextlib.ExitStack
+        cls,
+        config: ConfigDict,
+        goodput: Goodput,
+        startup: Startup,
+        trace: Profile,
+        faults: Faults,
+        closing: contextlib.ExitStack,
     ) -> Watch:
         """Signals are taken from here on, until `closing`."""
         closing.callback(trace.close)
         signals.take()
         turns = closing.enter_context(Turns(config.hang_seconds, config.checkpoint.every_minutes))
         watchdog = closing.enter_context(Watchdog(config.hang_seconds))
-        return cls(turns, watchdog, goodput, startup, trace)
+        return cls(turns, watchdog, goodput, startup, trace, faults)
 
 
 def loop(
@@ -103,7 +112,7 @@ def loop(
     Raises:
       what the turns, the data and the records raise: the run is to end, and what it saved is complete.
     """
-    goodput, turns = watch.goodput, watch.turns
+    goodput, turns, faults = watch.goodput, watch.turns, watch.faults
     # On CPUs a collective fails when another process comes to it half a minute later: there is none before.
     distributed.barrier("all are ready for the first step", distributed.LATE_SECONDS)
     watch.startup.reached("step")
@@ -116,14 +125,17 @@ def loop(
 
     for step in range(start_step + 1, config.total_steps + 1):
         with goodput.spend("data_wait"):
-            turn = turns.next(batches)  # the same on all processes, which hold the state after `step - 1`
-        if (turn.save or turn.end) and step - 1 > saved_step:
+            # The same on all processes, which hold the state after `step - 1`.
+            turn = turns.next(batches, lambda step=step: faults.notes(step))  # type: ignore[misc]
+            end = turn.end or faults.end(turn.notes)
+        if (turn.save or end) and step - 1 > saved_step:
             saved_step = step - 1
             save(saved_step)
-        if turn.end:
+        if end:
             records.wait()
-            raise turn.end(step - 1)
+            raise end(step - 1)
         batch = next(batches)
+        faults.take(step, turn.notes)
         with watch.trace.step(step, state.step):
             state, metrics = train_step(state, frozen, batch)
         if step == start_step + 1:

@@ -90,7 +90,8 @@ class RunRecords(Records):
         """Writes the line of a step; `rates` as `Goodput.rates` has them."""
         with self.watch.goodput.spend("other"):
             logged = {name: rate for name, rate in rates.items() if name != "eta_seconds"}
-            self.log.write(step, {**measured.means, **logged, **measured.evaluated}, measured.drawn)
+            counts = self.watch.faults.metrics()
+            self.log.write(step, {**measured.means, **logged, **counts, **measured.evaluated}, measured.drawn)
 
     def save(self, step: int, state: TrainState) -> None:
         progress = {"metrics": self.accumulator.state(), "goodput": self.watch.goodput.state(step)}

@@ -281,7 +281,7 @@ def run_group(
         next(log.cut for place, log in zip(places, logs, strict=True) if not place.diverged),
     )
     trace = Profile.parse(None, first.workdir, start_step, config.total_steps)
-    watch = Watch.begin(config, goodput, startup, trace, closing)
+    watch = Watch.begin(config, goodput, startup, trace, data.faults, closing)
     mfu = Mfu(program.system, list(mesh.devices.flat), len(live))
     if mfu.note:
         say(mfu.note)

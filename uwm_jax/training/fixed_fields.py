@@ -28,6 +28,7 @@ SAMPLING = ("*sampling*",)  # stands for the fields that the system names (`Fiel
 WINDOWS = (
     "eval.num_windows",
     *("data.path", "data.split", "data.val_ratio", "data.drop_nonfinite", "data.ranges", "data.sources.*"),
+    *("data.max_bad_records", "data.read_timeout_seconds"),
 )
 EVALUATION = (*SAMPLING, *WINDOWS, "eval.action_plane", "batch_size", "mesh.rules")
 
