@@ -98,7 +98,8 @@ def members(file: epath.Path, data: np.ndarray) -> dict[str, np.ndarray]:
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{member.filename} is compressed")
             # The local header has lengths of its own: its extra field is not that of the directory at the end.
-            name, extra = struct.unpack_from("<HH", memoryview(data), member.header_offset + _LOCAL_HEADER - 4)
+            header = data[member.header_offset :][:_LOCAL_HEADER].tobytes()
+            name, extra = struct.unpack_from("<HH", header, _LOCAL_HEADER - 4)
             start = member.header_offset + _LOCAL_HEADER + name + extra
             body = data[start : start + member.file_size]
             shape, dtype, values = npy_header(body[:1024].tobytes())
