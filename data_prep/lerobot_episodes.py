@@ -84,7 +84,7 @@ class Episodes(Input):
             elif key.kind == "string":
                 values[key.path] = strings(column)
             else:
-                values[key.path] = numbers(key.source, column, key.feature.shape or ())
+                values[key.path] = _typed(key, numbers(key.source, column, key.feature.shape or ()))
         return serialize_episode(self.features, values)
 
     def _instructions(self, table: Any) -> list[str]:
@@ -119,6 +119,14 @@ class Episodes(Input):
         except VideoError as e:
             raise EpisodeError(e.reason, f"{key.source}: {e}") from e
         return encoded
+
+
+def _typed(key: Key, values: np.ndarray) -> np.ndarray:
+    """Numbers of the kind that info.json declares; EpisodeError if the file has others."""
+    if not np.can_cast(values.dtype, np.float64 if key.feature.dtype == "float32" else np.int64, "same_kind"):
+        declared = key.feature.dtype
+        raise EpisodeError("another type", f"{key.source}: info.json declares {declared}, found {values.dtype}")
+    return values
 
 
 class _Videos:

@@ -251,25 +251,39 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
     rows = ["episode_index", "data/chunk_index", "data/file_index", "dataset_from_index", "dataset_to_index"]
     of_video = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
     columns = rows + [f"videos/{key}/{name}" for key in videos for name in of_video]
-    entries = [entry for file in files for entry in read_table(file, columns).to_pylist()]
-    if bad := next((entry for entry in entries if None in entry.values()), None):
-        empty = next(name for name, value in bad.items() if value is None)
-        raise UserError(f"{files[0].parent.parent}: episode {bad['episode_index']} has no {empty}. {_HELP}")
+    entries = [_checked_v3(entry, file) for file in files for entry in read_table(file, columns).to_pylist()]
     entries.sort(key=lambda entry: entry["episode_index"])
     first: dict[tuple[int, int], int] = {}  # index of the first row of each data file
     for entry in entries:
         place = entry["data/chunk_index"], entry["data/file_index"]
         first[place] = min(first.get(place, entry["dataset_from_index"]), entry["dataset_from_index"])
     for entry in entries:
-        chunk, number = place = entry["data/chunk_index"], entry["data/file_index"]
         clips = {}
         for key in videos:
-            at, index, start, stop = (entry[f"videos/{key}/{name}"] for name in of_video)
-            where = {"video_key": key, "chunk_index": int(at), "file_index": int(index)}
+            chunk, number, start, stop = (entry[f"videos/{key}/{name}"] for name in of_video)
+            where = {"video_key": key, "chunk_index": chunk, "file_index": number}
             clips[key] = Clip(_path(root, info, "video_path", where), start, stop)
+        chunk, number = place = entry["data/chunk_index"], entry["data/file_index"]
         data = _path(root, info, "data_path", {"chunk_index": chunk, "file_index": number})
         length = entry["dataset_to_index"] - entry["dataset_from_index"]
         yield EpisodeFiles(entry["episode_index"], length, data, entry["dataset_from_index"] - first[place], clips)
+
+
+def _checked_v3(entry: dict[str, Any], file: Path) -> dict[str, Any]:
+    """An episode's metadata: times as floats and all others as integers from 0 on."""
+    checked: dict[str, Any] = {}
+    for name, value in entry.items():
+        time = name.endswith("_timestamp")
+        fits = isinstance(value, int | float) and 0 <= value < 1 << 53 and (time or value == int(value))
+        if not fits:
+            expected = "seconds" if time else "an integer"
+            raise UserError(
+                f"{file}: episode {entry['episode_index']}: {name} is {value!r}; expected {expected} from 0 on. {_HELP}"
+            )
+        checked[name] = float(value) if time else int(value)
+    if checked["dataset_to_index"] < checked["dataset_from_index"]:
+        raise UserError(f"{file}: episode {entry['episode_index']}: dataset_to_index is less than dataset_from_index.")
+    return checked
 
 
 def _path(root: Path, info: Mapping[str, Any], field: str, values: Mapping[str, Any]) -> str:

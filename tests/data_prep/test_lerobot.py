@@ -13,6 +13,7 @@ from typing import Any
 import av
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.inputs import Found
@@ -179,8 +180,6 @@ def test_frame_index_and_from_timestamp_give_the_time(tmp_path: Path) -> None:
     root = tmp_path / "joined"
     lerobot_source.make(root, "v3.0", [4, 4], videos=[TOP], info={"features": _with(TOP)})
     file = root / "meta/episodes/chunk-000/file-000.parquet"
-    import pyarrow.parquet as pq
-
     table = pq.read_table(file).to_pylist()
     table[0][f"videos/{TOP}/from_timestamp"] = 0.2
     lerobot_source.write_parquet(file, pa.Table.from_pylist(table))
@@ -283,12 +282,19 @@ def test_a_group_is_a_part_of_one_file(tmp_path: Path) -> None:
 
 def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
     root = tmp_path / "arm"
-    lerobot_source.make(root, "v2.1", [3] * 6, videos=[TOP], info={"features": _with(TOP)})
+    lerobot_source.make(root, "v2.1", [3] * 9, videos=[TOP], info={"features": _with(TOP)})
     data(root, 1).write_bytes(data(root, 1).read_bytes()[:-20])
     lerobot_source.write_parquet(data(root, 2), lerobot_source.rows([lerobot_source.episode(1, 3)], 0))
     lerobot_source.write_parquet(data(root, 3), lerobot_source.rows([lerobot_source.episode(3, 4)], 0))
     clip(root, 4).write_bytes(b"no video")
     write_clip(clip(root, 5), range(15, 18), size=(SIZE[0], SIZE[1] + 16))
+    for number, column in (
+        (6, {"action.raw": np.full(3, 0.5)}),
+        (7, {"action": np.zeros((3, 3))}),
+        (8, {"task_index": [7] * 3}),
+    ):
+        table = lerobot_source.rows([lerobot_source.episode(number, 3) | column], 0)
+        lerobot_source.write_parquet(data(root, number), table)
     reasons = [episode.reason for episode in found(root)]
     assert reasons == [
         "",
@@ -297,6 +303,9 @@ def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
         "another length",
         "video cannot be opened",
         "another image size",
+        "another type",
+        "another shape",
+        "unknown task",
     ]
 
 
@@ -348,6 +357,20 @@ def test_damaged_metadata(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message if message != "not_a_match" else "missing: data/{file.__class__}"):
             corpus(root)
         edit(root, **before)
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    entry = pq.read_table(file).to_pylist()[0]
+    for name, value in (
+        ("dataset_to_index", None),
+        (f"videos/{TOP}/from_timestamp", float("nan")),
+        ("data/file_index", -1),
+    ):
+        lerobot_source.write_parquet(file, pa.Table.from_pylist([entry | {name: value}]))
+        with pytest.raises(UserError, match=f"file-000.parquet: episode 0: {name} is {value}; expected"):
+            corpus(root)
+    lerobot_source.write_parquet(file, pa.Table.from_pylist([entry]).drop_columns([f"videos/{TOP}/chunk_index"]))
+    with pytest.raises(UserError, match=f"no column 'videos/{TOP}/chunk_index'"):
+        corpus(root)
+    lerobot_source.write_parquet(file, pa.Table.from_pylist([entry]))
     (root / "meta/tasks.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"tasks.parquet is not a complete parquet file"):
         corpus(root)
