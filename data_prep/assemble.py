@@ -5,16 +5,18 @@ from __future__ import annotations
 import collections
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.chunks import Layout, step_features, why_unusable
-from data_prep.cutting import Result, first_notes
+from data_prep.cutting import Job
+from data_prep.episodes import JPEG_QUALITY
 from data_prep.features import STEPS, Feature, as_images
-from data_prep.inputs import Corpus
+from data_prep.inputs import Corpus, Missing
+from data_prep.results import Result, first_notes
 from uwm_jax.data import records
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text, writing
@@ -35,12 +37,19 @@ def check_files(layout: Layout, splits: Iterable[str], where: Path) -> None:
             owners[file] = owner
 
 
-def assemble(building: Path, corpus: Corpus, layout: Layout, results: dict[str, list[Result]]) -> dict[str, Any]:
-    """Assembles the parts: final shard names, index, columns, TFDS's two files, manifest."""
+def assemble(
+    dataset: Path, corpus: Corpus, layout: Layout, tasks: Mapping[str, list[tuple[Job, Result]]]
+) -> dict[str, Any]:
+    """Assembles the parts in the folder `dataset`: final shard names, index, columns, TFDS's two files, manifest.
+
+    Shards are moved there. All else is written anew if a job was killed in this.
+    """
+    _clear(dataset, corpus, tasks)
+    results = {split: [result for _, result in parts] for split, parts in tasks.items()}
     splits, info_splits = {}, []
     for split, parts in results.items():
         if any(part.lengths for part in parts):
-            splits[split] = _assemble_split(building, corpus, layout, split, parts)
+            splits[split] = _assemble_split(dataset, corpus, layout, split, tasks[split])
             lengths = [str(shard["records"]) for shard in splits[split]["shards"]]
             info_splits.append(
                 {
@@ -57,7 +66,6 @@ def assemble(building: Path, corpus: Corpus, layout: Layout, results: dict[str, 
             print(f"split {split!r} has no usable episode and is left out:\n  {notes}")
     if not splits:
         raise UserError(f"{corpus.path}: no usable episode in {', '.join(map(repr, results))}.")
-    shutil.rmtree(building / "parts")
 
     steps = step_features(corpus.features)
     manifest = {
@@ -80,24 +88,60 @@ def assemble(building: Path, corpus: Corpus, layout: Layout, results: dict[str, 
     if taken := manifest.keys() & corpus.facts.keys():
         raise ValueError(f"facts of a corpus that are fields of every manifest: {taken}")
     manifest |= corpus.facts
+    if layout.resized:
+        manifest["resize"] = {
+            "rule": "both sides, bilinear and antialiased; encoded as JPEG",
+            "jpeg_quality": JPEG_QUALITY,
+            "from": {key: list(size) for key, size in layout.resized.items()},
+        }
     info = {**corpus.info, "name": corpus.name, "version": corpus.version, "fileFormat": "array_record"}
     info["splits"] = info_splits
     stored = _stored_features(corpus, layout)
     for name, value in (("dataset_info", info), ("features", stored), ("manifest", manifest)):
-        write_text(building / f"{name}.json", json.dumps(value, indent=1))
+        write_text(dataset / f"{name}.json", json.dumps(value, indent=1))
     return manifest
 
 
-def _assemble_split(building: Path, corpus: Corpus, layout: Layout, split: str, parts: list[Result]) -> dict[str, Any]:
-    shards = [shard for part in parts for shard in part.shards]
-    for i, shard in enumerate(shards):
-        shard["file"] = f"{corpus.name}-{split}.array_record-{i:05d}-of-{len(shards):05d}"
-        shard.pop("part").rename(building / shard["file"])
+def _clear(dataset: Path, corpus: Corpus, tasks: Mapping[str, list[tuple[Job, Result]]]) -> None:
+    """Removes from the folder all but shards that were moved there."""
+    dataset.mkdir(exist_ok=True)
+    names = {
+        name
+        for split, parts in tasks.items()
+        for name in _shard_names(corpus, split, sum(len(result.shards) for _, result in parts))
+    }
+    for file in dataset.rglob("*"):
+        if file.is_file() and file.name not in names:
+            if ".array_record-" in file.name:
+                raise UserError(
+                    f"{corpus.path}: its files have changed since {dataset.parent} was begun to be assembled. Remove "
+                    "that folder and start again."
+                )
+            file.unlink()
+
+
+def _shard_names(corpus: Corpus, split: str, count: int) -> list[str]:
+    return [f"{corpus.name}-{split}.array_record-{i:05d}-of-{count:05d}" for i in range(count)]
+
+
+def _assemble_split(
+    dataset: Path, corpus: Corpus, layout: Layout, split: str, tasks: list[tuple[Job, Result]]
+) -> dict[str, Any]:
+    parts = [result for _, result in tasks]
+    made = [(job.folder / shard["part"], shard) for job, result in tasks for shard in result.shards]
+    names = _shard_names(corpus, split, len(made))
+    for (part, _), name in zip(made, names, strict=True):
+        if not (dataset / name).exists():  # else it was moved before the job was killed
+            part.rename(dataset / name)
+    shards = [
+        {key: shard[key] for key in ("records", "bytes", "sha256")} | {"file": name}
+        for (_, shard), name in zip(made, names, strict=True)
+    ]
     lengths = np.asarray([n for part in parts for n in part.lengths], np.int64)
     chunks = -(-lengths // layout.chunk_steps)
     sizes = np.asarray([shard["records"] for shard in shards], np.int64)
     first_of_shard = np.cumsum(sizes) - sizes
-    with writing(building / records.index_file(split), "wb") as out:
+    with writing(dataset / records.index_file(split), "wb") as out:
         np.savez(
             out,
             allow_pickle=False,
@@ -112,15 +156,16 @@ def _assemble_split(building: Path, corpus: Corpus, layout: Layout, split: str, 
         values = [text for part in parts for text in part.texts.get(name, [])]
         texts[f"{name}/utf8"] = np.frombuffer(b"".join(values), np.uint8)
         texts[f"{name}/ends"] = np.cumsum([len(text) for text in values], dtype=np.int64)
-    with writing(building / records.text_file(split), "wb") as out:
+    with writing(dataset / records.text_file(split), "wb") as out:
         np.savez(out, allow_pickle=False, **texts)
     for i, (key, (shape, dtype)) in enumerate(layout.columns.items()):
         header = {"descr": dtype, "fortran_order": False, "shape": (int(lengths.sum()), *shape)}
-        with writing(building / records.column_file(split, key), "wb") as out:
+        with writing(dataset / records.column_file(split, key), "wb") as out:
             np.lib.format.write_array_header_1_0(out, header)
-            for number in range(len(parts)):
-                with (building / "parts" / f"{split}.{number:05d}" / f"{i}.column").open("rb") as part:
-                    shutil.copyfileobj(part, out, 1 << 22)
+            for job, result in tasks:
+                if result.lengths:
+                    with (job.folder / f"{i}.column").open("rb") as stored:
+                        shutil.copyfileobj(stored, out, 1 << 22)
     files = [
         records.index_file(split),
         records.text_file(split),
@@ -135,20 +180,24 @@ def _assemble_split(building: Path, corpus: Corpus, layout: Layout, split: str, 
         "skipped": dict(skipped),
         "skipped_notes": [note for _, note in first_notes(parts)],
         "shards": shards,
-        "files": {file: {"crc32c": records.checksum(building / file)} for file in files},
+        "files": {file: {"crc32c": records.checksum(dataset / file)} for file in files},
     }
-    return described | ({"remarks": dict(remarks)} if remarks else {})
+    missing = [job.input.name for job, result in tasks if isinstance(job.input, Missing) and not result.episodes]
+    optional = {"remarks": dict(remarks), "missing_files": missing}
+    return described | {name: value for name, value in optional.items() if value}
 
 
 def _described(key: str, feature: Feature, layout: Layout) -> dict[str, Any]:
     """Entry of `step_features`: how a key is stored."""
+    if key in layout.encoded:
+        feature, _ = layout.encoded[key]
     described: dict[str, Any] = {
         "shape": None if feature.shape is None else list(feature.shape),
         "dtype": feature.dtype,
-        "image": feature.image or key in layout.pixels,
+        "image": feature.image,
         "column": key in layout.columns,
     }
-    if feature.encoding != "none" and key not in layout.pixels:
+    if feature.encoding != "none":
         described["encoding"] = feature.encoding
     return described
 
@@ -163,6 +212,7 @@ def _stored_features(corpus: Corpus, layout: Layout) -> dict[str, Any]:
         "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
         "featuresDict": {"features": {"first_step": scalar, "episode_steps": scalar}},
     }
-    stored = as_images(dict(corpus.tree), {STEPS + key: shape for key, shape in layout.pixels.items()})
+    images = {STEPS + key: (feature.shape or (), encoding) for key, (feature, encoding) in layout.encoded.items()}
+    stored = as_images(dict(corpus.tree), images)
     top = stored["featuresDict"]
     return stored | {"featuresDict": top | {"features": top["features"] | {"chunk": chunk}}}

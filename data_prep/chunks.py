@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
-from data_prep.episodes import encode_png
+from data_prep.episodes import encode_jpeg, encode_png, resize_image
 from data_prep.features import STEPS, Feature
 from uwm_jax.data import example
-from uwm_jax.data.records import COLUMN_MAX_SIZE, image_size
+from uwm_jax.data.records import COLUMN_MAX_SIZE, decode_image, image_size
 
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA: a camera's frames are decoded to RGB, without alpha
 
@@ -38,6 +39,7 @@ class Layout:
         texts: full names of the episode-level string features.
         decoded: keys among `columns` and `pixels` whose steps are encoded tensors -> their feature.
         pixels: keys among `cameras` whose steps are tensors, stored as PNG -> (height, width, channels).
+        resized: keys among `cameras` that are resized and stored as JPEG -> (height, width) of the source.
     """
 
     chunk_steps: int
@@ -47,6 +49,14 @@ class Layout:
     texts: tuple[str, ...] = ()
     decoded: dict[str, Feature] = dataclasses.field(default_factory=dict)
     pixels: dict[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
+    resized: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def encoded(self) -> dict[str, tuple[Feature, str]]:
+        """Cameras whose images are encoded here -> their feature as it is stored, and the encoding."""
+        pixels = {key: (Feature(shape, "uint8", image=True), "png") for key, shape in self.pixels.items()}
+        resized = {key: (Feature((*self.cameras[key], 3), "uint8", image=True), "jpeg") for key in self.resized}
+        return pixels | resized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +69,18 @@ class Episode:
     texts: dict[str, bytes]
 
 
-def plan_layout(features: dict[str, Feature], chunk_steps: int, sizes: dict[str, tuple[int, int]]) -> Layout:
-    """The layout for features of `data_prep.features`; `sizes` gives the sizes of cameras."""
+def plan_layout(
+    features: dict[str, Feature],
+    chunk_steps: int,
+    sizes: dict[str, tuple[int, int]],
+    resize: tuple[int, int] | None = None,
+) -> Layout:
+    """The layout for features of `data_prep.features`.
+
+    Args:
+        sizes: (height, width) of cameras in the source.
+        resize: (height, width) to which all others are resized.
+    """
     known: dict[str, int] = {}
     columns, decoded, pixels = {}, {}, {}
     for key, feature in step_features(features).items():
@@ -76,7 +96,9 @@ def plan_layout(features: dict[str, Feature], chunk_steps: int, sizes: dict[str,
         if feature.encoding != "none" and (key in columns or key in pixels):
             decoded[key] = feature
     texts = [k for k, f in features.items() if not k.startswith(STEPS) and f.dtype == "string" and f.shape == ()]
-    return Layout(chunk_steps, known, columns, dict(sizes), tuple(sorted(texts)), decoded, pixels)
+    resized = {key: size for key, size in sizes.items() if resize not in (None, size)}
+    stored = {key: resize if resize and key in resized else size for key, size in sizes.items()}
+    return Layout(chunk_steps, known, columns, stored, tuple(sorted(texts)), decoded, pixels, resized)
 
 
 def step_features(features: dict[str, Feature]) -> dict[str, Feature]:
@@ -208,6 +230,7 @@ def _check_frames(view: memoryview, steps: dict[str, example.Field], layout: Lay
     for camera, size in layout.cameras.items():
         if camera in layout.pixels:
             continue
+        size = layout.resized.get(camera, size)
         for i, span in enumerate(example.bytes_spans(view, steps[camera])):
             try:
                 found = image_size(view[slice(*span)])[:2]
@@ -225,10 +248,34 @@ def _split(
     if not name.startswith(STEPS.encode()):
         return [example.whole_feature(view, field)] * (len(edges) - 1)
     key = name[len(STEPS) :].decode()
-    if key in layout.pixels:
-        frames = [encode_png(frame) for frame in _frames(view, key, field, edges[-1], layout)]
+    if key in layout.pixels or key in layout.resized:
+        frames = list(_encoded(view, key, field, edges[-1], layout))
         return [example.bytes_feature(frames[a:b]) for a, b in itertools.pairwise(edges)]
     return _split_steps(view, name, fields, edges)
+
+
+def _encoded(view: memoryview, key: str, field: example.Field, length: int, layout: Layout) -> Iterator[bytes]:
+    """The images of a camera that is stored in another encoding than the source's."""
+    if key not in layout.resized:
+        yield from map(encode_png, _frames(view, key, field, length, layout))
+        return
+    for image in _images(view, key, field, length, layout):
+        yield encode_jpeg(resize_image(image, layout.cameras[key]))
+
+
+def _images(view: memoryview, key: str, field: example.Field, length: int, layout: Layout) -> Iterator[np.ndarray]:
+    """Decoded images of a camera, (height, width, 3) uint8."""
+    if key in layout.pixels:
+        for frame in _frames(view, key, field, length, layout):
+            yield np.repeat(frame, 3, -1) if frame.shape[-1] == 1 else frame[..., :3]
+        return
+    image = np.empty((*layout.resized[key], 3), np.uint8)
+    for i, (start, stop) in enumerate(example.bytes_spans(view, field)):
+        try:
+            decode_image(view[start:stop], image)
+        except (ValueError, OSError) as e:
+            raise EpisodeError("unreadable image", f"{key} at step {i}: {e}") from e
+        yield image
 
 
 def _split_steps(view: memoryview, name: bytes, fields: dict[bytes, example.Field], edges: list[int]) -> list[bytes]:

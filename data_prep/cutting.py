@@ -1,8 +1,7 @@
-"""Cuts the inputs of a corpus into shards of chunks, each input by one process."""
+"""Cuts the inputs of a corpus into shards of chunks, each input by one process: the tasks of a job."""
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -10,7 +9,7 @@ import errno
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,70 +19,38 @@ from tqdm import tqdm
 
 from data_prep.chunks import EpisodeError, Layout, cut_episode
 from data_prep.inputs import Input
+from data_prep.job_folder import RESULT, claimed
 from data_prep.output import naming
+from data_prep.results import Result, first_notes
 from data_prep.workers import pool
+from uwm_jax.files import new_folder
 
 # Riegeli's hashes detect damage; compressing encoded images would only slow down reading.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-MAX_NOTES = 100  # skipped episodes of each reason that are described individually
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
+    """One task: an input, and the folder `parts` of the job's parts, in which its own is `folder`."""
+
     split: str
     number: int
     input: Input
     layout: Layout
     shard_bytes: int
-    building: Path
+    parts: Path
 
     @property
-    def parts(self) -> Path:
-        return self.building / "parts" / f"{self.split}.{self.number:05d}"
-
-
-@dataclasses.dataclass
-class Result:
-    """The result of one input: shards in order (temporary name, records, bytes, sha256), the crc32c of each record,
-    lengths and strings of its episodes, and skipped episodes and remarks on others by reason.
-
-    `notes` describe skipped episodes: (reason, text)."""
-
-    shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    checksums: list[int] = dataclasses.field(default_factory=list)
-    lengths: list[int] = dataclasses.field(default_factory=list)
-    texts: dict[str, list[bytes]] = dataclasses.field(default_factory=dict)
-    skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    remarks: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    def folder(self) -> Path:
+        return self.parts / f"{self.split}.{self.number:05d}"
 
     @property
-    def episodes(self) -> int:
-        """Number of episodes, kept and skipped."""
-        return len(self.lengths) + self.skipped.total()
+    def is_done(self) -> bool:
+        return (self.folder / RESULT).exists()
 
-    def count_missing(self, where: str, found: int, promised: int | None, declared_by: str) -> None:
-        """Counts as skipped the episodes that the source declares and the data lack."""
-        if promised is None or found == promised:
-            return
-        if found < promised:
-            missing = f"missing, though {declared_by} declares it"
-            self.skipped[missing] += promised - found
-            note = f"{where}: ends after {found} of the {promised} episodes that {declared_by} declares"
-        else:
-            missing, note = "", f"{where}: has {found} episodes, though {declared_by} declares {promised}"
-        self.notes.insert(0, (missing, note))
-
-
-def first_notes(results: Iterable[Result], most: int = MAX_NOTES) -> list[tuple[str, str]]:
-    """The first `most` notes of each reason, (reason, text)."""
-    seen: collections.Counter[str] = collections.Counter()
-    kept = []
-    for reason, note in (note for result in results for note in result.notes):
-        seen[reason] += 1
-        if seen[reason] <= most:
-            kept.append((reason, note))
-    return kept
+    def result(self) -> Result:
+        """The result of a task that is done."""
+        return Result.load(self.folder / RESULT)
 
 
 _done_bytes: Any = None  # shared counters of progress, set in every worker
@@ -95,20 +62,50 @@ def _init_worker(done_bytes: Any, done_episodes: Any) -> None:
     _done_bytes, _done_episodes = done_bytes, done_episodes
 
 
-def _run_job(job: Job) -> Result:
+def _count(size: int, episodes: int) -> None:
+    if _done_bytes is not None:
+        with _done_bytes.get_lock():
+            _done_bytes.value += size
+            _done_episodes.value += episodes
+
+
+def run_task(job: Job, wait: bool = True) -> bool:
+    """Runs one task, unless it is done; its folder appears when it is complete and on disk.
+
+    Args:
+        wait: for another process that is at work on it; else returns False then.
+    Returns:
+        Whether the task is done.
+    """
+    with claimed(job.folder, wait=wait) as mine:
+        if not mine:
+            return False
+        if job.is_done:  # by a process that has just left it
+            _count(job.input.size, len(job.result().lengths))
+            return True
+        try:
+            with new_folder(job.folder) as folder:
+                _cut(job, folder).save(folder / RESULT)
+        except OSError:
+            if not job.is_done:  # another process finished it first, where files cannot be locked
+                raise
+    return True
+
+
+def _cut(job: Job, folder: Path) -> Result:
+    """Cuts the episodes of an input into shards and columns in `folder`."""
     result = Result()
-    job.parts.mkdir(parents=True)
-    columns = {key: (job.parts / f"{i}.column").open("wb") for i, key in enumerate(job.layout.columns)}
-    writer = _ShardWriter(job)
+    columns = {key: (folder / f"{i}.column").open("wb") for i, key in enumerate(job.layout.columns)}
+    writer = _ShardWriter(folder, job.shard_bytes)
     bytes_left = job.input.size
     number = -1
     for number, found in enumerate(job.input.episodes()):
+        kept = 0
         try:
             if found.record is None:
                 raise EpisodeError(found.reason, found.detail or found.reason)
             episode = cut_episode(found.record, job.layout)
         except EpisodeError as e:
-            kept = 0
             result.skipped[e.reason] += 1
             detail = "" if str(e) == e.reason else f": {e}"
             name = found.name or f"{job.input.name}: record {number}"
@@ -127,25 +124,22 @@ def _run_job(job: Job) -> Result:
                 result.texts.setdefault(name, []).append(text)
         size = min(found.size, bytes_left)
         bytes_left -= size
-        with _done_bytes.get_lock():
-            _done_bytes.value += size
-            _done_episodes.value += kept
+        _count(size, kept)
     for column in columns.values():
         with naming(Path(column.name)):
             column.close()
     result.shards = writer.close()
     result.count_missing(job.input.name, number + 1, job.input.promised, job.input.declared_by)
-    with _done_bytes.get_lock():
-        _done_bytes.value += bytes_left  # data after a broken frame are not read
     result.notes = first_notes([result])
+    _count(bytes_left, 0)  # data after a broken frame are not read
     return result
 
 
 class _ShardWriter:
-    """Writes records to consecutive ArrayRecord files of about `shard_bytes`."""
+    """Writes records to consecutive ArrayRecord files of about `shard_bytes` in `folder`."""
 
-    def __init__(self, job: Job):
-        self._job = job
+    def __init__(self, folder: Path, shard_bytes: int):
+        self._folder, self._shard_bytes = folder, shard_bytes
         self._shards: list[dict[str, Any]] = []
         self._writer: Any = None
         self._size = self._records = 0
@@ -153,12 +147,12 @@ class _ShardWriter:
     def write(self, record: bytes) -> None:
         with self._disk_errors():
             if self._writer is None:
-                self._file = self._job.parts / f"{len(self._shards):05d}.array_record"
+                self._file = self._folder / f"{len(self._shards):05d}.array_record"
                 self._writer = array_record_module.ArrayRecordWriter(str(self._file), _WRITER_OPTIONS)
             self._writer.write(record)
         self._size += len(record)
         self._records += 1
-        if self._size >= self._job.shard_bytes:
+        if self._size >= self._shard_bytes:
             self._finish()
 
     def close(self) -> list[dict[str, Any]]:
@@ -181,38 +175,51 @@ class _ShardWriter:
             self._writer.close()
         with self._file.open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        self._shards.append(
-            {"part": self._file, "records": self._records, "bytes": self._file.stat().st_size, "sha256": sha256}
-        )
+        size = self._file.stat().st_size
+        self._shards.append({"part": self._file.name, "records": self._records, "bytes": size, "sha256": sha256})
         self._writer, self._size, self._records = None, 0, 0
 
 
-def run_jobs(jobs: list[Job], workers: int, watch: Callable[[Result], None] = lambda result: None) -> list[Result]:
-    """Runs the jobs in `workers` processes (in this one if 1).
+def run_jobs(jobs: Sequence[Job], workers: int, watch: Callable[[Result], None] = lambda result: None) -> list[Result]:
+    """Runs the tasks that are not done in `workers` processes (in this one if 1); returns the results of all.
+
+    Tasks on which another process is at work come last.
 
     Args:
-        watch: called with each result; an exception that it raises ends all jobs.
+        watch: called with each result; an exception that it raises ends all tasks.
     """
-    context = multiprocessing.get_context("spawn")
-    done_bytes, done_episodes = context.Value("q", 0), context.Value("q", 0)
-    counters = (done_bytes, done_episodes)
-    executor: concurrent.futures.Executor
-    if (processes := min(workers, len(jobs))) > 1:
-        executor = pool(processes, _init_worker, counters)
-    else:
-        executor = concurrent.futures.ThreadPoolExecutor(1, initializer=_init_worker, initargs=counters)
+    results = {job.folder: job.result() for job in jobs if job.is_done}
+    for result in results.values():
+        watch(result)
+    left = [job for job in jobs if job.folder not in results]
+    counters: list[Any] = [multiprocessing.get_context("spawn").Value("q", 0) for _ in range(2)]
+    done = sum(job.input.size for job in jobs if job.folder in results)
     total = sum(job.input.size for job in jobs)
-    with tqdm(total=total, desc="episodes", unit="B", unit_scale=True) as bar, executor:
-        futures = [executor.submit(_run_job, job) for job in jobs]
-        pending: set[concurrent.futures.Future[Result]] = set(futures)
-        try:
-            while pending:
-                done, pending = concurrent.futures.wait(pending, timeout=0.5)
-                for future in done:
-                    watch(future.result())  # a failure ends all jobs immediately
-                bar.set_postfix(episodes=done_episodes.value, refresh=False)
-                bar.update(done_bytes.value - bar.n)
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
+    with tqdm(total=total, initial=done, desc="episodes", unit="B", unit_scale=True) as bar:
+
+        def show() -> None:
+            bar.set_postfix(episodes=counters[1].value, refresh=False)
+            bar.update(done + counters[0].value - bar.n)
+
+        executor: concurrent.futures.Executor
+        if (processes := min(workers, len(left))) > 1:
+            executor = pool(processes, _init_worker, tuple(counters))
+        else:
+            executor = concurrent.futures.ThreadPoolExecutor(1, initializer=_init_worker, initargs=tuple(counters))
+        with executor:
+            waiting = {executor.submit(run_task, job, False): job for job in left}
+            try:
+                while waiting:
+                    finished, _ = concurrent.futures.wait(waiting, timeout=0.5, return_when="FIRST_COMPLETED")
+                    for future in finished:
+                        job = waiting.pop(future)
+                        if not future.result():  # a failure ends all tasks immediately
+                            waiting[executor.submit(run_task, job, True)] = job
+                            continue
+                        results[job.folder] = job.result()
+                        watch(results[job.folder])
+                    show()
+            except BaseException:
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [results[job.folder] for job in jobs]

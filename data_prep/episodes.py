@@ -76,6 +76,12 @@ def encode_jpeg(image: np.ndarray, quality: int = JPEG_QUALITY) -> bytes:
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "420")
 
 
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image (H, W, 3) uint8 resized to `size` (height, width), bilinear and antialiased, as does
+    `config.data.resize`."""
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
 def encode_png(image: np.ndarray) -> bytes:
     """An image (H, W, 1, 3 or 4) uint8 as PNG."""
     out = io.BytesIO()

@@ -114,23 +114,26 @@ def flatten(node: dict[str, Any], prefix: str = "", ragged: bool = False) -> Ite
         yield prefix, dataclasses.replace(leaf, shape=None) if ragged else leaf
 
 
-def as_images(node: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> dict[str, Any]:
-    """A feature tree in the current schema whose leaves at the paths in `shapes` are PNG images of these shapes."""
+def as_images(
+    node: dict[str, Any], images: Mapping[str, tuple[tuple[int, ...], str]], prefix: str = ""
+) -> dict[str, Any]:
+    """A feature tree in the current schema whose leaves at the paths in `images` are images: (shape, encoding)."""
     if "featuresDict" in node:
         children = node["featuresDict"]["features"].items()
-        new = {key: as_images(child, shapes, f"{prefix}/{key}" if prefix else key) for key, child in children}
+        new = {key: as_images(child, images, f"{prefix}/{key}" if prefix else key) for key, child in children}
         return node | {"featuresDict": {"features": new}}
     if "sequence" in node:
-        inner = as_images(node["sequence"]["feature"], shapes, prefix)
+        inner = as_images(node["sequence"]["feature"], images, prefix)
         return node | {"sequence": node["sequence"] | {"feature": inner}}
-    if prefix not in shapes:
+    if prefix not in images:
         return node
+    shape, encoding = images[prefix]
     return {
         "pythonClassName": "tensorflow_datasets.core.features.image_feature.Image",
         "image": {
-            "shape": {"dimensions": [str(n) for n in shapes[prefix]]},
+            "shape": {"dimensions": [str(n) for n in shape]},
             "dtype": "uint8",
-            "encodingFormat": "png",
+            "encodingFormat": encoding,
         },
     }
 

@@ -1,6 +1,6 @@
 """Sources of episodes: all that the engine of the training layout knows of what a converter reads.
 
-A converter describes its input as a `Corpus` and hands it to `training_layout.build`, which makes a dataset in the
+A converter describes its input as a `Corpus` and hands it to `training_layout.run`, which makes a dataset in the
 training layout of it: it cuts episodes into records, writes index, columns, statistics, the PCA codec and the manifest,
 counts what is skipped, and ends the job beyond `--max_skipped`. The converter writes two things:
 
@@ -27,7 +27,8 @@ A converter of clips, in short:
 
     def main(call: cli.Call) -> None:
         options = layout_options.from_flags()
-        manifest = build(corpus(cli.required_path("input")), cli.required_path("output"), options)
+        path = cli.required_path("input")
+        run(lambda: corpus(path), cli.required_path("output"), options, path)
 
 Inputs are pickled into worker processes, so they hold paths and settings, never open files or decoded data. `episodes`
 must give the same episodes in the same order whenever it is called: a job that was killed continues with the inputs
@@ -96,6 +97,16 @@ class Input(abc.ABC):
         """
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Missing(Input):
+    """A file that the source lists and lacks, where the user goes without it; the manifest names it."""
+
+    size: int = 0
+
+    def episodes(self) -> Iterator[Found]:
+        return iter(())
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """A source of episodes that becomes one training dataset.
@@ -133,8 +144,9 @@ class Corpus:
         return dict(flatten(dict(self.tree)))
 
     def promised(self, split: str) -> int | None:
-        """Number of episodes that the source declares for a split; None if it declares none."""
-        if split in self.totals:
+        """Number of episodes that the source declares for the files of a split that are there; None if unknown."""
+        present = [part for part in self.splits[split] if not isinstance(part, Missing)]
+        if split in self.totals and len(present) == len(self.splits[split]):
             return self.totals[split]
-        promised = [part.promised for part in self.splits[split]]
+        promised = [part.promised for part in present]
         return None if None in promised else sum(n or 0 for n in promised)

@@ -27,6 +27,9 @@ class Options:
         workers: processes (one per core if 0); each reads its own inputs.
         overwrite: replace an existing output.
         max_skipped: largest share of episodes that may be skipped, in each split and overall; one is always allowed.
+        resize: (height, width) of all cameras, whose images are then encoded again, as JPEG; None: bytes untouched.
+        task: (i, n) to do only every n-th task from the i-th on, of 0 to n - 1; None: all, and make the dataset.
+        assemble: make the dataset of tasks that are all done.
     """
 
     chunk_steps: int = 16
@@ -38,16 +41,37 @@ class Options:
     workers: int = 0
     overwrite: bool = False
     max_skipped: float = 0.01
+    resize: tuple[int, int] | None = None
+    task: tuple[int, int] | None = None
+    assemble: bool = False
 
     def check(self) -> None:
         """Raises UserError that names the first option that is invalid for every dataset."""
         check_options(self.codec_size, self.pca_patch, self.pca_channels, self.val_ratio)
         if not 0 <= self.max_skipped <= 1:  # false for NaN too
             raise UserError(f"--max_skipped={self.max_skipped}: expected a share of the episodes, 0 <= share <= 1.")
+        if self.task is not None and not 0 <= self.task[0] < self.task[1]:
+            raise UserError(f"--task={self.task[0]}/{self.task[1]}: expected I/N with 0 <= I < N, as 0/8 to 7/8.")
+        if self.task is not None and self.assemble:
+            raise UserError("--task does a share of the tasks, and --assemble follows when all are done: give one.")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The flags that change the dataset, as JSON values: a killed job continues only with the same."""
+        how = ("workers", "overwrite", "max_skipped", "task", "assemble")
+        return {f"--{name}": value for name, value in dataclasses.asdict(self).items() if name not in how}
 
 
-def define_flags(max_skipped: float = Options.max_skipped) -> None:
-    """Declares `--output` and the flags of `Options`; `max_skipped` is the command's default."""
+def define_flags(
+    max_skipped: float = Options.max_skipped,
+    resize: str = "H,W of all cameras: images are resized to it and encoded again as JPEG; default: bytes untouched",
+) -> None:
+    """Declares `--output` and the flags of `Options`.
+
+    Args:
+        max_skipped: the command's default.
+        resize: the help of `--resize`, where the command resizes by a rule of its own.
+    """
     flags.DEFINE_string("output", None, "directory to create")
     flags.DEFINE_integer("chunk_steps", Options.chunk_steps, "steps per record", lower_bound=1)
     flags.DEFINE_integer("shard_mb", Options.shard_mb, "size of a shard in MiB", lower_bound=1)
@@ -62,6 +86,11 @@ def define_flags(max_skipped: float = Options.max_skipped) -> None:
     flags.DEFINE_float(
         "max_skipped", max_skipped, "largest share of episodes that may be skipped; one is always allowed"
     )
+    flags.DEFINE_list("resize", [], resize)
+    flags.DEFINE_string(
+        "task", "", "I/N, from 0/N to N-1/N: do this share of the tasks only, for N processes on one or more hosts"
+    )
+    flags.DEFINE_bool("assemble", Options.assemble, "make the dataset of tasks that --task has done, all of them")
 
 
 def from_flags() -> Options:
@@ -71,7 +100,18 @@ def from_flags() -> Options:
         UserError: a flag has no such value.
     """
     values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Options)}
-    return Options(**values | {"codec_size": size("codec_size", FLAGS.codec_size)})
+    values |= {name: size(name, values[name]) for name in ("codec_size", "resize")}
+    return Options(**values | {"task": _share(FLAGS.task)})
+
+
+def _share(value: str) -> tuple[int, int] | None:
+    """(i, n) of the flag `--task`."""
+    if not value:
+        return None
+    part, _, parts = value.partition("/")
+    if not part.isdecimal() or not parts.isdecimal():
+        raise UserError(f"--task={value}: expected I/N, as 0/8 to 7/8.")
+    return int(part), int(parts)
 
 
 def size(flag: str, value: Sequence[str]) -> tuple[int, int] | None:

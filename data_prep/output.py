@@ -1,7 +1,8 @@
 """Output directories of jobs: they appear complete or not at all, and only directories of such jobs are ever deleted.
 
-A job builds `.<name>.<id>.building` next to its output and renames it. That directory holds a file with the name of the
-host, which the job has locked, so that a later job can distinguish the remains of a killed job from one in progress.
+A job that cannot continue builds `.<name>.<id>.building` next to its output and renames it. That directory holds a
+file with the name of the host, which the job has locked, so that a later job can distinguish the remains of a killed
+job from one in progress. Jobs that continue after they were killed work in a `data_prep.job_folder`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from data_prep.job_folder import is_dead, settle, size_in_words, size_of
 from uwm_jax.errors import UserError
 
 _LOCK = ".building.lock"
@@ -66,8 +68,8 @@ def warn_of_space(output: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         print(
-            f"warning: {_size(free)} are free for {output}, but {what} has {_size(needed)}, and the output is of about "
-            "the same size. Free some space, or choose another --output."
+            f"warning: {size_in_words(free)} are free for {output}, but {what} has {size_in_words(needed)}, and the "
+            "output is of about the same size. Free some space, or choose another --output."
         )
 
 
@@ -140,10 +142,11 @@ def clear_leftovers(output: Path) -> None:
     The directory of a running job is kept; that of a job on another host, or without a lock, is kept with a note.
     """
     target = output.resolve()
+    settle(target, output)
     names = glob.escape(f".{target.name}.") + "[0-9a-f]" * 8
     for left in sorted(target.parent.glob(names + ".building")):
-        dead = _is_dead(left)
-        size = _size(sum(p.stat().st_size for p in left.rglob("*") if p.is_file())) if dead is not False else ""
+        dead = is_dead(left / _LOCK)
+        size = size_of(left) if dead is not False else ""
         if dead:
             shutil.rmtree(left, ignore_errors=True)
             print(f"removed {left} ({size}), left behind by a killed job")
@@ -158,18 +161,6 @@ def clear_leftovers(output: Path) -> None:
         else:
             old.rename(target)
             print(f"restored {output} from {old}: a killed job had not yet replaced it")
-
-
-def _is_dead(directory: Path) -> bool | None:
-    """Whether the job that built a directory has ended; None if unknown."""
-    try:
-        with (directory / _LOCK).open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True if lock.read() == socket.gethostname() else None
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None if directory.exists() else False
 
 
 def _replace(target: Path, new: Path) -> None:
@@ -187,7 +178,3 @@ def _replace(target: Path, new: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

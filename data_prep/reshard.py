@@ -13,7 +13,7 @@ from absl import flags
 
 from data_prep import layout_options
 from data_prep.rlds import corpus
-from data_prep.training_layout import build, summary
+from data_prep.training_layout import run
 from uwm_jax import cli
 
 FLAGS = flags.FLAGS
@@ -22,13 +22,15 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     flags.DEFINE_string("input", None, "directory of an RLDS dataset, with dataset_info.json and features.json")
     flags.DEFINE_list("split", [], "splits to take, separated by commas; default all")
+    flags.DEFINE_integer(
+        "max_missing_files", 0, "how many files of the input may be missing; the manifest names them", lower_bound=0
+    )
     layout_options.define_flags()
 
 
 def main(call: cli.Call) -> None:
     source, output = cli.required_path("input"), cli.required_path("output")
-    manifest = build(lambda: corpus(source, FLAGS.split), output, layout_options.from_flags(), source)
-    print(f"{output}: {summary(manifest)}")
+    run(lambda: corpus(source, FLAGS.split, FLAGS.max_missing_files), output, layout_options.from_flags(), source)
 
 
 command = cli.command(main, define_flags)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data_prep.features import STEPS, Feature, flatten, upgrade
-from data_prep.inputs import Corpus, Found, Input
+from data_prep.inputs import Corpus, Found, Input, Missing
 from data_prep.source_files import read_records, starts_with_record
 from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.errors import UserError
@@ -61,11 +61,12 @@ class RldsFile(Input):
             yield Found(record, reason, size=size)
 
 
-def corpus(path: Path, splits: Sequence[str] = ()) -> Corpus:
+def corpus(path: Path, splits: Sequence[str] = (), max_missing: int = 0) -> Corpus:
     """An RLDS dataset as a corpus, each shard an input.
 
     Args:
         splits: names of the splits to take; all if empty.
+        max_missing: how many files may be missing, in all.
     Raises:
         UserError: as `open_source`, or there is no such split.
     """
@@ -73,14 +74,11 @@ def corpus(path: Path, splits: Sequence[str] = ()) -> Corpus:
         raise UserError(
             f"{path} is already in the training layout. Expected as --input the RLDS dataset it was made from."
         )
-    opened = open_source(path, splits)
+    opened = open_source(path, splits, max_missing)
     if unknown := sorted(set(splits) - set(opened.splits)):
         raise UserError(f"{path}: no split {unknown[0]!r}; it has {', '.join(sorted(opened.splits))}.")
     chosen = {
-        split: [
-            RldsFile(name=file.name, size=file.stat().st_size, promised=n, path=file, file_format=opened.file_format)
-            for file, n in zip(files, opened.lengths[split], strict=True)
-        ]
+        split: [_input(file, n, opened.file_format) for file, n in zip(files, opened.lengths[split], strict=True)]
         for split, files in opened.splits.items()
         if split in splits or not splits
     }
@@ -97,11 +95,18 @@ def corpus(path: Path, splits: Sequence[str] = ()) -> Corpus:
     )
 
 
-def open_source(path: Path, only: Iterable[str] = ()) -> Source:
+def _input(file: Path, promised: int | None, file_format: str) -> Input:
+    if not file.exists():
+        return Missing(name=file.name, promised=promised)
+    return RldsFile(name=file.name, size=file.stat().st_size, promised=promised, path=file, file_format=file_format)
+
+
+def open_source(path: Path, only: Iterable[str] = (), max_missing: int = 0) -> Source:
     """Reads the two JSON files and checks the shards that they name.
 
     Args:
         only: the splits whose files must exist; all if empty.
+        max_missing: how many of these may be missing all the same.
     Raises:
         UserError: not an RLDS dataset, a file is missing or a placeholder, or a name leads out of the dataset.
     """
@@ -116,6 +121,7 @@ def open_source(path: Path, only: Iterable[str] = ()) -> Source:
     lengths: dict[str, list[int | None]] = {}
     totals: dict[str, int | None] = {}
     only = set(only)
+    left = max_missing
     for split in _splits(info, info_file):
         name = check_name(split.get("name"), "the name of a split", info_file)
         if name in splits:
@@ -123,7 +129,7 @@ def open_source(path: Path, only: Iterable[str] = ()) -> Source:
         lengths[name], totals[name] = _declared(split, info_file)
         splits[name] = _shard_files(path, info, split, file_format, len(lengths[name]))
         if not only or name in only:
-            _check_files(path, name, splits[name], _name_pattern(info, split, file_format))
+            left -= _check_files(path, name, splits[name], _name_pattern(info, split, file_format), left)
     if not splits:
         raise UserError(f"{info_file} lists no splits.")
     version = str(info.get("version", ""))
@@ -238,8 +244,8 @@ def _named(info: dict, split: dict, file_format: str) -> str:
     return name
 
 
-def _check_files(path: Path, split: str, files: list[Path], pattern: re.Pattern[str]) -> None:
-    """Checks that the files of a split exist and are not placeholders."""
+def _check_files(path: Path, split: str, files: list[Path], pattern: re.Pattern[str], max_missing: int) -> int:
+    """Checks that the files of a split exist, but `max_missing`, and are not placeholders; returns how many lack."""
     matches = [m for p in path.iterdir() if (m := pattern.fullmatch(p.name)) and pattern.groups]
     counts = {m[1] for m in matches}
     missing = [f.name for f in files if not f.exists()]
@@ -250,14 +256,16 @@ def _check_files(path: Path, split: str, files: list[Path], pattern: re.Pattern[
             f"but files here are named -of-{others[0]}. The JSON belongs to another version of the dataset: take both "
             "from the same version."
         )
-    if missing:
+    if len(missing) > max_missing:
         raise UserError(
             f"{path}: {len(missing)} of {len(files)} files of split {split!r} are missing, "
-            f"the first is {missing[0]}. Complete the download."
+            f"the first is {missing[0]}. Complete the download, or go without them: "
+            "--max_missing_files=N names them in the manifest."
         )
     # The length of a file's first record may begin with the same bytes as gzip.
-    foreign = [(f, found) for f in files if (found := not_the_data(f)) and not starts_with_record(f)]
+    foreign = [(f, found) for f in files if f.exists() and (found := not_the_data(f)) and not starts_with_record(f)]
     if foreign:
         file, found = foreign[0]
         others_too = f" ({len(foreign)} of the {len(files)} files of split {split!r} are)" if len(foreign) > 1 else ""
         raise UserError(f"{file} {found}{others_too}.")
+    return len(missing)

@@ -8,7 +8,9 @@ dataset is ready to train on.
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +19,16 @@ from typing import Any
 
 from data_prep import rlds
 from data_prep.assemble import assemble, check_files
-from data_prep.chunks import EpisodeError, camera_features, frame_size, plan_layout
+from data_prep.chunks import EpisodeError, Layout, camera_features, frame_size, plan_layout
 from data_prep.codec import common_size, fit_codec, why_not_fitted
-from data_prep.cutting import Job, Result, first_notes, run_jobs
+from data_prep.cutting import Job, run_jobs
 from data_prep.dataset_stats import write_stats
-from data_prep.inputs import Corpus
+from data_prep.inputs import Corpus, Missing
+from data_prep.job_folder import MISSING, JobFolder, job_folder
 from data_prep.layout_options import Options
-from data_prep.output import building, check_output, warn_of_space
+from data_prep.output import check_output, warn_of_space
+from data_prep.results import Result, first_notes
+from uwm_jax import __version__
 from uwm_jax.data import records
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import RunError, UserError
@@ -37,13 +42,15 @@ _PRINTED_NOTES = 20  # in the summary
 def reshard(
     source: str | os.PathLike[str], output: str | os.PathLike[str], *, splits: Sequence[str] = (), **options: Any
 ) -> dict[str, Any]:
-    """`build` for the RLDS dataset `source`.
+    """`build` for the whole RLDS dataset `source`; returns its manifest.
 
     Args:
         splits: names of the splits to take; all if empty.
-        options: the fields of `Options`.
+        options: the fields of `Options` but `task`.
     """
-    return build(lambda: rlds.corpus(Path(source), splits), output, Options(**options), source=source)
+    manifest = build(lambda: rlds.corpus(Path(source), splits), output, Options(**options), source=source)
+    assert manifest is not None
+    return manifest
 
 
 def build(
@@ -51,49 +58,140 @@ def build(
     output: str | os.PathLike[str],
     options: Options,
     source: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Makes the training dataset `output` from a corpus, completely or not at all.
+
+    A job that was killed, or that failed, is continued by the next one of the same corpus and options.
 
     Args:
         corpus: the source of its episodes, or a function that opens it, called after `options` and `output` have been
             checked; then `source` names its path.
     Returns:
-        The manifest.
+        The manifest; None after a share of the tasks (`options.task`).
     Raises:
         UserError: an invalid option, an unreadable source, an output that exists or (with `overwrite`) is not a
-            training dataset, or source and output inside each other.
-        RunError: more than `max_skipped` was skipped; no output is left.
+            training dataset, source and output inside each other, another job at work on this output, or one that was
+            begun with another corpus or other options (without `overwrite`).
+        RunError: more than `max_skipped` was skipped; nothing is published.
     """
     output = Path(output)
     options.check()
     where = Path(source) if source is not None else corpus.path if isinstance(corpus, Corpus) else None
     check_output(output, is_training_dataset, "a training dataset", overwrite=options.overwrite, source=where)
     opened = corpus if isinstance(corpus, Corpus) else corpus()
-    layout = plan_layout(opened.features, options.chunk_steps, _camera_sizes(opened))
+    layout = plan_layout(opened.features, options.chunk_steps, _camera_sizes(opened), options.resize)
     check_files(layout, opened.splits, opened.path)
-    if opened.output_bytes is not None:
-        warn_of_space(output, opened.output_bytes, f"the input {opened.path}")
-
-    with building(output) as new:
-        jobs = [
-            Job(split, i, part, layout, options.shard_mb << 20, new)
-            for split, inputs in opened.splits.items()
-            for i, part in enumerate(inputs)
-        ]
-        limit = _SkipLimit(options.max_skipped, [opened.promised(split) for split in opened.splits])
-        results = run_jobs(jobs, options.workers or os.cpu_count() or 1, limit.watch)
-        by_split = {
-            split: [r for job, r in zip(jobs, results, strict=True) if job.split == split] for split in opened.splits
-        }
-        for split, parts in by_split.items():
-            inputs = opened.splits[split]
-            if any(part.promised is None for part in inputs):
-                found = sum(part.episodes for part in parts)
-                parts[0].count_missing(f"split {split!r}", found, opened.promised(split), inputs[0].declared_by)
-        limit.check(by_split)
-        manifest = assemble(new, opened, layout, by_split)
-        _derive(new, manifest, options)
+    plan = _plan(opened, options, layout)
+    with job_folder(output, plan, alone=options.task is None, overwrite=options.overwrite) as folder:
+        jobs = _jobs(opened, layout, options, folder)
+        if options.task:
+            _do_share(jobs, opened, options, folder)
+            return None
+        if folder.is_assembled:
+            print(f"{folder.path}: all was done already; publishing it.")
+        else:
+            tasks = _do_all(jobs, opened, options, folder)
+            _derive(folder.dataset, assemble(folder.dataset, opened, layout, tasks), options)
+        manifest = read_json(folder.dataset / "manifest.json")
+        folder.publish()
     return manifest
+
+
+def run(
+    corpus: Callable[[], Corpus], output: str | os.PathLike[str], options: Options, source: str | os.PathLike[str]
+) -> None:
+    """`build` for a command: prints what was made."""
+    manifest = build(corpus, output, options, source)
+    if manifest is not None:
+        print(f"{output}: {summary(manifest)}")
+
+
+def _plan(corpus: Corpus, options: Options, layout: Layout) -> dict[str, Any]:
+    """What must be equal for a killed job to be continued; see `job_folder`."""
+    tree = json.dumps(corpus.tree, sort_keys=True).encode()
+    inputs = {
+        split: {
+            part.name: {
+                "number": number,
+                "size": MISSING if isinstance(part, Missing) else part.size,
+                "promised": part.promised,
+            }
+            for number, part in enumerate(inputs)
+        }
+        for split, inputs in corpus.splits.items()
+    }
+    return {
+        "--input": str(corpus.path.resolve()),
+        "dataset": f"{corpus.name} {corpus.version}",
+        **options.content,
+        **{f"--{flag}": value for flag, value in corpus.options.items()},
+        "made by": f"uwm_jax {__version__}, format {records.FORMAT_VERSION}",
+        "features": hashlib.sha256(tree).hexdigest(),
+        "cameras": layout.cameras,
+        "facts": dict(corpus.facts),
+        "inputs": inputs,
+    }
+
+
+def _jobs(corpus: Corpus, layout: Layout, options: Options, folder: JobFolder) -> list[Job]:
+    return [
+        Job(split, i, part, layout, options.shard_mb << 20, folder.parts)
+        for split, inputs in corpus.splits.items()
+        for i, part in enumerate(inputs)
+    ]
+
+
+def _is_there(job: Job) -> bool:
+    return not isinstance(job.input, Missing) or job.is_done
+
+
+def _do(jobs: Sequence[Job], corpus: Corpus, options: Options, folder: JobFolder) -> dict[Path, Result]:
+    """Does the tasks that are not done, as far as their inputs are there; returns the results of all by folder."""
+    present = [job for job in jobs if _is_there(job)]
+    left = [job for job in present if not job.is_done]
+    if len(left) < len(present):
+        print(f"{folder.path}: {len(present) - len(left)} of {len(present)} tasks are done already; continuing.")
+    if corpus.output_bytes is not None and not options.resize:
+        warn_of_space(folder.output, sum(job.input.size for job in left), f"the input {corpus.path}")
+    limit = _SkipLimit(options.max_skipped, [corpus.promised(split) for split in corpus.splits])
+    results = run_jobs(present, options.workers or os.cpu_count() or 1, limit.watch)
+    return {job.folder: result for job, result in zip(present, results, strict=True)}
+
+
+def _do_share(jobs: Sequence[Job], corpus: Corpus, options: Options, folder: JobFolder) -> None:
+    share, shares = options.task or (0, 1)
+    mine = jobs[share::shares]
+    _do(mine, corpus, options, folder)
+    left = sum(_is_there(job) and not job.is_done for job in jobs)
+    rest = f"{left} of {len(jobs)} tasks are left for other shares" if left else "all tasks are done"
+    print(
+        f"{folder.path}: share {share} of {shares} is done ({len(mine)} tasks); {rest}. --assemble instead of --task "
+        "makes the dataset of them."
+    )
+
+
+def _do_all(
+    jobs: Sequence[Job], corpus: Corpus, options: Options, folder: JobFolder
+) -> dict[str, list[tuple[Job, Result]]]:
+    """All tasks with their results, by split, within `max_skipped`."""
+    if options.assemble and (left := [job for job in jobs if _is_there(job) and not job.is_done]):
+        names = ", ".join(job.input.name for job in left[:3]) + (", ..." if len(left) > 3 else "")
+        raise UserError(
+            f"{folder.path}: --assemble: {len(left)} of {len(jobs)} tasks are not done: {names}. Do them with --task, "
+            "or with neither flag, which does what is left and assembles."
+        )
+    results = _do(jobs, corpus, options, folder)
+    tasks: dict[str, list[tuple[Job, Result]]] = {split: [] for split in corpus.splits}
+    for job in jobs:
+        tasks[job.split].append((job, results.get(job.folder, Result())))
+    for split, parts in tasks.items():
+        inputs = [job.input for job, _ in parts]
+        if any(part.promised is None for part in inputs):
+            found = sum(result.episodes for _, result in parts)
+            parts[0][1].count_missing(f"split {split!r}", found, corpus.promised(split), inputs[0].declared_by)
+    limit = _SkipLimit(options.max_skipped, [])
+    limit.check({split: [result for _, result in parts] for split, parts in tasks.items()})
+    return tasks
 
 
 class _SkipLimit:
@@ -211,6 +309,7 @@ def summary(manifest: dict[str, Any]) -> str:
         )
         lines += [f"    {count} x {reason}" for reason, count in s["skipped"].items()]
         lines += [f"    {note}" for note in s["skipped_notes"][:_PRINTED_NOTES]]
+        lines += [f"    missing files: {', '.join(s['missing_files'])}"] if s.get("missing_files") else []
         lines += [f"    {count} x {remark} (kept)" for remark, count in s.get("remarks", {}).items()]
     cameras = [f"{k} {c['height']}x{c['width']}" for k, c in manifest["cameras"].items()]
     lines.append(f"  cameras: {', '.join(cameras) or 'none'}")

@@ -95,7 +95,7 @@ def test_messages_in_the_older_frame(as_text: bool) -> None:
 
 def test_leaves_become_images() -> None:
     tree = upgrade(_tree({"observation": {"a": F.Tensor(shape=(4, 6, 3), dtype=np.uint8), "b": F.Scalar(np.int64)}}))
-    found = dict(flatten(as_images(tree, {"steps/observation/a": (4, 6, 3)})))
+    found = dict(flatten(as_images(tree, {"steps/observation/a": ((4, 6, 3), "png")})))
     assert found == {
         "steps/observation/a": Feature((4, 6, 3), "uint8", image=True),
         "steps/observation/b": Feature((), "int64"),

@@ -215,7 +215,7 @@ def test_an_interrupted_overwrite_keeps_the_old_dataset(made, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         reshard(source, tmp_path / "out", chunk_steps=4, codec_size=(16, 16), overwrite=True, **OPTIONS)
     assert Dataset(tmp_path / "out").fingerprint == Dataset(out).fingerprint
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.building", "out"]  # to be continued
 
 
 @pytest.mark.parametrize(
@@ -264,8 +264,8 @@ def test_progress_ends_at_the_size_of_the_input(
     bars: list[Any] = []
 
     class Bar:
-        def __init__(self, total: int, **kwargs: Any):
-            self.total, self.n = total, 0
+        def __init__(self, total: int, initial: int, **kwargs: Any):
+            self.total, self.n = total, initial
             bars.append(self)
 
         def __enter__(self) -> Bar:

@@ -141,7 +141,7 @@ def test_nothing_is_published_beyond_max_skipped(tmp_path: Path) -> None:
     )
     assert re.search(r"--max_skipped=0\.13(, or more: not all files were read)?\.$", message)
     assert "3 x another image size" in message and "record 1: another image size: observation/image" in message
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    assert not (tmp_path / "out").exists()
     with pytest.raises(RunError, match=r"published: 3 of 20 episodes of split 'train' were .*(?s:.*)=0\.15\.$"):
         _reshard(tmp_path, max_skipped=0.13)
     assert _reshard(tmp_path, max_skipped=0.15)["splits"]["train"]["episodes"] == 17
@@ -201,11 +201,11 @@ def test_several_processes_count_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize(
-    ("room", "width", "shard_mb", "file"),
-    [(140_000, 256, 0, "parts/train.00000/0.column"), (40_000, 2, 256, "00000.array_record")],
+    ("room", "width", "shard_mb"),
+    [(140_000, 256, 0), (40_000, 2, 256)],
 )
 def test_a_full_disk_is_told_by_the_name_of_the_file(
-    tmp_path: Path, file_format: str, room: int, width: int, shard_mb: int, file: str
+    tmp_path: Path, file_format: str, room: int, width: int, shard_mb: int
 ) -> None:
     """Here a file may only grow to `room` bytes, which the system tells as it tells a full disk."""
     tree = _tree(width=width)
@@ -219,5 +219,5 @@ def test_a_full_disk_is_told_by_the_name_of_the_file(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG
-    assert Path(caught.value.filename).is_relative_to(tmp_path / "out") and caught.value.filename.endswith(file)
+    assert Path(caught.value.filename) == tmp_path / "out" / "parts" / "train.00000"
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
