@@ -14,7 +14,7 @@ from absl import flags
 from data_prep import layout_options
 from data_prep.episodes import JPEG_QUALITY
 from data_prep.hdf5_episodes import FLIPS, corpus
-from data_prep.training_layout import build, summary
+from data_prep.training_layout import run
 from uwm_jax import cli
 
 FLAGS = flags.FLAGS
@@ -41,7 +41,7 @@ def main(call: cli.Call) -> None:
     def opened():
         return corpus(source, splits=FLAGS.split, flip=FLAGS.flip, encoding=FLAGS.encoding, quality=FLAGS.quality)
 
-    print(f"{output}: {summary(build(opened, output, layout_options.from_flags(), source))}")
+    run(opened, output, layout_options.from_flags(), source)
 
 
 command = cli.command(main, define_flags)

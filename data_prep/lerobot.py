@@ -14,7 +14,7 @@ from absl import flags
 from data_prep import layout_options
 from data_prep.episodes import JPEG_QUALITY
 from data_prep.lerobot_episodes import corpus
-from data_prep.training_layout import build, summary
+from data_prep.training_layout import run
 from uwm_jax import cli
 
 FLAGS = flags.FLAGS
@@ -35,7 +35,7 @@ def main(call: cli.Call) -> None:
     def opened():
         return corpus(source, cameras=FLAGS.cameras, splits=FLAGS.split, encoding=FLAGS.encoding, quality=FLAGS.quality)
 
-    print(f"{output}: {summary(build(opened, output, layout_options.from_flags(), source))}")
+    run(opened, output, layout_options.from_flags(), source)
 
 
 command = cli.command(main, define_flags)

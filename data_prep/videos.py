@@ -17,7 +17,7 @@ from absl import flags
 
 from data_prep import layout_options
 from data_prep.clips import Sampling
-from data_prep.training_layout import build, summary
+from data_prep.training_layout import run
 from data_prep.video_corpus import corpus
 from data_prep.video_labels import read_labels
 from uwm_jax import cli
@@ -30,7 +30,6 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "input", None, "folder of videos, a pattern such as 'clips/*.webm', or a text file with one path per line"
     )
-    flags.DEFINE_list("resize", [], "H,W in pixels of the stored images: the size of the robot's")
     flags.DEFINE_float(
         "fps",
         None,
@@ -51,7 +50,9 @@ def define_flags() -> None:
     flags.DEFINE_list("cameras", [], "names of the cameras; default image, or those that --layout finds")
     flags.DEFINE_float("seconds", 300.0, "time limit for decoding one file", lower_bound=0)
     flags.DEFINE_integer("max_mb", 1024, "MiB of the largest file that is read", lower_bound=1)
-    layout_options.define_flags(max_skipped=1.0)
+    layout_options.define_flags(
+        max_skipped=1.0, resize="H,W in pixels of the stored images: the size of the robot's; required"
+    )
 
 
 def main(call: cli.Call) -> None:
@@ -70,7 +71,7 @@ def main(call: cli.Call) -> None:
     fps = None if FLAGS.fps is None else Fraction(str(FLAGS.fps))
     sampling = Sampling(size, fps, FLAGS.every or 1, FLAGS.min_steps, FLAGS.quality)
     labels = cli.optional_path("labels")
-    manifest = build(
+    run(
         lambda: corpus(
             source,
             sampling,
@@ -84,7 +85,6 @@ def main(call: cli.Call) -> None:
         layout_options.from_flags(),
         source,
     )
-    print(f"{output}: {summary(manifest)}")
 
 
 command = cli.command(main, define_flags)
