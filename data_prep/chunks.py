@@ -132,8 +132,8 @@ def why_unusable(feature: Feature) -> str:
         return f"images of shape {shape}; a camera has 1, 3 or 4 channels, last"
     if dtype == "string":
         return (
-            "a string: config.data.text takes a precomputed embedding of it, a vector of floats in every step "
-            "(docs/training.md, Language)"
+            "a string: data_prep.text embeds it for config.data.text_table; config.data.text alone takes a precomputed "
+            "embedding of it, a vector of floats in every step (docs/data.md, Language)"
         )
     if dtype == "unknown":
         return "an unsupported kind of feature"

@@ -379,7 +379,7 @@ def test_the_command_needs_neither_tensorflow_nor_torch(tiny_config, tmp_path):
     )
     program = (
         "import sys, runpy\n"
-        "sys.modules['tensorflow'] = sys.modules['torch'] = None\n"
+        "sys.modules['tensorflow'] = sys.modules['torch'] = sys.modules['transformers'] = None\n"
         "sys.argv = ['train', *sys.argv[1:]]\n"
         "runpy.run_module('uwm_jax.train', run_name='__main__')\n"
     )

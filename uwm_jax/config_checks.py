@@ -183,6 +183,10 @@ def _check_combinations(c: ConfigDict) -> None:
         "camera is shown in two views by a source: config.data.cameras=('first', 'second') with "
         "config.data.sources.NAME = source(cameras=('image', 'image')).",
     )
+    check(
+        not d.text_table or bool(d.text),
+        f"config.data.text_table={d.text_table!r} requires config.data.text, the key of a string.",
+    )
     check(len(set(d.low_dim)) == len(d.low_dim), f"config.data.low_dim: a key is named twice in {d.low_dim}.")
     check(0.0 <= d.val_ratio < 1.0, f"config.data.val_ratio: expected 0 <= ratio < 1, found {d.val_ratio}.")
     for name in ("b1", "b2", "ema_decay"):

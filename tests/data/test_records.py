@@ -64,7 +64,7 @@ def test_values_too_wide_for_a_column_come_from_the_record(made) -> None:
     assert dataset.float_key("embedding") == "embedding"
     for ask, name, found in (
         (dataset.float_key, "counter", "int64 of shape"),
-        (dataset.float_key, "language_instruction", "a string: config.data.text takes a precomputed embedding"),
+        (dataset.float_key, "language_instruction", "a string: data_prep.text embeds it for config.data.text_table"),
         (dataset.camera_key, "state", r"float32 of shape \[3\]"),
         (dataset.column_key, "wrist", r"uint8 of shape \[16, 16, 3\]"),
     ):

@@ -24,7 +24,7 @@ UNUSABLE = {
     "observation/channels_first": "channels, last|image has shape",
     "ragged": "ragged",
     "pairs": "ragged",
-    "text": "config.data.text takes a precomputed embedding",
+    "text": "data_prep.text embeds it for config.data.text_table",
     "wide_floats": "it can be config.data.text",
     "wide_encoded": "it can be config.data.text",
     "wide_ints": "more than the 256",

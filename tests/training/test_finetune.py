@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.text_table import TextEncoder
 from uwm_jax.errors import UserError
 from uwm_jax.synthetic import synthetic_system
 from uwm_jax.systems.uwm.system import UWM
@@ -314,6 +315,24 @@ def test_fresh_layers_free_what_belongs_to_them(origin, tiny_config):
     tiny_config.diffusion.beta_schedule = "linear"
     with pytest.raises(UserError, match="beta_schedule"):
         check(origin, tiny_config, spec)
+
+
+def test_text_of_another_encoder_is_refused_unless_the_layer_that_reads_it_is_fresh(origin, tiny_config):
+    tiny_config.data.text, tiny_config.model.encoder.use_language = "text", True
+    shapes, spec = shapes_of(tiny_config)
+    theirs, ours = TextEncoder("clip", "a" * 64), TextEncoder("another", "b" * 64)
+    for trained, found, skip in ((theirs, theirs, ()), (None, ours, ()), (theirs, None, ())):
+        known = dataclasses.replace(origin, data_spec=changed_spec(origin.data_spec, text_encoder=trained))
+        check(known, skipping(tiny_config, *skip), changed_spec(spec, text_encoder=found))
+    known = dataclasses.replace(origin, data_spec=changed_spec(origin.data_spec, text_encoder=theirs))
+    with pytest.raises(UserError) as e:
+        check(known, tiny_config, changed_spec(spec, text_encoder=ours))
+    assert "by another encoder than those of config.init_from=" in str(e.value)
+    (flag,) = re.findall(r"--config.init_from_skip='(.*)'", str(e.value))
+    assert flag in traverse_util.flatten_dict(shapes, sep="/")
+    check(known, skipping(tiny_config, flag), changed_spec(spec, text_encoder=ours))
+    tiny_config.model.encoder.use_language = False  # it reads none
+    check(known, skipping(tiny_config), changed_spec(spec, text_encoder=ours))
 
 
 def test_the_normaliser_is_the_origins(origin, tiny_config):

@@ -21,7 +21,10 @@ def data_fields() -> ConfigDict:
     # windows take the first. A policy's observation has the name: {"exterior": ("exterior_image_1_left", ...)}
     d.choices = ConfigDict()
     d.low_dim = ()  # observation keys of low-dimensional state, e.g. ("gripper_position",)
-    d.text = ""  # step key of a precomputed text embedding; "" = none
+    # step key of a precomputed text embedding, or of a string with text_table; also a name of choices; "" = none
+    d.text = ""
+    # name of the table of embeddings that data_prep.text made of each dataset's strings, such as "clip"; "" = none
+    d.text_table = ""
     d.action = (("action", "identity"),)  # pairs (step key, transform) that make the action, joined in this order
     d.window = ConfigDict()  # a group of steps that is () is absent: it is neither in batches nor decoded
     d.window.obs = (0, 1)  # current frames, in steps from the window's origin

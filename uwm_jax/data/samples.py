@@ -19,6 +19,7 @@ from uwm_jax.data.order import mix
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.selection import not_finite
 from uwm_jax.data.spec import Batch, DataSpec
+from uwm_jax.data.texts import open_texts
 from uwm_jax.data.transforms import get_transform
 from uwm_jax.data.windows import OF_FRAMES, WindowSpec
 from uwm_jax.errors import UserError
@@ -48,6 +49,7 @@ class Samples:
         actions: (step key, transform) of the parts of the action; empty for a source that is used as video, and where
             the window has no actions.
         low_dim_keys: name -> step key; empty for a source that is used as video.
+        texts: None without `config.text`, and for a source that is used as video and has none.
         action_lengths: (E,) int64, the steps of each episode whose action counts: with `config.last_action` "drop" not
             the last where `is_last` marks it. All steps for a source that is used as video.
     """
@@ -73,20 +75,11 @@ class Samples:
             columns = (source.action or config.action) if self.window.action else ()
             self.actions = [(dataset.column_key(key), get_transform(t)) for key, t in columns]
             self.low_dim_keys = {name: dataset.column_key(name) for name in sorted(config.low_dim)}
-        texts = keys_of(config.text, config.choices, source.choices) if config.text else ()
-        if not self.use_actions:
-            texts = tuple(filter(dataset.has_float_key, texts))
-        self._texts = tuple(map(dataset.float_key, texts))
+        self.texts = open_texts(dataset, config, source, where)
         for key in {*(key for key, _ in self.actions), *self.low_dim_keys.values()}:
             dataset.column(key)  # read and verified now, not with the first batch
         self.action_dim = sum(t.width(key, self._width(key)) for key, t in self.actions)
-        self.text_dim = self._width(self._texts[0]) if self._texts else 0
-        for key in self._texts:
-            if self._width(key) != self.text_dim:
-                raise UserError(
-                    f"config.data.choices.{config.text}: {key} has {self._width(key)} numbers in {where}, but "
-                    f"{self._texts[0]} has {self.text_dim}: a model reads one width. Choose among keys of one encoder."
-                )
+        self.text_dim = self.texts.width if self.texts else 0
 
     @property
     def num_clips(self) -> int:
@@ -98,7 +91,7 @@ class Samples:
         actions, low-dimensional keys and text, as far as these have columns."""
         lengths = self.dataset.episode_lengths
         counted = [(key, self.action_lengths) for key, _ in self.actions]
-        counted += [(key, lengths) for key in [*self.low_dim_keys.values(), *self._texts]]
+        counted += [(key, lengths) for key in [*self.low_dim_keys.values(), *(self.texts.keys if self.texts else ())]]
         found: dict[str, np.ndarray] = {}
         for key, steps in counted:
             if key in self.dataset.column_keys:
@@ -116,11 +109,15 @@ class Samples:
             text_dim=self.text_dim,
             normalizer=Normalizer(),
             flip={name: flip for name in sorted(self.camera_keys)} if (flip := self.dataset.flip) else {},
+            text_encoder=self.texts.encoder if self.texts else None,
         )
 
     def check_fits(self, spec: DataSpec, first: str) -> None:
-        """Raises UserError where this source's widths differ from those of the `first` source with actions."""
-        widths = {"obs/text": (self.text_dim, spec.text_dim)} if self._texts else {}
+        """Raises UserError where this source's widths, or the encoder of its texts, differ from those of the `first`
+        source with actions."""
+        if self.texts:
+            spec.check_text_encoder(self.texts.encoder, self.where, first)
+        widths = {"obs/text": (self.text_dim, spec.text_dim)} if self.texts else {}
         if self.use_actions:
             widths |= {"action": (self.action_dim, spec.action_dim)}
             widths |= {name: (self._width(key), spec.low_dim[name]) for name, key in self.low_dim_keys.items()}
@@ -144,9 +141,7 @@ class Samples:
         length, start = int(dataset.episode_lengths[episode]), int(dataset.episode_starts[episode])
         obs = window.steps(window.obs, origin, length)
         if "obs/text" in batch:
-            batch["obs/text"][at] = 0
-            if self._texts:
-                batch["obs/text"][at] = dataset.values(episode, obs[-1], pick(self._texts, "text", draw))
+            batch["obs/text"][at] = self.texts.embedding(episode, obs[-1], draw) if self.texts else 0
             self._check_finite(batch, at, "obs/text", clips[0])
         batch["action_mask"][at] = self.use_actions
         batch["row"][at] = row

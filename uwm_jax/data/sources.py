@@ -167,7 +167,7 @@ class Source:
             f"{dataset.directory} ({dataset.split}): {dataset.num_episodes} episodes{counts}, "
             f"{int(lengths.sum())} steps; {len(self.windows)}{left} training windows in {self.windows.num_episodes} "
             f"episodes, {len(self.held_out)} held out; cameras {', '.join(sorted(self.samples.camera_keys)) or 'none'}"
-            f"{use}"
+            f"{f'; {self.samples.texts.about()}' if self.samples.texts else ''}{use}"
         )
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.text_table import TextEncoder
 from uwm_jax.data.windows import OF_FRAMES, WindowSpec
 from uwm_jax.errors import UserError
 
@@ -33,6 +34,7 @@ class DataSpec:
         normalizer: raw = normalised * scale + offset, of `action` and the low-dimensional keys.
         flip: {camera: "rows" or "180"} of the cameras whose pictures were turned upright when the dataset was made
             (`data_prep.hdf5`): a policy must be shown its own pictures turned in the same way.
+        text_encoder: that made the text embeddings; None where it is not known.
     """
 
     window: WindowSpec
@@ -42,6 +44,7 @@ class DataSpec:
     text_dim: int
     normalizer: Normalizer
     flip: dict[str, str] = dataclasses.field(default_factory=dict)
+    text_encoder: TextEncoder | None = None
 
     def batch_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch of `rows` samples, by key.
@@ -117,6 +120,22 @@ class DataSpec:
             )
         return checked
 
+    def check_text_encoder(self, other: TextEncoder | None, where: str, ours: str) -> None:
+        """Checks that embeddings of another place are made by the encoder of these, as far as both are known.
+
+        Args:
+            where: the other place; ours: that of this spec, for messages.
+        Raises:
+            UserError: they are of another encoder.
+        """
+        mine = self.text_encoder
+        if mine and other and mine.sha256 != other.sha256:
+            raise UserError(
+                f"the text embeddings of {where} are by another encoder than those of {ours}: expected {mine}, found "
+                f"{other}. Embed the strings with that encoder: python -m data_prep.text --dataset=DIR "
+                f"--encoder={mine.name} --name=ANOTHER, and set config.data.text_table to the name."
+            )
+
     def normalized(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch in raw units with `action` and `obs/<low-dim key>`, those that it has, normalised."""
         names = {"action": "action"} | {f"obs/{key}": key for key in self.low_dim}
@@ -131,6 +150,7 @@ class DataSpec:
             "text_dim": self.text_dim,
             "normalizer": self.normalizer.to_json(),
             "flip": dict(self.flip),
+            **({"text_encoder": self.text_encoder.to_json()} if self.text_encoder else {}),
         }
 
     @classmethod
@@ -143,4 +163,5 @@ class DataSpec:
             text_dim=int(stored["text_dim"]),
             normalizer=Normalizer.from_json(stored["normalizer"]),
             flip={name: str(how) for name, how in stored.get("flip", {}).items()},  # older checkpoints have none
+            text_encoder=TextEncoder.from_json(stored["text_encoder"]) if "text_encoder" in stored else None,
         )

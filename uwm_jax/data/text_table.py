@@ -109,6 +109,12 @@ class TextTable:
         first, row = self._runs[key]
         return int(row[np.searchsorted(first, self._dataset.episode_starts[episode] + step, side="right") - 1])
 
+    def empty_steps(self, key: str) -> int:
+        """Steps of the split whose string is empty."""
+        first, row = self._runs[key]
+        lengths = np.diff(first, append=int(self._dataset.episode_lengths.sum()))
+        return int(lengths[row == EMPTY].sum())
+
     def embedding(self, row: int) -> np.ndarray:
         """(E,) float32."""
         return self._embeddings[row]

@@ -121,6 +121,7 @@ def refuse_other_data(
     for name in ("cameras", "low_dim", "action_dim", "text_dim"):
         if trained[name] != found[name]:
             raise UserError(f"{data.directory}: {name} is {found[name]}, but the run was trained with {trained[name]}.")
+    system.spec.check_text_encoder(data.spec.text_encoder, str(data.directory), "this run")
     here = {name: source.identity for name, source in data.sources.items()}
     datasets = renamed(datasets, list(here))
     for name in whole:

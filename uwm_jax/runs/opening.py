@@ -45,9 +45,12 @@ def open_data(
     Raises:
       UserError: data that do not fit the config, the origin or an evaluator; or other data on another process.
     """
-    normalizer = DataSpec.from_json(stored.assets["data_spec"]).normalizer if stored else None
+    trained = DataSpec.from_json(stored.assets["data_spec"]) if stored else None
+    normalizer = trained.normalizer if trained else None
     data = RunData(config.data, seed=config_lib.data_seed(config), normalizer=normalizer)
     closing.callback(data.close)
+    if trained:
+        trained.check_text_encoder(data.spec.text_encoder, str(data.directory), "this run's checkpoint")
     distributed.require_same("the data", data.identities())
     if origin:
         say("\n".join(compatibility.check(origin, config, data.spec, data.ranges())))

@@ -150,7 +150,8 @@ def check_resnet_encoder(c: ConfigDict) -> None:
     )
     require(
         not e.use_language or bool(d.text),
-        "config.model.encoder.use_language=True needs config.data.text, the key of a text embedding.",
+        "config.model.encoder.use_language=True needs config.data.text, the key of a text embedding, or of a string "
+        "with config.data.text_table.",
     )
 
 

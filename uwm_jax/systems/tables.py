@@ -70,6 +70,11 @@ ADALN_MISFITS = {
 }
 
 
+def text_interface(use_language: bool) -> dict[str, tuple[str, ...]]:
+    """{"text": the arrays of the ResNet encoder that read the text embedding}; empty where it reads none."""
+    return {"text": ("obs_encoder/text_head/kernel",)} if use_language else {}
+
+
 def condition_interface(adaln: str) -> tuple[str, ...]:
     """The arrays that read the condition with `config.model.adaln`."""
     return _READS_CONDITION[adaln], "noise_pred_net/head/adaln/kernel"

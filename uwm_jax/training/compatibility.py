@@ -19,7 +19,7 @@ from uwm_jax.training.patterns import is_fresh, matches, skip_flag
 
 # Fields that finetuning often changes; a person is told, since no shape may show it.
 _TOLD = (
-    *("data.low_dim", "data.text", "data.resize", "data.crop"),
+    *("data.low_dim", "data.text", "data.text_table", "data.resize", "data.crop"),
     *(f"data.window.{group}" for group in GROUPS),
 )
 
@@ -50,6 +50,12 @@ def check(origin: Origin, config: ConfigDict, spec: DataSpec, ranges: Mapping[st
                 f"config.{name} is {now[name]!r}, but the parameters of config.init_from={origin.spec!r} were "
                 f"trained with {before[name]!r}. Use the origin's value{remedy}."
             )
+    text = tree.interfaces.get("text", ())
+    if text and not is_fresh(text, config.init_from_skip):
+        try:
+            origin.data_spec.check_text_encoder(spec.text_encoder, "this run", f"config.init_from={origin.spec!r}")
+        except UserError as e:
+            raise UserError(f"{e} Or let the layer that reads them start fresh: {skip_flag(text)}") from e
     lines = [
         f"starting from {origin.item} of step {origin.step} in {origin.directory}; optimizer and step are fresh",
         *_about_average(origin),

@@ -7,6 +7,8 @@ transposed ones are (taps, outputs, inputs).
 
 from __future__ import annotations
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from uwm_jax.systems import tables
@@ -56,12 +58,17 @@ _UNET = TreeInfo(
 
 def tree(config: ConfigDict) -> TreeInfo:
     """About the parameters of the predictor that a config names."""
+    text = tables.text_interface(config.model.encoder.use_language)
     if config.model.predictor == "unet":
-        return _UNET
+        return dataclasses.replace(_UNET, interfaces={**_UNET.interfaces, **text})
     return TreeInfo(
         gradient_groups=(*tables.RESNET_ENCODER_GROUPS, *tables.ADALN_TRANSFORMER_GROUPS),
         mesh_rules=(*tables.ADALN_TRANSFORMER_RULES, *tables.RESNET_ENCODER_RULES, *tables.WHOLE),
-        interfaces={"action": tables.ACTION_INTERFACE, "low_dim": tables.condition_interface(config.model.adaln)},
+        interfaces={
+            "action": tables.ACTION_INTERFACE,
+            "low_dim": tables.condition_interface(config.model.adaln),
+            **text,
+        },
         misfits={
             "noise_pred_net/pos_embed": (
                 "The position embedding has a row for each action, so that another number of actions "

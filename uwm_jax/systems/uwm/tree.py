@@ -38,6 +38,10 @@ TREE = TreeInfo(
 
 
 def tree(config: ConfigDict) -> TreeInfo:
-    """`TREE` for the AdaLN of a config."""
-    interfaces = {**TREE.interfaces, "low_dim": tables.condition_interface(config.model.adaln)}
+    """`TREE` for the AdaLN and the observation of a config."""
+    interfaces = {
+        **TREE.interfaces,
+        "low_dim": tables.condition_interface(config.model.adaln),
+        **tables.text_interface(config.model.encoder.use_language),
+    }
     return dataclasses.replace(TREE, interfaces=interfaces)
