@@ -13,11 +13,15 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from data_prep import clips, videos
 from tests.data_prep.clips import number_of, write_clip
 from uwm_jax import cli
+from uwm_jax.config import source
+from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset
+from uwm_jax.data.run_data import RunData
 
 SIZE = (48, 64)
 FLAGS = ["--resize=48,64", "--workers=1", "--pca_channels=4", "--min_steps=5", "--chunk_steps=8"]
@@ -234,3 +238,23 @@ def test_an_input_gives_the_same_episodes_again(tmp_path: Path) -> None:
     first, second = list(part.episodes()), list(part.episodes())
     assert first == second and [found.reason for found in first] == ["too short", "", ""]
     assert corpus(tmp_path, sampling).options == corpus(tmp_path, sampling).options
+
+
+@pytest.fixture
+def mixture(made: tuple[Path, dict[str, str]], tiny_config: ConfigDict) -> ConfigDict:
+    """Robot data, and one of the clips as video."""
+    tiny_config.data.sources.robot = source(weight=0.5)
+    tiny_config.data.sources.video = source(
+        path=str(made[0]), weight=0.5, use_actions=False, cameras=("image",), include=("two.avi", "deep/")
+    )
+    return tiny_config
+
+
+def test_it_is_a_source_without_actions(mixture: ConfigDict) -> None:
+    loader = Loader(RunData(mixture.data, seed=3), batch_size=16)
+    batch = next(iter(loader))
+    rows = np.flatnonzero(~batch["action_mask"])
+    assert 4 <= len(rows) <= 12 and (batch["action"][rows] == 0).all() and (batch["action"] != 0).any()
+    for row in rows:
+        shown = [*batch["obs/wrist"][row], *batch["next_obs/wrist"][row]]  # steps 0, 1, 5 and 6 of 5 a second
+        np.testing.assert_array_equal(np.diff([number_of(image) for image in shown]), [2, 8, 2])
