@@ -20,6 +20,7 @@ from data_prep.inputs import Found
 from data_prep.layout_options import Options
 from data_prep.lerobot_episodes import corpus
 from data_prep.lerobot_keys import our_names
+from data_prep.lerobot_metadata import read_tasks
 from data_prep.training_layout import build
 from tests.data_prep import lerobot_source
 from tests.data_prep.clips import SIZE, number_of, write_clip
@@ -388,3 +389,13 @@ def test_the_command_counts_what_is_skipped(tmp_path: Path) -> None:
     assert "2 of 4 episodes" in done.stderr and "2 x no frame at its time" in done.stderr
     assert "--max_skipped=0.01" in done.stderr and "episode 1" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, named", [("__index_level_0__", False), ("task", False), ("text", True)])
+def test_tasks_by_the_name_of_their_index(tmp_path: Path, name: str, named: bool) -> None:
+    # As pandas writes it: an index without a name, with one, and any name that its metadata give.
+    table = pa.table({"task_index": [4, 0], name: ["lift", "push"]})
+    if named:
+        table = table.replace_schema_metadata({"pandas": json.dumps({"index_columns": [name], "columns": []})})
+    lerobot_source.write_parquet(tmp_path / "meta" / "tasks.parquet", table)
+    assert read_tasks(tmp_path, 3) == {4: "lift", 0: "push"}
