@@ -14,6 +14,7 @@ from absl import flags
 from data_prep import layout_options
 from data_prep.episodes import JPEG_QUALITY
 from data_prep.hdf5_episodes import FLIPS, corpus
+from data_prep.inputs import Corpus
 from data_prep.training_layout import run
 from uwm_jax import cli
 
@@ -32,16 +33,25 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("encoding", "jpeg", ["jpeg", "png"], "encoding of pictures")
     flags.DEFINE_integer("quality", JPEG_QUALITY, "JPEG quality", lower_bound=1, upper_bound=100)
-    layout_options.define_flags()
+    layout_options.define_flags(resize="H,W of all cameras: resized to it before they are encoded; default: their own")
 
 
 def main(call: cli.Call) -> None:
     source, output = cli.required_path("input"), cli.required_path("output")
 
-    def opened():
-        return corpus(source, splits=FLAGS.split, flip=FLAGS.flip, encoding=FLAGS.encoding, quality=FLAGS.quality)
+    options = layout_options.from_flags()
 
-    run(opened, output, layout_options.from_flags(), source)
+    def opened() -> Corpus:
+        return corpus(
+            source,
+            splits=FLAGS.split,
+            flip=FLAGS.flip,
+            encoding=FLAGS.encoding,
+            quality=FLAGS.quality,
+            resize=options.resize,
+        )
+
+    run(opened, output, options, source)
 
 
 command = cli.command(main, define_flags)

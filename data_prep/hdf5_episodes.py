@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_prep.chunks import EpisodeError
-from data_prep.episodes import encode_jpeg, encode_png, feature_tree, serialize_episode
+from data_prep.episodes import encode_jpeg, encode_png, feature_tree, resize_image, serialize_episode
 from data_prep.features import STEPS, Feature
 from data_prep.hdf5_files import LIBERO, File, Stored, common_keys, count_unused, find_files, open_file, split_demos
 from data_prep.inputs import Corpus, Found, Input
@@ -43,6 +43,7 @@ class Demos(Input):
     language: str
     flip: str
     quality: int | None
+    resize: tuple[int, int] | None
 
     declared_by: ClassVar[str] = "its group `data`"
 
@@ -94,6 +95,8 @@ class Demos(Input):
         if image.shape[-1] == 1:
             image = np.repeat(image, 3, -1)
         image = np.ascontiguousarray(image)
+        if self.resize not in (None, stored.size):
+            image = resize_image(image, self.resize)
         return encode_png(image) if self.quality is None else encode_jpeg(image, self.quality)
 
 
@@ -103,7 +106,13 @@ def flipped(image: np.ndarray, flip: str) -> np.ndarray:
 
 
 def corpus(
-    path: Path, *, splits: Sequence[str] = (), flip: str | None = None, encoding: str = "jpeg", quality: int = 95
+    path: Path,
+    *,
+    splits: Sequence[str] = (),
+    flip: str | None = None,
+    encoding: str = "jpeg",
+    quality: int = 95,
+    resize: tuple[int, int] | None = None,
 ) -> Corpus:
     """The corpus of a file, or of the files below a directory.
 
@@ -111,6 +120,7 @@ def corpus(
         splits: those to take; () for all that share no demonstration (`hdf5_files.split_demos`).
         flip: one of `FLIPS`; None: `rows` for LIBERO, whose pictures are upside down, `none` for robomimic.
         encoding, quality: of pictures, "jpeg" or "png"; quality of JPEG.
+        resize: (height, width) to which pictures are resized before they are encoded; None: their own.
     Raises:
         UserError: as `hdf5_files.find_files` and `common_keys`, or an unknown split.
     """
@@ -120,7 +130,7 @@ def corpus(
     keys, left_out = common_keys(files)
     for source, reason in left_out.items():
         print(f"{source} is left out: {reason}.")
-    features = {STEPS + name: _feature(name, stored) for name, stored in keys.items()}
+    features = {STEPS + name: _feature(stored, resize) for name, stored in keys.items()}
     features |= {STEPS + name: Feature((), "bool") for name in ("is_first", "is_last", "is_terminal")}
     if any(file.language for file in files):
         features[_TEXT] = Feature((), "string")
@@ -130,7 +140,8 @@ def corpus(
         print(f"masks that share demonstrations with another split are left out: {', '.join(passed)} (see --split).")
     if unused := count_unused(files, demos):
         print(f"{unused} demonstrations are in none of the splits {', '.join(demos)}.")
-    common = {"keys": keys, "features": features, "flip": chosen, "quality": quality if encoding == "jpeg" else None}
+    how = {"flip": chosen, "quality": quality if encoding == "jpeg" else None, "resize": resize}
+    common = {"keys": keys, "features": features, **how}
     return Corpus(
         name=check_name(path.resolve().stem if path.is_file() else path.resolve().name, "the name of the input", path),
         version="1.0.0",
@@ -147,9 +158,9 @@ def corpus(
     )
 
 
-def _feature(name: str, stored: Stored) -> Feature:
+def _feature(stored: Stored, resize: tuple[int, int] | None) -> Feature:
     if stored.image:
-        return Feature((*stored.size, 3), "uint8", image=True)
+        return Feature((*(resize or stored.size), 3), "uint8", image=True)
     kind = "float32" if stored.dtype.startswith("float") else "bool" if stored.dtype == "bool" else "int64"
     return Feature(stored.shape, kind)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.chunks import EpisodeError
 from data_prep.decoding import Video, VideoError, nearest, rgb
-from data_prep.episodes import encode_jpeg, encode_png, feature_tree, serialize_episode
+from data_prep.episodes import encode_jpeg, encode_png, feature_tree, resize_image, serialize_episode
 from data_prep.features import STEPS, Feature
 from data_prep.inputs import Corpus, Found, Input
 from data_prep.lerobot_keys import Key, kept_keys
@@ -105,16 +105,18 @@ class Episodes(Input):
                 "no frame at its time",
                 f"{key.source}: the last step is at {float(times[-1]):.3f} s, to_timestamp is {clip.stop:.3f} s",
             )
-        height, width, _ = key.feature.shape or ()
+        shape = key.feature.shape or ()
         encoded = []
         try:
             frames = videos.open(key.source, clip.file).frames(times[0] - tolerance)
             for _, frame in nearest(frames, times, tolerance):
                 image = rgb(frame)
-                if image.shape[:2] != (height, width):
+                if image.shape[:2] != key.size:
                     raise EpisodeError(
-                        "another image size", f"{key.source}: expected {(height, width)}, found {image.shape[:2]}"
+                        "another image size", f"{key.source}: expected {key.size}, found {image.shape[:2]}"
                     )
+                if image.shape != shape:
+                    image = resize_image(image, (shape[0], shape[1]))
                 encoded.append(encode_png(image) if self.quality is None else encode_jpeg(image, self.quality))
         except VideoError as e:
             raise EpisodeError(e.reason, f"{key.source}: {e}") from e
@@ -158,18 +160,26 @@ class _Videos:
 
 
 def corpus(
-    root: Path, *, cameras: Sequence[str] = (), splits: Sequence[str] = (), encoding: str = "jpeg", quality: int = 95
+    root: Path,
+    *,
+    cameras: Sequence[str] = (),
+    splits: Sequence[str] = (),
+    encoding: str = "jpeg",
+    quality: int = 95,
+    resize: tuple[int, int] | None = None,
 ) -> Corpus:
     """The corpus of a LeRobot dataset.
 
     Args:
         cameras, splits: those to take; all if empty.
         encoding, quality: of the frames of videos, "jpeg" or "png"; quality of JPEG.
+        resize: (height, width) to which frames of videos are resized before they are encoded; None: their own. Images
+            in parquet files are left to `training_layout.build`.
     Raises:
         UserError: as `lerobot_metadata.read_metadata`, or a camera has no readable image.
     """
     metadata = read_metadata(root, cameras, splits)
-    keys, encodings, left_out = kept_keys(metadata, encoding)
+    keys, encodings, left_out = kept_keys(metadata, encoding, resize)
     features = {key.path: key.feature for key in keys}
     features |= {STEPS + name: Feature((), "bool") for name in ("is_first", "is_last", "is_terminal")}
     if _TEXT not in features and read_tasks(root, metadata.version[0]):
@@ -255,6 +265,8 @@ def _facts(
         "keys": {key.path.removeprefix(STEPS): {"source": key.source} | metadata.features[key.source] for key in keys},
         "left_out": left_out,
     }
-    if any(key.kind == "video" for key in keys):
+    videos = {key.path.removeprefix(STEPS): list(key.size) for key in keys if key.kind == "video"}
+    if videos:
         facts["frames"] = {"encoding": encoding} | ({"quality": quality} if encoding == "jpeg" else {})
+        facts["frames"]["stored_size"] = videos
     return facts

@@ -28,12 +28,13 @@ _PLACES = ("is_first", "is_last")
 @dataclasses.dataclass(frozen=True)
 class Key:
     """A feature that is kept: its name in LeRobot and in ours (with `steps/`), and what it is there: `video`, `image`,
-    `string` or `number`."""
+    `string` or `number`; for a video, (height, width) of its frames, which `feature` may have in another size."""
 
     source: str
     path: str
     feature: Feature
     kind: str
+    size: tuple[int, int] = (0, 0)
 
 
 def our_names(sources: Sequence[str]) -> dict[str, str]:
@@ -54,12 +55,14 @@ def our_names(sources: Sequence[str]) -> dict[str, str]:
     return {source: names[source] for source in sources}
 
 
-def kept_keys(metadata: Metadata, encoding: str) -> tuple[list[Key], dict[str, str], dict[str, str]]:
+def kept_keys(
+    metadata: Metadata, encoding: str, resize: tuple[int, int] | None
+) -> tuple[list[Key], dict[str, str], dict[str, str]]:
     """The features that are kept, the encoding of each camera ("jpeg" or "png") by path, and the reasons for which
     further ones are left out.
 
     Args:
-        encoding: that video frames get.
+        encoding, resize: that video frames get, and their (height, width); None: their own.
     Raises:
         UserError: a camera has no readable image, or names collide.
     """
@@ -70,8 +73,8 @@ def kept_keys(metadata: Metadata, encoding: str) -> tuple[list[Key], dict[str, s
     for source in sources:
         path = STEPS + check_name(names[source], "the name of a feature", metadata.root, nested=True)
         if source in metadata.videos:
-            height, width = _video_size(metadata, source)
-            keys.append(Key(source, path, Feature((height, width, 3), "uint8", image=True), "video"))
+            size = _video_size(metadata, source)
+            keys.append(Key(source, path, Feature((*(resize or size), 3), "uint8", image=True), "video", size))
             encodings[path] = encoding
         elif source in metadata.images:
             shape, found = _image_shape(metadata, source)

@@ -282,3 +282,16 @@ def test_the_orientation_reaches_checkpoint_and_export(tmp_path: Path) -> None:
 
     convert.to_torch(tmp_path / "run", tmp_path / "model.safetensors")
     assert json.loads((tmp_path / "model.json").read_text())["flip"] == {"agentview_rgb": "rows"}
+
+
+def test_pictures_are_resized_before_they_are_encoded(tmp_path: Path) -> None:
+    file = tmp_path / "a.hdf5"
+    hdf5_source.libero(file, [2])
+    made = corpus(file, encoding="png", resize=(16, 24))
+    assert made.features["steps/observation/agentview_rgb"].shape == (16, 24, 3)
+    record = next(made.splits["train"][0].episodes()).record or b""
+    field = example.scan(record)[b"steps/observation/agentview_rgb"]
+    image = np.empty((16, 24, 3), np.uint8)
+    decode_image(record[slice(*example.bytes_spans(record, field)[1])], image)
+    means = picture(1, hdf5_source.SIZE).reshape(16, 2, 24, 2, 3).mean((1, 3))
+    assert np.abs(image - means).mean() < 2

@@ -23,7 +23,7 @@ from data_prep.lerobot_keys import our_names
 from data_prep.lerobot_metadata import read_tasks
 from data_prep.training_layout import build
 from tests.data_prep import lerobot_source
-from tests.data_prep.clips import SIZE, number_of, write_clip
+from tests.data_prep.clips import SIZE, number_of, picture, write_clip
 from uwm_jax.data import example
 from uwm_jax.data.records import decode_image
 from uwm_jax.errors import UserError
@@ -399,3 +399,14 @@ def test_tasks_by_the_name_of_their_index(tmp_path: Path, name: str, named: bool
         table = table.replace_schema_metadata({"pandas": json.dumps({"index_columns": [name], "columns": []})})
     lerobot_source.write_parquet(tmp_path / "meta" / "tasks.parquet", table)
     assert read_tasks(tmp_path, 3) == {4: "lift", 0: "push"}
+
+
+def test_frames_of_videos_are_resized_before_they_are_encoded(tmp_path: Path) -> None:
+    lerobot_source.make(tmp_path / "arm", "v2.1", [3], videos=[TOP], info={"features": _with(TOP)})
+    made = corpus(tmp_path / "arm", encoding="png", resize=(24, 32))
+    assert made.features["steps/observation/top"].shape == (24, 32, 3)
+    assert made.facts["robot"]["frames"] == {"encoding": "png", "stored_size": {"observation/top": list(SIZE)}}
+    record = next(made.splits["train"][0].episodes()).record or b""
+    image = np.empty((24, 32, 3), np.uint8)
+    decode_image(images(record, "top")[2], image)
+    assert np.abs(image - picture(2).reshape(24, 2, 32, 2, 3).mean((1, 3))).mean() < 3
