@@ -109,6 +109,7 @@ CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
         ("data_prep.reshard", ["input", "output"], []),
         ("data_prep.demo", ["output"], []),
         ("data_prep.stats", ["dataset"], []),
+        ("data_prep.ranges", ["dataset"], []),
         ("data_prep.inspect", ["dataset", "output"], []),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
