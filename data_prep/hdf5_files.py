@@ -102,7 +102,7 @@ def open_file(path: Path) -> Any:
         raise UserError(
             "h5py is not installed. Run `pip install 'uwm_jax[hdf5]'` (or `-e '.[hdf5]'` in a clone)."
         ) from e
-    return h5py.File(path, "r")
+    return h5py.File(path, "r", locking=False)  # read-only and network file systems often have no locks
 
 
 def our_name(source: str) -> str:

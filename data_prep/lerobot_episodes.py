@@ -180,6 +180,8 @@ def corpus(
     """
     metadata = read_metadata(root, cameras, splits)
     keys, encodings, left_out = kept_keys(metadata, encoding, resize)
+    for source, reason in left_out.items():
+        print(f"{source} is left out: {reason}.")
     features = {key.path: key.feature for key in keys}
     features |= {STEPS + name: Feature((), "bool") for name in ("is_first", "is_last", "is_terminal")}
     if _TEXT not in features and read_tasks(root, metadata.version[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from data_prep.inputs import Found
 from data_prep.layout_options import Options
@@ -238,13 +240,14 @@ def test_names() -> None:
         {"info": {"is_depth_map": True}},
     ],
 )
-def test_depth_is_no_camera(tmp_path: Path, entry: dict[str, Any]) -> None:
+def test_depth_is_no_camera(tmp_path: Path, capsys: pytest.CaptureFixture[str], entry: dict[str, Any]) -> None:
     features = _with(TOP) | {WRIST: lerobot_source.FEATURES[WRIST] | entry, "observation.images.front-depth": {}}
     features["observation.images.front-depth"] = lerobot_source.FEATURES[TOP]
     lerobot_source.make(tmp_path / "arm", "v3.0", [3], videos=[TOP], info={"features": features})
     made = corpus(tmp_path / "arm")
     assert "steps/observation/wrist" not in made.features and made.features["steps/observation/top"].image
     assert set(made.facts["robot"]["left_out"]) == {WRIST, "observation.images.front-depth"}
+    assert f"{WRIST} is left out: depth" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("version", ["v1.6", "v2.2", "v4.0", "new", None, 2.1])
@@ -410,3 +413,18 @@ def test_frames_of_videos_are_resized_before_they_are_encoded(tmp_path: Path) ->
     image = np.empty((24, 32, 3), np.uint8)
     decode_image(images(record, "top")[2], image)
     assert np.abs(image - picture(2).reshape(24, 2, 32, 2, 3).mean((1, 3))).mean() < 3
+
+
+def test_images_of_16_bits_are_no_camera(tmp_path: Path) -> None:
+    root = tmp_path / "arm"
+    lerobot_source.make(root, "v2.1", [2], videos=[], info={"features": _with("observation.image")})
+    out = io.BytesIO()
+    Image.fromarray(np.full(SIZE, 40_000, np.uint16)).save(out, "PNG")
+    table = lerobot_source.rows([lerobot_source.episode(0, 2)], 0)
+    column = table.column_names.index("observation.image")
+    stored = pa.array([{"bytes": out.getvalue(), "path": "0.png"}] * 2, table.schema.field(column).type)
+    lerobot_source.write_parquet(data(root, 0), table.set_column(column, "observation.image", stored))
+    made = corpus(root)
+    assert "steps/observation/image" not in made.features
+    assert made.facts["robot"]["left_out"]["observation.image"].startswith("images of mode I;16 (depth?)")
+    assert [episode.reason for part in made.splits["train"] for episode in part.episodes()] == [""]
