@@ -14,9 +14,9 @@ from tests.data import rlds_source
 from uwm_jax.config import base
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.rotations import xyz_euler_to_rot6d
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.sources import Source
-from uwm_jax.data.transforms import xyz_euler_to_rot6d
 
 LENGTHS = [21, 5, 100, 32, 12, 33]  # 129 training windows: 8 streams of 16 or more
 
