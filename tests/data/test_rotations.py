@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
-from uwm_jax.data.rotations import rot6d_to_xyz_euler, xyz_euler_to_rot6d
+from uwm_jax.data.rotations import ROTATIONS, rot6d_to_xyz_euler, xyz_euler_to_rot6d
 
 
 def _rotation(axis: int, angle: float) -> np.ndarray:
@@ -40,7 +41,7 @@ def test_the_intrinsic_convention_is_the_true_inverse() -> None:
 def test_a_locked_gimbal_gives_the_same_rotation() -> None:
     x = np.array([0, 0, 0, 0.4, np.pi / 2, 0.3])
     rot6d = xyz_euler_to_rot6d(x)
-    np.testing.assert_allclose(xyz_euler_to_rot6d(rot6d_to_xyz_euler(rot6d)), rot6d, atol=1e-3)
+    np.testing.assert_allclose(xyz_euler_to_rot6d(rot6d_to_xyz_euler(rot6d)), rot6d, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,86 @@ def test_extrinsic_angles_rebuild_the_rotation_from_the_fixed_axes() -> None:
     a, b, c = rot6d_to_xyz_euler(rot6d, "extrinsic")[3:]
     r = _rotation(2, c) @ _rotation(1, b) @ _rotation(0, a)
     np.testing.assert_allclose(np.concatenate([r[0], r[1]]), rot6d[3:], atol=1e-5)
+
+
+def _scipy(name: str, x: np.ndarray) -> Rotation:
+    """The same rotations by scipy, an independent implementation."""
+    if name == "rot6d":
+        rows = x.reshape(-1, 2, 3)
+        return Rotation.from_matrix(np.concatenate([rows, np.cross(rows[:, :1], rows[:, 1:])], axis=1))
+    return {
+        "euler": lambda: Rotation.from_euler("XYZ", x),
+        "rpy": lambda: Rotation.from_euler("xyz", x),
+        "axis_angle": lambda: Rotation.from_rotvec(x),
+        "quaternion_xyzw": lambda: Rotation.from_quat(x),
+        "quaternion_wxyz": lambda: Rotation.from_quat(x, scalar_first=True),
+    }[name]()
+
+
+def _as(name: str, r: Rotation) -> np.ndarray:
+    return {
+        "euler": lambda: r.as_euler("XYZ"),
+        "rpy": lambda: r.as_euler("xyz"),
+        "axis_angle": r.as_rotvec,
+        "quaternion_xyzw": r.as_quat,
+        "quaternion_wxyz": lambda: r.as_quat(scalar_first=True),
+        "rot6d": lambda: r.as_matrix()[:, :2].reshape(-1, 6),
+    }[name]()
+
+
+def special_rotations(name: str) -> np.ndarray:
+    """(n, width) random rotations, and those at which a representation is ambiguous or loses precision: no turn, turns
+    by pi about every axis, angles of +-pi, a locked gimbal at b = +-pi/2 and close to it, q and -q."""
+    rng = np.random.default_rng(0)
+    tiny = [0.0, 1e-9, 1e-7, 1e-4]
+    angles = [rng.uniform(-np.pi, np.pi, (200, 3))]
+    angles += [[[a, b, c]] for a in (-np.pi, -0.3, 0.0, np.pi) for b in (0.0, np.pi, -np.pi) for c in (-np.pi, 2.0)]
+    angles += [
+        [[a, s * (np.pi / 2 - e), c]] for a in (0.0, 0.4, np.pi) for s in (1, -1) for e in tiny for c in (0, 0.3)
+    ]
+    axes = np.concatenate([rng.normal(size=(30, 3)), np.eye(3), -np.eye(3), [[1, 1, 0], [0, -1, 1]]])
+    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    turns = [axes * (np.pi - e) for e in tiny] + [axes * e for e in tiny]
+    if name in ("euler", "rpy"):
+        return np.concatenate([np.concatenate(angles), _as(name, Rotation.from_rotvec(np.concatenate(turns)))])
+    every = Rotation.concatenate(
+        [Rotation.from_euler("XYZ", np.concatenate(angles)), *map(Rotation.from_rotvec, turns)]
+    )
+    x = _as(name, every)
+    if name == "axis_angle":
+        return np.concatenate([x, np.concatenate(turns), 5 * axes])  # beyond pi too
+    return np.concatenate([x, -x, 0.1 * x]) if name.startswith("quaternion") else x
+
+
+@pytest.mark.filterwarnings("ignore:Gimbal lock")
+@pytest.mark.parametrize("name", sorted(ROTATIONS))
+def test_every_representation_means_the_rotation_that_scipy_says(name: str) -> None:
+    x, kind = special_rotations(name), ROTATIONS[name]
+    r = kind.to_matrix(x)
+    assert r.shape == (len(x), 3, 3) and r.dtype == np.float64 and x.shape[1] == kind.width
+    np.testing.assert_allclose(r, _scipy(name, x).as_matrix(), atol=1e-14)
+    np.testing.assert_allclose(kind.to_matrix(x.reshape(2, -1, kind.width)).reshape(-1, 3, 3), r, atol=1e-15)
+
+
+@pytest.mark.filterwarnings("ignore:Gimbal lock")
+@pytest.mark.parametrize("name", sorted(ROTATIONS))
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_matrix_comes_back_as_the_same_rotation(name: str, rounded: bool) -> None:
+    """In SO(3); also from a rotation that went through float32, whose rows are not quite orthonormal."""
+    kind = ROTATIONS[name]
+    r = kind.to_matrix(special_rotations(name))
+    given = ROTATIONS["rot6d"].to_matrix(r[:, :2].reshape(-1, 6).astype(np.float32)) if rounded else r
+    found = kind.from_matrix(given)
+    assert found.shape == (len(r), kind.width)
+    apart = (_scipy(name, found).inv() * Rotation.from_matrix(r)).magnitude()
+    assert apart.max() < (3e-7 if rounded else 3e-15)
+    if name.startswith("quaternion"):
+        assert (found[:, 3 if name.endswith("w") else 0] >= 0).all()
+    if name == "axis_angle":
+        assert np.linalg.norm(found, axis=1).max() <= np.pi + 1e-12
+
+
+def test_rows_without_a_direction_are_not_finite() -> None:
+    rows = np.array([[0, 0, 0, 1, 0, 0], [1, 0, 0, 2, 0, 0]], np.float64)
+    assert np.isnan(ROTATIONS["rot6d"].to_matrix(rows)).any(axis=(1, 2)).all()
+    assert np.isnan(ROTATIONS["quaternion_xyzw"].to_matrix(np.zeros((1, 4)))).all()
