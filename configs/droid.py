@@ -28,7 +28,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from uwm_jax.config import base, source
+from uwm_jax.config import base, preset, source
 
 SUCCESS = ("file_path", "success")
 LAB = ("recording_folderpath", "WEIRD")
@@ -43,10 +43,7 @@ def get_config(episodes: str = "successes") -> ConfigDict:
     c.model.dtype = c.model.codec.dtype = "bfloat16"
     c.model.encoder.imagenet_weights = "timm/resnet18.tv_in1k"
     # Cartesian velocity of the end effector with its Euler angles as a 6-d rotation, and the gripper: 3 + 6 + 1.
-    c.data.action = (
-        ("action_dict/cartesian_velocity", "xyz_euler_to_rot6d"),
-        ("action_dict/gripper_position", "identity"),
-    )
+    c.data.action = preset("droid")
     if episodes == "official":
         c.data.sources.droid = source(include=(LAB,), max_episodes=2_000)
         c.data.last_action, c.data.augment.draw = "keep", "batch"

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config_checks, systems
 from uwm_jax.data.fields import data_fields
 from uwm_jax.data.fields import source as source
+from uwm_jax.data.transforms import preset as preset
 from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import local_path
 from uwm_jax.reading import parse_json, read_json, run_python

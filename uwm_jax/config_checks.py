@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from uwm_jax import codecs, systems
+from uwm_jax.data import transforms
 from uwm_jax.data.windows import GROUPS
 from uwm_jax.errors import UserError
 from uwm_jax.reading import AGAIN_SECONDS
@@ -111,8 +112,9 @@ def _check_elements(name: str, value: tuple[Any, ...]) -> None:
         if not all(_is_pair(v) for v in value):
             raise UserError(
                 f"config.{name}: expected pairs (step key, transform) such as (('action', 'identity'),), "
-                f"found {value!r}."
+                f"found {value!r}. A config file may take them from uwm_jax.config.preset('bridge')."
             )
+        transforms.parse(value, f"config.{name}")
     elif matches(name, _BOUNDS):
         if not all(isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) and _is_bound(v[1]) for v in value):
             raise UserError(
@@ -261,6 +263,13 @@ def _check_window(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
     check(
         len(w.reserve) == 0 or (len(w.reserve) == 2 and w.reserve[0] <= w.reserve[1]),
         f"config.data.window.reserve: expected () or (first, last) such as (0, 18), found {w.reserve}.",
+    )
+    every = [*d.action, *(pair for source in d.sources.values() for pair in source.action)]
+    relative = [transform.name for _, transform in transforms.parse(every) if transform.state]
+    check(
+        not relative or len(w.obs) > 0,
+        f"config.data.action: {', '.join(relative)} refers to the present step, the last of config.data.window.obs, "
+        "which is ().",
     )
     check(
         len(d.action) > 0 or not w.action,

@@ -245,6 +245,8 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
         "shapes": {"action": [len(c.data.window.action), spec.action_dim]},
         # raw = normalised * scale + offset; an absent key is the identity
         "normalizers": spec.normalizer.to_json(),
+        # the model's raw action becomes the robot's by the inverses of these (`uwm_jax.data.transforms`)
+        "robots": {source: robot.to_json() for source, robot in spec.robots.items()},
         **systems.official(c.system).describe(system),
         "codec": official_codecs.describe(system.codec, codec_store.folder(workdir, system.config)),
         "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype.name} for name, t in sorted(tensors.items())},

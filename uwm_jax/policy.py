@@ -6,6 +6,9 @@ present follows from the window that the model was trained on (`config.data.wind
 present, and the action of the same step is the next one to take. For the paper's window, obs (0, 1) and action 1 to 16,
 the history is the last two frames, and the chunk's first action is taken now.
 
+The model's actions come back as the robot takes them (`DataSpec.robots`): the transforms of `config.data.action` are
+inverted. A checkpoint that does not know its robot gives the model's own columns.
+
 It knows no environment, and drives any number of them at once: rollouts use many rows, a server one.
 """
 
@@ -39,8 +42,9 @@ class Policy:
         seed: of the noise that sampling starts from, with the episode's seed and the number of the decision.
         batch_size: rows of one call of the network.
         sample: `acting(system)`, compiled; None: it is compiled for one device.
+        source: of the training data, whose robot acts; "" where all have actions of one convention.
     Raises:
-        UserError: `execute` does not fit the window that the model was trained on.
+        UserError: `execute` does not fit the window that the model was trained on, or `source` does not tell the robot.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Policy:
         seed: int = 0,
         batch_size: int = 1,
         sample: Sample | None = None,
+        source: str = "",
     ):
         self.system, self._params, self._frozen = system, params, frozen
         self.execute, self._batch_size = execute, batch_size
@@ -62,6 +67,7 @@ class Policy:
         present = max(window.obs)
         self._history = [present - i for i in window.obs]  # steps back from the present
         self._chunk = chunk_from_the_present(window, execute)
+        self._robot = system.spec.robot(source)
         self.reset((0,))
 
     def reset(self, seeds: Sequence[int]) -> None:
@@ -74,12 +80,13 @@ class Policy:
         rows = len(self._seeds)
         self._decisions = np.zeros(rows, np.uint32)
         self._left = np.zeros(rows, np.int64)  # actions of the row's chunk that are still to be taken
-        self._chunks = np.zeros((rows, self.execute, self.system.spec.action_dim), np.float32)
+        width = self._robot.width if self._robot else self.system.spec.action_dim
+        self._chunks = np.zeros((rows, self.execute, width), np.float32)
         self._seen = np.zeros(rows, bool)
         length = max(self._history) + 1
         self._frames = {
             key: np.zeros((rows, length, *like.shape[1:]), like.dtype)
-            for key, like in self.system.spec.observation_like(rows).items()
+            for key, like in self.system.spec.observation_like(rows, self._robot).items()
         }
 
     def act(self, observation: Mapping[str, np.ndarray], rows: Rows = None) -> np.ndarray:
@@ -87,11 +94,12 @@ class Policy:
 
         Args:
             observation: {camera: (n, H, W, 3) uint8 as the dataset has them; low-dimensional key: (n, D), raw units;
-                "text": (n, E) where the model reads text}. Other keys are ignored.
+                "text": (n, E) where the model reads text; for relative actions, the state that they refer to: (n, D),
+                raw units}. Other keys are ignored.
             rows: (n,) which rows these are of; None: all.
 
         Returns:
-            (n, Da) float32, raw units.
+            (n, Dr) float32, the numbers that the robot takes.
 
         Raises:
             UserError: naming every key that is missing or has an unfit shape, dtype or value.
@@ -110,7 +118,7 @@ class Policy:
     def observe(self, observation: Mapping[str, np.ndarray], rows: Rows = None) -> None:
         """Takes in one step's observation, as `act` does; an episode's first one fills its whole history."""
         at = self._rows(rows)
-        checked = self.system.spec.check(observation, len(at))
+        checked = self.system.spec.check(observation, len(at), self._robot)
         first = at[~self._seen[at]]
         self._seen[at] = True
         for key, value in checked.items():
@@ -124,15 +132,18 @@ class Policy:
         `obs/<low-dim key>` (n, To, D) float32 normalised, `obs/text` (n, E)."""
         at = self._rows(rows)
         batch = {}
-        for key, frames in self._frames.items():
+        spec = self.system.spec
+        for key in spec.observation_like(0):
+            frames = self._frames[key]
             if key == "text":
                 batch["obs/text"] = frames[at, -1]
                 continue
             batch[f"obs/{key}"] = frames[at][:, [-1 - back for back in self._history]]
-        return self.system.spec.normalized(batch)
+        return spec.normalized(batch)
 
     def plan(self, rows: Rows = None) -> np.ndarray:
-        """Samples a chunk from what was observed: (n, execute, Da) float32, raw units, the first action for now.
+        """Samples a chunk from what was observed: (n, execute, Dr) float32, the numbers that the robot takes, the first
+        action for now. Relative actions refer to the newest observation.
 
         Raises:
             RunError: the actions are not finite.
@@ -146,12 +157,20 @@ class Policy:
             pieces.append(self._sample(self._params, self._frozen, self.inputs(part), *noise))
         self._decisions[at] += 1
         chunk = np.concatenate(jax.device_get(pieces))[: len(at)]
-        if not np.isfinite(chunk).all():
+        actions = self._acted(chunk[:, self._chunk], at)
+        if not (np.isfinite(chunk).all() and np.isfinite(actions).all()):
             raise RunError(
                 "the policy's actions are not finite. Check the observations for extreme values, and the checkpoint's "
                 "parameters."
             )
-        return np.asarray(self.system.spec.normalizer.unnormalize("action", chunk[:, self._chunk]), np.float32)
+        return actions
+
+    def _acted(self, chunk: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Normalised actions (n, T, Da) of the model for rows `at` as the robot takes them."""
+        raw = np.asarray(self.system.spec.normalizer.unnormalize("action", chunk), np.float32)
+        if self._robot is None:
+            return raw
+        return self._robot.to_robot(raw, {key: self._frames[key][at, -1] for key in self._robot.states})
 
     def _rows(self, rows: Rows) -> np.ndarray:
         return np.arange(len(self._seeds)) if rows is None else np.asarray(rows, np.int64)

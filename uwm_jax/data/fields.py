@@ -25,7 +25,9 @@ def data_fields() -> ConfigDict:
     d.text = ""
     # name of the table of embeddings that data_prep.text made of each dataset's strings, such as "clip"; "" = none
     d.text_table = ""
-    d.action = (("action", "identity"),)  # pairs (step key, transform) that make the action, joined in this order
+    # pairs (step key, transform) that make the action, joined in this order, e.g. (("action[:6]", "xyz_rpy_to_rot6d"),
+    # ("action[6:]", "gripper_inverted")): docs/data.md; uwm_jax.config.preset("bridge"), or droid, libero
+    d.action = (("action", "identity"),)
     d.window = ConfigDict()  # a group of steps that is () is absent: it is neither in batches nor decoded
     d.window.obs = (0, 1)  # current frames, in steps from the window's origin
     d.window.action = tuple(range(1, 17))  # steps of the action chunk, from the window's origin

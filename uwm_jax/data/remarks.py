@@ -98,13 +98,19 @@ def _shares(
 def _blocks(source: Source, key: str) -> Iterator[np.ndarray]:
     """Raw values (n, D) of a key at the training steps, evenly thinned if there are many."""
     dataset, samples = source.dataset, source.samples
+    if key == "action" and samples.robot.states:
+        count = len(source.windows) * len(samples.window.action)
+        for actions in source.training_actions(stride=max(1, -(-count // _ROWS))):
+            yield actions.reshape(-1, actions.shape[-1])
+        return
     steps = source.counted_steps(key)
     stride = max(1, -(-len(steps) // _ROWS))
     for start in range(0, len(steps), _BLOCK):
         rows = np.flatnonzero(steps[start : start + _BLOCK])[::stride]
         if key == "action":
-            parts = [t.apply(_flat(dataset.column(k)[start : start + _BLOCK])[rows]) for k, t in samples.actions]
-            yield np.concatenate(parts, axis=-1)
+            values = {k: _flat(dataset.column(k)[start : start + _BLOCK])[rows] for k in samples.action_keys}
+            parts = [part.columns.of(values[part.columns.key]) for part in samples.robot.parts]
+            yield samples.robot.to_model(np.concatenate(parts, axis=-1), {})
         else:
             yield _flat(dataset.column(samples.low_dim_keys[key])[start : start + _BLOCK])[rows]
 

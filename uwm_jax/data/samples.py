@@ -17,10 +17,11 @@ from uwm_jax.data.cover import cover
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import mix
 from uwm_jax.data.records import Dataset
+from uwm_jax.data.robot import Part, RobotActions
 from uwm_jax.data.selection import not_finite
 from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.data.texts import open_texts
-from uwm_jax.data.transforms import get_transform
+from uwm_jax.data.transforms import parse
 from uwm_jax.data.windows import OF_FRAMES, WindowSpec
 from uwm_jax.errors import UserError
 
@@ -46,8 +47,9 @@ class Samples:
     Attributes:
         camera_keys: the model's camera -> step key, for the cameras that the source has of its own; of a choice
             (`config.choices`) the first.
-        actions: (step key, transform) of the parts of the action; empty for a source that is used as video, and where
-            the window has no actions.
+        robot: the parts of the action, by step key, and the states that relative ones refer to; empty for a source that
+            is used as video, and where the window has no actions.
+        state_keys: {key of an observation: step key} of these states.
         low_dim_keys: name -> step key; empty for a source that is used as video.
         texts: None without `config.text`, and for a source that is used as video and has none.
         action_lengths: (E,) int64, the steps of each episode whose action counts: with `config.last_action` "drop" not
@@ -67,19 +69,42 @@ class Samples:
         self.camera_keys = {view: options[0] for view, options in self._options.items()}
         self._fill = source.fill_views if len(keys) < len(self._views) else ""
         self.use_actions = bool(source.use_actions)
-        self.actions, self.low_dim_keys = [], {}
+        self.robot, self.low_dim_keys = RobotActions(()), dict[str, str]()
+        self.state_keys: dict[str, str] = {}
         self.action_lengths = dataset.episode_lengths
         if self.use_actions and self.window.action and config.last_action == "drop":
             self.action_lengths = dataset.action_lengths()
         if self.use_actions:
-            columns = (source.action or config.action) if self.window.action else ()
-            self.actions = [(dataset.column_key(key), get_transform(t)) for key, t in columns]
             self.low_dim_keys = {name: dataset.column_key(name) for name in sorted(config.low_dim)}
+            if self.window.action:
+                self.robot = self._robot(source.action or config.action)
         self.texts = open_texts(dataset, config, source, where)
-        for key in {*(key for key, _ in self.actions), *self.low_dim_keys.values()}:
+        for key in {*self.action_keys, *self.state_keys.values(), *self.low_dim_keys.values()}:
             dataset.column(key)  # read and verified now, not with the first batch
-        self.action_dim = sum(t.width(key, self._width(key)) for key, t in self.actions)
+        self.action_dim = self.robot.model_width
         self.text_dim = self.texts.width if self.texts else 0
+
+    def _robot(self, pairs: Sequence[tuple[str, str]]) -> RobotActions:
+        """The robot's actions of the config's pairs; a state is called as in `config.low_dim` where it is there too."""
+        names = {key: name for name, key in self.low_dim_keys.items()}
+        parts, states = [], {}
+        for columns, transform in parse(pairs):
+            columns = columns._replace(key=self.dataset.column_key(columns.key))
+            dim = columns.width(self._width(columns.key))
+            transform.width(str(columns), dim)
+            if state := transform.state:
+                key = self.dataset.column_key(state.key)
+                transform = transform.with_state(names.get(key, state.key))
+                transform.check_state(dim, state.width(self._width(key)))
+                self.state_keys[names.get(key, state.key)] = key
+                states[names.get(key, state.key)] = self._width(key)
+            parts.append(Part(columns, transform, dim))
+        return RobotActions(tuple(parts), states)
+
+    @property
+    def action_keys(self) -> list[str]:
+        """Step keys of the parts of the action."""
+        return list(dict.fromkeys(part.columns.key for part in self.robot.parts))
 
     @property
     def num_clips(self) -> int:
@@ -90,8 +115,9 @@ class Samples:
         """{step key: numbers of the episodes, among those `kept` (E,) bool, whose values are NaN or infinite}, of
         actions, low-dimensional keys and text, as far as these have columns."""
         lengths = self.dataset.episode_lengths
-        counted = [(key, self.action_lengths) for key, _ in self.actions]
-        counted += [(key, lengths) for key in [*self.low_dim_keys.values(), *(self.texts.keys if self.texts else ())]]
+        counted = [(key, self.action_lengths) for key in self.action_keys]
+        observed = [*self.low_dim_keys.values(), *self.state_keys.values(), *(self.texts.keys if self.texts else ())]
+        counted += [(key, lengths) for key in observed]
         found: dict[str, np.ndarray] = {}
         for key, steps in counted:
             if key in self.dataset.column_keys:
@@ -169,10 +195,21 @@ class Samples:
     def action(self, clip: Clip, indices: tuple[int, ...], normalizer: Normalizer) -> np.ndarray:
         """(len(indices), Da) float32 normalised actions at steps relative to a window of a source with actions."""
         episode, origin = clip
-        length, start = int(self.action_lengths[episode]), int(self.dataset.episode_starts[episode])
-        steps = self.window.steps(indices, origin, length)
-        parts = [transform.apply(self._rows(key, start, steps)) for key, transform in self.actions]
-        return normalizer.normalize("action", np.concatenate(parts, axis=-1))
+        return normalizer.normalize("action", self.actions(np.array([episode]), np.array([origin]), indices)[0])
+
+    def actions(self, episodes: np.ndarray, origins: np.ndarray, indices: Sequence[int]) -> np.ndarray:
+        """(n, len(indices), Da) float32, raw units, of the n windows of these episodes and origins (n,): the actions as
+        the model learns them, at steps relative to the windows' origins."""
+        ends, starts = self.action_lengths[episodes] - 1, self.dataset.episode_starts[episodes]
+        steps = np.minimum(np.maximum(origins[:, None] + np.asarray(indices), 0), ends[:, None])
+        values = {key: self._values(key, starts[:, None] + steps) for key in self.action_keys}
+        recorded = np.concatenate([part.columns.of(values[part.columns.key]) for part in self.robot.parts], axis=-1)
+        states = {}
+        if self.state_keys:
+            last = self.dataset.episode_lengths[episodes] - 1
+            present = starts + np.clip(origins + self.window.present, 0, last)
+            states = {name: self._values(key, present) for name, key in self.state_keys.items()}
+        return self.robot.to_model(recorded, states)
 
     def _load_frames(self, batch: Batch, at: int, clips: Sequence[Clip], draw: int | None) -> None:
         filled: dict[str, tuple[int, str]] = {}  # view -> (number of the clip, step key)
@@ -220,8 +257,12 @@ class Samples:
                         place[...] = cover(frame, place.shape[:2])
 
     def _rows(self, key: str, start: int, steps: list[int]) -> np.ndarray:
-        rows = self.dataset.column(key)[[start + s for s in steps]]
-        return np.asarray(rows, np.float32).reshape(len(steps), -1)
+        return self._values(key, start + np.asarray(steps))
+
+    def _values(self, key: str, rows: np.ndarray) -> np.ndarray:
+        """(*rows.shape, D) float32 values of a column."""
+        values = self.dataset.column(key)[rows.reshape(-1)]
+        return np.asarray(values, np.float32).reshape(*rows.shape, -1)
 
     def _width(self, key: str) -> int:
         return int(np.prod(self.dataset.step_shape(key), dtype=np.int64))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from uwm_jax.data import fields as fields_lib
 from uwm_jax.data.limits import StepRanges, action_key, find_limits
@@ -18,10 +20,12 @@ from uwm_jax.data.records import Dataset, dataset_dir
 from uwm_jax.data.samples import Clip, Samples
 from uwm_jax.data.selection import describe_not_finite, select
 from uwm_jax.data.spec import Batch, DataSpec
-from uwm_jax.data.stats import Stats, counted_steps, join_stats, key_stats, pool_stats
-from uwm_jax.data.transforms import Transform, get_transform
+from uwm_jax.data.stats import OfWindows, Stats, counted_steps, join_stats, key_stats, pool_stats
+from uwm_jax.data.transforms import Columns, Transform, get_transform
 from uwm_jax.data.windows import Windows, split_episodes
 from uwm_jax.errors import UserError
+
+_BLOCK = 1 << 18  # actions in memory at a time
 
 
 class Source:
@@ -56,7 +60,7 @@ class Source:
             self.selection = self.selection.without(np.unique(np.concatenate(list(broken.values()))))
         kept = self.selection.kept
         counted = np.where(kept, self.samples.action_lengths, 0)
-        self.limits = find_limits(dataset, config, fields, name, [key for key, _ in self.samples.actions], counted)
+        self.limits = find_limits(dataset, config, fields, name, self.samples.action_keys, counted)
         self.selection = self.selection.limited(limit.rule for limit in self.limits)
         # Held out first and selected then, so that sources of one dataset hold out the same episodes.
         train, held_out = split_episodes(dataset.num_episodes, config.val_ratio)
@@ -122,21 +126,57 @@ class Source:
         if self.limits:  # then only steps count that windows hold, and which these are is the window's business too
             chosen += f"; steps of windows {json.dumps(samples.window.to_json(), sort_keys=True)}"
 
-        def of(name: str, key: str, transform: Transform) -> Stats:
+        def of(name: str, columns: Columns, transform: Transform, of_windows: OfWindows | None = None) -> Stats:
             return key_stats(
                 self.dataset,
-                key,
+                columns,
                 transform,
                 val_ratio=self._val_ratio,
                 episodes=self.episodes,
                 selection=chosen,
                 action_lengths=samples.action_lengths if name == "action" else None,
                 steps=functools.partial(self.counted_steps, name) if self.limits else None,
+                of_windows=of_windows,
             )
 
-        stats = {name: of(name, key, identity) for name, key in samples.low_dim_keys.items()}
-        parts = [of("action", key, transform) for key, transform in samples.actions]
+        stats = {name: of(name, Columns(key), identity) for name, key in samples.low_dim_keys.items()}
+        parts = [
+            of("action", part.columns, part.transform, self._of_windows(i))
+            for i, part in enumerate(samples.robot.parts)
+        ]
         return stats | ({"action": join_stats(parts)} if parts else {})
+
+    def _of_windows(self, number: int) -> OfWindows | None:
+        """The values of a part of the action in the training windows, where it depends on the window."""
+        window, parts = self.samples.window, self.samples.robot.parts
+        if parts[number].transform.state is None:
+            return None
+        start = sum(part.out_dim for part in parts[:number])
+        columns = slice(start, start + parts[number].out_dim)
+
+        def blocks() -> Iterator[np.ndarray]:
+            for actions in self.training_actions(f"statistics of {parts[number].columns}"):
+                yield actions[..., columns].reshape(-1, parts[number].out_dim)
+
+        meaning = {"window": window.to_json(), "windows": len(self.windows)}
+        return OfWindows(json.dumps(meaning, sort_keys=True), len(self.windows) * len(window.action), blocks)
+
+    def training_actions(self, progress: str = "", stride: int = 1) -> Iterator[np.ndarray]:
+        """The actions of every `stride`-th training window, raw units, (n, Ta, Da) float32 at a time.
+
+        Args:
+            progress: description of a progress bar, which appears where it takes long; "" = none.
+        """
+        indices = self.samples.window.action
+        size = max(1, _BLOCK // len(indices))
+        numbers = np.arange(0, len(self.windows), stride)
+        with tqdm(total=len(numbers), desc=progress, unit="window", delay=3, disable=not progress) as bar:
+            for start in range(0, len(numbers), size):
+                block = numbers[start : start + size]
+                with np.errstate(invalid="ignore"):  # values that are not finite are counted
+                    actions = self.samples.actions(*self.windows.locate_all(block), indices)
+                yield actions
+                bar.update(len(block))
 
     def counted_steps(self, name: str) -> np.ndarray:
         """(steps,) bool of all steps of the dataset, those whose `action`, or low-dim key, counts for the normaliser:
@@ -201,7 +241,7 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
         where = f"source {name!r} ({dataset.directory})"
         sources[name] = Source(name, where, dataset, config, fields, own)
     for key, _ in config.max_action:
-        read = {name: [k for k, _ in source.samples.actions] for name, source in sources.items()}
+        read = {name: source.samples.action_keys for name, source in sources.items()}
         if not any(action_key(key, keys) for keys in read.values()):
             each = "; ".join(f"{name}: {', '.join(keys) or 'none'}" for name, keys in read.items())
             raise UserError(f"config.data.max_action: no source has {key!r} in its action, whose keys are: {each}.")
@@ -234,7 +274,8 @@ def renamed(stored: Mapping[str, Any], ours: Sequence[str]) -> dict[str, Any]:
 
 
 def spec_of(sources: Sequence[Source]) -> DataSpec:
-    """The contents of the rows of all sources: as the first one with actions has it; without a normaliser.
+    """The contents of the rows of all sources: as the first one with actions has it, with the robots of all; without a
+    normaliser.
 
     Raises:
         UserError: another source has another width of the action or of a low-dimensional key.
@@ -243,7 +284,8 @@ def spec_of(sources: Sequence[Source]) -> DataSpec:
     spec = first.samples.spec()
     for source in sources:
         source.samples.check_fits(spec, first.where)
-    return spec
+    robots = {source.name: source.samples.robot for source in sources if source.samples.robot.parts}
+    return dataclasses.replace(spec, robots=robots)
 
 
 def pooled_stats(sources: Sequence[Source]) -> dict[str, Stats]:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.robot import RobotActions
 from uwm_jax.data.text_table import TextEncoder
 from uwm_jax.data.windows import OF_FRAMES, WindowSpec
 from uwm_jax.errors import UserError
@@ -35,6 +36,8 @@ class DataSpec:
         flip: {camera: "rows" or "180"} of the cameras whose pictures were turned upright when the dataset was made
             (`data_prep.hdf5`): a policy must be shown its own pictures turned in the same way.
         text_encoder: that made the text embeddings; None where it is not known.
+        robots: {source with actions: its robot's actions, and how they become those of a batch}; {} in a checkpoint
+            that does not know, such as an official one.
     """
 
     window: WindowSpec
@@ -45,6 +48,7 @@ class DataSpec:
     normalizer: Normalizer
     flip: dict[str, str] = dataclasses.field(default_factory=dict)
     text_encoder: TextEncoder | None = None
+    robots: Mapping[str, RobotActions] = dataclasses.field(default_factory=dict)
 
     def batch_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch of `rows` samples, by key.
@@ -81,26 +85,50 @@ class DataSpec:
         """A batch of zeros."""
         return {key: np.zeros(like.shape, like.dtype) for key, like in self.batch_like(rows).items()}
 
-    def observation_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def robot(self, source: str = "") -> RobotActions | None:
+        """The actions of a robot: of this source, or, without a name, of all; None where `robots` is empty.
+
+        Raises:
+            UserError: there is no such source, or none is named and the sources have robots of different conventions.
+        """
+        names = sorted(self.robots)
+        if source and source not in self.robots:
+            known = ", ".join(names) or "no source that it knows"
+            raise UserError(f"source={source!r}: the model was trained on actions of {known}.")
+        if not names:
+            return None
+        first = self.robots[source or names[0]]
+        if not source and not all(first.is_like(robot) for robot in self.robots.values()):
+            raise UserError(
+                f"the sources {', '.join(names)} of this model have different transforms of their actions, so it has "
+                "to be said whose robot acts: Policy(..., source=NAME)."
+            )
+        return first
+
+    def observation_like(self, rows: int, robot: RobotActions | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of one step's raw observation in `rows` episodes: {camera: (B, H, W, 3) uint8; low-dim
-        key: (B, D) float32; "text": (B, E) float32 where the data have text}."""
+        key: (B, D) float32; "text": (B, E) float32 where the data have text}, and for a `robot` with relative actions
+        {state that they refer to: (B, D) float32}."""
         like: dict[str, tuple[tuple[int, ...], type]] = {c: ((*size, 3), np.uint8) for c, size in self.cameras.items()}
         like |= {key: ((width,), np.float32) for key, width in self.low_dim.items()}
+        like |= {key: ((width,), np.float32) for key, width in (robot.states if robot else {}).items()}
         if self.text_dim:
             like["text"] = (self.text_dim,), np.float32
         return {key: jax.ShapeDtypeStruct((rows, *shape), dtype) for key, (shape, dtype) in like.items()}
 
-    def check(self, observation: Mapping[str, Any], rows: int) -> Batch:
-        """The arrays of one step's observation in `rows` episodes, in the dtypes of `observation_like`; other keys of
-        `observation` are left out.
+    def check(self, observation: Mapping[str, Any], rows: int, robot: RobotActions | None = None) -> Batch:
+        """The arrays of one step's observation in `rows` episodes, in the dtypes of `observation_like`, whose arguments
+        `rows` and `robot` are; other keys of `observation` are left out.
 
         Raises:
             UserError: naming every key that is missing or has an unfit shape, dtype or value.
         """
         problems: list[str] = []
         checked: Batch = {}
-        for key, like in self.observation_like(rows).items():
+        for key, like in self.observation_like(rows, robot).items():
             expected = f"expected {like.dtype.name} {like.shape}"
+            if robot and key in robot.states and key not in self.low_dim:
+                expected += ", which the robot's actions are relative to"
             if key not in observation:
                 problems.append(f"missing {key}: {expected}")
                 continue
@@ -151,6 +179,7 @@ class DataSpec:
             "normalizer": self.normalizer.to_json(),
             "flip": dict(self.flip),
             **({"text_encoder": self.text_encoder.to_json()} if self.text_encoder else {}),
+            "robots": {source: robot.to_json() for source, robot in self.robots.items()},
         }
 
     @classmethod
@@ -164,4 +193,5 @@ class DataSpec:
             normalizer=Normalizer.from_json(stored["normalizer"]),
             flip={name: str(how) for name, how in stored.get("flip", {}).items()},  # older checkpoints have none
             text_encoder=TextEncoder.from_json(stored["text_encoder"]) if "text_encoder" in stored else None,
+            robots={name: RobotActions.from_json(robot) for name, robot in stored.get("robots", {}).items()},
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from etils import epath
 from uwm_jax.data.columns import Column
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.selection import not_finite
-from uwm_jax.data.transforms import Transform
+from uwm_jax.data.transforms import Columns, Transform
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
@@ -44,17 +46,26 @@ def column_stats(
         {"count": N, "nonfinite": rows with NaN or infinity (left out of the rest), and lists of D floats
         "min", "max", "mean", "std", "q01", "q99"}. Quantiles come from at most 2**26 values, rows evenly thinned.
     """
-    total = len(column) if keep is None else int(np.count_nonzero(keep))
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, len(column), _BLOCK):
+            block = np.asarray(column[start : start + _BLOCK])
+            block = block.reshape(len(block), -1)
+            block = block if keep is None else block[keep[start : start + _BLOCK]]
+            with np.errstate(invalid="ignore"):  # values that are not finite are counted
+                block = block if transform is None else transform(block)
+            yield block
+
+    return stats_of(blocks(), len(column) if keep is None else int(np.count_nonzero(keep)))
+
+
+def stats_of(blocks: Iterable[np.ndarray], total: int) -> Stats:
+    """The statistics of `column_stats` of `total` rows, which come in blocks (n, D)."""
     rows, finite_rows, thinned = 0, 0, []
     stride = 1
     low = high = mean = square = np.zeros(0)
-    for start in range(0, len(column), _BLOCK):
-        block = np.asarray(column[start : start + _BLOCK])
-        block = block.reshape(len(block), -1)
-        block = block if keep is None else block[keep[start : start + _BLOCK]]
-        with np.errstate(invalid="ignore"):  # values that are not finite are counted below
-            block = block if transform is None else transform(block)
-        if start == 0:
+    for number, block in enumerate(blocks):
+        if number == 0:
             low, high = np.full(block.shape[1], np.inf), np.full(block.shape[1], -np.inf)
             mean = square = np.zeros(block.shape[1])
             stride = max(1, -(-total * block.shape[1] // _QUANTILE_VALUES))
@@ -103,17 +114,33 @@ def counted_steps(lengths: np.ndarray, counted: np.ndarray) -> np.ndarray:
     return np.arange(len(starts)) - starts < np.repeat(counted, lengths)
 
 
+@dataclasses.dataclass(frozen=True)
+class OfWindows:
+    """Values of a part of the action in windows.
+
+    Attributes:
+        meaning: which windows these are, and which steps of them, for the cache.
+        rows: their number.
+        blocks: gives them, (n, D) at a time.
+    """
+
+    meaning: str
+    rows: int
+    blocks: Callable[[], Iterable[np.ndarray]]
+
+
 def key_stats(
     dataset: Dataset,
-    key: str,
+    columns: Columns,
     transform: Transform,
     val_ratio: float,
     episodes: np.ndarray | None = None,
     selection: str = "",
     action_lengths: np.ndarray | None = None,
     steps: Callable[[], np.ndarray] | None = None,
+    of_windows: OfWindows | None = None,
 ) -> Stats:
-    """Statistics of one column after a transform, over the training episodes that `val_ratio` leaves.
+    """Statistics of columns after a transform, over the training episodes that `val_ratio` leaves.
 
     Computed once, in a pass over the column, and cached in the dataset's `derived_stats/` if that is writable, with a
     digest of the file's content. A file of another selection is replaced; so is an edited or damaged one, with a
@@ -124,6 +151,7 @@ def key_stats(
         action_lengths: (E,) for a column of actions: the number of steps to use of each episode, if not all.
         steps: called if nothing is cached: (rows,) bool, the steps that count, in place of all those of `episodes`;
             `selection` tells which these are.
+        of_windows: for a transform whose values depend on the window that a step is seen from: these values.
     Raises:
         UserError: the cached file is of another dataset.
     """
@@ -131,11 +159,17 @@ def key_stats(
     counted = dataset.episode_lengths if action_lengths is None else action_lengths
     dropped = bool((counted < dataset.episode_lengths).any())
     chosen = f".last_dropped{chosen}" if dropped else chosen
-    name = f"derived_stats/{dataset.split}.{key.replace('/', '.')}.{transform.name}.val_{val_ratio:g}{chosen}.json"
+    chosen += f".{hashlib.sha256(of_windows.meaning.encode()).hexdigest()[:8]}" if of_windows else ""
+    what = re.sub(r"[^\w.-]", "_", f"{columns}.{transform.name}".replace("/", "."))
+    name = f"derived_stats/{dataset.split}.{what}.val_{val_ratio:g}{chosen}.json"
     meaning: dict[str, Any] = {"fingerprint": dataset.fingerprint, "val_ratio": float(val_ratio)}
     meaning["last_action"] = "drop" if dropped else "keep"
     if selection:
         meaning["selection"] = selection
+    if of_windows:
+        meaning["windows"] = of_windows.meaning
+    if columns != Columns(columns.key) or transform.state or ":" in transform.name:
+        meaning |= {"columns": str(columns), "transform": transform.name}  # which the file's name does not tell exactly
     file = dataset.directory / name
     stored = _read_derived(file)
     if stored.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
@@ -146,15 +180,18 @@ def key_stats(
         )
     if meaning.items() <= stored.items():
         return stored["stats"]
-    if steps is None:
-        if episodes is None:
-            episodes, _ = split_episodes(dataset.num_episodes, val_ratio)
-        in_training = np.zeros(dataset.num_episodes, np.int64)
-        in_training[episodes] = counted[episodes]
-        kept = counted_steps(dataset.episode_lengths, in_training)
+    if of_windows:
+        stats = stats_of(of_windows.blocks(), of_windows.rows)
     else:
-        kept = steps()
-    stats = column_stats(dataset.column(key), transform.apply, kept)
+        if steps is None:
+            if episodes is None:
+                episodes, _ = split_episodes(dataset.num_episodes, val_ratio)
+            in_training = np.zeros(dataset.num_episodes, np.int64)
+            in_training[episodes] = counted[episodes]
+            kept = counted_steps(dataset.episode_lengths, in_training)
+        else:
+            kept = steps()
+        stats = column_stats(dataset.column(columns.key), lambda block: transform.apply(columns.of(block)), kept)
     try:
         value = meaning | {"stats": stats}
         write_text(file, json.dumps(value | {"digest": _digest(value)}, indent=1))

@@ -53,6 +53,11 @@ class WindowSpec:
     def next_obs(self) -> tuple[int, ...]:
         return self.groups.get("next_obs", ())
 
+    @property
+    def present(self) -> int:
+        """Index of the newest observed step, which relative actions refer to."""
+        return max(self.obs)
+
     def describe(self) -> str:
         """`19 steps of an episode: 2 frames of each camera that are seen, a chunk of 16 actions, and 2 later frames`,
         for people."""
@@ -267,9 +272,14 @@ class Windows:
 
     def locate(self, window: int) -> tuple[int, int]:
         """(episode number in the split, origin step) of a window."""
-        i = int(np.searchsorted(self._ends, window, side="right"))
-        start = int(self._ends[i - 1]) if i else 0
-        return int(self.episodes[i]), window - start + int(self.origins[i])
+        episodes, origins = self.locate_all(np.asarray([window]))
+        return int(episodes[0]), int(origins[0])
+
+    def locate_all(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) int64 episode numbers in the split, and (n,) int64 origin steps, of windows (n,)."""
+        i = np.searchsorted(self._ends, windows, side="right")
+        starts = np.where(i > 0, self._ends[i - 1], 0)
+        return self.episodes[i].astype(np.int64), windows - starts + self.origins[i]
 
     def steps_held(self, indices: tuple[int, ...], lengths: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
         """(size,) bool of the steps of all episodes, one episode after another: those that a window has at one of

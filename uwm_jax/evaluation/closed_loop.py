@@ -139,7 +139,16 @@ def closed_loop(
             than the environment has, or an `execute` that its chunks do not have.
     """
     rows_of_a_call = sampler.rows if sampler else BATCH
-    policy = Policy(system, params, frozen, execute=execute, seed=seed, batch_size=rows_of_a_call, sample=sampler)
+    policy = Policy(
+        system,
+        params,
+        frozen,
+        execute=execute,
+        seed=seed,
+        batch_size=rows_of_a_call,
+        sample=sampler,
+        source=acting_source(system),
+    )
     with contextlib.ExitStack() as stack:
         if isinstance(env, str):
             env = stack.enter_context(open_envs(env, system, seeds, workers))
@@ -214,6 +223,13 @@ def views_of(spec: EnvSpec, model: Described) -> dict[str, str]:
     return {view: camera for view, camera in shown.items() if camera}
 
 
+def acting_source(model: Described) -> str:
+    """The source whose robot acts: the run's first one with actions, as its cameras are those that are shown; "" where
+    the model does not tell."""
+    robots = [name for name, source in sorted(model.config.data.sources.items()) if source.use_actions]
+    return next((name for name in robots if name in model.spec.robots), "")
+
+
 def env_cameras(spec: EnvSpec, model: Described) -> dict[str, tuple[int, int]]:
     """{the environment's camera: (height, width)} of the frames to draw."""
     return {camera: model.spec.cameras[view] for view, camera in views_of(spec, model).items()}
@@ -241,6 +257,9 @@ def check_fits(spec: EnvSpec, model: Described, asked: str = "--env") -> None:
         asked: the flag or field that named the environment.
     """
     data, views = model.spec, views_of(spec, model)
+    robot = data.robot(acting_source(model))
+    action_dim = robot.width if robot else data.action_dim
+    low_dim = {**data.low_dim, **(robot.states if robot else {})}
     problems = [
         *(
             f"camera {c!r}: {spec.name} has {', '.join(spec.cameras)}"
@@ -248,13 +267,13 @@ def check_fits(spec: EnvSpec, model: Described, asked: str = "--env") -> None:
         ),
         *(
             f"{key} ({dim} numbers): {spec.name} has {dict(spec.low_dim)}"
-            for key, dim in data.low_dim.items()
+            for key, dim in low_dim.items()
             if spec.low_dim.get(key) != dim
         ),
         *([f"text ({data.text_dim} numbers): {spec.name} has none"] if data.text_dim else []),
     ]
-    if data.action_dim != spec.action_dim:
-        problems.append(f"{data.action_dim} numbers of action: {spec.name} takes {spec.action_dim}")
+    if action_dim != spec.action_dim:
+        problems.append(f"{action_dim} numbers of action: {spec.name} takes {spec.action_dim}")
     if problems:
         raise UserError(
             f"{asked}={spec.name} is not what the model was trained on. The model has\n  " + "\n  ".join(problems)

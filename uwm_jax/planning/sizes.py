@@ -21,7 +21,7 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import dataset_dir
 from uwm_jax.data.sources import keys_read, open_sources, spec_of
 from uwm_jax.data.spec import DataSpec
-from uwm_jax.data.transforms import get_transform
+from uwm_jax.data.transforms import Columns, parse
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError, suggest
 
@@ -98,11 +98,12 @@ def _stated(config: ConfigDict, of_file: Sizes, given: Sizes, file: str) -> Data
             stated.setdefault(name, stated[first])
     window = WindowSpec.from_config(data.window)
     (action,) = list(keys_read(data)["action"].values())[:1]
-    parts = [(key, get_transform(name)) for key, name in action] if window.action else []
+    parts = parse(action) if window.action else []
     cameras = sorted(data.cameras) if window.obs or window.next_obs else []
     examples = dict.fromkeys(cameras, "180x320")
     examples |= dict.fromkeys([*sorted(data.low_dim), *([data.text] if data.text else [])], "7")
-    examples |= {key: str(transform.in_dim or 7) for key, transform in parts}
+    for columns, transform in parts:
+        examples[columns.key] = str(transform.in_dim or 7) if columns == Columns(columns.key) else "7"
     for key in given:
         if key not in examples:
             raise UserError(
@@ -126,7 +127,7 @@ def _stated(config: ConfigDict, of_file: Sizes, given: Sizes, file: str) -> Data
         window=window,
         cameras={name: (int(stated[name][0]), int(stated[name][1])) for name in cameras},
         low_dim={name: int(stated[name]) for name in sorted(data.low_dim)},
-        action_dim=sum(transform.width(key, int(stated[key])) for key, transform in parts),
+        action_dim=sum(t.width(str(columns), columns.width(int(stated[columns.key]))) for columns, t in parts),
         text_dim=int(stated[data.text]) if data.text else 0,
         normalizer=Normalizer(),
     )

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from uwm_jax.envs import EnvSpec
 from uwm_jax.envs.parallel import EpisodeResult
+from uwm_jax.evaluation.closed_loop import acting_source
 from uwm_jax.reporting.drawing import SAMPLE, TRACK, TRUTH, Plane, save_gif
 from uwm_jax.reporting.sheets import Labels, Mark, write_labels
 from uwm_jax.systems.base import System
@@ -98,9 +99,12 @@ def imagine(
     actions = [episode.actions[window.steps(window.action, int(t) - present, length)] for t in steps]
     batch = {}
     if len(steps):
+        raw, robot = np.stack(actions).astype(np.float32), spec.robot(acting_source(system))
+        if robot:
+            raw = robot.to_model(raw, {key: np.asarray(seen[key], np.float32)[steps] for key in robot.states})
         like = spec.batch_like(len(steps))
         batch = {key: frames(key).astype(like[key].dtype) for key in like if key.partition("/")[0] in groups}
-        batch = spec.normalized(batch | {"action": np.stack(actions).astype(np.float32)})
+        batch = spec.normalized(batch | {"action": raw})
         batch["row"] = np.arange(len(steps), dtype=np.int32)
     pieces = []
     for start in range(0, len(steps), BATCH):

@@ -61,6 +61,7 @@ def read(path: str | Path, flag: str) -> Described:
                 "text_dim": stored["text_dim"],
                 "normalizer": stored["normalizers"],
                 "flip": stored.get("flip", {}),
+                "robots": stored.get("robots", {}),  # older ones have none
             }
         )
         _check(spec, stored)
