@@ -18,6 +18,7 @@ from uwm_jax import cli, convert
 from uwm_jax import config as config_lib
 from uwm_jax.codecs import PCACodec, PixelsCodec, fit_pca
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.robot import RobotActions
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.systems.uwm.system import UWM
@@ -330,6 +331,9 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
     rng = np.random.default_rng(0)
     arrays = fit_pca(rng.integers(0, 256, (4, 2, 32, 32, 3), np.uint8), patch=8, channels=5)
     pair = (np.float32([0.1, 0.2]), np.float32([0.3, 1 / 3]))
+    parts = ("relative:state[:1]:position", "gripper_scaled:-1:1")
+    parts = [{"columns": f"action[{i}:{i + 1}]", "transform": name, "width": 1} for i, name in enumerate(parts)]
+    robots = {"arm": {"parts": parts, "states": {"state": 3}}}
     spec = DataSpec(
         WindowSpec.from_config(config.data.window),
         {"a": (32, 32), "b": (40, 30)},
@@ -338,6 +342,7 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
         7,
         Normalizer({"action": pair}),
         {"b": "rows"},
+        {name: RobotActions.from_json(robot) for name, robot in robots.items()},
     )
     system = UWM(config, spec, PCACodec(patch=8, channels=5))
     params = jax.jit(system.init)(jax.random.key(0))
@@ -361,6 +366,7 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
     assert described["flip"] == {"b": "rows"}
     assert described["diffusion"]["prediction"] == {"action": "sample", "next_obs": "sample"}
     assert np.array_equal(np.float32(described["normalizers"]["action"]["offset"]), pair[1])
+    assert described["robots"] == robots
 
     # The description takes the place of an official YAML: all comes back, bit for bit.
     line = ["from-torch", f"--input={out}", f"--official-config={out.with_suffix('.json')}"]
@@ -368,6 +374,8 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
     again = tmp_path / "back.safetensors"
     assert command("to-torch", f"--workdir={tmp_path / 'back'}", f"--output={again}") == 0
     assert_same_bits(load_file(again), tensors)
+    robot = inference.load_for_inference(tmp_path / "back")[0].spec.robot()
+    assert robot is not None and robot.to_json() == robots["arm"]
     differing = {
         key for key, value in json.loads(again.with_suffix(".json").read_text()).items() if value != described[key]
     }

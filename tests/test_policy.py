@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
+from uwm_jax.data.robot import RobotActions
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import RunError, UserError
@@ -171,6 +175,67 @@ def test_observations_that_do_not_fit():
     assert policy.act({**good, "other": 3}).shape == (2, 3)  # a key that it does not read
     with pytest.raises(RunError, match="actions are not finite"):
         make(Stub(bad=True), execute=1).act(seen(1))
+
+
+def robot(*parts: tuple[str, str, int], **states: int) -> dict[str, RobotActions]:
+    named = [{"columns": columns, "transform": name, "width": width} for columns, name, width in parts]
+    return {"arm": RobotActions.from_json({"parts": named, "states": states})}
+
+
+def test_actions_come_back_in_the_robots_own_convention():
+    """What the stub makes is (newest state, place in the chunk, noise)."""
+    stub = Stub()
+    stub.spec = dataclasses.replace(
+        stub.spec, robots=robot(("action[:1]", "gripper_inverted", 1), ("action[1:]", "gripper_scaled:10:20", 2))
+    )
+    plain, policy = make(Stub(), [3, 4], execute=3), make(stub, [3, 4], execute=3)
+    for step in range(5):
+        made, taken = plain.act(seen(step, step + 7)), policy.act(seen(step, step + 7))
+        expected = np.stack([1 - made[:, 0], 10 + 10 * made[:, 1], 10 + 10 * made[:, 2]], axis=1)
+        assert taken.dtype == np.float32
+        np.testing.assert_allclose(taken, expected, rtol=1e-6)
+
+
+def test_relative_actions_refer_to_the_state_in_which_the_chunk_began():
+    stub, pose = Stub(), {"pose": np.array([[1.0, 2, 3, 0, 0, np.pi / 2, 9], [0, 0, 0, np.pi, 0, 0, 9]])}
+    half, zeros = np.full(9, 0.5, np.float32), np.zeros(9, np.float32)
+    normalizer = Normalizer({**SCALE, "action": (half, zeros)})
+    robots = robot(("action", "relative:pose[:6]:rpy", 6), pose=7)
+    stub.spec = dataclasses.replace(stub.spec, action_dim=9, normalizer=normalizer, robots=robots)
+    # A move along x, and a turn about the gripper's own z axis that grows with the place in the chunk.
+    angles = np.arange(CHUNK) / 4
+    rows = Rotation.from_euler("z", angles[:, None]).as_matrix()[:, :2].reshape(-1, 6)
+    moves = np.stack([angles, 0 * angles, 0 * angles], axis=1)
+    chunk = jnp.asarray(np.concatenate([moves, rows], axis=1) / half, jnp.float32)
+    stub.sample = lambda params, batch, use, noise: {
+        "action": jnp.broadcast_to(chunk, (len(batch["obs/state"]), *chunk.shape))
+    }
+    policy = make(stub, [0, 1], execute=2)
+    with pytest.raises(UserError, match=r"missing pose: expected float32 \(2, 7\), which the robot's actions are"):
+        policy.act(seen(1, 2))
+    for step in range(4):
+        # The second action of a chunk was planned with the first.
+        taken = policy.act({**seen(1, 2), "pose": pose["pose"] + 100 * (step % 2)})
+        assert taken.shape == (2, 6) and "obs/pose" not in policy.inputs()
+        turn = angles[step % 2]
+        np.testing.assert_allclose(taken[:, :3], pose["pose"][:, :3] + [turn, 0, 0], atol=1e-6)
+        expected = Rotation.from_euler("xyz", pose["pose"][:, 3:6]) * Rotation.from_euler("z", turn)
+        assert (Rotation.from_euler("xyz", taken[:, 3:]).inv() * expected).magnitude().max() < 1e-6
+    nothing = Normalizer({**SCALE, "action": (zeros, zeros)})  # rows without a direction are no rotation
+    stub.spec = dataclasses.replace(stub.spec, normalizer=nothing)
+    with pytest.raises(RunError, match="actions are not finite"):
+        make(stub, [0, 1], execute=2).act({**seen(1, 2), **pose})
+
+
+def test_whose_robot_acts_is_said_where_conventions_differ():
+    stub = Stub()
+    inverted, plain = robot(("action", "gripper_inverted", 3))["arm"], robot(("action", "identity", 3))["arm"]
+    stub.spec = dataclasses.replace(stub.spec, robots={"a": inverted, "b": plain})
+    with pytest.raises(UserError, match=r"Policy\(\.\.\., source=NAME\)"):
+        make(stub, execute=1)
+    (a, b) = (make(stub, execute=1, source=name).act(seen(5)) for name in "ab")
+    np.testing.assert_array_equal(a, 1 - b)
+    np.testing.assert_array_equal(b, make(Stub(), execute=1).act(seen(5)))
 
 
 def test_text_is_read_where_the_model_reads_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -18,6 +19,7 @@ from tests.pusht_run import SIZE, make_config, make_demonstrations, same  # noqa
 from uwm_jax import cli, compare_samplers, envs, rollout  # noqa: E402
 from uwm_jax.config import base, source  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
+from uwm_jax.data.robot import RobotActions  # noqa: E402
 from uwm_jax.data.run_data import RunData  # noqa: E402
 from uwm_jax.data.spec import DataSpec  # noqa: E402
 from uwm_jax.data.windows import WindowSpec  # noqa: E402
@@ -142,6 +144,54 @@ def test_the_loop_is_that_of_one_policy_in_one_environment(episodes):
         action = policy.act({key: x[None] for key, x in observation.items()})[0]
         np.testing.assert_array_equal(episodes[0].actions[step], action)
         observation, *_, info = env.step(action)
+
+
+class Relative(Stub):
+    """Makes the same actions relative to the agent's place."""
+
+    def __init__(self):
+        super().__init__()
+        part = {"columns": "action", "transform": "relative:agent_pos:position", "width": 2}
+        robots = {"robot": RobotActions.from_json({"parts": [part], "states": {"agent_pos": 2}})}
+        half = (np.full(2, 256, np.float32), np.zeros(2, np.float32))
+        self.spec = dataclasses.replace(self.spec, normalizer=Normalizer({"action": half}), robots=robots)
+
+    def sample(self, params, batch, use, noise):
+        made = super().sample(params, batch, use, noise)
+        return made if use == "forward" else {"action": made["action"] + 1 - batch["obs/agent_pos"][:, -1:] / 256}
+
+
+@pytest.mark.slow
+def test_relative_actions_are_taken_as_the_simulator_has_them():
+    """Two chunks of the loop, and what the film gives the forward mode."""
+
+    def begin(stub):
+        return closed_loop.closed_loop(
+            stub, {}, {}, "pusht", SEEDS[:1], workers=1, each=lambda rounds: itertools.islice(rounds, 2)
+        )[0]
+
+    spec, relative, plain = envs.get("pusht"), begin(Relative()), begin(Stub())
+    assert relative.actions.shape == (16, 2) and relative.actions.std() > 10
+    np.testing.assert_allclose(relative.actions[:8], plain.actions[:8], atol=1e-3)  # pixels
+    np.testing.assert_allclose(relative.actions, plain.actions, atol=0.1)
+    episode = walk()
+    seen = replay(spec.make({"image": (SIZE, SIZE)}), episode)
+    clip = film.imagine(Relative(), {}, {}, episode, seen, execute=8)
+    for i, t in enumerate(clip.steps):
+        expected = (episode.actions[t + 15, 0] - seen["agent_pos"][t, 0]) / 256
+        np.testing.assert_allclose(clip.imagined[i], np.clip(expected, 0, 1), atol=1e-5)
+    assert clip.imagined.max() > 0.1
+    other = Relative()
+    other.spec = dataclasses.replace(
+        other.spec,
+        robots={
+            "robot": RobotActions.from_json(
+                {"parts": [{"columns": "a", "transform": "relative:pose", "width": 6}], "states": {"pose": 6}}
+            )
+        },
+    )
+    with pytest.raises(UserError, match=r"pose \(6 numbers\): pusht has (.|\n)*6 numbers of action: pusht takes 2"):
+        closed_loop.check_fits(spec, other)
 
 
 def walk(steps: int = 45) -> EpisodeResult:

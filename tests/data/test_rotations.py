@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from tests.data.rotation_case import by_scipy, special_rotations
 from uwm_jax.data.rotations import ROTATIONS, rot6d_to_xyz_euler, xyz_euler_to_rot6d
 
 
@@ -61,62 +62,13 @@ def test_extrinsic_angles_rebuild_the_rotation_from_the_fixed_axes() -> None:
     np.testing.assert_allclose(np.concatenate([r[0], r[1]]), rot6d[3:], atol=1e-5)
 
 
-def _scipy(name: str, x: np.ndarray) -> Rotation:
-    """The same rotations by scipy, an independent implementation."""
-    if name == "rot6d":
-        rows = x.reshape(-1, 2, 3)
-        return Rotation.from_matrix(np.concatenate([rows, np.cross(rows[:, :1], rows[:, 1:])], axis=1))
-    return {
-        "euler": lambda: Rotation.from_euler("XYZ", x),
-        "rpy": lambda: Rotation.from_euler("xyz", x),
-        "axis_angle": lambda: Rotation.from_rotvec(x),
-        "quaternion_xyzw": lambda: Rotation.from_quat(x),
-        "quaternion_wxyz": lambda: Rotation.from_quat(x, scalar_first=True),
-    }[name]()
-
-
-def _as(name: str, r: Rotation) -> np.ndarray:
-    return {
-        "euler": lambda: r.as_euler("XYZ"),
-        "rpy": lambda: r.as_euler("xyz"),
-        "axis_angle": r.as_rotvec,
-        "quaternion_xyzw": r.as_quat,
-        "quaternion_wxyz": lambda: r.as_quat(scalar_first=True),
-        "rot6d": lambda: r.as_matrix()[:, :2].reshape(-1, 6),
-    }[name]()
-
-
-def special_rotations(name: str) -> np.ndarray:
-    """(n, width) random rotations, and those at which a representation is ambiguous or loses precision: no turn, turns
-    by pi about every axis, angles of +-pi, a locked gimbal at b = +-pi/2 and close to it, q and -q."""
-    rng = np.random.default_rng(0)
-    tiny = [0.0, 1e-9, 1e-7, 1e-4]
-    angles = [rng.uniform(-np.pi, np.pi, (200, 3))]
-    angles += [[[a, b, c]] for a in (-np.pi, -0.3, 0.0, np.pi) for b in (0.0, np.pi, -np.pi) for c in (-np.pi, 2.0)]
-    angles += [
-        [[a, s * (np.pi / 2 - e), c]] for a in (0.0, 0.4, np.pi) for s in (1, -1) for e in tiny for c in (0, 0.3)
-    ]
-    axes = np.concatenate([rng.normal(size=(30, 3)), np.eye(3), -np.eye(3), [[1, 1, 0], [0, -1, 1]]])
-    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
-    turns = [axes * (np.pi - e) for e in tiny] + [axes * e for e in tiny]
-    if name in ("euler", "rpy"):
-        return np.concatenate([np.concatenate(angles), _as(name, Rotation.from_rotvec(np.concatenate(turns)))])
-    every = Rotation.concatenate(
-        [Rotation.from_euler("XYZ", np.concatenate(angles)), *map(Rotation.from_rotvec, turns)]
-    )
-    x = _as(name, every)
-    if name == "axis_angle":
-        return np.concatenate([x, np.concatenate(turns), 5 * axes])  # beyond pi too
-    return np.concatenate([x, -x, 0.1 * x]) if name.startswith("quaternion") else x
-
-
 @pytest.mark.filterwarnings("ignore:Gimbal lock")
 @pytest.mark.parametrize("name", sorted(ROTATIONS))
 def test_every_representation_means_the_rotation_that_scipy_says(name: str) -> None:
     x, kind = special_rotations(name), ROTATIONS[name]
     r = kind.to_matrix(x)
     assert r.shape == (len(x), 3, 3) and r.dtype == np.float64 and x.shape[1] == kind.width
-    np.testing.assert_allclose(r, _scipy(name, x).as_matrix(), atol=1e-14)
+    np.testing.assert_allclose(r, by_scipy(name, x).as_matrix(), atol=1e-14)
     np.testing.assert_allclose(kind.to_matrix(x.reshape(2, -1, kind.width)).reshape(-1, 3, 3), r, atol=1e-15)
 
 
@@ -130,7 +82,7 @@ def test_a_matrix_comes_back_as_the_same_rotation(name: str, rounded: bool) -> N
     given = ROTATIONS["rot6d"].to_matrix(r[:, :2].reshape(-1, 6).astype(np.float32)) if rounded else r
     found = kind.from_matrix(given)
     assert found.shape == (len(r), kind.width)
-    apart = (_scipy(name, found).inv() * Rotation.from_matrix(r)).magnitude()
+    apart = (by_scipy(name, found).inv() * Rotation.from_matrix(r)).magnitude()
     assert apart.max() < (3e-7 if rounded else 3e-15)
     if name.startswith("quaternion"):
         assert (found[:, 3 if name.endswith("w") else 0] >= 0).all()

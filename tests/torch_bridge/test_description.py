@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from uwm_jax import config as config_lib
@@ -22,6 +23,15 @@ def _description() -> dict[str, Any]:
         "low_dim": {"state": 7},
         "shapes": {"action": [16, 2]},
         "text_dim": 0,
+        "robots": {
+            "arm": {
+                "parts": [
+                    {"columns": "action[:1]", "transform": "gripper_scaled:-1:15", "width": 1},
+                    {"columns": "action[1:]", "transform": "relative:state[5:6]:position", "width": 1},
+                ],
+                "states": {"state": 7},
+            }
+        },
         "normalizers": {"action": {"scale": [0.5, 2.0], "offset": [1.0, 0.0]}},
         "step": 20,
         "parameters": "average",
@@ -35,6 +45,13 @@ def test_a_description_is_read(tmp_path: Path) -> None:
     spec = found.spec
     assert (spec.cameras, spec.low_dim, spec.action_dim) == ({"front": (45, 80)}, {"state": 7}, 2)
     assert spec.normalizer.entries["action"][0].tolist() == [0.5, 2.0]
+    (robot,) = spec.robots.values()
+    made = robot.to_robot(np.array([[0.25, 0.5]]), {"state": np.arange(7.0)})
+    np.testing.assert_array_equal(made, [[3, 5.5]])
+    old = _description()
+    del old["robots"]
+    (tmp_path / "model.json").write_text(json.dumps(old))
+    assert description.read(tmp_path / "model.json", "--official-config").spec.robots == {}
 
 
 INFINITE = float("inf")
@@ -51,6 +68,13 @@ INFINITE = float("inf")
         (("text_dim",), [-1, 1.5, True, None, INFINITE, 10**400]),
         (("normalizers", "action", "scale", 0), [None, "x", INFINITE, 10**400, {}]),
         (("normalizers", "action"), [3, None, {"scale": [1.0]}]),
+        (("robots",), [3, None, {"arm": 3}, {"arm": {}}]),
+        (("robots", "arm", "parts"), [3, None, [3], [], [{}]]),
+        (("robots", "arm", "parts", 0, "transform"), ["none", "xyz_rpy_to_rot6d", None, 3, "gripper_scaled:1:1"]),
+        (("robots", "arm", "parts", 0, "columns"), ["a[", None]),
+        (("robots", "arm", "parts", 1, "transform"), ["relative:other:position", "relative:state:position"]),
+        (("robots", "arm", "parts", 1, "width"), [0, -1, "x", None, INFINITE, 2]),
+        (("robots", "arm", "states"), [{}, None, {"state": 3}, {"state": "x"}]),
         (("step",), [-1, 1.5, True, "20", None, INFINITE, 10**400]),
         (("parameters",), ["other", None, [1], 3]),
     ],

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from uwm_jax.data.transforms import Columns, Transform, get_transform
+from uwm_jax.errors import UserError
 
 
 class Part(NamedTuple):
@@ -80,11 +81,20 @@ class RobotActions:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> RobotActions:
-        parts = [
-            Part(Columns.parse(part["columns"]), get_transform(part["transform"]), int(part["width"]))
-            for part in stored["parts"]
-        ]
-        return cls(tuple(parts), {str(key): int(width) for key, width in stored["states"].items()})
+        """As `to_json` wrote it; raises ValueError for parts that do not fit together."""
+        states = {str(key): int(width) for key, width in stored["states"].items()}
+        parts = []
+        try:
+            for entry in stored["parts"]:
+                part = Part(Columns.parse(entry["columns"]), get_transform(entry["transform"]), int(entry["width"]))
+                if part.out_dim < 1:
+                    raise ValueError(f"a part of an action should have 1 number or more, found {part.in_dim}")
+                if state := part.transform.state:
+                    part.transform.check_state(part.in_dim, state.width(states[state.key]))
+                parts.append(part)
+        except UserError as e:
+            raise ValueError(str(e)) from e
+        return cls(tuple(parts), states)
 
 
 def _split(actions: np.ndarray, widths: list[int]) -> list[np.ndarray]:

@@ -53,11 +53,6 @@ class WindowSpec:
     def next_obs(self) -> tuple[int, ...]:
         return self.groups.get("next_obs", ())
 
-    @property
-    def present(self) -> int:
-        """Index of the newest observed step, which relative actions refer to."""
-        return max(self.obs)
-
     def describe(self) -> str:
         """`19 steps of an episode: 2 frames of each camera that are seen, a chunk of 16 actions, and 2 later frames`,
         for people."""

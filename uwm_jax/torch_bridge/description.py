@@ -87,6 +87,9 @@ def _check(spec: DataSpec, stored: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} should be an integer from 0 on, found {stored[name]!r:.60}")
     if stored["parameters"] not in _PARAMETERS:
         raise ValueError(f"parameters should be {' or '.join(_PARAMETERS)}, found {stored['parameters']!r:.60}")
+    for source, robot in spec.robots.items():
+        if robot.model_width != spec.action_dim:
+            raise ValueError(f"the robot's actions of {source} make {robot.model_width} numbers, not {spec.action_dim}")
     for key, pair in spec.normalizer.entries.items():
         if not all(np.isfinite(part).all() for part in pair):
             raise ValueError(f"the normaliser of {key} holds values that are not finite")
