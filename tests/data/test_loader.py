@@ -164,7 +164,10 @@ def test_the_spec(config: ConfigDict) -> None:
         action_dim=17,
         text_dim=300,
         normalizer=loader.data.spec.normalizer,
+        robots=loader.data.spec.robots,
     )
+    robot = loader.data.spec.robot()
+    assert robot is not None and [part.in_dim for part in robot.parts] == [6, 1, 7] and not robot.states
     assert set(loader.data.spec.normalizer.entries) == {"action", "state", "gripper"}
     assert f"6 episodes, {sum(LENGTHS)} steps" in loader.data.summary()
 

@@ -145,7 +145,7 @@ def test_the_spec_keeps_the_robot(config: ConfigDict) -> None:
     again = DataSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert again.robots.keys() == spec.robots.keys() and again.to_json() == spec.to_json()
     one, other = spec.robot(), again.robot()
-    assert one.is_like(other) and dict(one.states) == {POSE: 6} and one.width == 7
+    assert one == other and one.is_like(other) and dict(one.states) == {POSE: 6} and one.width == 7
     rng = np.random.default_rng(0)
     actions, states = rng.normal(size=(2, 3, 10)), {POSE: rng.normal(size=(2, 6))}
     np.testing.assert_array_equal(one.to_robot(actions, states), other.to_robot(actions, states))

@@ -115,8 +115,8 @@ class Transform:
     """
 
     name: str
-    forward: _Map
-    backward: _Map
+    forward: _Map = dataclasses.field(compare=False)
+    backward: _Map = dataclasses.field(compare=False)
     in_dim: int | None = None
     out_dim: int | None = None
     state: Columns | None = None
