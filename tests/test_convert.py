@@ -342,7 +342,7 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
         7,
         Normalizer({"action": pair}),
         {"b": "rows"},
-        {name: RobotActions.from_json(robot) for name, robot in robots.items()},
+        robots={name: RobotActions.from_json(robot) for name, robot in robots.items()},
     )
     system = UWM(config, spec, PCACodec(patch=8, channels=5))
     params = jax.jit(system.init)(jax.random.key(0))
