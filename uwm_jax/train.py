@@ -221,7 +221,7 @@ def run(
 
     # --- Loop (`runs.loop`), and what it writes (`runs.records`). ----------------------------------
     start_step = stored.step if stored else 0
-    assets = checkpoint_lib.make_assets(config, data.spec, dataset=data.manifest(), **past)
+    assets = checkpoint_lib.make_assets(config, data.spec, dataset=data.manifest(), used=data.used(), **past)
     mfu = Mfu(system, list(mesh.devices.flat))
     log = MetricsLog(workdir, start_step, writes=distributed.is_main())
     batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch, data.waits_for)

@@ -15,6 +15,7 @@ from uwm_jax.config import base, source
 from uwm_jax.data.choices import keys_of, pick
 from uwm_jax.data.order import mix
 from uwm_jax.data.samples import cover
+from uwm_jax.data.sources import keys_read
 from uwm_jax.errors import UserError
 
 made, config, open_loader, take = case.made, case.config, case.open_loader, case.take
@@ -77,6 +78,13 @@ def test_a_source_has_choices_of_its_own(config: ConfigDict) -> None:
     loader = open_loader(config)
     keys = {name: s.samples.camera_keys["any"] for name, s in loader.data.sources.items()}
     assert keys == {"a": "observation/exterior", "b": "observation/wrist"}
+    assert keys_read(config)["cameras"] == {
+        "data.cameras": ["exterior", "wrist"],
+        "data.sources.b.cameras": ["wrist", "wrist"],
+    }
+    del config.sources["b"]
+    config.sources.a.choices = ConfigDict()
+    assert keys_read(config)["cameras"] == {"data.cameras": ["wrist or exterior", "wrist"]}
     config.sources.a.choices = {"any": ("exterior", "front")}
     with pytest.raises(UserError, match="no camera 'front'; it has: observation/exterior, observation/wrist"):
         open_loader(config)
@@ -122,7 +130,7 @@ def test_choices_are_config_fields_by_name() -> None:
         config_lib.validate(c)
     help_lines = config_help.describe("", [("data.cameras", "exterior"), ("data.choices.exterior", "a,b")])
     at = help_lines.index("  data.choices.exterior = ('a', 'b')")
-    assert "drawn for each sample" in help_lines[at + 1]
+    assert "drawn for each sample" in " ".join(map(str.strip, help_lines[at + 1 : at + 3]))
     assert "  data.sources.NAME.choices = {}" in help_lines
     with pytest.raises(UserError, match=r"--config\.data\.choices\.a\.b: there is no such field"):
         config_lib.apply_overrides(c, [("data.choices.a.b", "c")])

@@ -206,6 +206,9 @@ def test_a_run_sees_only_windows_within_the_limits(made, config: ConfigDict, tmp
     states = np.stack([made[1][e]["steps"][t]["observation"]["state"] for e, t in sorted(seen)])
     np.testing.assert_array_equal(of_run.stats()["state"]["max"], states.max(axis=0))
     text = loader.data.summary()
+    (used,) = loader.data.used().values()
+    assert used.startswith(f"{len(of_run.windows)} training windows in {of_run.windows.num_episodes} episodes, 2 epi")
+    assert "; ".join(of_run.left_out()) in text and used.endswith("; ".join(of_run.left_out()))
     assert f"{len(of_run.windows)} of {of_run.windows.total} (" in text
     assert "left out by the ranges of kept.json, in which their present frame does not lie" in text
     assert "left out by action beyond 2.5 (at " in text and "1 of 6 episodes are not in it and have no windows" in text

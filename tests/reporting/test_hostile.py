@@ -78,7 +78,8 @@ def poisoned(make_run, tmp_path, monkeypatch):
 
     def with_manifest(*args, **kwargs) -> Run:
         run = read(*args, **kwargs)
-        return dataclasses.replace(run, manifests={f"source{EVIL}": manifest}, code_version=f"code{EVIL}")
+        used, code = {f"source{EVIL}": f"used{EVIL}"}, f"code{EVIL}"
+        return dataclasses.replace(run, manifests={f"source{EVIL}": manifest}, used=used, code_version=code)
 
     monkeypatch.setattr(Run, "read", with_manifest)
     return runs
@@ -94,7 +95,7 @@ def assert_harmless(page, source: str, words: tuple[str, ...]) -> None:
 
 def test_a_page_of_hostile_files_is_text(poisoned, parse):
     source = run_page.write(poisoned[0]).read_text()
-    words = ("path0", "vae0", "field", "value", "source", "name", "version", "camera", "split", "code", "pusht")
+    words = ("path0", "vae0", "field", "value", "source", "name", "version", "camera", "split", "code", "used", "pusht")
     words += ("steps", "first", "hidden", "trailing", "title", "below", "row", "caption", "mark", "setting", "set")
     page = parse(source)
     assert_harmless(page, source, words)

@@ -91,6 +91,12 @@ class RunData:
             return self._robots[0].dataset.manifest
         return {name: source.dataset.manifest for name, source in self.sources.items()}
 
+    def used(self) -> dict[str, str]:
+        """What each source is trained on, with counts of what its conditions leave out, for a checkpoint's assets; its
+        name is as in `manifest`, "" of the only dataset."""
+        names = list(self.sources) if self.config.sources else [""]
+        return {name: source.used() for name, source in zip(names, self.sources.values(), strict=True)}
+
     def summary(self) -> str:
         """A line about each source, for people."""
         action = f"action {self.spec.action_dim}-d" if self.spec.window.action else "no action"

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from uwm_jax.data import fields as fields_lib
+from uwm_jax.data.choices import keys_of
 from uwm_jax.data.limits import StepRanges, action_key, find_limits
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import StreamOrder, mix
@@ -190,6 +191,14 @@ class Source:
         indices = (window.action if name == "action" else window.obs) or (0,)
         return self.windows.steps_held(indices, lengths, dataset.episode_starts, int(dataset.episode_lengths.sum()))
 
+    def used(self) -> str:
+        """For people, what is trained on and held out of it, and how much each rule leaves out."""
+        windows = (
+            f"{len(self.windows)} training windows in {self.windows.num_episodes} episodes, {len(self.held_out)} "
+            "episodes held out"
+        )
+        return "; ".join([*self.selection.counts, windows, *self.left_out()])
+
     def left_out(self) -> list[str]:
         """For people, how many training windows each limit leaves out, and what did not fit its file."""
         counts = [f"{count} are left out by {name}" for name, count in self.windows.left_out.items()]
@@ -251,7 +260,7 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
 def keys_read(config: Any) -> dict[str, dict[str, Any]]:
     """{"cameras" and "action": {config field: keys}} of all sources with actions, or of the run without sources.
 
-    Cameras are in the order of the views. `config` is `config.data`.
+    Cameras are in the order of the views; of a choice all of its keys are told. `config` is `config.data`.
     """
     sources = {f"data.sources.{name}": s for name, s in config.sources.items() if s.use_actions} or {"data": config}
     found: dict[str, dict[str, Any]] = {"cameras": {}, "action": {}}
@@ -260,6 +269,7 @@ def keys_read(config: Any) -> dict[str, dict[str, Any]]:
             keys = source[kind] or config[kind]
             if kind == "cameras":
                 keys = [key for _, key in sorted(zip(config.cameras, keys, strict=True))]
+                keys = [" or ".join(keys_of(key, config.choices, source.choices)) for key in keys]
             fields[f"{where if source[kind] else 'data'}.{kind}"] = keys
     return found
 

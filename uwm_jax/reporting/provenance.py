@@ -170,7 +170,7 @@ def _command(record: Mapping[str, Any]) -> str:
 
 
 def _data(run: Run) -> Html:
-    """The datasets of the run's checkpoints, by their manifests."""
+    """The datasets of the run's checkpoints, by their manifests, and what of them was trained on."""
     rows = []
     for source, manifest in run.manifests.items():
         splits = "; ".join(
@@ -180,6 +180,6 @@ def _data(run: Run) -> Html:
         cameras = ", ".join(f"{name} {c['height']}x{c['width']}" for name, c in manifest["cameras"].items())
         digests = ", ".join(s["sha256"][:12] for split in manifest["splits"].values() for s in split["shards"][:4])
         name = f"{manifest['name']} {manifest['version']}"
-        rows.append([source or run.config.data.path, name, splits, cameras, digests])
-    heads = ["source", "dataset", "splits", "cameras", "SHA-256 of the first shards"]
+        rows.append([source or run.config.data.path, name, splits, run.used.get(source, ""), cameras, digests])
+    heads = ["source", "dataset", "splits", "trained on", "cameras", "SHA-256 of the first shards"]
     return fill("<p>Data:</p>{}", table(heads, rows, "datasets")) if rows else NOTHING

@@ -120,6 +120,7 @@ class Run:
       others: results with a name of their own: of other data, another config or other parameters than the run's, or of
         other seeds, simulators or samplers than the step's first.
       code_version, manifests: of the newest checkpoint, {source or "": manifest}; "" and {} where there is none.
+      used: {source or "": what of it was trained on, with counts}, of the newest checkpoint; older ones do not tell.
       branched_from: checkpoints of other runs, DIR@STEP, that it went on from, the oldest first.
     """
 
@@ -139,6 +140,7 @@ class Run:
     others: list[Result]
     code_version: str
     manifests: dict[str, dict[str, Any]]
+    used: dict[str, str]
     branched_from: list[str]
 
     @classmethod
@@ -185,6 +187,7 @@ class Run:
             others=[r for of_kind in found.values() for r in of_kind if r.name],
             code_version=assets.get("code_version", ""),
             manifests={"": manifest} if "splits" in manifest else manifest,
+            used=assets.get("used", {}),
             branched_from=assets.get("branched_from", []),
         )
 

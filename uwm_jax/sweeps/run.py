@@ -296,7 +296,9 @@ def run_group(
             frozen,
             codec_arrays=codec_store.checkpointed(codec, frozen),
             position=loader.state,
-            assets=checkpoint_lib.make_assets(place.config, data.spec, dataset=data.manifest(), **past),
+            assets=checkpoint_lib.make_assets(
+                place.config, data.spec, dataset=data.manifest(), used=data.used(), **past
+            ),
             mfu=mfu,
             watch=watch,
         )
