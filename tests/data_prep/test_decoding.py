@@ -180,3 +180,17 @@ def test_pixels_that_are_not_square(tmp_path: Path) -> None:
 def test_ten_bits_and_odd_sizes(tmp_path: Path, pixels: str, codec: str, size: tuple[int, int]) -> None:
     write_clip(tmp_path / "a.mp4", range(4), codec=codec, pixels=pixels, size=size)
     assert [number for _, number in read(tmp_path / "a.mp4")] == list(range(4))
+
+
+def test_time_stamps_that_do_not_increase(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mkv", range(8), codec="mpeg4")
+    with av.open(str(tmp_path / "a.mkv")) as source, av.open(str(tmp_path / "b.mkv"), "w") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.pts = packet.dts = min(packet.dts, 300)  # B frames at their place in the file
+                packet.stream = stream
+                copy.mux(packet)
+    with pytest.raises(VideoError, match=r"b\.mkv: frame 3 at 0\.1000 s, the last at 0\.3000 s") as raised:
+        read(tmp_path / "b.mkv")
+    assert raised.value.reason == "time stamps do not increase"
