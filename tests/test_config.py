@@ -83,7 +83,12 @@ def test_stored_config_comes_back_equal(path, tmp_path):
         (("optimizer.schedule", "wsd"), "config.optimizer.decay_steps: expected the number of steps, at least 1"),
         (("accumulation_steps", "5"), "does not divide"),
         (("mesh.data", "0"), "-1 for all"),
-        (("data.action", "3"), "pairs (step key, transform) such as (('action', 'identity'),), found (3,)"),
+        (
+            ("data.action", "3"),
+            "such as (('action', 'identity'),), or the name of a preset, bridge, droid, libero; found",
+        ),
+        (("data.action", "(('action','rot6'),)"), "config.data.action: no transform 'rot6'; there are identity"),
+        (("data.action", "(('action[6]','identity'),)"), "expected a step key, or columns of it such as 'action[:6]'"),
         (("data.action", "ab"), "pairs (step key, transform)"),
         (("data.action", "('action','identity')"), "such as (('action', 'identity'),)"),
         (("data.action", "()"), "at least one pair"),
@@ -184,6 +189,25 @@ def test_lists_in_a_file_are_stored_as_they_come_back(tmp_path):
     )
     config = config_lib.load(str(file))
     assert config_lib.from_json(config_lib.to_json(config), "there") == config
+
+
+def test_actions_have_presets_by_name_and_relative_ones_a_present_step(path, tmp_path):
+    config = config_lib.load(path, [("data.action", "bridge")])
+    assert config.data.action == config_lib.preset("bridge")
+    config.data.sources.arm = config_lib.source(action=(("action", "relative:pose"),), path="arm")
+    config_lib.apply_overrides(config, [("data.sources.arm.action", "libero")])
+    assert config.data.sources.arm.action == config_lib.preset("libero")
+    config.data.sources.arm.action = (("action", "gripper_scaled:1"),)
+    with pytest.raises(UserError, match="config.data.sources.arm.action: expected 'gripper_scaled:LOW:HIGH'"):
+        config_lib.validate(config)
+    config.data.sources.arm.action = (("action", "relative:pose"),)
+    config_lib.validate(config)
+    config.data.window.obs = ()
+    with pytest.raises(UserError, match="config.data.action: relative:pose refers to the present step, the last of"):
+        config_lib.validate(config)
+    relative = [("data.action", "(('action','relative:agent_pos:position'),)"), ("data.cameras", "image")]
+    with pytest.raises(UserError, match="config.eval.action_plane draws positions, but .* relative to the present"):
+        config_lib.load(path, [*relative, ("eval.action_plane", "('image',0,1,0,1)")])
 
 
 def test_sources_are_checked_and_survive_storage():

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config_checks, systems
 from uwm_jax.data.fields import data_fields
 from uwm_jax.data.fields import source as source
+from uwm_jax.data.transforms import PRESETS
 from uwm_jax.data.transforms import preset as preset
 from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import local_path
@@ -262,6 +263,8 @@ def _parse(config: ConfigDict, name: str, text: str, like: Any) -> Any:
         if isinstance(like, float):
             return float(text)
         if isinstance(like, tuple):
+            if config_checks.is_action(name) and text in PRESETS:
+                return preset(text)
             parts = tuple(part.strip() for part in text.split(",") if part.strip())
             if config_checks.is_list_of_texts(name) and not text.lstrip().startswith(("(", "[", "'", '"')):
                 return parts

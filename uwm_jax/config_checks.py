@@ -66,6 +66,11 @@ def lacks_env(config: ConfigDict, evaluator: str) -> bool:
     return config.eval[evaluator].get("env") == ""
 
 
+def is_action(name: str) -> bool:
+    """Whether a field lists the parts of an action, so that `bridge` on the command line is the preset of this name."""
+    return matches(name, _PAIRS)
+
+
 def is_list_of_texts(name: str) -> bool:
     """Whether the elements of a list field are strings, so that `2` on the command line means "2"."""
     return matches(name, _TEXTS + _CONDITIONS)
@@ -112,7 +117,7 @@ def _check_elements(name: str, value: tuple[Any, ...]) -> None:
         if not all(_is_pair(v) for v in value):
             raise UserError(
                 f"config.{name}: expected pairs (step key, transform) such as (('action', 'identity'),), "
-                f"found {value!r}. A config file may take them from uwm_jax.config.preset('bridge')."
+                f"or the name of a preset, {', '.join(transforms.PRESETS)}; found {value!r}."
             )
         transforms.parse(value, f"config.{name}")
     elif matches(name, _BOUNDS):
@@ -236,6 +241,11 @@ def _check_combinations(c: ConfigDict) -> None:
         "which a checkpoint is saved can be kept.",
     )
     plane = c.eval.action_plane
+    check(
+        not plane or not d.action or transforms.parse(d.action)[0][1].state is None,
+        f"config.eval.action_plane draws positions, but the first numbers of config.data.action={d.action} are relative "
+        "to the present step. Set it to ().",
+    )
     if plane and plane[0] not in d.cameras:
         raise UserError(
             f"config.eval.action_plane names the camera {plane[0]!r}, which is not one of "

@@ -49,6 +49,15 @@ def test_what_is_missing_is_asked_for_by_name(tmp_path):
     assert (spec.text_dim, spec.action_dim) == (512, 4)
 
 
+def test_columns_and_relative_actions_have_the_widths_of_their_transforms() -> None:
+    c = config_lib.load(DROID, [("data.action", "bridge")])
+    assert sizes.of_data(c, DROID, ["action=7"]).spec.action_dim == 10
+    c.data.action = (("action[:6]", "relative:cartesian_position:rpy"), ("action", "identity"))
+    assert sizes.of_data(c, DROID, ["action=7"]).spec.action_dim == 16
+    with pytest.raises(UserError, match=r"action\[:6\] takes columns that 'action', of 5 numbers, does not have"):
+        sizes.of_data(c, DROID, ["action=5"])
+
+
 def test_a_choice_has_the_size_of_its_first_key() -> None:
     c = config_lib.load(DROID)
     c.data.cameras = ("exterior", "wrist_image_left")
