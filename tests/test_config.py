@@ -194,7 +194,7 @@ def test_lists_in_a_file_are_stored_as_they_come_back(tmp_path):
 def test_actions_have_presets_by_name_and_relative_ones_a_present_step(path, tmp_path):
     config = config_lib.load(path, [("data.action", "bridge")])
     assert config.data.action == config_lib.preset("bridge")
-    config.data.sources.arm = config_lib.source(action=(("action", "relative:pose"),), path="arm")
+    config.data.sources.arm = config_lib.source(action=(("action", "relative:pose"),))
     config_lib.apply_overrides(config, [("data.sources.arm.action", "libero")])
     assert config.data.sources.arm.action == config_lib.preset("libero")
     config.data.sources.arm.action = (("action", "gripper_scaled:1"),)

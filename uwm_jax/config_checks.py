@@ -243,8 +243,8 @@ def _check_combinations(c: ConfigDict) -> None:
     plane = c.eval.action_plane
     check(
         not plane or not d.action or transforms.parse(d.action)[0][1].state is None,
-        f"config.eval.action_plane draws positions, but the first numbers of config.data.action={d.action} are relative "
-        "to the present step. Set it to ().",
+        f"config.eval.action_plane draws positions, but the first numbers of config.data.action={d.action} are relative"
+        " to the present step. Set it to ().",
     )
     if plane and plane[0] not in d.cameras:
         raise UserError(
