@@ -20,6 +20,7 @@ from uwm_jax.codecs import PCACodec, PixelsCodec, fit_pca
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.robot import RobotActions
 from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.text_table import TextEncoder
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import inference
@@ -343,6 +344,7 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
         Normalizer({"action": pair}),
         {"b": "rows"},
         robots={name: RobotActions.from_json(robot) for name, robot in robots.items()},
+        text_encoder=TextEncoder("owner/clip", "a" * 64),
     )
     system = UWM(config, spec, PCACodec(patch=8, channels=5))
     params = jax.jit(system.init)(jax.random.key(0))
@@ -364,6 +366,7 @@ def test_a_run_with_pca_low_dim_and_text_is_exported(tmp_path: Path, capsys: pyt
     assert described["cameras"] == {"a": [32, 32], "b": [40, 30]}
     assert (described["low_dim"], described["text_dim"]) == ({"state": 3}, 7)
     assert described["flip"] == {"b": "rows"}
+    assert described["text_encoder"] == {"name": "owner/clip", "sha256": "a" * 64}
     assert described["diffusion"]["prediction"] == {"action": "sample", "next_obs": "sample"}
     assert np.array_equal(np.float32(described["normalizers"]["action"]["offset"]), pair[1])
     assert described["robots"] == robots

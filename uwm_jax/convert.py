@@ -241,6 +241,7 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
         "flip": {key: spec.flip[key] for key in sorted(spec.flip)},  # how the robot's pictures become the model's
         "low_dim": {key: spec.low_dim[key] for key in sorted(spec.low_dim)},
         "text_dim": spec.text_dim,
+        **({"text_encoder": spec.text_encoder.to_json()} if spec.text_encoder else {}),
         "window": {name: list(c.data.window[name]) for name in ("obs", "action", "next_obs")},
         "shapes": {"action": [len(c.data.window.action), spec.action_dim]},
         # raw = normalised * scale + offset; an absent key is the identity

@@ -84,3 +84,33 @@ def test_what_is_no_clip_text_encoder_is_refused(encoder: Path, copy: Path, tmp_
         clip_text.ClipText(str(copy))
     with pytest.raises(UserError, match="there is no such folder"):
         clip_text.ClipText(str(tmp_path / "nowhere"))
+
+
+def test_a_hub_name_is_fetched_file_by_file_and_is_the_same_encoder(
+    encoder: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo: str, file: str, subfolder: str | None, revision: str | None) -> str:
+        asked.append((repo, file, subfolder, revision))
+        if not (copy / file).exists():
+            raise huggingface_hub.errors.EntryNotFoundError(f"404: no {file}")
+        return str(copy / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert clip_text.fingerprint("owner/clip@main/text") == clip_text.fingerprint(str(encoder))
+    files = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]
+    assert asked == [("owner/clip", file, "text", "main") for file in files]
+    np.testing.assert_array_equal(
+        clip_text.embed("owner/clip", ["push"]),
+        clip_text.embed(str(encoder), ["push"], clip_text.fingerprint(str(copy))),
+    )
+    with pytest.raises(UserError, match=r"expected the text encoder of sha256 0000, found [0-9a-f]{64}"):
+        clip_text.embed("owner/clip", ["push"], "0000")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"CLIP text encoder \(pytorch_model.bin\) could not be fetched from the Hugging"
+    ):
+        clip_text.fingerprint("owner/clip")

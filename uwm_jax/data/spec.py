@@ -160,8 +160,9 @@ class DataSpec:
         if mine and other and mine.sha256 != other.sha256:
             raise UserError(
                 f"the text embeddings of {where} are by another encoder than those of {ours}: expected {mine}, found "
-                f"{other}. Embed the strings with that encoder: python -m data_prep.text --dataset=DIR "
-                f"--encoder={mine.name} --name=ANOTHER, and set config.data.text_table to the name."
+                f"{other}. Embed the strings with the expected one, under the same name: python -m data_prep.text "
+                f"--dataset=DIR --encoder={mine.name} --overwrite; or under another --name, which a new run reads by "
+                "config.data.text_table."
             )
 
     def normalized(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def read(path: str | Path, flag: str) -> Described:
                 "low_dim": stored["low_dim"],
                 "action_dim": stored["shapes"]["action"][-1],
                 "text_dim": stored["text_dim"],
+                **{name: stored[name] for name in ("text_encoder",) if name in stored},
                 "normalizer": stored["normalizers"],
                 "flip": stored.get("flip", {}),
                 "robots": stored.get("robots", {}),  # older ones have none
