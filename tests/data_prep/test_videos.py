@@ -174,6 +174,19 @@ def test_a_turned_clip_is_upright(made: tuple[Path, dict[str, str]]) -> None:
     assert red[40, 10] > red[40, 50] + 20 and abs(red[5, 10] - red[5, 50]) < 12
 
 
+def test_the_first_hundred_of_each_reason_are_named(tmp_path: Path) -> None:
+    write_clip(tmp_path / "in" / "good.mp4", range(12))
+    for i in range(104):
+        (tmp_path / "in" / f"empty{i:03d}.mp4").touch()
+    for i in range(3):
+        (tmp_path / "in" / f"text{i}.mp4").write_text("no video")
+    assert run(f"--input={tmp_path}/in", f"--output={tmp_path}/out", "--every=2") == 0
+    split = Dataset(tmp_path / "out").manifest["splits"]["train"]
+    assert split["skipped"] == {"empty file": 104, "video cannot be opened": 3}
+    named = [note.partition(":")[0] for note in split["skipped_notes"]]
+    assert named == [f"empty{i:03d}.mp4" for i in range(100)] + [f"text{i}.mp4" for i in range(3)]
+
+
 def test_what_is_skipped_is_fatal_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_clip(tmp_path / "clips" / "a.mp4", range(10))
     for name in ("b.mp4", "c.mp4"):
@@ -189,6 +202,7 @@ def test_what_is_skipped_is_fatal_when_asked_for(tmp_path: Path, capsys: pytest.
         (["--fps=5", "--every=2"], "one of --fps"),
         ([], "one of --fps"),
         (["--fps=5", "--resize=48"], "--resize: expected H,W"),
+        (["--fps=5", "--resize="], "--resize=H,W is required"),
         (["--fps=0"], "--fps=0: expected a positive number"),
         (["--fps=5", "--cameras=a,b"], "several cameras require --layout"),
         (["--fps=5", "--layout={episode}.mp4"], "expected {camera} once"),
