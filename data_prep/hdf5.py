@@ -39,7 +39,7 @@ def define_flags() -> None:
 def main(call: cli.Call) -> None:
     source, output = cli.required_path("input"), cli.required_path("output")
 
-    options = layout_options.from_flags()
+    options = layout_options.from_flags(call)
 
     def opened() -> Corpus:
         return corpus(

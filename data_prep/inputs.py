@@ -26,7 +26,7 @@ A converter of clips, in short:
                     yield Found(serialize_episode(FEATURES, {"steps/observation/image": frames}), size=size)
 
     def main(call: cli.Call) -> None:
-        options = layout_options.from_flags()
+        options = layout_options.from_flags(call)
         path = cli.required_path("input")
         run(lambda: corpus(path), cli.required_path("output"), options, path)
 

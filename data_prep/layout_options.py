@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from data_prep.codec import check_options
+from uwm_jax import cli
 from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -30,6 +31,7 @@ class Options:
         resize: (height, width) of all cameras, whose images are then encoded again, as JPEG; None: bytes untouched.
         task: (i, n) to do only every n-th task from the i-th on, of 0 to n - 1; None: all, and make the dataset.
         assemble: make the dataset of tasks that are all done.
+        beam: options of the Beam pipeline that does the tasks; None: processes of this one.
     """
 
     chunk_steps: int = 16
@@ -44,6 +46,7 @@ class Options:
     resize: tuple[int, int] | None = None
     task: tuple[int, int] | None = None
     assemble: bool = False
+    beam: tuple[str, ...] | None = None
 
     def check(self) -> None:
         """Raises UserError that names the first option that is invalid for every dataset."""
@@ -54,11 +57,13 @@ class Options:
             raise UserError(f"--task={self.task[0]}/{self.task[1]}: expected I/N with 0 <= I < N, as 0/8 to 7/8.")
         if self.task is not None and self.assemble:
             raise UserError("--task does a share of the tasks, and --assemble follows when all are done: give one.")
+        if self.beam is not None and (self.task is not None or self.assemble):
+            raise UserError("--beam does all tasks and makes the dataset: give neither --task nor --assemble with it.")
 
     @property
     def content(self) -> dict[str, Any]:
         """The flags that change the dataset, as JSON values: a killed job continues only with the same."""
-        how = ("workers", "overwrite", "max_skipped", "task", "assemble")
+        how = ("workers", "overwrite", "max_skipped", "task", "assemble", "beam")
         return {f"--{name}": value for name, value in dataclasses.asdict(self).items() if name not in how}
 
 
@@ -90,10 +95,12 @@ def define_flags(
     flags.DEFINE_string(
         "task", "", "I/N, from 0/N to N-1/N: do this share of the tasks only, for N processes on one or more hosts"
     )
+    flags.DEFINE_bool("beam", False, "do the tasks on an Apache Beam pipeline; options after ` -- ` are the pipeline's")
+    cli.pass_on()
     flags.DEFINE_bool("assemble", Options.assemble, "make the dataset of tasks that --task has done, all of them")
 
 
-def from_flags() -> Options:
+def from_flags(call: cli.Call) -> Options:
     """The settings of the flags of `define_flags`.
 
     Raises:
@@ -101,7 +108,9 @@ def from_flags() -> Options:
     """
     values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Options)}
     values |= {name: size(name, values[name]) for name in ("codec_size", "resize")}
-    return Options(**values | {"task": _share(FLAGS.task)})
+    if call.passed_on and not FLAGS.beam:
+        raise UserError(f"{' '.join(call.passed_on)}: what follows ` -- ` is for Beam. Give --beam, or leave it out.")
+    return Options(**values | {"task": _share(FLAGS.task), "beam": call.passed_on if FLAGS.beam else None})
 
 
 def _share(value: str) -> tuple[int, int] | None:

@@ -30,7 +30,7 @@ def define_flags() -> None:
 
 def main(call: cli.Call) -> None:
     source, output = cli.required_path("input"), cli.required_path("output")
-    run(lambda: corpus(source, FLAGS.split, FLAGS.max_missing_files), output, layout_options.from_flags(), source)
+    run(lambda: corpus(source, FLAGS.split, FLAGS.max_missing_files), output, layout_options.from_flags(call), source)
 
 
 command = cli.command(main, define_flags)

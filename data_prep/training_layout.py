@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import rlds
+from data_prep import on_beam, rlds
 from data_prep.assemble import assemble, check_files
 from data_prep.chunks import EpisodeError, Layout, camera_features, frame_size, plan_layout
 from data_prep.codec import common_size, fit_codec, why_not_fitted
@@ -154,7 +154,10 @@ def _do(jobs: Sequence[Job], corpus: Corpus, options: Options, folder: JobFolder
     if corpus.output_bytes is not None and not options.resize:
         warn_of_space(folder.output, sum(job.input.size for job in left), f"the input {corpus.path}")
     limit = _SkipLimit(options.max_skipped, [corpus.promised(split) for split in corpus.splits])
-    results = run_jobs(present, options.workers or os.cpu_count() or 1, limit.watch)
+    if options.beam is None:
+        results = run_jobs(present, options.workers or os.cpu_count() or 1, limit.watch)
+    else:
+        results = on_beam.run_jobs(present, options.beam, limit.watch)
     return {job.folder: result for job, result in zip(present, results, strict=True)}
 
 

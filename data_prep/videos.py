@@ -82,7 +82,7 @@ def main(call: cli.Call) -> None:
             max_mb=FLAGS.max_mb,
         ),
         output,
-        layout_options.from_flags(),
+        layout_options.from_flags(call),
         source,
     )
 

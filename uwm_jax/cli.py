@@ -55,6 +55,7 @@ DescribeConfig = Callable[[str, list[tuple[str, str]]], list[str]]
 
 _describe_config: DescribeConfig | None = None
 _takes_arguments = False
+_passes_on = False
 
 
 def accept_config_overrides(describe: DescribeConfig) -> None:
@@ -74,12 +75,19 @@ def accept_arguments() -> None:
     _takes_arguments = True
 
 
+def pass_on() -> None:
+    """Called by commands that hand what follows `--` to another program, as `Call.passed_on`; others refuse it."""
+    global _passes_on
+    _passes_on = True
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A command as it was called, besides its flags.
 
     Attributes:
       arguments: the positional arguments.
+      passed_on: what follows `--`, unparsed.
       overrides: the `--config.any.field=value` pairs, in order.
       line: the command as it can be rerun: `("python", "-m", "uwm_jax.train", "--workdir=...")`.
       began: when the process was started, and when its imports were done, on the clock of `time.perf_counter`; None if
@@ -90,6 +98,7 @@ class Call:
     overrides: tuple[tuple[str, str], ...] = ()
     line: tuple[str, ...] = ()
     began: tuple[float, float] | None = None
+    passed_on: tuple[str, ...] = ()
 
     @property
     def changed(self) -> list[str]:
@@ -167,7 +176,7 @@ def call(
         flag names such as --workdir, can be called in one process.
       began: as `Call` has it.
     """
-    global _describe_config, _takes_arguments
+    global _describe_config, _takes_arguments, _passes_on
     before = set(FLAGS)
     try:
         if define_flags:
@@ -177,7 +186,7 @@ def call(
         for name in set(FLAGS) - before:
             delattr(FLAGS, name)
         if define_flags:
-            _describe_config, _takes_arguments = None, False
+            _describe_config, _takes_arguments, _passes_on = None, False, False
 
 
 def _call(main: Main, argv: Sequence[str], own: Set[str], began: tuple[float, float] | None) -> int:
@@ -189,8 +198,9 @@ def _call(main: Main, argv: Sequence[str], own: Set[str], began: tuple[float, fl
             return 0
         module = _module_name(main)
         started = ["-m", module] if module != "__main__" else [argv[0]]  # `python uwm_jax/train.py`
-        arguments, overrides = _parse(argv)
-        main(Call(tuple(arguments), tuple(overrides), ("python", *started, *argv[1:]), began))
+        own_argv, passed_on = _split(argv)
+        arguments, overrides = _parse(own_argv)
+        main(Call(tuple(arguments), tuple(overrides), ("python", *started, *argv[1:]), began, passed_on))
     except Preempted as e:
         _tell(str(e))
         return e.status
@@ -258,6 +268,14 @@ def _module_name(main: Main) -> str:
     """The command's module, `uwm_jax.train`, also when it runs as `__main__`."""
     spec = getattr(main, "__globals__", {}).get("__spec__")
     return spec.name if spec else main.__module__
+
+
+def _split(argv: Sequence[str]) -> tuple[Sequence[str], tuple[str, ...]]:
+    """The command line up to `--`, and what follows it."""
+    if not _passes_on or "--" not in argv:
+        return argv, ()
+    end = argv.index("--")
+    return argv[:end], tuple(argv[end + 1 :])
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.training_layout import reshard
+from data_prep import rlds
+from data_prep.layout_options import Options
+from data_prep.training_layout import build, reshard, summary
 from tests.data import rlds_source
 from uwm_jax.codecs import fit_pca
 from uwm_jax.data.records import Dataset
@@ -314,6 +316,32 @@ def test_what_cannot_be_an_input_is_explained(made, tmp_path: Path) -> None:
     sorted((tmp_path / "partial").glob("toy-train*"))[1].unlink()
     with pytest.raises(UserError, match="1 of 2 files of split 'train' are missing"):
         reshard(tmp_path / "partial", tmp_path / "x")
+
+
+def test_missing_files_are_named_in_the_manifest_where_they_are_allowed(tmp_path: Path) -> None:
+    rlds_source.make(tmp_path / "source", [3, 4, 5, 6])
+    first, second = sorted((tmp_path / "source").glob("toy-train*"))
+    data = second.read_bytes()
+    second.unlink()
+
+    def make(allowed: int) -> dict[str, Any]:
+        options = Options(**OPTIONS, max_skipped=0)
+        made = build(lambda: rlds.corpus(tmp_path / "source", (), allowed), tmp_path / "out", options)
+        assert made is not None
+        return made
+
+    with pytest.raises(UserError, match=r"1 of 2 files .* --max_missing_files=N names them"):
+        make(0)
+    manifest = make(1)
+    info = manifest["splits"]["train"]
+    assert (info["missing_files"], info["episodes"], info["skipped"]) == ([second.name], 2, {})
+    assert f"missing files: {second.name}" in summary(manifest)
+    np.testing.assert_array_equal(Dataset(tmp_path / "out").episode_lengths, [3, 4])
+    second.write_bytes(data)
+    first.unlink()
+    shutil.rmtree(tmp_path / "out")
+    assert make(1)["splits"]["train"]["missing_files"] == [first.name]
+    np.testing.assert_array_equal(Dataset(tmp_path / "out").episode_lengths, [5, 6])
 
 
 @pytest.mark.slow

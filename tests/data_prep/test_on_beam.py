@@ -1,0 +1,103 @@
+"""The tasks of a job on a Beam pipeline, where Beam is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import layout_options, reshard
+from data_prep.episodes import feature_tree, serialize_episode
+from data_prep.features import Feature
+from data_prep.inputs import Corpus, Found, Input
+from data_prep.layout_options import Options
+from data_prep.training_layout import build
+from tests.data_prep.killing import finished_tasks, tree
+from uwm_jax import cli
+from uwm_jax.errors import RunError, UserError
+
+HAS_BEAM = importlib.util.find_spec("apache_beam") is not None
+BEAM = pytest.mark.skipif(
+    not HAS_BEAM, reason="needs Apache Beam: `pip install 'uwm_jax[beam]' pytest` in an environment of its own"
+)
+FEATURES = {"steps/action": Feature((2,), "float32"), "language_instruction": Feature((), "string")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made(Input):
+    """Episodes of a seed; a task that has no seed yet fails."""
+
+    seeds: Path
+
+    def episodes(self) -> Iterator[Found]:
+        rng = np.random.default_rng(int((self.seeds / self.name).read_text()))
+        for length in rng.integers(3, 30, 4):
+            values = {"steps/action": rng.normal(size=(length, 2)), "language_instruction": f"of {self.name}"}
+            yield Found(serialize_episode(FEATURES, values))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    seeds = tmp_path / "seeds"
+    seeds.mkdir()
+    for i in range(5):
+        (seeds / f"input{i}").write_text(str(i))
+    inputs = [Made(name=f"input{i}", size=100, seeds=seeds) for i in range(5)]
+    return Corpus("toy", "1.0.0", seeds, feature_tree(FEATURES), {"train": inputs[:4], "val": inputs[4:]})
+
+
+@BEAM
+def test_a_pipeline_makes_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
+    build(corpus, tmp_path / "plain", Options(workers=1))
+    build(corpus, tmp_path / "beam", Options(beam=()))
+    assert tree(tmp_path / "beam") == tree(tmp_path / "plain")
+
+
+@BEAM
+def test_what_a_failed_pipeline_finished_is_kept(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "seeds" / "input4").unlink()
+    with pytest.raises(RunError, match=r"a task failed on the Beam pipeline: .*input4"):
+        build(corpus, tmp_path / "beam", Options(beam=()))
+    assert not (tmp_path / "beam").exists()
+    done = finished_tasks(tmp_path / "beam")
+    (tmp_path / "seeds" / "input4").write_text("4")
+    build(corpus, tmp_path / "beam", Options(workers=1))
+    build(corpus, tmp_path / "plain", Options(workers=1))
+    assert done <= 4 and tree(tmp_path / "beam") == tree(tmp_path / "plain")
+
+
+@BEAM
+def test_options_that_beam_does_not_know(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Beam refuses its options, '--runner=NoSuchRunner'"):
+        build(corpus, tmp_path / "beam", Options(beam=("--runner=NoSuchRunner",)))
+
+
+@pytest.mark.skipif(HAS_BEAM, reason="Beam is installed here")
+def test_without_beam_the_message_says_how_to_get_it(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Apache Beam is not installed. .*uwm_jax\[beam\]"):
+        build(corpus, tmp_path / "beam", Options(beam=()))
+    assert not list(tmp_path.glob(".beam*"))
+
+
+def test_options_of_the_pipeline_follow_two_dashes(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    found: list[Options] = []
+    monkeypatch.setattr(reshard, "run", lambda corpus, output, options, source: found.append(options))
+
+    def call(*flags: str) -> int:
+        return cli.call(reshard.main, ["reshard", "--input=a", "--output=b", *flags], reshard.define_flags)
+
+    assert call("--beam", "--", "--runner=FlinkRunner", "--x-y") == 0
+    assert call("--beam") == 0 and call() == 0
+    assert [options.beam for options in found] == [("--runner=FlinkRunner", "--x-y"), (), None]
+    assert call("--", "--runner=FlinkRunner") == 2
+    assert "what follows ` -- ` is for Beam" in capsys.readouterr().err
+    assert call("--beam", "--task=0/2") == 0
+    with pytest.raises(UserError, match="neither --task nor --assemble"):
+        found[-1].check()
+    assert call("--task=3") == 2 and "--task=3: expected I/N" in capsys.readouterr().err
+    assert call("--resize=3") == 2 and "--resize: expected H,W" in capsys.readouterr().err
+    assert layout_options.Options() == found[2]
