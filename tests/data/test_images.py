@@ -215,8 +215,25 @@ def test_batch_draw_is_one_for_all_rows_and_differs_between_views():
     assert np.abs(np.asarray(images_[:, 0] - images_[:, 1])).max() > 1e-2
 
 
+def test_given_numbers_decide_the_draws():
+    x = {"a": frames(5, 2, 12, 14), "b": frames(5, 2, 12, 14, seed=1)}
+    given = jnp.stack([jax.random.uniform(key, (2, images.NUMBERS)) for key in keys(5)])
+    fields = {**SIZE, "augment": {**AUGMENT, "draw": "sample"}}
+    found = preprocess(x, x, **fields, numbers=given)
+    expected = preprocess(x, x, **fields, keys=keys(5))
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_augmentation_is_known_to_change_nothing():
+    still = {"random_crop": True, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    assert not images.is_augmented((8, 8), (8, 8), still) and images.is_augmented((8, 9), (8, 8), still)
+    assert images.is_augmented((8, 8), (8, 8), still | {"hue": 0.1})
+
+
 def test_draws_cover_their_ranges():
-    offsets, jitter = images._draw(keys(4000), 1, (8, 9), (6, 6), {**AUGMENT, "hue": 0.1})
+    numbers = images._numbers(keys(4000), 1, "sample")
+    offsets, jitter = images._draw(numbers, (8, 9), (6, 6), {**AUGMENT, "hue": 0.1})
     np.testing.assert_array_equal(np.unique(offsets[..., 0]), [0, 1, 2])
     np.testing.assert_array_equal(np.unique(offsets[..., 1]), [0, 1, 2, 3])
     for name in BLENDS:

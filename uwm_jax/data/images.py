@@ -21,6 +21,7 @@ from uwm_jax.errors import UserError
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision has them
 BLENDS = ("brightness", "contrast", "saturation")
 ORDERS = np.array(list(itertools.permutations(range(len(BLENDS) + 1))))  # of the blends and the hue
+NUMBERS = 2 + len(BLENDS) + 1 + 1  # that decide a draw: crop's row and column, blends, hue, order
 
 Planes = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -47,6 +48,7 @@ def preprocess(
     crop: tuple[int, int],
     augment: Mapping[str, Any] | None = None,
     keys: jax.Array | None = None,
+    numbers: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Images for the encoder and, where there are following frames, for the codec.
 
@@ -59,6 +61,7 @@ def preprocess(
             draw: "sample" = one draw per row and view, "batch" = one per view, from a key that all rows share}.
         keys: (B,) keys of the rows, or None for no augmentation. A row's draw depends on its own key only
             (draw "sample"), and all frames of a row and view, current and following, share it.
+        numbers: (B, V, NUMBERS) float32 in [0, 1) that decide the draws in place of keys, or None.
     Returns:
         current and following images, (B, V, T, h, w, 3) float32 in [0, 1], cameras in sorted order.
     Raises:
@@ -75,10 +78,12 @@ def preprocess(
         camera: current[camera] if following is None else jnp.concatenate([current[camera], following[camera]], 1)
         for camera in cameras
     }
-    if keys is None or augment is None:
+    if numbers is None and keys is not None and augment is not None:
+        numbers = _numbers(keys, len(cameras), augment["draw"])
+    if numbers is None or augment is None:
         offsets, jitter = None, None
     else:
-        offsets, jitter = _draw(keys, len(cameras), resize, crop, augment)
+        offsets, jitter = _draw(numbers, resize, crop, augment)
     views = [
         _resize_and_crop(frames[camera], resize, crop, None if offsets is None else offsets[:, view])
         for view, camera in enumerate(cameras)
@@ -90,16 +95,25 @@ def preprocess(
     return images[:, :, :num_current], None if following is None else images[:, :, num_current:]
 
 
-def _draw(
-    keys: jax.Array, num_views: int, resize: tuple[int, int], crop: tuple[int, int], augment: Mapping[str, Any]
-) -> tuple[jax.Array | None, Jitter]:
-    """Crop offsets (B, V, 2), None for the centre, and jitter with fields (B, V)."""
+def is_augmented(resize: tuple[int, int], crop: tuple[int, int], augment: Mapping[str, Any]) -> bool:
+    """Whether draws of the augmentation can differ at all."""
+    moves = augment["random_crop"] and tuple(crop) != tuple(resize)
+    return bool(moves) or any(augment[name] > 0 for name in (*BLENDS, "hue"))
 
-    if augment["draw"] == "batch":
+
+def _numbers(keys: jax.Array, num_views: int, draw: str) -> jax.Array:
+    """(B, V, NUMBERS) uniform numbers in [0, 1) of the rows' keys (B,)."""
+    if draw == "batch":
         keys = jnp.broadcast_to(keys[:1], keys.shape)
     # one call of the generator: it is what is dear to compile and to run in a draw this small
-    size = (num_views, 2 + len(BLENDS) + 1 + 1)
-    uniform = jnp.moveaxis(jax.vmap(lambda key: jax.random.uniform(key, size))(keys), -1, 0)
+    return jax.vmap(lambda key: jax.random.uniform(key, (num_views, NUMBERS)))(keys)
+
+
+def _draw(
+    numbers: jax.Array, resize: tuple[int, int], crop: tuple[int, int], augment: Mapping[str, Any]
+) -> tuple[jax.Array | None, Jitter]:
+    """Crop offsets (B, V, 2), None for the centre, and jitter with fields (B, V), of numbers (B, V, NUMBERS)."""
+    uniform = jnp.moveaxis(numbers, -1, 0)
 
     def below(u: jax.Array, count: int) -> jax.Array:
         return jnp.minimum((u * count).astype(jnp.int32), count - 1)

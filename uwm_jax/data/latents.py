@@ -1,0 +1,392 @@
+"""Cached latents: those of a frozen codec for the frames of a dataset, as training reads them.
+
+`data_prep.latents` makes one sidecar (`sidecar.py`) for each camera, in `latents/<codec>/<camera>/<split>`. Its files
+are parts: consecutive episodes, whole, at most `MOST_PARTS` of them. A part holds `variants` blocks, one after the
+other, and a block one record for each step of the part's episodes:
+
+    record   the frame's latent, (h, w, C) in the cache's dtype, little-endian; with moments (h, w, 2 C), the mean and
+             then the logarithm of the variance, both in the latents' own units; then CRC-32C, 4 bytes, little-endian
+
+The checksum begins with the cache's own header, so that a record of another cache does not pass for one of this. The
+frames of a window lie next to each other, so that a window takes one read of a few kilobytes for each view. The last
+record of the last part is the latent of a black frame, which views without a camera show.
+
+Variant k of an episode and camera is one draw of crop and jitter, `numbers_of(seed, episode, camera, k)`, the same for
+all frames of the episode; a cache made without augmentation has one variant, the crop in the centre.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from uwm_jax.data.images import BLENDS, NUMBERS, is_augmented
+from uwm_jax.data.order import mix
+from uwm_jax.data.records import Dataset, short_key
+from uwm_jax.data.sidecar import Sidecar, open_sidecar
+from uwm_jax.data.spec import Batch, CachedLatents
+from uwm_jax.data.windows import WindowSpec
+from uwm_jax.errors import UserError
+from uwm_jax.reading import again
+
+KIND = "latents"
+DTYPES = ("float16", "float32")
+MOST_PARTS = 128
+EPISODES_FILE = "episodes.npy"  # of a cache that does not hold all of them
+_CHECKSUM = 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentUse:
+    """What a run reads of its codec's latents.
+
+    Attributes:
+        codec: its name.
+        groups: the window's groups whose frames are read as latents.
+        moments: whether it samples posteriors, which takes their means and variances.
+    """
+
+    codec: str
+    groups: tuple[str, ...]
+    moments: bool
+
+
+def folder(codec: str, camera: str, split: str) -> str:
+    """The folder of a camera's cache in its dataset; `camera` is the step key."""
+    return f"latents/{codec}/{short_key(camera).replace('/', '.')}/{split}"
+
+
+def augmentation(config: Any) -> dict[str, Any] | None:
+    """The fields of `config.data` (given as `config`) that decide a draw, as a cache records them; None without."""
+    if not is_augmented(config.resize, config.crop, config.augment):
+        return None
+    fields = {name: float(config.augment[name]) for name in (*BLENDS, "hue")}
+    return {"random_crop": bool(config.augment.random_crop), **fields}
+
+
+def numbers_of(seed: int, episode: int, camera: str, variant: int) -> np.ndarray:
+    """(NUMBERS,) float32 in [0, 1), which decide the crop and the jitter of a variant (`images.preprocess`).
+
+    Args:
+        seed: of the cache. episode: its number in the split. camera: the step key. variant: k.
+    """
+    bits = _camera_bits(camera)
+    for part in (seed, episode, variant):
+        bits = mix(bits ^ mix(part))
+    return np.array([mix(bits + i) >> 40 for i in range(NUMBERS)], np.float32) * np.float32(2.0**-24)
+
+
+@functools.lru_cache
+def _camera_bits(camera: str) -> int:
+    return int.from_bytes(hashlib.sha256(camera.encode()).digest()[:8], "little")
+
+
+# --- the files ------------------------------------------------------------------------------------------
+
+
+class Layout:
+    """The place of each frame in the parts of a cache.
+
+    Args:
+        lengths: (E,) steps of all episodes of the split.
+        episodes: (n,) those that are cached, rising.
+        shape: of a record's frame; dtype: of its numbers.
+        variants: K.
+        steps_per_part: a part is closed when it has so many steps, or more where there would be too many parts.
+
+    Attributes:
+        parts: (first, last + 1) places in `episodes` of each part.
+        record: bytes of a record.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        episodes: np.ndarray,
+        shape: Sequence[int],
+        dtype: str,
+        variants: int,
+        steps_per_part: int,
+    ):
+        self.episodes, self.variants = np.asarray(episodes, np.int64), variants
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype).newbyteorder("<")
+        self.frame = math.prod(self.shape) * self.dtype.itemsize
+        self.record = self.frame + _CHECKSUM
+        used = np.asarray(lengths, np.int64)[self.episodes]
+        ends = np.cumsum(used)
+        total = int(ends[-1]) if len(ends) else 0
+        size = max(steps_per_part, -(-total // MOST_PARTS))
+        closing = np.searchsorted(ends, np.arange(size, total, size)) + 1  # after the episode that reaches the size
+        edges = np.unique([0, *closing, len(used)]).tolist()
+        self.parts = list(zip(edges, edges[1:], strict=False))
+        self._first = np.concatenate([[0], ends])[edges]  # steps before each part
+        starts = ends - used
+        # of every episode of the split: its part, -1 where it is not cached, and its first step there
+        self._part = np.full(len(lengths), -1, np.int32)
+        self._start = np.zeros(len(lengths), np.int64)
+        for number, (first, last) in enumerate(self.parts):
+            self._part[self.episodes[first:last]] = number
+            self._start[self.episodes[first:last]] = starts[first:last] - self._first[number]
+
+    def steps(self, part: int) -> int:
+        """Steps of a part, of all its episodes."""
+        return int(self._first[part + 1] - self._first[part])
+
+    def records(self, part: int) -> int:
+        """Records of a part, the black frame of the last one included."""
+        return self.steps(part) * self.variants + (part == len(self.parts) - 1)
+
+    @property
+    def bytes(self) -> int:
+        """Of all parts."""
+        return sum(self.records(part) for part in range(len(self.parts))) * self.record
+
+    @property
+    def has(self) -> np.ndarray:
+        """(E,) bool, the episodes that are cached."""
+        return self._part >= 0
+
+    def locate(self, episode: int, step: int, variant: int) -> tuple[int, int]:
+        """(part, number of the record in it) of a frame."""
+        part = int(self._part[episode])
+        return part, variant * self.steps(part) + int(self._start[episode]) + step
+
+    @property
+    def black(self) -> tuple[int, int]:
+        """(part, number of the record in it) of the black frame."""
+        last = len(self.parts) - 1
+        return last, self.records(last) - 1
+
+    def pack(self, frames: np.ndarray, salt: int) -> bytes:
+        """The records of frames (n, *shape)."""
+        values = np.ascontiguousarray(frames, self.dtype).reshape(len(frames), -1).view(np.uint8)
+        packed = np.empty((len(frames), self.record), np.uint8)
+        packed[:, : self.frame] = values
+        checksums = [google_crc32c.extend(salt, row.tobytes()) for row in values]
+        packed[:, self.frame :] = np.asarray(checksums, "<u4").view(np.uint8).reshape(len(frames), _CHECKSUM)
+        return packed.tobytes()
+
+
+def part_file(number: int) -> str:
+    """The name of a part."""
+    return f"part-{number:05}.latents"
+
+
+def salt_of(fingerprint: str, fields: Mapping[str, Any]) -> int:
+    """What the checksums of a cache's records begin with."""
+    return google_crc32c.value(json.dumps([fingerprint, fields], sort_keys=True).encode())
+
+
+class LatentCache:
+    """A complete cache of one camera, opened for random access; safe to use from many threads.
+
+    Args:
+        dataset: an open split. codec: its name. camera: the step key.
+        expected: {field: value} that it must have been made with.
+    Raises:
+        UserError: there is none, it is unfinished, or a field differs.
+
+    Attributes:
+        sidecar: with the `fields` that it was made with.
+        camera, variants: as there.
+        layout: of its files.
+    """
+
+    def __init__(self, dataset: Dataset, codec: str, camera: str, expected: Mapping[str, Any] | None = None):
+        directory = os.fspath(dataset.directory)
+        self.camera, expected = camera, {"camera": camera, **(expected or {})}
+        self.sidecar: Sidecar = open_sidecar(directory, folder(codec, camera, dataset.split), KIND, expected)
+        fields = self.sidecar.fields
+        self.variants, self.seed = int(fields["variants"]), int(fields["seed"])
+        self.augmented = fields["augment"] is not None
+        episodes = np.arange(dataset.num_episodes)
+        if EPISODES_FILE in self.sidecar.files:
+            episodes = self.sidecar.array(EPISODES_FILE)
+        shape = (*fields["latent"][:2], fields["latent"][2] * (2 if fields["moments"] else 1))
+        lengths, steps = dataset.episode_lengths, int(fields["steps_per_part"])
+        self.layout = Layout(lengths, episodes, shape, fields["dtype"], self.variants, steps)
+        self._salt = salt_of(dataset.fingerprint, fields)
+        self._lock = threading.Lock()
+        self._open: dict[int, int] = {}  # descriptors of parts
+
+    def numbers(self, episode: int, variant: int) -> np.ndarray:
+        """(NUMBERS,) float32 of the draw of a variant."""
+        return numbers_of(self.seed, episode, self.camera, variant)
+
+    def read(self, episode: int, steps: Sequence[int], variant: int, into: np.ndarray) -> None:
+        """Reads the latents of an episode's steps.
+
+        Args:
+            into: (len(steps), h, w, c) receives the first c channels.
+        Raises:
+            UserError: a record is damaged.
+        """
+        first, last = min(steps), max(steps)
+        part, start = self.layout.locate(episode, first, variant)
+        if last - first < 4 * len(steps):  # one read, of a few frames more at most
+            data = self._read(part, start, last - first + 1)
+            self._unpack(part, data, start, [step - first for step in steps], into)
+            return
+        for step, place in zip(steps, into, strict=True):
+            number = start + step - first
+            self._unpack(part, self._read(part, number, 1), number, [0], place[None])
+
+    def read_black(self, into: np.ndarray) -> None:
+        """Puts the latent of a black frame into each of `into` (T, h, w, c)."""
+        part, number = self.layout.black
+        self._unpack(part, self._read(part, number, 1), number, [0] * len(into), into)
+
+    def _unpack(self, part: int, data: bytes, start: int, places: Sequence[int], into: np.ndarray) -> None:
+        layout, view = self.layout, memoryview(data)
+        for place, target in zip(places, into, strict=True):
+            record = view[place * layout.record : (place + 1) * layout.record]
+            frame, checksum = bytes(record[: layout.frame]), int.from_bytes(record[layout.frame :], "little")
+            if google_crc32c.extend(self._salt, frame) != checksum:
+                raise UserError(
+                    f"{self._file(part)}: record {start + place} has another checksum than its content: the file is "
+                    "damaged or belongs to another cache. Copy it again, or make it again: python -m data_prep.latents "
+                    "--overwrite."
+                )
+            target[...] = np.frombuffer(frame, layout.dtype).reshape(layout.shape)[..., : target.shape[-1]]
+
+    def _read(self, part: int, start: int, count: int) -> bytes:
+        size, file = self.layout.record, self._file(part)
+        data = again(lambda: os.pread(self._descriptor(part), count * size, start * size), file)
+        if len(data) < count * size:
+            raise UserError(f"{file}: ends before record {start + count - 1}. Copy it again.")
+        return data
+
+    def _file(self, part: int) -> str:
+        return os.fspath(self.sidecar.directory / part_file(part))
+
+    def _descriptor(self, part: int) -> int:
+        with self._lock:
+            if part not in self._open:
+                self._open[part] = os.open(self._file(part), os.O_RDONLY)
+            return self._open[part]
+
+    def close(self) -> None:
+        """Closes the open parts; a later read opens them again."""
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+
+# --- in samples -----------------------------------------------------------------------------------------
+
+
+class SourceLatents:
+    """The caches of a source's cameras, and the latents of its windows.
+
+    Args:
+        dataset: of the source. where: what to call the source in messages.
+        use: what the run reads.
+        config: `config.data`.
+        cameras: {step key: (height, width)} that its frames are resized to before `config.resize`.
+        kept: (E,) bool, the episodes that the source uses.
+    Raises:
+        UserError: a camera has no cache, or one that does not fit, or lacks an episode.
+
+    Attributes:
+        caches: {step key: its cache}.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        where: str,
+        use: LatentUse,
+        config: Any,
+        cameras: Mapping[str, tuple[int, int]],
+        kept: np.ndarray,
+    ):
+        self._use, self._window = use, WindowSpec.from_config(config.window)
+        self._lengths = dataset.episode_lengths
+        self.caches: dict[str, LatentCache] = {}
+        for key, size in cameras.items():
+            expected = expected_fields(config, use.codec, dataset.split, key, size)
+            try:
+                cache = self.caches[key] = LatentCache(dataset, use.codec, key, expected)
+            except UserError as e:
+                raise UserError(f"config.data.latents={use.codec!r}: {where}: {e}") from e
+            self._check(cache, where, kept)
+
+    def _check(self, cache: LatentCache, where: str, kept: np.ndarray) -> None:
+        at = f"config.data.latents={self._use.codec!r}: {where}: {cache.sidecar.directory}"
+        if self._use.moments and not cache.sidecar.fields["moments"]:
+            raise UserError(
+                f"{at} stores the posterior's mode, but config.model.codec.posterior is 'sample': set it to 'mode', or "
+                "make the cache with --moments, which stores mean and variance."
+            )
+        if len(lacking := np.flatnonzero(kept & ~cache.layout.has)):
+            raise UserError(
+                f"{at} lacks {len(lacking)} of the {int(kept.sum())} episodes that are used, the first is episode "
+                f"{lacking[0]}. Make it for this choice of episodes, or for all: python -m data_prep.latents "
+                "--episodes=all --overwrite."
+            )
+
+    def cached(self) -> CachedLatents:
+        """What batches hold of these latents."""
+        cache = next(iter(self.caches.values()))
+        height, width, channels = cache.sidecar.fields["latent"]
+        return CachedLatents(
+            groups=self._use.groups,
+            shape=(height, width, channels),
+            dtype=cache.sidecar.fields["dtype"],
+            moments=self._use.moments,
+            augmented=cache.augmented,
+        )
+
+    @property
+    def identity(self) -> str:
+        """Identifies the content of all caches."""
+        return hashlib.sha256("".join(c.sidecar.digest for c in self.caches.values()).encode()).hexdigest()
+
+    def load(
+        self,
+        batch: Batch,
+        at: int,
+        views: Sequence[str],
+        shown: Mapping[str, tuple[Any, str]],
+        draw: int,
+    ) -> None:
+        """Writes the latents of a sample into place `at` of a batch, and the draws that they were made with.
+
+        Args:
+            views: all views of the model, sorted.
+            shown: {view: (clip, step key)} of those that show a camera; the others are black.
+            draw: a number of 64 random bits that belongs to the sample, of which each view's variant is a function.
+        """
+        arrays = {group: batch[_key(group, self._use.moments)] for group in self._use.groups}
+        for number, view in enumerate(views):
+            if view not in shown:
+                for latents in arrays.values():
+                    next(iter(self.caches.values())).read_black(latents[at, number])
+                if AUGMENTATION in batch:
+                    batch[AUGMENTATION][at, number] = 0.0
+                continue
+            clip, key = shown[view]
+            cache = self.caches[key]
+            variant = mix(mix(draw ^ 0x76617269616E7473) ^ number) % cache.variants
+            length = int(self._lengths[clip.episode])
+            for group, latents in arrays.items():
+                steps = self._window.steps(self._window.groups[group], clip.origin, length)
+                cache.read(clip.episode, steps, variant, latents[at, number])
+            if AUGMENTATION in batch:
+                batch[AUGMENTATION][at, number] = cache.numbers(clip.episode, variant)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for cache in self.caches.values():
+            cache.close()
