@@ -100,6 +100,7 @@ def check(config: ConfigDict, flat: Mapping[str, Any]) -> None:
             if flat[name] not in choices:
                 raise UserError(f"config.{name}: expected one of {', '.join(choices)}; found {flat[name]!r}.")
     _check_combinations(config)
+    _check_latents(config)
     kind.check(config)
 
 
@@ -256,6 +257,24 @@ def _check_combinations(c: ConfigDict) -> None:
         check(
             value == default or bool(c.init_from),
             f"config.init_from_{name}={value!r} requires config.init_from.",
+        )
+
+
+def _check_latents(c: ConfigDict) -> None:
+    """Refuses cached latents of another codec, for a system that reads none, and with a draw for a whole batch."""
+    name, kind = c.data.latents, systems.get(c.system)
+    if not name:
+        return
+    if not kind.latents:
+        raise UserError(f"config.data.latents={name!r}: config.system={c.system!r} reads no latents. Set it to ''.")
+    if name != c.model.codec.name:
+        raise UserError(
+            f"config.data.latents={name!r} names another codec than config.model.codec.name={c.model.codec.name!r}."
+        )
+    if c.data.augment.draw == "batch":
+        raise UserError(
+            f"config.data.latents={name!r} requires config.data.augment.draw='sample', found 'batch': a cached frame "
+            "has the draw of its episode and camera, which cannot be one for a batch."
         )
 
 

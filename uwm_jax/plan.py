@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
-from uwm_jax import cli, config_help, files
+from uwm_jax import cli, codecs, config_help, files
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.files import local_path
@@ -38,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_float("price", None, "of a chip-hour, in any currency; tells what all steps cost", lower_bound=0.0)
     flags.DEFINE_float("efficiency", 0.4, "share of the peak for which speed is told as well", 0.001, 1.0)
     flags.DEFINE_bool(
-        "latents", False, "batches of latents, which train cannot read: what a step costs without the VAE"
+        "latents", False, "as --config.data.latents with the name of the codec: what a step costs without encoding"
     )
     flags.DEFINE_bool("search", False, "try meshes, remat policies, parts of a batch and nearby batches that divide")
     flags.DEFINE_integer("best", 4, "programs of each topology that --search compiles at most", lower_bound=1)
@@ -51,6 +51,8 @@ def define_flags() -> None:
 def main(call: cli.Call) -> None:
     file = cli.required("config")
     config = config_lib.load(file, call.overrides)
+    if FLAGS.latents and not config.data.latents:
+        config = from_latents(config)
     names = _topologies(FLAGS.topology or [HERE] * FLAGS.measure or cli.required("topology"))
     output = cli.optional_path("json")
     if output:
@@ -59,7 +61,7 @@ def main(call: cli.Call) -> None:
     asked = []
     for number, (one, names_of) in enumerate(found := programs(file, config), 1):
         data = sizes.of_data(one, file, FLAGS.sizes)
-        question = Question(data, FLAGS.latents, FLAGS.efficiency, FLAGS.price, cache or None, FLAGS.measure)
+        question = Question(data, FLAGS.efficiency, FLAGS.price, cache or None, FLAGS.measure)
         question = dataclasses.replace(question, names=names_of, program=number, programs=len(found))
         asked.append((one, dataclasses.replace(question, members=len(names_of))))
     rows: list[Row] = []
@@ -69,6 +71,21 @@ def main(call: cli.Call) -> None:
     print(table(rows))
     if output:
         files.write_text(output, json.dumps(rows, indent=2) + "\n")
+
+
+def from_latents(config: ConfigDict) -> ConfigDict:
+    """The same run from cached latents of its codec.
+
+    Raises:
+      UserError: it cannot train from latents.
+    """
+    codec = codecs.of_config(config)
+    if codec is None:
+        raise UserError(f"--latents: config.system={config.system!r} has no codec, hence no latents.")
+    config = config.copy_and_resolve_references()
+    config.data.latents = codec.name
+    config_lib.validate(config)
+    return config
 
 
 def programs(file: str, config: ConfigDict) -> list[tuple[ConfigDict, tuple[str, ...]]]:

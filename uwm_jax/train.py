@@ -40,6 +40,7 @@ from uwm_jax.runs.opening import (
 from uwm_jax.runs.records import RunRecords
 from uwm_jax.training import (
     branching,
+    cached_latents,
     codec_store,
     finetune,
     fixed_fields,
@@ -164,6 +165,7 @@ def run(
     startup.reached("model")
     place = find_codec(config, data, stored, origin)
     codec, frozen = codec_store.open_codec(config, place)
+    cached_latents.check(config, data, codec, frozen)
     if stored:
         past = lineage.kept(stored.assets, branch=config.branch_from if first_start else "")
     else:
@@ -172,7 +174,7 @@ def run(
     frozen = mesh_lib.place(frozen, replicated)
 
     # --- Shapes first: nothing is made before it is known where it lives. --------------------------
-    program = build(config, data.spec, codec, mesh)
+    program = build(config, data.training_spec, codec, mesh)
     system = program.system
     print_summary(program, data, codec_store.describe(codec, frozen))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from uwm_jax import config as config_lib
@@ -99,16 +101,22 @@ def test_what_train_refuses_is_refused_before_anything_is_lowered(make_tiny_conf
 
 def test_a_step_of_latents_encodes_no_frames(make_tiny_config):
     config = make_tiny_config()
-    question = Question(sizes.of_data(config, "none.py"), latents=True)
+    config.data.latents = config.model.codec.name
+    question = Question(sizes.of_data(config, "none.py"))
     prepared = compiling.prepare(rows.request(config, None, question))
     system, held = prepared.program.system, sum(map(compiling.bytes_on_device, jax.tree.leaves(prepared.frozen)))
-    assert prepared.used == {} and held, "the step has no codec to encode with"
     assert not [name for name in prepared.batch if name.startswith("next_obs/")]
-    assert prepared.batch["next_obs_latent"].shape == (config.batch_size, *system.latent_shape)
+    latent = prepared.batch["next_obs_latent"]
+    assert latent.shape == (config.batch_size, *system.latent_shape) and latent.dtype == np.float16
     found = compiling.facts_before(prepared)
     assert found["flops"]["frozen"] == 0.0 < found["flops"]["trained"]
-    step = SimpleNamespace(input_shardings=((prepared.state, {}, {n: x.sharding for n, x in prepared.batch.items()}),))
-    assert compiling.unused_bytes(step, prepared.frozen, {}, prepared.batch) == {"frozen": held, "batch": 0}
+    signature = re.search(r"func.func public @main\((.*?)\) ->", prepared.lowered.as_text(), re.DOTALL)
+    read = len(re.findall(r"%arg\d+:", signature[1]))
+    assert held and read <= len(jax.tree.leaves((prepared.state, prepared.batch))), "the step reads no codec"
+    unread = jax.tree.map(lambda _: None, prepared.frozen)
+    of_batch = {name: x.sharding for name, x in prepared.batch.items()}
+    step = SimpleNamespace(input_shardings=((prepared.state, unread, of_batch),))
+    assert compiling.unused_bytes(step, prepared.frozen, prepared.batch) == {"frozen": held, "batch": 0}
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from uwm_jax.codecs.base import Codec
+from uwm_jax.codecs.base import Codec, sample_posterior
 from uwm_jax.codecs.pca import PCACodec, fit_pca
 from uwm_jax.codecs.pixels import PixelsCodec
 from uwm_jax.codecs.vae import VAECodec
 from uwm_jax.errors import UserError, suggest
 
-__all__ = ["Codec", "PCACodec", "PixelsCodec", "VAECodec", "fit_pca"]
+__all__ = ["Codec", "PCACodec", "PixelsCodec", "VAECodec", "fit_pca", "sample_posterior"]
 
 _CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (VAECodec, PixelsCodec, PCACodec)}
 

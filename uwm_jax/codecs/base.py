@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 LatentShape = tuple[int, int, int, int, int]
@@ -28,6 +29,7 @@ class Codec(abc.ABC):
         clip: range to which samplers clip predicted latents by default, [-clip, clip].
         smallest_clip: a smaller range than this cuts off what the decoder needs; 0 where no such bound is known.
         latent_rms: root mean square of latents of frames that the codec suits; None where it suits all frames.
+        has_posterior: whether a frame has a distribution of latents, and the codec `moments`.
     """
 
     name: ClassVar[str]
@@ -36,6 +38,7 @@ class Codec(abc.ABC):
     clip: ClassVar[float] = 1.0
     smallest_clip: ClassVar[float] = 0.0
     latent_rms: ClassVar[float | None] = None
+    has_posterior: ClassVar[bool] = False
 
     # --- how one is made ---------------------------------------------------------------------------
 
@@ -78,9 +81,25 @@ class Codec(abc.ABC):
             (B, V, T, h, w, C) float32.
         """
 
+    def moments(self, params: Any, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The mean, which is the mode too, and the logarithm of the variance of the latents of frames, each as `encode`
+        returns latents and in their units."""
+        raise NotImplementedError(f"latents of {type(self).__name__} have no distribution")
+
     @abc.abstractmethod
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """(B, V, T, h, w, C) -> (B, V, T, H, W, 3) float32 in [0, 1] units, not clipped."""
+
+    def for_views(self, params: Any, views: Sequence[int]) -> Any:
+        """The arrays for some of the views, in this order, as `params` of the methods."""
+        if not self.arrays:
+            return params
+        chosen = np.asarray(views)
+        return {name: x[chosen] if self.arrays[name][:1] == ("view",) else x for name, x in params.items()}
+
+    def encoder_arrays(self, params: Any) -> Any:
+        """Those arrays that decide latents."""
+        return params
 
     # --- about it ----------------------------------------------------------------------------------
 
@@ -100,6 +119,12 @@ class Codec(abc.ABC):
     def synthetic_arrays(self, num_views: int, height: int, width: int) -> Any:
         """Random arrays of the codec's shapes for frames of this size, as `params` of the methods."""
         return {}
+
+
+def sample_posterior(mean: jax.Array, logvar: jax.Array, keys: jax.Array) -> jax.Array:
+    """Samples of Gaussians (B, ...), with keys (B,): row i depends on key i alone."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
+    return mean + jnp.exp(0.5 * logvar) * noise
 
 
 def grid(height: int, width: int, step: int, what: str) -> tuple[int, int]:

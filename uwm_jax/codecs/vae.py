@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
-from uwm_jax.codecs.base import Codec, LatentShape, grid
+from uwm_jax.codecs.base import Codec, LatentShape, grid, sample_posterior
 from uwm_jax.models.activations import axes_for, constrain, lay_out
 
 
@@ -35,6 +36,7 @@ class VAECodec(Codec):
     name = "vae"
     pretrained = True
     latent_rms = 1 / 3
+    has_posterior = True
 
     @classmethod
     def from_config(cls, fields: ConfigDict) -> VAECodec:
@@ -59,15 +61,27 @@ class VAECodec(Codec):
             rng: (B,) keys, one per row: latents are a sample of the posterior, and a row's sample depends on its key
                 alone; None: the posterior's mode.
         """
+        mean, logvar = self._posterior(params, frames)
+        return self._scaled(mean if rng is None else sample_posterior(mean, logvar, rng))
+
+    def moments(self, params: Any, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The mean and the logarithm of the variance of latents, in units of latents."""
+        mean, logvar = self._posterior(params, frames)
+        return self._scaled(mean), logvar + 2 * math.log(self.vae.scaling_factor / self.divisor)
+
+    def _posterior(self, params: Any, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and logarithm of the variance of what the VAE makes of frames."""
 
         def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             return self.vae.apply({"params": params}, x * 2 - 1, method="encode")
 
-        mean, logvar = _in_passes(moments, frames, self.microbatch)
-        if rng is not None:
-            noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(rng)
-            mean = mean + jnp.exp(0.5 * logvar) * noise
-        return (mean - self.vae.shift_factor) * self.vae.scaling_factor / self.divisor
+        return _in_passes(moments, frames, self.microbatch)
+
+    def _scaled(self, z: jax.Array) -> jax.Array:
+        return (z - self.vae.shift_factor) * self.vae.scaling_factor / self.divisor
+
+    def encoder_arrays(self, params: Any) -> Any:
+        return {name: params[name] for name in ("encoder", "quant_conv") if name in params}
 
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """(B, V, T, h, w, C) -> (B, V, T, H, W, 3) float32, [0, 1] up to the VAE's overshoot."""

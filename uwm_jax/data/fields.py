@@ -67,6 +67,9 @@ def data_fields() -> ConfigDict:
     d.augment.hue = 0.2  # largest change of hue, in turns of the colour circle, at most 0.5; 0 = none
     # sample: one draw of the augmentation per sample and view; batch: per batch and view (official)
     d.augment.draw = "sample"
+    # name of the codec whose latents, which data_prep.latents has cached beside the frames, are read in place of
+    # encoding frames in every step; "" = frames are encoded
+    d.latents = ""
     return d
 
 

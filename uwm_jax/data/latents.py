@@ -17,7 +17,6 @@ all frames of the episode; a cache made without augmentation has one variant, th
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -30,12 +29,10 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from uwm_jax.data.images import BLENDS, NUMBERS, is_augmented
+from uwm_jax.data.images import NUMBERS
 from uwm_jax.data.order import mix
 from uwm_jax.data.records import Dataset, short_key
 from uwm_jax.data.sidecar import Sidecar, open_sidecar
-from uwm_jax.data.spec import Batch, CachedLatents
-from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
 from uwm_jax.reading import again
 
@@ -46,32 +43,9 @@ EPISODES_FILE = "episodes.npy"  # of a cache that does not hold all of them
 _CHECKSUM = 4  # bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class LatentUse:
-    """What a run reads of its codec's latents.
-
-    Attributes:
-        codec: its name.
-        groups: the window's groups whose frames are read as latents.
-        moments: whether it samples posteriors, which takes their means and variances.
-    """
-
-    codec: str
-    groups: tuple[str, ...]
-    moments: bool
-
-
 def folder(codec: str, camera: str, split: str) -> str:
     """The folder of a camera's cache in its dataset; `camera` is the step key."""
     return f"latents/{codec}/{short_key(camera).replace('/', '.')}/{split}"
-
-
-def augmentation(config: Any) -> dict[str, Any] | None:
-    """The fields of `config.data` (given as `config`) that decide a draw, as a cache records them; None without."""
-    if not is_augmented(config.resize, config.crop, config.augment):
-        return None
-    fields = {name: float(config.augment[name]) for name in (*BLENDS, "hue")}
-    return {"random_crop": bool(config.augment.random_crop), **fields}
 
 
 def numbers_of(seed: int, episode: int, camera: str, variant: int) -> np.ndarray:
@@ -102,7 +76,8 @@ class Layout:
         episodes: (n,) those that are cached, rising.
         shape: of a record's frame; dtype: of its numbers.
         variants: K.
-        steps_per_part: a part is closed when it has so many steps, or more where there would be too many parts.
+        steps_per_part: a part ends with the episode that reaches a multiple of so many steps, or of more where there
+            would be too many parts.
 
     Attributes:
         parts: (first, last + 1) places in `episodes` of each part.
@@ -147,8 +122,8 @@ class Layout:
         return self.steps(part) * self.variants + (part == len(self.parts) - 1)
 
     @property
-    def bytes(self) -> int:
-        """Of all parts."""
+    def total_bytes(self) -> int:
+        """Bytes of all parts."""
         return sum(self.records(part) for part in range(len(self.parts))) * self.record
 
     @property
@@ -203,9 +178,10 @@ class LatentCache:
     """
 
     def __init__(self, dataset: Dataset, codec: str, camera: str, expected: Mapping[str, Any] | None = None):
-        directory = os.fspath(dataset.directory)
-        self.camera, expected = camera, {"camera": camera, **(expected or {})}
-        self.sidecar: Sidecar = open_sidecar(directory, folder(codec, camera, dataset.split), KIND, expected)
+        self.camera = camera
+        where = folder(codec, camera, dataset.split)
+        command = "python -m data_prep.latents --config=FILE.py"
+        self.sidecar: Sidecar = open_sidecar(dataset.directory, where, KIND, expected, command=command)
         fields = self.sidecar.fields
         self.variants, self.seed = int(fields["variants"]), int(fields["seed"])
         self.augmented = fields["augment"] is not None
@@ -281,112 +257,3 @@ class LatentCache:
             for descriptor in self._open.values():
                 os.close(descriptor)
             self._open.clear()
-
-
-# --- in samples -----------------------------------------------------------------------------------------
-
-
-class SourceLatents:
-    """The caches of a source's cameras, and the latents of its windows.
-
-    Args:
-        dataset: of the source. where: what to call the source in messages.
-        use: what the run reads.
-        config: `config.data`.
-        cameras: {step key: (height, width)} that its frames are resized to before `config.resize`.
-        kept: (E,) bool, the episodes that the source uses.
-    Raises:
-        UserError: a camera has no cache, or one that does not fit, or lacks an episode.
-
-    Attributes:
-        caches: {step key: its cache}.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        where: str,
-        use: LatentUse,
-        config: Any,
-        cameras: Mapping[str, tuple[int, int]],
-        kept: np.ndarray,
-    ):
-        self._use, self._window = use, WindowSpec.from_config(config.window)
-        self._lengths = dataset.episode_lengths
-        self.caches: dict[str, LatentCache] = {}
-        for key, size in cameras.items():
-            expected = expected_fields(config, use.codec, dataset.split, key, size)
-            try:
-                cache = self.caches[key] = LatentCache(dataset, use.codec, key, expected)
-            except UserError as e:
-                raise UserError(f"config.data.latents={use.codec!r}: {where}: {e}") from e
-            self._check(cache, where, kept)
-
-    def _check(self, cache: LatentCache, where: str, kept: np.ndarray) -> None:
-        at = f"config.data.latents={self._use.codec!r}: {where}: {cache.sidecar.directory}"
-        if self._use.moments and not cache.sidecar.fields["moments"]:
-            raise UserError(
-                f"{at} stores the posterior's mode, but config.model.codec.posterior is 'sample': set it to 'mode', or "
-                "make the cache with --moments, which stores mean and variance."
-            )
-        if len(lacking := np.flatnonzero(kept & ~cache.layout.has)):
-            raise UserError(
-                f"{at} lacks {len(lacking)} of the {int(kept.sum())} episodes that are used, the first is episode "
-                f"{lacking[0]}. Make it for this choice of episodes, or for all: python -m data_prep.latents "
-                "--episodes=all --overwrite."
-            )
-
-    def cached(self) -> CachedLatents:
-        """What batches hold of these latents."""
-        cache = next(iter(self.caches.values()))
-        height, width, channels = cache.sidecar.fields["latent"]
-        return CachedLatents(
-            groups=self._use.groups,
-            shape=(height, width, channels),
-            dtype=cache.sidecar.fields["dtype"],
-            moments=self._use.moments,
-            augmented=cache.augmented,
-        )
-
-    @property
-    def identity(self) -> str:
-        """Identifies the content of all caches."""
-        return hashlib.sha256("".join(c.sidecar.digest for c in self.caches.values()).encode()).hexdigest()
-
-    def load(
-        self,
-        batch: Batch,
-        at: int,
-        views: Sequence[str],
-        shown: Mapping[str, tuple[Any, str]],
-        draw: int,
-    ) -> None:
-        """Writes the latents of a sample into place `at` of a batch, and the draws that they were made with.
-
-        Args:
-            views: all views of the model, sorted.
-            shown: {view: (clip, step key)} of those that show a camera; the others are black.
-            draw: a number of 64 random bits that belongs to the sample, of which each view's variant is a function.
-        """
-        arrays = {group: batch[_key(group, self._use.moments)] for group in self._use.groups}
-        for number, view in enumerate(views):
-            if view not in shown:
-                for latents in arrays.values():
-                    next(iter(self.caches.values())).read_black(latents[at, number])
-                if AUGMENTATION in batch:
-                    batch[AUGMENTATION][at, number] = 0.0
-                continue
-            clip, key = shown[view]
-            cache = self.caches[key]
-            variant = mix(mix(draw ^ 0x76617269616E7473) ^ number) % cache.variants
-            length = int(self._lengths[clip.episode])
-            for group, latents in arrays.items():
-                steps = self._window.steps(self._window.groups[group], clip.origin, length)
-                cache.read(clip.episode, steps, variant, latents[at, number])
-            if AUGMENTATION in batch:
-                batch[AUGMENTATION][at, number] = cache.numbers(clip.episode, variant)
-
-    def close(self) -> None:
-        """Closes the files."""
-        for cache in self.caches.values():
-            cache.close()

@@ -54,7 +54,7 @@ class _Rows:
         step, place = divmod(int(i), loader.local_batch_size)
         with self._lock:
             if step not in self._batches:
-                self._batches[step] = loader.data.spec.empty(loader.local_batch_size)
+                self._batches[step] = loader.data.training_spec.empty(loader.local_batch_size)
             batch = self._batches[step]
         row = place * loader.process_count + loader.process_index
         loader.load(batch, place, row, (loader.start_step + step) * loader.batch_size + row)
@@ -69,8 +69,8 @@ class _Rows:
 class Loader:
     """Training batches of opened data from `start_step` on.
 
-    Iterating yields batches as `data.spec` has them, numpy arrays with b = batch_size / process_count rows of this
-    process; `row` is the row's index in the global batch. Rows of a source without actions have zeros for all that
+    Iterating yields batches as `data.training_spec` has them, numpy arrays with b = batch_size / process_count rows of
+    this process; `row` is the row's index in the global batch. Rows of a source without actions have zeros for all that
     such a source does not record. Process p of P has the rows p, p + P, ...; the global batch of a step depends on
     nothing but (datasets, config, history of weights, batch_size, seed, step).
 

@@ -21,8 +21,9 @@ from uwm_jax.data.held_out import FixedWindows
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.remarks import far_out, few_held_out
 from uwm_jax.data.samples import Clip
+from uwm_jax.data.source_latents import LatentUse, cached_of
 from uwm_jax.data.sources import Source, check_normalizer, fit_normalizer, open_sources, pooled_stats, spec_of
-from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.spec import CachedLatents, DataSpec
 from uwm_jax.data.value_ranges import Range, about_pool, ranges_of
 from uwm_jax.data.windows import Windows
 from uwm_jax.ending import leave_behind
@@ -38,8 +39,9 @@ class RunData:
         config: `config.data`.
         seed: of the order of samples.
         normalizer: used as it is (a checkpoint's); None: fitted to the training episodes of all sources with actions.
+        latents: what training batches have in place of frames; None for frames alone.
     Raises:
-        UserError: data that does not fit the config or the normaliser.
+        UserError: data that does not fit the config or the normaliser; a source without latents that fit.
 
     Attributes:
         config, seed: as given.
@@ -48,10 +50,12 @@ class RunData:
         directory: dataset of the first source with actions, in the order of names: its cameras' sizes are the model's,
             and a codec that is fitted on data is the one that was fitted on it.
         camera_keys: {camera: step key} in that dataset.
-        spec: of the batches, with the normaliser.
+        spec: of batches of frames, with the normaliser.
     """
 
-    def __init__(self, config: Any, *, seed: int, normalizer: Normalizer | None = None):
+    def __init__(
+        self, config: Any, *, seed: int, normalizer: Normalizer | None = None, latents: LatentUse | None = None
+    ):
         self.config, self.seed = config, seed
         self.sources = open_sources(config, seed)
         self.faults = Faults(config.max_bad_records)
@@ -65,6 +69,16 @@ class RunData:
         else:
             check_normalizer(normalizer, self.spec, str(self.directory))
         self.spec = dataclasses.replace(self.spec, normalizer=normalizer)
+        self._cached: CachedLatents | None = None
+        if latents:
+            for source in self.sources.values():
+                source.open_latents(latents, self.spec.cameras)
+            self._cached = cached_of({name: s.samples.latents for name, s in self.sources.items() if s.samples.latents})
+
+    @property
+    def training_spec(self) -> DataSpec:
+        """Of training batches: `spec`, with latents in place of some frames where these are read."""
+        return dataclasses.replace(self.spec, cached=self._cached)
 
     def with_normalizer(self, normalizer: Normalizer) -> RunData:
         """The same opened data under another normaliser; closing either closes both.
@@ -172,6 +186,8 @@ class RunData:
             return
         for source in self.sources.values():
             source.dataset.close()
+            if source.samples.latents:
+                source.samples.latents.close()
 
 
 class _Reads:

@@ -19,6 +19,7 @@ from uwm_jax.data.order import mix
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.robot import Part, RobotActions
 from uwm_jax.data.selection import not_finite
+from uwm_jax.data.source_latents import SourceLatents
 from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.data.texts import open_texts
 from uwm_jax.data.transforms import parse
@@ -54,6 +55,7 @@ class Samples:
         texts: None without `config.text`, and for a source that is used as video and has none.
         action_lengths: (E,) int64, the steps of each episode whose action counts: with `config.last_action` "drop" not
             the last where `is_last` marks it. All steps for a source that is used as video.
+        latents: caches that its frames are read from where a batch has latents, or None.
     """
 
     def __init__(self, dataset: Dataset, config: Any, source: Any, where: str):
@@ -82,6 +84,7 @@ class Samples:
         for key in {*self.action_keys, *self.state_keys.values(), *self.low_dim_keys.values()}:
             dataset.column(key)  # read and verified now, not with the first batch
         self.action_dim = self.robot.model_width
+        self.latents: SourceLatents | None = None
         self.text_dim = self.texts.width if self.texts else 0
 
     def _robot(self, pairs: Sequence[tuple[str, str]]) -> RobotActions:
@@ -105,6 +108,15 @@ class Samples:
     def action_keys(self) -> list[str]:
         """Step keys of the parts of the action."""
         return list(dict.fromkeys(part.columns.key for part in self.robot.parts))
+
+    @property
+    def shown_cameras(self) -> dict[str, tuple[str, ...]]:
+        """{view: step keys of the cameras that it may show}, of views that show one."""
+        own = list(self._options.values())
+        if self._fill == "none":
+            return {view: tuple(dict.fromkeys(key for keys in own for key in keys)) for view in self._views}
+        more = self._views[len(own) :] if self._fill else ()
+        return self._options | {v: own[0 if self._fill == "same" else i % len(own)] for i, v in enumerate(more)}
 
     @property
     def num_clips(self) -> int:
@@ -225,6 +237,9 @@ class Samples:
             else:
                 for frames in _frames_of(batch, view):
                     frames[at] = 0
+        if self.latents and self.latents.are_in(batch):
+            shown = {view: (clips[number], key) for view, (number, key) in filled.items()}
+            self.latents.load(batch, at, sorted(self._views), shown, draw or 0)
         for number, clip in enumerate(clips):
             wanted: dict[str, list[str]] = {}  # step key -> views
             for view, (n, key) in filled.items():
@@ -236,7 +251,8 @@ class Samples:
         """Decodes a clip's frames of some step keys, each once, into the views that show them."""
         dataset, window = self.dataset, self.window
         length = int(dataset.episode_lengths[clip.episode])
-        steps = [s for group in OF_FRAMES for s in window.steps(window.groups.get(group, ()), clip.origin, length)]
+        groups = [group for group in OF_FRAMES if f"{group}/{self._views[0]}" in batch]
+        steps = [s for group in groups for s in window.steps(window.groups[group], clip.origin, length)]
         if not steps or not wanted:
             return
         places = {

@@ -123,7 +123,12 @@ class Sidecar:
 
 
 def open_sidecar(
-    dataset: str | os.PathLike[str], folder: str, kind: str, expected: Mapping[str, Any] | None = None
+    dataset: str | os.PathLike[str],
+    folder: str,
+    kind: str,
+    expected: Mapping[str, Any] | None = None,
+    *,
+    command: str = "",
 ) -> Sidecar:
     """The complete sidecar in a folder of a dataset, with the sizes of its files checked.
 
@@ -132,12 +137,13 @@ def open_sidecar(
         folder: relative to it, such as `text/clip`.
         kind: one of `KINDS`.
         expected: {field: value} that it must have been made with; fields that are not named are not compared.
+        command: that makes one, for messages; by default the one of this kind with `--dataset`.
     Raises:
         UserError: there is none; it is unfinished, of another kind, version or dataset; a field has another value; a
             file is missing or has another size.
     """
     directory = _place(dataset, folder)
-    how = f"python -m data_prep.{kind} --dataset={os.fspath(dataset)}"
+    how = command or f"python -m data_prep.{kind} --dataset={os.fspath(dataset)}"
     if not (directory / _MANIFEST).exists():
         if (directory / _UNFINISHED).exists():
             raise _unfinished(directory)
@@ -151,6 +157,11 @@ def open_sidecar(
             f"made with, or make another one with `{how}` and these settings (--overwrite replaces this one)."
         )
     return sidecar
+
+
+def is_complete(dataset: str | os.PathLike[str], folder: str) -> bool:
+    """Whether a folder of a dataset holds a complete sidecar; `open_sidecar` says whether it fits."""
+    return (_place(dataset, folder) / _MANIFEST).exists()
 
 
 def find_sidecars(dataset: str | os.PathLike[str]) -> list[Sidecar]:

@@ -20,6 +20,7 @@ from uwm_jax.data.order import StreamOrder, mix
 from uwm_jax.data.records import Dataset, dataset_dir
 from uwm_jax.data.samples import Clip, Samples
 from uwm_jax.data.selection import describe_not_finite, select
+from uwm_jax.data.source_latents import LatentUse, SourceLatents
 from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.data.stats import OfWindows, Stats, counted_steps, join_stats, key_stats, pool_stats
 from uwm_jax.data.transforms import Columns, Transform, get_transform
@@ -72,7 +73,37 @@ class Source:
             what += f" ({self.selection})"
         self.windows = self._windows(self.episodes, what)
         self.order = StreamOrder(len(self.windows), config.num_streams, seed)
+        self._config = config
         self._val_ratio = config.val_ratio
+
+    def cameras_of(self, views: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """{step key of a camera that is shown: (height, width) that its frames are resized to before `config.resize`}.
+
+        Args:
+            views: {view of the model: (height, width) of its frames}.
+        Raises:
+            UserError: a camera is shown in views of several sizes.
+        """
+        sizes: dict[str, set[tuple[int, int]]] = {}
+        for view, keys in self.samples.shown_cameras.items():
+            for key in keys:
+                sizes.setdefault(key, set()).add(views[view])
+        for key, found in sizes.items():
+            if len(found) > 1:
+                raise UserError(
+                    f"config.data.latents: {self.where} shows {key} in views of {len(found)} sizes "
+                    f"({', '.join(f'{h}x{w}' for h, w in sorted(found))}), but a cache holds frames of one."
+                )
+        return {key: found.pop() for key, found in sorted(sizes.items())}
+
+    def open_latents(self, use: LatentUse, views: Mapping[str, tuple[int, int]]) -> None:
+        """Opens the caches of its cameras, for batches with latents; arguments as for `cameras_of`.
+
+        Raises:
+            UserError: a camera has no cache that fits.
+        """
+        cameras, kept = self.cameras_of(views), self.selection.kept
+        self.samples.latents = SourceLatents(self.dataset, self.where, use, self._config, cameras, kept)
 
     def held_out_windows(self, all_episodes: bool = False) -> Windows | None:
         """All windows of the validation episodes, or of all that it uses; None if there are none."""
@@ -105,9 +136,11 @@ class Source:
 
     @property
     def identity(self) -> str:
-        """Identifies what must stay the same when a run continues: the dataset's content and the selection."""
+        """Identifies what must stay the same when a run continues: the content of the dataset and of its caches of
+        latents, if these are read, and the selection."""
         used = f" ({self.selection})" if self.selection.rules else ""
-        return f"{self.dataset.fingerprint}{used}"
+        latents = f" latents {self.samples.latents.identity}" if self.samples.latents else ""
+        return f"{self.dataset.fingerprint}{used}{latents}"
 
     def clip(self, position: int) -> Clip:
         """The window at a position of this source's order."""

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from uwm_jax.data.images import NUMBERS
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.robot import RobotActions
 from uwm_jax.data.text_table import TextEncoder
@@ -20,6 +21,32 @@ from uwm_jax.data.windows import OF_FRAMES, WindowSpec
 from uwm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+AUGMENTATION = "augmentation"  # the key of the numbers that decide a row's draws
+
+
+def latents_key(group: str, moments: bool = False) -> str:
+    """The key of a group's latents in a batch, or of the means and log-variances of their posteriors."""
+    return f"{group}_{'moments' if moments else 'latent'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedLatents:
+    """What batches hold in place of some frames.
+
+    Attributes:
+        groups: of the window, those with latents.
+        shape: (h, w, C) of a frame's.
+        dtype: of their numbers.
+        moments: whether they are means and log-variances, 2 C channels.
+        augmented: whether they were made of frames with random crops or jitter.
+    """
+
+    groups: tuple[str, ...]
+    shape: tuple[int, int, int]
+    dtype: str = "float16"
+    moments: bool = False
+    augmented: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +65,7 @@ class DataSpec:
         text_encoder: that made the text embeddings; None where it is not known.
         robots: {source with actions: its robot's actions, and how they become those of a batch}; {} in a checkpoint
             that does not know, such as an official one.
+        cached: of training batches with latents; None for frames alone. A checkpoint does not keep it.
     """
 
     window: WindowSpec
@@ -49,6 +77,7 @@ class DataSpec:
     flip: dict[str, str] = dataclasses.field(default_factory=dict)
     text_encoder: TextEncoder | None = None
     robots: Mapping[str, RobotActions] = dataclasses.field(default_factory=dict)
+    cached: CachedLatents | None = None
 
     def batch_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch of `rows` samples, by key.
@@ -56,12 +85,23 @@ class DataSpec:
         `obs/<camera>`, `next_obs/<camera>` (B, T, H, W, 3) uint8 raw; `obs/<low-dim key>` (B, T, D) and `action`
         (B, Ta, Da) float32 normalised; `obs/text` (B, E) float32; `action_mask` (B,) bool, False where no action was
         recorded; `row` (B,) int32, the row's index in the global batch. A group that the window lacks has no keys.
+
+        With `cached`, a group's frames are replaced by `<group>_latent` (B, V, T, h, w, C) in the cache's dtype, or
+        `<group>_moments` with 2 C channels, cameras sorted. Where other frames remain and the cache is augmented,
+        `augmentation` (B, V, NUMBERS) float32 decides the same draws for these (`images.preprocess`).
         """
-        window = self.window
-        like: dict[str, tuple[tuple[int, ...], type]] = {}
+        window, cached = self.window, self.cached
+        like: dict[str, tuple[tuple[int, ...], Any]] = {}
         for group in OF_FRAMES:
-            if steps := window.groups.get(group):
+            steps = window.groups.get(group)
+            if cached and steps and group in cached.groups:
+                *size, channels = cached.shape
+                shape = len(self.cameras), len(steps), *size, channels * (2 if cached.moments else 1)
+                like[latents_key(group, cached.moments)] = shape, np.dtype(cached.dtype)
+            elif steps:
                 like |= {f"{group}/{name}": ((len(steps), *size, 3), np.uint8) for name, size in self.cameras.items()}
+        if cached and cached.augmented and any(window.groups.get(g) for g in OF_FRAMES if g not in cached.groups):
+            like[AUGMENTATION] = (len(self.cameras), NUMBERS), np.float32
         if window.obs:
             like |= {f"obs/{name}": ((len(window.obs), width), np.float32) for name, width in self.low_dim.items()}
         if window.obs and self.text_dim:

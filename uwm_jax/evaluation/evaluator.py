@@ -303,9 +303,10 @@ def make_evaluation(system: System, traced: str = "") -> Callable[..., tuple[Arr
                 states, made[use] = made[use], {name: x[-1] for name, x in made[use].items()}
             if "action" in system.uses[use].given:
                 made[f"control/{use}_shuffled"] = _sample(system, params, shuffled, use, batch["row"])
-        made = _with_frames(system, frozen, made)
+        if not latents_alone(system):
+            made = _with_frames(system, frozen, made)
 
-        scores = _scores(made | _baselines(system, frozen, batch, truth, references), truth)
+        scores = _scores(system, made | _baselines(system, frozen, batch, truth, references), truth)
         for name, probe in system.probes.items():
             scores[name] = probe(params, encoded, shuffled, _noise(system, batch["row"], next(iter(system.uses))))
         if "changed" in truth:
@@ -315,14 +316,23 @@ def make_evaluation(system: System, traced: str = "") -> Callable[..., tuple[Arr
 
         windows: Arrays = {name: truth[name] for name in ("action", "current", "next_obs") if name in truth}
         windows |= {name: batch[name] for name in ("last_action", "shuffled_action") if name in batch}
+        shown_states = ("action", "next_obs_latent")
+        windows |= {f"denoise/{name}": jnp.moveaxis(x, 0, 1) for name, x in states.items() if name in shown_states}
+        windows, made = jax.tree.map(lambda x: x[shown], (windows, made))
+        if latents_alone(system):
+            made = _with_frames(system, frozen, made)
         for name, parts in made.items():
             short = name.removeprefix("control/")
             windows |= {f"{short}/{part}": x for part, x in parts.items() if part in ("action", "next_obs")}
-        shown_states = ("action", "next_obs_latent")
-        windows |= {f"denoise/{name}": jnp.moveaxis(x, 0, 1) for name, x in states.items() if name in shown_states}
-        return scores, {name: x[shown] for name, x in windows.items()}
+        return scores, windows
 
     return evaluate
+
+
+def latents_alone(system: System) -> bool:
+    """Whether predicted frames are measured by their latents alone, and decoded only to be shown: that of a run which
+    trains from cached latents."""
+    return bool(system.config.data.latents)
 
 
 def make_scores(system: System) -> Callable[..., Arrays]:
@@ -331,7 +341,7 @@ def make_scores(system: System) -> Callable[..., Arrays]:
     def scores(params: Any, frozen: Any, batch: Arrays) -> Arrays:
         encoded, truth = _inputs(system, frozen, batch)
         made = {use: _sample(system, params, encoded, use, batch["row"]) for use in system.uses}
-        found = _scores(_with_frames(system, frozen, made), truth)
+        found = _scores(system, made if latents_alone(system) else _with_frames(system, frozen, made), truth)
         return found | ({"has_changed": _has_changed(truth)} if "changed" in truth else {})
 
     return scores
@@ -414,13 +424,15 @@ def _baselines(
         for name, x in frames.items():
             latents = {"next_obs_latent": system.encode_frames(frozen, x)} if has_latents else {}
             found[f"baseline/{name}"] = {"next_obs": x, **latents}
-        if has_latents:
+        if has_latents and not latents_alone(system):
             latent = {"next_obs_latent": truth["next_obs_latent"]}
             found["baseline/codec"] = {"next_obs": _clipped(system, frozen, latent)}
     return found
 
 
-def _scores(made: Mapping[str, Arrays], truth: Arrays) -> Arrays:
+def _scores(system: System, made: Mapping[str, Arrays], truth: Arrays) -> Arrays:
+    if latents_alone(system):
+        made = {name: {part: x for part, x in parts.items() if part != "next_obs"} for name, parts in made.items()}
     return {f"{name}/{metric}": x for name, parts in made.items() for metric, x in errors(parts, truth).items()}
 
 

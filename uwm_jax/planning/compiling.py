@@ -29,7 +29,7 @@ from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.compiling import compile_lowered
 from uwm_jax.planning import schedule
 from uwm_jax.sweeps.program import SweepProgram
-from uwm_jax.training import flops
+from uwm_jax.training import cached_latents, flops
 from uwm_jax.training.build import Program, build
 from uwm_jax.training.patterns import split
 from uwm_jax.training.state import TrainState
@@ -46,15 +46,14 @@ class Prepared:
     Attributes:
       program: of the run, or of one member of a sweep.
       state: shapes of what the step changes, with shardings: a `TrainState`, or the `SweepState` of `members`.
-      frozen: shapes of the codec's arrays, with shardings; used: those that the step is given.
-      batch: as `Program.batch_like`, or with latents.
+      frozen: shapes of the codec's arrays, with shardings.
+      batch: as `Program.batch_like`.
       lowered: the step.
     """
 
     program: Program
     state: Any
     frozen: Any
-    used: Any
     batch: dict[str, jax.ShapeDtypeStruct]
     lowered: jax.stages.Lowered
     members: int = 0
@@ -65,8 +64,8 @@ def prepare(request: Mapping[str, Any]) -> Prepared:
 
     Args:
       request: `config` and `spec`, as JSON has them; `arrays`, the shapes of a fitted codec's arrays, or None;
-        `latents`, whether batches hold latents in place of the frames to predict; `members` of a sweep that train in
-        one program, 0 for a run; `description` of a TPU topology, None for the devices of this process.
+        `members` of a sweep that train in one program, 0 for a run; `description` of a TPU topology, None for the
+        devices of this process.
 
     Raises:
       UserError: the config does not fit the data, the devices, or the evaluations in training.
@@ -77,12 +76,11 @@ def prepare(request: Mapping[str, Any]) -> Prepared:
     mesh = mesh_lib.make_mesh(config, _devices(request["description"]), members)
     with _traced_for(mesh):
         program, frozen = program_of(config, DataSpec.from_json(request["spec"]), request["arrays"], mesh)
-        batch = with_latents(program) if request["latents"] else program.batch_like
-        used = {} if request["latents"] else frozen
+        batch = program.batch_like
         if not members:
-            return Prepared(program, program.like, frozen, used, batch, program.lower_step(used, batch))
+            return Prepared(program, program.like, frozen, batch, program.lower_step(frozen, batch))
         sweep = SweepProgram(program, members)
-        return Prepared(program, sweep.like, frozen, used, batch, sweep.lower_step(used, batch), members)
+        return Prepared(program, sweep.like, frozen, batch, sweep.lower_step(frozen, batch), members)
 
 
 def compiled(mesh: Mesh, lowered: jax.stages.Lowered) -> Any:
@@ -97,11 +95,11 @@ def compiled(mesh: Mesh, lowered: jax.stages.Lowered) -> Any:
 
 def facts_before(prepared: Prepared) -> Facts:
     """Facts about a step that need no compiler: devices, arrays and operations."""
-    program, frozen = prepared.program, prepared.frozen
+    program = prepared.program
     return {
         **_about_devices(program.mesh),
         **_about_arrays(prepared),
-        **_about_flops(program, prepared.members or 1, prepared.used == {} and frozen != {}),
+        **_about_flops(program, prepared.members or 1),
     }
 
 
@@ -113,7 +111,7 @@ def facts_of(prepared: Prepared, step: Any) -> Facts:
         **about_program(step.as_text(), program.mesh),
         "memory": memory_of(step),
         "metrics_bytes": _metrics_bytes(prepared),
-        "unused_bytes": unused_bytes(step, frozen, prepared.used, batch),
+        "unused_bytes": unused_bytes(step, frozen, batch),
         "lowered_sha256": hashlib.sha256(prepared.lowered.as_text().encode()).hexdigest(),
     }
 
@@ -210,18 +208,7 @@ def program_of(
         views, crop = len(config.data.cameras), config.data.crop
         frozen = {} if usual is None else jax.eval_shape(lambda: usual.synthetic_arrays(views, *crop))
     frozen = mesh_lib.with_sharding(frozen, mesh_lib.replicated(mesh))
-    return build(config, spec, codec, mesh), frozen
-
-
-def with_latents(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch that holds `next_obs_latent` in place of frames to predict."""
-    system, batch = program.system, program.batch_like
-    made = jax.eval_shape(lambda rows: system.noise(jax.random.key(0), rows, system.acting), batch["row"])
-    if "next_obs" not in made or system.codec is None:
-        raise UserError(f"--latents: the system {program.config.system!r} predicts no latents of frames.")
-    kept = {name: x for name, x in batch.items() if not name.startswith("next_obs/")}
-    latent = mesh_lib.with_sharding(made["next_obs"], mesh_lib.batch_sharding(program.mesh))
-    return {**kept, "next_obs_latent": latent}
+    return build(config, cached_latents.with_latents(config, spec, codec), codec, mesh), frozen
 
 
 def _devices(description: Mapping[str, Any] | None) -> list[Any]:
@@ -307,20 +294,15 @@ def _metrics_bytes(prepared: Prepared) -> int:
     return 4 * (1 + len(parts) + 2 * (len(losses) - len(parts)))
 
 
-def unused_bytes(compiled: Any, frozen: Any, used: Any, batch: Any) -> dict[str, int]:
-    """Bytes on one device of the inputs that the program is not given, because it does not read them.
-
-    Args:
-      frozen, used: arrays of the codec, and those of them that the program was lowered with.
-    """
+def unused_bytes(compiled: Any, frozen: Any, batch: Any) -> dict[str, int]:
+    """Bytes on one device of the inputs that the program is not given, because it does not read them."""
     _, of_frozen, of_batch = compiled.input_shardings[0]
 
     def dropped(tree: Any, shardings: Any) -> int:
         pairs = zip(jax.tree.leaves(tree), _with_none(shardings), strict=True)
         return sum(bytes_on_device(x) for x, sharding in pairs if sharding is None)
 
-    never = sum(map(bytes_on_device, jax.tree.leaves(frozen))) - sum(map(bytes_on_device, jax.tree.leaves(used)))
-    return {"frozen": never + dropped(used, of_frozen), "batch": dropped(batch, of_batch)}
+    return {"frozen": dropped(frozen, of_frozen), "batch": dropped(batch, of_batch)}
 
 
 def about_program(text: str, mesh: Mesh) -> Facts:
@@ -355,10 +337,10 @@ def limit_of(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _about_flops(program: Program, members: int, latents: bool) -> Facts:
+def _about_flops(program: Program, members: int) -> Facts:
     """Analytic operations of a step of all devices, and the seconds that one device would take for them at its peak."""
     rows, sample = program.config.batch_size, program.system.flops()
-    trained, frozen = members * rows * (sample.training - sample.frozen), 0.0 if latents else rows * sample.frozen
+    trained, frozen = members * rows * (sample.training - sample.frozen), rows * sample.frozen
     kind = program.mesh.devices.flat[0].device_kind
     return {
         "flops": {"trained": trained, "frozen": frozen},

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from uwm_jax import host_memory
-from uwm_jax.planning.compiling import Facts, Prepared, bytes_on_device, memory_of
+from uwm_jax.planning.compiling import Facts, Prepared, memory_of, unused_bytes
 
 STEPS = 3  # timed, after one that is not
 _STATUS = Path("/proc/self/status")
@@ -37,15 +37,14 @@ def measure(prepared: Prepared, step: Any) -> Facts:
     host_memory.give_back()
     before = _reset_peak() if on_cpu else None
     state, frozen, batch = fill()
-    used = frozen if prepared.used else {}
-    state, _ = jax.block_until_ready(step(state, used, batch))
+    state, _ = jax.block_until_ready(step(state, frozen, batch))
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, used, batch))
+        state, _ = jax.block_until_ready(step(state, frozen, batch))
         seconds.append(time.perf_counter() - start)
-    planned = memory_of(step)["total"]
-    planned += sum(map(bytes_on_device, jax.tree.leaves(prepared.frozen))) if not prepared.used else 0
+    # what the step does not read, such as the codec's decoder, lies in memory next to it
+    planned = memory_of(step)["total"] + unused_bytes(step, prepared.frozen, prepared.batch)["frozen"]
     found: Facts = {"planned_bytes": planned * mesh.size if on_cpu else planned, "measured_bytes": None}
     if on_cpu:
         peak = _resident("VmHWM")

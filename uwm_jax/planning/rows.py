@@ -39,7 +39,6 @@ class Question:
 
     Attributes:
       data: sizes of the data of the config.
-      latents: whether batches hold latents in place of the frames to predict.
       efficiency: share of the chips' peak for which samples a second are told as well.
       price: of a chip-hour, None for no costs.
       cache: directory of answers; None for none.
@@ -50,7 +49,6 @@ class Question:
     """
 
     data: Data
-    latents: bool = False
     efficiency: float = 0.4
     price: float | None = None
     cache: Path | None = None
@@ -104,7 +102,6 @@ def request(config: ConfigDict, place: Topology | None, question: Question) -> d
         "config": json.loads(config_lib.to_json(config)),
         "spec": question.data.spec.to_json(),
         "arrays": question.data.arrays,
-        "latents": question.latents,
         "members": question.members,
         "measure": question.measure and place is None,
         "rules": _contents(config.mesh.rules),
@@ -160,7 +157,7 @@ def _about(name: str, config: ConfigDict, place: Topology | None, question: Ques
         "batch_size": config.batch_size,
         "accumulation_steps": config.accumulation_steps,
         "remat": config.model.get("remat"),
-        "latents": question.latents,
+        "latents": bool(config.data.latents),
         "members": question.members,
         "program": question.program,
         "programs": question.programs,

@@ -155,10 +155,9 @@ def _candidates(config: ConfigDict, question: Question, place: Topology) -> Iter
     with target.tracing_for("tpu", place.chips):
         one = Candidate(0.0, 1, 1, 1, 1, 0, config.batch_size).applied(config)
         program, frozen = compiling.program_of(one, question.data.spec, question.data.arrays, _mesh(1, 1, 1))
-    work = _Work.of(program, question.latents, place)
+    work = _Work.of(program, place)
     remat = REMAT.index(config.model.get("remat", "none"))
-    like = question.data.spec.batch_like(1).values()
-    row_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in like)
+    row_bytes = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in program.batch_like.values())
     for data, fsdp, tensor in _meshes(config, place):
         placed = sharding.state_sharding(_mesh(data, fsdp, tensor), program.rules, program.shapes)
         placed = mesh_lib.with_sharding(program.shapes, placed)
@@ -191,7 +190,7 @@ class _Work:
     ici: float
 
     @classmethod
-    def of(cls, program: Program, latents: bool, place: Topology) -> _Work:
+    def of(cls, program: Program, place: Topology) -> _Work:
         sample, model = program.system.flops(), program.config.model
         network = sample.trained.get("network", 0.0)
         trained, kind = sum(sample.trained.values()), place.chip.kind
@@ -204,7 +203,7 @@ class _Work:
         return cls(
             network=seconds(3 * network, 0.0),
             others=seconds(3 * (trained - network), 0.0),
-            frozen=seconds(0.0, 0.0 if latents else sample.frozen),
+            frozen=seconds(0.0, sample.frozen),
             parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(program.shapes.params)),
             layer=2 * network / (24 * width * layers) if width and layers else 0.0,
             layers=layers,

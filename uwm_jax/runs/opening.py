@@ -20,7 +20,7 @@ from uwm_jax.files import local_path
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
-from uwm_jax.training import codec_store, compatibility, pretrained
+from uwm_jax.training import cached_latents, codec_store, compatibility, pretrained
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import Program
 from uwm_jax.training.checkpoint_reader import CheckpointReader
@@ -47,7 +47,8 @@ def open_data(
     """
     trained = DataSpec.from_json(stored.assets["data_spec"]) if stored else None
     normalizer = trained.normalizer if trained else None
-    data = RunData(config.data, seed=config_lib.data_seed(config), normalizer=normalizer)
+    seed, latents = config_lib.data_seed(config), cached_latents.use_of(config)
+    data = RunData(config.data, seed=seed, normalizer=normalizer, latents=latents)
     closing.callback(data.close)
     if trained:
         trained.check_text_encoder(data.spec.text_encoder, str(data.directory), "this run's checkpoint")

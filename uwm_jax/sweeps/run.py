@@ -40,6 +40,7 @@ from uwm_jax.sweeps.record import Record
 from uwm_jax.sweeps.records import SweepRecords
 from uwm_jax.training import (
     branching,
+    cached_latents,
     codec_store,
     finetune,
     fixed_fields,
@@ -230,6 +231,7 @@ def run_group(
     startup.reached("model")
     codec_place = find_codec(config, data, stored, origin)
     codec, frozen = codec_store.open_codec(config, codec_place)
+    cached_latents.check(config, data, codec, frozen)
     if stored:
         past = lineage.kept(stored.assets)
     else:
@@ -238,7 +240,7 @@ def run_group(
     frozen = mesh_lib.place(frozen, mesh_lib.replicated(mesh))
 
     # --- One program, and the state of every member in it. -------------------------------------------
-    program = build(config, data.spec, codec, mesh)
+    program = build(config, data.training_spec, codec, mesh)
     print_summary(program, data, codec_store.describe(codec, frozen))
     startup.reached("state")
     sweep = SweepProgram(program, len(places))

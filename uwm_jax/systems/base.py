@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from uwm_jax.codecs import Codec
+from uwm_jax.codecs import Codec, sample_posterior
 from uwm_jax.data.images import preprocess
-from uwm_jax.data.spec import DataSpec
+from uwm_jax.data.spec import AUGMENTATION, DataSpec, latents_key
+from uwm_jax.data.windows import OF_FRAMES
 from uwm_jax.models import layers, target
 
 Batch = Mapping[str, jax.Array]
@@ -201,8 +202,8 @@ class System(abc.ABC):
 
         Args:
           frozen: the codec's parameters.
-          batch: as `spec.batch_like`; groups that the caller has no use for may be absent. `next_obs_latent`
-            (B, V, T, h, w, C) stands in for `next_obs/<camera>`.
+          batch: as `spec.batch_like`, with or without cached latents; groups that the caller has no use for may be
+            absent. `next_obs_latent` (B, V, T, h, w, C) stands in for `next_obs/<camera>`.
           key: one key a step, for augmentation and posteriors; a row's share of it follows from `batch["row"]`. None:
             centre crop, no jitter, the posterior's mode.
 
@@ -277,14 +278,29 @@ class System(abc.ABC):
     def images(self, batch: Batch, keys: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
         """Current and, where the batch has them, following images (B, V, T, h, w, 3) in [0, 1].
 
-        With keys (B,) the images are augmented, with one draw for current and following frames.
+        With keys (B,) the images are augmented, with one draw for current and following frames; where the batch has
+        `augmentation`, that decides the draws.
         """
         data = self.config.data
         current = {c: batch[f"obs/{c}"] for c in self.cameras}
         has_next = all(f"next_obs/{c}" in batch for c in self.cameras)
         following = {c: batch[f"next_obs/{c}"] for c in self.cameras} if has_next else None
-        augment = data.augment.to_dict()
-        return preprocess(current, following, resize=data.resize, crop=data.crop, augment=augment, keys=keys)
+        size = {"resize": data.resize, "crop": data.crop}
+        numbers = batch.get(AUGMENTATION) if keys is not None else None
+        return preprocess(current, following, **size, augment=data.augment.to_dict(), keys=keys, numbers=numbers)
+
+    def cached_latents(self, batch: Batch, keys: jax.Array | None = None) -> dict[str, jax.Array]:
+        """{`<group>_latent`: (B, V, T, h, w, C) float32} of the groups of which a batch holds latents or moments; of
+        moments the mean, or with keys (B,) one sample of all groups."""
+        of = {moments: [g for g in OF_FRAMES if latents_key(g, moments) in batch] for moments in (False, True)}
+        found = {latents_key(g): batch[latents_key(g)].astype(jnp.float32) for g in of[False]}
+        if groups := of[True]:  # sampled together, as frames are that are encoded together
+            parts = [batch[latents_key(g, moments=True)] for g in groups]
+            mean, logvar = jnp.split(jnp.concatenate(parts, axis=2).astype(jnp.float32), 2, axis=-1)
+            latents = mean if keys is None else sample_posterior(mean, logvar, keys)
+            ends = np.cumsum([part.shape[2] for part in parts])[:-1]
+            found |= {latents_key(g): x for g, x in zip(groups, jnp.split(latents, ends, axis=2), strict=True)}
+        return found
 
     def encode_frames(self, frozen: Params, frames: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Latents (B, V, T, h, w, C) of images; the posterior is sampled with keys (B,), else its mode."""
@@ -372,6 +388,8 @@ class SystemType:
       make: (config, spec, codec) -> a System; raises UserError where config and data do not fit.
       tree: (config) -> about its parameters.
       uses, acting: as `System` has them.
+      latents: the window's groups whose frames it reads only as latents of the codec, so that a cache may stand in for
+        them; () for none.
       introduction: the system in a few sentences, for the page of a run.
       questions: {metric of a comparison, such as `paired/inverse_vs_policy/action_mse`: the question that it answers,
         positive is yes}, in the order in which a page asks them; others are asked in general words.
@@ -392,6 +410,7 @@ class SystemType:
     tree: Callable[[ConfigDict], TreeInfo]
     uses: Mapping[str, Use]
     acting: str
+    latents: tuple[str, ...] = ()
     introduction: str = ""
     questions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: Fields = Fields()

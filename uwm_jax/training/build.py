@@ -100,14 +100,16 @@ def build(config: ConfigDict, spec: DataSpec, codec: Codec | None, mesh: Mesh) -
 
     Args:
       config: validated.
-      spec: of its data, with the normaliser that it trains with.
+      spec: of its training batches, with the normaliser that it trains with. The system's own is of frames, which is
+        what evaluations and policies give it.
       codec: between frames and latents; None for systems without one.
       mesh: of its devices.
 
     Raises:
       UserError: config and data do not fit each other, or a table of sharding rules is malformed.
     """
-    system, optimizer = systems.make(config, spec, codec), state_lib.make_optimizer(config)
+    frames = dataclasses.replace(spec, cached=None)
+    system, optimizer = systems.make(config, frames, codec), state_lib.make_optimizer(config)
     rules = rules_of(system)
     make = functools.partial(_fresh, config, system, optimizer)
     shapes = jax.eval_shape(make, np.uint32(config.seed))

@@ -16,6 +16,7 @@ SYSTEM = SystemType(
     tree=lambda config: TREE,
     uses=USES,
     acting=ACTING,
+    latents=("obs", "next_obs"),
     fields=config.FIELDS,
     optional=fields.OPTIONAL,
     remarks=config.remarks,

@@ -90,9 +90,12 @@ class PAD(System):
             image_keys = keys.image
             if self.config.model.codec.posterior == "sample":
                 posterior_keys = keys.posterior
+        encoded: Encoded = {n: batch[n] for n in ("action", "action_mask") if n in batch}
+        encoded |= self.cached_latents(batch, posterior_keys)
+        if "obs_latent" in encoded:
+            return encoded
         current, following = self.images(batch, image_keys)
-        encoded: Encoded = {n: batch[n] for n in ("action", "action_mask", "next_obs_latent") if n in batch}
-        if "next_obs_latent" in batch or following is None:
+        if "next_obs_latent" in encoded or following is None:
             encoded["obs_latent"] = self.encode_frames(frozen, current, posterior_keys)
         else:  # both in one pass
             both = self.encode_frames(frozen, jnp.concatenate([current, following], axis=2), posterior_keys)
@@ -154,7 +157,7 @@ class PAD(System):
     # --- about -----------------------------------------------------------------------------------
 
     def flops(self) -> Flops:
-        frames = 2 * self.num_frames * len(self.cameras)
+        frames = 0 if self.config.data.latents else 2 * self.num_frames * len(self.cameras)
         return Flops({"network": self.network.flops()}, self.codec.encode_flops(frames, *self.config.data.crop))
 
     def misfits(self, timestep: Mapping[str, np.ndarray]) -> list[str]:

@@ -17,6 +17,7 @@ SYSTEM = SystemType(
     tree=tree,
     uses=USES,
     acting=ACTING,
+    latents=("next_obs",),
     introduction=words.INTRODUCTION,
     questions=words.QUESTIONS,
     fields=config.FIELDS,

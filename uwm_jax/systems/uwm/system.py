@@ -92,16 +92,18 @@ class UWM(System):
         image_keys = posterior_keys = None
         if key is not None:
             _, image_keys, posterior_keys = self.step_keys(key, batch["row"])
+        if self.config.model.codec.posterior != "sample":
+            posterior_keys = None
         current, following = self.images(batch, image_keys)
         encoded: Encoded = {
             "images": current,
             "low_dim": {k: batch[f"obs/{k}"] for k in sorted(self.spec.low_dim)},
             "text": batch.get("obs/text"),
-            **{name: batch[name] for name in ("action", "action_mask", "next_obs_latent") if name in batch},
+            **{name: batch[name] for name in ("action", "action_mask") if name in batch},
+            **self.cached_latents(batch, posterior_keys),
         }
-        if "next_obs_latent" not in batch and following is not None:
-            sampled = self.config.model.codec.posterior == "sample"
-            encoded["next_obs_latent"] = self.encode_frames(frozen, following, posterior_keys if sampled else None)
+        if "next_obs_latent" not in encoded and following is not None:
+            encoded["next_obs_latent"] = self.encode_frames(frozen, following, posterior_keys)
         return encoded
 
     @exact
@@ -217,7 +219,7 @@ class UWM(System):
 
     def flops(self) -> Flops:
         """`network` is the diffusion transformer, `encoder` the observation encoder on all current frames; frozen the
-        codec's encoder on all next frames."""
+        codec's encoder on all next frames that are not read as latents."""
         views, frames, (rows, columns) = len(self.cameras), self.num_frames, self.config.data.crop
         encoder, network = self.network.obs_encoder, self.network.noise_pred_net
         features = encoder.num_features(views, frames, sum(self.spec.low_dim.values()))
@@ -225,7 +227,8 @@ class UWM(System):
             "network": network.flops(features),
             "encoder": encoder.flops(views, frames, rows, columns, self.spec.text_dim),
         }
-        return Flops(trained, self.codec.encode_flops(views * frames, rows, columns))
+        encoded = 0 if self.config.data.latents else views * frames
+        return Flops(trained, self.codec.encode_flops(encoded, rows, columns))
 
     def describe_sampling(self) -> dict[str, Any]:
         return self.schedule.describe()

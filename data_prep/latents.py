@@ -1,0 +1,56 @@
+"""Encodes the frames of a dataset once, so that training reads latents in place of encoding frames in every step.
+
+    python -m data_prep.latents --config=configs/droid.py --estimate
+    python -m data_prep.latents --config=configs/droid.py --variants=2
+    python -m uwm_jax.train --config=configs/droid.py --config.data.latents=vae --config.model.codec.posterior=mode ...
+
+The config is that of the run: its frozen codec, its sources with their cameras, resize, crop and augmentation. It
+first prints what the cache costs and whether it pays. The latents lie in the dataset, in `latents/<codec>/<camera>`,
+and leave it as it is. A job that was killed continues when it is started again. docs/data.md says what training from
+latents is.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from absl import flags
+
+from data_prep.caching import Options, make
+from uwm_jax import cli, config_help
+from uwm_jax import config as config_lib
+from uwm_jax.data.latents import DTYPES
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("config", None, "FILE.py[:argument] of the run; fields change with --config.any.field=value")
+    flags.DEFINE_integer("variants", 1, "draws of crop and jitter of each episode and camera", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of these draws", lower_bound=0)
+    flags.DEFINE_bool("moments", False, "store mean and log-variance, for config.model.codec.posterior=sample")
+    flags.DEFINE_enum("dtype", Options.dtype, DTYPES, "of the stored numbers")
+    flags.DEFINE_enum("episodes", Options.episodes, ("all", "used"), "of the dataset, or those that the config selects")
+    flags.DEFINE_bool("estimate", False, "only say what it costs and whether it pays")
+    flags.DEFINE_bool("overwrite", False, "replace caches that are there")
+    cli.accept_config_overrides(config_help.describe)
+
+
+def main(call: cli.Call) -> None:
+    config = config_lib.load(cli.required("config"), call.overrides)
+    options = Options(
+        variants=FLAGS.variants,
+        seed=FLAGS.seed,
+        moments=FLAGS.moments,
+        dtype=FLAGS.dtype,
+        episodes=FLAGS.episodes,
+    )
+    command = shlex.join(part for part in call.line if part != "--overwrite")
+    for cache in make(config, options, command=command, overwrite=FLAGS.overwrite, estimate=FLAGS.estimate):
+        print(f"{cache.directory}: {cache.facts['steps']:,} steps of {cache.facts['episodes']:,} episodes")
+
+
+command = cli.command(main, define_flags)
+
+if __name__ == "__main__":
+    command()
