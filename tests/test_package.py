@@ -96,7 +96,9 @@ def test_the_core_imports_its_requirements_and_none_of_the_extras():
     """Packages that only demonstration data or tests need are no requirements of the core."""
     owners = importlib.metadata.packages_distributions()
     files = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
-    imported = {module for p in files if p.name not in ("demo.py", "pusht_rlds.py") for module in _imported(p)}
+    imported = {
+        module for p in files if p.name not in ("demo.py", "pusht_rlds.py", "on_beam.py") for module in _imported(p)
+    }
     provided = {_name(owner) for module in imported for owner in owners.get(module, ())}
     assert {_name(requirement) for requirement in PROJECT["dependencies"]} <= provided
     assert not imported & {"tensorflow", "tensorflow_datasets", "rlds", "apache_beam"}
