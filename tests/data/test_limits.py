@@ -246,6 +246,15 @@ def test_sources_have_limits_of_their_own(made, config: ConfigDict, tmp_path: Pa
     sources = RunData(config, seed=0).sources
     assert [limit.rule.split()[0] for limit in sources["a"].limits] == ["present", "action"]
     assert sources["b"].limits == sources["c"].limits == []
+    config.max_action = (("action[6:]", 0.4), ("action[:6]", 3.0))  # the last column is 0.5 everywhere
+    with pytest.raises(
+        UserError, match=r"is left: 129 are left out by action\[6:\] beyond 0\.4 \(at 203 steps\); 19 are"
+    ):
+        RunData(config, seed=0)
+    for key, message in (("action[:9]", r"config\.data\.max_action: action\[:9\] takes"), ("a[", r"found 'a\['")):
+        config.max_action = ((key, 3.0),)
+        with pytest.raises(UserError, match=message):
+            RunData(config, seed=0)
     config.max_action = (("gripper_position", 0.5),)
     with pytest.raises(UserError, match=r"max_action: no source has 'gripper_position' in its action, whose keys"):
         RunData(config, seed=0)

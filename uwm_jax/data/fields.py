@@ -40,8 +40,8 @@ def data_fields() -> ConfigDict:
     # ranges of steps at which the present frame of a window lies: the name that data_prep.ranges gave them, or the path
     # of a .json of openpi; "" = everywhere
     d.ranges = ""
-    # pairs (step key of the action, bound in its units before the transform): windows with an action beyond +-bound are
-    # left out, e.g. (("action_dict/cartesian_velocity", 1.0),)
+    # pairs (step key of the action or columns of it, bound in its units before the transform): windows with an action
+    # beyond +-bound are left out, e.g. (("action_dict/cartesian_velocity", 1.0),) or (("action[:6]", 0.2),)
     d.max_action = ()
     d.val_ratio = 0.05  # share of episodes held out for evaluation
     # of an episode, where the data mark it by is_last (RLDS leaves it undefined): drop, or keep (official)

@@ -17,6 +17,7 @@ from uwm_jax.data.intervals import Intervals, pieces
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.selection import steps_where
 from uwm_jax.data.sidecar import Sidecar, open_sidecar
+from uwm_jax.data.transforms import Columns
 from uwm_jax.data.windows import Layout
 from uwm_jax.errors import UserError
 from uwm_jax.files import local_path
@@ -107,7 +108,7 @@ class ActionBound:
     """A limit: no action of a window is larger, in absolute value, than a bound.
 
     Attributes:
-        key: of the actions, before their transform; bound: in their units.
+        key: of the actions, or columns of it, before their transform; bound: in their units.
         episodes, steps: (n,) those at which one of the numbers is larger.
     """
 
@@ -151,34 +152,38 @@ def find_limits(
         counted: (E,) how many steps of each episode, from the first on, have an action that it uses.
     Raises:
         UserError: ranges that are not there or do not fit the dataset, a bound of the source for a key that is none of
-            `action_keys`.
+            `action_keys`, or for columns that the key does not have.
     """
     own = f"config.data.sources.{name}"
     limits: list[Limit] = []
     ranges = fields.ranges or config.ranges
     if ranges and ranges != NO_RANGES:
         limits.append(open_ranges(dataset, ranges, f"{own if fields.ranges else 'config.data'}.ranges"))
-    for key, bound in fields.max_action or config.max_action:
-        found = action_key(key, action_keys)
-        if found:
-            column, lengths = dataset.column(found), dataset.episode_lengths
-            beyond = functools.partial(_is_beyond, bound)
-            limits.append(ActionBound(found, float(bound), *steps_where(beyond, column, lengths, counted)))
+    field = f"{own if fields.max_action else 'config.data'}.max_action"
+    for name, bound in fields.max_action or config.max_action:
+        columns = bounded(name, action_keys, field)
+        if columns:
+            columns.width(int(np.prod(dataset.step_shape(columns.key), dtype=np.int64)), field)
+            beyond = functools.partial(_is_beyond, columns, bound)
+            at = steps_where(beyond, dataset.column(columns.key), dataset.episode_lengths, counted)
+            limits.append(ActionBound(str(columns), float(bound), *at))
         elif fields.max_action:
             raise UserError(
-                f"{own}.max_action: {key!r} is none of the keys of this source's action: "
-                f"{', '.join(action_keys) or 'none'}."
+                f"{field}: {name!r} is none of the keys of this source's action: {', '.join(action_keys) or 'none'}."
             )
     return limits
 
 
-def _is_beyond(bound: float, rows: np.ndarray) -> np.ndarray:
-    return np.any(np.abs(rows) > bound, axis=1)
+def _is_beyond(columns: Columns, bound: float, rows: np.ndarray) -> np.ndarray:
+    return np.any(np.abs(columns.of(rows)) > bound, axis=1)
 
 
-def action_key(name: str, action_keys: Sequence[str]) -> str:
-    """The one among the step keys of an action that a bound names, in full or without `observation/`; "" if none."""
-    return next((key for key in (f"observation/{name}", name) if key in action_keys), "")
+def bounded(name: str, action_keys: Sequence[str], field: str = "config.data.max_action") -> Columns | None:
+    """What a bound is for, `key` or `key[start:stop]`, the key in full or without `observation/`, among the step keys
+    of an action; None if it is none of them."""
+    columns = Columns.parse(name, field)
+    keys = (f"observation/{columns.key}", columns.key)
+    return next((columns._replace(key=key) for key in keys if key in action_keys), None)
 
 
 def sidecar_folder(name: str) -> str:

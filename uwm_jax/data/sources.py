@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from uwm_jax.data import fields as fields_lib
 from uwm_jax.data.choices import keys_of
-from uwm_jax.data.limits import StepRanges, action_key, find_limits
+from uwm_jax.data.limits import StepRanges, bounded, find_limits
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import StreamOrder, mix
 from uwm_jax.data.records import Dataset, dataset_dir
@@ -284,7 +284,7 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
         sources[name] = Source(name, where, dataset, config, fields, own)
     for key, _ in config.max_action:
         read = {name: source.samples.action_keys for name, source in sources.items()}
-        if not any(action_key(key, keys) for keys in read.values()):
+        if not any(bounded(key, keys) for keys in read.values()):
             each = "; ".join(f"{name}: {', '.join(keys) or 'none'}" for name, keys in read.items())
             raise UserError(f"config.data.max_action: no source has {key!r} in its action, whose keys are: {each}.")
     return sources

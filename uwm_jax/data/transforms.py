@@ -96,11 +96,11 @@ class Columns(NamedTuple):
         """These columns of (..., D) values."""
         return values[..., self.start : self.stop]
 
-    def width(self, dim: int) -> int:
+    def width(self, dim: int, field: str = _FIELD) -> int:
         """Their number, of a key of `dim` numbers; raises UserError where it lacks some of them."""
         taken = len(range(dim)[self.start : self.stop])
         if not taken or any(n is not None and abs(n) > dim for n in (self.start, self.stop)):
-            raise UserError(f"{_FIELD}: {self} takes columns that {self.key!r}, of {dim} numbers, does not have.")
+            raise UserError(f"{field}: {self} takes columns that {self.key!r}, of {dim} numbers, does not have.")
         return taken
 
 
