@@ -112,6 +112,13 @@ def test_resized_to_cover_and_cropped_in_the_centre(tmp_path: Path) -> None:
     assert number_of(image) == 2
 
 
+def test_a_lower_quality_has_fewer_bytes(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", [5])
+    high, low = (read(tmp_path / "a.mp4", every=1, quality=quality) for quality in (95, 30))
+    assert isinstance(high, Clip) and isinstance(low, Clip)
+    assert len(low.frames[0][0]) < len(high.frames[0][0]) and numbers(low) == numbers(high) == [5]
+
+
 def test_properties_that_are_taken_into_account_are_remarked(tmp_path: Path) -> None:
     write_clip(tmp_path / "turned.mp4", range(3), turn={"degrees": 90})
     write_clip(tmp_path / "deep.mp4", range(3), codec="libx265", pixels="yuv420p10le")
