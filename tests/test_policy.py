@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from uwm_jax import codecs, systems
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.robot import RobotActions
+from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import RunError, UserError
-from uwm_jax.policy import Policy
+from uwm_jax.policy import Policy, acting
+from uwm_jax.synthetic import synthetic_arrays
 
 CHUNK = 6
 SCALE = {"state": (np.array([2.0], np.float32), np.array([10.0], np.float32))}
@@ -236,6 +240,38 @@ def test_whose_robot_acts_is_said_where_conventions_differ():
     (a, b) = (make(stub, execute=1, source=name).act(seen(5)) for name in "ab")
     np.testing.assert_array_equal(a, 1 - b)
     np.testing.assert_array_equal(b, make(Stub(), execute=1).act(seen(5)))
+
+
+@pytest.mark.slow
+def test_a_models_relative_actions_are_the_robots_at_the_present_pose(tiny_config):
+    """End to end: data, a real model, and its spec as a checkpoint keeps it, against scipy's rotations."""
+    pose = "action_dict/cartesian_velocity"  # stands for a pose that is observed, which the model does not read
+    tiny_config.model.codec.name = "pixels"
+    tiny_config.data.action = (("action[:6]", f"relative:{pose}:rpy:euler"), ("action[6:]", "gripper_inverted"))
+    data = RunData(tiny_config.data, seed=0)
+    spec = DataSpec.from_json(json.loads(json.dumps(data.spec.to_json())))
+    codec = codecs.from_config(tiny_config)
+    system, frozen = systems.make(tiny_config, spec, codec), synthetic_arrays(tiny_config, codec)
+    params = jax.jit(system.init)(jax.random.key(0))
+    sample = jax.jit(acting(system))
+    policy = Policy(system, params, frozen, execute=4, sample=sample)
+    rng = np.random.default_rng(0)
+    now = np.array([[0.1, 0.2, 0.3, np.pi, np.pi / 2, -1.0]], np.float32)
+    seen = {"wrist": rng.integers(0, 256, (1, 16, 16, 3), np.uint8), "state": np.ones((1, 3)), pose: now}
+    policy.observe(seen)
+    zero, zeros = np.uint32(0), np.zeros(1, np.uint32)
+    made = np.asarray(sample(params, frozen, policy.inputs(), zero, zeros, zeros))
+    raw = spec.normalizer.unnormalize("action", made[0]).astype(np.float64)
+    taken = policy.plan()[0]
+    assert raw.shape == (4, 10) and taken.shape == (4, 7)
+    np.testing.assert_allclose(taken[:, :3], raw[:, :3] + now[0, :3], atol=1e-6)
+    np.testing.assert_allclose(taken[:, 6], 1 - raw[:, 9], atol=1e-6)
+    first = raw[:, 3:6] / np.linalg.norm(raw[:, 3:6], axis=1, keepdims=True)
+    third = np.cross(first, raw[:, 6:9])
+    third /= np.linalg.norm(third, axis=1, keepdims=True)
+    relative = Rotation.from_matrix(np.stack([first, np.cross(third, first), third], axis=1))
+    expected = Rotation.from_euler("XYZ", now[:, 3:].astype(np.float64)) * relative
+    assert (Rotation.from_euler("xyz", taken[:, 3:6].astype(np.float64)).inv() * expected).magnitude().max() < 1e-6
 
 
 def test_text_is_read_where_the_model_reads_it():
