@@ -134,12 +134,23 @@ def test_an_unfinished_sidecar_is_never_taken_for_a_complete_one(dataset: Path) 
     assert find_sidecars(dataset) == []
     with pytest.raises(UserError, match=r"is unfinished \(`python -m this --again` continues it\)[^$]*variants"):
         _write(dataset, {**FIELDS, "variants": 2})
+    for killed_in_writing in (".unfinished.0a1b2c3d.tmp.json", ".sidecar.0a1b2c3d.tmp.json"):
+        (dataset / "latents/vae/wrist" / killed_in_writing).write_text("{")
     with writing_sidecar(dataset, "latents/vae/wrist", "latents", FIELDS, "python -m this --again") as out:
         assert out.continued and (out.directory / "part-0").read_text() == "done"
     first = _write(dataset)
+    assert sorted(path.name for path in (dataset / "latents/vae/wrist").iterdir()) == ["deep", "sidecar.json"]
     assert first.continued and first.complete is not None
     again = _write(dataset)
     assert again.complete is not None and again.complete.digest == first.complete.digest
+
+
+def test_a_job_that_was_killed_before_its_first_file_was_written_is_begun_anew(dataset: Path) -> None:
+    (folder := dataset / "latents/vae/wrist").mkdir(parents=True)
+    (folder / ".lock").write_text("process 1")
+    (folder / ".unfinished.0a1b2c3d.tmp.json").write_text("{")
+    assert not _write(dataset).continued
+    assert sorted(path.name for path in folder.iterdir()) == ["deep", "sidecar.json"]
 
 
 def test_only_overwrite_replaces_a_sidecar_and_only_a_sidecar(dataset: Path) -> None:

@@ -160,7 +160,9 @@ def test_sources_share_one_encoder_and_video_may_have_no_table(config: ConfigDic
     assert batch["obs/text"].any()
 
 
-def test_a_run_continues_only_with_its_encoder(config: ConfigDict, copy: Path) -> None:
+def test_a_run_continues_only_with_its_encoder(config: ConfigDict, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr(opening.distributed, "require_same", lambda what, value: compared.append(value))
     _make_table(copy, seed=1)
     spec = RunData(config.data, seed=0).spec
     assert DataSpec.from_json(spec.to_json()).text_encoder == spec.text_encoder == TextEncoder("encoder-0", "00" * 32)
@@ -175,3 +177,4 @@ def test_a_run_continues_only_with_its_encoder(config: ConfigDict, copy: Path) -
                     opening.open_data(config, reader, None, closing)  # type: ignore[arg-type]
             else:
                 opening.open_data(config, reader, None, closing)  # type: ignore[arg-type]
+    assert [value["text encoder"] for value in compared] == ["01" * 32] * 2, "of all processes"

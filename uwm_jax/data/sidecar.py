@@ -246,7 +246,8 @@ def writing_sidecar(
         raise UserError(f"{directory} cannot be written: {e.strerror}. A sidecar lies inside its dataset.") from e
     try:
         done, begun = _json_of(directory / _MANIFEST), _json_of(directory / _UNFINISHED)
-        others = {path.name for path in directory.iterdir()} - {_LOCK}
+        # The lock, and what a job leaves that is killed while it writes a file, are hidden.
+        others = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
         if others and done is None and begun is None:
             raise UserError(f"{directory} exists and is no sidecar. Remove it by hand, or choose another name.")
         # A job that overwrites writes first what it will make, so that it is continued if it is killed meanwhile.

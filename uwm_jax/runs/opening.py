@@ -50,9 +50,10 @@ def open_data(
     seed, latents = config_lib.data_seed(config), cached_latents.use_of(config)
     data = RunData(config.data, seed=seed, normalizer=normalizer, latents=latents)
     closing.callback(data.close)
+    encoder = data.spec.text_encoder
+    distributed.require_same("the data", data.identities() | ({"text encoder": encoder.sha256} if encoder else {}))
     if trained:
-        trained.check_text_encoder(data.spec.text_encoder, str(data.directory), "this run's checkpoint")
-    distributed.require_same("the data", data.identities())
+        trained.check_text_encoder(encoder, str(data.directory), "this run's checkpoint")
     if origin:
         say("\n".join(compatibility.check(origin, config, data.spec, data.ranges())))
         data = data.with_normalizer(origin.normalizer_for(config, data.spec))
