@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from data_prep import idle, ranges
 from data_prep.idle import IdleRule, make_ranges, summary
 from data_prep.training_layout import reshard
 from tests.data import rlds_source
+from tests.data_prep.killing import Commands, kill_and_resume, random_moments, tree
 from uwm_jax import cli
 from uwm_jax.config import base
 from uwm_jax.data.limits import StepRanges
@@ -129,7 +131,7 @@ def test_the_command_writes_what_training_uses(dataset: Path, capsys: pytest.Cap
     steps = sum(b - a for of in kept for a, b in of)
     empty = sum(not of for of in kept)
     assert f"{steps / 159:.1%} stay, in {sum(map(len, kept))} ranges; {empty} of 6 episodes have none" in said
-    assert "left out by the ranges 'idle', in which their present frame does not lie" in data.summary()
+    assert "left out by the ranges 'idle'" in data.summary()
     assert f"present frames in ranges of {steps} steps" in source.identity
     # The dataset itself is the same; a second call finds the work done, other settings are refused by field.
     assert (dataset / "manifest.json").read_bytes() == manifest
@@ -148,6 +150,25 @@ def test_the_command_writes_what_training_uses(dataset: Path, capsys: pytest.Cap
         RunData(c, seed=0)
     assert call(dataset, *flags) == 0
     assert {file.name: file.read_bytes() for file in (dataset / "ranges" / "idle").iterdir()} == before
+
+
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(dataset: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(dataset, tmp_path / "own", ignore=shutil.ignore_patterns("ranges")))
+    folder, command = (
+        own / "ranges" / "idle",
+        ["data_prep.ranges", f"--dataset={own}", f"--key={KEY}", "--threshold=0.5"],
+    )
+    commands = Commands("data_prep.ranges")
+    try:
+        status, said = commands.run(command)
+        assert status == 0, said
+        expected = tree(folder)
+        shutil.rmtree(folder)
+        moments = [folder.exists, (folder / "unfinished.json").exists, *random_moments(0, 4, 0.2)]
+        kill_and_resume(commands, command, moments, (folder / "sidecar.json").exists)
+    finally:
+        commands.close()
+    assert tree(folder) == expected and set(expected) == {"sidecar.json", "train.npz"}
 
 
 def test_what_cannot_be_is_refused_by_name(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,7 @@ class StepRanges:
 
     @property
     def name(self) -> str:
-        return f"{self.where}, in which their present frame does not lie"
+        return self.where
 
     def left_out(self, layout: Layout) -> Intervals:
         """The windows whose present frame lies in none of the ranges."""

@@ -234,21 +234,22 @@ class Source:
 
     def left_out(self) -> list[str]:
         """For people, how many training windows each limit leaves out, and what did not fit its file."""
-        counts = [f"{count} are left out by {name}" for name, count in self.windows.left_out.items()]
+        counts = [f"{count} left out by {name}" for name, count in self.windows.left_out.items()]
         return counts + [remark for limit in self.limits if isinstance(limit, StepRanges) for remark in limit.remarks]
 
     def describe(self) -> str:
         """A one-line summary."""
         lengths, dataset = self.dataset.episode_lengths, self.dataset
         counts = f" ({'; '.join(self.selection.counts)})" if self.selection.counts else ""
-        left = f" of {self.windows.total} ({'; '.join(self.left_out())})" if self.limits else ""
+        of, left = (f" of {self.windows.total}", f" ({'; '.join(self.left_out())})") if self.limits else ("", "")
         use = "" if self.use_actions else "; used without actions"
         if dropped := int((self.samples.action_lengths < lengths).sum()):
             use = f"; the last action of {dropped} episodes is left out (is_last)"
         return (
             f"{dataset.directory} ({dataset.split}): {dataset.num_episodes} episodes{counts}, "
-            f"{int(lengths.sum())} steps; {len(self.windows)}{left} training windows in {self.windows.num_episodes} "
-            f"episodes, {len(self.held_out)} held out; cameras {', '.join(sorted(self.samples.camera_keys)) or 'none'}"
+            f"{int(lengths.sum())} steps; {len(self.windows)}{of} training windows in {self.windows.num_episodes} "
+            f"episodes{left}, {len(self.held_out)} held out; "
+            f"cameras {', '.join(sorted(self.samples.camera_keys)) or 'none'}"
             f"{f'; {self.samples.texts.about()}' if self.samples.texts else ''}{use}"
         )
 

@@ -250,7 +250,7 @@ class Windows:
         }
         kept = Intervals.joined(layout.gaps, *parts.values()).complement(layout.size)
         if not len(kept):
-            each = "; ".join(f"{count} are left out by {name}" for name, count in self.left_out.items())
+            each = "; ".join(f"{count} left out by {name}" for name, count in self.left_out.items())
             raise UserError(f"none of the {self.total} windows of {len(episodes)} {what} is left: {each}.")
         at = np.searchsorted(layout.bases, kept.starts, side="right") - 1
         self.episodes = layout.episodes[at].astype(np.int32)
