@@ -19,6 +19,7 @@ Planned, predicted and never run (docs/scale.md):
     v4-128    9.06 of 33.02   54.7        202.2     97                  360
     v5e-64    9.50 of 16.91   84.4        231.8     150                 412
     v5p-128   9.21 of 102.79  31.8        108.5     57                  193
+    v6e-64    9.16 of 33.54   42.2        121.7     75                  216
 """
 
 from ml_collections import ConfigDict

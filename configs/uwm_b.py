@@ -29,6 +29,7 @@ Planned, predicted and never run (docs/scale.md):
     v4-128    8.21 of 33.02   25.9        87.4      46                  155
     v5e-64    8.26 of 16.91   38.5        119.6     69                  213
     v5p-128   8.31 of 102.79  13.8        48.2      25                  86
+    v6e-64    8.30 of 33.54   19.5        57.3      35                  102
 """
 
 from ml_collections import ConfigDict

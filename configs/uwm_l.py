@@ -17,6 +17,7 @@ Planned, predicted and never run (docs/scale.md):
     v4-128    3.99 of 33.02   23.9        81.2      42                  144
     v5e-64    4.05 of 16.91   33.3        92.9      59                  165
     v5p-128   4.00 of 102.79  14.3        46.4      25                  83
+    v6e-64    4.01 of 33.54   11.2        43.1      20                  77
 """
 
 from ml_collections import ConfigDict

@@ -18,6 +18,7 @@ Planned, predicted and never run (docs/scale.md):
     v4-128    4.59 of 33.02   26.1        97.8      46                  174
     v5e-64    4.66 of 16.91   36.5        108.9     65                  194
     v5p-128   4.69 of 102.79  15.7        56.4      28                  100
+    v6e-64    4.64 of 33.54   12.6        51.7      22                  92
 """
 
 from ml_collections import ConfigDict
