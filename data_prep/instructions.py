@@ -46,7 +46,8 @@ class Runs:
 def string_keys(dataset: Dataset) -> tuple[list[str], list[str]]:
     """(step keys, episode-level keys) of single strings, sorted."""
     features = dataset.manifest["step_features"].items()
-    steps = sorted(key for key, f in features if f["dtype"] == "string" and f["shape"] == [] and not f["image"])
+    single = ([], [1])  # shapes
+    steps = sorted(key for key, f in features if f["dtype"] == "string" and f["shape"] in single and not f["image"])
     return steps, dataset.text_keys()
 
 

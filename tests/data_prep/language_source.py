@@ -32,7 +32,7 @@ def make(root: Path) -> Path:
         "embedding": f.Tensor(shape=(3,), dtype=np.float32),
         "language_instruction": f.Text(),
         "language_instruction_2": f.Text(),
-        "note": f.Text(),
+        "note": f.Tensor(shape=(1,), dtype=np.str_),
         "is_last": f.Scalar(dtype=np.bool_),
     }
     metadata = f.FeaturesDict({"file_path": f.Text(), "language_task": f.Text()})
@@ -47,7 +47,7 @@ def make(root: Path) -> Path:
                 "embedding": np.full(3, number, np.float32),
                 "language_instruction": a,
                 "language_instruction_2": b,
-                "note": f"{number}",
+                "note": np.array([f"{number}"], dtype=object),
                 "is_last": t == len(first) - 1,
             }
             for t, (a, b) in enumerate(zip(first, second, strict=True))

@@ -105,7 +105,8 @@ class ClipText:
             )
         self._model: Any = model.float().eval().to(self._device)
         self.width, self.longest = int(model.config.projection_dim), int(model.config.max_position_embeddings)
-        size, end = len(self._tokenizer), self._tokenizer.eos_token_id
+        size = len(self._tokenizer)
+        end = next(reversed(self._tokenizer("")["input_ids"]), None)
         fits = size <= model.config.vocab_size and model.config.eos_token_id in (_ARGMAX, end)
         if not fits or (model.config.eos_token_id == _ARGMAX and end != size - 1):
             raise UserError(
