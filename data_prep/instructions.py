@@ -46,7 +46,7 @@ class Runs:
 def string_keys(dataset: Dataset) -> tuple[list[str], list[str]]:
     """(step keys, episode-level keys) of single strings, sorted."""
     features = dataset.manifest["step_features"].items()
-    single = ([], [1])  # shapes
+    single: tuple[list[int], ...] = ([], [1])  # shapes
     steps = sorted(key for key, f in features if f["dtype"] == "string" and f["shape"] in single and not f["image"])
     return steps, dataset.text_keys()
 
