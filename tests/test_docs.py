@@ -209,7 +209,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
     found = []
     for file, text in sorted(sources.items()):
         for module, rest in re.findall(r"-m ((?:uwm_jax|data_prep|launch)\.\w+)([^`\n]*)", text.replace("\\\n", " ")):
-            flags = re.findall(r"--([\w.-]+)", rest.partition(" #")[0])
+            flags = re.findall(r"--([\w.-]+)", rest.partition(" #")[0].partition(" -- ")[0])
             found.append((str(file.relative_to(ROOT)), module, flags))
     return found
 
