@@ -172,7 +172,12 @@ def size_in_words(count: int) -> str:
 
 def size_of(folder: Path) -> str:
     """The size of the files in a folder, in words."""
-    return size_in_words(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+    size = 0
+    for path, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):  # its job removes it meanwhile
+                size += os.stat(os.path.join(path, file)).st_size
+    return size_in_words(size)
 
 
 def _folder_of(target: Path) -> Path:

@@ -9,7 +9,9 @@ A command runs in a process that is forked from one that has imported it, so a s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_prep.job_folder import RESULT
@@ -126,12 +128,18 @@ class Running:
 
 
 def kill_and_resume(
-    commands: Commands, command: Sequence[str], moments: Iterable[Moment], is_published: Callable[[], bool]
+    commands: Commands,
+    command: Sequence[str],
+    moments: Iterable[Moment],
+    is_published: Callable[[], bool],
+    and_its_processes: bool = True,
 ) -> list[str]:
     """Starts a command and kills it at each moment in turn, then starts it once more and lets it end.
 
     A start that ends by itself, or was killed after it had published its result, is the last.
 
+    Args:
+        and_its_processes: kill its worker processes too, instead of leaving them to notice.
     Returns:
         The output of each start; the last one has succeeded.
     """
@@ -140,7 +148,7 @@ def kill_and_resume(
         running = commands.start(command)
         status = running.until(moment)
         if status is None:
-            running.kill()
+            running.kill(and_its_processes)
         outputs.append(running.output)
         if status is not None or is_published():
             assert not status, running.output
@@ -154,6 +162,17 @@ def random_moments(seed: int, count: int, longest: float) -> list[float]:
     """Seconds after the start, uniform in [0, longest)."""
     numbers = random.Random(seed)
     return [numbers.random() * longest for _ in range(count)]
+
+
+@contextlib.contextmanager
+def held(output: Path, tasks: Iterable[str]) -> Iterator[None]:
+    """Keeps tasks of the job that makes `output`, such as "train.00003", from being done: it does the others and waits."""
+    parts = output.with_name(f".{output.name}.building") / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for task in tasks:
+            fcntl.flock(stack.enter_context((parts / f"{task}.lock").open("a")), fcntl.LOCK_EX)
+        yield
 
 
 def finished_tasks(output: Path) -> int:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,10 @@ import pytest
 from data_prep.job_folder import RESULT
 from data_prep.training_layout import reshard
 from tests.data import rlds_source
-from tests.data_prep.killing import Commands, Running, finished_tasks, kill_and_resume, random_moments, tree
+from tests.data_prep.killing import Commands, finished_tasks, held, kill_and_resume, random_moments, tree
 
 FILES = 8
+TASKS = [*(f"train.{i:05d}" for i in range(FILES - 1)), "val.00000"]
 FLAGS = ("--workers=1", "--pca_channels=4")  # the cameras have two sizes: no codec is fitted, and JAX not started
 
 
@@ -55,27 +54,29 @@ def _folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.building")
 
 
-def _kill_after(commands: Commands, command: list[str], output: Path, tasks: int) -> Running:
-    running = commands.start(command)
-    assert running.until(lambda: finished_tasks(output) >= tasks) is None, running.output
-    running.kill()
-    return running
+def _kill_after(commands: Commands, command: list[str], output: Path, tasks: int) -> None:
+    """Kills a job of all tasks when it has done the first few."""
+    with held(output, TASKS[tasks:]):
+        running = commands.start(command)
+        assert running.until(lambda: finished_tasks(output) == tasks) is None, running.output
+        running.kill()
 
 
 def test_finished_tasks_are_not_done_again(commands, source, expected, tmp_path: Path) -> None:
     output = tmp_path / "out"
     _kill_after(commands, _command(source, output), output, 3)
     finished = {file: file.stat().st_mtime_ns for file in _folder(output).glob(f"parts/[!.]*/{RESULT}")}
-    running = commands.start(_command(source, output))
-    assert running.until(lambda: finished_tasks(output) > len(finished)) is None
-    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    with held(output, TASKS[-1:]):
+        running = commands.start(_command(source, output))
+        assert running.until(lambda: finished_tasks(output) == FILES - 1) is None, running.output
+        assert {file: file.stat().st_mtime_ns for file in finished} == finished
     assert running.wait() == 0, running.output
-    done = re.search(rf"(\d+) of {FILES} tasks are done already; continuing", running.output)
-    assert done and int(done[1]) == len(finished) >= 3
+    assert f"3 of {FILES} tasks are done already; continuing" in running.output
     assert tree(output) == expected
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_killed_while_it_assembles_and_derives(commands, source, tmp_path: Path) -> None:
     output = tmp_path / "out"
     reshard(source, tmp_path / "expected", workers=1, pca_channels=4, codec_size=(16, 16))
@@ -94,9 +95,8 @@ def test_killed_while_it_assembles_and_derives(commands, source, tmp_path: Path)
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_at_any_moment(commands, source, expected, tmp_path: Path, seed: int) -> None:
     output = tmp_path / "out"
-    kill_and_resume(
-        commands, _command(source, output, "--workers=2"), random_moments(seed, 6, longest=1.0), output.exists
-    )
+    command, moments = _command(source, output, "--workers=2"), random_moments(seed, 6, longest=1.0)
+    kill_and_resume(commands, command, moments, output.exists, and_its_processes=seed == 0)
     assert tree(output) == expected
     commands.run(_command(source, output))  # clears what a job that was killed after publishing left
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -112,7 +112,10 @@ def test_shares_make_the_same_dataset(commands, source, expected, tmp_path: Path
     assert status == 2 and f"2 of {FILES} tasks are not done: toy-train.tfrecord-00002-of-00007" in printed
     assert not output.exists() and finished_tasks(output) == FILES - 2
     last = _command(source, output, "--task=2/3")
-    _kill_after(commands, last, output, FILES - 1)
+    with held(output, TASKS[5:6]):
+        running = commands.start(last)
+        assert running.until(lambda: finished_tasks(output) == FILES - 1) is None, running.output
+        running.kill()
     status, printed = commands.run(last)
     assert status == 0 and "1 of 2 tasks are done already" in printed and "all tasks are done" in printed
     status, printed = commands.run(_command(source, output, "--assemble"))
@@ -137,13 +140,12 @@ def test_a_job_of_other_flags_is_named_and_only_removed_on_request(commands, sou
 
 def test_a_live_job_is_never_touched(commands, source, expected, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    running = commands.start(_command(source, output))
-    assert running.until(lambda: finished_tasks(output) >= 1) is None
-    resume = _stop(running)
-    for flags in ((), ("--overwrite", "--chunk_steps=8"), ("--assemble",)):
-        status, printed = commands.run(_command(source, output, *flags))
-        assert status == 2 and "another job is at work there" in printed, printed
-    resume()
+    with held(output, TASKS[1:2]):
+        running = commands.start(_command(source, output))
+        assert running.until(lambda: finished_tasks(output) == FILES - 1) is None, running.output
+        for flags in ((), ("--overwrite", "--chunk_steps=8"), ("--assemble",)):
+            status, printed = commands.run(_command(source, output, *flags))
+            assert status == 2 and "another job is at work there" in printed, printed
     assert running.wait() == 0, running.output
     assert tree(output) == expected
 
@@ -155,9 +157,3 @@ def test_a_changed_input_is_another_job(commands, source, tmp_path: Path) -> Non
     last.write_bytes(last.read_bytes()[:-1])
     status, printed = commands.run(_command(copy, output))
     assert status == 2 and re.search(rf"inputs: val: {last.name}: size was \d+, now \d+\.", printed)
-
-
-def _stop(running: Running) -> Callable[[], None]:
-    """Stops a process; returns what lets it go on."""
-    os.killpg(running.pid, signal.SIGSTOP)
-    return lambda: os.killpg(running.pid, signal.SIGCONT)
