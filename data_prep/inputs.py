@@ -138,6 +138,11 @@ class Corpus:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     output_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        for split, inputs in self.splits.items():
+            if len({part.name for part in inputs}) < len(inputs):
+                raise ValueError(f"{self.path}: two inputs of split {split!r} have the same name")
+
     @functools.cached_property
     def features(self) -> dict[str, Feature]:
         """The leaves of `tree` by path, step features under `steps/`."""
