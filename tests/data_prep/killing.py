@@ -166,7 +166,7 @@ def random_moments(seed: int, count: int, longest: float) -> list[float]:
 
 @contextlib.contextmanager
 def held(output: Path, tasks: Iterable[str]) -> Iterator[None]:
-    """Keeps tasks (such as "train.00003") of the job that makes `output` from being done; it does the others and waits."""
+    """Keeps tasks (such as "train.00003") of the job that makes `output` from being done; it does the others."""
     parts = output.with_name(f".{output.name}.building") / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
