@@ -12,7 +12,17 @@ import numpy as np
 from data_prep.chunks import EpisodeError
 from data_prep.episodes import encode_jpeg, encode_png, feature_tree, resize_image, serialize_episode
 from data_prep.features import STEPS, Feature
-from data_prep.hdf5_files import LIBERO, File, Stored, common_keys, count_unused, find_files, open_file, split_demos
+from data_prep.hdf5_files import (
+    LIBERO,
+    File,
+    Stored,
+    common_keys,
+    count_unused,
+    find_files,
+    open_file,
+    remarks_of,
+    split_demos,
+)
 from data_prep.inputs import Corpus, Found, Input
 from uwm_jax.data.names import check_name
 from uwm_jax.reading import again
@@ -53,12 +63,14 @@ class Demos(Input):
             for demo, masks in zip(self.demos, self.masks, strict=True):
                 name = f"{self.file}: {demo}"
                 try:
-                    yield Found(self._record(opened["data"][demo], demo, masks), size=size, name=name)
+                    yield Found(self._record(opened["data"], demo, masks), size=size, name=name)
                 except EpisodeError as e:
                     yield Found(None, e.reason, str(e), size, name)
 
-    def _record(self, group: Any, demo: str, masks: str) -> bytes:
-        values: dict[str, Any] = {STEPS + name: self._read(group, name, stored) for name, stored in self.keys.items()}
+    def _record(self, data: Any, demo: str, masks: str) -> bytes:
+        values: dict[str, Any] = {
+            STEPS + name: self._read(data, f"{demo}/{stored.source}", stored) for name, stored in self.keys.items()
+        }
         lengths = {self.keys[name.removeprefix(STEPS)].source: len(value) for name, value in values.items()}
         length = lengths["actions"]
         if set(lengths.values()) != {length}:
@@ -70,23 +82,31 @@ class Demos(Input):
         values |= {STEPS + "is_first": at == 0, STEPS + "is_last": last}
         # Without `dones`, as RLDS has demonstrations: they end in a terminal state.
         values[_TERMINAL] = values[_TERMINAL] != 0 if _TERMINAL in values else last
-        if _TEXT in self.features:
+        if _TEXT not in values and _TEXT in self.features:
             values[_TEXT] = [self.language] * length
         values["episode_metadata/file_path"] = f"{self.file}/{demo}"
         values["episode_metadata/masks"] = masks
         return serialize_episode(self.features, values)
 
-    def _read(self, group: Any, name: str, stored: Stored) -> Any:
-        if stored.source not in group:
-            raise EpisodeError("key missing", f"no values of {stored.source}")
-        data = group[stored.source]
-        if data.shape[1:] != stored.shape:
-            raise EpisodeError("another shape", f"{stored.source}: expected {stored.shape}, found {data.shape[1:]}")
+    def _read(self, data: Any, name: str, stored: Stored) -> Any:
         try:
-            values = again(lambda: data[()], self.path)
+            found = data[name]
+            values = again(lambda: found[()], self.path)
+        except KeyError as e:  # a broken link too
+            raise EpisodeError("key missing", f"no values of {stored.source}: {str(e)[:200]}") from e
         except (OSError, RuntimeError) as e:
             raise EpisodeError("unreadable data", f"{stored.source}: {str(e)[:200]}") from e
-        return [self._encoded(image, stored) for image in values] if stored.image else values
+        except (TypeError, AttributeError) as e:  # a group
+            raise EpisodeError("another shape", f"{stored.source}: expected a dataset") from e
+        if np.ndim(values) == 0 or values.shape[1:] != stored.shape:
+            raise EpisodeError(
+                "another shape", f"{stored.source}: expected {stored.shape}, found {np.shape(values)[1:]}"
+            )
+        if values.dtype != stored.dtype and (stored.image or not np.can_cast(values.dtype, stored.dtype, "same_kind")):
+            raise EpisodeError("another type", f"{stored.source}: expected {stored.dtype}, found {values.dtype}")
+        if stored.image:
+            return [self._encoded(image, stored) for image in values]
+        return values.reshape(len(values)) if stored.scalar else values
 
     def _encoded(self, image: np.ndarray, stored: Stored) -> bytes:
         if stored.channels_first:
@@ -132,8 +152,10 @@ def corpus(
         print(f"{source} is left out: {reason}.")
     features = {STEPS + name: _feature(stored, resize) for name, stored in keys.items()}
     features |= {STEPS + name: Feature((), "bool") for name in ("is_first", "is_last", "is_terminal")}
-    if any(file.language for file in files):
+    if _TEXT not in features and any(file.language for file in files):
         features[_TEXT] = Feature((), "string")
+    for remark in remarks_of(files):
+        print(remark)
     features |= {f"episode_metadata/{name}": Feature((), "string") for name in ("file_path", "masks")}
     demos, passed = split_demos(files, splits)
     if passed and not splits:
@@ -162,7 +184,7 @@ def _feature(stored: Stored, resize: tuple[int, int] | None) -> Feature:
     if stored.image:
         return Feature((*(resize or stored.size), 3), "uint8", image=True)
     kind = "float32" if stored.dtype.startswith("float") else "bool" if stored.dtype == "bool" else "int64"
-    return Feature(stored.shape, kind)
+    return Feature(() if stored.scalar else stored.shape, kind)
 
 
 def _inputs(file: File, demos: Sequence[str], common: Mapping[str, Any]) -> Iterator[Demos]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from uwm_jax.reading import parse_json
 LIBERO, ROBOMIMIC = "LIBERO", "robomimic"
 
 _RENAMED = {"actions": "action", "rewards": "reward", "dones": "is_terminal"}
+_SCALARS = ("rewards", "dones")  # RLDS has these without an axis
+MAX_SIDE = 65_500  # pixels, of JPEG
 _FIRST = ("train", "valid", "val", "test")  # of several masks that share demonstrations, these are taken
 
 
@@ -40,6 +43,11 @@ class Stored:
     @property
     def channels_first(self) -> bool:
         return self.shape[-1] not in (1, 3) and self.shape[0] in (1, 3)
+
+    @property
+    def scalar(self) -> bool:
+        """Whether RLDS has one number a step, whatever the shape of a step is here."""
+        return self.source in _SCALARS
 
     @property
     def size(self) -> tuple[int, int]:
@@ -76,7 +84,8 @@ def find_files(path: Path) -> list[File]:
     """The file `path`, or the hdf5 files below the directory.
 
     Raises:
-        UserError: there is none, one is damaged, a placeholder or of another layout, or both kinds are mixed.
+        UserError: there is none, one is damaged, a placeholder or of another layout, a name is no UTF-8, or both
+            kinds are mixed.
     """
     if path.is_file():
         found, root = [path], path.parent
@@ -84,7 +93,8 @@ def find_files(path: Path) -> list[File]:
         found, root = sorted(p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5") and p.is_file()), path
     if not found:
         raise UserError(f"--input={path}: no hdf5 file there. Expected a .hdf5 or .h5 file, or a directory of them.")
-    files = [_read(file, str(file.relative_to(root))) for file in found]
+    names = [check_name(str(file.relative_to(root)), "the name of a file", root, nested=True) for file in found]
+    files = [_read(file, name) for file, name in zip(found, names, strict=True)]
     kinds = {file.kind: file.name for file in files}
     if len(kinds) > 1:
         raise UserError(
@@ -150,7 +160,7 @@ def split_demos(files: Sequence[File], wanted: Sequence[str]) -> tuple[dict[str,
     Args:
         wanted: names of the splits; () for the above.
     Raises:
-        UserError: an unknown split.
+        UserError: an unknown split, or none with a demonstration.
     """
     names = list(dict.fromkeys(name for file in files for name in file.masks))
     names.sort(key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
@@ -177,7 +187,10 @@ def split_demos(files: Sequence[File], wanted: Sequence[str]) -> tuple[dict[str,
             f"--split: {files[0].path} has no mask {unknown[0]!r}; it has {', '.join(known)}."
             f"{suggest(unknown[0], known)}"
         )
-    return {name: parts for name, parts in splits.items() if any(parts)}, passed
+    splits = {name: parts for name, parts in splits.items() if any(parts)}
+    if not splits:
+        raise UserError(f"--split: {files[0].path}: {', '.join(wanted)} names no demonstration.")
+    return splits, passed
 
 
 def count_unused(files: Sequence[File], splits: Mapping[str, Sequence[Iterable[str]]]) -> int:
@@ -186,13 +199,28 @@ def count_unused(files: Sequence[File], splits: Mapping[str, Sequence[Iterable[s
     return sum(len(set(file.demos) - own) for file, own in zip(files, used, strict=True))
 
 
+def remarks_of(files: Sequence[File]) -> list[str]:
+    """What the files say of demonstrations and instructions that they do not hold."""
+    found = []
+    without = [file.name for file in files if not file.language]
+    if 0 < len(without) < len(files):
+        found.append(
+            f"{len(without)} of {len(files)} files have no instruction ({without[0]}): an empty one is stored."
+        )
+    for file in files:
+        absent = set().union(*file.masks.values()) - set(file.demos)
+        if absent:
+            found.append(f"{file.name}: its masks name {len(absent)} demonstrations that it lacks ({min(absent)}).")
+    return found
+
+
 def _read(path: Path, name: str) -> File:
     if found := not_the_data(path):
         raise UserError(f"{path} {found}.")
     try:
         with open_file(path) as file:
             data = file.get("data")
-            demos = [d for d in (data if data is not None else ()) if re.fullmatch(r"demo_\d+", d)]
+            demos = [d for d in (data if data is not None else ()) if re.fullmatch(r"demo_\d{1,18}", d)]
             if not demos:
                 raise UserError(
                     f"{path}: no groups data/demo_N, as robomimic and LIBERO have them; it holds {', '.join(file)}."
@@ -208,7 +236,7 @@ def _read(path: Path, name: str) -> File:
             language = _language(attributes.get("problem_info"), path)
             env = parse_json(attributes.get("env_args") or "{}", f"{path}: data.attrs['env_args']")
             return File(name, path, kind, tuple(demos), steps, masks, _keys(data[demos[0]]), language, env)
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, RuntimeError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is not a complete hdf5 file ({str(e)[:200]}). Copy it again.") from e
 
 
@@ -222,7 +250,7 @@ def _keys(demo: Any) -> dict[str, Stored]:
 
     demo.visititems(visit)
     lengths = collections.Counter(demo[name].shape[0] for name in keys)
-    steps = len(demo["actions"]) if "actions" in keys else lengths.most_common(1)[0][0]
+    steps = len(demo["actions"]) if "actions" in keys else max(lengths, key=lengths.__getitem__, default=0)
     return {name: stored for name, stored in keys.items() if demo[name].shape[0] == steps}
 
 
@@ -235,6 +263,10 @@ def _why_left_out(stored: Stored) -> str:
         return "depth, which is no camera"
     if stored.image and not {stored.shape[0], stored.shape[-1]} & {1, 3}:
         return f"pictures of shape {stored.shape}; a camera has 1 or 3 channels"
+    if stored.image and not 0 < min(stored.size) <= max(stored.size) <= MAX_SIDE:
+        return f"pictures of {stored.size[0]}x{stored.size[1]} pixels"
+    if stored.scalar and math.prod(stored.shape) != 1:
+        return f"{stored.source} of shape {stored.shape} per step"
     if not re.match("float|u?int|bool", stored.dtype):
         return f"values of {stored.dtype}"
     return ""
@@ -244,9 +276,11 @@ def _language(problem_info: str | None, path: Path) -> str:
     if problem_info is None:
         return ""
     where = f"{path}: data.attrs['problem_info']"
-    text = parse_json(problem_info, where).get("language_instruction", "")
+    text = parse_json(problem_info, where).get("language_instruction") or ""
     # A list of the text's parts in some releases.
-    text = "".join(map(str, text)) if isinstance(text, list) else str(text)
+    text = "".join(map(str, text)) if isinstance(text, list) else text
+    if not isinstance(text, str):
+        raise UserError(f"{where}: language_instruction is {str(text)[:60]!r}; expected a string.")
     return text.strip().strip('"').strip()
 
 

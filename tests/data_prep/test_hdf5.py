@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,52 @@ def test_damaged_demonstrations_are_counted(tmp_path: Path) -> None:
     assert reasons == ["", "key missing", "unequal numbers of steps", "another shape", "unreadable data"]
 
 
+def test_odd_demonstrations_are_counted(tmp_path: Path) -> None:
+    """What differs from the first demonstration: neither a conversion by accident nor the end of the job."""
+    file = tmp_path / "lift.hdf5"
+    hdf5_source.robomimic(file, [3] * 7)
+    odd: dict[str, Any] = {
+        "demo_1/rewards": 1.0,
+        "demo_2/actions": np.full((3, 7), b"a"),
+        "demo_3/obs/agentview_image": np.zeros((3, *hdf5_source.SIZE, 3)),
+        "demo_4/obs/ee_pos": h5py.SoftLink("/nowhere"),
+    }
+    with h5py.File(file, "r+") as opened:
+        for name, value in odd.items():
+            del opened["data"][name]
+            opened["data"][name] = value
+        del opened["data/demo_5/obs/ee_pos"]
+        opened.create_group("data/demo_5/obs/ee_pos")
+    reasons = [episode.reason for episode in found(file)]
+    assert reasons == ["", "another shape", "another type", "another type", "key missing", "another shape", ""]
+
+
+def test_rewards_and_dones_of_one_column(tmp_path: Path) -> None:
+    file = tmp_path / "lift.hdf5"
+    (demo,) = hdf5_source.robomimic(file, [3])
+    with h5py.File(file, "r+") as opened:
+        for name in ("rewards", "dones"):
+            del opened[f"data/demo_0/{name}"]
+            opened[f"data/demo_0/{name}"] = demo[name][:, None]
+        opened["data/demo_0/language_instruction"] = np.zeros(3, np.float32)
+    made = corpus(file)
+    assert made.features["steps/reward"].shape == made.features["steps/is_terminal"].shape == ()
+    record = next(made.splits["train"][0].episodes()).record or b""
+    np.testing.assert_array_equal(numbers(record, "reward"), demo["rewards"].astype(np.float32))
+    assert example.ints(record, example.scan(record)[b"steps/is_terminal"]).tolist() == [0, 0, 1]
+
+
+def test_files_without_an_instruction_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hdf5_source.libero(tmp_path / "a.hdf5", [2])
+    hdf5_source.libero(tmp_path / "b.hdf5", [2], language=None)
+    first, second = (texts(episode.record or b"", "steps/language_instruction") for episode in found(tmp_path))
+    assert (first, second) == (["open the drawer"] * 2, ["", ""])
+    assert "1 of 2 files have no instruction (b.hdf5)" in capsys.readouterr().out
+    hdf5_source.libero(tmp_path / "b.hdf5", [2], language={"text": "open"})
+    with pytest.raises(UserError, match="language_instruction is .*; expected a string"):
+        corpus(tmp_path)
+
+
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no hdf5 file there"):
         corpus(tmp_path)
@@ -243,6 +290,23 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     hdf5_source.libero(tmp_path / "b.hdf5", [3])
     with pytest.raises(UserError, match=r"files of LIBERO \(b.hdf5\) and of robomimic \(a.hdf5\)"):
         corpus(tmp_path)
+    with h5py.File(file, "r+") as out:
+        del out["data/demo_0"]
+        out.create_group("data/demo_0")
+    with pytest.raises(UserError, match="demo_0 has no `actions`"):
+        corpus(file)
+    file.rename(tmp_path / os.fsdecode(b"\xff.hdf5"))
+    with pytest.raises(UserError, match="the name of a file .* Rename it"):
+        corpus(tmp_path)
+
+
+def test_masks_of_demonstrations_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "lift.hdf5"
+    hdf5_source.robomimic(file, [2], {"valid": ["demo_7"]})
+    assert [*corpus(file).splits] == ["train"]
+    assert "its masks name 1 demonstrations that it lacks (demo_7)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--split: .*valid names no demonstration"):
+        corpus(file, splits=["valid"])
 
 
 @pytest.mark.slow
