@@ -69,7 +69,7 @@ class Episodes(Input):
             "episode_metadata/file_path": episode.data,
         }
         if "frame_index" in table.column_names:
-            at = numbers("frame_index", table["frame_index"], ())
+            at = _integers("frame_index", table)
         if _TEXT in self.features:
             values[_TEXT] = self._instructions(table)
         for key in self.keys:
@@ -91,7 +91,7 @@ class Episodes(Input):
         tasks = read_tasks(self.root, self.major)
         if "task_index" not in table.column_names:
             return [""] * table.num_rows
-        indices = numbers("task_index", table["task_index"], ()).tolist()
+        indices = _integers("task_index", table).tolist()
         if unknown := set(indices) - tasks.keys():
             raise EpisodeError("unknown task", f"meta/tasks has no task_index {min(unknown)}")
         return [tasks[i] for i in indices]
@@ -121,6 +121,14 @@ class Episodes(Input):
         except VideoError as e:
             raise EpisodeError(e.reason, f"{key.source}: {e}") from e
         return encoded
+
+
+def _integers(name: str, table: Any) -> np.ndarray:
+    """A column of LeRobot's bookkeeping; EpisodeError if it holds other values than integers."""
+    values = numbers(name, table[name], ())
+    if values.dtype.kind not in "iu":
+        raise EpisodeError("another type", f"{name}: expected integers, found {values.dtype}")
+    return values
 
 
 def _typed(key: Key, values: np.ndarray) -> np.ndarray:
@@ -184,8 +192,11 @@ def corpus(
         print(f"{source} is left out: {reason}.")
     features = {key.path: key.feature for key in keys}
     features |= {STEPS + name: Feature((), "bool") for name in ("is_first", "is_last", "is_terminal")}
-    if _TEXT not in features and read_tasks(root, metadata.version[0]):
-        features[_TEXT] = Feature((), "string")
+    if _TEXT not in features:
+        if read_tasks(root, metadata.version[0]):
+            features[_TEXT] = Feature((), "string")
+        else:
+            print(f"{root / 'meta'} holds no tasks: there is no language_instruction.")
     features |= {
         "episode_metadata/episode_index": Feature((), "int64"),
         "episode_metadata/file_path": Feature((), "string"),

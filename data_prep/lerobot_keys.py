@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,8 @@ def our_names(sources: Sequence[str]) -> dict[str, str]:
 
     `observation.images.x`, `observation.image.x`, `observation.state.x` and `observation.x` become `observation/x`,
     where the longer ones keep the middle part if another feature has that name; `action.x` becomes `action_dict/x`,
-    `next.reward` and `next.done` become `reward` and `is_terminal`, other names stay. Further dots become underscores.
+    `next.reward` and `next.done` become `reward` and `is_terminal`, other names stay. Further dots and slashes become
+    underscores.
     """
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
@@ -52,6 +54,11 @@ def our_names(sources: Sequence[str]) -> dict[str, str]:
         if name in taken:
             raise UserError(f"the features {taken[name]!r} and {source!r} would both become {name!r}. Rename one.")
         taken[name], names[source] = source, name
+    for name, source in taken.items():
+        if (parent := name.rpartition("/")[0]) in taken:
+            raise UserError(
+                f"the features {taken[parent]!r} and {source!r} would become {parent!r} and {name!r}. Rename one."
+            )
     return {source: names[source] for source in sources}
 
 
@@ -93,7 +100,7 @@ def kept_keys(
 def _short(source: str) -> str:
     head, _, rest = source.partition(".")
     if not rest:
-        return source
+        return _flat(source)
     if head == "observation":
         middle, _, last = rest.partition(".")
         return f"observation/{_flat(last if last and middle in ('images', 'image', 'state') else rest)}"
@@ -107,7 +114,7 @@ def _long(source: str) -> str:
 
 
 def _flat(name: str) -> str:
-    return name.replace(".", "_")
+    return re.sub("[./]", "_", name)
 
 
 def _number(path: str, entry: Mapping[str, Any]) -> Feature:
@@ -142,13 +149,16 @@ def _image_shape(metadata: Metadata, key: str) -> tuple[tuple[int, int, int] | N
     with Rows(metadata.root) as rows:
         for episode in _sampled(metadata):
             try:
-                data = image_bytes(metadata.root, key, rows.read(episode, [key])[key], 1)[0]
+                table = rows.read(episode, [key])
+                if key not in table.column_names:
+                    raise EpisodeError("key missing", "no such column")
+                data = image_bytes(metadata.root, key, table[key], 1)[0]
                 with Image.open(io.BytesIO(data)) as image:
                     if image.mode not in ("L", "P", "RGB", "RGBA", "1"):
                         return None, f"images of mode {image.mode} (depth?); a camera has 8-bit images"
                     encoding = "jpeg" if data[:2] == b"\xff\xd8" else "png"
                     return (image.height, image.width, len(image.getbands())), encoding
-            except (EpisodeError, OSError, IndexError) as e:
+            except (EpisodeError, OSError, IndexError, Image.DecompressionBombError) as e:
                 problems.append(f"{episode.data}: {e}")
     raise _unreadable(metadata, key, problems)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,6 +96,9 @@ def read_metadata(root: Path, cameras: Sequence[str] = (), splits: Sequence[str]
     episodes = list(_episodes_v2(root, info, videos) if version[0] == 2 else _episodes_v3(root, info, videos))
     if not episodes:
         raise UserError(f"{root}: its metadata list no episode.")
+    for before, episode in itertools.pairwise(episodes):  # in order of their numbers
+        if before.number == episode.number:
+            raise UserError(f"{root}: its metadata list episode {episode.number} twice. {_HELP}")
     by_split = _split(episodes, info, file)
     if unknown := [name for name in splits if name not in by_split]:
         raise UserError(f"{file}: no split {unknown[0]!r}; it has {', '.join(by_split)}.")
@@ -124,7 +128,7 @@ def read_tasks(root: Path, major: int) -> dict[int, str]:
     if major == 2:
         file = root / "meta" / "tasks.jsonl"
         lines = _json_lines(file) if file.exists() else ()
-        return {_integer(line, "task_index", where): str(line.get("task", "")) for where, line in lines}
+        return {_integer(line, "task_index", where): str(line.get("task") or "") for where, line in lines}
     file = root / "meta" / "tasks.parquet"
     if not file.exists():
         return {}
@@ -137,7 +141,11 @@ def read_tasks(root: Path, major: int) -> dict[int, str]:
         raise UserError(
             f"{file}: expected the columns `task_index` and the index of texts, found {', '.join(table.column_names)}."
         )
-    return dict(zip(map(int, table["task_index"].to_pylist()), map(str, table[text].to_pylist()), strict=True))
+    tasks: dict[int, str] = {}
+    for index, task in zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True):
+        _integer({"task_index": index}, "task_index", str(file))
+        tasks[index] = "" if task is None else str(task)
+    return tasks
 
 
 def read_table(file: Path, columns: Sequence[str] | None = None) -> Any:
@@ -293,7 +301,7 @@ def _path(root: Path, info: Mapping[str, Any], field: str, values: Mapping[str, 
         raise UserError(f"{file}: {field} is {template!r}; expected a template such as data/chunk-{{...}}.parquet.")
     try:
         # A name in braces is followed by a format of a number and nothing else: no attribute of a value is read.
-        path = re.sub(r"\{(\w+)(?::(\d*d?))?\}", lambda m: format(values[m[1]], m[2] or ""), template)
+        path = re.sub(r"\{(\w+)(?::(\d{0,3}d?))?\}", lambda m: format(values[m[1]], m[2] or ""), template)
     except (KeyError, ValueError) as e:
         raise UserError(f"{file}: {field} is {template!r}; names in braces: {', '.join(values)} ({e}).") from e
     return check_name(path, field, file, nested=True)

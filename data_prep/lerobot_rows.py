@@ -142,10 +142,10 @@ def _image(root: Path, key: str, step: int, value: Any) -> bytes:
         return value
     if not isinstance(value, dict):
         raise EpisodeError("image missing", f"{key} at step {step}: {str(value)[:60]}")
-    if value.get("bytes"):
-        return value["bytes"]
-    path = value.get("path")
-    if not path:
+    data, path = value.get("bytes"), value.get("path")
+    if isinstance(data, bytes) and data:
+        return data
+    if not isinstance(path, str) or not path or "\0" in path:
         raise EpisodeError("image missing", f"{key} at step {step} has neither bytes nor a path")
     file = (root / path).resolve()
     if root.resolve() not in file.parents:

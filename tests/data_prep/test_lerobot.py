@@ -194,18 +194,18 @@ def test_frame_index_and_from_timestamp_give_the_time(tmp_path: Path) -> None:
 
 def test_images_as_bytes_or_files(tmp_path: Path) -> None:
     root = tmp_path / "arm"
-    lerobot_source.make(root, "v2.1", [3, 3, 3], videos=[], info={"features": _with("observation.image")})
+    lerobot_source.make(root, "v2.1", [3] * 4, videos=[], info={"features": _with("observation.image")})
     (root / "images").mkdir()
     (root / "images" / "0.png").write_bytes(lerobot_source.png(7))
     (tmp_path / "secret.png").write_bytes(lerobot_source.png(8))
-    for episode, path in ((0, "images/0.png"), (1, "../secret.png"), (2, "images/1.png")):
+    for episode, path in ((0, "images/0.png"), (1, "../secret.png"), (2, "images/1.png"), (3, "a\0b")):
         table = lerobot_source.rows([lerobot_source.episode(episode, 3)], 0)
         column = table.column_names.index("observation.image")
         given = pa.array([{"bytes": None, "path": path}] * 3, table.schema.field(column).type)
         lerobot_source.write_parquet(data(root, episode), table.set_column(column, "observation.image", given))
-    first, second, third = found(root)
+    first, second, third, fourth = found(root)
     assert images(first.record or b"", "image") == [lerobot_source.png(7)] * 3
-    assert (second.reason, third.reason) == ("image missing", "image missing")
+    assert (second.reason, third.reason, fourth.reason) == ("image missing",) * 3
     assert "no file of the dataset" in second.detail
 
 
@@ -228,8 +228,16 @@ def test_names() -> None:
     # A longer name gives way to a feature that has the short one, whatever their order.
     names = our_names(["observation.images.wrist", "observation.wrist"])
     assert names == {"observation.images.wrist": "observation/images_wrist", "observation.wrist": "observation/wrist"}
+    assert our_names(["observation.images/top", "a/b"]) == {
+        "observation.images/top": "observation/images_top",
+        "a/b": "a_b",
+    }
     with pytest.raises(UserError, match=r"'a_b' and 'a\.b' would both become 'a_b'"):
         our_names(["a_b", "a.b"])
+    with pytest.raises(
+        UserError, match="'observation' and 'observation.x' would become 'observation' and 'observation/x'"
+    ):
+        our_names(["observation.x", "observation"])
 
 
 @pytest.mark.parametrize(
@@ -286,7 +294,7 @@ def test_a_group_is_a_part_of_one_file(tmp_path: Path) -> None:
 
 def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
     root = tmp_path / "arm"
-    lerobot_source.make(root, "v2.1", [3] * 9, videos=[TOP], info={"features": _with(TOP)})
+    lerobot_source.make(root, "v2.1", [3] * 10, videos=[TOP], info={"features": _with(TOP)})
     data(root, 1).write_bytes(data(root, 1).read_bytes()[:-20])
     lerobot_source.write_parquet(data(root, 2), lerobot_source.rows([lerobot_source.episode(1, 3)], 0))
     lerobot_source.write_parquet(data(root, 3), lerobot_source.rows([lerobot_source.episode(3, 4)], 0))
@@ -296,6 +304,7 @@ def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
         (6, {"action.raw": np.full(3, 0.5)}),
         (7, {"action": np.zeros((3, 3))}),
         (8, {"task_index": [7] * 3}),
+        (9, {"frame_index": [0.0, float("nan"), 2.0]}),
     ):
         table = lerobot_source.rows([lerobot_source.episode(number, 3) | column], 0)
         lerobot_source.write_parquet(data(root, number), table)
@@ -310,6 +319,7 @@ def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
         "another type",
         "another shape",
         "unknown task",
+        "another type",
     ]
 
 
@@ -353,12 +363,14 @@ def test_damaged_metadata(tmp_path: Path) -> None:
         ("features", [], "expected `features`"),
         ("data_path", "data/{file.__class__}", "not_a_match"),
         ("data_path", "data/{nothing}.parquet", "names in braces"),
+        ("data_path", "data/{chunk_index:9999999d}.parquet", "not_a_match"),
         ("data_path", "../{chunk_index}.parquet", r"cannot name a file inside the dataset"),
         ("video_path", None, "video_path. is None"),
     ]:
         before = json.loads((root / "meta/info.json").read_text())
         edit(root, **{field: value})
-        with pytest.raises(UserError, match=message if message != "not_a_match" else "missing: data/{file.__class__}"):
+        # What is no plain name with a plain width stays as it is.
+        with pytest.raises(UserError, match=message if message != "not_a_match" else f"missing: {value}"):
             corpus(root)
         edit(root, **before)
     file = root / "meta/episodes/chunk-000/file-000.parquet"
@@ -375,6 +387,17 @@ def test_damaged_metadata(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"no column 'videos/{TOP}/chunk_index'"):
         corpus(root)
     lerobot_source.write_parquet(file, pa.Table.from_pylist([entry]))
+    lerobot_source.write_parquet(file, pa.Table.from_pylist([entry, entry]))
+    with pytest.raises(UserError, match="list episode 0 twice"):
+        corpus(root)
+    lerobot_source.write_parquet(file, pa.Table.from_pylist([entry]))
+    for index in (None, "x"):
+        tasks = pa.Table.from_pylist([{"task_index": index, "task": "lift"}])
+        lerobot_source.write_parquet(root / "meta/tasks.parquet", tasks)
+        read_tasks.cache_clear()
+        with pytest.raises(UserError, match=f"tasks.parquet: task_index is {index!r}; expected an integer"):
+            corpus(root)
+    read_tasks.cache_clear()
     (root / "meta/tasks.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"tasks.parquet is not a complete parquet file"):
         corpus(root)
@@ -413,6 +436,15 @@ def test_frames_of_videos_are_resized_before_they_are_encoded(tmp_path: Path) ->
     image = np.empty((24, 32, 3), np.uint8)
     decode_image(images(record, "top")[2], image)
     assert np.abs(image - picture(2).reshape(24, 2, 32, 2, 3).mean((1, 3))).mean() < 3
+
+
+def test_a_camera_that_the_files_lack(tmp_path: Path) -> None:
+    root = tmp_path / "arm"
+    features = _with("observation.image")
+    features["observation.images.side"] = {"dtype": "image", "shape": [3, *SIZE], "names": None}
+    lerobot_source.make(root, "v2.1", [2], videos=[], info={"features": features})
+    with pytest.raises(UserError, match=r"(?s)no image of camera observation.images.side .*no such column"):
+        corpus(root)
 
 
 def test_images_of_16_bits_are_no_camera(tmp_path: Path) -> None:
