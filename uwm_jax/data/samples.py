@@ -249,11 +249,13 @@ class Samples:
 
     def _decode(self, batch: Batch, at: int, clip: Clip, wanted: Mapping[str, list[str]]) -> None:
         """Decodes a clip's frames of some step keys, each once, into the views that show them."""
+        if not wanted:
+            return
         dataset, window = self.dataset, self.window
         length = int(dataset.episode_lengths[clip.episode])
         groups = [group for group in OF_FRAMES if f"{group}/{self._views[0]}" in batch]
         steps = [s for group in groups for s in window.steps(window.groups[group], clip.origin, length)]
-        if not steps or not wanted:
+        if not steps:
             return
         places = {
             view: [frame for frames in _frames_of(batch, view) for frame in frames[at]]
