@@ -89,6 +89,9 @@ def run_task(job: Job, wait: bool = True) -> bool:
         except OSError:
             if not job.is_done:  # another process finished it first, where files cannot be locked
                 raise
+        except Exception as e:
+            e.add_note(f"in the task {job.folder.name}: {job.input.name}")
+            raise
     return True
 
 

@@ -14,6 +14,8 @@ from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 
+_MOST_PIXELS = 8192  # of a side: larger frames would take all memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -127,6 +129,8 @@ def size(flag: str, value: Sequence[str]) -> tuple[int, int] | None:
     """(height, width) of a list flag `H,W`; None if it is empty."""
     if not value:
         return None
-    if len(value) != 2 or not all(n.isdigit() and int(n) > 0 for n in value):
-        raise UserError(f"--{flag}: expected H,W in pixels, found {','.join(value)!r}.")
+    if len(value) != 2 or not all(n.isdecimal() and len(n) < 10 and 0 < int(n) <= _MOST_PIXELS for n in value):
+        raise UserError(
+            f"--{flag}: expected H,W in pixels, at most {_MOST_PIXELS} each, found {','.join(value)[:60]!r}."
+        )
     return int(value[0]), int(value[1])

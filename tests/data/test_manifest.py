@@ -111,3 +111,14 @@ def test_what_is_unfit_is_said(tmp_path: Path) -> None:
         f"{tmp_path / 'manifest.json'} has been damaged or edited: splits/train/files/columns/train/"
         "action.npy/crc32c is '17', expected an integer of at least 0. Copy it again, or make the dataset again."
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("remarks", {"rotated": "2"}), ("remarks", ["rotated"]), ("missing_files", "toy-train")]
+)
+def test_what_a_split_may_have_besides_is_checked_too(tmp_path: Path, field: str, value: Any) -> None:
+    manifest: Any = json.loads(json.dumps(MANIFEST)) | {"format_version": FORMAT_VERSION}
+    manifest["splits"]["train"][field] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"damaged or edited: splits/train/{field}"):
+        read_manifest(tmp_path)

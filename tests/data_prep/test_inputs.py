@@ -147,6 +147,22 @@ def test_a_corpus_becomes_a_dataset(tmp_path: Path) -> None:
     assert [step["language_instruction"].decode() for step in first["steps"]] == ["naïve 0"] * 3
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broken(Input):
+    def episodes(self) -> Iterator[Found]:
+        yield Found(None, "first")
+        raise KeyError("a mistake of the converter")
+
+
+def test_a_mistake_of_a_converter_names_the_input(tmp_path: Path) -> None:
+    corpus = dataclasses.replace(_corpus(tmp_path / "in"), splits={"train": [Broken(name="clip 7", size=1)]})
+    with pytest.raises(KeyError) as caught:
+        build(corpus, tmp_path / "out", OPTIONS)
+    assert caught.value.__notes__ == ["in the task train.00000: clip 7"]
+    with pytest.raises(ValueError, match="two inputs of split 'train' have the same name"):
+        dataclasses.replace(corpus, splits={"train": [Broken(name="a", size=1)] * 2})
+
+
 def test_pictures_are_jpeg_of_their_size() -> None:
     from uwm_jax.data.records import decode_image
 

@@ -99,5 +99,6 @@ def test_options_of_the_pipeline_follow_two_dashes(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match="neither --task nor --assemble"):
         found[-1].check()
     assert call("--task=3") == 2 and "--task=3: expected I/N" in capsys.readouterr().err
-    assert call("--resize=3") == 2 and "--resize: expected H,W" in capsys.readouterr().err
+    for size in ("3", "²,3", "0,8", "70000,8", "8,8,8", "9" * 5000 + ",8"):
+        assert call(f"--resize={size}") == 2 and "--resize: expected H,W" in capsys.readouterr().err
     assert layout_options.Options() == found[2]

@@ -34,6 +34,7 @@ _SPLIT = {
     "shards": [{"file": str, "records": _Count(), "bytes": _Count(), "sha256": str}],
     "files": _Each({"crc32c": _Count()}),
 }
+_SPLIT_OPTIONAL = {"remarks": _Each(_Count()), "missing_files": [str]}
 _FORM = {
     "name": str,
     "chunk_steps": _Count(1),
@@ -71,6 +72,9 @@ def check_manifest(manifest: dict[str, Any], where: object) -> None:
         check_name(key, "the step key", where, nested=True)
     for split, info in manifest["splits"].items():
         check_name(split, "the split", where)
+        optional = {field: form for field, form in _SPLIT_OPTIONAL.items() if field in info}
+        if unfit := _unfit(info, optional, f"/splits/{split}"):
+            raise UserError(f"{where} has been damaged or edited: {unfit}. Copy it again, or make the dataset again.")
         for shard in info["shards"]:
             check_name(shard["file"], f"the name of a shard of split {split!r}", where)
         for file in info["files"]:
