@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import json
 import os
 import secrets
@@ -134,15 +135,16 @@ def claimed(part: Path, *, wait: bool) -> Iterator[bool]:
         except OSError:  # a file system without locks: others may be at it too, and the first to finish counts
             yield True
             return
-        for left in part.parent.glob(f".{part.name}.*.tmp") if len(part.name) <= 40 else ():  # of `new_folder`
-            shutil.rmtree(left, ignore_errors=True)
+        if len(part.name) <= 40:  # `new_folder` shortens others
+            for left in part.parent.glob(f".{glob.escape(part.name)}.*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
         yield True
 
 
 def settle(target: Path, output: Path) -> None:
     """Completes or undoes what a job was killed in while it published `target`; a job in progress is left alone."""
     folder = _folder_of(target)
-    for left in target.parent.glob(f".{target.name}.*.removed"):
+    for left in target.parent.glob(f".{glob.escape(target.name)}.building.*.removed"):
         shutil.rmtree(left, ignore_errors=True)
     if not folder.exists() or is_dead(folder / _LOCK) is False:
         return

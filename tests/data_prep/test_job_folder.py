@@ -170,6 +170,13 @@ def test_a_job_that_was_killed_while_it_published(tmp_path: Path, state: str) ->
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_names_are_not_patterns(tmp_path: Path) -> None:
+    for name in (".other.building.0123.removed", ".[o]*.building.0123.removed"):
+        (tmp_path / name).mkdir()
+    settle(tmp_path / "[o]*", tmp_path / "[o]*")
+    assert [p.name for p in tmp_path.iterdir()] == [".other.building.0123.removed"]
+
+
 def test_a_live_folder_is_left_alone(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with job_folder(output, PLAN, alone=True, overwrite=False) as job:
