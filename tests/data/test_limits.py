@@ -155,6 +155,19 @@ def test_another_json_is_refused(tmp_path: Path, stored: Any, message: str) -> N
         of_openpi(dataset(), file)
 
 
+def test_a_dataset_without_these_texts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ranges.json").write_text(json.dumps({NAMES[0]: [[0, 5]]}))
+
+    def lacks(key: str) -> list[str]:
+        raise UserError(f"droid: no episode text {key!r}; it has: none.")
+
+    other = types.SimpleNamespace(**{**vars(dataset()), "episode_texts": lacks})
+    with pytest.raises(
+        UserError, match=r"ranges\.json' names episodes by their recording_folderpath and file_path: dro"
+    ):
+        of_openpi(other, tmp_path / "ranges.json")
+
+
 def _write_ranges(file: Path, episodes: list[dict[str, Any]], ranges: dict[int, list[list[int]]]) -> str:
     metadata = [episode["episode_metadata"] for episode in episodes]
     names = {e: f"{metadata[e]['recording_folderpath']}--{metadata[e]['file_path']}" for e in ranges}

@@ -206,7 +206,7 @@ def open_ranges(dataset: Dataset, value: str, field: str) -> StepRanges:
         UserError: there are none, or they do not fit the dataset.
     """
     if value.endswith(".json"):
-        return of_openpi(dataset, local_path(value, field))
+        return of_openpi(dataset, local_path(value, field), field)
     try:
         sidecar = open_sidecar(dataset.directory, sidecar_folder(value), "ranges")
     except UserError as e:
@@ -226,7 +226,7 @@ def _of_sidecar(dataset: Dataset, sidecar: Sidecar, name: str) -> StepRanges:
     return ranges
 
 
-def of_openpi(dataset: Dataset, file: Path) -> StepRanges:
+def of_openpi(dataset: Dataset, file: Path, field: str = "config.data.ranges") -> StepRanges:
     """Ranges from a JSON of openpi, {`<recording_folderpath>--<file_path>`: [[start, end), ...]}.
 
     An episode that the file does not name has no range, as openpi leaves it out. Of its older form, {"metadata":
@@ -237,7 +237,7 @@ def of_openpi(dataset: Dataset, file: Path) -> StepRanges:
         UserError: another JSON, an episode of the dataset lacks these texts, or the file names none of them.
     """
     if not file.is_file():
-        raise UserError(f"config.data.ranges: there is no file {str(file)!r}.")
+        raise UserError(f"{field}: there is no file {str(file)!r}.")
     stored = read_json(file)
     shortened = 0
     if isinstance(stored.get("keep_ranges"), dict):
@@ -246,7 +246,13 @@ def of_openpi(dataset: Dataset, file: Path) -> StepRanges:
         if type(found) is not int or found < 0:
             raise UserError(f"{file}: expected an integer in metadata.filter_last_n_in_ranges, found {found!r}.")
         shortened, stored = found, stored["keep_ranges"]
-    folders, files = (dataset.episode_texts(key) for key in KEYS)
+    try:
+        folders, files = (dataset.episode_texts(key) for key in KEYS)
+    except UserError as e:
+        raise UserError(
+            f"{field}={str(file)!r} names episodes by their {' and '.join(KEYS)}: {e} Make ranges of this dataset with "
+            "data_prep.ranges instead."
+        ) from e
     names = [f"{folder}--{path}" for folder, path in zip(folders, files, strict=True)]
     matched = [episode for episode, name in enumerate(names) if name in stored]
     if not matched:
