@@ -224,13 +224,17 @@ def rgb(frame: Any, pixel_aspect: Fraction = Fraction(1)) -> np.ndarray:
     Args:
         pixel_aspect: width of a stored pixel over its height; the result has square pixels.
     Raises:
-        VideoError: a picture of more than `MAX_PIXELS`, or rotated by another angle than quarter turns.
+        VideoError: a picture of more than `MAX_PIXELS`, of a pixel format that libav cannot convert, or rotated by
+            another angle than quarter turns.
     """
-    if frame.width * frame.height > MAX_PIXELS:
-        raise VideoError("oversized picture", f"a frame has {frame.width}x{frame.height} pixels")
-    image = frame.to_ndarray(format="rgb24", threads=1)
+    size = max(1, round(frame.width * pixel_aspect)), frame.height
+    if max(size[0], frame.width) * frame.height > MAX_PIXELS:
+        raise VideoError("oversized picture", f"a frame has {max(size[0], frame.width)}x{frame.height} pixels")
+    try:
+        image = frame.to_ndarray(format="rgb24", threads=1)
+    except (_import_av().FFmpegError, ValueError, MemoryError) as e:
+        raise VideoError("video cannot be decoded", f"a frame of format {frame.format.name}: {e}") from e
     if pixel_aspect != 1:
-        size = max(1, round(frame.width * pixel_aspect)), frame.height
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
     for matrix in _matrices(frame):
         image = turned(image, struct.unpack("=9i", matrix))

@@ -255,6 +255,8 @@ def _listed(file: Path) -> list[str]:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--input={file} is not a text file with one path per line: {e}.") from e
+    if any("\0" in line for line in lines):
+        raise UserError(f"--input={file} is not a text file with one path per line: it holds a NUL.")
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -284,7 +286,10 @@ def joined(names: Sequence[str], layout: str, cameras: Sequence[str] = ()) -> tu
             found.setdefault(match.groupdict().get("episode", "all"), {})[match["camera"]] = name
     if not found:
         raise UserError(f"--layout={layout}: none of {len(names)} files has it; the first is {names[0]}.")
-    cameras = tuple(cameras) or tuple(sorted({camera for files in found.values() for camera in files}))
+    present = collections.Counter(camera for files in found.values() for camera in files)
+    cameras = tuple(dict.fromkeys(cameras)) or tuple(sorted(present))
+    if passed := {camera: count for camera, count in sorted(present.items()) if camera not in cameras}:
+        print(f"--cameras leaves out {sum(passed.values())} files of {', '.join(passed)}.")
     if len(cameras) > 16:
         raise UserError(
             f"--layout={layout} finds {len(cameras)} cameras: {', '.join(cameras[:5])}, ... Correct it, or choose "

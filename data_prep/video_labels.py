@@ -35,7 +35,7 @@ class Labels:
         """The text of the first of some files or episodes that has one; None if there is none."""
         for name in names:
             path = PurePosixPath(name)
-            for key in (name, str(path.with_suffix("")), path.name, path.stem):
+            for key in (name, str(path.parent / path.stem), path.name, path.stem):
                 if key in self._texts:
                     self.used.add(key)
                     return self._texts[key]
@@ -54,6 +54,8 @@ def read_labels(file: Path) -> Labels:
       it; the text is the label.
     - Something-Something JSON: the file `<id>`; the text is the label.
 
+    A row with an empty text is no label.
+
     Raises:
         UserError: the file cannot be read or is none of these, or gives one file two texts.
     """
@@ -61,9 +63,14 @@ def read_labels(file: Path) -> Labels:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--labels={file}: cannot be read: {getattr(e, 'strerror', None) or e}.") from e
-    pairs = _from_json(file, text) if file.suffix.lower() == ".json" else _from_csv(file, text)
+    try:
+        pairs = _from_json(file, text) if file.suffix.lower() == ".json" else _from_csv(file, text)
+    except csv.Error as e:
+        raise UserError(f"--labels={file} is not CSV ({e}). {_EXPECTED}") from e
     texts: dict[str, str] = {}
     for name, label in pairs:
+        if not label.strip():
+            continue
         if texts.setdefault(name, label) != label:
             raise UserError(f"--labels={file}: {name!r} has two texts, {texts[name]!r} and {label!r}. Keep one.")
     if not texts:
@@ -78,7 +85,11 @@ def _from_json(file: Path, text: str) -> Iterator[tuple[str, str]]:
         raise UserError(f"--labels={file} is not JSON ({e}). {_EXPECTED}") from e
     if not isinstance(entries, list) or not all(isinstance(e, dict) and "id" in e for e in entries):
         raise UserError(f"--labels={file}: unknown content. {_EXPECTED}")
-    return ((str(entry["id"]), str(entry["label"])) for entry in entries if entry.get("label"))
+    labels = [(str(entry["id"]), entry.get("label") or "") for entry in entries]
+    for name, label in labels:
+        if not isinstance(label, str) or any("\ud800" <= c <= "\udfff" for c in label):
+            raise UserError(f"--labels={file}: the label of {name!r} is {str(label)[:60]!r}; expected a string.")
+    return iter(labels)
 
 
 def _from_csv(file: Path, text: str) -> Iterator[tuple[str, str]]:
@@ -110,7 +121,7 @@ def _kinetics(file: Path, rows: Sequence[Sequence[str]]) -> Iterator[tuple[str, 
     for video, start, end, label in rows:
         try:
             yield f"{video}_{int(float(start)):06d}_{int(float(end)):06d}", label
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UserError(
                 f"--labels={file}: {video}: expected times in seconds, found {start!r} and {end!r}."
             ) from None

@@ -25,6 +25,8 @@ from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 
+MAX_SECONDS = 86_400  # for decoding one file
+
 
 def define_flags() -> None:
     flags.DEFINE_string(
@@ -64,6 +66,8 @@ def main(call: cli.Call) -> None:
         raise UserError("Expected one of --fps=N (steps per second) and --every=N (one step for every N frames).")
     if FLAGS.fps is not None and not 0 < FLAGS.fps < 1e6:
         raise UserError(f"--fps={FLAGS.fps:g}: expected a positive number of steps per second.")
+    if not 0 < FLAGS.seconds <= MAX_SECONDS:
+        raise UserError(f"--seconds={FLAGS.seconds:g}: expected a time limit of at most {MAX_SECONDS} s.")
     if importlib.util.find_spec("av") is None:
         raise UserError(
             "PyAV (av) is not installed. Run `pip install 'uwm_jax[videos]'` (`-e '.[videos]'` in a clone)."

@@ -176,6 +176,16 @@ def test_pixels_that_are_not_square(tmp_path: Path) -> None:
     assert image.shape == (48, 96, 3) and number_of(image) == 3
 
 
+def test_pixels_that_are_too_wide_or_of_an_unknown_format() -> None:
+    frame = av.VideoFrame(64, 48, "rgb24")
+    with pytest.raises(VideoError, match="has 2097152x48 pixels") as raised:
+        rgb(frame, Fraction(1 << 15))
+    assert raised.value.reason == "oversized picture"
+    with pytest.raises(VideoError, match="a frame of format gray32le") as raised:
+        rgb(av.VideoFrame(64, 48, "gray32le"))
+    assert raised.value.reason == "video cannot be decoded"
+
+
 @pytest.mark.parametrize("pixels, codec, size", [("yuv420p10le", "libx265", SIZE), ("yuv444p", "libx264", (47, 61))])
 def test_ten_bits_and_odd_sizes(tmp_path: Path, pixels: str, codec: str, size: tuple[int, int]) -> None:
     write_clip(tmp_path / "a.mp4", range(4), codec=codec, pixels=pixels, size=size)

@@ -48,12 +48,13 @@ def test_no_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             find_files(source)
-    (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not a text file"):
-        find_files(tmp_path / "list.txt")
+    for data in (b"\xff\xfe\x00", b"a.mp4\0b.mp4"):
+        (tmp_path / "list.txt").write_bytes(data)
+        with pytest.raises(UserError, match="not a text file"):
+            find_files(tmp_path / "list.txt")
 
 
-def test_layouts() -> None:
+def test_layouts(capsys: pytest.CaptureFixture[str]) -> None:
     names = [
         "lab/e1/side.mp4",
         "lab/e1/wrist.mp4",
@@ -70,7 +71,9 @@ def test_layouts() -> None:
         Episode("lab/e2", (), None, "camera missing", "no file of side"),
         Episode("lab/readme.mp4x", (), None, "not in the layout", "--layout={episode}/{camera}.mp4"),
     ]
-    cameras, episodes = joined(names, "{episode}/{camera}.mp4", ("wrist",))
+    assert not capsys.readouterr().out
+    cameras, episodes = joined(names, "{episode}/{camera}.mp4", ("wrist", "wrist"))
+    assert "--cameras leaves out 2 files of side." in capsys.readouterr().out
     assert cameras == ("wrist",) and [e.files for e in episodes[:3]] == [(names[5],), (names[1],), (names[2],)]
     assert joined(["a+b/x.mp4"], "a+b/{camera}.mp4") == (("x",), [Episode("all", ("a+b/x.mp4",))])
     assert joined(["x_1_top.mp4"], "{episode}_{camera}.mp4")[1] == [Episode("x_1", ("x_1_top.mp4",))]

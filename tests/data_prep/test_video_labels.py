@@ -21,6 +21,7 @@ def test_csv_by_path_and_by_name(tmp_path: Path) -> None:
     assert labels.of(["a/b.mp4"]) == "pick, then place"
     assert labels.of(["x/y/c.mp4"]) == "Öffnen" and labels.of(["deep/d.webm"]) == "push"
     assert labels.of(["b.mp4"]) is None and labels.of(["d.mp4"]) is None
+    assert labels.of(["/", ".", ".."]) is None
     assert labels.of(["none", "c.avi"]) == "Öffnen"  # an episode's name, then its files
     assert labels.used == {"a/b.mp4", "c", "d.webm"}
 
@@ -59,6 +60,11 @@ def test_something_something(tmp_path: Path) -> None:
         ("a.json", "[", "is not JSON"),
         ("a.json", '{"a": 1}', "unknown content"),
         ("a.json", '["a"]', "unknown content"),
+        ("a.csv", "file,text\na,\n", "holds no label"),
+        ("a.csv", f"file,text\na,{'x' * 200_000}\n", "is not CSV"),
+        ("a.csv", "label,youtube_id,time_start,time_end\nrun,abc,inf,2\n", "abc: expected times in seconds"),
+        ("a.json", '[{"id": 1, "label": {}}, {"id": 2, "label": {"a": 1}}]', "label of '2' is .* expected a string"),
+        ("a.json", '[{"id": 1, "label": "\\ud800"}]', "label of '1' is .* expected a string"),
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path: Path, name: str, text: str, message: str) -> None:
