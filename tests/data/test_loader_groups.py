@@ -76,7 +76,7 @@ def test_without_cameras_no_frame_is_read(config: ConfigDict, decoded: list[dict
     decoded.clear()
     take(loader, 2)
     assert not decoded and loader.data.spec.cameras == loader.data.camera_keys == {}
-    assert "cameras none; action 17-d" in loader.data.summary()
+    assert "cameras none; text embedding; action 17-d" in loader.data.summary()
 
 
 @pytest.mark.parametrize("columns", [(), (("action", "identity"),)])
