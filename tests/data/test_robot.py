@@ -119,6 +119,18 @@ def test_statistics_are_kept_by_transform_and_window(made, config: ConfigDict, m
     assert opened() != first and len(computed) == 1
 
 
+def test_only_windows_that_are_kept_count(made, config: ConfigDict) -> None:
+    config.max_action = (("action[:6]", 2.0),)
+    (robot,) = RunData(config, seed=0).sources.values()
+    assert 0 < len(robot.windows) < robot.windows.total
+    expected = windows_by_hand(made[1], config)
+    kept = zip(*robot.windows.locate_all(np.arange(len(robot.windows))), strict=True)
+    seen = np.concatenate([expected[int(episode), int(origin)] for episode, origin in kept])
+    found = robot.stats()["action"]
+    for name, values in (("min", seen.min(axis=0)), ("max", seen.max(axis=0)), ("mean", seen.mean(axis=0))):
+        np.testing.assert_allclose(found[name][:9], values[:9], atol=1e-6, err_msg=name)
+
+
 def test_values_far_out_are_those_of_windows(made, config: ConfigDict) -> None:
     config.normalize = "none"
     data = RunData(config, seed=0)
