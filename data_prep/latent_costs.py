@@ -73,7 +73,7 @@ class Costs:
         lines = [
             f"what the cache costs, computed from the FLOP counter and the rate of its first batches on this machine, "
             f"{self.rate:.4g} frames/s:",
-            f"  disk      {_bytes(self.disk)}: {frames:,} frames, {self.variants} times, {self.record:,} bytes each",
+            f"  disk      {_bytes(self.disk)}: {frames:,} frames x {_variants(self.variants)} x {self.record:,} bytes",
             f"  time      {_time(self.hours)}",
             f"  in runs   {self.of_frames:.2g} of the frames that one run from pixels encodes ({self.samples:,} "
             f"samples of {self.sample_frames} frames), {self.of_runs:.2g} of its operations",
@@ -89,6 +89,10 @@ class Costs:
             "episodes (choose them in config.data.sources, and --episodes=used)",
         ]
         return "\n".join(lines)
+
+
+def _variants(count: int) -> str:
+    return "1 variant" if count == 1 else f"{count} variants"
 
 
 def _when(runs: int) -> str:

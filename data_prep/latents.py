@@ -31,6 +31,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("moments", False, "store mean and log-variance, for config.model.codec.posterior=sample")
     flags.DEFINE_enum("dtype", Options.dtype, DTYPES, "of the stored numbers")
     flags.DEFINE_enum("episodes", Options.episodes, ("all", "used"), "of the dataset, or those that the config selects")
+    flags.DEFINE_integer(
+        "steps_per_part", Options.steps_per_part, "steps of a file, which is what a killed job loses", lower_bound=1
+    )
     flags.DEFINE_bool("estimate", False, "only say what it costs and whether it pays")
     flags.DEFINE_bool("overwrite", False, "replace caches that are there")
     cli.accept_config_overrides(config_help.describe)
@@ -44,6 +47,7 @@ def main(call: cli.Call) -> None:
         moments=FLAGS.moments,
         dtype=FLAGS.dtype,
         episodes=FLAGS.episodes,
+        steps_per_part=FLAGS.steps_per_part,
     )
     command = shlex.join(part for part in call.line if part != "--overwrite")
     for cache in make(config, options, command=command, overwrite=FLAGS.overwrite, estimate=FLAGS.estimate):

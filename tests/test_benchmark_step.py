@@ -150,6 +150,15 @@ def test_the_table_has_the_columns_that_there_are_numbers_for() -> None:
     assert lines[-1].endswith("12.50 GiB")
 
 
+def test_the_step_from_pixels_is_set_against_that_from_latents() -> None:
+    rows = {"pixels/step/seconds": 6.0, "pixels/step/gflop_per_sample": 90.0}
+    assert benchmark_step._summary(rows) == {"train_step_s": 6.0}
+    rows |= {"latents/step/seconds": 1.5, "latents/step/gflop_per_sample": 10.0}
+    ratios = benchmark_step._summary(rows)
+    assert ratios == {"train_step_s": 6.0, "pixels_to_latents/seconds": 4.0, "pixels_to_latents/flops": 9.0}
+    assert "takes 4.00 times the time and 9.00 times the operations" in benchmark_step.table(FAKE | rows | ratios)
+
+
 def test_the_table_says_what_torch_lacks() -> None:
     row = {"seconds": 1.0, "samples_per_second": 1.0}
     results = FAKE | {"torch_threads": 2} | {f"pixels/forward/{name}": value for name, value in row.items()}

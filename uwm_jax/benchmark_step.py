@@ -4,11 +4,12 @@
     python -m uwm_jax.benchmark_step --config=configs/droid.py --part=latents,network/forward,policy --steps=10
 
 Rows of the whole model are `latents/...` (batches that hold the codec's latents of the next frames) and `pixels/...`
-(the frozen codec encodes them), each with `forward`, `forward_backward` (the gradients of all trained parameters) and
-`step` (AdamW too). Rows of its parts are `network/forward` and `network/forward_backward` (the transformer alone; the
-gradients of its parameters and of the features that it is given), the same of `encoder` (from float images),
-`codec` (next frames to latents) and `preprocessing` (uint8 frames to float images, augmented). `policy` and
-`forward_dynamics` are samples for one observation, of actions and of the next frames' latents. `--part` picks some.
+(the frozen codec encodes them), as in training with and without `config.data.latents`. Each has `forward`,
+`forward_backward` (the gradients of all trained parameters) and `step` (AdamW too). Rows of its parts are
+`network/forward` and `network/forward_backward` (the transformer alone; the gradients of its parameters and of the
+features that it is given), the same of `encoder` (from float images), `codec` (next frames to latents) and
+`preprocessing` (uint8 frames to float images, augmented). `policy` and `forward_dynamics` are samples for one
+observation, of actions and of the next frames' latents. `--part` picks some.
 
 On a CPU with torch installed, the same network runs as a plain eager torch loop in a process of its own, block by
 block in turns with ours; `ours/torch` is the median over the blocks, with its range. CPU seconds are those of all
@@ -140,8 +141,10 @@ def benchmark(
       and range over the blocks of ours / torch). For each of `memory_rows`: `<row>/peak_memory_gib` and, in torch,
       `/torch_peak_memory_gib` and `/torch_memory_ratio`.
       `device`, `batch_size`, `dtype`, `<part>_parameters_m`, `loss_after_steps` where a step was timed, and
-      `peak_memory_gib` where the device reports it. The step from pixels and the policy's sample are also
-      `train_step_s`, `samples_per_second`, `compile_and_first_step_s`, `policy_sample_s`, `compile_and_first_sample_s`.
+      `peak_memory_gib` where the device reports it. `pixels_to_latents/seconds` and `pixels_to_latents/flops`, where
+      the step was timed from both: how many times as much it takes from pixels. The step from pixels and the policy's
+      sample are also `train_step_s`, `samples_per_second`, `compile_and_first_step_s`, `policy_sample_s`,
+      `compile_and_first_sample_s`.
 
     Raises:
       UserError: the model or a row does not fit into the device's memory.
@@ -192,7 +195,7 @@ def _peaks(
 
 
 def _summary(results: Mapping[str, Any]) -> dict[str, float]:
-    """The two rows that people ask for first, under short names."""
+    """What people ask for first, under short names: two rows, and the step from pixels next to that from latents."""
     short = {
         "pixels/step/compile_and_first_s": "compile_and_first_step_s",
         "pixels/step/seconds": "train_step_s",
@@ -200,7 +203,12 @@ def _summary(results: Mapping[str, Any]) -> dict[str, float]:
         "policy/compile_and_first_s": "compile_and_first_sample_s",
         "policy/seconds": "policy_sample_s",
     }
-    return {name: results[key] for key, name in short.items() if key in results}
+    found = {name: results[key] for key, name in short.items() if key in results}
+    for name, key in (("seconds", "seconds"), ("flops", "gflop_per_sample")):
+        pixels, latents = (results.get(f"{source}/step/{key}") for source in ("pixels", "latents"))
+        if pixels and latents:
+            found[f"pixels_to_latents/{name}"] = pixels / latents
+    return found
 
 
 def _numbers(model: Model, row: str, timed: timing.Timing) -> dict[str, Any]:
@@ -287,6 +295,10 @@ def table(results: Mapping[str, Any]) -> str:
     measured = [row for row in ROWS if f"{row}/peak_memory_gib" in results]
     if measured:
         lines += ["", *_lines(results, measured, _MEMORY_COLUMNS)]
+    if "pixels_to_latents/seconds" in results:
+        seconds, flops = (results[f"pixels_to_latents/{name}"] for name in ("seconds", "flops"))
+        more = f"{seconds:.2f} times the time and {flops:.2f} times the operations"
+        lines += ["", f"a step from pixels takes {more} of one from latents"]
     if "loss_after_steps" in results:
         lines += ["", f"loss after the timed steps: {results['loss_after_steps']:.4f}"]
     if "peak_memory_gib" in results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import pytest
 
 from data_prep.caching import Options, make
 from tests.training import cached_case
+from uwm_jax import codecs, synthetic, systems, train
+from uwm_jax.data.held_out import windows_like
+from uwm_jax.errors import UserError
+from uwm_jax.evaluation.evaluator import make_evaluation
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.training import cached_latents, codec_store
 from uwm_jax.training import state as state_lib
@@ -87,3 +92,120 @@ def test_steps_are_those_from_frames_with_the_same_draws(augmented, cached, vae)
     assert_close(steps_of(cached_case.from_latents(config), kept["float32"]), expected, 1e-5)
     whole = [batch | {"next_obs_latent": np.float32(batch["next_obs_latent"])} for batch in kept["float16"]]
     assert_close(steps_of(cached_case.from_latents(config), whole), expected, 1e-3)
+
+
+def test_samples_of_stored_moments_are_those_of_the_posterior(cached, vae):
+    """PAD reads all its frames as latents, and one draw of the posterior serves the current and the next ones."""
+    dataset = cached(False, moments=True, dtype="float32")
+    config = cached_case.config_of("pad", dataset, vae, augmented=False)
+    config.model.codec.posterior = "sample"
+    encoded = {}
+    for latents, run in ((False, config), (True, cached_case.from_latents(config))):
+        (batch,) = cached_case.batches(run, 1)
+        assert ("obs/wrist" in batch) is not latents and ("obs_moments" in batch) is latents
+        with cached_case.opened(run) as loader:
+            codec, frozen = codec_store.open_codec(run, codec_store.in_dataset(run, loader.data))
+            system = systems.make(run, loader.data.spec, codec)
+        for key in (None, jax.random.key(3)):
+            encode = jax.jit(system.encode).lower(frozen, batch, key).compile(compiler_options=QUICKLY)
+            found = encode(frozen, batch, key)
+            encoded[latents, key is None] = {
+                name: np.asarray(found[name]) for name in ("obs_latent", "next_obs_latent")
+            }
+    for mode in (True, False):
+        for name, expected in encoded[False, mode].items():
+            np.testing.assert_allclose(encoded[True, mode][name], expected, atol=1e-5, rtol=1e-5)
+    assert np.abs(encoded[True, True]["obs_latent"] - encoded[True, False]["obs_latent"]).max() > 0.01
+
+
+def test_a_cache_of_another_encoder_is_refused_before_the_first_step(cached, vae, tmp_path):
+    config = cached_case.config_of("uwm", cached(False, variants=1, dtype="float32"), vae, augmented=False)
+    config = cached_case.from_latents(config)
+    for seed, fits in ((0, True), (1, False)):
+        config.model.codec.vae = str(cached_case.write_vae(tmp_path / str(seed), seed))
+        with cached_case.opened(config) as loader:
+            codec, frozen = codec_store.open_codec(config, codec_store.in_dataset(config, loader.data))
+            if fits:
+                cached_latents.check(config, loader.data, codec, frozen)
+            else:
+                with pytest.raises(UserError, match=r"latents/vae/exterior/train: encoder: expected sha256"):
+                    cached_latents.check(config, loader.data, codec, frozen)
+
+
+def test_sampling_of_stored_modes_is_refused(cached, vae):
+    config = cached_case.config_of("uwm", cached(False, variants=1, dtype="float32"), vae, augmented=False)
+    config.model.codec.posterior = "sample"
+    with pytest.raises(UserError, match=r"config.model.codec.posterior is 'sample': set it to 'mode', or .*--moments"):
+        cached_case.batches(cached_case.from_latents(config), 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.latents": "pca"}, "config.data.latents='pca' names another codec than config.model.codec.name='vae'"),
+        ({"data.augment.draw": "batch"}, "requires config.data.augment.draw='sample', found 'batch'"),
+    ],
+)
+def test_configs_that_do_not_fit_latents_are_refused(fields, message, tmp_path):
+    config = cached_case.from_latents(cached_case.config_of("uwm", tmp_path, tmp_path, augmented=True))
+    with pytest.raises(UserError, match=message):
+        config.update_from_flattened_dict(fields)
+        cached_case.config_lib.validate(config)
+
+
+def test_operations_of_a_step_from_latents_have_no_codec_in_them(tmp_path):
+    for variant in ("uwm", "pad"):
+        config = cached_case.config_of(variant, tmp_path, tmp_path, augmented=True)
+        codec, spec = codecs.from_config(config), synthetic.synthetic_spec(config, action_dim=4)
+        pixels, latents = (systems.make(c, spec, codec).flops() for c in (config, cached_case.from_latents(config)))
+        assert latents.frozen == 0.0 < pixels.frozen and latents.trained == pixels.trained
+
+
+@pytest.mark.slow
+def test_an_evaluation_decodes_only_the_windows_that_it_shows(tmp_path, count_products):
+    """Counted in what it traces to, for 8 windows of which 2 are shown: nothing runs."""
+    config = cached_case.config_of("uwm", tmp_path, tmp_path, augmented=True)
+    codec, spec = codecs.VAECodec.of_widths((8, 8), 4), synthetic.synthetic_spec(config, action_dim=4)
+    frozen = jax.eval_shape(lambda: codec.synthetic_arrays(2, 16, 16))
+    system, cheap = (systems.make(c, spec, codec) for c in (config, cached_case.from_latents(config)))
+    params = jax.eval_shape(system.init, jax.random.key(0))
+    batch = windows_like(spec, 8)
+    views = len(spec.cameras)
+    shape = jax.ShapeDtypeStruct((1, *system.latent_shape), np.float32)
+    decoding = count_products(system.codec.decode, frozen, shape)
+    references = {
+        "mean_action": jax.ShapeDtypeStruct((4,), np.float32),
+        "mean_image": jax.ShapeDtypeStruct((views, 1, 16, 16, 3), np.float32),
+    }
+    shown = jax.ShapeDtypeStruct((2,), np.int32)
+
+    def made(system):
+        evaluate = make_evaluation(system)
+        names = jax.eval_shape(evaluate, params, frozen, batch, references, shown)
+        return count_products(evaluate, params, frozen, batch, references, shown), names
+
+    (all_of_them, (scores, windows)), (few, (own, shows)) = made(system), made(cheap)
+    # video, forward and joint make frames, as does forward with other actions; from pixels also the codec's own bound
+    assert all_of_them - few == pytest.approx((5 * 8 - 4 * 2) * decoding, rel=0.01)
+    assert shows.keys() == windows.keys() and shows["forward/next_obs"].shape == windows["forward/next_obs"].shape
+    assert "forward/psnr" in scores and {name for name in own if name.endswith(("psnr", "pixel_mse"))} == set()
+    assert {"forward/latent_mse", "policy/action_mse", "baseline/copied_frame/latent_mse"} <= own.keys()
+
+
+@pytest.mark.slow
+def test_a_run_trains_from_latents_and_continues_with_the_same_alone(tiny_config, tmp_path):
+    """Through the command, with the codec `pca`, whose arrays are one entry a view."""
+    tiny_config.data.path = str(shutil.copytree(tiny_config.data.path, tmp_path / "data"))
+    tiny_config.data.cameras, tiny_config.model.encoder.use_low_dim = ("wrist",), True
+    tiny_config.total_steps = tiny_config.checkpoint.every = 2
+    tiny_config.log_every = 1
+    caches = dict(command="again", say=lambda line: None)
+    make(tiny_config, Options(variants=2), **caches)
+    tiny_config.data.latents = "pca"
+    train.train(tiny_config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(np.isfinite(line["loss"]) for line in lines)
+    make(tiny_config, Options(variants=2, seed=1), overwrite=True, **caches)
+    tiny_config.total_steps = 4
+    with pytest.raises(UserError, match="the checkpoint's data order has datasets/"):
+        train.train(tiny_config, tmp_path / "run")

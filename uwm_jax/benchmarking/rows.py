@@ -80,7 +80,8 @@ class Model:
         frame_size: tuple[int, int] | None = None,
         initialize: bool = True,
     ):
-        self.config = config
+        self.config = config = config.copy_and_resolve_references()
+        config.data.latents = ""  # rows say themselves what they encode
         self.loss: jax.Array | None = None  # of the last step
         self._inputs: dict[str, Inputs] = {}  # of each part
         codec = codecs.from_config(config)
