@@ -92,11 +92,18 @@ def test_killed_while_it_assembles_and_derives(commands, source, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_moment(commands, source, expected, tmp_path: Path, seed: int) -> None:
     output = tmp_path / "out"
-    command, moments = _command(source, output, "--workers=2"), random_moments(seed, 6, longest=1.0)
-    kill_and_resume(commands, command, moments, output.exists, and_its_processes=seed == 0)
+    command, moments = _command(source, output, "--workers=2", "--overwrite"), random_moments(seed, 6, longest=1.0)
+    if seed == 2:  # it replaces an older dataset
+        output.mkdir()
+        (output / "manifest.json").write_text(json.dumps({"format": "uwm_jax/chunks"}))
+
+    def is_published() -> bool:
+        return (output / "index").exists()
+
+    kill_and_resume(commands, command, moments, is_published, and_its_processes=seed != 1)
     assert tree(output) == expected
     commands.run(_command(source, output))  # clears what a job that was killed after publishing left
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
