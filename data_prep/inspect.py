@@ -40,6 +40,7 @@ FLAGS = flags.FLAGS
 
 _BINS = 60
 _IDLE = 0.2  # a larger share of idle steps is remarked
+_MOST_TILES = 64  # a larger contact sheet would take all memory
 _MOST_PANELS = 32  # dimensions of a column that are drawn
 
 
@@ -170,7 +171,7 @@ def _histograms(panels: list[tuple[str, np.ndarray]]) -> tuple[Figure, list[str]
         if not len(column):
             remarks.append(f"{name}: never finite")
             continue
-        axis.hist(column, bins=_BINS)
+        axis.hist(column, bins=_edges(column).tolist())
         axis.set_yscale("log")
         title = [*textwrap.wrap(printable(name), 40), f"mean {column.mean():.3g}, std {column.std():.3g}"]
         axis.set_title("\n".join(title), fontsize=9, parse_math=False)
@@ -180,6 +181,13 @@ def _histograms(panels: list[tuple[str, np.ndarray]]) -> tuple[Figure, list[str]
             remarks.append(f"{name}: always {column[0]:g}")
     figure.supylabel("steps (log scale)")
     return figure, remarks
+
+
+def _edges(values: np.ndarray) -> np.ndarray:
+    """Edges of a histogram's bars; fewer where neighbouring floats are farther apart than `_BINS` bars."""
+    low, high = float(values.min()), float(values.max())
+    around = 0.0 if high > low else max(0.5, 1e-3 * abs(low))
+    return np.unique(np.linspace(low - around, high + around, _BINS + 1))
 
 
 def _plot_lengths(dataset: Dataset, file: Path) -> None:
@@ -216,8 +224,8 @@ def define_flags() -> None:
     flags.DEFINE_string("trace", "", "STEP:ROW, a row of a batch that the run of --workdir saw; steps count from 1")
     flags.DEFINE_string("output", "", "directory for the pages; default inspect/ inside the dataset or workdir")
     flags.DEFINE_string("split", "", "split; default train, else the first")
-    flags.DEFINE_integer("episodes", 6, "rows of the contact sheet", lower_bound=1)
-    flags.DEFINE_integer("frames", 8, "columns of the contact sheet", lower_bound=1)
+    flags.DEFINE_integer("episodes", 6, "rows of the contact sheet", lower_bound=1, upper_bound=_MOST_TILES)
+    flags.DEFINE_integer("frames", 8, "columns of the contact sheet", lower_bound=1, upper_bound=_MOST_TILES)
     cli.accept_config_overrides(config_help.describe)
 
 

@@ -42,6 +42,8 @@ def define_flags() -> None:
 
 def main(call: cli.Call) -> None:
     directory = find_dataset(cli.required_path("dataset"))
+    if not FLAGS.bound < float("inf"):
+        raise UserError(f"--bound={FLAGS.bound:g}: expected a number of at least 1.")
     limits = Limits(FLAGS.min_steps, FLAGS.bound, FLAGS.decode)
     found = validate(directory, limits, FLAGS.split, FLAGS.workers)
     if file := cli.optional_path("json"):

@@ -12,7 +12,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,11 +87,14 @@ def validate(directory: Path, limits: Limits, splits: Iterable[str] = (), worker
         except UserError as e:
             found.append(Finding(ERROR, split, str(e)))
             continue
+        keys, unreadable = _files(dataset)
+        found += unreadable
         found += _lengths(dataset, limits.min_steps)
-        found += [finding for key in dataset.column_keys for finding in _column(dataset, key, limits.bound)]
-        found += _flags(dataset)
+        found += [finding for key in keys for finding in _column(dataset, key, keys, limits.bound)]
+        found += _flags(dataset, keys)
         if layout is not None:
-            found += _records(dataset, layout, limits.decode, workers)
+            columns = {key: layout.columns[key] for key in layout.columns if key in keys}
+            found += _records(dataset, dataclasses.replace(layout, columns=columns), limits.decode, workers)
     found += _sidecars(directory)
     return sorted(found, key=lambda finding: finding.level != ERROR)
 
@@ -130,6 +133,24 @@ def _schema(directory: Path, manifest: dict[str, Any]) -> tuple[Layout | None, l
     return plan_layout(source.features, 1 << 40, sizes), found
 
 
+def _files(dataset: Dataset) -> tuple[list[str], list[Finding]]:
+    """The keys whose columns can be read; findings on the other columns and on the strings of episodes."""
+    keys, found = [], []
+    for key in dataset.column_keys:
+        try:
+            dataset.column(key)
+        except UserError as e:
+            found.append(Finding(ERROR, f"{dataset.split}: {key}", str(e)))
+        else:
+            keys.append(key)
+    try:
+        for key in dataset.text_keys():
+            dataset.episode_texts(key)
+    except UserError as e:
+        found.append(Finding(ERROR, dataset.split, str(e)))
+    return keys, found
+
+
 def _lengths(dataset: Dataset, least: int) -> list[Finding]:
     short = np.flatnonzero(dataset.episode_lengths < least)
     if not len(short):
@@ -138,18 +159,16 @@ def _lengths(dataset: Dataset, least: int) -> list[Finding]:
     return [Finding(WARNING, dataset.split, text)]
 
 
-def _column(dataset: Dataset, key: str, bound: float) -> list[Finding]:
-    """Values of one column: type, finiteness, constant dimensions, outliers."""
+def _column(dataset: Dataset, key: str, keys: Collection[str], bound: float) -> list[Finding]:
+    """Values of one column: type, finiteness, constant dimensions, outliers; `keys` are those that can be read."""
     where = f"{dataset.split}: {key}"
-    try:
-        column = dataset.column(key)
-    except UserError as e:
-        return [Finding(ERROR, where, str(e))]
+    column = dataset.column(key)
     dtype = dataset.manifest["step_features"][key]["dtype"]
     expected = "f" if dtype.startswith(("float", "bfloat")) else "i"
     if column.dtype.kind != expected:
         return [Finding(ERROR, where, f"{dtype} by manifest.json, but its column holds {column.dtype}")]
-    counted = dataset.action_lengths() if is_action(key) else dataset.episode_lengths
+    ends_known = "is_last" in keys or "is_last" not in dataset.column_keys
+    counted = dataset.action_lengths() if is_action(key) and ends_known else dataset.episode_lengths
     keep = counted_steps(dataset.episode_lengths, counted)
     stats = column_stats(column, None, keep)
     found = []
@@ -198,18 +217,16 @@ def _outliers(
     return found
 
 
-def _flags(dataset: Dataset) -> list[Finding]:
+def _flags(dataset: Dataset, keys: Collection[str]) -> list[Finding]:
     """`is_first` and `is_last` of RLDS against the episodes' ends. Many datasets set neither, which says nothing."""
     found = []
     starts, lengths = dataset.episode_starts, dataset.episode_lengths
     for key, rows in (("is_first", starts), ("is_last", starts + lengths - 1)):
-        if key not in dataset.column_keys:
+        if key not in keys:
             continue
-        try:
-            column = dataset.column(key)
-        except UserError:  # told with the columns
-            continue
-        wrong = np.setdiff1d(np.flatnonzero(np.asarray(column[:]).reshape(int(lengths.sum()), -1)[:, 0]), rows)
+        wrong = np.setdiff1d(
+            np.flatnonzero(np.asarray(dataset.column(key)[:]).reshape(int(lengths.sum()), -1)[:, 0]), rows
+        )
         if len(wrong):
             episodes = np.unique(np.searchsorted(starts, wrong, side="right") - 1)
             text = f"true at {len(wrong)} steps inside of episodes, in {some_episodes(episodes)}"

@@ -83,6 +83,14 @@ def test_command_line(out: Path) -> None:
     assert bad.returncode == 2 and "no split 'test'" in bad.stderr and "Traceback" not in bad.stderr
 
 
+def test_histograms_of_values_that_floats_hardly_tell_apart() -> None:
+    columns = {"constant": np.full(4, 1.7e18), "two": np.array([1.7e18, 1.7e18 + 512]), "large": np.full(3, 3e38)}
+    figure, remarks = data_prep.inspect._histograms(list(columns.items()))
+    assert remarks == ["constant: always 1.7e+18", "large: always 3e+38"]
+    bars = [[int(bar.get_height()) for bar in axis.patches if bar.get_height()] for axis in figure.axes]
+    assert bars == [[4], [1, 1], [3]]
+
+
 @pytest.mark.filterwarnings("error")
 def test_titles_of_histograms_do_not_overlap() -> None:
     rng = np.random.default_rng(0)

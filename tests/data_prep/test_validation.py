@@ -14,7 +14,7 @@ from data_prep.training_layout import reshard
 from data_prep.validation import ERROR, WARNING, Limits, validate
 from tests.data import rlds_source
 from uwm_jax import cli
-from uwm_jax.data.records import column_file
+from uwm_jax.data.records import column_file, text_file
 from uwm_jax.errors import UserError
 
 LIMITS = Limits(min_steps=4)
@@ -86,6 +86,18 @@ def test_a_missing_shard_is_an_error_of_its_split(copy: Path) -> None:
     shard = sorted(copy.glob("*.array_record*"))[1]
     shard.unlink()
     assert any(f"{shard.name}" in error for error in found(copy, ERROR))
+
+
+def test_damaged_columns_and_strings_are_listed_with_all_else(copy: Path) -> None:
+    (copy / column_file("train", "is_last")).unlink()
+    column = copy / column_file("train", "observation/state")
+    column.write_bytes(column.read_bytes()[:-8])
+    (copy / text_file("train")).write_bytes(b"PK")
+    errors = found(copy, ERROR)
+    assert len(errors) == 3 and "is_last.npy: the column cannot be read" in errors[0]
+    assert errors[1].startswith("train: observation/state: ") and "its checksum" in errors[1]
+    assert text_file("train") in errors[2] and "its checksum" in errors[2]
+    assert found(copy, WARNING) == ["train: action: 1 of 7 dimensions are constant ([6] = 0.5)"]
 
 
 def test_two_json_files_that_disagree(copy: Path) -> None:
@@ -165,6 +177,8 @@ def test_the_command_ends_with_2_for_errors_and_under_strict(
         return cli.call(command.main, ["validate", "--workers=1", "--min_steps=4", *arguments], command.define_flags)
 
     assert run(f"--dataset={made}") == 0
+    assert run(f"--dataset={made}", "--bound=nan") == 2
+    assert "--bound=nan: expected a number" in capsys.readouterr().err
     assert run(f"--dataset={made}", "--strict") == 2
     assert "warnings, which --strict does not allow" in capsys.readouterr().err
     column = np.load(copy / column_file("train", "action"))
