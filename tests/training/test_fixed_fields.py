@@ -111,6 +111,7 @@ def test_how_to_sample_may_change_and_what_to_evaluate_too(workdir, stored, caps
         ("batch_size", "8"),
         ("data.drop_nonfinite", "true"),
         ("data.max_bad_records", "3"),
+        ("data.latents", "vae"),
     ]
     for name, value in evaluation:
         with pytest.raises(UserError, match=f"--config.{name}="):

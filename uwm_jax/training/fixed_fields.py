@@ -30,7 +30,7 @@ WINDOWS = (
     *("data.path", "data.split", "data.val_ratio", "data.drop_nonfinite", "data.ranges", "data.sources.*"),
     *("data.max_bad_records", "data.read_timeout_seconds"),
 )
-EVALUATION = (*SAMPLING, *WINDOWS, "eval.action_plane", "batch_size", "mesh.rules")
+EVALUATION = (*SAMPLING, *WINDOWS, "eval.action_plane", "batch_size", "mesh.rules", "data.latents")
 
 
 def stored_config(stored: CheckpointReader) -> ConfigDict:
