@@ -36,7 +36,7 @@ def starts_with_record(path: Path) -> bool:
     """Whether a file begins with a length and its checksum, as TFRecord files do."""
     with path.open("rb") as f:
         header = f.read(12)
-    return len(header) == 12 and struct.unpack("<I", header[8:])[0] == _masked_crc(header[:8])
+    return len(header) == 12 and struct.unpack("<I", header[8:])[0] == masked_crc(header[:8])
 
 
 def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
@@ -52,7 +52,7 @@ def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
                 yield None, TRUNCATED, len(header)
                 return
             length, check = struct.unpack("<QI", header)
-            if check != _masked_crc(header[:8]):
+            if check != masked_crc(header[:8]):
                 yield None, "length checksum mismatch (rest of the file lost)", 12
                 return
             data, footer = read(length), read(4)
@@ -60,7 +60,7 @@ def _read_tfrecord(path: Path) -> Iterator[tuple[bytes | None, str, int]]:
             if len(data) < length or len(footer) < 4:
                 yield None, TRUNCATED, size
                 return
-            if struct.unpack("<I", footer)[0] != _masked_crc(data):
+            if struct.unpack("<I", footer)[0] != masked_crc(data):
                 yield None, DAMAGED, size
                 continue
             yield data, "", size
@@ -109,7 +109,7 @@ def _open_array_record(path: Path) -> Any:
     return reader
 
 
-def _masked_crc(data: bytes) -> int:
+def masked_crc(data: bytes) -> int:
     """The masked (rotated and offset) CRC-32C of TFRecord."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

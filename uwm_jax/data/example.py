@@ -73,7 +73,13 @@ def bytes_spans(record: Buffer, field: Field, stop: int | None = None) -> list[t
         length = record[at + 1]
         start = at + 2
         if length >= 128:
-            length, start = _read_varint(record, at + 1)
+            second, third = record[start], record[start + 1]
+            if second < 128:
+                length, start = length & 127 | second << 7, start + 1
+            elif third < 128:  # an image of 16 kB to 2 MB
+                length, start = length & 127 | (second & 127) << 7 | third << 14, start + 2
+            else:
+                length, start = _read_varint(record, at + 1)
         at = start + length
         if at > end:
             raise ValueError("a list of bytes runs over its end")
@@ -232,10 +238,16 @@ def _read_varint(record: Buffer, at: int) -> tuple[int, int]:
 def _messages(record: Buffer, at: int, stop: int):
     """Yields (field number, start, stop) of the length-delimited fields in a byte range."""
     while at < stop:
-        tag, at = _read_varint(record, at)
+        tag = record[at]
+        at += 1
+        if tag >= 128:
+            tag, at = _read_varint(record, at - 1)
         if tag & 7 != 2:
             raise ValueError(f"unexpected wire type {tag & 7} in a tf.Example")
-        length, at = _read_varint(record, at)
+        length = record[at]
+        at += 1
+        if length >= 128:
+            length, at = _read_varint(record, at - 1)
         end = at + length
         if end > stop:
             raise ValueError("a field of the tf.Example runs over its end")

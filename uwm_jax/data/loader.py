@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 
+from uwm_jax.data.buffers import Buffers
 from uwm_jax.data.faults import BAD, BadRecord, UnreadRecord
 from uwm_jax.data.mixture import MixtureOrder, continued
 from uwm_jax.data.run_data import RunData
@@ -43,6 +44,8 @@ class _Rows:
 
     def __init__(self, loader: Loader):
         self._loader = loader
+        self._like = loader.data.training_spec.batch_like(loader.local_batch_size)
+        self._buffers = Buffers()
         self._lock = threading.Lock()
         self._batches: dict[int, Batch] = {}
 
@@ -54,7 +57,7 @@ class _Rows:
         step, place = divmod(int(i), loader.local_batch_size)
         with self._lock:
             if step not in self._batches:
-                self._batches[step] = loader.data.training_spec.empty(loader.local_batch_size)
+                self._batches[step] = self._buffers.empty(self._like)
             batch = self._batches[step]
         row = place * loader.process_count + loader.process_index
         loader.load(batch, place, row, (loader.start_step + step) * loader.batch_size + row)

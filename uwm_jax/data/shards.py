@@ -49,8 +49,9 @@ class Shards:
         timeout: float = 0.0,
         bear: bool = False,
     ):
-        self._directory, self._dataset, self._timeout = directory, dataset, timeout
+        self._dataset, self._timeout = dataset, timeout
         self.names = [entry["file"] for entry in entries]
+        self._files = [directory / name for name in self.names]  # made once: a path costs as much as 10 kB of a record
         twice = [name for name, count in collections.Counter(self.names).items() if count > 1]
         if twice:
             raise UserError(f"{directory / 'manifest.json'} lists the shard {twice[0]} twice. Copy it again.")
@@ -66,7 +67,7 @@ class Shards:
 
     def _unlike(self, entry: Mapping[str, Any]) -> str:
         """How a shard's file differs from its entry; "" where it does not."""
-        file = self._directory / entry["file"]
+        file = self._files[self.names.index(entry["file"])]
         try:
             size = again(lambda: within(self._timeout, lambda: file.stat().length, str(file)), file)
         except FileNotFoundError:
@@ -88,37 +89,39 @@ class Shards:
             BadRecord: it is damaged, or its checksum is not that in the index.
             UnreadRecord: it cannot be read, even after retries. It is not tried again in this process.
         """
-        file, name = self._directory / self.names[shard], self.name(shard, record)
+        file = self._files[shard]
         if shard in self._lost:
-            raise BadRecord(self._lost[shard], name)
+            raise BadRecord(self._lost[shard], self.name(shard, record))
         if (given_up := self._given_up.get((shard, record))) is not None:
-            raise UnreadRecord(given_up, name)
-        what = f"{file}, record {record}"
+            raise UnreadRecord(given_up, self.name(shard, record))
         try:
-            data = again(lambda: self._read(shard, record, what), file)
+            data = again(lambda: self._read(shard, record), file)
         except (RuntimeError, IndexError, ValueError) as e:
             raise BadRecord(
                 f"{file}: record {record} cannot be read ({str(e)[:200]}). "
                 "The file is damaged: copy it again (manifest.json has its sha256) or make the dataset again.",
-                name,
+                self.name(shard, record),
             ) from e
         except UserError as e:  # of the file as a whole
-            raise BadRecord(str(e), name) from e
+            raise BadRecord(str(e), self.name(shard, record)) from e
         except RunError as e:
             self._given_up[shard, record] = f"record {record}: {e}"
-            raise UnreadRecord(f"record {record}: {e}", name) from e
+            raise UnreadRecord(f"record {record}: {e}", self.name(shard, record)) from e
         # ArrayRecord's own hashes detect damage, but not an intact file of another dataset.
         if google_crc32c.value(data) != crc32c:
             raise BadRecord(
                 f"{file}: record {record} has another checksum than the index: the file belongs to another dataset or "
                 "was overwritten. Copy it again (manifest.json has its sha256) or make the dataset again.",
-                name,
+                self.name(shard, record),
             )
         return data
 
-    def _read(self, shard: int, record: int, what: str) -> bytes:
+    def _read(self, shard: int, record: int) -> bytes:
+        def read() -> bytes:
+            return self._reader(shard).read([record])[0]
+
         try:
-            return within(self._timeout, lambda: self._reader(shard).read([record])[0], what)
+            return within(self._timeout, read, f"{self._files[shard]}, record {record}") if self._timeout else read()
         except (RuntimeError, TimeoutError):
             with self._lock:  # reopened by the next attempt: the file's handle may be stale
                 self._readers.pop(shard, None)
@@ -145,7 +148,7 @@ class Shards:
             return reader
 
     def _open(self, shard: int) -> Any:
-        file = self._directory / self.names[shard]
+        file = self._files[shard]
         reader = array_record_module.ArrayRecordReader(
             os.fspath(file), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
         )

@@ -1,0 +1,130 @@
+"""The benchmark of the loader in a small form: what it reads is the data, and what it reports is what it read."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from data_prep import benchmark, loader_data, loader_memory, loader_rates, rlds
+from uwm_jax.data import example
+from uwm_jax.data.loader import Loader
+from uwm_jax.data.records import Dataset
+from uwm_jax.data.run_data import RunData
+
+EPISODES, STEPS = 3, 40
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> loader_data.Made:
+    pytest.importorskip("zarr")
+    return loader_data.make(tmp_path_factory.mktemp("loader_data"), EPISODES, STEPS)
+
+
+def test_the_three_layouts_hold_the_same(made):
+    import zarr
+
+    root, dataset = zarr.open(str(made.zarr), mode="r"), Dataset(made.dataset)
+    assert rlds.corpus(made.rlds).name == "loader" and dataset.num_episodes == EPISODES
+    assert dataset.episode_lengths.tolist() == [STEPS] * EPISODES
+    for episode in range(EPISODES):
+        path, offset, size = made.records[episode]
+        record = path.read_bytes()[offset : offset + size]
+        fields = example.scan(record)
+        actions = example.floats(record, fields[b"steps/action"]).reshape(STEPS, 7)
+        rows = slice(episode * STEPS, (episode + 1) * STEPS)
+        np.testing.assert_array_equal(actions, dataset.column("action")[rows])
+        np.testing.assert_array_equal(actions, root["action"][rows])
+        camera = loader_data.CAMERAS[episode]
+        spans = example.bytes_spans(record, fields[f"steps/observation/{camera}".encode()])
+        for step in (0, 17, STEPS - 1):
+            frame = np.empty((1, 180, 320, 3), np.uint8)
+            dataset.frames(episode, {f"observation/{camera}": [step]}, {f"observation/{camera}": frame})
+            np.testing.assert_array_equal(frame[0], simplejpeg.decode_jpeg(record[slice(*spans[step])], "RGB"))
+            before = root[camera][episode * STEPS + step]
+            assert np.abs(before.astype(int) - frame[0]).mean() < 4, "as it was before JPEG"
+
+
+def test_the_official_layout_is_as_the_official_code_writes_it(made):
+    import zarr
+
+    root = zarr.open(str(made.zarr), mode="r")
+    image, action = root[loader_data.CAMERAS[0]], root["action"]
+    assert image.chunks == (1, 180, 320, 3)
+    settings = {"id": "blosc", "cname": "lz4", "shuffle": 0, "blocksize": 0}
+    assert image.compressor.get_config() == settings | {"clevel": 5}
+    assert action.compressor.get_config() == settings | {"clevel": 0}
+    assert 1.9e6 < np.prod(action.chunks) * 4 <= 2e6
+    files = [p for p in (made.zarr / loader_data.CAMERAS[0]).iterdir() if p.name[0] != "."]
+    assert len(files) == EPISODES * STEPS
+    assert 1.9e6 < (made.zarr / "action" / "0.0").stat().st_size < 2.1e6
+
+
+def test_every_row_reads_windows(made):
+    rows = loader_rates.readers(made)
+    assert set(rows) == {"pixels", "decode_only", "whole_episode", "official_zarr", "zarr_needed"}
+    turns = []
+    rounds = loader_rates.measure(rows, 2, 0.02, lambda: turns.append(1))
+    assert len(turns) == 10 and all(len(rates) == 2 and min(rates) > 0 for rates in rounds.values())
+    some = {"a": [1.0, 8.0, 3.0], "b": [2.0, 2.0, 2.0]}
+    assert loader_rates.ratio(some, "a", "b") == 1.5
+    batch = next(iter(Loader(RunData(loader_rates.config_of(made.dataset).data, seed=0), batch_size=4)))
+    frames = {key: x.shape for key, x in batch.items() if x.dtype == np.uint8}
+    assert frames == {f"{g}/{c}": (4, 2, 180, 320, 3) for g in ("obs", "next_obs") for c in loader_data.CAMERAS}
+
+
+def test_a_large_dataset_is_the_small_one_over_and_over(made, tmp_path):
+    large = loader_data.repeated(made.dataset, tmp_path / "large", 500, loader_rates.SPAN)
+    small, dataset = Dataset(made.dataset), Dataset(large)
+    copies = dataset.num_episodes // EPISODES
+    assert copies * EPISODES * (STEPS - 18) >= 500 > (copies - 1) * EPISODES * (STEPS - 18)
+    last = dataset.num_episodes - 1
+    assert dataset.record(last, 1) == small.record(EPISODES - 1, 1)
+    np.testing.assert_array_equal(dataset.column("action")[-STEPS:], small.column("action")[-STEPS:])
+    assert dataset.episode_texts("file_path") == small.episode_texts("file_path") * copies
+    found = loader_memory.first_batch(large)
+    assert found["windows"] >= 400 and 0 < found["open_seconds"] < found["first_batch_seconds"]
+
+
+def test_the_memory_of_the_index_is_found_and_growth_is_seen(made, monkeypatch):
+    file = made.dataset / "index" / "train.npz"
+    index = Dataset(made.dataset)._index
+    assert index.chunk_crc32c.sum() > 0
+    found = loader_memory.share(file)
+    assert 0 < found["index"] <= 4096 * (file.stat().st_size // 4096 + 2) and found["process"] > 1e7
+    grows = iter(range(100, 100_000, 100))
+    monkeypatch.setattr(loader_memory, "_rss", lambda: next(grows))
+    looks = []
+    soaked = loader_memory.soak(made.dataset, 0.02, lambda *told: looks.append(told))
+    assert soaked["batches"] > 0 and looks and soaked["rss_at_end"] == soaked["rss_largest"]
+    assert soaked["rss_at_end"] > soaked["rss_after_warm_up"]
+
+
+@pytest.mark.slow
+def test_the_table_has_what_the_file_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_memory.shared_memory, "__defaults__", (2,))
+    pytest.importorskip("zarr")
+    (tmp_path / "data").mkdir()
+    settings = benchmark.Settings(episodes=2, steps=38, rounds=2, seconds=0.02, windows=200, pss=True)
+    found = json.loads(json.dumps(benchmark.benchmark(tmp_path / "data", settings)))
+    for row in ("pixels", "decode_only", "official_zarr", "zarr_needed", "whole_episode"):
+        assert found[f"windows_per_s_per_core/{row}"] == statistics.median(found[f"rounds/{row}"])
+    assert found["bytes/training_layout"] / found["bytes/rlds"] == found["bytes/training_layout_of_rlds"]
+    assert found["pss/index_of_all_of_one"] == found["pss/index_of_all"] / found["pss/index_of_one"]
+    assert found["pss/processes"] == 2 and found["pss/index_of_all"] < 2 * found["pss/index_of_one"]
+    text = benchmark.table(found)
+    told = [line.split()[0] for line in text.splitlines() if line]
+    assert {*benchmark.BARS} - {"soak/rss_at_end_of_warm"} <= {*told}
+    assert f"{found['windows_per_s_per_core/pixels']:.1f}" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "words", "met"),
+    [(1.0, "at least", True), (1.0, "more than", False), (1.0, "at most", True), (1.0, "less than", False)],
+)
+def test_bars(value, words, met):
+    assert benchmark.is_met(value, words, 1.0) is met
+    assert {words for words, _ in benchmark.BARS.values()} == {"at least", "more than", "at most", "less than"}
