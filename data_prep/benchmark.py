@@ -7,14 +7,15 @@ The windows are DROID's: 3 cameras at 180x320, 2 current and 2 later frames, 16 
 per second of one core's time:
 
 - `pixels`: the training loader;
-- `decode_only`: its ceiling, the decoding of the same JPEG files alone;
+- `latents`: the same with cached latents (of random numbers) in place of the later frames, which are not decoded;
+- `decode_only`, `decode_only_latents`: their ceilings, the decoding of the same JPEG files alone;
 - `whole_episode`: RLDS as TFDS writes it, of which a window takes the record of a whole episode;
 - `official_zarr`: the official layout, of which a window takes all 19 frames of all cameras, as the official code reads
   them; `zarr_needed` takes the 4 that are needed.
 
 All rows have their turn in every round, on one core, and are compared by medians of rounds. Files are read from the
 page cache, where only a small dataset lies. It also measures the disk that each layout takes and the time to the first
-batch of a dataset with a million windows.
+batch of a dataset with a million windows, and how fast `data_prep.reshard` cuts the RLDS.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_prep import loader_data, loader_memory, loader_rates
+from data_prep.reshard_speed import mb_per_s_per_core
 from uwm_jax import cli, files
 from uwm_jax.errors import UserError
 
@@ -38,7 +40,9 @@ FLAGS = flags.FLAGS
 BARS = {
     "pixels/of_decode_only": ("at least", 0.5),
     "pixels/of_official_zarr": ("more than", 1.0),
+    "latents/of_pixels": ("at least", 1.6),
     "bytes/training_layout_of_rlds": ("at most", 1.05),
+    "reshard/mb_per_s_per_core": ("at least", 100.0),
     "million/first_batch_seconds": ("at most", 5.0),
     "pss/index_of_all_of_one": ("less than", 2.0),
     "soak/rss_at_end_of_warm": ("at most", 1.05),
@@ -100,9 +104,12 @@ def benchmark(directory: Path, settings: Settings) -> dict[str, Any]:
 
     Returns:
         `windows_per_s_per_core/<row>` medians, `rounds/<row>` all of them, `<row>/of_<row>` medians of quotients of the
-        same round, `bytes/<layout>`, `million/...`, and where they were asked for `pss/...` and `soak/...`.
+        same round, `bytes/<layout>`, `reshard/mb_per_s_per_core`, `million/...`, and where they were asked for
+        `pss/...` and `soak/...`.
     """
     made = loader_data.make(directory, settings.episodes, settings.steps)
+    sizes = made.bytes()
+    loader_rates.make_latents(made)
     rows = loader_rates.readers(made)
     with (
         tqdm(total=settings.rounds * len(rows), desc="measuring", unit="turn") as bar,
@@ -113,13 +120,18 @@ def benchmark(directory: Path, settings: Settings) -> dict[str, Any]:
     found |= {f"windows_per_s_per_core/{row}": statistics.median(rates) for row, rates in rounds.items()}
     found |= {
         f"{row}/of_{other}": loader_rates.ratio(rounds, row, other)
-        for row, other in (("pixels", "decode_only"), ("pixels", "official_zarr"), ("pixels", "whole_episode"))
+        for row, other in (
+            *(("pixels", "decode_only"), ("pixels", "official_zarr"), ("pixels", "whole_episode")),
+            *(("latents", "pixels"), ("latents", "decode_only_latents")),
+        )
     }
     found |= {f"rounds/{row}": rates for row, rates in rounds.items()}
-    sizes = made.bytes()
     found |= {f"bytes/{layout}": size for layout, size in sizes.items()}
     found["bytes/training_layout_of_rlds"] = sizes["training_layout"] / sizes["rlds"]
     found["bytes/official_zarr_of_rlds"] = sizes["official_zarr"] / sizes["rlds"]
+    (directory / "parts").mkdir()
+    with loader_rates.one_core():
+        found["reshard/mb_per_s_per_core"] = mb_per_s_per_core(made.rlds, directory / "parts")
     large = loader_data.repeated(made.dataset, directory / "large", settings.windows, loader_rates.SPAN)
     cold = loader_memory.first_batch_of_a_process(large)
     found |= {f"million/{name}": value for name, value in cold.items()}

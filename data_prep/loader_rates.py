@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.latent_files import STEPS_PER_PART, random_blocks, write_caches
 from data_prep.loader_data import CAMERAS, NUMBERS, SIZE, Made
 from data_prep.source_files import masked_crc
 from uwm_jax import config as config_lib
@@ -18,10 +19,13 @@ from uwm_jax.data import example
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset, decode_image
 from uwm_jax.data.run_data import RunData
+from uwm_jax.data.source_latents import expected_fields
+from uwm_jax.training.cached_latents import use_of
 
 FRAMES = (0, 1, 17, 18)  # of a window: 2 current and 2 later ones
 SPAN = 19  # steps of a window
 BATCH = 36
+VAE_STRIDE, VAE_CHANNELS = 8, 4  # of DROID's codec
 COLUMNS = tuple(key.rpartition("/")[2] for key in NUMBERS)
 
 Reader = Iterator[int]  # reads, and gives the number of windows that it has read since it was asked last
@@ -39,19 +43,39 @@ def config_of(dataset: os.PathLike[str]) -> Any:
 
 
 def readers(made: Made, seed: int = 0) -> dict[str, Reader]:
-    """{row: reader} of all rows but those of latents."""
+    """{row: reader} of all rows."""
     rng = np.random.default_rng(seed)
-    dataset = Dataset(made.dataset)
+    dataset, config = Dataset(made.dataset), config_of(made.dataset)
+    cached = config.copy_and_resolve_references()
+    cached.data.latents, cached.model.codec.posterior = config.model.codec.name, "mode"
     return {
-        "pixels": loader_reader(RunData(config_of(made.dataset).data, seed=seed)),
+        "pixels": _loader(RunData(config.data, seed=seed)),
+        "latents": _loader(RunData(cached.data, seed=seed, latents=use_of(cached))),
         "decode_only": _decode_only(_files(dataset, made, rng, FRAMES)),
+        "decode_only_latents": _decode_only(_files(dataset, made, rng, FRAMES[:2])),
         "whole_episode": _whole_episode(made, np.random.default_rng(seed)),
         "official_zarr": _zarr(made, np.random.default_rng(seed), whole=True),
         "zarr_needed": _zarr(made, np.random.default_rng(seed), whole=False),
     }
 
 
-def loader_reader(data: RunData) -> Reader:
+def make_latents(made: Made, seed: int = 0) -> None:
+    """Caches random numbers in place of the latents of DROID's codec, with two variants."""
+    config, dataset = config_of(made.dataset), Dataset(made.dataset)
+    name, latent = config.model.codec.name, [*(side // VAE_STRIDE for side in config.data.crop), VAE_CHANNELS]
+    fields = {
+        key: {
+            **expected_fields(config.data, name, dataset.split, key, SIZE),
+            **{"latent": latent, "dtype": "float16", "moments": False},
+            **{"variants": 2, "seed": seed, "steps_per_part": STEPS_PER_PART, "episodes": "all"},
+        }
+        for key in dataset.cameras
+    }
+    blocks, episodes = random_blocks(list(fields), seed), np.arange(dataset.num_episodes)
+    write_caches(dataset, fields, episodes, blocks, command="python -m data_prep.benchmark", say=lambda text: None)
+
+
+def _loader(data: RunData) -> Reader:
     """Batches of the training loader."""
     for _ in Loader(data, batch_size=BATCH):
         yield BATCH

@@ -64,11 +64,13 @@ def test_the_official_layout_is_as_the_official_code_writes_it(made):
 
 
 def test_every_row_reads_windows(made):
+    loader_rates.make_latents(made)
     rows = loader_rates.readers(made)
-    assert set(rows) == {"pixels", "decode_only", "whole_episode", "official_zarr", "zarr_needed"}
+    ceilings = {"decode_only", "decode_only_latents"}
+    assert set(rows) == {"pixels", "latents", *ceilings, "whole_episode", "official_zarr", "zarr_needed"}
     turns = []
     rounds = loader_rates.measure(rows, 2, 0.02, lambda: turns.append(1))
-    assert len(turns) == 10 and all(len(rates) == 2 and min(rates) > 0 for rates in rounds.values())
+    assert len(turns) == 14 and all(len(rates) == 2 and min(rates) > 0 for rates in rounds.values())
     some = {"a": [1.0, 8.0, 3.0], "b": [2.0, 2.0, 2.0]}
     assert loader_rates.ratio(some, "a", "b") == 1.5
     batch = next(iter(Loader(RunData(loader_rates.config_of(made.dataset).data, seed=0), batch_size=4)))
@@ -110,7 +112,15 @@ def test_the_table_has_what_the_file_has(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     settings = benchmark.Settings(episodes=2, steps=38, rounds=2, seconds=0.02, windows=200, pss=True)
     found = json.loads(json.dumps(benchmark.benchmark(tmp_path / "data", settings)))
-    for row in ("pixels", "decode_only", "official_zarr", "zarr_needed", "whole_episode"):
+    for row in (
+        "pixels",
+        "latents",
+        "decode_only",
+        "decode_only_latents",
+        "official_zarr",
+        "zarr_needed",
+        "whole_episode",
+    ):
         assert found[f"windows_per_s_per_core/{row}"] == statistics.median(found[f"rounds/{row}"])
     assert found["bytes/training_layout"] / found["bytes/rlds"] == found["bytes/training_layout_of_rlds"]
     assert found["pss/index_of_all_of_one"] == found["pss/index_of_all"] / found["pss/index_of_one"]

@@ -29,11 +29,13 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from uwm_jax.data.faults import BadRecord, UnreadRecord
 from uwm_jax.data.images import NUMBERS
 from uwm_jax.data.order import mix
 from uwm_jax.data.records import Dataset, short_key
 from uwm_jax.data.sidecar import Sidecar, open_sidecar
-from uwm_jax.errors import UserError
+from uwm_jax.data.timed import within
+from uwm_jax.errors import RunError
 from uwm_jax.reading import again
 
 KIND = "latents"
@@ -168,6 +170,7 @@ class LatentCache:
     Args:
         dataset: an open split. codec: its name. camera: the step key.
         expected: {field: value} that it must have been made with.
+        timeout: seconds that a read may take before it is tried again; 0 for any time.
     Raises:
         UserError: there is none, it is unfinished, or a field differs.
 
@@ -177,8 +180,15 @@ class LatentCache:
         layout: of its files.
     """
 
-    def __init__(self, dataset: Dataset, codec: str, camera: str, expected: Mapping[str, Any] | None = None):
-        self.camera = camera
+    def __init__(
+        self,
+        dataset: Dataset,
+        codec: str,
+        camera: str,
+        expected: Mapping[str, Any] | None = None,
+        timeout: float = 0.0,
+    ):
+        self.camera, self._timeout = camera, timeout
         where = folder(codec, camera, dataset.split)
         command = "python -m data_prep.latents --config=FILE.py"
         self.sidecar: Sidecar = open_sidecar(dataset.directory, where, KIND, expected, command=command)
@@ -205,7 +215,8 @@ class LatentCache:
         Args:
             into: (len(steps), h, w, c) receives the first c channels.
         Raises:
-            UserError: a record is damaged.
+            BadRecord: a record is damaged.
+            UnreadRecord: it cannot be read, even after retries.
         """
         first, last = min(steps), max(steps)
         part, start = self.layout.locate(episode, first, variant)
@@ -228,19 +239,33 @@ class LatentCache:
             record = view[place * layout.record : (place + 1) * layout.record]
             frame, checksum = bytes(record[: layout.frame]), int.from_bytes(record[layout.frame :], "little")
             if google_crc32c.extend(self._salt, frame) != checksum:
-                raise UserError(
+                raise BadRecord(
                     f"{self._file(part)}: record {start + place} has another checksum than its content: the file is "
                     "damaged or belongs to another cache. Copy it again, or make it again: python -m data_prep.latents "
-                    "--overwrite."
+                    "--overwrite.",
+                    self._name(part, start + place),
                 )
             target[...] = np.frombuffer(frame, layout.dtype).reshape(layout.shape)[..., : target.shape[-1]]
 
     def _read(self, part: int, start: int, count: int) -> bytes:
         size, file = self.layout.record, self._file(part)
-        data = again(lambda: os.pread(self._descriptor(part), count * size, start * size), file)
+
+        def read() -> bytes:
+            return os.pread(self._descriptor(part), count * size, start * size)
+
+        try:
+            data = again(lambda: within(self._timeout, read, file), file)
+        except RunError as e:
+            raise UnreadRecord(str(e), self._name(part, start)) from e
+        except OSError as e:
+            raise BadRecord(f"{file} cannot be read ({e.strerror}). Copy it again.", self._name(part, start)) from e
         if len(data) < count * size:
-            raise UserError(f"{file}: ends before record {start + count - 1}. Copy it again.")
+            raise BadRecord(f"{file}: ends before record {start + count - 1}. Copy it again.", self._name(part, start))
         return data
+
+    def _name(self, part: int, record: int) -> str:
+        """The name of a record, as bad ones are counted."""
+        return f"{self.sidecar.digest[:12]}/{part_file(part)}#{record}"
 
     def _file(self, part: int) -> str:
         return os.fspath(self.sidecar.directory / part_file(part))

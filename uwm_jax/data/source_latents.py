@@ -89,7 +89,7 @@ class SourceLatents:
         for key, size in cameras.items():
             expected = expected_fields(config, use.codec, dataset.split, key, size)
             try:
-                cache = self.caches[key] = LatentCache(dataset, use.codec, key, expected)
+                cache = self.caches[key] = LatentCache(dataset, use.codec, key, expected, config.read_timeout_seconds)
             except UserError as e:
                 raise UserError(f"config.data.latents={use.codec!r}: {where}: {e}") from e
             self._check(cache, where, kept)
