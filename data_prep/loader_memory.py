@@ -80,22 +80,22 @@ def share(file: Path) -> dict[str, int]:
     return found
 
 
-def shared_memory(dataset: Path, processes: int = PROCESSES) -> dict[str, Any]:
-    """PSS in bytes of the index in one process, and in several together.
+def shared_memory(dataset: Path) -> dict[str, Any]:
+    """PSS in bytes of the index in one process, and in `PROCESSES` together.
 
     Raises:
         UserError: the system has no /proc.
     """
     if sys.platform != "linux":
         raise UserError("--pss reads /proc/self/smaps, which only Linux has. Leave it out.")
-    found = {count: _held(dataset, count) for count in (1, processes)}
+    one, every = _held(dataset, 1), _held(dataset, PROCESSES)
     return {
-        "processes": processes,
+        "processes": PROCESSES,
         "index_bytes": (dataset / index_file("train")).stat().st_size,
-        "index_of_one": found[1]["index"],
-        "index_of_all": found[processes]["index"],
-        "process_of_one": found[1]["process"],
-        "process_of_all": found[processes]["process"],
+        "index_of_one": one["index"],
+        "index_of_all": every["index"],
+        "process_of_one": one["process"],
+        "process_of_all": every["process"],
     }
 
 

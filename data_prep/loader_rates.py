@@ -7,10 +7,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.child import Child
 from data_prep.latent_files import STEPS_PER_PART, random_blocks, write_caches
 from data_prep.loader_data import CAMERAS, NUMBERS, SIZE, Made
 from data_prep.source_files import masked_crc
@@ -28,6 +29,12 @@ BATCH = 36
 VAE_STRIDE, VAE_CHANNELS = 8, 4  # of DROID's codec
 COLUMNS = tuple(key.rpartition("/")[2] for key in NUMBERS)
 
+ROWS = (
+    *("pixels", "latents", "decode_only", "decode_only_latents"),
+    *("whole_episode", "official_zarr", "zarr_needed"),
+)
+MOST_SECONDS = 900.0  # for a turn, on a machine that is busy
+
 Reader = Iterator[int]  # reads, and gives the number of windows that it has read since it was asked last
 
 
@@ -37,26 +44,27 @@ def config_of(dataset: os.PathLike[str]) -> Any:
     config.data.path = os.fspath(dataset)
     config.data.cameras, config.data.action = CAMERAS, (("action", "identity"),)
     config.data.low_dim = ("cartesian_position", "gripper_position")
-    config.data.num_threads = 0
+    config.data.val_ratio, config.data.num_threads = 0.0, 0
     config.batch_size = BATCH
     return config
 
 
-def readers(made: Made, seed: int = 0) -> dict[str, Reader]:
-    """{row: reader} of all rows."""
-    rng = np.random.default_rng(seed)
-    dataset, config = Dataset(made.dataset), config_of(made.dataset)
-    cached = config.copy_and_resolve_references()
-    cached.data.latents, cached.model.codec.posterior = config.model.codec.name, "mode"
-    return {
-        "pixels": _loader(RunData(config.data, seed=seed)),
-        "latents": _loader(RunData(cached.data, seed=seed, latents=use_of(cached))),
-        "decode_only": _decode_only(_files(dataset, made, rng, FRAMES)),
-        "decode_only_latents": _decode_only(_files(dataset, made, rng, FRAMES[:2])),
-        "whole_episode": _whole_episode(made, np.random.default_rng(seed)),
-        "official_zarr": _zarr(made, np.random.default_rng(seed), whole=True),
-        "zarr_needed": _zarr(made, np.random.default_rng(seed), whole=False),
+def reader(row: str, made: Made, seed: int = 0) -> Reader:
+    """The reader of a row."""
+    rng, config = np.random.default_rng(seed), config_of(made.dataset)
+    if row == "latents":
+        config.data.latents, config.model.codec.posterior = config.model.codec.name, "mode"
+    makers: dict[str, Callable[[], Reader]] = {
+        **dict.fromkeys(
+            ("pixels", "latents"), lambda: _loader(RunData(config.data, seed=seed, latents=use_of(config)))
+        ),
+        "decode_only": lambda: _decode_only(made, rng, FRAMES),
+        "decode_only_latents": lambda: _decode_only(made, rng, FRAMES[:2]),
+        "whole_episode": lambda: _whole_episode(made, rng),
+        "official_zarr": lambda: _zarr(made, rng, whole=True),
+        "zarr_needed": lambda: _zarr(made, rng, whole=False),
     }
+    return makers[row]()
 
 
 def make_latents(made: Made, seed: int = 0) -> None:
@@ -81,30 +89,22 @@ def _loader(data: RunData) -> Reader:
         yield BATCH
 
 
-def _files(
-    dataset: Dataset, made: Made, rng: np.random.Generator, frames: Sequence[int], windows: int = 64
-) -> list[list[bytes]]:
-    """The JPEG files that random windows decode."""
-    found = []
+def _decode_only(made: Made, rng: np.random.Generator, frames: Sequence[int], windows: int = 64) -> Reader:
+    """What decoding alone costs: files in memory, into the same arrays."""
+    dataset, files = Dataset(made.dataset), []
     for episode, origin in _windows(made, rng, windows):
-        files = []
+        files.append([])
         for step in (origin + frame for frame in frames):
             chunk, offset = divmod(step, dataset.chunk_steps)
             record = dataset.record(episode, chunk)
             fields = example.scan(record)
             for camera in CAMERAS:
                 span = example.bytes_spans(record, fields[f"steps/observation/{camera}".encode()])[offset]
-                files.append(record[slice(*span)])
-        found.append(files)
-    return found
-
-
-def _decode_only(windows: list[list[bytes]]) -> Reader:
-    """What decoding alone costs: files in memory, into the same arrays."""
-    out = np.empty((len(windows[0]), *SIZE, 3), np.uint8)
+                files[-1].append(record[slice(*span)])
+    out = np.empty((len(files[0]), *SIZE, 3), np.uint8)
     while True:
-        for files in windows:
-            for data, frame in zip(files, out, strict=True):
+        for window in files:
+            for data, frame in zip(window, out, strict=True):
                 decode_image(data, frame)
             yield 1
 
@@ -171,21 +171,40 @@ def one_core() -> Iterator[bool]:
         os.sched_setaffinity(0, before)
 
 
-def measure(
-    rows: Mapping[str, Reader], rounds: int, seconds: float, progress: Callable[[], Any] = lambda: None
-) -> dict[str, list[float]]:
-    """{row: windows per second of CPU time in each round}; in a round every row has its turn, in an order that rotates.
+class Turn(NamedTuple):
+    """What a row's process is asked for: to read for so many seconds of CPU time."""
 
-    CPU time of the process, with its threads, is what a core would need: it does not count what other processes take.
+    row: str
+    made: Made
+    seconds: float
+
+
+_readers: dict[str, Reader] = {}  # of this process
+
+
+def take(turn: Turn, mark: Callable[[int], None] = lambda number: None) -> float:
+    """Windows per second of CPU time of this process, with its threads: other processes do not count in it."""
+    with one_core():
+        if turn.row not in _readers:
+            _readers[turn.row] = reader(turn.row, turn.made)
+            _rate(_readers[turn.row], turn.seconds / 4)  # files come into the page cache, and arrays into memory
+        return _rate(_readers[turn.row], turn.seconds)
+
+
+def measure(
+    made: Made, rounds: int, seconds: float, progress: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """{row: windows per second of CPU time in each round}.
+
+    Each row reads in a process of its own. In a round every row has its turn, in an order that rotates.
     """
-    names = list(rows)
-    for reader in rows.values():  # files come into the page cache, and arrays into memory
-        _rate(reader, seconds / 4)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            found[name].append(_rate(rows[name], seconds))
-            progress()
+    rows, found = ROWS, {row: list[float]() for row in ROWS}
+    with contextlib.ExitStack() as closing:
+        children = {row: closing.enter_context(Child(take)) for row in rows}
+        for number in range(rounds):
+            for row in (*rows[number % len(rows) :], *rows[: number % len(rows)]):
+                found[row].append(children[row].call(Turn(row, made, seconds), MOST_SECONDS))
+                progress()
     return found
 
 

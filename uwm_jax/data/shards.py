@@ -13,6 +13,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from uwm_jax.data.faults import BadRecord, UnreadRecord
+from uwm_jax.data.heap import keep_freed_memory
 from uwm_jax.data.names import not_the_data
 from uwm_jax.data.timed import within
 from uwm_jax.errors import RunError, UserError, warn
@@ -49,13 +50,18 @@ class Shards:
         timeout: float = 0.0,
         bear: bool = False,
     ):
+        keep_freed_memory()
         self._dataset, self._timeout = dataset, timeout
         self.names = [entry["file"] for entry in entries]
         self._files = [directory / name for name in self.names]  # made once: a path costs as much as 10 kB of a record
         twice = [name for name, count in collections.Counter(self.names).items() if count > 1]
         if twice:
             raise UserError(f"{directory / 'manifest.json'} lists the shard {twice[0]} twice. Copy it again.")
-        self._lost = {i: reason for i, entry in enumerate(entries) if (reason := self._unlike(entry))}
+        self._lost = {
+            i: reason
+            for i, (entry, file) in enumerate(zip(entries, self._files, strict=True))
+            if (reason := self._unlike(entry, file))
+        }
         if self._lost:
             first = next(iter(self._lost.values()))
             if not bear:
@@ -65,9 +71,8 @@ class Shards:
         self._given_up: dict[tuple[int, int], str] = {}  # (shard, record) -> message, of reads that were tried again
         self._lock = threading.Lock()
 
-    def _unlike(self, entry: Mapping[str, Any]) -> str:
+    def _unlike(self, entry: Mapping[str, Any], file: epath.Path) -> str:
         """How a shard's file differs from its entry; "" where it does not."""
-        file = self._files[self.names.index(entry["file"])]
         try:
             size = again(lambda: within(self._timeout, lambda: file.stat().length, str(file)), file)
         except FileNotFoundError:
