@@ -92,9 +92,9 @@ def main(call: cli.Call) -> None:
     parent = cli.optional_path("directory")
     if parent and not parent.is_dir():
         raise UserError(f"--directory={parent}: expected a directory with about 2 GB of room.")
-    settings = Settings(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)})
+    given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)}
     with tempfile.TemporaryDirectory(prefix="loader-benchmark-", dir=parent) as directory:
-        found = benchmark(Path(directory), settings)
+        found = benchmark(Path(directory), Settings(**given))
     print(table(found))
     if output:
         files.write_text(output, json.dumps(found, indent=2) + "\n")

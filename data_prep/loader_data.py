@@ -202,14 +202,14 @@ def repeated(dataset: Path, directory: Path, windows: int, span: int) -> Path:
             name = f"loader-train.array_record-{copy * len(info['shards']) + number:05d}-of-{copies:05d}"
             os.link(dataset / shard["file"], directory / name)
             shards.append(shard | {"file": name})
-    tiled = {name: np.tile(values, copies) for name, values in index.items()}
+    tiled: dict[str, Any] = {name: np.tile(values, copies) for name, values in index.items()}
     chunks, shards_each = len(index["chunk_shard"]), len(info["shards"])
     tiled["chunk_shard"] += np.repeat(np.arange(copies) * shards_each, chunks)
     tiled["episode_first_chunk"] += np.repeat(np.arange(copies) * chunks, len(index["episode_length"]))
     (directory / "index").mkdir()
     np.savez(directory / index_file("train"), **tiled)
     with np.load(dataset / text_file("train")) as stored:
-        texts = dict(stored)
+        texts: dict[str, Any] = dict(stored)
     for name, values in texts.items():
         tail = np.tile(values, copies)
         if name.endswith("/ends"):

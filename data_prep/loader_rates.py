@@ -38,7 +38,7 @@ MOST_SECONDS = 900.0  # for a turn, on a machine that is busy
 Reader = Iterator[int]  # reads, and gives the number of windows that it has read since it was asked last
 
 
-def config_of(dataset: os.PathLike[str]) -> Any:
+def config_of(dataset: str | os.PathLike[str]) -> Any:
     """The config of DROID's runs for the data; one thread's work is done where it is asked for."""
     config = config_lib.base()
     config.data.path = os.fspath(dataset)
@@ -91,7 +91,7 @@ def _loader(data: RunData) -> Reader:
 
 def _decode_only(made: Made, rng: np.random.Generator, frames: Sequence[int], windows: int = 64) -> Reader:
     """What decoding alone costs: files in memory, into the same arrays."""
-    dataset, files = Dataset(made.dataset), []
+    dataset, files = Dataset(made.dataset), list[list[bytes]]()
     for episode, origin in _windows(made, rng, windows):
         files.append([])
         for step in (origin + frame for frame in frames):
