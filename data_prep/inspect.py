@@ -253,7 +253,7 @@ def main(call: cli.Call) -> None:
     data.close()
     print(data.summary())
     if found:
-        print(f"step {step}, row {row}: {found.place}")
+        print(f"step {step}, row {row}: {found.place}{', replaced: it needs a bad record' if found.replaced else ''}")
     print(f"wrote {page}")
 
 

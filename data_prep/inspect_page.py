@@ -173,6 +173,8 @@ def traced_row(data: RunData, found: TracedRow, picture: Path, step: int, row: i
         if found.known
         else "of the config: no checkpoint lies behind this step",
     }
+    if found.replaced:
+        facts["shown"] = "another sample, in place of this one, which needs a bad record"
     listed = [fill("<dt>{}</dt><dd>{}</dd>", name, value) for name, value in facts.items()]
     rows = []
     for key, like in data.spec.batch_like(1).items():

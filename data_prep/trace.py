@@ -25,11 +25,14 @@ class TracedRow(NamedTuple):
         place: where its sample lies.
         batch: the arrays that training saw, with one row.
         known: whether the run's newest checkpoint lies behind the step; else the weights of its config are assumed.
+        replaced: whether a record of the sample is bad, so that the row holds another sample
+            (`config.data.max_bad_records`).
     """
 
     place: Trace
     batch: Batch
     known: bool
+    replaced: bool = False
 
 
 def open_run(
@@ -76,4 +79,5 @@ def traced(
     position = (step - 1) * batch_size + row
     batch = data.spec.empty(1)
     loader.load(batch, 0, row, position)
-    return TracedRow(loader.describe(position), batch, step <= start)
+    notes = data.faults.notes(step)
+    return TracedRow(loader.describe(position), batch, step <= start, bool(notes and notes["rows"]))

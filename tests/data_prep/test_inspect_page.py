@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from data_prep.inspect_page import mixture
 from data_prep.trace import traced
 from tests.data import rlds_source
 from tests.data.loader_case import config, made, take  # noqa: F401
+from tests.data.test_faults import damage, positions_of
 from uwm_jax import cli
 from uwm_jax import config as config_lib
 from uwm_jax.data.loader import Loader
@@ -87,6 +89,25 @@ def test_a_traced_row_is_the_one_that_training_saw_under_each_of_its_weights(con
     told = [Loader(data, batch_size=8, start_step=6, state=state).describe(i) for i in range(24)]
     assert [row.place for row in plain] != told and not plain[0].known
     assert not traced(data, 8, state, 6, 7, 0).known
+
+
+def test_a_row_with_choices_and_limits_that_needs_a_bad_record(config, made, tmp_path: Path) -> None:  # noqa: F811
+    config.path = str(shutil.copytree(made[0], tmp_path / "copy"))
+    config.cameras, config.choices = ("any", "exterior"), {"any": ("wrist", "exterior")}
+    config.max_action, config.max_bad_records = (("action", 2.5),), 1
+    damage(tmp_path / "copy", [(2, 3)])
+    loader = Loader(RunData(config, seed=5), batch_size=8)
+    seen = take(loader, 16)
+    bad = positions_of(loader, 16 * 8, [(2, 3)])
+    assert 2 < len(bad) < 64
+    data = RunData(config, seed=5)
+    for position in (min(bad), min(set(range(128)) - bad)):
+        found = traced(data, 8, loader.state(16), 16, position // 8 + 1, position % 8)
+        assert found.replaced == (position in bad)
+        for key in found.batch.keys() - {"row"}:
+            np.testing.assert_array_equal(found.batch[key][0], seen[position // 8][key][position % 8])
+        page = inspect.inspect_run(data, 128, "a run", tmp_path / "out", found, (position // 8 + 1, position % 8))
+        assert ("which needs a bad record" in page.read_text()) == (position in bad)
 
 
 def test_rows_that_do_not_exist_are_refused(config) -> None:  # noqa: F811
