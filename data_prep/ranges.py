@@ -13,7 +13,6 @@ Reads one column, no records or images. openpi's own JSON needs no conversion: `
 from __future__ import annotations
 
 import shlex
-import sys
 
 from absl import flags
 from tqdm import tqdm
@@ -54,7 +53,7 @@ def main(call: cli.Call) -> None:
             directory,
             FLAGS.name,
             rule,
-            shlex.join(["python", "-m", "data_prep.ranges", *sys.argv[1:]]),
+            shlex.join(call.line),
             bar.update,
             overwrite=FLAGS.overwrite,
         )

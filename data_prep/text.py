@@ -15,7 +15,6 @@ observation.
 from __future__ import annotations
 
 import shlex
-import sys
 
 from absl import flags
 
@@ -57,7 +56,7 @@ def main(call: cli.Call) -> None:
         keys=FLAGS.keys,
         batch_size=FLAGS.batch_size,
         workers=FLAGS.workers or cores(),
-        command=shlex.join(["python", "-m", "data_prep.text", *sys.argv[1:]]),
+        command=shlex.join(call.line),
         overwrite=FLAGS.overwrite,
     )
     print(embedding.summary(table))

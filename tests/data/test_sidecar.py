@@ -184,6 +184,41 @@ def test_a_killed_overwrite_never_mixes_old_parts_with_new(dataset: Path, monkey
         assert not out.continued and not (out.directory / "deep").exists()
 
 
+def test_the_same_command_continues_an_overwrite(dataset: Path) -> None:
+    _write(dataset)
+    changed = {**FIELDS, "variants": 2}
+    for continued in (False, True):
+        with writing_sidecar(dataset, "latents/vae/wrist", "latents", changed, "go on", overwrite=True) as out:
+            assert out.continued is continued and (out.directory / "part-0").exists() is continued
+            (out.directory / "part-0").write_text("done")
+    # An unfinished one of other settings goes, and so does a complete one.
+    with writing_sidecar(dataset, "latents/vae/wrist", "latents", FIELDS, "go on", overwrite=True) as out:
+        assert not out.continued and not (out.directory / "part-0").exists()
+    assert _write(dataset, overwrite=True, values=(3.0,)).continued
+    assert not _write(dataset, overwrite=True, values=(4.0,)).continued
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+@pytest.mark.parametrize("name", ["sidecar.json", "unfinished.json"])
+def test_overwrite_replaces_a_sidecar_whose_manifest_is_damaged(dataset: Path, name: str, content: str) -> None:
+    _write(dataset)
+    (folder := dataset / "latents/vae/wrist").joinpath("sidecar.json").rename(folder / name)
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match="--overwrite"):
+        _write(dataset)
+    _write(dataset, overwrite=True, values=(5.0,))
+    np.testing.assert_array_equal(open_sidecar(dataset, "latents/vae/wrist", "latents").array("deep/a.npy"), [5])
+
+
+def test_a_sidecar_inside_another_is_refused(dataset: Path) -> None:
+    _write(dataset)
+    with pytest.raises(UserError, match="wrist/deep lies inside the sidecar .*latents/vae/wrist, which removes what"):
+        with writing_sidecar(dataset, "latents/vae/wrist/deep", "latents", FIELDS, "go on"):
+            pass
+    with writing_sidecar(dataset, "latents/vae/top", "latents", FIELDS, "go on"):
+        pass
+
+
 def test_a_second_writer_is_refused_until_the_first_ends(dataset: Path) -> None:
     script = (
         "import sys; from uwm_jax.data.sidecar import writing_sidecar\n"

@@ -225,10 +225,11 @@ def writing_sidecar(
         folder: relative to the dataset's directory; created.
         fields: what it is made with, in types of JSON.
         command: the command line that continues the job.
-        overwrite: whether to remove a sidecar that is there, complete or not.
+        overwrite: whether to remove a sidecar that is there, if it is complete or of other settings; an unfinished one
+            of the same settings is continued.
     Raises:
-        UserError: another process writes here; the folder holds something else, or a sidecar of other settings and
-            `overwrite` is not given.
+        UserError: another process writes here; the folder lies inside another sidecar or holds something else, or a
+            sidecar of other settings and `overwrite` is not given.
     """
     dataset = Path(dataset)
     header = {
@@ -239,28 +240,35 @@ def writing_sidecar(
         "fields": _plain(fields),
     }
     directory = _place(dataset, folder)
+    for outer in directory.parents[: len(directory.parts) - len(dataset.parts) - 1]:
+        if any((outer / name).exists() for name in (_MANIFEST, _UNFINISHED)):
+            raise UserError(
+                f"{directory} lies inside the sidecar {outer}, which removes what it does not list: choose another "
+                "name."
+            )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = _hold(directory)
     except OSError as e:
         raise UserError(f"{directory} cannot be written: {e.strerror}. A sidecar lies inside its dataset.") from e
     try:
-        done, begun = _json_of(directory / _MANIFEST), _json_of(directory / _UNFINISHED)
+        done, begun = (_header(directory / name, overwrite) for name in (_MANIFEST, _UNFINISHED))
         # The lock, and what a job leaves that is killed while it writes a file, are hidden.
         others = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
         if others and done is None and begun is None:
             raise UserError(f"{directory} exists and is no sidecar. Remove it by hand, or choose another name.")
         # A job that overwrites writes first what it will make, so that it is continued if it is killed meanwhile.
         clearing = begun is not None and bool(begun.get("clearing"))
-        there = begun if clearing else done or begun
-        if there is not None and not overwrite and (problems := _differences(header, there)):
+        there = begun if clearing or done is None else done
+        problems = _differences(header, there) if there is not None else []
+        if problems and not overwrite:
             state = "is complete" if there is done else f"is unfinished (`{there.get('command')}` continues it)"
             raise UserError(
                 f"{directory} {state}, but was made with other settings:\n  "
                 + "\n  ".join(problems)
                 + "\nUse the same settings or another name, or replace it with --overwrite."
             )
-        if clearing or (overwrite and others):
+        if clearing or (overwrite and others and (done is not None or problems)):
             _write_unfinished(directory, header, command, clearing=True)
             (directory / _MANIFEST).unlink(missing_ok=True)
             _clear(directory, {_UNFINISHED, _LOCK})
@@ -361,8 +369,20 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _json_of(file: Path) -> dict[str, Any] | None:
-    return read_json(file) if file.exists() else None
+def _header(file: Path, overwrite: bool) -> dict[str, Any] | None:
+    """The content of a sidecar's manifest, or of what an unfinished one has in its place; None if there is none. A
+    damaged file raises UserError, or gives {} where it will be overwritten."""
+    if not file.exists():
+        return None
+    try:
+        content = read_json(file)
+        if file.name == _MANIFEST and not isinstance(content.get("files"), dict):
+            raise UserError(f"{file} has been damaged or edited: expected an object `files`.")
+    except UserError as e:
+        if overwrite:
+            return {}
+        raise UserError(f"{e} Make the sidecar again with --overwrite.") from e
+    return content
 
 
 def _clear(directory: Path, keep: set[str]) -> None:
