@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from tests.systems.small import small_config
-from uwm_jax import cli, compare_samplers
+from uwm_jax import cli, compare_samplers, systems
 from uwm_jax.compare_samplers import parse_ways
+from uwm_jax.config import source
+from uwm_jax.data.robot import RobotActions
 from uwm_jax.errors import UserError
+from uwm_jax.evaluation import closed_loop
 from uwm_jax.synthetic import synthetic_system
 from uwm_jax.train import train
 
@@ -55,6 +61,25 @@ def test_flags_without_an_effect_are_refused(trained, capsys):
         arguments = ["compare_samplers", f"--workdir={trained}", *flags]
         assert cli.call(compare_samplers.main, arguments, compare_samplers.define_flags) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_mixture_of_conventions_acts_by_its_first_robot(tiny_config, monkeypatch):
+    system, _ = synthetic_system(tiny_config, 10)
+    width = system.spec.action_dim
+    first, other = (
+        RobotActions.from_json({"parts": [{"columns": "action", "transform": name, "width": width}], "states": {}})
+        for name in ("identity", "gripper_inverted")
+    )
+    spec = dataclasses.replace(system.spec, robots={"a": first, "b": other})
+    tiny_config.data.sources = ConfigDict({name: source() for name in "ab"})
+    mixed = systems.make(tiny_config, spec, system.codec)
+    opened = []
+    monkeypatch.setattr(closed_loop, "open_envs", lambda *args: contextlib.nullcontext(opened.append(args)))
+    with compare_samplers.open_acting("pusht", mixed, 2, 1) as acting:
+        assert acting.seeds == range(100_000, 100_002) and len(opened) == 1
+    with pytest.raises(UserError, match="execute=99: expected 1 to"):
+        with compare_samplers.open_acting("pusht", mixed, 2, 99):
+            pass
 
 
 def test_ways_of_sampling_that_do_not_exist_are_refused(tiny_config):

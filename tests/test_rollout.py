@@ -111,6 +111,18 @@ def test_one_camera_in_several_views_can_be_rolled_out():
         closed_loop.check_fits(spec, system)
 
 
+def test_a_choice_shows_the_first_of_its_cameras_that_the_environment_has():
+    spec, system = envs.get("pusht"), Stub()
+    system.config.data.cameras, system.config.data.choices = ("any",), {"any": ("web", "observation/image")}
+    system.spec = dataclasses.replace(system.spec, cameras={"any": (SIZE, SIZE)})
+    assert closed_loop.views_of(spec, system) == {"any": "image"}
+    system.config.data.sources.robot = source(cameras=("own",), choices={"own": ("image", "web")})
+    assert closed_loop.views_of(spec, system) == {"any": "image"}
+    system.config.data.sources.robot.choices = {"own": ("web",)}
+    with pytest.raises(UserError, match="camera 'any': pusht has image"):
+        closed_loop.check_fits(spec, system)
+
+
 @pytest.mark.slow
 def test_several_views_of_one_camera_act_as_one(episodes):
     (alone,) = closed_loop.closed_loop(TwoViews(), {}, {}, "pusht", SEEDS[:1], workers=1)

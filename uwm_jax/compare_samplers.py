@@ -147,7 +147,8 @@ def open_acting(env: str | None, system: System, episodes: int, execute: int) ->
     if not env:
         yield None
         return
-    Policy(system, None, None, execute=execute)  # refuses what does not fit before minutes of sampling
+    # Refuses what does not fit before minutes of sampling.
+    Policy(system, None, None, execute=execute, source=closed_loop.acting_source(system))
     seeds = range(closed_loop.FIRST_SEED, closed_loop.FIRST_SEED + episodes)
     with closed_loop.open_envs(env, system, seeds) as envs:
         yield Acting(envs, seeds, execute)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from uwm_jax.data.choices import keys_of
 from uwm_jax.data.records import short_key
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.envs import EnvSpec, get
@@ -214,12 +215,19 @@ def play(envs: ParallelEnvs, controller: str, seeds: Sequence[int]) -> list[Epis
 
 def views_of(spec: EnvSpec, model: Described) -> dict[str, str]:
     """{camera of the model: the environment's camera that it shows}: what the run's first source with actions has
-    there, which may be one camera for several views, or the environment's camera of the same name."""
+    there, which may be one camera for several views, and of a choice the first that the environment has; or the
+    environment's camera of the same name."""
     data = model.config.data
-    keys: dict[str, str] = {}
+    keys, choices = data.cameras, [data.choices]
     if robots := [source for _, source in sorted(data.sources.items()) if source.use_actions]:
-        keys = dict(zip(data.cameras, map(short_key, robots[0].cameras or data.cameras), strict=True))
-    shown = {view: next((c for c in (keys.get(view), view) if c in spec.cameras), None) for view in model.spec.cameras}
+        keys, choices = robots[0].cameras or data.cameras, [*choices, robots[0].choices]
+    recorded = {
+        view: [short_key(key) for key in keys_of(name, *choices)] for view, name in zip(data.cameras, keys, strict=True)
+    }
+    shown = {
+        view: next((c for c in (*recorded.get(view, ()), view) if c in spec.cameras), None)
+        for view in model.spec.cameras
+    }
     return {view: camera for view, camera in shown.items() if camera}
 
 
