@@ -208,6 +208,14 @@ def test_actions_have_presets_by_name_and_relative_ones_a_present_step(path, tmp
     relative = [("data.action", "(('action','relative:agent_pos:position'),)"), ("data.cameras", "image")]
     with pytest.raises(UserError, match="config.eval.action_plane draws positions, but .* relative to the present"):
         config_lib.load(path, [*relative, ("eval.action_plane", "('image',0,1,0,1)")])
+    # Where sources have actions of their own, theirs are drawn.
+    config = config_lib.load(path, relative)
+    config.data.sources.arm = config_lib.source(action=(("action", "identity"),))
+    config.eval.action_plane = ("image", 0, 1, 0, 1)
+    config_lib.validate(config)
+    config.data.action, config.data.sources.arm.action = (("action", "identity"),), (("action", "relative:pose"),)
+    with pytest.raises(UserError, match="numbers of the action .*relative:pose.* are relative to the present"):
+        config_lib.validate(config)
 
 
 def test_sources_are_checked_and_survive_storage():

@@ -242,10 +242,12 @@ def _check_combinations(c: ConfigDict) -> None:
         "which a checkpoint is saved can be kept.",
     )
     plane = c.eval.action_plane
+    actions = [s.action or d.action for s in d.sources.values() if s.use_actions] or [d.action]
+    relative = [action for action in actions if action and transforms.parse(action)[0][1].state]
     check(
-        not plane or not d.action or transforms.parse(d.action)[0][1].state is None,
-        f"config.eval.action_plane draws positions, but the first numbers of config.data.action={d.action} are relative"
-        " to the present step. Set it to ().",
+        not plane or not relative,
+        "config.eval.action_plane draws positions, but the first numbers of the action "
+        f"{next(iter(relative), ())} are relative to the present step. Set it to ().",
     )
     if plane and plane[0] not in d.cameras:
         raise UserError(

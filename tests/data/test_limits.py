@@ -99,6 +99,12 @@ def test_ranges_are_told_apart_by_their_content_alone() -> None:
     assert one.rule != StepRanges.of(np.array([1, 2]), np.array([0, 0]), np.array([7, 30]), lengths).rule
 
 
+def test_bounds_are_told_apart_by_all_digits() -> None:
+    nowhere = np.zeros(0, np.int64)
+    rules = [ActionBound("action", bound, nowhere, nowhere).rule for bound in (2.0, 0.12345678, 0.12345679)]
+    assert rules == ["action within 2", "action within 0.12345678", "action within 0.12345679"]
+
+
 LENGTHS = np.array([20, 60, 40, 30])
 NAMES = [f"gs://r2d2/lab/{i}/recordings/MP4--/nfs/lab/{i}/trajectory.h5" for i in range(4)]
 
@@ -143,6 +149,7 @@ def test_openpis_json_is_read_as_it_is(tmp_path: Path) -> None:
         ({NAMES[1]: [[-1, 5]]}, r"expected a list of \[start, end\)"),
         ({NAMES[1]: "all"}, r"expected a list of \[start, end\)"),
         ({"keep_ranges": {}, "metadata": 3}, r"expected an integer in metadata\.filter_last_n_in_ranges, found None"),
+        ({"keep_ranges": {}, "metadata": {"filter_last_n_in_ranges": 1 << 80}}, r"expected an integer in metadata"),
         ([], r"ranges\.json: expected a JSON object"),
         (None, r"there is no file .*ranges\.json"),
     ],
@@ -279,6 +286,8 @@ def test_sources_have_limits_of_their_own(made, config: ConfigDict, tmp_path: Pa
     config.sources.c.max_action = (("action", 3.0),)
     with pytest.raises(UserError, match=r"sources\.c\.max_action: 'action' is none of the keys of this source's acti"):
         RunData(config, seed=0)
-    config.sources.c.max_action, config.sources.b.ranges = (), "idle"
-    with pytest.raises(UserError, match=r"config\.data\.sources\.b\.ranges='idle': .*data_prep\.ranges --dataset="):
+    config.sources.c.max_action, config.sources.b.ranges = (), "slow"
+    with pytest.raises(
+        UserError, match=r"config\.data\.sources\.b\.ranges='slow': .*data_prep\.ranges --dataset=.* --name=slow`"
+    ):
         RunData(config, seed=0)

@@ -119,10 +119,14 @@ def test_a_choice_draws_among_the_strings_that_are_not_empty(config: ConfigDict)
 
 def test_what_cannot_be_read_is_refused(config: ConfigDict, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.data.text = "note"
-    with pytest.raises(UserError, match=r"has no key 'note'; it has .*--keys=.*_2,note --overwrite"):
+    with pytest.raises(
+        UserError, match=r"has no key 'note'; it has .* --encoder=encoder-0 --name=clip --keys=.*_2,note --over"
+    ):
         RunData(config.data, seed=0)
     config.data.text, config.data.path = KEYS[0], str(copy)
-    with pytest.raises(UserError, match=r"no text here .*python -m data_prep.text --dataset="):
+    with pytest.raises(
+        UserError, match=r"no text here .*python -m data_prep.text --dataset=.* --encoder=CLIP --name=clip`"
+    ):
         RunData(config.data, seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(embedding, "_embed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import shlex
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,11 +120,16 @@ class ActionBound:
 
     @property
     def rule(self) -> str:
-        return f"{self.key} within {self.bound:g}"
+        return f"{self.key} within {self._bound}"
 
     @property
     def name(self) -> str:
-        return f"{self.key} beyond {self.bound:g} (at {len(self.steps)} steps)"
+        return f"{self.key} beyond {self._bound} (at {len(self.steps)} steps)"
+
+    @property
+    def _bound(self) -> str:
+        """All digits, as they tell bounds apart."""
+        return repr(self.bound).removesuffix(".0")
 
     def left_out(self, layout: Layout) -> Intervals:
         """The windows with such a step among those of their actions."""
@@ -208,7 +214,8 @@ def open_ranges(dataset: Dataset, value: str, field: str) -> StepRanges:
     if value.endswith(".json"):
         return of_openpi(dataset, local_path(value, field), field)
     try:
-        sidecar = open_sidecar(dataset.directory, sidecar_folder(value), "ranges")
+        command = shlex.join(["python", "-m", "data_prep.ranges", f"--dataset={dataset.directory}", f"--name={value}"])
+        sidecar = open_sidecar(dataset.directory, sidecar_folder(value), "ranges", command=command)
     except UserError as e:
         raise UserError(f"{field}={value!r}: {e} openpi's ranges are named by a path that ends in .json.") from e
     return _of_sidecar(dataset, sidecar, value)
@@ -243,7 +250,7 @@ def of_openpi(dataset: Dataset, file: Path, field: str = "config.data.ranges") -
     if isinstance(stored.get("keep_ranges"), dict):
         metadata = stored.get("metadata")
         found = metadata.get("filter_last_n_in_ranges") if isinstance(metadata, dict) else None
-        if type(found) is not int or found < 0:
+        if type(found) is not int or not 0 <= found < 1 << 31:
             raise UserError(f"{file}: expected an integer in metadata.filter_last_n_in_ranges, found {found!r}.")
         shortened, stored = found, stored["keep_ranges"]
     try:

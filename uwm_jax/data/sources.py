@@ -202,11 +202,10 @@ class Source:
             progress: description of a progress bar, which appears where it takes long; "" = none.
         """
         indices = self.samples.window.action
-        size = max(1, _BLOCK // len(indices))
-        numbers = np.arange(0, len(self.windows), stride)
-        with tqdm(total=len(numbers), desc=progress, unit="window", delay=3, disable=not progress) as bar:
-            for start in range(0, len(numbers), size):
-                block = numbers[start : start + size]
+        count, size = len(self.windows), stride * max(1, _BLOCK // len(indices))
+        with tqdm(total=-(-count // stride), desc=progress, unit="window", delay=3, disable=not progress) as bar:
+            for start in range(0, count, size):
+                block = np.arange(start, min(start + size, count), stride)
                 with np.errstate(invalid="ignore"):  # values that are not finite are counted
                     actions = self.samples.actions(*self.windows.locate_all(block), indices)
                 yield actions

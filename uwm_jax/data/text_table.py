@@ -14,6 +14,7 @@ All are memory-mapped, so that processes of a machine share them.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +77,8 @@ class TextTable:
     """
 
     def __init__(self, dataset: Dataset, name: str):
-        self._dataset, self._sidecar = dataset, open_sidecar(dataset.directory, folder(name), "text")
+        self._dataset, self._name = dataset, name
+        self._sidecar = open_sidecar(dataset.directory, folder(name), "text", command=self._command("CLIP"))
         self.encoder = TextEncoder(str(self._sidecar.facts["encoder"]), str(self._sidecar.fields["encoder"]))
         self.keys = [str(key) for key in self._sidecar.fields["keys"]]
         self._embeddings = self._sidecar.array("embeddings.npy")
@@ -95,10 +97,11 @@ class TextTable:
         """
         key = self._full(name)
         if key not in self.keys:
+            keys = ",".join([*self.keys, name])
             raise UserError(
                 f"config.data.text: the table {self._sidecar.directory} has no key {name!r}; it has "
-                f"{', '.join(self.keys)}. Make it with this key: python -m data_prep.text "
-                f"--dataset={self._dataset.directory} --keys={','.join([*self.keys, name])} --overwrite."
+                f"{', '.join(self.keys)}. Make it with this key: "
+                f"{self._command(self.encoder.name, f'--keys={keys}', '--overwrite')}"
             )
         first, row = (self._sidecar.array(file) for file in run_files(self._dataset.split, key))
         self._runs[key] = first, row
@@ -118,6 +121,11 @@ class TextTable:
     def embedding(self, row: int) -> np.ndarray:
         """(E,) float32."""
         return self._embeddings[row]
+
+    def _command(self, encoder: str, *flags: str) -> str:
+        """The command that makes this table."""
+        given = (f"--dataset={self._dataset.directory}", f"--encoder={encoder}", f"--name={self._name}")
+        return shlex.join(["python", "-m", "data_prep.text", *given, *flags])
 
     def _full(self, name: str) -> str:
         names = (name, f"observation/{name}", f"episode_metadata/{name}")
