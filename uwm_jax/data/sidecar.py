@@ -260,8 +260,8 @@ def writing_sidecar(
         # A job that overwrites writes first what it will make, so that it is continued if it is killed meanwhile.
         clearing = begun is not None and bool(begun.get("clearing"))
         there = begun if clearing or done is None else done
-        problems = _differences(header, there) if there is not None else []
-        if problems and not overwrite:
+        problems = [] if there is None else _differences(header, there)
+        if there is not None and problems and not overwrite:
             state = "is complete" if there is done else f"is unfinished (`{there.get('command')}` continues it)"
             raise UserError(
                 f"{directory} {state}, but was made with other settings:\n  "
