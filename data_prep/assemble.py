@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def assemble(
     """
     _clear(dataset, corpus, tasks)
     results = {split: [result for _, result in parts] for split, parts in tasks.items()}
-    splits, info_splits = {}, []
+    splits, left_out, info_splits = {}, {}, []
     for split, parts in results.items():
         if any(part.lengths for part in parts):
             splits[split] = _assemble_split(dataset, corpus, layout, split, tasks[split])
@@ -64,6 +64,7 @@ def assemble(
             if len(results) == 1:
                 raise UserError(f"{corpus.path}: no usable episode in split {split!r}:\n  {notes}")
             print(f"split {split!r} has no usable episode and is left out:\n  {notes}")
+            left_out[split] = _skipped(parts)
     if not splits:
         raise UserError(f"{corpus.path}: no usable episode in {', '.join(map(repr, results))}.")
 
@@ -88,6 +89,8 @@ def assemble(
     if taken := manifest.keys() & corpus.facts.keys():
         raise ValueError(f"facts of a corpus that are fields of every manifest: {taken}")
     manifest |= corpus.facts
+    if left_out:
+        manifest["left_out_splits"] = left_out
     if layout.resized:
         manifest["resize"] = {
             "rule": "both sides, bilinear and antialiased; encoded as JPEG",
@@ -171,20 +174,24 @@ def _assemble_split(
         records.text_file(split),
         *(records.column_file(split, key) for key in layout.columns),
     ]
-    skipped: collections.Counter[str] = sum((part.skipped for part in parts), collections.Counter())
     remarks: collections.Counter[str] = sum((part.remarks for part in parts), collections.Counter())
     described = {
         "episodes": len(lengths),
         "steps": int(lengths.sum()),
         "chunks": int(chunks.sum()),
-        "skipped": dict(skipped),
-        "skipped_notes": [note for _, note in first_notes(parts)],
+        **_skipped(parts),
         "shards": shards,
         "files": {file: {"crc32c": records.checksum(dataset / file)} for file in files},
     }
     missing = [job.input.name for job, result in tasks if isinstance(job.input, Missing) and not result.episodes]
     optional = {"remarks": dict(remarks), "missing_files": missing}
     return described | {name: value for name, value in optional.items() if value}
+
+
+def _skipped(parts: Sequence[Result]) -> dict[str, Any]:
+    """Numbers of skipped episodes by reason, and notes on the first of each."""
+    skipped: collections.Counter[str] = sum((part.skipped for part in parts), collections.Counter())
+    return {"skipped": dict(skipped), "skipped_notes": [note for _, note in first_notes(parts)]}
 
 
 def _described(key: str, feature: Feature, layout: Layout) -> dict[str, Any]:

@@ -417,6 +417,17 @@ def test_the_command_counts_what_is_skipped(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_split_without_a_usable_episode_is_in_the_manifest(tmp_path: Path) -> None:
+    root = tmp_path / "arm"
+    lerobot_source.make(root, "v2.1", [3, 3], videos=[], info=NO_IMAGES | {"splits": {"train": "0:1", "val": "1:2"}})
+    data(root, 1).write_bytes(b"PAR1")
+    manifest = build(corpus(root), tmp_path / "out", Options(workers=1))
+    assert manifest is not None and list(manifest["splits"]) == ["train"]
+    left_out = manifest["left_out_splits"]["val"]
+    assert left_out["skipped"] == {"unreadable parquet file": 1}
+    assert left_out["skipped_notes"][0].startswith("episode 1: unreadable parquet file: ")
+
+
 @pytest.mark.parametrize("name, named", [("__index_level_0__", False), ("task", False), ("text", True)])
 def test_tasks_by_the_name_of_their_index(tmp_path: Path, name: str, named: bool) -> None:
     # As pandas writes it: an index without a name, with one, and any name that its metadata give.

@@ -7,7 +7,7 @@ consecutive steps of one episode, encoded images untouched. The directory also h
 - `manifest.json`: format version, source, keys with shapes and dtypes, reasons why keys are neither camera nor column
   (`unusable_keys`), camera sizes, and per split the counts, skipped episodes, the shards with size and sha256, and the
   crc32c of every index and column file; where there are any, also `missing_files` of the source and `remarks` on kept
-  episodes, and `resize` if images were resized;
+  episodes, `left_out_splits` without a usable episode, and `resize` if images were resized;
 - `index/<split>.npz`: `episode_length` (E,), `episode_first_chunk` (E,), `chunk_shard` (K,),
   `chunk_record` (K,), all int64, and `chunk_crc32c` (K,) uint32 of the record, chunks of an episode being consecutive;
 - `index/<split>.texts.npz`: for every episode-level string, such as the path of the recording, `<key>/utf8` (bytes of
