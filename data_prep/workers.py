@@ -8,7 +8,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
 from typing import Any
+
+from uwm_jax.errors import RunError
 
 
 def pool(
@@ -16,11 +20,26 @@ def pool(
 ) -> concurrent.futures.ProcessPoolExecutor:
     """A pool of spawned processes that exit silently with the command, on Ctrl-C as well as if it is killed.
 
+    As a context manager it raises RunError if one of its processes ended unasked, and the block failed of it.
+
     Args:
       initializer: called once in each process with `initargs`; like submitted functions, importable by name.
     """
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(processes, context, start, (initializer, initargs))
+    return _Pool(processes, context, start, (initializer, initargs))
+
+
+class _Pool(concurrent.futures.ProcessPoolExecutor):
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        ended = super().__exit__(kind, value, trace)
+        if isinstance(value, BrokenProcessPool):
+            raise RunError(
+                "a worker process was killed or crashed, perhaps because the memory is full. Rerun the same command, "
+                "with fewer --workers."
+            ) from value
+        return ended
 
 
 def start(initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.workers import pool
+from uwm_jax.errors import RunError
+
 ROOT = Path(__file__).parents[2]
 COMMAND = """
 import os, time
@@ -40,3 +43,10 @@ def test_processes_end_with_the_command(how: signal.Signals, ends) -> None:
     finally:
         if command.poll() is None:
             os.killpg(command.pid, signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_message() -> None:
+    with pytest.raises(RunError, match="a worker process was killed or crashed.*fewer --workers"), pool(1) as executor:
+        executor.submit(os._exit, 9).result()
+    with pytest.raises(ZeroDivisionError), pool(1) as executor:
+        executor.submit(divmod, 1, 0).result()
