@@ -177,10 +177,10 @@ def traced_row(data: RunData, found: TracedRow, picture: Path, step: int, row: i
         facts["shown"] = "another sample, in place of this one, which needs a bad record"
     listed = [fill("<dt>{}</dt><dd>{}</dd>", name, value) for name, value in facts.items()]
     rows = []
-    for key, like in data.spec.batch_like(1).items():
-        if like.dtype == np.uint8:
+    for key, values in found.batch.items():
+        value = values[0]
+        if value.dtype == np.uint8 and value.ndim == 4:
             continue
-        value = found.batch[key][0]
         name = "action" if key == "action" else key.removeprefix("obs/")
         raw = np.asarray(data.spec.normalizer.unnormalize(name, value)) if name in data.spec.widths else None
         rows.append([head(fill("<code>{}</code>", key)), _numbers(value), "" if raw is None else _numbers(raw)])

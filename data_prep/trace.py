@@ -13,7 +13,7 @@ from uwm_jax.data.loader import Loader, Trace
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.errors import UserError
-from uwm_jax.training import fixed_fields
+from uwm_jax.training import cached_latents, fixed_fields
 from uwm_jax.training.checkpoint import latest_step
 from uwm_jax.training.checkpoint_reader import CheckpointReader
 
@@ -56,7 +56,8 @@ def open_run(
         normalizer = DataSpec.from_json(stored.assets["data_spec"]).normalizer
         state, start = (stored.data_iter, step) if stored.holds("train_state") else (None, 0)
     config_lib.apply_overrides(config, overrides)
-    data = RunData(config.data, seed=config_lib.data_seed(config), normalizer=normalizer)
+    latents = cached_latents.use_of(config)
+    data = RunData(config.data, seed=config_lib.data_seed(config), normalizer=normalizer, latents=latents)
     return config, data, state, start
 
 
@@ -77,7 +78,7 @@ def traced(
         )
     loader = Loader(data, batch_size=batch_size, start_step=start, state=state)
     position = (step - 1) * batch_size + row
-    batch = data.spec.empty(1)
+    batch = data.training_spec.empty(1)
     loader.load(batch, 0, row, position)
     notes = data.faults.notes(step)
     return TracedRow(loader.describe(position), batch, step <= start, bool(notes and notes["rows"]))

@@ -15,7 +15,9 @@ import pytest
 from data_prep.caching import Options, make
 from tests.training import cached_case
 from uwm_jax import codecs, synthetic, systems, train
+from uwm_jax import config as config_lib
 from uwm_jax.data.held_out import windows_like
+from uwm_jax.data.sources import of_episodes
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.evaluator import make_evaluation
 from uwm_jax.parallel import mesh as mesh_lib
@@ -92,6 +94,18 @@ def test_steps_are_those_from_frames_with_the_same_draws(augmented, cached, vae)
     assert_close(steps_of(cached_case.from_latents(config), kept["float32"]), expected, 1e-5)
     whole = [batch | {"next_obs_latent": np.float32(batch["next_obs_latent"])} for batch in kept["float16"]]
     assert_close(steps_of(cached_case.from_latents(config), whole), expected, 1e-3)
+
+
+def test_the_episodes_of_a_run_from_latents_are_those_of_one_from_frames(cached, vae):
+    """So that its evaluations, which read held-out frames, know them for its own."""
+    config = cached_case.config_of("uwm", cached(False, dtype="float32"), vae, augmented=False)
+    config.data.sources.robot = config_lib.source(include=("/robot/",), exclude=(" latents ",))
+    found = []
+    for run in (config, cached_case.from_latents(config)):
+        with cached_case.opened(run) as loader:
+            found.append(loader.state(0)["datasets"]["robot"])
+    frames, latents = found
+    assert latents != frames and of_episodes(latents) == frames == of_episodes(frames)
 
 
 def test_samples_of_stored_moments_are_those_of_the_posterior(cached, vae):

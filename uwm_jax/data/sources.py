@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -288,6 +289,11 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
             each = "; ".join(f"{name}: {', '.join(keys) or 'none'}" for name, keys in read.items())
             raise UserError(f"config.data.max_action: no source has {key!r} in its action, whose keys are: {each}.")
     return sources
+
+
+def of_episodes(identity: str) -> str:
+    """The part of a source's identity that tells which episodes it uses, without the latents that batches had."""
+    return re.sub(r" latents [0-9a-f]{64}$", "", identity)
 
 
 def keys_read(config: Any) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax import systems
 from uwm_jax.data.records import short_key
+from uwm_jax.data.sources import of_episodes
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import local_path
@@ -99,9 +100,10 @@ def _default_parameters(stored: CheckpointReader) -> str:
 
 
 def datasets_of(workdir: str | os.PathLike[str], step: int) -> dict[str, str]:
-    """{source: identity} of the data that a checkpoint learned from; {} for a converted one, which knows none."""
+    """{source: identity} of the episodes that a checkpoint learned from; {} for a converted one, which knows none."""
     stored = CheckpointReader(Path(workdir).absolute() / "checkpoints", step)
-    return dict(stored.data_iter.get("datasets") or {}) if "data_iter" in stored.items else {}
+    datasets = stored.data_iter.get("datasets") or {} if "data_iter" in stored.items else {}
+    return {name: of_episodes(identity) for name, identity in datasets.items()}
 
 
 def data_keys(workdir: str | os.PathLike[str], step: int) -> set[str] | None:

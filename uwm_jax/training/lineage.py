@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from uwm_jax.data.run_data import RunData
+from uwm_jax.data.sources import of_episodes
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.parallel.distributed import say
 
@@ -80,6 +81,7 @@ def of_checkpoint(assets: Mapping[str, Any], data_iter: Mapping[str, Any], confi
     if not data_iter.get("datasets") or config.init_from:  # older ones do not tell what their origin knew
         return None
     splits = {name: s.split or config.data.split for name, s in config.data.sources.items()}
+    datasets = {name: of_episodes(identity) for name, identity in data_iter["datasets"].items()}
     return [
         {
             "fingerprint": identity.partition(" (")[0],
@@ -87,7 +89,7 @@ def of_checkpoint(assets: Mapping[str, Any], data_iter: Mapping[str, Any], confi
             "val_ratio": float(config.data.val_ratio),
             "selection": identity.partition(" (")[2].removesuffix(")"),
         }
-        for name, identity in data_iter["datasets"].items()
+        for name, identity in datasets.items()
     ]
 
 
