@@ -12,7 +12,7 @@ from uwm_jax.data import example
 from uwm_jax.data.records import Dataset, short_key
 
 _TILE_HEIGHT = 128
-_LABEL_WIDTH = 170
+_LABEL_WIDTH = 190
 _MARGIN = 4
 
 
@@ -41,7 +41,7 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
         draw.text((6, top + 4), fitting(text, font, size[0] - 12), "black", font)
         for i, camera in enumerate(cameras):
             y = top + 24 + i * line
-            name = textwrap.wrap(printable(short_key(camera)), 20)
+            name = textwrap.wrap(printable(short_key(camera)), 23)
             height, width = dataset.cameras[camera]
             draw.multiline_text((6, y + 18), "\n".join([*name, f"{height} x {width}"]), "black", font)
             for j, (step, frame) in enumerate(zip(steps, frames[camera], strict=True)):

@@ -190,5 +190,8 @@ def traced_row(data: RunData, found: TracedRow, picture: Path, step: int, row: i
 
 
 def _numbers(value: Any) -> Html:
-    text = np.array2string(np.asarray(value), precision=4, suppress_small=True, threshold=200, max_line_width=90)
+    value = np.asarray(value)
+    if value.ndim > 2:  # latents
+        return fill("<td>{} {}, {} to {}</td>", value.dtype, value.shape, f"{value.min():.4g}", f"{value.max():.4g}")
+    text = np.array2string(value, precision=4, suppress_small=True, threshold=200, max_line_width=90)
     return fill("<td><pre>{}</pre></td>", text)
