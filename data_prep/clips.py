@@ -21,7 +21,7 @@ Row = list[tuple[Fraction, Any]]  # a step: (time, frame) of each camera
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Which frames become steps, and how they are stored.
+    """The choice of frames that become steps, and how they are stored.
 
     Attributes:
         size: (height, width) in pixels of the stored images.

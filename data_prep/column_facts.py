@@ -23,7 +23,7 @@ _BLOCK = 1 << 18  # steps
 
 @dataclasses.dataclass(frozen=True)
 class ColumnFacts:
-    """What is remarkable about a column of D dimensions.
+    """Remarkable properties of a column of D dimensions.
 
     Attributes:
         steps: number of steps that count, finite ones.

@@ -103,14 +103,16 @@ class Video:
 
     def _open(self) -> None:
         try:
-            if os.stat(self.path).st_size == 0:
-                raise VideoError("empty file", f"{self.path.name} has no bytes")
+            with self.path.open("rb") as f:
+                empty = not f.read(1)
+        except (OSError, ValueError) as e:
+            raise VideoError("unreadable file", f"{self.path.name}: {e}") from e
+        if empty:
+            raise VideoError("empty file", f"{self.path.name} has no bytes")
+        try:
             self._container = self._av.open(str(self.path), metadata_errors="replace")
         except (self._av.FFmpegError, ValueError, MemoryError, OSError) as e:
-            # Errors of libav have large numbers, those of the system small ones.
-            system = isinstance(e, OSError) and 0 < (e.errno or 0) < 1000 and not isinstance(e, ValueError)
-            reason = "unreadable file" if system else "video cannot be opened"
-            raise VideoError(reason, f"{self.path.name}: {e}") from e
+            raise VideoError("video cannot be opened", f"{self.path.name}: {e}") from e
         streams = [s for s in self._container.streams.video if not _is_cover(s)]
         if not streams:
             kinds = ", ".join(sorted(s.type for s in self._container.streams)) or "nothing"

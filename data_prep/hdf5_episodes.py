@@ -212,7 +212,7 @@ def _facts(
     encoding: str,
     quality: int,
 ) -> dict[str, Any]:
-    """What the files say of the robot: part of the manifest."""
+    """Robot facts of the files, for the manifest."""
     env = files[0].env
     settings = env.get("env_kwargs") if isinstance(env.get("env_kwargs"), dict) else None
     settings = settings or {}

@@ -200,7 +200,7 @@ def count_unused(files: Sequence[File], splits: Mapping[str, Sequence[Iterable[s
 
 
 def remarks_of(files: Sequence[File]) -> list[str]:
-    """What the files say of demonstrations and instructions that they do not hold."""
+    """Remarks on instructions and demonstrations that are missing."""
     found = []
     without = [file.name for file in files if not file.language]
     if 0 < len(without) < len(files):

@@ -82,7 +82,7 @@ def _make(output: Path) -> None:
 
 
 def _about(facts: Mapping[str, ColumnFacts]) -> list[str]:
-    """What the facts say of columns that a model would learn from."""
+    """Remarks on columns that a model would learn from."""
     lines = []
     for key, found in facts.items():
         if found.idle > _IDLE and (found.high > found.low).any():
@@ -108,8 +108,8 @@ def inspect_run(
     """Writes the page of a run's data, with a row of a batch where one was traced; returns where.
 
     Args:
-        total_samples: of the whole run.
-        found: the row of the step and row `at`; its arrays are written beside the page.
+        total_samples: of all steps of the run.
+        found: the row of the step and row `at`; its arrays are written next to the page.
     """
     _make(output)
     if found is None:
@@ -273,7 +273,7 @@ def _inspect_dataset() -> None:
     print(f"{directory}: {summary(manifest)}")
     for remark in remarks:
         print(f"  note: {remark}")
-    print(f"wrote {output / PAGE}, and its pictures beside it, of split {split!r}")
+    print(f"wrote {output / PAGE}, and its pictures next to it, of split {split!r}")
 
 
 command = cli.command(main, define_flags)

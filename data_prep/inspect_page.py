@@ -156,7 +156,7 @@ def run_page(title: str, data: RunData, total_samples: int, trace: Html = NOTHIN
 
 
 def traced_row(data: RunData, found: TracedRow, picture: Path, step: int, row: int) -> Html:
-    """What a row of a batch holds: its place, its frames, its numbers.
+    """Contents of a row of a batch: its place, its frames, its numbers.
 
     Args:
         picture: its frames.

@@ -268,7 +268,7 @@ def _grouped(episodes: Sequence[EpisodeFiles]) -> Iterator[list[EpisodeFiles]]:
 def _facts(
     metadata: Metadata, keys: Sequence[Key], left_out: dict[str, str], encoding: str, quality: int
 ) -> dict[str, Any]:
-    """What `info.json` says of the robot: part of the manifest."""
+    """Robot facts of `info.json`, for the manifest."""
     facts: dict[str, Any] = {
         "format": "LeRobot",
         "type": metadata.info.get("robot_type"),

@@ -36,7 +36,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeFiles:
-    """Where an episode is stored: `length` rows of the parquet file `data` (path in the dataset) from `first_row` on,
+    """The place of an episode: `length` rows of the parquet file `data` (path in the dataset) from `first_row` on,
     or all rows of the file if that is None, and a clip per camera."""
 
     number: int

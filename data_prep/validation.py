@@ -52,7 +52,7 @@ class Finding(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What counts as suspicious.
+    """Limits beyond which data are suspicious.
 
     Attributes:
         min_steps: an episode with fewer steps has no window; 19 is the paper's window.
@@ -73,7 +73,7 @@ def validate(directory: Path, limits: Limits, splits: Iterable[str] = (), worker
         splits: those to check; all if empty.
         workers: processes; 0 = one per core.
     Returns:
-        What was found, errors first.
+        The findings, errors first.
     Raises:
         UserError: there is no dataset here, or no such split.
     """
@@ -239,7 +239,7 @@ def _flags(dataset: Dataset, keys: Collection[str]) -> list[Finding]:
 
 @dataclasses.dataclass
 class _Counts:
-    """What a process found in some episodes: errors in words, decoded frames and black ones by camera and episode."""
+    """Findings of a process in some episodes: errors in words, decoded frames and black ones by camera and episode."""
 
     errors: list[str] = dataclasses.field(default_factory=list)
     decoded: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -355,7 +355,7 @@ def _records(dataset: Dataset, layout: Layout, decode: int, workers: int) -> lis
 
 
 def _parts(processes: int, edges: list[int], opening: tuple[str, str, Layout, int]) -> Iterator[_Counts]:
-    """What each batch of episodes gave, in the order of the episodes."""
+    """The counts of each batch of episodes, in order."""
     batches = list(itertools.pairwise(edges))
     if processes <= 1:
         _open(*opening)
@@ -375,7 +375,7 @@ def _parts(processes: int, edges: list[int], opening: tuple[str, str, Layout, in
 
 
 def _sidecars(directory: Path) -> list[Finding]:
-    """Latents, texts and ranges inside the dataset: whether they fit it and their files are whole."""
+    """Latents, texts and ranges inside the dataset: whether they fit it and their files are complete."""
     try:
         sidecars = find_sidecars(directory)
     except UserError as e:

@@ -145,7 +145,15 @@ def test_a_raw_stream_has_no_time_stamps(tmp_path: Path) -> None:
 
 def test_empty_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
-    for name, reason in (("a.mp4", "empty file"), ("b.mp4", "unreadable file")):
+    (tmp_path / "folder.mp4").mkdir()
+    write_clip(tmp_path / "head.mkv", range(4), codec="mpeg4")
+    (tmp_path / "head.mkv").write_bytes((tmp_path / "head.mkv").read_bytes()[:300])  # libav calls it an input error
+    for name, reason in (
+        ("a.mp4", "empty file"),
+        ("b.mp4", "unreadable file"),
+        ("folder.mp4", "unreadable file"),
+        ("head.mkv", "video cannot be opened"),
+    ):
         with pytest.raises(VideoError, match=name) as raised:
             Video(tmp_path / name)
         assert raised.value.reason == reason
