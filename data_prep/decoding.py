@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from uwm_jax.data.names import not_the_data
 from uwm_jax.errors import UserError
 
 MAX_PIXELS = 1 << 26  # of a frame; 8K video has half of that
@@ -112,7 +113,7 @@ class Video:
         try:
             self._container = self._av.open(str(self.path), metadata_errors="replace")
         except (self._av.FFmpegError, ValueError, MemoryError, OSError) as e:
-            raise VideoError("video cannot be opened", f"{self.path.name}: {e}") from e
+            raise VideoError("video cannot be opened", f"{self.path.name}: {not_the_data(self.path) or e}") from e
         streams = [s for s in self._container.streams.video if not _is_cover(s)]
         if not streams:
             kinds = ", ".join(sorted(s.type for s in self._container.streams)) or "nothing"

@@ -318,14 +318,17 @@ def _split(episodes: list[EpisodeFiles], info: Mapping[str, Any], file: Path) ->
         check_name(name, "the name of a split", file)
         ranges[name] = range(int(match[1] or 0), int(match[2]) if match[2] else 1 << 62)
     by_split: dict[str, list[EpisodeFiles]] = {name: [] for name in ranges}
-    outside = []
+    outside, several = [], []
     for episode in episodes:
         names = [name for name, numbers in ranges.items() if episode.number in numbers]
         for name in names or ["train"]:
             by_split.setdefault(name, []).append(episode)
         outside += [episode.number] * (not names and bool(ranges))
+        several += [episode.number] * (len(names) > 1)
     if outside:
         print(f"{file}: `splits` leaves out {len(outside)} episodes (the first is {outside[0]}): put into train.")
+    if several:
+        print(f"{file}: `splits` has {len(several)} episodes in several splits (the first is {several[0]}).")
     return {name: part for name, part in by_split.items() if part}
 
 

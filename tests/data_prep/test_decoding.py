@@ -66,6 +66,9 @@ def test_files_that_are_no_video(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"text\.mp4") as raised:
         Video(tmp_path / "text.mp4")
     assert raised.value.reason == "video cannot be opened"
+    (tmp_path / "pointer.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(VideoError, match="is a Git LFS pointer"):
+        Video(tmp_path / "pointer.mp4")
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")

@@ -270,7 +270,7 @@ def test_other_versions_are_refused_by_name(tmp_path: Path, version: Any) -> Non
             corpus(root)
 
 
-def test_splits(tmp_path: Path) -> None:
+def test_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "arm"
     lerobot_source.make(root, "v2.1", [2] * 5, videos=[], info={"features": _with()})
     edit(root, splits={"train": "0:3", "test": "3:4"})
@@ -280,6 +280,10 @@ def test_splits(tmp_path: Path) -> None:
     assert list(corpus(root, splits=["test"]).splits) == ["test"]
     with pytest.raises(UserError, match="no split 'val'; it has train, test"):
         corpus(root, splits=["val"])
+    assert "several splits" not in capsys.readouterr().out
+    edit(root, splits={"train": "0:5", "test": "3:5"})
+    assert [len(parts) for parts in corpus(root).splits.values()] == [1, 1]
+    assert "2 episodes in several splits (the first is 3)" in capsys.readouterr().out
     edit(root, splits={"train": "most"})
     with pytest.raises(UserError, match="expected ranges such as '0:50'"):
         corpus(root)
