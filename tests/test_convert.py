@@ -19,8 +19,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.codecs import PCACodec, PixelsCodec, fit_pca
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.robot import RobotActions
-from uwm_jax.data.spec import DataSpec
-from uwm_jax.data.text_table import TextEncoder
+from uwm_jax.data.spec import DataSpec, TextEncoder
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.training import inference

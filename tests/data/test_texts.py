@@ -19,8 +19,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.config import base, source
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.run_data import RunData
-from uwm_jax.data.spec import DataSpec
-from uwm_jax.data.text_table import TextEncoder
+from uwm_jax.data.spec import DataSpec, TextEncoder
 from uwm_jax.errors import UserError
 from uwm_jax.runs import opening
 

@@ -15,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uwm_jax import config as config_lib
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.data.spec import DataSpec
-from uwm_jax.data.text_table import TextEncoder
+from uwm_jax.data.spec import DataSpec, TextEncoder
 from uwm_jax.errors import UserError
 from uwm_jax.synthetic import synthetic_system
 from uwm_jax.systems.uwm.system import UWM

@@ -16,7 +16,6 @@ import numpy as np
 from uwm_jax.data.images import NUMBERS
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.robot import RobotActions
-from uwm_jax.data.text_table import TextEncoder
 from uwm_jax.data.windows import OF_FRAMES, WindowSpec
 from uwm_jax.errors import UserError
 
@@ -28,6 +27,29 @@ AUGMENTATION = "augmentation"  # the key of the numbers that decide a row's draw
 def latents_key(group: str, moments: bool = False) -> str:
     """The key of a group's latents in a batch, or of the means and log-variances of their posteriors."""
     return f"{group}_{'moments' if moments else 'latent'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """The encoder of a run's texts.
+
+    Attributes:
+        name: folder or hub name that it was opened by, for people.
+        sha256: of its files, as `uwm_jax.torch_bridge.clip_text.fingerprint` computes it.
+    """
+
+    name: str
+    sha256: str
+
+    def to_json(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> TextEncoder:
+        return cls(str(stored["name"]), str(stored["sha256"]))
+
+    def __str__(self) -> str:
+        return f"{self.name} (sha256 {self.sha256[:12]})"
 
 
 @dataclasses.dataclass(frozen=True)

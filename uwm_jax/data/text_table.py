@@ -13,41 +13,16 @@ All are memory-mapped, so that processes of a machine share them.
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.sidecar import open_sidecar
+from uwm_jax.data.spec import TextEncoder
 from uwm_jax.errors import UserError
 
 EMPTY = 0  # row of the empty string
-
-
-@dataclasses.dataclass(frozen=True)
-class TextEncoder:
-    """The encoder of a run's texts.
-
-    Attributes:
-        name: folder or hub name that it was opened by, for people.
-        sha256: of its files, as `uwm_jax.torch_bridge.clip_text.fingerprint` computes it.
-    """
-
-    name: str
-    sha256: str
-
-    def to_json(self) -> dict[str, str]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> TextEncoder:
-        return cls(str(stored["name"]), str(stored["sha256"]))
-
-    def __str__(self) -> str:
-        return f"{self.name} (sha256 {self.sha256[:12]})"
 
 
 def folder(name: str) -> str:
