@@ -66,6 +66,10 @@ def main(call: cli.Call) -> None:
 def _embed_sentence(sentence: str) -> None:
     output = cli.required_path("output")
     check_output_file(output)
+    try:
+        sentence.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"--embed: {sentence!r} is not UTF-8.") from e
     encoder, sha256 = FLAGS.encoder, ""
     if FLAGS.dataset is not None:
         recorded, sha256 = embedding.encoder_of(find_dataset(FLAGS.dataset), FLAGS.name)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from data_prep import embedding, instructions
+from data_prep import text as text_command
 from data_prep.embedding import make_table, summary
 from tests import clip
 from tests.data_prep import language_source
 from tests.data_prep.language_source import FIRST, SECOND, TASKS, strings
+from uwm_jax import cli
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.text_table import EMPTY, TextTable
 from uwm_jax.errors import RunError, UserError
@@ -176,6 +178,12 @@ def test_an_embedding_that_is_not_finite_ends_the_job(
     monkeypatch.setattr(embedding.clip_text.ClipText, "embed", broken)
     with np.errstate(divide="ignore"), pytest.raises(RunError, match="the embedding of 'pick' is not finite"):
         make_table(dataset, "clip", str(encoder), command="go on")
+
+
+def test_a_sentence_that_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--encoder=any", "--embed=caf\udce9", f"--output={tmp_path / 'a.npy'}"]
+    assert cli.call(text_command.main, ["data_prep.text", *flags], text_command.define_flags) == 2
+    assert r"--embed: 'caf\udce9' is not UTF-8" in capsys.readouterr().err
 
 
 def test_one_sentence_is_embedded_by_the_tables_encoder(made: Path, encoder: Path, tmp_path: Path) -> None:

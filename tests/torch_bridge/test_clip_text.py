@@ -51,6 +51,14 @@ def test_a_complete_clip_gives_the_embeddings_of_its_text_tower(encoder: Path, t
     np.testing.assert_allclose(opened.embed(texts), expected, atol=1e-6, rtol=0)
 
 
+def test_a_text_that_is_cut_off_is_told(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = clip_text.embed(str(encoder), ["push", "push " * 20])
+    assert made.shape == (2, clip.WIDTH)
+    assert f"warning: 1 of 2 texts have more than {clip.LONGEST} tokens: their ends are cut" in capsys.readouterr().err
+    clip_text.embed(str(encoder), ["push"])
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_the_fingerprint_is_that_of_the_files_that_decide_the_embeddings(encoder: Path, copy: Path) -> None:
     found = clip_text.fingerprint(str(encoder))
     (copy / "README.md").write_text("another file")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, warn
 from uwm_jax.reading import read_json
 from uwm_jax.torch_bridge import hub
 
@@ -130,7 +130,7 @@ class ClipText:
 
 
 def embed(encoder: str, texts: Sequence[str], sha256: str = "") -> np.ndarray:
-    """The embeddings of a few texts, (n, E) float32, for an observation's `text`.
+    """The embeddings of a few texts, (n, E) float32, for an observation's `text`; a warning tells of cut-off ends.
 
     Args:
         encoder: as `files_of` takes it.
@@ -140,7 +140,10 @@ def embed(encoder: str, texts: Sequence[str], sha256: str = "") -> np.ndarray:
     """
     if sha256 and (found := fingerprint(encoder)) != sha256:
         raise UserError(f"{encoder}: expected the text encoder of sha256 {sha256}, found {found}. Use that encoder.")
-    return ClipText(encoder).embed(texts)
+    opened = ClipText(encoder)
+    if cut := opened.too_long(texts):
+        warn(f"{cut} of {len(texts)} texts have more than {opened.longest} tokens: their ends are cut off.")
+    return opened.embed(texts)
 
 
 def _first_of(encoder: str, alternatives: Sequence[Sequence[str]]) -> list[Path]:
