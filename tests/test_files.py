@@ -166,8 +166,8 @@ def test_a_new_folder_does_not_replace_what_came_meanwhile(tmp_path):
 
 def test_what_a_rename_leads_to_is_on_disk_before(tmp_path, monkeypatch):
     """A machine that crashes after the rename finds the new file, not an empty one."""
-    order, sync, replace = [], files._sync, os.replace
-    monkeypatch.setattr(files, "_sync", lambda path: (order.append(path.name), sync(path)))
+    order, sync, replace = [], files.sync, os.replace
+    monkeypatch.setattr(files, "sync", lambda path: (order.append(path.name), sync(path)))
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
     write_text(tmp_path / "a.json", "x")
     assert order[0].endswith(".tmp.json") and order[1:] == ["rename", tmp_path.name]

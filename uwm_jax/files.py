@@ -106,10 +106,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
             if target:
-                _sync(temporary)
+                sync(temporary)
                 os.replace(temporary, target)
                 with contextlib.suppress(OSError):  # a file system that does not sync folders
-                    _sync(folder)
+                    sync(folder)
             else:
                 _copy_into(path, temporary)
         except OSError as e:
@@ -121,7 +121,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until what was written to a file or folder is on disk: after a crash, a rename must not lead to less."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -195,7 +195,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if target.exists():
             target.rmdir()  # fails if it is no longer empty
         for file in temporary.rglob("*"):
-            _sync(file)
+            sync(file)
         os.replace(temporary, target)
     except OSError as e:
         if e.errno is None or not _lies_in(e.filename, temporary):

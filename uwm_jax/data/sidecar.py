@@ -33,7 +33,7 @@ import numpy as np
 from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.data.records import checksum, fingerprint, read_manifest
 from uwm_jax.errors import UserError, warn
-from uwm_jax.files import write_text
+from uwm_jax.files import sync, write_text
 from uwm_jax.reading import again, read_json
 
 FORMAT = "uwm_jax/sidecar"
@@ -198,7 +198,7 @@ class SidecarWriter:
         for name in sorted(files):
             check_name(name, "the name of a file", self.directory, nested=True)
             file = self.directory / name
-            _sync(file)
+            sync(file)  # after a crash, the manifest must not list what is not there
             listed[name] = {"bytes": file.stat().st_size, "crc32c": checksum(file)}
         content = {**self._header, "facts": dict(facts or {}), "files": listed}
         write_text(self.directory / _MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
@@ -395,15 +395,6 @@ def _clear(directory: Path, keep: set[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _sync(file: Path) -> None:
-    """Waits until a file is on disk: after a crash, the manifest must not list what is not there."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hold(directory: Path) -> int:
