@@ -46,8 +46,15 @@ def test_the_three_layouts_hold_the_same(made):
             frame = np.empty((1, 180, 320, 3), np.uint8)
             dataset.frames(episode, {f"observation/{camera}": [step]}, {f"observation/{camera}": frame})
             np.testing.assert_array_equal(frame[0], simplejpeg.decode_jpeg(record[slice(*spans[step])], "RGB"))
-            before = root[camera][episode * STEPS + step]
-            assert np.abs(before.astype(int) - frame[0]).mean() < 4, "as it was before JPEG"
+            np.testing.assert_array_equal(frame[0], root[camera][episode * STEPS + step])
+
+
+def test_pictures_cost_what_those_of_droid_do(made):
+    sizes = made.bytes()
+    images = EPISODES * STEPS * len(loader_data.CAMERAS)
+    assert 18e3 < sizes["rlds"] / images < 26e3, "bytes of a JPEG file"
+    stored = sum(loader_data.size_of(made.zarr / camera) for camera in loader_data.CAMERAS)
+    assert 0.75 < stored / images / (180 * 320 * 3) < 0.95
 
 
 def test_the_official_layout_is_as_the_official_code_writes_it(made):
