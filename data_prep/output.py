@@ -43,6 +43,10 @@ def check_output(
     Raises:
         UserError: `output` cannot be used.
     """
+    try:
+        output.resolve()
+    except RuntimeError as e:  # until Python 3.13
+        raise UserError(f"--output={output}: {e}. Choose another --output.") from e
     if source is not None:
         a, b = source.resolve(), output.resolve()
         if a == b or a in b.parents or b in a.parents:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 from etils import epath
 
+from uwm_jax import reading
+from uwm_jax.data import columns
 from uwm_jax.data.columns import BLOCK, DiskColumn, WrongChecksum, open_column
+from uwm_jax.data.faults import UnreadRecord
 from uwm_jax.data.records import checksum
 from uwm_jax.data.stats import column_stats
 from uwm_jax.errors import UserError
@@ -83,3 +87,21 @@ def test_other_files_are_refused(tmp_path: Path, values: np.ndarray) -> None:
             file = epath.Path(tmp_path / name)
             with pytest.raises(ValueError):
                 open_column(file, checksum(file), in_memory=in_memory)
+
+
+def test_a_read_that_was_given_up_is_not_tried_again(file: epath.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "AGAIN_SECONDS", (0.0, 0.0, 0.0))
+    column, calls = open_column(file, checksum(file), in_memory=False), list[int]()
+
+    def pread(descriptor: int, count: int, offset: int) -> bytes:
+        calls.append(offset)
+        raise OSError(errno.EIO, "dead")
+
+    monkeypatch.setattr(columns.os, "pread", pread)
+    for _ in range(2):
+        with pytest.raises(UnreadRecord, match="4 attempts"):
+            column[[3, 4]]
+    assert len(calls) == 4
+    with pytest.raises(UnreadRecord):
+        column[[12_000]]
+    assert len(calls) == 8, "another block"

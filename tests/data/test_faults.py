@@ -187,6 +187,17 @@ def test_without_any_good_window_the_run_ends(config, copy) -> None:  # noqa: F8
         open_loader(config, batch_size=8).load(open_loader(config).data.spec.empty(1), 0, 0, 5)
 
 
+def test_a_row_tries_no_more_records_than_are_allowed(config, copy) -> None:  # noqa: F811
+    """On a disk that is lost, each of them may take a minute."""
+    damage(copy, [(e, c) for e, n in enumerate([21, 5, 100, 32, 12, 33]) for c in range(-(-n // 8))])
+    config.max_bad_records = 2
+    loader = open_loader(config)
+    with pytest.raises(UserError, match="3 bad records, and config.data.max_bad_records is 2"):
+        loader.load(loader.data.spec.empty(1), 0, 0, 5)
+    notes = loader.data.faults.notes(1)
+    assert notes is not None and len(notes["records"]) == 3
+
+
 @pytest.mark.parametrize("how", ["missing", "short"])
 def test_a_shard_that_is_not_there_is_borne(config, copy, how, capsys) -> None:  # noqa: F811
     sound = open_loader(config)

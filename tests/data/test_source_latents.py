@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 
 from data_prep.latent_files import Block, write_caches
+from uwm_jax import reading
 from uwm_jax.config import base, source
+from uwm_jax.data.faults import BadRecord, UnreadRecord
 from uwm_jax.data.images import NUMBERS
 from uwm_jax.data.latents import LatentCache, Layout, folder, numbers_of, part_file
 from uwm_jax.data.loader import Loader
@@ -220,6 +224,47 @@ def test_a_damaged_record_is_named(dataset):
     file.write_bytes(other)
     with pytest.raises(UserError, match="another checksum"):
         cache.read(2, [6, 7], 1, into)
+
+
+def test_a_read_is_tried_on_a_new_handle_and_given_up_once(dataset, monkeypatch):
+    config = data_config(dataset)
+    write(dataset, config)
+    cache, into = LatentCache(Dataset(dataset), "vae", WRIST), np.empty((2, *SHAPE), np.float16)
+    cache.read(2, [5, 6], 1, into)
+    (stale,) = (file.fileno() for file in cache._open.values())
+    monkeypatch.setattr(reading, "AGAIN_SECONDS", (0.0, 0.0, 0.0))
+    pread, calls = os.pread, []
+
+    def of_a_server(descriptor, count, offset):
+        calls.append(descriptor)
+        if descriptor == stale or offset == dead * cache.layout.record:
+            raise OSError(errno.ESTALE, "stale")
+        return pread(descriptor, count, offset)
+
+    monkeypatch.setattr(os, "pread", of_a_server)
+    part, dead = cache.layout.locate(2, 7, 1)
+    held = list(cache._open.values())  # as by another thread that reads
+    cache.read(2, [5, 6], 1, into)
+    np.testing.assert_array_equal(into[:, 0, 0], [told(WRIST, 1, 2, step) for step in (5, 6)])
+    assert len(calls) == 2 and calls[0] == stale and held
+    for _ in range(2):
+        with pytest.raises(UnreadRecord, match=rf"record {dead}: .*4 attempts") as caught:
+            cache.read(2, [7, 8], 1, into)
+    assert len(calls) == 2 + 4 and caught.value.record.endswith(f"{part_file(part)}#{dead}")
+
+
+def test_a_part_that_is_cut_short_has_its_lost_records_named(dataset):
+    config = data_config(dataset)
+    write(dataset, config)
+    cache, into = LatentCache(Dataset(dataset), "vae", WRIST), np.empty((2, *SHAPE), np.float16)
+    part, lost = cache.layout.locate(2, 7, 1)
+    with (dataset / folder("vae", WRIST, "train") / part_file(part)).open("r+b") as file:
+        file.truncate(lost * cache.layout.record + 9)
+    cache.read(2, [5, 6], 1, into)
+    for steps in ([6, 7], [7, 8]):
+        with pytest.raises(BadRecord, match=f"ends in record {lost}") as caught:
+            cache.read(2, steps, 1, into)
+        assert caught.value.record.endswith(f"#{lost}")
 
 
 def test_a_layout_closes_parts_and_bounds_their_number():

@@ -203,3 +203,9 @@ def test_too_little_room_is_told(
     assert not capsys.readouterr().out and asked == [tmp_path]
     warn_of_space(tmp_path / "a" / "b", 2_500_000_000, "the input x")
     assert "1.00 GB are free for" in (printed := capsys.readouterr().out) and "the input x has 2.50 GB" in printed
+
+
+def test_a_loop_of_links_is_refused(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(UserError, match="--output="):
+        check_output(tmp_path / "out", lambda d: True, "anything", overwrite=True)

@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
+from uwm_jax.data.faults import BadRecord
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.run_data import RunData
+from uwm_jax.errors import UserError
 from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import codec_store, latents
 
@@ -73,3 +75,25 @@ def test_what_is_expected_and_when_nothing_is_measured(parts):
     alone = RunData(plain.data, seed=0)
     assert latents.look(plain, codec, arrays, alone, None) == {}
     alone.close()
+
+
+def test_a_bad_record_is_borne_as_far_as_it_is_allowed(parts, monkeypatch):
+    _, _, _, data = parts
+    source, batch, asked = data.sources["video"], data.spec.empty(1), []
+    load = source.load
+
+    def damaged(batch, at, row, place, spec):
+        asked.append(place)
+        if place < 2:
+            raise BadRecord(f"record {place} is damaged", f"d/shard#{place}")
+        load(batch, at, row, place, spec)
+
+    monkeypatch.setattr(source, "load", damaged)
+    with pytest.raises(BadRecord, match="record 0"):
+        latents._load(data, source, batch, 0)
+    data.faults.limit = 2
+    latents._load(data, source, batch, 0)
+    assert asked == [0, 0, 1, 2] and data.faults.notes(1)["records"].keys() == {"d/shard#0", "d/shard#1"}
+    data.faults.limit = 1
+    with pytest.raises(UserError, match="2 bad records, and config.data.max_bad_records is 1"):
+        latents._load(data, source, batch, 0)

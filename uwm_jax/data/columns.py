@@ -55,6 +55,7 @@ class DiskColumn:
         if found != crc32c:
             raise WrongChecksum
         self._blocks = np.asarray(blocks, np.uint32)
+        self._given_up: dict[tuple[int, int], str] = {}  # (first, last + 1 block) -> message, of reads
         self.shape, self.dtype, self._start = npy_header(os.pread(self._file.fileno(), BLOCK, 0))
         self._row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
 
@@ -66,7 +67,7 @@ class DiskColumn:
 
         Raises:
             BadRecord: the file has changed since the column was opened.
-            UnreadRecord: it cannot be read, even after retries.
+            UnreadRecord: it cannot be read, even after retries. The same read is not tried again in this process.
         """
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(len(self))
@@ -89,6 +90,8 @@ class DiskColumn:
             return np.empty((0, *self.shape[1:]), self.dtype)
         begin, end = (self._start + row * self._row_bytes for row in (start, stop))
         first, last = begin // BLOCK, -(-end // BLOCK)
+        if (given_up := self._given_up.get((first, last))) is not None:
+            raise UnreadRecord(given_up, f"{self._name}#{first}")
         try:
             data = again(
                 lambda: within(
@@ -97,6 +100,7 @@ class DiskColumn:
                 self._path,
             )
         except RunError as e:
+            self._given_up[first, last] = str(e)
             raise UnreadRecord(str(e), f"{self._name}#{first}") from e
         for i in range(first, last):
             if google_crc32c.value(data[(i - first) * BLOCK : (i - first + 1) * BLOCK]) != self._blocks[i]:

@@ -24,6 +24,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from typing import Any
 
 import google_crc32c
@@ -203,7 +204,8 @@ class LatentCache:
         self.layout = Layout(lengths, episodes, shape, fields["dtype"], self.variants, steps)
         self._salt = salt_of(dataset.fingerprint, fields)
         self._lock = threading.Lock()
-        self._open: dict[int, int] = {}  # descriptors of parts
+        self._open: dict[int, FileIO] = {}  # parts
+        self._given_up: dict[tuple[int, int, int], str] = {}  # (part, record, count) -> message, of reads
 
     def numbers(self, episode: int, variant: int) -> np.ndarray:
         """(NUMBERS,) float32 of the draw of a variant."""
@@ -216,7 +218,7 @@ class LatentCache:
             into: (len(steps), h, w, c) receives the first c channels.
         Raises:
             BadRecord: a record is damaged.
-            UnreadRecord: it cannot be read, even after retries.
+            UnreadRecord: it cannot be read, even after retries. The same read is not tried again in this process.
         """
         first, last = min(steps), max(steps)
         part, start = self.layout.locate(episode, first, variant)
@@ -251,16 +253,28 @@ class LatentCache:
         size, file = self.layout.record, self._file(part)
 
         def read() -> bytes:
-            return os.pread(self._descriptor(part), count * size, start * size)
+            return os.pread(self._opened(part).fileno(), count * size, start * size)
 
+        def attempt() -> bytes:
+            try:
+                return within(self._timeout, read, file)
+            except OSError:
+                with self._lock:  # reopened by the next attempt: the file's handle may be stale
+                    self._open.pop(part, None)
+                raise
+
+        if (given_up := self._given_up.get((part, start, count))) is not None:
+            raise UnreadRecord(given_up, self._name(part, start))
         try:
-            data = again(lambda: within(self._timeout, read, file), file)
+            data = again(attempt, file)
         except RunError as e:
-            raise UnreadRecord(str(e), self._name(part, start)) from e
+            self._given_up[part, start, count] = f"record {start}: {e}"
+            raise UnreadRecord(f"record {start}: {e}", self._name(part, start)) from e
         except OSError as e:
             raise BadRecord(f"{file} cannot be read ({e.strerror}). Copy it again.", self._name(part, start)) from e
         if len(data) < count * size:
-            raise BadRecord(f"{file}: ends before record {start + count - 1}. Copy it again.", self._name(part, start))
+            lost = start + len(data) // size
+            raise BadRecord(f"{file}: ends in record {lost}, or before it. Copy it again.", self._name(part, lost))
         return data
 
     def _name(self, part: int, record: int) -> str:
@@ -270,15 +284,20 @@ class LatentCache:
     def _file(self, part: int) -> str:
         return os.fspath(self.sidecar.directory / part_file(part))
 
-    def _descriptor(self, part: int) -> int:
+    def _opened(self, part: int) -> FileIO:
         with self._lock:
-            if part not in self._open:
-                self._open[part] = os.open(self._file(part), os.O_RDONLY)
-            return self._open[part]
+            if part in self._open:
+                return self._open[part]
+        file = FileIO(self._file(part))  # outside of the lock: a file that hangs must not stop other reads
+        with self._lock:
+            kept = self._open.setdefault(part, file)
+        if kept is not file:
+            file.close()
+        return kept
 
     def close(self) -> None:
         """Closes the open parts; a later read opens them again."""
         with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
+            for file in self._open.values():
+                file.close()
             self._open.clear()

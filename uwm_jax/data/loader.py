@@ -138,10 +138,12 @@ class Loader:
 
         Raises:
             BadRecord, UnreadRecord: none is allowed, or no other sample is good.
+            UserError: this sample and those in its place need more bad records than are allowed.
         """
         name, place = self.order.locate(position)
         source = self.data.sources[name]
         failure: BadRecord | UnreadRecord | None = None
+        met: dict[str, str] = {}  # {record: message}
         for other in self._tries(source, place):
             try:
                 with self.data.reading(source, lambda other=other: source.clip(other)):  # type: ignore[misc]
@@ -152,6 +154,9 @@ class Loader:
                 if not self.data.faults.limit:
                     break
                 self.data.faults.note(e, position // self.batch_size + 1, position)
+                met[e.record] = str(e)
+                if end := self.data.faults.end([{"rows": 1, "records": met}]):  # before it has tried all others
+                    raise end(position // self.batch_size) from e
         assert failure is not None
         raise failure
 

@@ -17,8 +17,11 @@ from ml_collections import ConfigDict
 
 from uwm_jax import systems
 from uwm_jax.codecs import Codec
+from uwm_jax.data.faults import BAD
 from uwm_jax.data.images import preprocess
 from uwm_jax.data.run_data import RunData
+from uwm_jax.data.sources import Source
+from uwm_jax.data.spec import Batch
 from uwm_jax.parallel.distributed import say
 from uwm_jax.training.finetune import Origin
 from uwm_jax.training.patterns import skip_flag
@@ -51,6 +54,9 @@ def sizes(config: ConfigDict, codec: Codec, frozen: Any, data: RunData) -> dict[
     """{source: root mean square of the latents of `WINDOWS` windows' current frames}, on one device.
 
     Views without a picture (`fill_views="none"`) do not count.
+
+    Raises:
+      BadRecord, UnreadRecord, UserError: of windows that need a bad record, where the data bear none, or no more.
     """
 
     def encode(frozen: Any, frames: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -63,12 +69,29 @@ def sizes(config: ConfigDict, codec: Codec, frozen: Any, data: RunData) -> dict[
     for name, source in data.sources.items():
         batch = data.spec.empty(WINDOWS)
         for row in range(WINDOWS):
-            place = row * len(source.windows) // WINDOWS
-            source.load(batch, row, row, place, data.spec)
+            _load(data, source, batch, row)
         frames = {camera: batch[f"obs/{camera}"] for camera in data.spec.cameras}
         total, views = jax.device_get(program(frozen, frames))
         found[name] = math.sqrt(float(total) / max(float(views), 1.0))
     return found
+
+
+def _load(data: RunData, source: Source, batch: Batch, row: int) -> None:
+    """One of `WINDOWS` windows of a source, evenly spread over its order; the next one that is good, where bad records
+    are allowed."""
+    count, failure = len(source.windows), None
+    start = row * count // WINDOWS
+    for place in (*range(start, count), *range(start)):
+        try:
+            source.load(batch, row, row, place, data.spec)
+            return
+        except BAD as e:
+            if not data.faults.limit:
+                raise
+            failure = e
+            data.faults.note_held_out(e, f"{source.where}: window {place} of its order", "the next good one")
+    assert failure is not None
+    raise failure
 
 
 def expected(codec: Codec, of_origin: Mapping[str, float] | None) -> float:
