@@ -241,9 +241,9 @@ def _holder(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
 
 def _names_choice(config: ConfigDict, name: str) -> bool:
     """Whether a field is an entry of `data.choices` or of those of a source, whose names a config chooses."""
-    *parents, last = name.split(".")
+    parents = name.split(".")[:-1]
     of_source = parents[:2] == ["data", "sources"] and parents[3:] == ["choices"] and parents[2] in config.data.sources
-    return (parents == ["data", "choices"] or of_source) and last.isidentifier()
+    return parents == ["data", "choices"] or of_source
 
 
 def _no_such_field(name: str, system: str, known: Iterable[str]) -> str:
@@ -302,11 +302,14 @@ def _tuples(value: Any) -> Any:
 
 
 def _lists_to_tuples(config: ConfigDict) -> None:
-    for key, value in config.items():
+    for key, value in list(config.items()):
         if isinstance(value, ConfigDict):
             _lists_to_tuples(value)
-        elif isinstance(value, tuple):
-            config[key] = _tuples(value)
+        elif isinstance(value, list | tuple):
+            with config.unlocked():
+                if isinstance(value, list):  # which an assignment would keep
+                    del config[key]
+                config[key] = _tuples(value)
 
 
 def to_json(config: ConfigDict) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +110,22 @@ def test_texts_are_chosen_likewise(config: ConfigDict) -> None:
     config.choices = {"said": ("embedding", "gripper")}
     with pytest.raises(UserError, match="said: observation/gripper has 1 numbers in .*but embedding has 300"):
         open_loader(config)
+
+
+def test_a_config_file_may_list_the_keys_of_a_choice(tmp_path: Path) -> None:
+    text = """
+from uwm_jax.config import base, source
+def get_config(name="any"):
+    c = base()
+    c.data.cameras, c.data.choices = (name,), {name: ["a", "b"]}
+    c.data.path, c.data.sources.x = "", source(path="x", choices={name: ["c"]})
+    return c
+"""
+    (file := tmp_path / "chosen.py").write_text(text)
+    c = config_lib.load(str(file))
+    assert (c.data.choices.any, c.data.sources.x.choices.any) == (("a", "b"), ("c",))
+    with pytest.raises(UserError, match=r"config\.data\.choices\.a-b: expected a name of letters, digits and undersc"):
+        config_lib.load(f"{file}:a-b")
 
 
 def test_choices_are_config_fields_by_name() -> None:
