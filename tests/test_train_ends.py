@@ -34,12 +34,12 @@ from uwm_jax.data.records import Dataset
 
 hangs = sys.argv.pop(1)
 
-def record(self, *args, original=Dataset.record):
+def view(self, *args, original=Dataset.view):
     if os.path.exists(hangs) or os.path.exists(f"{hangs}.{jax.process_index()}"):
         time.sleep(120)
     return original(self, *args)
 
-Dataset.record = record
+Dataset.view = view
 cli.run(train.main, train.define_flags)
 """
 

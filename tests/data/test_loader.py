@@ -391,14 +391,14 @@ def test_a_read_that_hangs_is_named_and_left_behind(config: ConfigDict, monkeypa
     monkeypatch.setattr("uwm_jax.data.run_data.CLOSE_SECONDS", 0.1)
     left: list[str] = []
     monkeypatch.setattr("uwm_jax.data.run_data.leave_behind", left.append)
-    record = Dataset.record
+    view = Dataset.view
 
-    def hanging(*args: Any) -> bytes:
+    def hanging(*args: Any) -> memoryview:
         began.set()
         hangs.wait()
-        return record(*args)
+        return view(*args)
 
-    monkeypatch.setattr(Dataset, "record", hanging)
+    monkeypatch.setattr(Dataset, "view", hanging)
     thread = threading.Thread(target=lambda: loader.load(loader.data.spec.empty(1), 0, 0, 5), daemon=True)
     thread.start()
     try:

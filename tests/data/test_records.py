@@ -15,7 +15,7 @@ from PIL import Image
 from data_prep.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax import reading
-from uwm_jax.data import columns, records, shards
+from uwm_jax.data import columns, direct, records, shards
 from uwm_jax.data.records import Dataset, dataset_dir, find_dataset, short_key
 from uwm_jax.errors import RunError, UserError
 
@@ -52,8 +52,8 @@ def test_frames_are_those_of_an_independent_decoder(made) -> None:
 def test_each_record_is_read_once_per_call(made, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = Dataset(made[0])
     calls = []
-    record = dataset.record
-    monkeypatch.setattr(dataset, "record", lambda e, c: calls.append((e, c)) or record(e, c))
+    view = dataset.view
+    monkeypatch.setattr(dataset, "view", lambda e, c: calls.append((e, c)) or view(e, c))
     cameras = dict.fromkeys(dataset.cameras, [0, 1, 17, 18])
     dataset.frames(2, cameras, {c: np.zeros((4, *dataset.cameras[c], 3), np.uint8) for c in cameras})
     assert calls == [(2, 0), (2, 2)]
@@ -147,6 +147,7 @@ def test_a_disk_that_fails_for_a_moment_is_read_again(copy: Path, monkeypatch: p
 
     real = shards.array_record_module.ArrayRecordReader
     monkeypatch.setattr(shards.array_record_module, "ArrayRecordReader", Reader)
+    monkeypatch.setattr(direct.os, "preadv", lambda *arguments: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     times = 3
     np.testing.assert_array_equal(_frames(Dataset(copy), 0, "observation/wrist", [0]), expected)
     assert waits == [1.0, 4.0, 16.0] and opened == 4, "a new handle for every try"

@@ -12,6 +12,7 @@ import google_crc32c
 from array_record.python import array_record_module
 from etils import epath
 
+from uwm_jax.data.direct import DirectFile
 from uwm_jax.data.faults import BadRecord, UnreadRecord
 from uwm_jax.data.heap import keep_freed_memory
 from uwm_jax.data.names import not_the_data
@@ -68,6 +69,7 @@ class Shards:
                 raise UserError(first)
             warn(f"{len(self._lost)} of {len(entries)} shards are missing or damaged; their records are bad: {first}")
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._direct: collections.OrderedDict[int, DirectFile | None] = collections.OrderedDict()
         self._given_up: dict[tuple[int, int], str] = {}  # (shard, record) -> message, of reads that were tried again
         self._lock = threading.Lock()
 
@@ -121,6 +123,41 @@ class Shards:
             )
         return data
 
+    def view(self, shard: int, record: int, crc32c: int) -> memoryview:
+        """A record of a shard, in memory of this thread that its next call of this uses again.
+
+        Raises:
+            BadRecord, UnreadRecord: as `read`.
+        """
+        if (direct := self._direct_file(shard)) is not None:
+            try:
+                data = direct.read(record)
+                if google_crc32c.value(data) == crc32c:
+                    return data.data
+            except (OSError, ValueError, IndexError):
+                pass
+            with self._lock:  # another try opens the file again
+                self._direct.pop(shard, None)
+        return memoryview(self.read(shard, record, crc32c))
+
+    def _direct_file(self, shard: int) -> DirectFile | None:
+        """The shard as a file whose records can be read without ArrayRecord's reader; None where they cannot."""
+        if shard in self._lost or self._timeout:  # a read with a time limit may go on in another thread
+            return None
+        with self._lock:
+            if shard in self._direct:
+                self._direct.move_to_end(shard)
+                return self._direct[shard]
+        try:
+            found = DirectFile(os.fspath(self._files[shard]))
+        except (OSError, ValueError):
+            found = None
+        with self._lock:
+            found = self._direct.setdefault(shard, found)
+            if len(self._direct) > _MAX_OPEN_SHARDS:
+                self._direct.popitem(last=False)
+            return found
+
     def _read(self, shard: int, record: int) -> bytes:
         def read() -> bytes:
             return self._reader(shard).read([record])[0]
@@ -138,6 +175,7 @@ class Shards:
             for reader in self._readers.values():
                 reader.close()
             self._readers.clear()
+            self._direct.clear()
 
     def _reader(self, shard: int) -> Any:
         with self._lock:

@@ -1,0 +1,114 @@
+"""Records that are read without ArrayRecord's reader are those that it reads; other files are left to it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+
+from uwm_jax.data import shards
+from uwm_jax.data.direct import DirectFile
+
+BLOCK = 1 << 16
+PLAIN = "group_size:1,uncompressed"
+
+
+def write(file: Path, records: list[bytes], options: str = PLAIN) -> str:
+    writer = array_record_module.ArrayRecordWriter(str(file), options)
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return str(file)
+
+
+def some_records(seed: int) -> list[bytes]:
+    """Of sizes around those of blocks and of numbers of one, two and three bytes, so that chunks begin anywhere."""
+    rng = np.random.default_rng(seed)
+    sizes = [1, 127, 128, 16_383, 16_384, *(BLOCK - k for k in (24, 40, 64, 65, 107, 108, 109)), 3 * BLOCK + 17]
+    sizes += rng.integers(1, 2 * BLOCK, 12).tolist()
+    return [rng.bytes(size) for size in rng.permutation(sizes)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_records_are_those_that_were_written(tmp_path, seed):
+    records = some_records(seed)
+    file = DirectFile(write(tmp_path / "file", records))
+    for number in np.random.default_rng(seed).permutation(len(records)).tolist():
+        assert file.read(number).tobytes() == records[number]
+    with pytest.raises(IndexError):
+        file.read(len(records))
+
+
+def test_a_large_record_takes_several_calls(tmp_path, monkeypatch):
+    monkeypatch.setattr("uwm_jax.data.direct._MOST_PARTS", 6)
+    records = [np.random.default_rng(0).bytes(9 * BLOCK), b"x" * 5 * BLOCK]
+    file = DirectFile(write(tmp_path / "file", records))
+    assert [file.read(i).tobytes() for i in range(2)] == records
+
+
+def test_threads_have_memory_of_their_own(tmp_path):
+    records = [bytes([i]) * 5000 for i in range(2)]
+    file = DirectFile(write(tmp_path / "file", records))
+    mine = file.read(0)
+    thread = threading.Thread(target=lambda: file.read(1))
+    thread.start()
+    thread.join()
+    assert mine.tobytes() == records[0]
+    assert np.shares_memory(mine, file.read(1)) and mine.tobytes() == records[1], "used again by this thread"
+
+
+@pytest.mark.parametrize("options", ["group_size:1,zstd", "group_size:2,uncompressed"])
+def test_other_forms_are_refused(tmp_path, options):
+    with pytest.raises(ValueError):
+        DirectFile(write(tmp_path / "file", [b"a" * 1000, b"b" * 1000, b"c"], options))
+
+
+def test_what_is_no_such_file_is_refused(tmp_path):
+    path = Path(write(tmp_path / "file", some_records(0)))
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for broken in (b"", data[:-1], data[:-BLOCK], data[BLOCK:], bytes(len(data)), rng.bytes(len(data))):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError):
+            DirectFile(str(path))
+    with pytest.raises(OSError):
+        DirectFile(str(tmp_path / "none"))
+
+
+def test_files_are_closed(tmp_path):
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else pytest.skip("reads /proc")
+    path = write(tmp_path / "file", [b"a"])
+    files = [DirectFile(path) for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == before + 5
+    files.clear()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_view_is_the_verified_record_and_falls_back(tmp_path, monkeypatch):
+    import google_crc32c
+    from etils import epath
+
+    records = some_records(1)
+    path = Path(write(tmp_path / "file", records))
+    entry = {"file": "file", "bytes": path.stat().st_size, "records": len(records)}
+    opened = shards.Shards(epath.Path(tmp_path), [entry], "d")
+    sums = [google_crc32c.value(record) for record in records]
+    assert all(bytes(opened.view(0, i, sums[i])) == records[i] for i in range(len(records)))
+    assert not opened._readers, "ArrayRecord's reader was not asked"
+    data = bytearray(path.read_bytes())
+    number = max(range(len(records)), key=lambda i: len(records[i]))
+    data[data.find(records[number][1000:1100]) + 50] ^= 1
+    path.write_bytes(data)
+    for i in range(len(records)):
+        if i == number:
+            with pytest.raises(shards.BadRecord, match=f"file: record {i} cannot be read"):
+                opened.view(0, i, sums[i])
+        else:
+            assert bytes(opened.view(0, i, sums[i])) == records[i]
+    write(path, records, "group_size:1,zstd")
+    opened = shards.Shards(epath.Path(tmp_path), [entry | {"bytes": path.stat().st_size}], "d")
+    assert bytes(opened.view(0, 3, sums[3])) == records[3] and opened._readers
