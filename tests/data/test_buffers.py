@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import jax
 import numpy as np
@@ -47,3 +48,18 @@ def test_few_idle_arrays_are_kept() -> None:
     many = [buffers.empty(LIKE) for _ in range(KEPT + 3)]
     del many
     assert [len(idle) for idle in buffers._idle.values()] == [KEPT]
+
+
+def test_an_array_may_die_while_another_is_made() -> None:
+    """As where garbage is collected in the middle of it."""
+    buffers, batches = Buffers(), []
+
+    def work() -> None:
+        batches.append(buffers.empty(LIKE))
+        with buffers._lock:
+            batches.clear()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive() and sum(map(len, buffers._idle.values())) == 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,25 @@ def test_a_row_tries_no_more_records_than_are_allowed(config, copy) -> None:  # 
         loader.load(loader.data.spec.empty(1), 0, 0, 5)
     notes = loader.data.faults.notes(1)
     assert notes is not None and len(notes["records"]) == 3
+
+
+def test_a_bad_record_does_not_hold_its_batch(config, copy) -> None:  # noqa: F811
+    sound = open_loader(config)
+    position = max(positions_of(sound, STEPS * BATCH))
+    damage(copy)
+    config.max_bad_records = 2
+    loader = open_loader(config)
+    gc.collect()
+    gc.disable()
+    try:
+        batch = loader.data.spec.empty(1)
+        arrays = [weakref.ref(x) for x in batch.values()]
+        loader.load(batch, 0, 0, position)
+        assert loader.data.faults.notes(position // BATCH + 1)
+        del batch
+        assert all(x() is None for x in arrays)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("how", ["missing", "short"])

@@ -257,3 +257,21 @@ def test_what_cannot_be_evaluated_is_explained(setup):
         narrow = UWM(config, spec, system.codec)
         rules = load_rules("", "uwm", TREE.mesh_rules)
         Evaluator(narrow, data, data.held_out(6), mesh_lib.make_mesh(config), rules, 4)
+
+
+class ThreeWindows(tuple):
+    episodes, bad = np.arange(3), {}
+
+
+def test_windows_are_those_of_the_episodes_whatever_training_reads(setup):
+    """A run from cached latents is compared with one from frames."""
+    abouts = []
+    for latents in ("", f" latents {'0' * 64}"):
+        sources = {"robot": SimpleNamespace(identity=f"{'a' * 64} (success){latents}")}
+        evaluator = SimpleNamespace(
+            held_out=ThreeWindows(),
+            _data=SimpleNamespace(sources=sources),
+            system=SimpleNamespace(describe_sampling=dict),
+        )
+        abouts.append(Evaluator.about(evaluator))
+    assert abouts[0] == abouts[1] and abouts[0]["datasets"] == {"robot": f"{'a' * 64} (success)"}

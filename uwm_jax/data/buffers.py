@@ -21,7 +21,8 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Taken again by the same thread where the collection of garbage, at any allocation, frees an array.
+        self._lock = threading.RLock()
         self._idle: dict[int, list[np.ndarray]] = {}
 
     def empty(self, like: Mapping[str, jax.ShapeDtypeStruct]) -> Batch:

@@ -150,7 +150,8 @@ class Loader:
                     source.load(batch, at, row, other, self.data.spec)
                 return
             except BAD as e:
-                failure = failure or e
+                # Not the exception itself: its frames would hold the batch until garbage is collected.
+                failure = failure or type(e)(str(e), e.record)
                 if not self.data.faults.limit:
                     break
                 self.data.faults.note(e, position // self.batch_size + 1, position)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from uwm_jax.data.held_out import FixedWindows
 from uwm_jax.data.run_data import RunData
+from uwm_jax.data.sources import of_episodes
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import CHANGED, Metrics, Pairs, errors, names_of, pairs_of, summarize
 from uwm_jax.files import write_text
@@ -175,7 +176,7 @@ class Evaluator:
             "windows": len(self.held_out),
             "episodes": len(set(self.held_out.episodes.tolist())),
             **({"bad_windows": {str(n): why for n, why in self.held_out.bad.items()}} if self.held_out.bad else {}),
-            "datasets": {name: source.identity for name, source in self._data.sources.items()},
+            "datasets": {name: of_episodes(source.identity) for name, source in self._data.sources.items()},
             **self.system.describe_sampling(),
         }
 
