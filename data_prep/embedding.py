@@ -92,7 +92,7 @@ def make_table(
 
 
 def summary(table: Sidecar) -> str:
-    """What a table holds, for people."""
+    """The content of a table, for people."""
     facts = table.facts
     lines = [f"{table.directory}: {facts['texts']} distinct strings, {facts['width']} numbers each, {facts['encoder']}"]
     if facts["cut_off"]:

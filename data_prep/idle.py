@@ -28,7 +28,7 @@ _BLOCK = 1 << 18  # steps in memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class IdleRule:
-    """What counts as idle, and what stays.
+    """The steps that count as idle, and those that stay.
 
     Attributes:
         key: of numbers, such as joint velocities.

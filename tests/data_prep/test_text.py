@@ -45,8 +45,8 @@ def dataset(made: Path, tmp_path: Path) -> Path:
 
 
 def _reference(encoder: Path, text: str) -> np.ndarray:
-    """What transformers computes of one string: the projection of the state at the end-of-text token, which it finds in
-    the tokens of that string alone."""
+    """The embedding of one string by transformers: the projection of the state at the end-of-text token, which it
+    finds in the tokens of that string alone."""
     import torch
     import transformers
 

@@ -185,8 +185,8 @@ def _is_beyond(columns: Columns, bound: float, rows: np.ndarray) -> np.ndarray:
 
 
 def bounded(name: str, action_keys: Sequence[str], field: str = "config.data.max_action") -> Columns | None:
-    """What a bound is for, `key` or `key[start:stop]`, the key in full or without `observation/`, among the step keys
-    of an action; None if it is none of them."""
+    """The columns of a bound, whose name is `key` or `key[start:stop]`, the key in full or without `observation/`; None
+    if it is none of the step keys of an action."""
     columns = Columns.parse(name, field)
     keys = (f"observation/{columns.key}", columns.key)
     return next((columns._replace(key=key) for key in keys if key in action_keys), None)

@@ -106,7 +106,7 @@ class RunData:
         return {name: source.dataset.manifest for name, source in self.sources.items()}
 
     def used(self) -> dict[str, str]:
-        """What each source is trained on, with counts of what its conditions leave out, for a checkpoint's assets; its
+        """{source: what it is trained on, with counts of what its conditions leave out}, for a checkpoint's assets; its
         name is as in `manifest`, "" of the only dataset."""
         names = list(self.sources) if self.config.sources else [""]
         return {name: source.used() for name, source in zip(names, self.sources.values(), strict=True)}

@@ -20,7 +20,7 @@ from uwm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LatentUse:
-    """What a run reads of its codec's latents.
+    """The latents of its codec that a run reads.
 
     Attributes:
         codec: its name.
@@ -109,7 +109,7 @@ class SourceLatents:
             )
 
     def cached(self) -> CachedLatents:
-        """What batches hold of these latents."""
+        """The part of these latents that batches hold."""
         cache = next(iter(self.caches.values()))
         height, width, channels = cache.sidecar.fields["latent"]
         return CachedLatents(
@@ -169,7 +169,7 @@ class SourceLatents:
 
 
 def cached_of(sources: Mapping[str, SourceLatents]) -> CachedLatents:
-    """What batches of all sources hold, {name: its latents}.
+    """The latents that batches of all sources hold, {name: its latents}.
 
     Raises:
         UserError: two caches differ in the shape or the dtype of their latents.

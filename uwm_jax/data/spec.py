@@ -54,7 +54,7 @@ class TextEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class CachedLatents:
-    """What batches hold in place of some frames.
+    """The latents that batches hold in place of some frames.
 
     Attributes:
         groups: of the window, those with latents.

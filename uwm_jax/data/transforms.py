@@ -123,7 +123,7 @@ class Transform:
     state_dim: int | None = None
 
     def apply(self, x: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
-        """What the model learns of recorded numbers.
+        """The model's numbers of recorded ones.
 
         Args:
             x: (..., in_dim), with `state` (..., T, in_dim).
