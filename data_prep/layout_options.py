@@ -22,7 +22,8 @@ class Options:
     """How `training_layout.build` makes a dataset.
 
     Attributes:
-        chunk_steps: steps per record.
+        chunk_steps: steps per record. Windows are read faster from 8 than from 16 (docs/benchmarks.md): they need few of
+            the frames of a record, and all of its bytes are read and verified.
         shard_mb: size in MiB at which a new shard begins.
         codec_size: (height, width) at which the PCA codec is fitted; None: the cameras' own.
         pca_patch, pca_channels: side of its patches in pixels, and latent channels.
@@ -36,7 +37,7 @@ class Options:
         beam: options of the Beam pipeline that does the tasks; None: processes of this one.
     """
 
-    chunk_steps: int = 16
+    chunk_steps: int = 8
     shard_mb: int = 256
     codec_size: tuple[int, int] | None = None
     pca_patch: int = 8

@@ -43,7 +43,7 @@ def test_tfds_reads_every_step_and_episode_field(made) -> None:
     at = 0
     for episode in episodes:
         steps = []
-        for start in range(0, len(episode["steps"]), 16):
+        for start in range(0, len(episode["steps"]), 8):
             chunk = chunks[at]
             at += 1
             assert chunk["chunk"] == {"first_step": start, "episode_steps": len(episode["steps"])}
@@ -71,11 +71,11 @@ def test_image_bytes_are_untouched(made) -> None:
     _, out, episodes = made
     dataset = Dataset(out)
     for number, episode in enumerate(episodes):
-        for start in range(0, len(episode["steps"]), 16):
-            example = tf_example_pb2.Example.FromString(dataset.record(number, start // 16))
+        for start in range(0, len(episode["steps"]), 8):
+            example = tf_example_pb2.Example.FromString(dataset.record(number, start // 8))
             for camera in rlds_source.CAMERAS:
                 found = list(example.features.feature[f"steps/observation/{camera}"].bytes_list.value)
-                assert found == [s["observation"][camera] for s in episode["steps"][start : start + 16]]
+                assert found == [s["observation"][camera] for s in episode["steps"][start : start + 8]]
 
 
 def test_columns_index_and_manifest(made) -> None:
@@ -97,7 +97,7 @@ def test_columns_index_and_manifest(made) -> None:
     assert "embedding" not in dataset.column_keys  # too wide: stays in the records
     assert dataset.cameras == {"observation/exterior": (24, 32), "observation/wrist": (16, 16)}
     info = dataset.manifest["splits"]["train"]
-    assert (info["episodes"], info["steps"], info["chunks"]) == (6, sum(LENGTHS), 3 + 1 + 1 + 3 + 1 + 2)
+    assert (info["episodes"], info["steps"], info["chunks"]) == (6, sum(LENGTHS), 5 + 1 + 2 + 5 + 1 + 3)
     assert info["skipped"] == {}
     for shard in info["shards"]:
         assert hashlib.sha256((out / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]

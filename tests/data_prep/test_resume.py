@@ -135,13 +135,13 @@ def test_a_job_of_other_flags_is_named_and_only_removed_on_request(commands, sou
     output = tmp_path / "out"
     _kill_after(commands, _command(source, output), output, 2)
     before = tree(_folder(output))
-    other = _command(source, output, "--chunk_steps=8")
+    other = _command(source, output, "--chunk_steps=4")
     status, printed = commands.run(other)
-    assert status == 2 and "--chunk_steps was 16, now 8. Continue it with those" in printed
+    assert status == 2 and "--chunk_steps was 8, now 4. Continue it with those" in printed
     assert tree(_folder(output)) == before
     status, printed = commands.run([*other, "--overwrite"])
     assert status == 0 and re.search(rf"removed {_folder(output)} \(.* MB\), of a job begun with", printed)
-    assert json.loads((output / "manifest.json").read_text())["chunk_steps"] == 8
+    assert json.loads((output / "manifest.json").read_text())["chunk_steps"] == 4
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -150,7 +150,7 @@ def test_a_live_job_is_never_touched(commands, source, expected, tmp_path: Path)
     with held(output, TASKS[1:2]):
         running = commands.start(_command(source, output))
         assert running.until(lambda: finished_tasks(output) == FILES - 1) is None, running.output
-        for flags in ((), ("--overwrite", "--chunk_steps=8"), ("--assemble",)):
+        for flags in ((), ("--overwrite", "--chunk_steps=4"), ("--assemble",)):
             status, printed = commands.run(_command(source, output, *flags))
             assert status == 2 and "another job is at work there" in printed, printed
     assert running.wait() == 0, running.output
