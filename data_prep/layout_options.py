@@ -22,8 +22,8 @@ class Options:
     """How `training_layout.build` makes a dataset.
 
     Attributes:
-        chunk_steps: steps per record. Windows are read faster from 8 than from 16 (docs/benchmarks.md): they need few of
-            the frames of a record, and all of its bytes are read and verified.
+        chunk_steps: steps per record. A window needs few of the frames of a record, of which all bytes are read and
+            verified, so 8 are read faster than 16 (docs/benchmarks.md).
         shard_mb: size in MiB at which a new shard begins.
         codec_size: (height, width) at which the PCA codec is fitted; None: the cameras' own.
         pca_patch, pca_channels: side of its patches in pixels, and latent channels.
