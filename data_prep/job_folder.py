@@ -99,18 +99,26 @@ def job_folder(output: Path, plan: Mapping[str, Any], *, alone: bool, overwrite:
         stack.enter_context(lock)
         job = JobFolder(folder, target)
         try:
-            yield job
-        except OSError as e:
-            if e.errno is None:
-                raise
-            name = str(output) if e.filename is None else str(e.filename).replace(str(folder), str(output))
-            raise OSError(e.errno, e.strerror, name) from e
+            with named_as_in(output, folder):
+                yield job
         finally:
             if folder.exists() and sys.exc_info()[0] is not None:
                 if has_finished_tasks(folder):
                     print(f"{folder}: the finished tasks are kept; the same command continues.", file=sys.stderr)
                 elif alone:
                     _remove(folder)
+
+
+@contextlib.contextmanager
+def named_as_in(output: Path, folder: Path) -> Iterator[None]:
+    """Makes errors of files in `folder`, which will be `output`, name them as if they were there already."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno is None:
+            raise
+        name = str(output) if e.filename is None else str(e.filename).replace(str(folder), str(output))
+        raise OSError(e.errno, e.strerror, name) from e
 
 
 def has_finished_tasks(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from data_prep.job_folder import is_dead, settle, size_in_words, size_of
+from data_prep.job_folder import is_dead, named_as_in, settle, size_in_words, size_of
 from uwm_jax.errors import UserError
 
 _LOCK = ".building.lock"
@@ -96,13 +96,9 @@ def building(output: Path) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"{output} cannot be created: {e.filename}: {e.strerror}. Choose another --output.") from e
     try:
-        yield new
-        _replace(target, new)
-    except OSError as e:
-        if e.errno is None:
-            raise
-        name = str(output) if e.filename is None else str(e.filename).replace(str(new), str(output))
-        raise OSError(e.errno, e.strerror, name) from e
+        with named_as_in(output, new):
+            yield new
+            _replace(target, new)
     finally:
         lock.close()
         shutil.rmtree(new, ignore_errors=True)

@@ -12,7 +12,7 @@ import pytest
 import simplejpeg
 
 from data_prep import benchmark, loader_data, loader_memory, loader_rates, rlds
-from uwm_jax.data import example
+from uwm_jax.data import example, records
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.run_data import RunData
@@ -82,6 +82,39 @@ def test_every_row_reads_windows(made):
     batch = next(iter(Loader(RunData(loader_rates.config_of(made.dataset).data, seed=0), batch_size=4)))
     frames = {key: x.shape for key, x in batch.items() if x.dtype == np.uint8}
     assert frames == {f"{g}/{c}": (4, 2, 180, 320, 3) for g in ("obs", "next_obs") for c in loader_data.CAMERAS}
+
+
+def test_rows_read_and_decode_all_that_they_say(made, monkeypatch):
+    import zarr
+
+    loader_rates.make_latents(made)
+    decoded, chunks = [], []
+
+    def counted(data, out):
+        decoded.append(out.shape)
+        return decode(data, out)
+
+    decode, get = records.decode_image, zarr.DirectoryStore.__getitem__
+
+    def got(store, key):
+        chunks.append(key)
+        return get(store, key)
+
+    for module in (records, loader_rates):
+        monkeypatch.setattr(module, "decode_image", counted)
+    monkeypatch.setattr(zarr.DirectoryStore, "__getitem__", got)
+    expected = {"pixels": 12, "decode_only": 12, "whole_episode": 12, "latents": 6, "decode_only_latents": 6}
+    for row, frames in expected.items():
+        decoded.clear()
+        windows = next(loader_rates.reader(row, made))
+        assert len(decoded) == windows * frames and {*decoded} == {(180, 320, 3)}, row
+    for row, frames in (("official_zarr", 19 * 3), ("zarr_needed", 4 * 3)):
+        reader = loader_rates.reader(row, made)
+        windows = next(reader)
+        chunks.clear()
+        windows = next(reader)
+        images = [key for key in chunks if key.endswith(".0.0.0")]
+        assert len({*images}) == len(images) == windows * frames, row
 
 
 def test_a_large_dataset_is_the_small_one_over_and_over(made, tmp_path):
