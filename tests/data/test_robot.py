@@ -16,6 +16,7 @@ from tests.data import rlds_source
 from uwm_jax.config import base, source
 from uwm_jax.data import stats
 from uwm_jax.data.loader import Loader
+from uwm_jax.data.records import Dataset
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.samples import Clip
 from uwm_jax.data.spec import DataSpec
@@ -129,6 +130,39 @@ def test_only_windows_that_are_kept_count(made, config: ConfigDict) -> None:
     found = robot.stats()["action"]
     for name, values in (("min", seen.min(axis=0)), ("max", seen.max(axis=0)), ("mean", seen.mean(axis=0))):
         np.testing.assert_allclose(found[name][:9], values[:9], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("action", "told"),
+    [
+        ((("action", "xyz_quaternion_xyzw_to_rot6d"),), "action by xyz_quaternion_xyzw_to_rot6d: 2 episodes (1, 3)"),
+        (
+            ((f"{POSE}", "relative:action:rpy:quaternion_wxyz"),),
+            "action by relative:action:rpy:quaternion_wxyz: 2 episodes (1, 3)",
+        ),
+    ],
+)
+def test_numbers_that_mean_no_rotation_are_named_and_can_be_left_out(
+    made, config: ConfigDict, monkeypatch: pytest.MonkeyPatch, action: Any, told: str
+) -> None:
+    """Of episodes 1 and 3, a quaternion is zero at one step."""
+    read = Dataset.column
+
+    def column(self: Dataset, key: str) -> Any:
+        values = read(self, key)[:]
+        if key == "action":
+            values = values.copy()
+            values[[LENGTHS[0] + 4, sum(LENGTHS[:3]) + 11], 3:] = 0
+        return values
+
+    monkeypatch.setattr(Dataset, "column", column)
+    config.action = action
+    with pytest.raises(UserError) as e:
+        RunData(config, seed=0)
+    assert told in str(e.value) and "--config.data.drop_nonfinite=true leaves out" in str(e.value)
+    config.drop_nonfinite = True
+    (arm,) = RunData(config, seed=0).sources.values()
+    assert np.flatnonzero(~arm.selection.kept).tolist() == [1, 3] and arm.stats()["action"]["nonfinite"] == 0
 
 
 def test_values_far_out_are_those_of_windows(made, config: ConfigDict) -> None:

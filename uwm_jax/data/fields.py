@@ -36,7 +36,8 @@ def data_fields() -> ConfigDict:
     # () or (first, last) steps that lie inside the episode as well, unread, so that configs with shorter windows have
     # the windows (episode and origin) of the longest
     d.window.reserve = ()
-    d.drop_nonfinite = False  # whether to leave out episodes with NaN or infinity in the keys that are read
+    # whether to leave out episodes with NaN or infinity, or numbers that mean no rotation, in the keys that are read
+    d.drop_nonfinite = False
     # ranges of steps at which the present frame of a window lies: the name that data_prep.ranges gave them, or the path
     # of a .json of openpi; "" = everywhere
     d.ranges = ""

@@ -21,11 +21,13 @@ class Rotation:
     Attributes:
         to_matrix: (..., width) -> (..., 3, 3).
         from_matrix: (..., 3, 3) -> (..., width).
+        is_none: (..., width) -> (...) bool, finite numbers that mean no rotation; None where all mean one.
     """
 
     width: int
     to_matrix: Callable[[np.ndarray], np.ndarray]
     from_matrix: Callable[[np.ndarray], np.ndarray]
+    is_none: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def _from_euler(angles: np.ndarray) -> np.ndarray:
@@ -128,6 +130,10 @@ def _unit(v: np.ndarray) -> np.ndarray:
         return v / np.linalg.norm(v, axis=-1, keepdims=True)
 
 
+def _all_zero(q: np.ndarray) -> np.ndarray:
+    return ~np.any(q, axis=-1)
+
+
 ROTATIONS = {
     # Intrinsic XYZ angles, radians, R = Rx(a) Ry(b) Rz(c), as the official UWM code reads DROID's.
     "euler": Rotation(3, _from_euler, _to_euler),
@@ -135,14 +141,15 @@ ROTATIONS = {
     "rpy": Rotation(3, _from_rpy, _to_rpy),
     # Axis times angle, radians (a rotation vector).
     "axis_angle": Rotation(3, _from_axis_angle, _to_axis_angle),
-    "quaternion_xyzw": Rotation(4, _from_quaternion, _to_quaternion),
+    "quaternion_xyzw": Rotation(4, _from_quaternion, _to_quaternion, _all_zero),
     "quaternion_wxyz": Rotation(
         4,
         lambda q: _from_quaternion(np.roll(q, -1, axis=-1)),
         lambda r: np.roll(_to_quaternion(r), 1, axis=-1),
+        _all_zero,
     ),
     # The first two rows of R.
-    "rot6d": Rotation(6, _from_rot6d, _to_rot6d),
+    "rot6d": Rotation(6, _from_rot6d, _to_rot6d, lambda x: ~np.isfinite(_from_rot6d(x)).all(axis=(-2, -1))),
 }
 
 

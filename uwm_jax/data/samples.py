@@ -7,7 +7,8 @@ resized to cover the model's and cropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +19,12 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import mix
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.robot import Part, RobotActions
-from uwm_jax.data.selection import not_finite
+from uwm_jax.data.rotations import Rotation
+from uwm_jax.data.selection import not_finite, steps_where
 from uwm_jax.data.source_latents import SourceLatents
 from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.data.texts import open_texts
-from uwm_jax.data.transforms import parse
+from uwm_jax.data.transforms import Columns, parse
 from uwm_jax.data.windows import OF_FRAMES, WindowSpec
 from uwm_jax.errors import UserError
 
@@ -125,7 +127,8 @@ class Samples:
 
     def not_finite(self, kept: np.ndarray) -> dict[str, np.ndarray]:
         """{step key: numbers of the episodes, among those `kept` (E,) bool, whose values are NaN or infinite}, of
-        actions, low-dimensional keys and text, as far as these have columns."""
+        actions, low-dimensional keys and text, as far as these have columns; also of columns of actions and states
+        whose transform makes them so, as of a quaternion of zeros."""
         lengths = self.dataset.episode_lengths
         counted = [(key, self.action_lengths) for key in self.action_keys]
         observed = [*self.low_dim_keys.values(), *self.state_keys.values(), *(self.texts.keys if self.texts else ())]
@@ -135,7 +138,22 @@ class Samples:
             if key in self.dataset.column_keys:
                 bad = not_finite(self.dataset.column(key), lengths, np.where(kept, steps, 0))
                 found[key] = np.union1d(bad, found.get(key, bad))
+        for columns, transform, rotation, steps in self._rotations():
+            if rotation and rotation.is_none:
+                column, none = self.dataset.column(columns.key), functools.partial(_is_none, columns, rotation)
+                episodes, _ = steps_where(none, column, lengths, np.where(kept, steps, 0))
+                found[f"{columns} by {transform}"] = np.unique(episodes)
         return {key: episodes for key, episodes in found.items() if len(episodes)}
+
+    def _rotations(self) -> Iterator[tuple[Columns, str, Rotation | None, np.ndarray]]:
+        """(columns, name of the transform, representation of their last numbers, steps of each episode that count) of
+        the parts of the action, and of the states that they refer to."""
+        for part in self.robot.parts:
+            transform = part.transform
+            yield part.columns, transform.name, transform.rotation, self.action_lengths
+            if state := transform.state:
+                columns = state._replace(key=self.state_keys[state.key])
+                yield columns, transform.name, transform.state_rotation, self.dataset.episode_lengths
 
     def spec(self) -> DataSpec:
         """The rows of a run of which this is the first source with actions; without a normaliser."""
@@ -284,6 +302,11 @@ class Samples:
 
     def _width(self, key: str) -> int:
         return int(np.prod(self.dataset.step_shape(key), dtype=np.int64))
+
+
+def _is_none(columns: Columns, rotation: Rotation, rows: np.ndarray) -> np.ndarray:
+    assert rotation.is_none is not None
+    return rotation.is_none(columns.of(rows)[..., -rotation.width :])
 
 
 def _frames_of(batch: Batch, view: str) -> list[np.ndarray]:

@@ -112,6 +112,7 @@ class Transform:
         name: as the config has it.
         state: the columns whose values at the present step it needs as well; None for most.
         state_dim: their number; None: as many as the action's.
+        rotation, state_rotation: what the last numbers of the action, and of the state, mean; None: no rotation.
     """
 
     name: str
@@ -121,6 +122,8 @@ class Transform:
     out_dim: int | None = None
     state: Columns | None = None
     state_dim: int | None = None
+    rotation: Rotation | None = dataclasses.field(default=None, compare=False)
+    state_rotation: Rotation | None = dataclasses.field(default=None, compare=False)
 
     def apply(self, x: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         """The model's numbers of recorded ones.
@@ -203,7 +206,8 @@ def _plain() -> dict[str, Transform]:
         for name, rotation in ROTATIONS.items():
             if name != "rot6d":
                 sizes = position + rotation.width, position + 6
-                made.append(Transform(f"{prefix}{name}_to_rot6d", *_pose(rotation, position), *sizes))
+                maps = _pose(rotation, position)
+                made.append(Transform(f"{prefix}{name}_to_rot6d", *maps, *sizes, rotation=rotation))
     return {t.name: t for t in made}
 
 
@@ -261,7 +265,7 @@ def _relative(name: str, arguments: str, field: str) -> Transform:
         turned = fixed.to_matrix(s[..., 3:]) @ rot6d.to_matrix(y[..., 3:])
         return np.concatenate([y[..., :3] + s[..., :3], rotation.from_matrix(turned)], axis=-1)
 
-    return Transform(name, forward, backward, 3 + rotation.width, 9, state, 3 + fixed.width)
+    return Transform(name, forward, backward, 3 + rotation.width, 9, state, 3 + fixed.width, rotation, fixed)
 
 
 def _beside_chunk(state: np.ndarray | None) -> np.ndarray:
