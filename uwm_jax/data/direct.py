@@ -17,6 +17,8 @@ import weakref
 
 import numpy as np
 
+from uwm_jax.data.example import read_varint, varint
+
 _BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 1 << 16, 24, 40
 _MOST_PARTS = 512  # of a system call, which takes 1024
 _SPARE = 1 << 20  # bytes that the memory of a thread grows by, at least
@@ -54,10 +56,9 @@ class DirectFile:
             OSError, ValueError, IndexError: it cannot be read.
         """
         begin, size = self._places[record]
-        sizes = _varint(size)
-        head = (
-            _CHUNK_HEADER + 1 + len(_varint(len(sizes))) + len(sizes)
-        )  # header, no compression, length of sizes, size
+        sizes = varint(size)
+        # The chunk's header, a byte for no compression, the length of the sizes, and the size.
+        head = _CHUNK_HEADER + 1 + len(varint(len(sizes))) + len(sizes)
         return self._payload(begin, head + size)[head:]
 
     def _chunk(self, begin: int) -> bytes:
@@ -98,40 +99,19 @@ def _messages(data: bytes) -> list[dict[int, int]]:
     """The records of a chunk's data, each a message of integers: {field: value}."""
     if data[:1] != b"\0":
         raise ValueError("compressed")
-    length, at = _read_varint(data, 1)
+    length, at = read_varint(data, 1)
     sizes, start = [], at
     while at < start + length:
-        size, at = _read_varint(data, at)
+        size, at = read_varint(data, at)
         sizes.append(size)
     found = []
     for size in sizes:
         end, fields = at + size, dict[int, int]()
         while at < end:
-            tag, at = _read_varint(data, at)
+            tag, at = read_varint(data, at)
             if tag & 7:
                 break  # no integer: the writer's options
-            fields[tag >> 3], at = _read_varint(data, at)
+            fields[tag >> 3], at = read_varint(data, at)
         found.append(fields)
         at = end
     return found
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if at >= len(data):
-            raise ValueError("a number that does not end")
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 128:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

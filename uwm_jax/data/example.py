@@ -79,7 +79,7 @@ def bytes_spans(record: Buffer, field: Field, stop: int | None = None) -> list[t
             elif third < 128:  # an image of 16 kB to 2 MB
                 length, start = length & 127 | (second & 127) << 7 | third << 14, start + 2
             else:
-                length, start = _read_varint(record, at + 1)
+                length, start = read_varint(record, at + 1)
         at = start + length
         if at > end:
             raise ValueError("a list of bytes runs over its end")
@@ -186,7 +186,7 @@ def bytes_feature(values: Iterable[bytes]) -> bytes:
 
 def int_feature(values: Iterable[int]) -> bytes:
     """A serialized `Feature` with an int64 list."""
-    return _tagged(INT64, _tagged(1, b"".join(_varint(v & _64_BITS) for v in values)))
+    return _tagged(INT64, _tagged(1, b"".join(varint(v & _64_BITS) for v in values)))
 
 
 def float_feature(values: np.ndarray) -> bytes:
@@ -206,7 +206,8 @@ def _bfloat16() -> type:
     return ml_dtypes.bfloat16
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A number of at least 0 in protobuf's variable length."""
     out = bytearray()
     while value >= 128:
         out.append(value & 127 | 128)
@@ -216,10 +217,11 @@ def _varint(value: int) -> bytes:
 
 
 def _tagged(number: int, payload: Buffer) -> bytes:
-    return b"".join((bytes((number << 3 | 2,)), _varint(len(payload)), payload))
+    return b"".join((bytes((number << 3 | 2,)), varint(len(payload)), payload))
 
 
-def _read_varint(record: Buffer, at: int) -> tuple[int, int]:
+def read_varint(record: Buffer, at: int) -> tuple[int, int]:
+    """A number in protobuf's variable length, and the place behind it; IndexError where the record ends within."""
     value = record[at]
     at += 1
     if value < 128:
@@ -241,13 +243,13 @@ def _messages(record: Buffer, at: int, stop: int):
         tag = record[at]
         at += 1
         if tag >= 128:
-            tag, at = _read_varint(record, at - 1)
+            tag, at = read_varint(record, at - 1)
         if tag & 7 != 2:
             raise ValueError(f"unexpected wire type {tag & 7} in a tf.Example")
         length = record[at]
         at += 1
         if length >= 128:
-            length, at = _read_varint(record, at - 1)
+            length, at = read_varint(record, at - 1)
         end = at + length
         if end > stop:
             raise ValueError("a field of the tf.Example runs over its end")
@@ -259,15 +261,15 @@ def _values(record: Buffer, field: Field):
     """Yields (wire type, start, stop) of the runs of a numeric list."""
     at, stop = field.start, field.stop
     while at < stop:
-        tag, at = _read_varint(record, at)
+        tag, at = read_varint(record, at)
         wire = tag & 7
         if wire == 2:
-            length, at = _read_varint(record, at)
+            length, at = read_varint(record, at)
             end = at + length
         elif wire == 5:
             end = at + 4
         else:
-            _, end = _read_varint(record, at)
+            _, end = read_varint(record, at)
         if end > stop:
             raise ValueError("a list of the tf.Example runs over its end")
         yield wire, at, end
