@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import statistics
 import time
+import types
 
 import numpy as np
 import pytest
@@ -138,9 +140,11 @@ def test_the_memory_of_the_index_is_found_and_growth_is_seen(made, monkeypatch):
     assert 0 < found["index"] <= 4096 * (file.stat().st_size // 4096 + 2) and found["process"] > 1e7
     grows = iter(range(100, 100_000, 100))
     monkeypatch.setattr(loader_memory, "_rss", lambda: next(grows))
+    clock = itertools.count(0.0, 0.3)
+    monkeypatch.setattr(loader_memory, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     looks = []
     soaked = loader_memory.soak(made.dataset, 0.02, lambda *told: looks.append(told))
-    assert soaked["batches"] > 0 and looks and soaked["rss_at_end"] == soaked["rss_largest"]
+    assert soaked["batches"] == 3 and len(looks) == 3 and soaked["rss_at_end"] == soaked["rss_largest"]
     assert soaked["rss_at_end"] > soaked["rss_after_warm_up"]
 
 
