@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.test_faults import unique
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.run_data import RunData
@@ -34,7 +35,7 @@ def test_a_run_goes_on_and_its_counts_continue(make_tiny_config, tmp_path, capsy
     expected = np.cumsum(np.reshape(rows, (6, 4)).sum(axis=1))
     record, file = dataset.record(*chunk), Path(config.data.path) / dataset.locate(chunk[0], 8 * chunk[1]).shard
     data = bytearray(file.read_bytes())
-    data[data.find(record[100:200]) + 50] ^= 1
+    data[unique(data, record)] ^= 1
     file.write_bytes(data)
 
     with pytest.raises(UserError, match=f"{file.name}: record .* cannot be read"):

@@ -36,16 +36,21 @@ def copy(made, config: ConfigDict, tmp_path: Path) -> Path:  # noqa: F811
 
 
 def damage(directory: Path, chunks=BAD) -> None:
-    """Flips a byte of the records of some chunks, in the middle of what ArrayRecord stores of them."""
+    """Flips a byte of the records of some chunks, one that no other record shares."""
     dataset = Dataset(directory)
     for episode, chunk in chunks:
         record = dataset.record(episode, chunk)
         file = directory / dataset.locate(episode, 8 * chunk).shard
         data = bytearray(file.read_bytes())
-        at = data.find(record[len(record) // 2 :][:64])
-        assert at > 0
-        data[at] ^= 1
+        data[unique(data, record)] ^= 1
         file.write_bytes(data)
+
+
+def unique(data: bytes | bytearray, record: bytes) -> int:
+    """A place of a file that holds a byte of this record alone. The order of a record's keys differs between runs, and
+    what it begins with may be the same in all records of an episode."""
+    pieces = (record[at : at + 100] for at in range(len(record) // 2, len(record) - 100, 50))
+    return data.find(next(piece for piece in pieces if data.count(piece) == 1)) + 50
 
 
 def positions_of(loader: Loader, count: int, chunks=BAD) -> set[int]:
