@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from uwm_jax.data import example
 from uwm_jax.data.records import Dataset, short_key
 
+DARK = 16  # a frame whose pixels are all darker counts as black
 _TILE_HEIGHT = 128
 _LABEL_WIDTH = 190
 _MARGIN = 4
@@ -54,7 +55,7 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
                 )
                 sheet.paste(tile, (x, y + 16))
             brightest[camera] = max(brightest[camera], int(frames[camera].max()))
-    remarks = [f"camera {c}: black in every frame shown" for c in cameras if brightest[c] < 16]
+    remarks = [f"camera {c}: black in every frame shown" for c in cameras if brightest[c] < DARK]
     return sheet, remarks
 
 

@@ -29,7 +29,7 @@ from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
 from uwm_jax.data.records import Dataset, find_dataset, read_manifest
 from uwm_jax.data.run_data import RunData
-from uwm_jax.data.stats import counted_steps, is_action
+from uwm_jax.data.stats import counted_lengths, counted_steps, is_action
 from uwm_jax.errors import UserError
 from uwm_jax.files import replacing, write_text, writing
 
@@ -148,8 +148,7 @@ def _plot(dataset: Dataset, keys: list[str], file: Path, lacks: str, remark: str
         return [remark] if remark else []
     panels = []
     for key in keys:
-        counted = dataset.action_lengths() if is_action(key) else dataset.episode_lengths
-        shown = np.flatnonzero(counted_steps(dataset.episode_lengths, counted))
+        shown = np.flatnonzero(counted_steps(dataset.episode_lengths, counted_lengths(dataset, key)))
         # A few hundred thousand rows show the shape of any distribution.
         shown = shown[:: max(1, len(shown) // 300_000)]
         values = np.asarray(dataset.column(key)[shown], np.float64).reshape(len(shown), -1)[:, :_MOST_PANELS]

@@ -15,7 +15,7 @@ from data_prep.trace import TracedRow
 from uwm_jax.data.mixture import shares_of
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.run_data import RunData
-from uwm_jax.data.stats import is_action
+from uwm_jax.data.stats import counted_lengths
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.page import NOTHING, Section, figure, head, number_head, page, table
 
@@ -27,8 +27,7 @@ def facts_of(dataset: Dataset) -> dict[str, ColumnFacts]:
     """Facts about all columns but RLDS's marks, by step key; actions without those that `is_last` marks."""
     marks = ("is_first", "is_last", "is_terminal")
     keys = [key for key in dataset.column_keys if key.rpartition("/")[2] not in marks]
-    lengths = {key: dataset.action_lengths() if is_action(key) else dataset.episode_lengths for key in keys}
-    return {key: column_facts(dataset, key, counted) for key, counted in lengths.items()}
+    return {key: column_facts(dataset, key, counted_lengths(dataset, key)) for key in keys}
 
 
 def dataset_page(

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.chunks import EpisodeError, Layout, cut_episode, plan_layout, step_features
+from data_prep.contact_sheet import DARK
 from data_prep.features import STEPS
 from data_prep.rlds import open_source
 from data_prep.workers import pool
@@ -29,11 +30,10 @@ from uwm_jax.data.normalize import is_constant
 from uwm_jax.data.records import Dataset, decode_image, read_manifest
 from uwm_jax.data.selection import not_finite, some_episodes
 from uwm_jax.data.sidecar import find_sidecars
-from uwm_jax.data.stats import Stats, column_stats, counted_steps, is_action
+from uwm_jax.data.stats import Stats, column_stats, counted_lengths, counted_steps
 from uwm_jax.errors import RunError, UserError
 
 ERROR, WARNING = "error", "warning"
-DARK = 16  # the largest value of a pixel in a frame that counts as black
 MAX_NAMED = 20  # records or frames of one kind that are described one by one
 _BATCH = 16  # episodes that a process checks at a time
 _BLOCK = 1 << 18
@@ -168,7 +168,7 @@ def _column(dataset: Dataset, key: str, keys: Collection[str], bound: float) -> 
     if column.dtype.kind != expected:
         return [Finding(ERROR, where, f"{dtype} by manifest.json, but its column holds {column.dtype}")]
     ends_known = "is_last" in keys or "is_last" not in dataset.column_keys
-    counted = dataset.action_lengths() if is_action(key) and ends_known else dataset.episode_lengths
+    counted = counted_lengths(dataset, key) if ends_known else dataset.episode_lengths
     keep = counted_steps(dataset.episode_lengths, counted)
     stats = column_stats(column, None, keep)
     found = []

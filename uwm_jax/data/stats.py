@@ -95,12 +95,18 @@ def dataset_stats(dataset: Dataset) -> dict[str, Stats]:
     `is_last` marks. If values are not finite, `nonfinite_episodes` lists the episodes."""
     found = {}
     for key in dataset.column_keys:
-        counted = dataset.action_lengths() if is_action(key) else dataset.episode_lengths
+        counted = counted_lengths(dataset, key)
         found[key] = column_stats(dataset.column(key), None, counted_steps(dataset.episode_lengths, counted))
         if found[key]["nonfinite"]:
             broken = not_finite(dataset.column(key), dataset.episode_lengths, counted)
             found[key]["nonfinite_episodes"] = broken.tolist()
     return found
+
+
+def counted_lengths(dataset: Dataset, key: str) -> np.ndarray:
+    """(E,) int64, the first steps of each episode whose value of a step key counts: of actions, without last steps that
+    `is_last` marks."""
+    return dataset.action_lengths() if is_action(key) else dataset.episode_lengths
 
 
 def is_action(key: str) -> bool:
