@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reporting": (*LIBRARY, "envs", "evaluation", "sweeps"),
     "runs": (*LIBRARY, "evaluation"),
     "sweeps": (*LIBRARY, "evaluation", "runs"),
+    "conversion": LIBRARY,
     "cli": BASE,
     "benchmarking": (*LIBRARY, "cli"),
     "planning": (*LIBRARY, "", "cli", "evaluation", "sweeps"),
@@ -272,7 +273,7 @@ def test_what_serves_every_system_names_none() -> None:
 
 # Where a system has a name outside of its folder: the default of `config.base` and its help, configurations of the
 # official code that name no algorithm, and the modules that are one system's in PyTorch and on its clock.
-NAMES_A_SYSTEM = {"config", "config_help", "convert"}
+NAMES_A_SYSTEM = {"config", "config_help", "conversion.from_torch"}
 OF_ONE_SYSTEM = ("systems", "torch_bridge", "benchmarking")
 
 

@@ -286,7 +286,7 @@ def test_a_workdir_that_may_not_be_written(
     def full(*arguments: object, **keywords: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert.workdir_lib, "save_params_only", full)
+    monkeypatch.setattr("uwm_jax.training.workdir.save_params_only", full)
     assert command(*libero_line(official, tmp_path / "run"), "--no_normalizer") == 1
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

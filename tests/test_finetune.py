@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from tests.data import rlds_source
 from tests.golden import reference
 from uwm_jax import config as config_lib
-from uwm_jax import convert
+from uwm_jax.conversion.from_torch import from_torch
 from uwm_jax.errors import UserError
 from uwm_jax.train import train
 from uwm_jax.training.checkpoint import Checkpoints
@@ -136,7 +136,7 @@ def test_a_converted_official_checkpoint_is_an_origin(new_dataset, tmp_path, cap
     """Official LIBERO weights: no training state, no normaliser, a VAE of their own."""
     save_file(reference.weights(GOLDEN), tmp_path / "official.safetensors")
     official = tmp_path / "official"
-    convert.from_torch(tmp_path / "official.safetensors", reference.official_yaml(GOLDEN), official, no_normalizer=True)
+    from_torch(tmp_path / "official.safetensors", reference.official_yaml(GOLDEN), official, no_normalizer=True)
 
     config = config_lib.read(official)
     config.init_from = str(official)

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from uwm_jax import config as config_lib
-from uwm_jax.convert import to_torch
+from uwm_jax.conversion.to_torch import to_torch
 from uwm_jax.data.loader import Loader
 from uwm_jax.errors import Preempted, UserError
 from uwm_jax.evaluation.evaluator import Evaluator

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from uwm_jax import codecs, convert
+from uwm_jax import codecs
 from uwm_jax.codecs.base import Codec, grid
+from uwm_jax.conversion.from_torch import from_torch
+from uwm_jax.conversion.to_torch import to_torch
 from uwm_jax.data.fitted import content_digest
 from uwm_jax.errors import UserError
 from uwm_jax.train import train
@@ -100,11 +102,11 @@ def test_from_the_data_to_an_export(config, tmp_path, capsys):
     assert origin.codec.arrays.keys() == {"grey"} and origin.codec.files == ""
 
     exported = tmp_path / "model.safetensors"
-    convert.to_torch(tmp_path / "run", exported)
+    to_torch(tmp_path / "run", exported)
     np.testing.assert_array_equal(load_file(exported)["obs_encoder.halves.grey"], grey[None])
     described = json.loads(exported.with_suffix(".json").read_text())["codec"]
     assert described == {**Halves().describe(), "tensors": "obs_encoder.halves."}
-    convert.from_torch(exported, exported.with_suffix(".json"), tmp_path / "back")
+    from_torch(exported, exported.with_suffix(".json"), tmp_path / "back")
     back = load_for_inference(tmp_path / "back")
     jax.tree.map(np.testing.assert_array_equal, (back[1], back[2]), (params, frozen))
 

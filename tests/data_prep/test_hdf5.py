@@ -20,9 +20,9 @@ from data_prep.layout_options import Options
 from data_prep.training_layout import build
 from tests.data_prep import hdf5_source
 from tests.data_prep.clips import number_of, picture
-from uwm_jax import convert
 from uwm_jax.codecs import PCACodec
 from uwm_jax.config import base
+from uwm_jax.conversion.to_torch import to_torch
 from uwm_jax.data import example
 from uwm_jax.data.records import Dataset, decode_image
 from uwm_jax.data.run_data import RunData
@@ -344,7 +344,7 @@ def test_the_orientation_reaches_checkpoint_and_export(tmp_path: Path) -> None:
     loaded, *_ = inference.load_for_inference(tmp_path / "run", 1)
     assert loaded.spec.flip == {"agentview_rgb": "rows"}
 
-    convert.to_torch(tmp_path / "run", tmp_path / "model.safetensors")
+    to_torch(tmp_path / "run", tmp_path / "model.safetensors")
     assert json.loads((tmp_path / "model.json").read_text())["flip"] == {"agentview_rgb": "rows"}
 
 

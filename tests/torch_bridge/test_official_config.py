@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from uwm_jax.convert import read_official
+from uwm_jax.conversion.from_torch import read_official
 from uwm_jax.errors import UserError
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
 

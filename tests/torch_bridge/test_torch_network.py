@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from uwm_jax import config as config_lib
-from uwm_jax import convert
+from uwm_jax.conversion.from_torch import from_torch
+from uwm_jax.conversion.to_torch import describe, to_torch
 from uwm_jax.errors import UserError
 from uwm_jax.synthetic import synthetic_batch, synthetic_system
 from uwm_jax.systems.uwm.network import network_from_config
@@ -170,10 +171,8 @@ def official(tmp_path_factory):
     pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("official")
     save_file(reference.weights(DROID), folder / "source.safetensors")
-    convert.from_torch(
-        folder / "source.safetensors", reference.official_yaml(DROID), folder / "run", no_normalizer=True
-    )
-    convert.to_torch(folder / "run", folder / "out.safetensors")
+    from_torch(folder / "source.safetensors", reference.official_yaml(DROID), folder / "run", no_normalizer=True)
+    to_torch(folder / "run", folder / "out.safetensors")
     return torch_network.load(folder / "out.safetensors")
 
 
@@ -236,7 +235,7 @@ def test_an_export_of_ours_loads_and_agrees(codec, tmp_path):
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     params = jax.tree.map(lambda s: jnp.float32(0.2 * rng.normal(size=s.shape)), shapes)
     workdir_lib.save_params_only(tmp_path / "run", config, system.spec, params, frozen)
-    convert.to_torch(tmp_path / "run", tmp_path / "out.safetensors")
+    to_torch(tmp_path / "run", tmp_path / "out.safetensors")
     network, description = torch_network.load(tmp_path / "out.safetensors")
     assert description["codec"]["name"] == codec
     assert network.state_dict().keys() == load_file(tmp_path / "out.safetensors").keys()
@@ -276,7 +275,7 @@ def test_what_is_no_export_is_refused(tmp_path):
         beside.write_text(text)
         with pytest.raises(UserError, match=reason):
             torch_network.load(path)
-    beside.write_text(json.dumps(convert.describe(system, stored, 0, tmp_path)))
+    beside.write_text(json.dumps(describe(system, stored, 0, tmp_path)))
     torch_network.load(path)
     name = "noise_pred_net.head.linear.bias"
     save_file({k: v for k, v in stored.items() if k != name}, path)

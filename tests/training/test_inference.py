@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from uwm_jax import convert
+from uwm_jax.conversion.to_torch import to_torch
 from uwm_jax.errors import UserError
 from uwm_jax.synthetic import synthetic_system
 from uwm_jax.training.checkpoint import Checkpoints, make_assets
@@ -62,7 +62,7 @@ def test_an_average_that_is_not_there(run, tmp_path, make_tiny_config):
 @pytest.mark.parametrize(("parameters", "more", "share"), [("average", 1, 0.99**4), ("raw", 0, None)])
 def test_to_torch_writes_and_records_what_was_asked_for(run, tmp_path, parameters, more, share):
     workdir, params = run
-    convert.to_torch(workdir, tmp_path / "out.safetensors", parameters=parameters)
+    to_torch(workdir, tmp_path / "out.safetensors", parameters=parameters)
     described = json.loads((tmp_path / "out.json").read_text())
     assert described["parameters"] == parameters and described["share_of_start"] == pytest.approx(share)
     registers = load_file(tmp_path / "out.safetensors")["noise_pred_net.registers"]

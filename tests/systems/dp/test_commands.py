@@ -12,7 +12,7 @@ from tests.golden import reference
 from tests.golden.commands import Converted
 from uwm_jax import cli, convert, sample
 from uwm_jax import config as config_lib
-from uwm_jax.convert import read_official
+from uwm_jax.conversion.from_torch import read_official
 from uwm_jax.errors import UserError
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.golden import reference
 from uwm_jax import systems
-from uwm_jax.convert import read_official
+from uwm_jax.conversion.from_torch import read_official
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec

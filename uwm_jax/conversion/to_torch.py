@@ -1,0 +1,76 @@
+"""A workdir's checkpoint under official names, and the description of what its tensors mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uwm_jax import files, systems
+from uwm_jax.errors import UserError
+from uwm_jax.systems.base import System
+from uwm_jax.torch_bridge import layout, official_codecs, weights
+from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION
+from uwm_jax.training import codec_store, inference
+from uwm_jax.training.provenance import code_version
+
+
+def to_torch(
+    workdir: str | Path,
+    output: str | Path,
+    step: int | None = None,
+    overrides: Iterable[tuple[str, str]] = (),
+    parameters: str | None = None,
+) -> None:
+    """Writes a checkpoint under official names.
+
+    Args:
+      workdir: any of our workdirs.
+      output: the `.safetensors` file; the description goes next to it with the ending `.json`.
+      step: which checkpoint; None takes the newest.
+      overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
+      parameters: "raw" or "average"; None takes the average where the checkpoint has one.
+    """
+    workdir, output = files.local_path(workdir, "--workdir"), files.local_path(output, "--output")
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output: expected a name that ends in .safetensors, found {str(output)!r}.")
+    for path in (output, output.with_suffix(".json")):
+        files.check_output_file(path)
+    system, params, frozen, step = inference.load_for_inference(workdir, step, overrides, parameters)
+    tensors = layout.to_official(params, systems.official(system.config.system).entry_of(system.config))
+    tensors |= official_codecs.tensors(system.codec, frozen, codec_store.folder(workdir, system.config))
+    described = describe(system, tensors, step, workdir)
+    described |= inference.parameters_used(workdir, step, parameters)
+    weights.write_weights(output, dict(sorted(tensors.items())))
+    files.write_text(output.with_suffix(".json"), json.dumps(described, indent=2) + "\n")
+    print(f"wrote {output}: {len(tensors)} tensors of step {step}, described in {output.with_suffix('.json').name}")
+
+
+def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Path) -> dict[str, Any]:
+    """Everything that the tensors mean: enough to run the model without our code (JSON values only)."""
+    c, spec = system.config, system.spec
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "code_version": code_version(),
+        "step": step,
+        "config": c.to_dict(),
+        "cameras": {key: list(spec.cameras[key]) for key in sorted(spec.cameras)},  # raw height, width
+        "images": {"resize": list(c.data.resize), "crop": list(c.data.crop), "range": [0.0, 1.0]},
+        "flip": {key: spec.flip[key] for key in sorted(spec.flip)},  # how the robot's pictures become the model's
+        "low_dim": {key: spec.low_dim[key] for key in sorted(spec.low_dim)},
+        "text_dim": spec.text_dim,
+        **({"text_encoder": spec.text_encoder.to_json()} if spec.text_encoder else {}),
+        "window": {name: list(c.data.window[name]) for name in ("obs", "action", "next_obs")},
+        "shapes": {"action": [len(c.data.window.action), spec.action_dim]},
+        # raw = normalised * scale + offset; an absent key is the identity
+        "normalizers": spec.normalizer.to_json(),
+        # the model's raw action becomes the robot's by the inverses of these (`uwm_jax.data.transforms`)
+        "robots": {source: robot.to_json() for source, robot in spec.robots.items()},
+        **systems.official(c.system).describe(system),
+        "codec": official_codecs.describe(system.codec, codec_store.folder(workdir, system.config)),
+        "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype.name} for name, t in sorted(tensors.items())},
+    }
