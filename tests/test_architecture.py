@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runs": (*LIBRARY, "evaluation"),
     "sweeps": (*LIBRARY, "evaluation", "runs"),
     "conversion": LIBRARY,
+    "serving": (*LIBRARY, "policy"),
     "cli": BASE,
     "benchmarking": (*LIBRARY, "cli"),
     "planning": (*LIBRARY, "", "cli", "evaluation", "sweeps"),
