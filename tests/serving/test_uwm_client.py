@@ -118,6 +118,21 @@ def test_late_replies_and_late_errors_are_dropped() -> None:
         assert client.dropped == 2 and server.connections == 1
 
 
+def test_an_error_that_names_its_request_is_that_ones() -> None:
+    def script(connection: Any, request: dict[str, Any], number: int) -> None:
+        if number == 0:
+            time.sleep(0.2)
+            return
+        connection.send(f"request {request['request_id']}: mode: no such")  # before the answer to the first one
+        connection.send("the first one's")
+
+    with fake_server(script) as server, Client(server.url, wait=5) as client:
+        with pytest.raises(Late):
+            client.infer({}, deadline=0.1)
+        with pytest.raises(RequestError, match="^mode: no such$"):
+            client.infer({})
+
+
 def test_replies_with_another_id_are_dropped() -> None:
     def script(connection: Any, request: dict[str, Any], number: int) -> None:
         for other in ("another", 7, None):

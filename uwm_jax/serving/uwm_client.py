@@ -228,6 +228,8 @@ class Client:
         _limit_sending(connection.socket, max(ends - time.monotonic(), 0.001))
         self._waiting.append(name)
         connection.send(data)
+        reply: Any
+        answered: Any
         while True:
             left = ends - time.monotonic()
             try:
@@ -237,17 +239,15 @@ class Client:
             except TimeoutError as e:
                 self._in_episode = True  # the server may have taken it
                 raise Late(f"{self.url}: no reply to request {name} within the deadline.") from e
-            if isinstance(frame, str):  # the answer to the oldest request, for a connection is answered in order
-                answered: Any = self._waiting.popleft() if self._waiting else None
-                reply: Any = frame
+            if isinstance(frame, str):
+                answered, reply = self._refused(frame)
             else:
                 reply = unpack(frame)
                 if not isinstance(reply, dict) or "request_id" not in reply:
                     raise ProtocolError(f"{self.url}: expected a reply with a request_id, found {_start(frame)}")
                 answered = reply["request_id"]
-                if answered in self._waiting:
-                    while self._waiting.popleft() != answered:
-                        pass
+            if answered in self._waiting:
+                self._waiting.remove(answered)
             if answered != name:
                 self.dropped += 1
             elif isinstance(reply, str):
@@ -255,6 +255,13 @@ class Client:
             else:
                 self._in_episode = True
                 return reply
+
+    def _refused(self, text: str) -> tuple[Any, Any]:
+        """The request that an error is about, and what it says: `request ID: ...`, else it is the oldest one's."""
+        start, colon, rest = text.partition(": ")
+        if colon and start.startswith("request ") and start[8:] in self._waiting:
+            return start[8:], rest
+        return self._waiting[0] if self._waiting else None, text
 
 
 class ChunkLoop:
