@@ -150,8 +150,11 @@ class Schedule:
           clip: bound of the predicted clean data, 0 for none. The noise estimate is the one before
             clipping, as diffusers does by default.
         """
-        clean, eps = self.clean_and_noise(prediction, output, x, timestep)
+        return self.land(*self.clean_and_noise(prediction, output, x, timestep), previous, clip)
+
+    def land(self, clean: jax.Array, eps: jax.Array, previous: jax.Array, clip: float) -> jax.Array:
+        """The second half of `ddim_step`, from estimates of the clean data, not clipped yet, and of the noise."""
         if clip:
             clean = jnp.clip(clean, -clip, clip)
-        next_signal, next_sigma = self.signal_and_noise(previous, x.ndim)
+        next_signal, next_sigma = self.signal_and_noise(previous, clean.ndim)
         return next_signal * clean + next_sigma * eps

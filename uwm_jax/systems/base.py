@@ -53,6 +53,18 @@ class Use:
     sees_obs: bool = True
 
 
+class Promised(NamedTuple):
+    """Actions of a chunk that are executed whatever the sample says: those of the steps until it is there.
+
+    Attributes:
+      action: (B, Ta, Da) float32, normalised, what is really executed; any finite number in rows that are not promised.
+      mask: (B, Ta) bool, True where the row is promised.
+    """
+
+    action: jax.Array
+    mask: jax.Array
+
+
 class Bucket(NamedTuple):
     """A part of a loss over some rows: the sum over them, and how many there are; () float32."""
 
@@ -178,6 +190,7 @@ class System(abc.ABC):
       tree: about its parameters.
       probes: {metric: (params, encoded, encoded with another window's actions, noise) -> (B,)}, measured on held-out
         windows besides the uses.
+      can_promise: whether `sample` takes promised actions.
       action_clip: the samplers clip normalised actions to [-action_clip, action_clip]; 0: they do not.
     """
 
@@ -185,6 +198,7 @@ class System(abc.ABC):
     acting: str
     tree: TreeInfo
     probes: Mapping[str, Callable[..., jax.Array]] = {}
+    can_promise: bool = False
     action_clip: float = 0.0
 
     def __init__(self, config: ConfigDict, spec: DataSpec, codec: Codec | None = None):
@@ -240,12 +254,23 @@ class System(abc.ABC):
 
     @abc.abstractmethod
     def sample(
-        self, params: Params, encoded: Encoded, use: str, noise: Noise, *, trace: bool = False
+        self,
+        params: Params,
+        encoded: Encoded,
+        use: str,
+        noise: Noise,
+        *,
+        promised: Promised | None = None,
+        guided: bool = False,
+        trace: bool = False,
     ) -> dict[str, jax.Array]:
         """Answers a use of `uses`.
 
         Args:
           encoded: of `encode` without a key, with what the use is given.
+          promised: actions that are known beforehand, held at every step of the sampler, and exactly in the sample
+            (`uwm_jax.diffusion.sampler`). Only where `can_promise`, and of uses that make actions.
+          guided: whether promised actions also guide the rest; no effect without `promised`.
           trace: whether to return the states on the way: a leading axis (S + 1), from the noise to the sample.
             Systems that do not sample in steps return the result alone, (1, B, ...).
 

@@ -24,6 +24,7 @@ from uwm_jax.systems.base import (
     Losses,
     Noise,
     Params,
+    Promised,
     System,
     Use,
     draw_normal,
@@ -49,6 +50,7 @@ class DP(System):
 
     uses = USES
     acting = ACTING
+    can_promise = True
 
     def __init__(self, config: ConfigDict, spec: DataSpec, codec: Codec | None = None):
         super().__init__(config, spec, codec)
@@ -140,7 +142,15 @@ class DP(System):
 
     @exact
     def sample(
-        self, params: Params, encoded: Encoded, use: str, noise: Noise, *, trace: bool = False
+        self,
+        params: Params,
+        encoded: Encoded,
+        use: str,
+        noise: Noise,
+        *,
+        promised: Promised | None = None,
+        guided: bool = False,
+        trace: bool = False,
     ) -> dict[str, jax.Array]:
         features, variables = self.encode_obs(params, encoded), {"params": params}
 
@@ -151,7 +161,10 @@ class DP(System):
             return self.network.apply(variables, noisy, modulation, method="predict")
 
         if self.flow:
-            return {ACTION: sampler.integrate(modulation, predict, self.flow, noise[ACTION], path=trace)}
+            made = sampler.integrate(
+                modulation, predict, self.flow, noise[ACTION], promised=promised, guided=guided, path=trace
+            )
+            return {ACTION: made}
         return sampler.sample(
             lambda timestep: modulation(timestep[ACTION]),
             lambda noisy, modulation: {ACTION: predict(noisy[ACTION], modulation)},
@@ -161,6 +174,8 @@ class DP(System):
             given={},
             prediction=self.config.diffusion.prediction.to_dict(),
             clip=self.config.diffusion.clip.to_dict(),
+            promised={ACTION: promised} if promised else None,
+            guided=guided,
             path=trace,
         )
 

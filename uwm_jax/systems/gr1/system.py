@@ -18,6 +18,7 @@ from uwm_jax.systems.base import (
     Losses,
     Noise,
     Params,
+    Promised,
     System,
     Use,
     exact,
@@ -102,8 +103,18 @@ class GR1(System):
         return {}
 
     def sample(
-        self, params: Params, encoded: Encoded, use: str, noise: Noise, *, trace: bool = False
+        self,
+        params: Params,
+        encoded: Encoded,
+        use: str,
+        noise: Noise,
+        *,
+        promised: Promised | None = None,
+        guided: bool = False,
+        trace: bool = False,
     ) -> dict[str, jax.Array]:
+        if promised is not None:
+            raise ValueError("GR1 does not sample in steps, so it cannot hold promised actions: see `can_promise`")
         made, _ = self.predict(params, encoded)
         sample = {"action": made["action"], "next_obs_float": made["next_obs"] * STD + MEAN}
         return {name: x[None] for name, x in sample.items()} if trace else sample

@@ -24,6 +24,7 @@ from uwm_jax.systems.base import (
     Losses,
     Noise,
     Params,
+    Promised,
     System,
     Use,
     draw_normal,
@@ -50,6 +51,7 @@ class PAD(System):
 
     uses = USES
     acting = ACTING
+    can_promise = True
     tree = TREE
 
     codec: Codec
@@ -138,7 +140,15 @@ class PAD(System):
 
     @exact
     def sample(
-        self, params: Params, encoded: Encoded, use: str, noise: Noise, *, trace: bool = False
+        self,
+        params: Params,
+        encoded: Encoded,
+        use: str,
+        noise: Noise,
+        *,
+        promised: Promised | None = None,
+        guided: bool = False,
+        trace: bool = False,
     ) -> dict[str, jax.Array]:
         variables, obs_latent = {"params": params[NET]}, encoded["obs_latent"]
         result = sampler.sample(
@@ -150,6 +160,8 @@ class PAD(System):
             given={},
             prediction=self.prediction,
             clip=self.clip,
+            promised={"action": promised} if promised else None,
+            guided=guided,
             path=trace,
         )
         return {SAMPLE_KEYS[m]: x for m, x in result.items()}

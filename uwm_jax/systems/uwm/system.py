@@ -23,6 +23,7 @@ from uwm_jax.systems.base import (
     Losses,
     Noise,
     Params,
+    Promised,
     System,
     draw_normal,
     exact,
@@ -46,6 +47,7 @@ class UWM(System):
 
     uses = USES
     acting = ACTING
+    can_promise = True
 
     codec: Codec
 
@@ -158,7 +160,15 @@ class UWM(System):
 
     @exact
     def sample(
-        self, params: Params, encoded: Encoded, use: str, noise: Noise, *, trace: bool = False
+        self,
+        params: Params,
+        encoded: Encoded,
+        use: str,
+        noise: Noise,
+        *,
+        promised: Promised | None = None,
+        guided: bool = False,
+        trace: bool = False,
     ) -> dict[str, jax.Array]:
         roles = MODES[use]
         global_cond = self.encode_obs(params, encoded)
@@ -172,6 +182,8 @@ class UWM(System):
             given={m: encoded[SAMPLE_KEYS[m]] for m in given(roles)},
             prediction=self.prediction,
             clip=self.clip,
+            promised={"action": promised} if promised else None,
+            guided=guided,
             path=trace,
         )
         return {SAMPLE_KEYS[m]: result[m] for m in generated(roles)}
