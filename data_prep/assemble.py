@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.chunks import Layout, step_features, why_unusable
 from data_prep.cutting import Job
-from data_prep.episodes import JPEG_QUALITY
-from data_prep.features import STEPS, Feature, as_images
 from data_prep.inputs import Corpus, Missing
 from data_prep.results import Result, first_notes
 from uwm_jax.data import records
+from uwm_jax.data.chunks import Layout, step_features, why_unusable
+from uwm_jax.data.episodes import JPEG_QUALITY
+from uwm_jax.data.features import STEPS, Feature, as_images
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text, writing
 

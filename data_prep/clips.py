@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.decoding import Nearest, Video, VideoError, rgb
-from data_prep.episodes import JPEG_QUALITY, encode_jpeg
 from uwm_jax.data.cover import cover
+from uwm_jax.data.episodes import JPEG_QUALITY, encode_jpeg
 
 MAX_ENCODED_BYTES = 1 << 30  # of an episode's JPEGs; a tf.Example must stay below 2 GiB
 

@@ -17,12 +17,12 @@ import google_crc32c
 from array_record.python import array_record_module
 from tqdm import tqdm
 
-from data_prep.chunks import EpisodeError, Layout, cut_episode
 from data_prep.inputs import Input
 from data_prep.job_folder import RESULT, claimed
 from data_prep.output import naming
 from data_prep.results import Result, first_notes
 from data_prep.workers import pool
+from uwm_jax.data.chunks import EpisodeError, Layout, cut_episode
 from uwm_jax.files import new_folder
 
 # Riegeli's hashes detect damage; compressing encoded images would only slow down reading.

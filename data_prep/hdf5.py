@@ -12,11 +12,11 @@ from __future__ import annotations
 from absl import flags
 
 from data_prep import layout_options
-from data_prep.episodes import JPEG_QUALITY
 from data_prep.hdf5_episodes import FLIPS, corpus
 from data_prep.inputs import Corpus
 from data_prep.training_layout import run
 from uwm_jax import cli
+from uwm_jax.data.episodes import JPEG_QUALITY
 
 FLAGS = flags.FLAGS
 

@@ -9,9 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_prep.chunks import EpisodeError
-from data_prep.episodes import encode_jpeg, encode_png, feature_tree, resize_image, serialize_episode
-from data_prep.features import STEPS, Feature
 from data_prep.hdf5_files import (
     LIBERO,
     File,
@@ -24,6 +21,9 @@ from data_prep.hdf5_files import (
     split_demos,
 )
 from data_prep.inputs import Corpus, Found, Input
+from uwm_jax.data.chunks import EpisodeError
+from uwm_jax.data.episodes import encode_jpeg, encode_png, feature_tree, resize_image, serialize_episode
+from uwm_jax.data.features import STEPS, Feature
 from uwm_jax.data.names import check_name
 from uwm_jax.reading import again
 

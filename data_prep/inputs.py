@@ -5,9 +5,9 @@ training layout of it: it cuts episodes into records, writes index, columns, sta
 counts what is skipped, and ends the job beyond `--max_skipped`. The converter writes two things:
 
 - an `Input`, one task of the job, usually one file: what a worker process needs to read it, and `episodes`, which
-  yields its episodes as serialized RLDS `tf.Example` messages (`data_prep.episodes.serialize_episode` makes one from
+  yields its episodes as serialized RLDS `tf.Example` messages (`uwm_jax.data.episodes.serialize_episode` makes one from
   arrays and encoded images) or the reason why one is skipped;
-- a function that opens the source and returns the `Corpus`: the feature tree (`data_prep.episodes.feature_tree`) and
+- a function that opens the source and returns the `Corpus`: the feature tree (`uwm_jax.data.episodes.feature_tree`) and
   the inputs of each split, in the order in which their episodes are stored.
 
 A converter of clips, in short:
@@ -44,7 +44,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from data_prep.features import Feature, flatten
+from uwm_jax.data.features import Feature, flatten
 
 
 class Found(NamedTuple):

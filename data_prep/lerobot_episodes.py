@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_prep.chunks import EpisodeError
 from data_prep.decoding import Video, VideoError, nearest, rgb
-from data_prep.episodes import encode_jpeg, encode_png, feature_tree, resize_image, serialize_episode
-from data_prep.features import STEPS, Feature
 from data_prep.inputs import Corpus, Found, Input
 from data_prep.lerobot_keys import Key, kept_keys
 from data_prep.lerobot_metadata import Clip, EpisodeFiles, Metadata, read_metadata, read_tasks
 from data_prep.lerobot_rows import Rows, image_bytes, numbers, strings
+from uwm_jax.data.chunks import EpisodeError
+from uwm_jax.data.episodes import encode_jpeg, encode_png, feature_tree, resize_image, serialize_episode
+from uwm_jax.data.features import STEPS, Feature
 from uwm_jax.data.names import check_name
 
 _GROUP = 16  # episodes that one process reads at a time

@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.chunks import EpisodeError
 from data_prep.decoding import Video, VideoError
-from data_prep.features import STEPS, Feature
 from data_prep.lerobot_metadata import EpisodeFiles, Metadata
 from data_prep.lerobot_rows import Rows, image_bytes
+from uwm_jax.data.chunks import EpisodeError
+from uwm_jax.data.features import STEPS, Feature
 from uwm_jax.data.names import check_name
 from uwm_jax.errors import UserError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.chunks import EpisodeError
 from data_prep.lerobot_metadata import EpisodeFiles, import_pyarrow
+from uwm_jax.data.chunks import EpisodeError
 from uwm_jax.reading import again
 
 _BROKEN = "unreadable parquet file"

@@ -20,10 +20,10 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.episodes import encode_jpeg, feature_tree, serialize_episode
-from data_prep.features import Feature
 from data_prep.source_files import masked_crc
 from data_prep.training_layout import reshard
+from uwm_jax.data.episodes import encode_jpeg, feature_tree, serialize_episode
+from uwm_jax.data.features import Feature
 from uwm_jax.data.records import checksum, column_file, index_file, read_manifest, text_file
 from uwm_jax.errors import UserError
 

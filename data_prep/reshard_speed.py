@@ -6,10 +6,10 @@ import statistics
 import time
 from pathlib import Path
 
-from data_prep.chunks import camera_features, plan_layout
 from data_prep.cutting import Job, run_task
 from data_prep.layout_options import Options
 from data_prep.rlds import corpus
+from uwm_jax.data.chunks import camera_features, plan_layout
 
 
 def mb_per_s_per_core(source: Path, parts: Path, rounds: int = 3) -> float:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.features import STEPS, Feature, flatten, upgrade
 from data_prep.inputs import Corpus, Found, Input, Missing
 from data_prep.source_files import read_records, starts_with_record
+from uwm_jax.data.features import STEPS, Feature, flatten, upgrade
 from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.errors import UserError
 from uwm_jax.reading import read_json

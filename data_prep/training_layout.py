@@ -19,7 +19,6 @@ from typing import Any
 
 from data_prep import on_beam, rlds
 from data_prep.assemble import assemble, check_files
-from data_prep.chunks import EpisodeError, Layout, camera_features, frame_size, plan_layout
 from data_prep.codec import common_size, fit_codec, why_not_fitted
 from data_prep.cutting import Job, run_jobs
 from data_prep.dataset_stats import write_stats
@@ -30,6 +29,7 @@ from data_prep.output import check_output, warn_of_space
 from data_prep.results import Result, first_notes
 from uwm_jax import __version__
 from uwm_jax.data import records
+from uwm_jax.data.chunks import EpisodeError, Layout, camera_features, frame_size, plan_layout
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.reading import read_json

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.chunks import EpisodeError, Layout, cut_episode, plan_layout, step_features
 from data_prep.contact_sheet import DARK
-from data_prep.features import STEPS
 from data_prep.rlds import open_source
 from data_prep.workers import pool
 from uwm_jax.data import example
+from uwm_jax.data.chunks import EpisodeError, Layout, cut_episode, plan_layout, step_features
 from uwm_jax.data.columns import Column
+from uwm_jax.data.features import STEPS
 from uwm_jax.data.normalize import is_constant
 from uwm_jax.data.records import Dataset, decode_image, read_manifest
 from uwm_jax.data.selection import not_finite, some_episodes

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from data_prep.child import Child, ChildError
 from data_prep.clips import Clip, Request, Sampling, Unusable, read_clip
-from data_prep.episodes import feature_tree, serialize_episode
-from data_prep.features import STEPS, Feature
 from data_prep.inputs import Corpus, Found, Input
 from data_prep.video_labels import Labels
+from uwm_jax.data.episodes import feature_tree, serialize_episode
+from uwm_jax.data.features import STEPS, Feature
 from uwm_jax.data.names import check_name
 from uwm_jax.errors import UserError
 

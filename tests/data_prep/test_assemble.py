@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.assemble import check_files
-from data_prep.chunks import Layout
+from uwm_jax.data.chunks import Layout
 from uwm_jax.errors import UserError
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.episodes import encode_jpeg, encode_png, feature_tree, serialize_episode
-from data_prep.features import Feature, flatten
 from data_prep.inputs import Corpus, Found, Input
 from data_prep.layout_options import Options
 from data_prep.training_layout import build, summary
+from uwm_jax.data.episodes import encode_jpeg, encode_png, feature_tree, serialize_episode
+from uwm_jax.data.features import Feature, flatten
 from uwm_jax.data.records import Dataset, read_manifest
 
 FEATURES = {

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from data_prep import layout_options, reshard
-from data_prep.episodes import feature_tree, serialize_episode
-from data_prep.features import Feature
 from data_prep.inputs import Corpus, Found, Input
 from data_prep.layout_options import Options
 from data_prep.training_layout import build
 from tests.data_prep.killing import finished_tasks, tree
 from uwm_jax import cli
+from uwm_jax.data.episodes import feature_tree, serialize_episode
+from uwm_jax.data.features import Feature
 from uwm_jax.errors import RunError, UserError
 
 HAS_BEAM = importlib.util.find_spec("apache_beam") is not None

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.episodes import encode_jpeg, encode_png, feature_tree, serialize_episode
-from data_prep.features import Feature
 from data_prep.inputs import Corpus, Found, Input
 from data_prep.layout_options import Options
 from data_prep.training_layout import build
+from uwm_jax.data.episodes import encode_jpeg, encode_png, feature_tree, serialize_episode
+from uwm_jax.data.features import Feature
 from uwm_jax.data.images import resize_matrix
 from uwm_jax.data.records import Dataset, read_manifest
 from uwm_jax.errors import UserError

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from data_prep.features import Feature
 from data_prep.rlds import open_source
 from data_prep.source_files import read_records
 from tests.data import rlds_source
+from uwm_jax.data.features import Feature
 from uwm_jax.errors import UserError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_prep.chunks import (
+from uwm_jax.data.chunks import (
     EpisodeError,
     Layout,
     camera_features,
@@ -17,7 +17,7 @@ from data_prep.chunks import (
     plan_layout,
     why_unusable,
 )
-from data_prep.features import Feature
+from uwm_jax.data.features import Feature
 
 LAYOUT = Layout(chunk_steps=4, sizes={"x": 2, "n": 1}, columns={"x": ((2,), "<f4"), "n": ((), "<i8")}, cameras={})
 

@@ -15,8 +15,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_prep.features import STEPS, Feature
 from uwm_jax.data import example
+from uwm_jax.data.features import STEPS, Feature
 
 JPEG_QUALITY = 95  # of images that a converter encodes, unless it has a flag for it
 

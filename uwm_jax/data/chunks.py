@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_prep.episodes import encode_jpeg, encode_png, resize_image
-from data_prep.features import STEPS, Feature
 from uwm_jax.data import example
+from uwm_jax.data.episodes import encode_jpeg, encode_png, resize_image
+from uwm_jax.data.features import STEPS, Feature
 from uwm_jax.data.records import COLUMN_MAX_SIZE, decode_image, image_size
 
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA: a camera's frames are decoded to RGB, without alpha
@@ -75,7 +75,7 @@ def plan_layout(
     sizes: dict[str, tuple[int, int]],
     resize: tuple[int, int] | None = None,
 ) -> Layout:
-    """The layout for features of `data_prep.features`.
+    """The layout for features of `uwm_jax.data.features`.
 
     Args:
         sizes: (height, width) of cameras in the source.

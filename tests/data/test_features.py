@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data_prep.features import Feature, as_images, flatten, upgrade
+from uwm_jax.data.features import Feature, as_images, flatten, upgrade
 
 F = tfds.features
 
