@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import errno
-import hashlib
 import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-from array_record.python import array_record_module
 from tqdm import tqdm
 
 from data_prep.inputs import Input
@@ -23,10 +18,8 @@ from data_prep.output import naming
 from data_prep.results import Result, first_notes
 from data_prep.workers import pool
 from uwm_jax.data.chunks import EpisodeError, Layout, cut_episode
+from uwm_jax.data.writing import ShardWriter
 from uwm_jax.files import new_folder
-
-# Riegeli's hashes detect damage; compressing encoded images would only slow down reading.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +92,7 @@ def _cut(job: Job, folder: Path) -> Result:
     """Cuts the episodes of an input into shards and columns in `folder`."""
     result = Result()
     columns = {key: (folder / f"{i}.column").open("wb") for i, key in enumerate(job.layout.columns)}
-    writer = _ShardWriter(folder, job.shard_bytes)
+    writer = ShardWriter(folder, job.shard_bytes)
     bytes_left = job.input.size
     number = -1
     for number, found in enumerate(job.input.episodes()):
@@ -136,51 +129,6 @@ def _cut(job: Job, folder: Path) -> Result:
     result.notes = first_notes([result])
     _count(bytes_left, 0)  # data after a broken frame are not read
     return result
-
-
-class _ShardWriter:
-    """Writes records to consecutive ArrayRecord files of about `shard_bytes` in `folder`."""
-
-    def __init__(self, folder: Path, shard_bytes: int):
-        self._folder, self._shard_bytes = folder, shard_bytes
-        self._shards: list[dict[str, Any]] = []
-        self._writer: Any = None
-        self._size = self._records = 0
-
-    def write(self, record: bytes) -> None:
-        with self._disk_errors():
-            if self._writer is None:
-                self._file = self._folder / f"{len(self._shards):05d}.array_record"
-                self._writer = array_record_module.ArrayRecordWriter(str(self._file), _WRITER_OPTIONS)
-            self._writer.write(record)
-        self._size += len(record)
-        self._records += 1
-        if self._size >= self._shard_bytes:
-            self._finish()
-
-    def close(self) -> list[dict[str, Any]]:
-        self._finish()
-        return self._shards
-
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        """Turns the library's only error type, which has the system's message in its text, into OSError."""
-        try:
-            yield
-        except RuntimeError as e:
-            number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(n) in str(e)), errno.EIO)
-            raise OSError(number, os.strerror(number), str(self._file)) from e
-
-    def _finish(self) -> None:
-        if self._writer is None:
-            return
-        with self._disk_errors():
-            self._writer.close()
-        with self._file.open("rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        size = self._file.stat().st_size
-        self._shards.append({"part": self._file.name, "records": self._records, "bytes": size, "sha256": sha256})
-        self._writer, self._size, self._records = None, 0, 0
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, watch: Callable[[Result], None] = lambda result: None) -> list[Result]:
