@@ -8,6 +8,7 @@ through `new_folder`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -203,6 +204,23 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(e.errno, e.strerror, str(path)) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def exchange(new: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Puts the folder `new` in the place of `target`, and what was there in the place of `new`.
+
+    Nobody sees neither where the kernel can exchange two names (Linux, on most file systems); elsewhere there is a
+    moment without `target`.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here = -100  # AT_FDCWD: paths are relative to the current directory
+    names = os.fsencode(new), os.fsencode(target)
+    if rename is not None and rename(here, names[0], here, names[1], 2) == 0:  # RENAME_EXCHANGE
+        return
+    aside = f"{os.fspath(new)}.aside"
+    os.rename(target, aside)
+    os.rename(new, target)
+    os.rename(aside, new)
 
 
 def _lies_in(name: Any, temporary: Path) -> bool:

@@ -89,7 +89,7 @@ def write_split(
     lengths: Iterable[int],
     checksums: Iterable[int],
     texts: Mapping[str, Sequence[bytes]],
-    columns: Callable[[str], Iterable[Path]],
+    columns: Callable[[str], Iterable[Path | memoryview]],
 ) -> dict[str, Any]:
     """Writes index, strings and columns of a split, whose shards are in the folder; returns its entry of the manifest.
 
@@ -97,7 +97,7 @@ def write_split(
         shards: {"file", "records", "bytes", "sha256"} of each, in order.
         lengths: steps of each episode. checksums: CRC-32C of each record.
         texts: episode-level strings, one per episode.
-        columns: step key -> files with the raw values of consecutive episodes, in the column's dtype.
+        columns: step key -> the bytes of its values, or files of them, of consecutive episodes in the column's dtype.
     """
     steps = np.asarray(list(lengths), np.int64)
     chunks = -(-steps // layout.chunk_steps)
@@ -123,8 +123,11 @@ def write_split(
         header = {"descr": dtype, "fortran_order": False, "shape": (int(steps.sum()), *shape)}
         with writing(dataset / records.column_file(split, key), "wb") as out:
             np.lib.format.write_array_header_1_0(out, header)
-            for file in columns(key):
-                with file.open("rb") as stored:
+            for piece in columns(key):
+                if isinstance(piece, memoryview):
+                    out.write(piece)
+                    continue
+                with piece.open("rb") as stored:
                     shutil.copyfileobj(stored, out, 1 << 22)
     files = [
         records.index_file(split),
