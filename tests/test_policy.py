@@ -12,6 +12,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from uwm_jax import codecs, systems
+from uwm_jax.backend import JaxBackend
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.robot import RobotActions
@@ -19,8 +20,9 @@ from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import RunError, UserError
-from uwm_jax.policy import Policy, acting
+from uwm_jax.policy import Policy
 from uwm_jax.synthetic import synthetic_arrays
+from uwm_jax.systems.base import Use
 
 CHUNK = 6
 SCALE = {"state": (np.array([2.0], np.float32), np.array([10.0], np.float32))}
@@ -43,7 +45,8 @@ class Stub:
         )
         self.length, self.bad, self.calls = len(action), bad, []
 
-    acting = "policy"
+    acting, can_promise = "policy", False
+    uses = {"policy": Use(makes=("action",))}
 
     def noise(self, key, rows, use):
         return {"action": jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), (self.length, 1)))(rows)}
@@ -72,7 +75,7 @@ def seen(*states: float) -> dict[str, np.ndarray]:
 
 
 def make(stub: Stub, seeds=(0,), **options) -> Policy:
-    policy = Policy(stub, {}, {}, **options)
+    policy = Policy(JaxBackend(stub, {}, {}), **options)
     policy.reset(seeds)
     return policy
 
@@ -93,7 +96,7 @@ def test_history_is_the_windows_and_starts_with_the_first_frame(obs, expected):
         batch = policy.inputs()
         assert batch["obs/front"].dtype == np.uint8 and batch["obs/state"].dtype == np.float32
         np.testing.assert_array_equal(batch["obs/front"][0, :, 0, 0, 0], frames)
-        np.testing.assert_array_equal(batch["obs/state"][0, :, 0], (np.array(frames) - 10) / 2)
+        np.testing.assert_array_equal(batch["obs/state"][0, :, 0], frames)
     policy.reset((0,))
     policy.observe(seen(3))
     assert (policy.inputs()["obs/front"] == 3).all()  # nothing is left of the episode before
@@ -130,7 +133,7 @@ def test_the_first_action_is_the_newest_frames(obs, action, first):
 )
 def test_chunks_that_cannot_be_executed(obs, action, execute, message):
     with pytest.raises(UserError, match=message):
-        Policy(Stub(obs=obs, action=action), {}, {}, execute=execute)
+        make(Stub(obs=obs, action=action), execute=execute)
 
 
 def test_noise_follows_from_seeds_and_decision():
@@ -220,7 +223,7 @@ def test_relative_actions_refer_to_the_state_in_which_the_chunk_began():
     for step in range(4):
         # The second action of a chunk was planned with the first.
         taken = policy.act({**seen(1, 2), "pose": pose["pose"] + 100 * (step % 2)})
-        assert taken.shape == (2, 6) and "obs/pose" not in policy.inputs()
+        assert taken.shape == (2, 6)
         turn = angles[step % 2]
         np.testing.assert_allclose(taken[:, :3], pose["pose"][:, :3] + [turn, 0, 0], atol=1e-6)
         expected = Rotation.from_euler("xyz", pose["pose"][:, 3:6]) * Rotation.from_euler("z", turn)
@@ -253,14 +256,15 @@ def test_a_models_relative_actions_are_the_robots_at_the_present_pose(tiny_confi
     codec = codecs.from_config(tiny_config)
     system, frozen = systems.make(tiny_config, spec, codec), synthetic_arrays(tiny_config, codec)
     params = jax.jit(system.init)(jax.random.key(0))
-    sample = jax.jit(acting(system))
-    policy = Policy(system, params, frozen, execute=4, sample=sample)
+    policy = Policy(JaxBackend(system, params, frozen), execute=4)
     rng = np.random.default_rng(0)
     now = np.array([[0.1, 0.2, 0.3, np.pi, np.pi / 2, -1.0]], np.float32)
     seen = {"wrist": rng.integers(0, 256, (1, 16, 16, 3), np.uint8), "state": np.ones((1, 3)), pose: now}
     policy.observe(seen)
-    zero, zeros = np.uint32(0), np.zeros(1, np.uint32)
-    made = np.asarray(sample(params, frozen, policy.inputs(), zero, zeros, zeros))
+    own = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
+    noise = system.noise(own, jnp.zeros(1, jnp.int32), "policy")
+    batch = spec.normalized({key: x for key, x in policy.inputs().items() if key != f"obs/{pose}"})
+    made = np.asarray(system.sample(params, system.encode(frozen, batch), "policy", noise)["action"])
     raw = spec.normalizer.unnormalize("action", made[0]).astype(np.float64)
     taken = policy.plan()[0]
     assert raw.shape == (4, 10) and taken.shape == (4, 7)

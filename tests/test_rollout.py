@@ -17,6 +17,7 @@ pytest.importorskip("gym_pusht")
 
 from tests.pusht_run import SIZE, make_config, make_demonstrations, same  # noqa: E402
 from uwm_jax import cli, compare_samplers, envs, rollout  # noqa: E402
+from uwm_jax.backend import JaxBackend  # noqa: E402
 from uwm_jax.config import base, source  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
 from uwm_jax.data.robot import RobotActions  # noqa: E402
@@ -55,7 +56,7 @@ class Stub:
         self.spec = DataSpec(window, {"image": (size, size)}, {"agent_pos": 2}, 2, 0, Normalizer({"action": half}))
         self.cameras = ("image",)
 
-    acting = "policy"
+    acting, can_promise = "policy", False
     uses = {"policy": Use(makes=("action",)), "forward": Use(makes=("next_obs",), given=("action",))}
 
     def noise(self, key, rows, use):
@@ -78,6 +79,10 @@ class Stub:
     def frames(self, frozen, made):
         latents = made["next_obs_latent"]
         return jnp.broadcast_to(latents[:, None, None, None, None, None], (len(latents), 1, 2, SIZE, SIZE, 3))
+
+
+def backend(system: Stub) -> JaxBackend:
+    return JaxBackend(system, {}, {})
 
 
 class TwoViews(Stub):
@@ -125,13 +130,13 @@ def test_a_choice_shows_the_first_of_its_cameras_that_the_environment_has():
 
 @pytest.mark.slow
 def test_several_views_of_one_camera_act_as_one(episodes):
-    (alone,) = closed_loop.closed_loop(TwoViews(), {}, {}, "pusht", SEEDS[:1], workers=1)
+    (alone,) = closed_loop.closed_loop(backend(TwoViews()), "pusht", SEEDS[:1], workers=1)
     assert same(alone, episodes[0])
 
 
 @pytest.fixture(scope="module")
 def episodes():
-    return closed_loop.closed_loop(Stub(), {}, {}, "pusht", SEEDS, workers=2)
+    return closed_loop.closed_loop(backend(Stub()), "pusht", SEEDS, workers=2)
 
 
 @pytest.mark.slow
@@ -139,8 +144,8 @@ def test_an_episode_does_not_depend_on_the_others(episodes):
     assert [e.seed for e in episodes] == SEEDS and [len(e.actions) for e in episodes] == [300, 300]
     assert all(len(e.scores) == len(e.actions) + 1 for e in episodes)
     with ParallelEnvs("pusht", {"image": (SIZE, SIZE)}, workers=1) as open_envs:
-        alone = closed_loop.closed_loop(Stub(), {}, {}, open_envs, SEEDS[1:])
-        again = closed_loop.closed_loop(Stub(), {}, {}, open_envs, SEEDS[::-1], seed=1)
+        alone = closed_loop.closed_loop(backend(Stub()), open_envs, SEEDS[1:])
+        again = closed_loop.closed_loop(backend(Stub()), open_envs, SEEDS[::-1], seed=1)
     assert same(alone[0], episodes[1])
     assert not same(again[1], episodes[0])
 
@@ -148,7 +153,7 @@ def test_an_episode_does_not_depend_on_the_others(episodes):
 @pytest.mark.slow
 def test_the_loop_is_that_of_one_policy_in_one_environment(episodes):
     env = envs.get("pusht").make({"image": (SIZE, SIZE)})
-    policy = Policy(Stub(), {}, {}, execute=8, batch_size=closed_loop.BATCH)
+    policy = Policy(backend(Stub()), execute=8, batch_size=closed_loop.BATCH)
     policy.reset(SEEDS[:1])
     observation, info = env.reset(seed=SEEDS[0])
     for step in range(40):
@@ -179,7 +184,7 @@ def test_relative_actions_are_taken_as_the_simulator_has_them():
 
     def begin(stub):
         return closed_loop.closed_loop(
-            stub, {}, {}, "pusht", SEEDS[:1], workers=1, each=lambda rounds: itertools.islice(rounds, 2)
+            backend(stub), "pusht", SEEDS[:1], workers=1, each=lambda rounds: itertools.islice(rounds, 2)
         )[0]
 
     spec, relative, plain = envs.get("pusht"), begin(Relative()), begin(Stub())
@@ -317,7 +322,7 @@ def test_a_model_of_other_data_is_refused():
     stub = Stub()
     stub.spec = DataSpec(stub.spec.window, {"wrist": (8, 8)}, {"agent_pos": 3}, 7, 4, Normalizer())
     with pytest.raises(UserError) as e:
-        closed_loop.closed_loop(stub, {}, {}, "pusht", SEEDS)
+        closed_loop.closed_loop(backend(stub), "pusht", SEEDS)
     for part in (
         "camera 'wrist': pusht has image",
         "agent_pos (3 numbers)",
@@ -341,14 +346,14 @@ def test_observations_take_the_path_of_training_bit_for_bit(trained):
     env, expert = spec.make(system.spec.cameras), spec.expert()
     observation, _ = env.reset(seed=seed)
     expert.reset(seed)
-    policy = Policy(system, params, frozen, execute=16)
+    policy = Policy(JaxBackend(system, params, frozen), execute=16)
     policy.reset([seed])
     for _ in range(origin + 1):  # the newest frame of the window is the one at origin + 1
         policy.observe({key: x[None] for key, x in observation.items()})
         observation, *_ = env.step(expert.act(env))
     policy.observe({key: x[None] for key, x in observation.items()})
 
-    inputs = policy.inputs()
+    inputs = system.spec.normalized(policy.inputs())
     assert inputs.keys() == {key for key in window if key.startswith("obs/")}
     for key, value in inputs.items():
         assert value.dtype == window[key].dtype
@@ -383,7 +388,7 @@ def test_the_command_writes_metrics_episodes_and_film(trained, capsys):
     assert (trained / "report.html").exists() and "random_held" in capsys.readouterr().out
 
     system, params, frozen, _ = load_for_inference(trained)
-    again = closed_loop.closed_loop(system, params, frozen, "pusht", [100_001])
+    again = closed_loop.closed_loop(JaxBackend(system, params, frozen), "pusht", [100_001])
     assert again[0].max_score == stored["episodes"]["policy"][1]["max_coverage"]
 
 
@@ -435,9 +440,9 @@ def test_other_closed_loops_leave_the_first_alone(trained, tmp_path, monkeypatch
 def test_every_way_of_sampling_acts_in_the_same_processes(trained, monkeypatch, capsys):
     seen = []
 
-    def act(system, params, frozen, envs, seeds, execute, progress):
+    def act(backend, envs, seeds, execute, progress):
         assert execute == 4
-        seen.append((envs, system.schedule.num_inference_steps, list(seeds)))
+        seen.append((envs, backend.model.schedule.num_inference_steps, list(seeds)))
         return [EpisodeResult(seed, np.array([0.0, len(seen) / 10]), np.zeros((1, 2)), seed % 2 == 0) for seed in seeds]
 
     monkeypatch.setattr(closed_loop, "closed_loop", act)

@@ -23,6 +23,7 @@ import jax
 from absl import flags
 
 from uwm_jax import cli, config_help, systems
+from uwm_jax.backend import JaxBackend
 from uwm_jax.envs.parallel import ParallelEnvs
 from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation import closed_loop, places
@@ -148,7 +149,7 @@ def open_acting(env: str | None, system: System, episodes: int, execute: int) ->
         yield None
         return
     # Refuses what does not fit before minutes of sampling.
-    Policy(system, None, None, execute=execute, source=closed_loop.acting_source(system))
+    Policy(JaxBackend(system, None, None), execute=execute, source=closed_loop.acting_source(system))
     seeds = range(closed_loop.FIRST_SEED, closed_loop.FIRST_SEED + episodes)
     with closed_loop.open_envs(env, system, seeds) as envs:
         yield Acting(envs, seeds, execute)
@@ -168,7 +169,8 @@ def compare(evaluator: Evaluator, way: System, params: Any, frozen: Any, acting:
     how, metrics = way.describe_sampling(), evaluator.run_uses(way, params, frozen, name)
     if acting:
         envs, execute, progress = acting.envs, acting.execute, f"{name}, {acting.envs.spec.name}"
-        results = closed_loop.closed_loop(way, params, frozen, envs, acting.seeds, execute=execute, progress=progress)
+        backend = JaxBackend(way, params, frozen)
+        results = closed_loop.closed_loop(backend, envs, acting.seeds, execute=execute, progress=progress)
         acted = closed_loop.measure({closed_loop.POLICY: results}, envs.spec)
         for metric in (f"max_{envs.spec.score}", "success"):
             metrics[f"closed_loop/{metric}"] = acted[f"{closed_loop.POLICY}/{metric}"]

@@ -14,60 +14,242 @@ It knows no environment, and drives any number of them at once: rollouts use man
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from uwm_jax.backend import Backend, Noise
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.errors import RunError, UserError
-from uwm_jax.systems.base import System
+from uwm_jax.errors import RunError, UserError, warn
+from uwm_jax.systems.base import Promised
 
 Rows = Sequence[int] | np.ndarray | None
-Sample = Callable[..., jax.Array]  # as `acting` makes it
+Limits = tuple[object, object]  # lowest and highest action, (Dr,) each or a number for all columns
+
+
+class Actor:
+    """The half of a policy without memory: histories in, chunks of actions out as the robot takes them.
+
+    A row's chunk is a function of its own inputs and noise alone: the network always sees one of `sizes` rows, of which
+    spare ones are filled up.
+
+    Args:
+        backend: whose acting use it is.
+        source: of the training data, whose robot acts; "" where all have actions of one convention.
+        limits: (lowest, highest) action that the robot is given, in its own columns and units, each (Dr,) or a number
+            for all; None: none. What lies beyond is cut, counted in `cut`, and said once.
+        sizes: rows of a call of the network, rising: a call has the smallest that holds its rows, and more rows than
+            the largest make several calls. (): as many as there are.
+    Raises:
+        UserError: the model acts in no use, `source` does not tell the robot, or limits that do not fit.
+
+    Attributes:
+        horizon: rows of a chunk, one for each step from the present on; width: Dr, numbers of the robot's action.
+        cut: numbers of chunks that the limits have cut.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        source: str = "",
+        limits: Limits | None = None,
+        sizes: Sequence[int] = (),
+    ):
+        if not backend.acting:
+            raise UserError(f"config.system={backend.system!r}: this model makes no action from an observation alone.")
+        self.backend, self._sizes = backend, tuple(sizes)
+        window = backend.spec.window
+        self._rows = rows_from_the_present(window)
+        self._newest = window.obs.index(window.present)
+        self._robot = backend.spec.robot(source)
+        self.horizon = self._rows.stop - self._rows.start
+        self.width = self._robot.width if self._robot else backend.spec.action_dim
+        self._limits = None if limits is None else self._checked(limits)
+        self.cut = 0
+
+    def inputs_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of what `chunks` takes, raw: `obs/<camera>` (B, To, H, W, 3) uint8, `obs/<low-dim key>`
+        (B, To, D) float32, among them the states that relative actions refer to, and `obs/text` (B, E) float32."""
+        frames = len(self.backend.spec.window.obs)
+        found = {}
+        for key, like in self.observation_like(rows).items():
+            shape = like.shape if key == "text" else (rows, frames, *like.shape[1:])
+            found[f"obs/{key}"] = jax.ShapeDtypeStruct(shape, like.dtype)
+        return found
+
+    def observation_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one step's observation, as `DataSpec.observation_like`."""
+        return self.backend.spec.observation_like(rows, self._robot)
+
+    def check(self, observation: Mapping[str, object], rows: int) -> dict[str, np.ndarray]:
+        """One step's observation of `rows` episodes in the dtypes of `observation_like`; UserError as
+        `DataSpec.check`."""
+        return self.backend.spec.check(observation, rows, self._robot)
+
+    def noise(self, seed: int, seeds: np.ndarray, decisions: np.ndarray) -> Noise:
+        """The noise of chunks, as `Backend.noise` of the acting use."""
+        rows = len(seeds)
+        at = np.concatenate([part for part, _ in self._calls(rows)])
+        drawn = self.backend.noise(self.backend.acting, seed, np.asarray(seeds)[at], np.asarray(decisions)[at])
+        return drawn if len(at) == rows else {m: np.asarray(x)[:rows] for m, x in drawn.items()}
+
+    def chunks(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        noise: Noise,
+        promised: tuple[np.ndarray, np.ndarray] | None = None,
+        *,
+        guided: bool = False,
+    ) -> np.ndarray:
+        """Chunks of actions: (B, horizon, Dr) float32, the numbers that the robot takes, row k for k steps from now.
+        Relative actions refer to the newest observation.
+
+        Args:
+            inputs: as `inputs_like`.
+            noise: {modality: (B, ...)} of the acting use.
+            promised: (actions (B, horizon, Dr), count (B,)): the first `count` rows are executed whatever is sampled,
+                and are returned as they are given; they need not be finite after these. None for plain sampling.
+            guided: whether they also guide the rest.
+        Raises:
+            RunError: the actions are not finite.
+        """
+        rows = len(next(iter(inputs.values())))
+        inside = None if promised is None else self._inside(inputs, *promised)
+        pieces = []
+        for at, used in self._calls(rows):
+            whole = len(at) == rows
+
+            def of(x: Any, at: np.ndarray = at, whole: bool = whole) -> Any:
+                return x if whole else np.asarray(x)[at]
+
+            made = self.backend.sample(
+                self.backend.acting,
+                {key: of(x) for key, x in inputs.items() if key in self._read},
+                {m: of(x) for m, x in noise.items()},
+                None if inside is None else Promised(of(inside.action), of(inside.mask)),
+                guided=guided,
+                actions_only=True,
+            )
+            pieces.append(made["action"][:used])
+        chunk = np.concatenate(pieces)
+        actions = chunk[:, self._rows]
+        if self._robot:
+            actions = self._robot.to_robot(actions, self._states(inputs))
+        if not (np.isfinite(chunk).all() and np.isfinite(actions).all()):
+            raise RunError(
+                "the policy's actions are not finite. Check the observations for extreme values, and the checkpoint's "
+                "parameters."
+            )
+        actions = self._limited(actions)
+        if promised is not None:
+            first = np.arange(self.horizon) < np.asarray(promised[1])[:, None]
+            actions = np.where(first[..., None], promised[0], actions).astype(np.float32)
+        return actions
+
+    def normalized(self, inputs: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
+        """Actions (B, T, Dr) of the robot as the model has them, (B, T, Da) float32 normalised; relative ones refer to
+        the newest observation."""
+        if self._robot:
+            actions = self._robot.to_model(actions, self._states(inputs))
+        return np.asarray(self.backend.spec.normalizer.normalize("action", actions), np.float32)
+
+    def _inside(self, inputs: Mapping[str, np.ndarray], actions: np.ndarray, count: np.ndarray) -> Promised:
+        """Promised actions at their places in the model's chunk."""
+        count = np.asarray(count)
+        first = np.arange(self.horizon) < count[:, None]
+        # Rows that are not promised repeat one that is, so that their transforms are finite as well.
+        filled = np.where(first[..., None], actions, np.asarray(actions)[:, :1])
+        rows, spec = len(count), self.backend.spec
+        mask = np.zeros((rows, len(spec.window.action)), bool)
+        mask[:, self._rows] = first
+        values = np.zeros((*mask.shape, spec.action_dim), np.float32)
+        values[:, self._rows] = np.where(first[..., None], self.normalized(inputs, filled), 0)
+        return Promised(values, mask)  # type: ignore[arg-type]  # numpy's arrays are placed when they are used
+
+    @property
+    def _read(self) -> set[str]:
+        return {f"obs/{key}" for key in self.backend.spec.observation_like(0)}
+
+    def _states(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        assert self._robot
+        return {key: inputs[f"obs/{key}"][:, self._newest] for key in self._robot.states}
+
+    def _calls(self, rows: int) -> list[tuple[np.ndarray, int]]:
+        """The rows (size,) of each call, filled up by repetition, and how many of them count."""
+        if not self._sizes:
+            return [(np.arange(rows), rows)]
+        largest, found = self._sizes[-1], []
+        for start in range(0, rows, largest):
+            part = np.arange(start, min(start + largest, rows))
+            size = next(size for size in self._sizes if size >= len(part))
+            found.append((np.resize(part, size), len(part)))
+        return found
+
+    def _checked(self, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+        found = []
+        for name, limit in zip(("lowest", "highest"), limits, strict=True):
+            try:
+                array = np.broadcast_to(np.asarray(limit, np.float32), (self.width,))
+            except (TypeError, ValueError) as e:
+                raise UserError(
+                    f"limits, {name}: expected a number, or {self.width}, one for each column of the robot's action; "
+                    f"found {limit!r}."
+                ) from e
+            found.append(array)
+        if not (found[0] <= found[1]).all():
+            raise UserError(f"limits: expected lowest <= highest in every column, found {limits!r}.")
+        return found[0], found[1]
+
+    def _limited(self, actions: np.ndarray) -> np.ndarray:
+        if self._limits is None:
+            return actions
+        low, high = self._limits
+        beyond = (actions < low) | (actions > high)
+        if beyond.any():
+            if not self.cut:
+                row, step, column = np.argwhere(beyond)[0]
+                warn(
+                    f"actions beyond the limits are cut: column {column} of a chunk reached "
+                    f"{actions[row, step, column]:.4g}, allowed is {low[column]:.4g} to {high[column]:.4g}."
+                )
+            self.cut += int(beyond.sum())
+        return np.clip(actions, low, high)
 
 
 class Policy:
     """Acts in as many episodes (rows) at once as `reset` is told of.
 
-    A row's actions are a function of its own observations, its episode's seed and `seed` alone: the network always sees
-    `batch_size` rows, of which spare ones are filled up.
+    A row's actions are a function of its own observations, its episode's seed and `seed` alone.
 
     Args:
-        system, params, frozen: as `inference.load_for_inference` gives them.
+        actor: or the backend that it is made of, with `source` and `limits`, and calls of the network of `batch_size`
+            rows.
         execute: actions of each chunk that are taken, 1 to as many as the chunk has from the present on.
         seed: of the noise that sampling starts from, with the episode's seed and the number of the decision.
-        batch_size: rows of one call of the network.
-        sample: `acting(system)`, compiled; None: it is compiled for one device.
-        source: of the training data, whose robot acts; "" where all have actions of one convention.
+        batch_size, source, limits: see `actor`.
     Raises:
-        UserError: `execute` does not fit the window that the model was trained on, or `source` does not tell the robot.
+        UserError: `execute` does not fit the window that the model was trained on; or as `Actor`.
     """
 
     def __init__(
         self,
-        system: System,
-        params: Any,
-        frozen: Any,
+        actor: Actor | Backend,
         *,
         execute: int = 8,
         seed: int = 0,
         batch_size: int = 1,
-        sample: Sample | None = None,
         source: str = "",
+        limits: Limits | None = None,
     ):
-        self.system, self._params, self._frozen = system, params, frozen
-        self.execute, self._batch_size = execute, batch_size
-        self._seed = np.uint32(seed)
-        self._sample = sample or _compiled(system)
-        window = system.spec.window
-        present = max(window.obs)
-        self._history = [present - i for i in window.obs]  # steps back from the present
-        self._chunk = chunk_from_the_present(window, execute)
-        self._robot = system.spec.robot(source)
+        if isinstance(actor, Backend):
+            actor = Actor(actor, source=source, limits=limits, sizes=(batch_size,))
+        self.actor, self.execute, self._seed = actor, execute, seed
+        window = actor.backend.spec.window
+        check_execute(window, execute)
+        self._history = [window.present - i for i in window.obs]  # steps back from the present
         self.reset((0,))
 
     def reset(self, seeds: Sequence[int]) -> None:
@@ -80,16 +262,15 @@ class Policy:
         rows = len(self._seeds)
         self._decisions = np.zeros(rows, np.uint32)
         self._left = np.zeros(rows, np.int64)  # actions of the row's chunk that are still to be taken
-        width = self._robot.width if self._robot else self.system.spec.action_dim
-        self._chunks = np.zeros((rows, self.execute, width), np.float32)
+        self._chunks = np.zeros((rows, self.actor.horizon, self.actor.width), np.float32)
         self._seen = np.zeros(rows, bool)
         length = max(self._history) + 1
         self._frames = {
             key: np.zeros((rows, length, *like.shape[1:]), like.dtype)
-            for key, like in self.system.spec.observation_like(rows, self._robot).items()
+            for key, like in self.actor.observation_like(rows).items()
         }
 
-    def act(self, observation: Mapping[str, np.ndarray], rows: Rows = None) -> np.ndarray:
+    def act(self, observation: Mapping[str, np.ndarray], rows: Rows = None, noise: Noise | None = None) -> np.ndarray:
         """The next action of each row; called once for every step of the episode.
 
         Args:
@@ -97,6 +278,7 @@ class Policy:
                 "text": (n, E) where the model reads text; for relative actions, the state that they refer to: (n, D),
                 raw units}. Other keys are ignored.
             rows: (n,) which rows these are of; None: all.
+            noise: {modality: (n, ...)} for the chunks that begin with this step; None: drawn from the seeds.
 
         Returns:
             (n, Dr) float32, the numbers that the robot takes.
@@ -107,10 +289,11 @@ class Policy:
         """
         at = self._rows(rows)
         self.observe(observation, at)
-        due = at[self._left[at] == 0]
-        if len(due):
-            self._chunks[due] = self.plan(due)
-            self._left[due] = self.execute
+        due = self._left[at] == 0
+        if due.any():
+            given = None if noise is None else {m: np.asarray(x)[due] for m, x in noise.items()}
+            self._chunks[at[due]] = self.plan(at[due], given)
+            self._left[at[due]] = self.execute
         action = self._chunks[at, self.execute - self._left[at]]
         self._left[at] -= 1
         return action
@@ -118,7 +301,7 @@ class Policy:
     def observe(self, observation: Mapping[str, np.ndarray], rows: Rows = None) -> None:
         """Takes in one step's observation, as `act` does; an episode's first one fills its whole history."""
         at = self._rows(rows)
-        checked = self.system.spec.check(observation, len(at), self._robot)
+        checked = self.actor.check(observation, len(at))
         first = at[~self._seen[at]]
         self._seen[at] = True
         for key, value in checked.items():
@@ -128,100 +311,44 @@ class Policy:
             frames[first] = frames[first, -1:]
 
     def inputs(self, rows: Rows = None) -> dict[str, np.ndarray]:
-        """The network's inputs for these rows, a batch as `System` takes it: `obs/<camera>` (n, To, H, W, 3) uint8,
-        `obs/<low-dim key>` (n, To, D) float32 normalised, `obs/text` (n, E)."""
-        at = self._rows(rows)
-        batch = {}
-        spec = self.system.spec
-        for key in spec.observation_like(0):
-            frames = self._frames[key]
-            if key == "text":
-                batch["obs/text"] = frames[at, -1]
-                continue
-            batch[f"obs/{key}"] = frames[at][:, [-1 - back for back in self._history]]
-        return spec.normalized(batch)
+        """What `Actor.chunks` takes of these rows: their histories, raw."""
+        at, back = self._rows(rows), [-1 - back for back in self._history]
+        return {f"obs/{key}": x[at, -1] if key == "text" else x[at][:, back] for key, x in self._frames.items()}
 
-    def plan(self, rows: Rows = None) -> np.ndarray:
-        """Samples a chunk from what was observed: (n, execute, Dr) float32, the numbers that the robot takes, the first
-        action for now. Relative actions refer to the newest observation.
+    def plan(self, rows: Rows = None, noise: Noise | None = None) -> np.ndarray:
+        """Samples a chunk from what was observed, (n, horizon, Dr) float32, as `Actor.chunks`; the first action is for
+        now.
 
         Raises:
             RunError: the actions are not finite.
         """
         at = self._rows(rows)
-        size = self._batch_size
-        pieces = []
-        for start in range(0, len(at), size):
-            part = np.resize(at[start : start + size], size)  # filled up by repetition
-            noise = self._seed, self._seeds[part], self._decisions[part]
-            pieces.append(self._sample(self._params, self._frozen, self.inputs(part), *noise))
+        if noise is None:
+            noise = self.actor.noise(self._seed, self._seeds[at], self._decisions[at])
         self._decisions[at] += 1
-        chunk = np.concatenate(jax.device_get(pieces))[: len(at)]
-        actions = self._acted(chunk[:, self._chunk], at)
-        if not (np.isfinite(chunk).all() and np.isfinite(actions).all()):
-            raise RunError(
-                "the policy's actions are not finite. Check the observations for extreme values, and the checkpoint's "
-                "parameters."
-            )
-        return actions
-
-    def _acted(self, chunk: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Normalised actions (n, T, Da) of the model for rows `at` as the robot takes them."""
-        raw = np.asarray(self.system.spec.normalizer.unnormalize("action", chunk), np.float32)
-        if self._robot is None:
-            return raw
-        return self._robot.to_robot(raw, {key: self._frames[key][at, -1] for key in self._robot.states})
+        return self.actor.chunks(self.inputs(at), noise)
 
     def _rows(self, rows: Rows) -> np.ndarray:
         return np.arange(len(self._seeds)) if rows is None else np.asarray(rows, np.int64)
 
 
-def acting(system: System) -> Sample:
-    """`(params, frozen, batch, seed, seeds, decisions) -> actions`, to be compiled: a chunk for each of B rows.
-
-    Args of the function:
-        batch: as `Policy.inputs` gives it.
-        seed: () uint32, of all noise; seeds, decisions: (B,) uint32, each row's episode and number of the decision.
-
-    Returns (B, Ta, Da) float32, normalised.
-    """
-
-    def sample(
-        params: Any, frozen: Any, batch: Mapping[str, Any], seed: jax.Array, seeds: jax.Array, decisions: jax.Array
-    ) -> jax.Array:
-        key = jax.random.key(seed)
-
-        def noise(seed: jax.Array, decision: jax.Array) -> dict[str, jax.Array]:
-            own = jax.random.fold_in(jax.random.fold_in(key, seed), decision)
-            return jax.tree.map(lambda x: x[0], system.noise(own, jnp.zeros(1, jnp.int32), system.acting))
-
-        encoded = system.encode(frozen, batch)
-        return system.sample(params, encoded, system.acting, jax.vmap(noise)(seeds, decisions))["action"]
-
-    return sample
-
-
-# Cached, so that policies of one system compile once.
-@functools.lru_cache(maxsize=4)
-def _compiled(system: System) -> Sample:
-    return jax.jit(acting(system))
-
-
-def chunk_from_the_present(window: WindowSpec, execute: int) -> slice:
-    """Places in a window's actions of the `execute` ones that follow the newest observed frame.
-
-    Raises:
-        UserError: there are fewer.
-    """
-    action, present = window.action, max(window.obs)
+def rows_from_the_present(window: WindowSpec) -> slice:
+    """Places in a window's actions of those that follow each other step by step from the newest observed frame on."""
+    action, present = window.action, window.present
     first = action.index(present) if present in action else 0
     ready = 0
     while first + ready < len(action) and action[first + ready] == present + ready:
         ready += 1
+    return slice(first, first + ready)
+
+
+def check_execute(window: WindowSpec, execute: int) -> None:
+    """Raises UserError where a chunk has fewer than `execute` actions from the present on, or it is less than 1."""
+    rows = rows_from_the_present(window)
+    ready = rows.stop - rows.start
     if not 1 <= execute <= ready:
         expected = f"expected 1 to {ready}" if ready else "no number will do"
         raise UserError(
-            f"execute={execute}: {expected}. The model was trained on config.data.window.action={action}, of which "
-            f"{ready} follow each other step by step from the newest observed frame, {present}, on."
+            f"execute={execute}: {expected}. The model was trained on config.data.window.action={window.action}, of "
+            f"which {ready} follow each other step by step from the newest observed frame, {window.present}, on."
         )
-    return slice(first, first + execute)

@@ -17,6 +17,7 @@ import time
 from absl import flags
 
 from uwm_jax import cli, config_help
+from uwm_jax.backend import JaxBackend
 from uwm_jax.envs import get
 from uwm_jax.envs.parallel import controllers, replay
 from uwm_jax.errors import warn
@@ -67,6 +68,7 @@ def main(call: cli.Call) -> None:
     system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, call.overrides, FLAGS.parameters)
     check_fits(spec, system)
     params = system.held(params)
+    backend = JaxBackend(system, params, frozen)
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.episodes)
     used = inference.parameters_used(workdir, step, FLAGS.parameters)
     default = inference.parameters_used(workdir, step)["parameters"]
@@ -90,11 +92,7 @@ def main(call: cli.Call) -> None:
 
     start = time.perf_counter()
     with open_envs(env, system, seeds, FLAGS.workers) as envs:
-        results = {
-            POLICY: closed_loop(
-                system, params, frozen, envs, seeds, execute=FLAGS.execute, seed=FLAGS.seed, progress=POLICY
-            )
-        }
+        results = {POLICY: closed_loop(backend, envs, seeds, execute=FLAGS.execute, seed=FLAGS.seed, progress=POLICY)}
         for name in controllers(spec):
             results[name] = play(envs, name, seeds)
     seconds = time.perf_counter() - start

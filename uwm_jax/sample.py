@@ -31,6 +31,7 @@ import numpy as np
 from absl import flags
 
 from uwm_jax import cli, config_help, files, systems
+from uwm_jax.backend import JaxBackend
 from uwm_jax.data.value_ranges import far_out
 from uwm_jax.errors import UserError, closest, warn
 from uwm_jax.systems.base import System
@@ -262,31 +263,19 @@ def run(
         same for every mode.
       float_frames: whether to return frames as float32 that is not clipped, too.
     """
-    normalizer = system.spec.normalizer
-    batch = system.spec.normalized(inputs.batch)
-    batch.setdefault("action_mask", np.ones(inputs.batch_size, bool))
-    batch["row"] = np.arange(inputs.batch_size, dtype=np.int32)
-    root, rows = jax.random.key(seed), jnp.asarray(batch["row"])
-    noise = {
-        mode: inputs.noise if mode == DENOISE else {**system.noise(root, rows, mode), **inputs.noise}
-        for mode in inputs.modes
-    }
-    made = _modes(system, inputs.modes)(params, frozen, batch, noise, inputs.timestep)
-    results: dict[str, dict[str, np.ndarray]] = {}
-    for mode in inputs.modes:
-        out = results[mode] = {key: np.asarray(value) for key, value in made[mode].items()}
-        if mode != DENOISE and "action" in out:
-            out["action_normalized"] = out["action"]
-            out["action"] = np.asarray(normalizer.unnormalize("action", out["action"]), np.float32)
-        if mode != DENOISE and "next_obs" in system.uses[mode].makes:
-            frames = np.asarray(_frames(system)(frozen, {k: x for k, x in out.items() if k.startswith("next_obs_")}))
-            out.pop("next_obs_float", None)
-            with np.errstate(invalid="ignore"):  # what is not finite is refused with its name
-                pictures = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
-            out |= {f"next_obs/{camera}": pictures[:, view] for view, camera in enumerate(system.cameras)}
-            if float_frames:
-                out |= {f"next_obs_float/{camera}": frames[:, view] for view, camera in enumerate(system.cameras)}
-    return results
+    root, rows = jax.random.key(seed), jnp.arange(inputs.batch_size)
+    uses = tuple(mode for mode in inputs.modes if mode != DENOISE)
+    noise = {use: {**system.noise(root, rows, use), **inputs.noise} for use in uses}
+    made: dict[str, dict[str, np.ndarray]] = {}
+    if uses:
+        backend = JaxBackend(system, params, frozen)
+        made = backend.answers(uses, inputs.batch, noise, float_frames=float_frames)
+    if DENOISE in inputs.modes:
+        batch = {"action_mask": np.ones(inputs.batch_size, bool), **system.spec.normalized(inputs.batch)}
+        batch["row"] = np.arange(inputs.batch_size, dtype=np.int32)
+        evaluated = _denoising(system)(params, frozen, batch, inputs.noise, inputs.timestep)
+        made[DENOISE] = {key: np.asarray(value) for key, value in evaluated.items()}
+    return {mode: made[mode] for mode in inputs.modes}
 
 
 def check_results(results: Mapping[str, np.ndarray], modes: str) -> None:
@@ -298,30 +287,16 @@ def check_results(results: Mapping[str, np.ndarray], modes: str) -> None:
         )
 
 
-# Cached, so that repeated calls compile once. All modes are one program: they share the encoders' work.
-@functools.lru_cache(maxsize=16)
-def _modes(system: System, modes: tuple[str, ...]) -> Callable[..., Any]:
-    def run_modes(params: Any, frozen: Any, batch: Any, noise: Any, timestep: Any) -> dict[str, Any]:
-        encoded = system.encode(frozen, batch)
-        return {
-            mode: _denoise(system, params, batch, encoded, noise[mode], timestep)
-            if mode == DENOISE
-            else system.sample(params, encoded, mode, noise[mode])
-            for mode in modes
-        }
-
-    return jax.jit(run_modes)
-
-
-def _denoise(system: System, params: Any, batch: Any, encoded: Any, noise: Any, timestep: Any) -> dict[str, jax.Array]:
-    found = system.losses(params, encoded, {"noise": noise, "timestep": timestep})
-    shares = system.shares(batch, jax.random.key(0))
-    return {**{f"loss/{name}": (shares[name] * x).sum() for name, x in found.parts.items()}, **found.outputs}
-
-
+# Cached, so that repeated calls compile once.
 @functools.lru_cache(maxsize=4)
-def _frames(system: System) -> Callable[..., Any]:
-    return jax.jit(system.frames)
+def _denoising(system: System) -> Callable[..., Any]:
+    def denoise(params: Any, frozen: Any, batch: Any, noise: Any, timestep: Any) -> dict[str, jax.Array]:
+        encoded = system.encode(frozen, batch)
+        found = system.losses(params, encoded, {"noise": noise, "timestep": timestep})
+        shares = system.shares(batch, jax.random.key(0))
+        return {**{f"loss/{name}": (shares[name] * x).sum() for name, x in found.parts.items()}, **found.outputs}
+
+    return jax.jit(denoise)
 
 
 command = cli.command(main, define_flags)

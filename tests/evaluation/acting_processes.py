@@ -16,6 +16,7 @@ from absl import flags
 
 from tests.pusht_run import SIZE, make_config
 from uwm_jax import cli, codecs, envs
+from uwm_jax.backend import JaxBackend
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
@@ -52,7 +53,8 @@ def act(output: Path) -> None:
     if distributed.is_main():
         with closed_loop.open_envs("pusht", program.system, SEEDS, 1) as opened:
             opened.spec = env
-            found = closed_loop.closed_loop(program.system, params, {}, opened, SEEDS, sampler=sampler)
+            backend = JaxBackend(program.system, params, {}, act=sampler)
+            found = closed_loop.closed_loop(backend, opened, SEEDS, rows_of_a_call=sampler.rows)
         np.savez(output, actions=[e.actions for e in found], scores=[e.scores for e in found])
     else:
         closed_loop.follow(sampler, params, {}, env, execute=8)

@@ -11,6 +11,7 @@ pytest.importorskip("gym_pusht")
 
 from tests.pusht_run import make_config, make_demonstrations, same  # noqa: E402
 from uwm_jax import cli, rollout  # noqa: E402
+from uwm_jax.backend import JaxBackend  # noqa: E402
 from uwm_jax.envs.parallel import ParallelEnvs  # noqa: E402
 from uwm_jax.errors import Preempted  # noqa: E402
 from uwm_jax.evaluation import closed_loop  # noqa: E402
@@ -67,7 +68,9 @@ def test_training_writes_what_the_command_does_of_the_policy(trained):
 def test_an_episode_of_training_is_that_of_the_checkpoint(trained, acted):
     system, params, frozen, step = load_for_inference(trained)
     assert step == 2 and len(acted) == 1
-    again = closed_loop.closed_loop(system, system.held(params), frozen, "pusht", [100_000, 100_001], workers=1)
+    again = closed_loop.closed_loop(
+        JaxBackend(system, system.held(params), frozen), "pusht", [100_000, 100_001], workers=1
+    )
     assert [e.seed for e in acted[0]] == [100_000, 100_001]
     assert all(same(a, b) for a, b in zip(acted[0], again, strict=True))
     assert acted[0][0].actions.std(axis=0).min() > 1  # pixels

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from uwm_jax.backend import Backend, answering
 from uwm_jax.data.choices import keys_of
 from uwm_jax.data.records import short_key
 from uwm_jax.data.spec import DataSpec
@@ -32,7 +34,7 @@ from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import Rules
-from uwm_jax.policy import Policy, acting
+from uwm_jax.policy import Policy
 from uwm_jax.systems.base import System
 from uwm_jax.training.step import compile_for
 
@@ -44,12 +46,18 @@ Rounds = Callable[[Iterator[int]], Iterator[int]]
 
 
 class Described(Protocol):
-    """A model as far as environments are concerned: a `System`, or what one will be made of."""
+    """A model as far as environments are concerned: a `System`, its `Backend`, or what one will be made of."""
 
     @property
     def config(self) -> ConfigDict: ...
     @property
     def spec(self) -> DataSpec: ...
+
+
+class Sampling(Protocol):
+    """A `System` or its `Backend`."""
+
+    def describe_sampling(self) -> dict[str, Any]: ...
 
 
 class Inputs(NamedTuple):
@@ -60,8 +68,8 @@ class Inputs(NamedTuple):
 
 
 class MeshSampler:
-    """Chunks of actions from parameters as they lie on a mesh, for the `Policy` of process 0; the other processes
-    `follow`. `compile` comes first.
+    """The program of the acting use's actions for parameters as they lie on a mesh, for the `JaxBackend` of process 0;
+    the other processes `follow`. `compile` comes first.
 
     Args:
         system: whose acting use is sampled.
@@ -75,24 +83,25 @@ class MeshSampler:
         self._system, self._mesh, self._rules = system, mesh, rules
         shares = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
         self.rows = shares * -(-BATCH // shares)
-        by_rows, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
         batch = {key: like for key, like in system.spec.batch_like(self.rows).items() if key.startswith("obs/")}
-        numbers = jax.ShapeDtypeStruct((self.rows,), np.uint32)
-        self._like = batch, jax.ShapeDtypeStruct((), np.uint32), numbers, numbers
-        self._shardings = jax.tree.map(lambda x: by_rows if x.shape else whole, self._like)
+        noise = jax.eval_shape(lambda: system.noise(jax.random.key(0), jnp.arange(self.rows), system.acting))
+        self._like = batch, {system.acting: noise}
+        self._shardings = jax.tree.map(lambda _: mesh_lib.batch_sharding(mesh), self._like)
 
     def compile(self, params: Any, frozen: Any) -> list[Any]:
         """Compiles the program and returns it; `params`, `frozen` are arrays, or shapes with shardings."""
         inputs = mesh_lib.with_sharding(self._like, self._shardings)
-        function = acting(self._system)
+        function = answering(self._system, (self._system.acting,), actions_only=True)
         self._program = compile_for(self._mesh, self._rules, function, params, frozen, *inputs, updates_state=False)
         return [self._program]
 
-    def __call__(self, params: Any, frozen: Any, *inputs: Any) -> jax.Array:
-        """As the function that `policy.acting` makes; with several processes all take part, by `follow`."""
+    def __call__(self, params: Any, frozen: Any, batch: Any, noise: Any, promised: None = None) -> dict[str, Any]:
+        """As the function that `backend.answering` makes; with several processes all take part, by `follow`."""
+        inputs = jax.device_get((dict(batch), noise))
         if jax.process_count() > 1:
             inputs = multihost_utils.broadcast_one_to_all(inputs)
-        return self._program(params, frozen, *mesh_lib.place(inputs, self._shardings))
+        made: dict[str, Any] = self._program(params, frozen, *mesh_lib.place(inputs, self._shardings))
+        return made
 
     def follow(self, params: Any, frozen: Any) -> None:
         """Takes part in a call of process 0."""
@@ -100,9 +109,7 @@ class MeshSampler:
 
 
 def closed_loop(
-    system: System,
-    params: Any,
-    frozen: Any,
+    backend: Backend,
     env: str | ParallelEnvs,
     seeds: Sequence[int],
     *,
@@ -110,14 +117,14 @@ def closed_loop(
     seed: int = 0,
     workers: int = 0,
     progress: str = "",
-    sampler: MeshSampler | None = None,
+    rows_of_a_call: int = BATCH,
     each: Rounds = iter,
 ) -> list[EpisodeResult]:
-    """Lets the policy mode of a model act in an environment, one episode from each of `seeds`.
+    """Lets the acting use of a model act in an environment, one episode from each of `seeds`.
 
-    An episode is a function of (parameters, system, env, its seed, execute, seed) alone: neither the other episodes
-    nor the number of workers changes it. `system` decides the sampler, so a number of steps or a rule is tried by
-    giving another system.
+    An episode is a function of (backend, env, its seed, execute, seed) alone: neither the other episodes nor the number
+    of workers changes it. The backend's config decides the sampler, so a number of steps or a rule is tried by giving
+    another one.
 
     Args:
         env: name of the environment (`uwm_jax.envs`), e.g. "pusht"; or what `open_envs` opened, which saves the start
@@ -127,8 +134,8 @@ def closed_loop(
         seed: of the sampler's noise, together with the episode's seed and the number of the decision.
         workers: processes that simulate; 0 = all cores, at most one per episode.
         progress: the progress bar's description; "" shows none.
-        sampler: of parameters that lie on a mesh; None: they lie on one device. Where the mesh has several processes,
-            process 0 calls this, and the others `follow`.
+        rows_of_a_call: of the network; `MeshSampler.rows` of one on a mesh. Where that has several processes, process 0
+            calls this, and the others `follow`.
         each: gives the numbers of the rounds on, one by one; a round is a chunk of each episode that is not over. What
             it raises ends the episodes.
 
@@ -139,24 +146,15 @@ def closed_loop(
         UserError: an unknown environment, a missing package, a model that was trained on other inputs or actions
             than the environment has, or an `execute` that its chunks do not have.
     """
-    rows_of_a_call = sampler.rows if sampler else BATCH
-    policy = Policy(
-        system,
-        params,
-        frozen,
-        execute=execute,
-        seed=seed,
-        batch_size=rows_of_a_call,
-        sample=sampler,
-        source=acting_source(system),
-    )
+    source = acting_source(backend)
+    policy = Policy(backend, execute=execute, seed=seed, batch_size=rows_of_a_call, source=source)
     with contextlib.ExitStack() as stack:
         if isinstance(env, str):
-            env = stack.enter_context(open_envs(env, system, seeds, workers))
-        check_fits(env.spec, system)
+            env = stack.enter_context(open_envs(env, backend, seeds, workers))
+        check_fits(env.spec, backend)
         bar = stack.enter_context(_bar(progress, env.spec.max_steps, "step"))
         policy.reset(seeds)
-        views, seen = views_of(env.spec, system), env.reset(seeds)
+        views, seen = views_of(env.spec, backend), env.reset(seeds)
         scores, actions = [[score] for score in seen.score], [[] for _ in seeds]  # type: ignore[var-annotated]
         success = np.zeros(len(seeds), bool)
         rows, observation = np.arange(len(seeds)), seen.observation
@@ -194,13 +192,13 @@ def _rounds(spec: EnvSpec, execute: int) -> Iterator[int]:
     return iter(range(-(-spec.max_steps // execute)))
 
 
-def open_envs(name: str, system: System, seeds: Sequence[int], workers: int = 0) -> ParallelEnvs:
+def open_envs(name: str, model: Described, seeds: Sequence[int], workers: int = 0) -> ParallelEnvs:
     """The processes that simulate what a model sees, for episodes from `seeds`; a context manager.
 
     Args and errors: as `closed_loop`.
     """
-    check_fits(get(name), system)
-    return ParallelEnvs(name, env_cameras(get(name), system), min(workers or cores(), len(seeds)))
+    check_fits(get(name), model)
+    return ParallelEnvs(name, env_cameras(get(name), model), min(workers or cores(), len(seeds)))
 
 
 def play(envs: ParallelEnvs, controller: str, seeds: Sequence[int]) -> list[EpisodeResult]:
@@ -318,14 +316,14 @@ def _bar(description: str, total: int, unit: str) -> tqdm:
 
 
 def describe_episodes(
-    spec: EnvSpec, system: System, results: Mapping[str, Sequence[EpisodeResult]], execute: int, seed: int
+    spec: EnvSpec, model: Sampling, results: Mapping[str, Sequence[EpisodeResult]], execute: int, seed: int
 ) -> dict[str, Any]:
     """Contents of `episodes.json`: how it was run; each episode's seed, best and last score, steps and success."""
     return {
         "env": spec.name,
         "execute": execute,
         "sampler_seed": seed,
-        **system.describe_sampling(),
+        **model.describe_sampling(),
         "max_steps": spec.max_steps,
         "score_range": [end if math.isfinite(end) else None for end in spec.score_range],
         "episodes": {

@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from uwm_jax import envs
+from uwm_jax.backend import JaxBackend
 from uwm_jax.config_checks import cadence, lacks_env
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import DataSpec
@@ -30,7 +31,7 @@ from uwm_jax.evaluation.metrics import Metrics
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel.turns import Left, Turns
 from uwm_jax.parallel.watchdog import Watchdog
-from uwm_jax.policy import chunk_from_the_present
+from uwm_jax.policy import check_execute
 from uwm_jax.training import average
 from uwm_jax.training.build import Program
 from uwm_jax.training.provenance import describe_use
@@ -219,7 +220,7 @@ class ClosedLoop(InTrainingEvaluator):
         fields = config.eval.closed_loop
         envs.get(fields.env, f"{cls._FIELD}.env")
         try:
-            chunk_from_the_present(WindowSpec.from_config(config.data.window), fields.execute)
+            check_execute(WindowSpec.from_config(config.data.window), fields.execute)
         except UserError as e:
             raise UserError(f"{cls._FIELD}.{e}") from e
 
@@ -240,8 +241,9 @@ class ClosedLoop(InTrainingEvaluator):
         if not distributed.is_main():
             closed_loop.follow(self._sampler, params, frozen, env, execute=fields.execute, each=each)
             return Measured({}, {})
+        backend, rows = JaxBackend(system, params, frozen, act=self._sampler), self._sampler.rows
         episodes = closed_loop.closed_loop(
-            system, params, frozen, env.name, self._seeds, execute=fields.execute, sampler=self._sampler, each=each
+            backend, env.name, self._seeds, execute=fields.execute, rows_of_a_call=rows, each=each
         )
         results = {closed_loop.POLICY: episodes}
         about = closed_loop.describe_episodes(env, system, results, fields.execute, 0)
