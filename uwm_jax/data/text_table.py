@@ -13,12 +13,14 @@ All are memory-mapped, so that processes of a machine share them.
 
 from __future__ import annotations
 
+import itertools
+import os
 import shlex
 
 import numpy as np
 
 from uwm_jax.data.records import Dataset
-from uwm_jax.data.sidecar import open_sidecar
+from uwm_jax.data.sidecar import Sidecar, open_sidecar
 from uwm_jax.data.spec import TextEncoder
 from uwm_jax.errors import UserError
 
@@ -34,6 +36,29 @@ def run_files(split: str, key: str) -> tuple[str, str]:
     """The files of a key's runs: first steps, rows."""
     stem = f"{split}/{key.replace('/', '.')}"
     return f"{stem}.first.npy", f"{stem}.row.npy"
+
+
+class Strings:
+    """The distinct strings of a table, with their embeddings, whichever steps have them.
+
+    Args:
+        dataset: its directory.
+        name: of the table, `config.data.text_table`.
+    Raises:
+        UserError: there is no complete table of this dataset, or it is damaged.
+
+    Attributes:
+        encoder: that made it.
+        texts: the empty one first.
+        embeddings: (N, E) float32, read-only.
+    """
+
+    def __init__(self, dataset: str | os.PathLike[str], name: str):
+        sidecar = open_sidecar(dataset, folder(name), "text", command=_command(dataset, "CLIP", f"--name={name}"))
+        self.encoder = _encoder(sidecar)
+        self.embeddings = sidecar.array("embeddings.npy")
+        data, ends = sidecar.array("utf8.npy").tobytes(), sidecar.array("ends.npy").tolist()
+        self.texts = [data[a:b].decode(errors="replace") for a, b in itertools.pairwise([0, *ends])]
 
 
 class TextTable:
@@ -54,7 +79,7 @@ class TextTable:
     def __init__(self, dataset: Dataset, name: str):
         self._dataset, self._name = dataset, name
         self._sidecar = open_sidecar(dataset.directory, folder(name), "text", command=self._command("CLIP"))
-        self.encoder = TextEncoder(str(self._sidecar.facts["encoder"]), str(self._sidecar.fields["encoder"]))
+        self.encoder = _encoder(self._sidecar)
         self.keys = [str(key) for key in self._sidecar.fields["keys"]]
         self._embeddings = self._sidecar.array("embeddings.npy")
         self.width = int(self._embeddings.shape[1])
@@ -99,9 +124,17 @@ class TextTable:
 
     def _command(self, encoder: str, *flags: str) -> str:
         """The command that makes this table."""
-        given = (f"--dataset={self._dataset.directory}", f"--encoder={encoder}", f"--name={self._name}")
-        return shlex.join(["python", "-m", "data_prep.text", *given, *flags])
+        return _command(self._dataset.directory, encoder, f"--name={self._name}", *flags)
 
     def _full(self, name: str) -> str:
         names = (name, f"observation/{name}", f"episode_metadata/{name}")
         return next((key for key in names if key in self.keys), name)
+
+
+def _encoder(table: Sidecar) -> TextEncoder:
+    return TextEncoder(str(table.facts["encoder"]), str(table.fields["encoder"]))
+
+
+def _command(dataset: str | os.PathLike[str], encoder: str, *flags: str) -> str:
+    given = (f"--dataset={os.fspath(dataset)}", f"--encoder={encoder}")
+    return shlex.join(["python", "-m", "data_prep.text", *given, *flags])

@@ -129,18 +129,26 @@ class ClipText:
         return sum(len(ids) > self.longest for ids in self._tokenizer(list(texts), truncation=False)["input_ids"])
 
 
-def embed(encoder: str, texts: Sequence[str], sha256: str = "") -> np.ndarray:
-    """The embeddings of a few texts, (n, E) float32, for an observation's `text`; a warning tells of cut-off ends.
+def open_encoder(encoder: str, sha256: str = "") -> ClipText:
+    """The encoder of a name, which must have this sha256, such as `DataSpec.text_encoder` of a trained model.
 
     Args:
         encoder: as `files_of` takes it.
-        sha256: that the encoder must have, such as `DataSpec.text_encoder` of a trained model; "" for any.
+        sha256: "" for any.
     Raises:
         UserError: as `ClipText`; the encoder has another sha256.
     """
     if sha256 and (found := fingerprint(encoder)) != sha256:
         raise UserError(f"{encoder}: expected the text encoder of sha256 {sha256}, found {found}. Use that encoder.")
-    opened = ClipText(encoder)
+    return ClipText(encoder)
+
+
+def embed(encoder: str, texts: Sequence[str], sha256: str = "") -> np.ndarray:
+    """The embeddings of a few texts, (n, E) float32, for an observation's `text`; a warning tells of cut-off ends.
+
+    Args and errors: as `open_encoder`.
+    """
+    opened = open_encoder(encoder, sha256)
     if cut := opened.too_long(texts):
         warn(f"{cut} of {len(texts)} texts have more than {opened.longest} tokens: their ends are cut off.")
     return opened.embed(texts)
