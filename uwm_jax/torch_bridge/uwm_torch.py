@@ -1399,6 +1399,7 @@ class Policy:
 
     Attributes:
       description: `model.json`.
+      model: the module, with tensors in and out.
       uses: {use: what it makes, of `action` and `next_obs`}.
       horizon: rows of a chunk from the present on.
       width: numbers of the robot's action.
@@ -1418,7 +1419,7 @@ class Policy:
         source: str,
     ):
         self.description, self._runner, self._seed = dict(description), runner, seed
-        model = runner.model
+        self.model = model = runner.model
         named = description.get("uses")
         self.uses = {use: tuple(m for m, role in roles.items() if role == "generate") for use, roles in
                      model.roles.items() if named is None or use in named}  # fmt: skip
@@ -1479,7 +1480,7 @@ class Policy:
             raise UserError(f"use {use!r}: this export answers {', '.join(self.uses)}.")
         arrays, rows = self._checked_inputs(use, inputs, noise or {}, promised)
         drawn = self._draw([(seed, row) for row in range(rows)])
-        roles = self._runner.model.roles[use]
+        roles = self.model.roles[use]
         noises = {m: arrays.get(f"noise/{m}", drawn[m]) for m, role in roles.items() if role != "given"}
         known = Promised(arrays["promised/action"], arrays["promised/mask"]) if promised is not None else None
         batch = {key: x for key, x in arrays.items() if not key.startswith(("noise/", "promised/"))}
@@ -1490,7 +1491,7 @@ class Policy:
         self, use: str, inputs: Mapping[str, Any], noise: Mapping[str, Any], promised: tuple[Any, Any] | None
     ) -> tuple[dict[str, np.ndarray], int]:
         """The arrays that a use reads, and their rows; UserError names everything that does not fit."""
-        d, model = self.description, self._runner.model
+        d, model = self.description, self.model
         roles = model.roles[use]
         given = dict(inputs) | {f"noise/{m}": value for m, value in noise.items()}
         if promised is not None:
@@ -1521,11 +1522,12 @@ class Policy:
                 problems.append(f"promised: {use} makes no actions, so that none can be promised")
             shape = model.noise_shapes["action"]
             expected |= {"promised/action": (shape, "float32"), "promised/mask": (shape[:1], "bool")}
-        read = {"action", "next_obs_latent", *(f"{g}/{key}" for g in ("obs", "next_obs") for key in
-                (*frames, *low_dim, "text", *self._robot.states))}  # fmt: skip
-        for key in given.keys() - read - expected.keys():
-            close = difflib.get_close_matches(key, [*expected], n=1)
-            problems.append(f"unknown key {key}" + (f": did you mean {close[0]}?" if close else ""))
+        known = {"action", "next_obs_latent", *(f"next_obs/{camera}" for camera in frames), *expected}
+        for key in given.keys() - known:
+            # Further observations are ignored, but for one that may be a missing key, misspelt.
+            close = difflib.get_close_matches(key, [k for k in expected if k not in given], n=1, cutoff=0.8)
+            if close or not key.startswith(("obs/", "next_obs/")):
+                problems.append(f"unknown key {key}" + (f": did you mean {close[0]}?" if close else ""))
         checked: dict[str, np.ndarray] = {}
         rows = 0
         for key, (shape, dtype) in expected.items():
@@ -1547,7 +1549,7 @@ class Policy:
 
     def _draw(self, seeds: Sequence[tuple[int, ...]]) -> dict[str, np.ndarray]:
         """N(0, 1) noise {modality: (B, ...)}; a row's depends on its own seeds alone, on all devices."""
-        shapes = self._runner.model.noise_shapes
+        shapes = self.model.noise_shapes
         generators = [np.random.default_rng(np.random.SeedSequence(seed)) for seed in seeds]
         rows = [{m: g.standard_normal(shape, np.float32) for m, shape in shapes.items()} for g in generators]
         return {m: np.stack([row[m] for row in rows]) for m in shapes}
@@ -1667,10 +1669,10 @@ class Policy:
         self, actions: np.ndarray, mask: np.ndarray, states: Mapping[str, Tensor]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Robot actions (n, horizon, Dr) and which of them are promised, as `sample` takes them."""
-        length, columns = self._runner.model.noise_shapes["action"]
+        length, columns = self.model.noise_shapes["action"]
         part = slice(self._first, self._first + self.horizon)
         model = self._robot.to_model(torch.from_numpy(actions), states)
-        scale, offset = (x if x is None else x.cpu() for x in self._runner.model._scale_of("action"))
+        scale, offset = (x if x is None else x.cpu() for x in self.model._scale_of("action"))
         rows = np.zeros((len(actions), length, columns), np.float32)
         rows[:, part] = model if scale is None else (model - offset) / scale
         rows[:, part][~mask] = 0
