@@ -12,7 +12,6 @@ spread over the held-out episodes. The file holds `obs/<camera>` and `next_obs/<
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import jax
@@ -20,14 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from uwm_jax import cli, config_help, files, systems
+from uwm_jax import cli, config_help, files
 from uwm_jax.data.held_out import FixedWindows
-from uwm_jax.data.normalize import Normalizer
 from uwm_jax.errors import UserError, warn
-from uwm_jax.evaluation.data import doubt, open_data
+from uwm_jax.evaluation.data import doubt, open_raw
 from uwm_jax.systems.base import System
-from uwm_jax.training import average, fixed_fields, inference, lineage
-from uwm_jax.training.checkpoint_reader import CheckpointReader
+from uwm_jax.training import average, fixed_fields, inference
 
 FLAGS = flags.FLAGS
 
@@ -47,13 +44,7 @@ def main(call: cli.Call) -> None:
     system, _, _, step = inference.load_for_inference(
         workdir, FLAGS.step, call.overrides, average.RAW, fixed_fields.WINDOWS
     )
-    # A normaliser without entries leaves actions and low-dimensional keys in raw units.
-    system = systems.make(system.config, dataclasses.replace(system.spec, normalizer=Normalizer()), system.codec)
-    stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
-    own_config, _ = fixed_fields.config_of_run(workdir, stored)
-    data = open_data(
-        system, own_config, inference.datasets_of(workdir, step), lineage.kept(stored.assets), call.changed
-    )
+    data = open_raw(system, workdir, step, call.changed)
     if told := doubt(data.about()):
         warn(told)
     held_out = data.evaluated.held_out(system.config.eval.num_windows, whole=data.whole)

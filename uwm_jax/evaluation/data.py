@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax import systems
+from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.sources import renamed
 from uwm_jax.errors import UserError
 from uwm_jax.systems.base import System
+from uwm_jax.training import fixed_fields, inference, lineage
+from uwm_jax.training.checkpoint_reader import CheckpointReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +104,20 @@ def open_data(
                 f"than {name!r}. Choose a split that it has not seen."
             )
     return Data(data, references, own, whole, " ".join(told) or None)
+
+
+def open_raw(system: System, workdir: Path, step: int, changed: Collection[str] = ()) -> Data:
+    """`open_data` of a workdir's checkpoint, whose batches have actions and low-dimensional keys in raw units.
+
+    Args:
+      system: as `inference.load_for_inference` made it of the checkpoint `step`.
+      changed: names of the fields that flags change.
+    """
+    # A normaliser without entries leaves the numbers as they are.
+    raw = systems.make(system.config, dataclasses.replace(system.spec, normalizer=Normalizer()), system.codec)
+    stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
+    own_config, _ = fixed_fields.config_of_run(workdir, stored)
+    return open_data(raw, own_config, inference.datasets_of(workdir, step), lineage.kept(stored.assets), changed)
 
 
 def refuse_other_data(
