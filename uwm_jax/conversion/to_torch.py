@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uwm_jax import files, systems
@@ -57,9 +59,19 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
         "format_version": FORMAT_VERSION,
         "code_version": code_version(),
         "step": step,
+        "system": c.system,
+        "uses": {name: {"makes": list(use.makes), "given": list(use.given)} for name, use in system.uses.items()},
+        "acting": system.acting,
         "config": c.to_dict(),
-        "cameras": {key: list(spec.cameras[key]) for key in sorted(spec.cameras)},  # raw height, width
-        "images": {"resize": list(c.data.resize), "crop": list(c.data.crop), "range": [0.0, 1.0]},
+        "cameras": {key: list(spec.cameras[key]) for key in system.cameras},  # raw height, width
+        "camera_order": list(system.cameras),  # of the views
+        "images": {
+            "resize": list(c.data.resize),
+            "crop": list(c.data.crop),
+            "range": [0.0, 1.0],
+            "interpolation": "bilinear, antialiased, half-pixel centres",
+            "crop_at": "centre",
+        },
         "flip": {key: spec.flip[key] for key in sorted(spec.flip)},  # how the robot's pictures become the model's
         "low_dim": {key: spec.low_dim[key] for key in sorted(spec.low_dim)},
         "text_dim": spec.text_dim,
@@ -70,7 +82,18 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
         "normalizers": spec.normalizer.to_json(),
         # the model's raw action becomes the robot's by the inverses of these (`uwm_jax.data.transforms`)
         "robots": {source: robot.to_json() for source, robot in spec.robots.items()},
+        "noise": {m: list(shape) for m, shape in noise_shapes(system).items()},  # of a row, where sampling starts
+        "sampling": system.describe_sampling(),
         **systems.official(c.system).describe(system),
         "codec": official_codecs.describe(system.codec, codec_store.folder(workdir, system.config)),
         "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype.name} for name, t in sorted(tensors.items())},
     }
+
+
+def noise_shapes(system: System) -> dict[str, tuple[int, ...]]:
+    """{modality: shape of a row} of the noise that samples of any use start from."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for use in system.uses:
+        like = jax.eval_shape(lambda use=use: system.noise(jax.random.key(0), jnp.zeros(1, jnp.int32), use))
+        shapes |= {m: x.shape[1:] for m, x in like.items()}
+    return shapes

@@ -1,4 +1,7 @@
-"""The `.json` that `convert to-torch` writes next to the weights, read again: the run that they came from."""
+"""The `.json` that `convert to-torch` writes next to the weights, read again: the run that they came from.
+
+An export folder has the files `WEIGHTS`, `DESCRIPTION`, and of a system that `PROGRAM` runs `PROBE` and `PROGRAM`.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,27 @@ from uwm_jax.reading import read_json
 
 FORMAT = "uwm_jax.torch"
 FORMAT_VERSION = 1
+WEIGHTS, DESCRIPTION, PROBE, PROGRAM = "model.safetensors", "model.json", "probe.npz", "uwm_torch.py"
 _PARAMETERS = ("raw", "average")
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """A described checkpoint: its config, what it knows of its data, its step, and which parameters it holds
-    (`raw` or `average`)."""
+    """A described checkpoint.
+
+    Attributes:
+      config: of the run.
+      spec: what it knows of its data.
+      step: of the checkpoint.
+      parameters: which it holds, `raw` or `average`.
+      stored: the JSON itself, of which the fields above were checked.
+    """
 
     config: ConfigDict
     spec: DataSpec
     step: int
     parameters: str
+    stored: Mapping[str, Any]
 
 
 def read(path: str | Path, flag: str) -> Described:
@@ -66,7 +78,7 @@ def read(path: str | Path, flag: str) -> Described:
             }
         )
         _check(spec, stored)
-        return Described(config, spec, stored["step"], stored["parameters"])
+        return Described(config, spec, stored["step"], stored["parameters"], stored)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
         raise UserError(
             f"{where}: a field is missing or not as `convert to-torch` wrote it ({type(e).__name__}: {e})."

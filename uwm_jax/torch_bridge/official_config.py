@@ -65,6 +65,7 @@ class Official:
         `conflicts`, so that it can be reported together with unfit tensors, which are left to `layout.find_faults`.
       entry_of: (config) -> the entries of the parameters.
       describe: (system) -> what the description of converted tensors has besides that of all systems (JSON values).
+      runs: whether `uwm_torch.py` runs such a model; an export of another is weights and description only.
     """
 
     classes: tuple[str, ...]
@@ -72,6 +73,7 @@ class Official:
     read: Callable[[OfficialYaml, Shapes, ConfigDict], OfficialRun]
     entry_of: Callable[[ConfigDict], EntryOf]
     describe: Callable[[Any], dict[str, Any]] = lambda system: {}
+    runs: bool = False
 
 
 class Conflicts:

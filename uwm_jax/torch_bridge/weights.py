@@ -51,8 +51,10 @@ def read_weights(
 def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file, all of it or nothing."""
     with replacing(path) as temporary:
+        mode = temporary.stat().st_mode
         try:
             save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, temporary)
+            temporary.chmod(mode)  # of any file that a command writes: safetensors makes one that its owner alone reads
         except safetensors.SafetensorError as e:
             failed = re.search(r"os error (\d+)", str(e))  # a full disk comes as text
             if failed is None:

@@ -179,6 +179,7 @@ def describe(system: DP) -> dict[str, Any]:
     if flow:
         of_sampler["knots"] = [float(knot) for knot in flow.knots]
     else:
+        of_sampler["previous_timesteps"] = schedule.previous_timesteps.tolist()
         of_sampler["alphas_cumprod"] = [float(a) for a in schedule.alphas_cumprod]
     return {"diffusion": {**c.diffusion.to_dict(), **of_sampler}}
 
@@ -196,4 +197,5 @@ OFFICIAL = Official(
     read=read,
     entry_of=_entry_of,
     describe=describe,
+    runs=True,
 )

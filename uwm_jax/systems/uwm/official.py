@@ -108,6 +108,7 @@ def describe(system: UWM) -> dict[str, Any]:
         "diffusion": {
             **c.diffusion.to_dict(),
             "timesteps": schedule.timesteps.tolist(),
+            "previous_timesteps": schedule.previous_timesteps.tolist(),
             "given_timestep": 0,
             "hidden_timestep": schedule.sample_hidden_timestep,
             "alphas_cumprod": [float(a) for a in schedule.alphas_cumprod],
@@ -128,4 +129,5 @@ OFFICIAL = Official(
     read=read,
     entry_of=_entry_of,
     describe=describe,
+    runs=True,
 )
