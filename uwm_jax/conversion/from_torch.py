@@ -59,6 +59,7 @@ def from_torch(
     conflicts: tuple[str, ...] = ()
     if description.is_description(official_config):
         run = description.read(official_config, "--official-config")
+        description.require_codec(run, f"--official-config: {official_config}")
         step, parameters, spec = run.step, run.parameters, run.spec
         pairs = {**spec.normalizer.entries, **stored, **given}
         spec = dataclasses.replace(spec, normalizer=_fitting(pairs, given, spec.action_dim, spec.low_dim))

@@ -97,6 +97,31 @@ class RobotActions:
         return cls(tuple(parts), states)
 
 
+def parse_limits(text: str, width: int, flag: str = "--limits") -> tuple[np.ndarray, np.ndarray]:
+    """Stated bounds of a robot's actions, `LOW:HIGH,LOW:HIGH,...`: one pair for each column, or one for all.
+
+    Args:
+        width: numbers of the action.
+        flag: names the text in messages.
+    Returns:
+        (low, high), each (width,) float32 in the robot's units; -inf and inf where a side of a pair is empty.
+    Raises:
+        UserError: it is not so, or a low bound exceeds its high one.
+    """
+    pairs = [part.split(":") for part in text.split(",")]
+    try:
+        low, high = np.transpose([[float(a or "-inf"), float(b or "inf")] for a, b in pairs]).astype(np.float32)
+        fits = len(low) in (1, width) and bool((low <= high).all())
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{flag}={text}: expected LOW:HIGH for all {width} columns of the robot's action, or {width} such pairs "
+            "with LOW <= HIGH, separated by commas; an empty side is no bound: 0:512 or -1:1,-1:1,0:."
+        )
+    return np.broadcast_to(low, width).copy(), np.broadcast_to(high, width).copy()
+
+
 def _split(actions: np.ndarray, widths: list[int]) -> list[np.ndarray]:
     return np.split(actions, np.cumsum(widths)[:-1], axis=-1)
 

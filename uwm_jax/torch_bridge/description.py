@@ -85,6 +85,16 @@ def read(path: str | Path, flag: str) -> Described:
         ) from e
 
 
+def require_codec(described: Described, where: str) -> None:
+    """Raises UserError for an export whose uses do without the codec that its system has."""
+    if described.stored.get("codec", {}).get("included", True) is False:
+        uses = ", ".join(described.stored.get("uses", ()))
+        raise UserError(
+            f"{where}: this was exported for {uses} only, without the codec that a workdir needs. Export it again "
+            "without --uses."
+        )
+
+
 def _check(spec: DataSpec, stored: Mapping[str, Any]) -> None:
     """Raises ValueError for values that no run can have."""
     cameras, low_dim = stored["cameras"], stored["low_dim"]
