@@ -1,237 +1,87 @@
 """A trained model as a policy: raw observations in, the next action out.
 
-Receding horizon: from the last observations the policy mode samples a chunk of actions, of which the first `execute`
-are taken before the next chunk is sampled. What the history's frames and the chunk's actions are relative to the
-present follows from the window that the model was trained on (`config.data.window`): the newest observed frame is the
-present, and the action of the same step is the next one to take. For the paper's window, obs (0, 1) and action 1 to 16,
-the history is the last two frames, and the chunk's first action is taken now.
+Receding horizon: from the last observations the acting use samples a chunk of actions (`uwm_jax.actor`), of which the
+first `execute` are taken before the next chunk is sampled; `Policy` says what a robot does meanwhile.
 
-The model's actions come back as the robot takes them (`DataSpec.robots`): the transforms of `config.data.action` are
-inverted. A checkpoint that does not know its robot gives the model's own columns.
-
-It knows no environment, and drives any number of them at once: rollouts use many rows, a server one.
+It knows no environment, and drives any number of them at once: rollouts use many rows, a robot's server one a
+connection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-import jax
 import numpy as np
 
+from uwm_jax.actor import Actor, Limits, rows_from_the_present
 from uwm_jax.backend import Backend, Noise
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import RunError, UserError, warn
-from uwm_jax.systems.base import Promised
+
+SWITCHES = ("wait", "naive", "replacement", "guided")  # from one chunk to the next: see `Policy`
+HOLDING = ("replacement", "guided")  # those that promise rows
+NEVER = -(1 << 40)  # a step that is before all others
 
 Rows = Sequence[int] | np.ndarray | None
-Limits = tuple[object, object]  # lowest and highest action, (Dr,) each or a number for all columns
 
 
-class Actor:
-    """The half of a policy without memory: histories in, chunks of actions out as the robot takes them.
-
-    A row's chunk is a function of its own inputs and noise alone: the network always sees one of `sizes` rows, of which
-    spare ones are filled up.
-
-    Args:
-        backend: whose acting use it is.
-        source: of the training data, whose robot acts; "" where all have actions of one convention.
-        limits: (lowest, highest) action that the robot is given, in its own columns and units, each (Dr,) or a number
-            for all; None: none. What lies beyond is cut, counted in `cut`, and said once.
-        sizes: rows of a call of the network, rising: a call has the smallest that holds its rows, and more rows than
-            the largest make several calls. (): as many as there are.
-    Raises:
-        UserError: the model acts in no use, `source` does not tell the robot, or limits that do not fit.
+class LateAnswer(RunError):
+    """A chunk is not there although the one before it is used up, so that there is no action for some rows: a robot has
+    to stop. `Policy.act` may be called again, with the next observation.
 
     Attributes:
-        horizon: rows of a chunk, one for each step from the present on; width: Dr, numbers of the robot's action.
-        cut: numbers of chunks that the limits have cut.
+        actions: (n, Dr) float32 of the rows that the call was for, NaN in those without an action.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        *,
-        source: str = "",
-        limits: Limits | None = None,
-        sizes: Sequence[int] = (),
-    ):
-        if not backend.acting:
-            raise UserError(f"config.system={backend.system!r}: this model makes no action from an observation alone.")
-        self.backend, self._sizes = backend, tuple(sizes)
-        window = backend.spec.window
-        self._rows = rows_from_the_present(window)
-        self._newest = window.obs.index(window.present)
-        self._robot = backend.spec.robot(source)
-        self.horizon = self._rows.stop - self._rows.start
-        self.width = self._robot.width if self._robot else backend.spec.action_dim
-        self._limits = None if limits is None else self._checked(limits)
-        self.cut = 0
-
-    def inputs_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of what `chunks` takes, raw: `obs/<camera>` (B, To, H, W, 3) uint8, `obs/<low-dim key>`
-        (B, To, D) float32, among them the states that relative actions refer to, and `obs/text` (B, E) float32."""
-        frames = len(self.backend.spec.window.obs)
-        found = {}
-        for key, like in self.observation_like(rows).items():
-            shape = like.shape if key == "text" else (rows, frames, *like.shape[1:])
-            found[f"obs/{key}"] = jax.ShapeDtypeStruct(shape, like.dtype)
-        return found
-
-    def observation_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of one step's observation, as `DataSpec.observation_like`."""
-        return self.backend.spec.observation_like(rows, self._robot)
-
-    def check(self, observation: Mapping[str, object], rows: int) -> dict[str, np.ndarray]:
-        """One step's observation of `rows` episodes in the dtypes of `observation_like`; UserError as
-        `DataSpec.check`."""
-        return self.backend.spec.check(observation, rows, self._robot)
-
-    def noise(self, seed: int, seeds: np.ndarray, decisions: np.ndarray) -> Noise:
-        """The noise of chunks, as `Backend.noise` of the acting use."""
-        rows = len(seeds)
-        at = np.concatenate([part for part, _ in self._calls(rows)])
-        drawn = self.backend.noise(self.backend.acting, seed, np.asarray(seeds)[at], np.asarray(decisions)[at])
-        return drawn if len(at) == rows else {m: np.asarray(x)[:rows] for m, x in drawn.items()}
-
-    def chunks(
-        self,
-        inputs: Mapping[str, np.ndarray],
-        noise: Noise,
-        promised: tuple[np.ndarray, np.ndarray] | None = None,
-        *,
-        guided: bool = False,
-    ) -> np.ndarray:
-        """Chunks of actions: (B, horizon, Dr) float32, the numbers that the robot takes, row k for k steps from now.
-        Relative actions refer to the newest observation.
-
-        Args:
-            inputs: as `inputs_like`.
-            noise: {modality: (B, ...)} of the acting use.
-            promised: (actions (B, horizon, Dr), count (B,)): the first `count` rows are executed whatever is sampled,
-                and are returned as they are given; they need not be finite after these. None for plain sampling.
-            guided: whether they also guide the rest.
-        Raises:
-            RunError: the actions are not finite.
-        """
-        rows = len(next(iter(inputs.values())))
-        inside = None if promised is None else self._inside(inputs, *promised)
-        pieces = []
-        for at, used in self._calls(rows):
-            whole = len(at) == rows
-
-            def of(x: Any, at: np.ndarray = at, whole: bool = whole) -> Any:
-                return x if whole else np.asarray(x)[at]
-
-            made = self.backend.sample(
-                self.backend.acting,
-                {key: of(x) for key, x in inputs.items() if key in self._read},
-                {m: of(x) for m, x in noise.items()},
-                None if inside is None else Promised(of(inside.action), of(inside.mask)),
-                guided=guided,
-                actions_only=True,
-            )
-            pieces.append(made["action"][:used])
-        chunk = np.concatenate(pieces)
-        actions = chunk[:, self._rows]
-        if self._robot:
-            actions = self._robot.to_robot(actions, self._states(inputs))
-        if not (np.isfinite(chunk).all() and np.isfinite(actions).all()):
-            raise RunError(
-                "the policy's actions are not finite. Check the observations for extreme values, and the checkpoint's "
-                "parameters."
-            )
-        actions = self._limited(actions)
-        if promised is not None:
-            first = np.arange(self.horizon) < np.asarray(promised[1])[:, None]
-            actions = np.where(first[..., None], promised[0], actions).astype(np.float32)
-        return actions
-
-    def normalized(self, inputs: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
-        """Actions (B, T, Dr) of the robot as the model has them, (B, T, Da) float32 normalised; relative ones refer to
-        the newest observation."""
-        if self._robot:
-            actions = self._robot.to_model(actions, self._states(inputs))
-        return np.asarray(self.backend.spec.normalizer.normalize("action", actions), np.float32)
-
-    def _inside(self, inputs: Mapping[str, np.ndarray], actions: np.ndarray, count: np.ndarray) -> Promised:
-        """Promised actions at their places in the model's chunk."""
-        count = np.asarray(count)
-        first = np.arange(self.horizon) < count[:, None]
-        # Rows that are not promised repeat one that is, so that their transforms are finite as well.
-        filled = np.where(first[..., None], actions, np.asarray(actions)[:, :1])
-        rows, spec = len(count), self.backend.spec
-        mask = np.zeros((rows, len(spec.window.action)), bool)
-        mask[:, self._rows] = first
-        values = np.zeros((*mask.shape, spec.action_dim), np.float32)
-        values[:, self._rows] = np.where(first[..., None], self.normalized(inputs, filled), 0)
-        return Promised(values, mask)  # type: ignore[arg-type]  # numpy's arrays are placed when they are used
-
-    @property
-    def _read(self) -> set[str]:
-        return {f"obs/{key}" for key in self.backend.spec.observation_like(0)}
-
-    def _states(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        assert self._robot
-        return {key: inputs[f"obs/{key}"][:, self._newest] for key in self._robot.states}
-
-    def _calls(self, rows: int) -> list[tuple[np.ndarray, int]]:
-        """The rows (size,) of each call, filled up by repetition, and how many of them count."""
-        if not self._sizes:
-            return [(np.arange(rows), rows)]
-        largest, found = self._sizes[-1], []
-        for start in range(0, rows, largest):
-            part = np.arange(start, min(start + largest, rows))
-            size = next(size for size in self._sizes if size >= len(part))
-            found.append((np.resize(part, size), len(part)))
-        return found
-
-    def _checked(self, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-        found = []
-        for name, limit in zip(("lowest", "highest"), limits, strict=True):
-            try:
-                array = np.broadcast_to(np.asarray(limit, np.float32), (self.width,))
-            except (TypeError, ValueError) as e:
-                raise UserError(
-                    f"limits, {name}: expected a number, or {self.width}, one for each column of the robot's action; "
-                    f"found {limit!r}."
-                ) from e
-            found.append(array)
-        if not (found[0] <= found[1]).all():
-            raise UserError(f"limits: expected lowest <= highest in every column, found {limits!r}.")
-        return found[0], found[1]
-
-    def _limited(self, actions: np.ndarray) -> np.ndarray:
-        if self._limits is None:
-            return actions
-        low, high = self._limits
-        beyond = (actions < low) | (actions > high)
-        if beyond.any():
-            if not self.cut:
-                row, step, column = np.argwhere(beyond)[0]
-                warn(
-                    f"actions beyond the limits are cut: column {column} of a chunk reached "
-                    f"{actions[row, step, column]:.4g}, allowed is {low[column]:.4g} to {high[column]:.4g}."
-                )
-            self.cut += int(beyond.sum())
-        return np.clip(actions, low, high)
+    def __init__(self, message: str, actions: np.ndarray):
+        super().__init__(message)
+        self.actions = actions
 
 
 class Policy:
     """Acts in as many episodes (rows) at once as `reset` is told of.
 
-    A row's actions are a function of its own observations, its episode's seed and `seed` alone.
+    From the last observations a chunk of actions is sampled, of which `execute` are taken before the next one is asked
+    for. A chunk takes `delay` control steps until it is there. By `switch`, these steps are spent so:
+
+        wait         the robot waits: its last action is repeated, and the chunk begins when it is there. (That is
+                     standing still where actions are positions.)
+        naive        the robot goes on in the chunk before. Row k of a chunk that is asked for at step s is for step
+                     s + k, so rows `delay` and later of the new one follow.
+        replacement  as naive, and the first `delay` rows of the new chunk are promised: they are what is executed until
+                     it is there, and the sampler holds them (`uwm_jax.diffusion.sampler`).
+        guided       as replacement, and the promised rows guide the others.
+
+    The first chunk of an episode is waited for, and used from its first row on. Without a delay all are alike.
+
+    There are two forms. With `deadline` None time is counted in calls of `act`: every answer takes `delay` steps
+    exactly, for simulators. With a number of seconds, a thread samples while `act` goes on, and `act` waits so long at
+    most for an answer that is due. One that is late is used when it comes; until then the robot goes on in the chunk
+    before, and where that is used up `act` raises `LateAnswer`. `late` counts the steps of the one, `stops` those of
+    the other.
+
+    A row's actions are a function of its own observations, its episode's seed and `seed` alone (and of time, with a
+    deadline).
 
     Args:
         actor: or the backend that it is made of, with `source` and `limits`, and calls of the network of `batch_size`
             rows.
         execute: actions of each chunk that are taken, 1 to as many as the chunk has from the present on.
+        delay: control steps until a chunk is there, 0 to `execute`; but for `wait`, `execute + delay` is at most what
+            the chunk has.
+        switch: one of `SWITCHES`. A system that cannot hold promised rows switches naively instead, and a warning says
+            so.
         seed: of the noise that sampling starts from, with the episode's seed and the number of the decision.
+        deadline: see above; 0 or more seconds.
         batch_size, source, limits: see `actor`.
     Raises:
-        UserError: `execute` does not fit the window that the model was trained on; or as `Actor`.
+        UserError: `execute` and `delay` do not fit the window that the model was trained on; or as `Actor`.
+
+    Attributes:
+        late: steps of rows that were acted on in the chunk before because an answer was late; stops: those for which
+            there was no action.
     """
 
     def __init__(
@@ -239,16 +89,29 @@ class Policy:
         actor: Actor | Backend,
         *,
         execute: int = 8,
+        delay: int = 0,
+        switch: str = "wait",
         seed: int = 0,
+        deadline: float | None = None,
         batch_size: int = 1,
         source: str = "",
         limits: Limits | None = None,
     ):
         if isinstance(actor, Backend):
             actor = Actor(actor, source=source, limits=limits, sizes=(batch_size,))
-        self.actor, self.execute, self._seed = actor, execute, seed
         window = actor.backend.spec.window
-        check_execute(window, execute)
+        check_execute(window, execute, delay, switch)
+        if delay and switch in HOLDING and not actor.backend.can_promise:
+            warn(
+                f"switch={switch}: config.system={actor.backend.system!r} does not sample in steps, so it cannot hold "
+                "promised actions; it switches naively."
+            )
+            switch = "naive"
+        self.actor, self.execute, self.delay, self.switch, self.deadline = actor, execute, delay, switch, deadline
+        self._seed = seed
+        self._worker = None if deadline is None else ThreadPoolExecutor(1, thread_name_prefix="policy")
+        self._warm: set[int] = set()  # numbers of rows whose programs are compiled
+        self._awaited: list[tuple[np.ndarray, Future[np.ndarray]]] = []
         self._history = [window.present - i for i in window.obs]  # steps back from the present
         self.reset((0,))
 
@@ -259,10 +122,24 @@ class Policy:
             seeds: of each row's noise, 0 to 2**32 - 1.
         """
         self._seeds = np.array(seeds, np.uint32)
-        rows = len(self._seeds)
+        rows, size = len(self._seeds), (self.actor.horizon, self.actor.width)
+        self.late = self.stops = 0
+        self._warm_up(rows)
+        self._step = np.zeros(rows, np.int64)  # calls of `act`
         self._decisions = np.zeros(rows, np.uint32)
-        self._left = np.zeros(rows, np.int64)  # actions of the row's chunk that are still to be taken
-        self._chunks = np.zeros((rows, self.actor.horizon, self.actor.width), np.float32)
+        self._chunks = np.zeros((rows, *size), np.float32)
+        self._origin = np.full(rows, NEVER)  # the step that the chunk's first row is for
+        # The answer that is awaited: the step at which it was asked for, the first at which it may be used, whether its
+        # first row is for the step at which it comes (else for that at which it was asked for), and, once it is there,
+        # itself.
+        self._asked, self._due = np.full(rows, NEVER), np.full(rows, NEVER)
+        self._fresh, self._answered = np.zeros(rows, bool), np.zeros(rows, bool)
+        self._answers = np.zeros((rows, *size), np.float32)
+        for _, future in self._awaited:
+            future.cancel()
+        self._awaited = []
+        self._last = np.zeros((rows, self.actor.width), np.float32)  # the action that was taken last
+        self._seams = np.zeros((2, rows))  # sums of squares, and their number
         self._seen = np.zeros(rows, bool)
         length = max(self._history) + 1
         self._frames = {
@@ -278,24 +155,36 @@ class Policy:
                 "text": (n, E) where the model reads text; for relative actions, the state that they refer to: (n, D),
                 raw units}. Other keys are ignored.
             rows: (n,) which rows these are of; None: all.
-            noise: {modality: (n, ...)} for the chunks that begin with this step; None: drawn from the seeds.
+            noise: {modality: (n, ...)} for the chunks that this call asks for; None: drawn from the seeds.
 
         Returns:
             (n, Dr) float32, the numbers that the robot takes.
 
         Raises:
             UserError: naming every key that is missing or has an unfit shape, dtype or value.
+            LateAnswer: some rows have no action.
             RunError: the sampled actions are not finite.
         """
         at = self._rows(rows)
         self.observe(observation, at)
-        due = self._left[at] == 0
+        before = self._origin[at].copy()
+        self._begin(at)
+        due = (self._asked[at] == NEVER) & (self._step[at] - self._origin[at] >= self.execute)
         if due.any():
-            given = None if noise is None else {m: np.asarray(x)[due] for m, x in noise.items()}
-            self._chunks[at[due]] = self.plan(at[due], given)
-            self._left[at[due]] = self.execute
-        action = self._chunks[at, self.execute - self._left[at]]
-        self._left[at] -= 1
+            self._ask(at[due], None if noise is None else {m: np.asarray(x)[due] for m, x in noise.items()})
+            self._begin(at)
+        used, late = self._step[at] - self._origin[at], (self._asked[at] != NEVER) & (self._step[at] >= self._due[at])
+        action = self._chunks[at, np.minimum(used, self.actor.horizon - 1)]
+        waits = self.switch == "wait"
+        idle = used >= (self.execute if waits else self.actor.horizon)
+        action[idle] = self._last[at[idle]]
+        joins = (before != NEVER) & (before != self._origin[at])
+        self._measure_seams(at[joins], action[joins])
+        self._last[at] = action
+        self._step[at] += 1
+        self.late += int((late & ~idle).sum())
+        if idle.any() and not waits:
+            self._stop(at, idle, action)
         return action
 
     def observe(self, observation: Mapping[str, np.ndarray], rows: Rows = None) -> None:
@@ -315,40 +204,134 @@ class Policy:
         at, back = self._rows(rows), [-1 - back for back in self._history]
         return {f"obs/{key}": x[at, -1] if key == "text" else x[at][:, back] for key, x in self._frames.items()}
 
-    def plan(self, rows: Rows = None, noise: Noise | None = None) -> np.ndarray:
-        """Samples a chunk from what was observed, (n, horizon, Dr) float32, as `Actor.chunks`; the first action is for
-        now.
+    def seams(self) -> np.ndarray:
+        """(n,) float64 how far each row's action jumped where one chunk followed another: the root mean square, over
+        these steps and the action's columns, of the normalised action minus the one before. NaN without such a step."""
+        total, count = self._seams
+        return np.sqrt(np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0))
 
-        Raises:
-            RunError: the actions are not finite.
-        """
-        at = self._rows(rows)
-        if noise is None:
-            noise = self.actor.noise(self._seed, self._seeds[at], self._decisions[at])
+    def close(self) -> None:
+        """Ends the thread of the form with a deadline."""
+        if self._worker:
+            self._worker.shutdown(cancel_futures=True)
+
+    def _ask(self, at: np.ndarray, noise: Noise | None) -> None:
+        """Asks for chunks from what rows have seen up to now."""
+        used = self._step[at] - self._origin[at]
+        left = np.maximum(self.actor.horizon - used, 0)  # rows of the chunk before, which go on to be executed
+        starts, fresh = self._origin[at] == NEVER, (left == 0) | (self.switch == "wait")
+        self._asked[at], self._fresh[at] = self._step[at], fresh
+        self._due[at] = self._step[at] + np.where(starts, 0, self.delay)
+        promised = None
+        if self.switch in HOLDING and (count := np.minimum(left, self.delay)).any():
+            places = np.minimum(used[:, None] + np.arange(self.actor.horizon), self.actor.horizon - 1)
+            promised = self._chunks[at[:, None], places], count
+        inputs, seeds, decisions = self.inputs(at), self._seeds[at], self._decisions[at]
         self._decisions[at] += 1
-        return self.actor.chunks(self.inputs(at), noise)
+
+        def sample() -> np.ndarray:
+            given = self.actor.noise(self._seed, seeds, decisions) if noise is None else noise
+            return self.actor.chunks(inputs, given, promised, guided=self.switch == "guided")
+
+        self._awaited.append((at, self._worker.submit(sample) if self._worker else _at_once(sample)))
+
+    def _begin(self, at: np.ndarray) -> None:
+        """Goes over to the chunks that are there and due."""
+        self._collect(at)
+        at = at[self._answered[at] & (self._step[at] >= self._due[at])]
+        self._chunks[at] = self._answers[at]
+        self._origin[at] = np.where(self._fresh[at], self._step[at], self._asked[at])
+        self._answered[at], self._asked[at] = False, NEVER
+
+    def _collect(self, at: np.ndarray) -> None:
+        """Takes in the answers of the thread, and waits for those that are due as long as it may."""
+        until = time.monotonic() + (self.deadline or 0)
+        awaited, self._awaited = self._awaited, []
+        for rows, future in awaited:
+            mine = rows[np.isin(rows, at)]
+            if (self._origin[mine] == NEVER).any():
+                wait([future])  # a robot that has not moved yet
+            elif (self._step[mine] >= self._due[mine]).any():
+                wait([future], max(0.0, until - time.monotonic()))
+            if not future.done():
+                self._awaited.append((rows, future))
+            elif error := future.exception():
+                self._asked[rows] = NEVER  # so that it is asked for again
+                raise error
+            else:
+                self._answers[rows], self._answered[rows] = future.result(), True
+
+    def _measure_seams(self, at: np.ndarray, action: np.ndarray) -> None:
+        if not len(at):
+            return
+        both = np.stack([self._last[at], action], axis=1)
+        states = {key: self._frames[key][at, -1] for key in self.actor.states}
+        step = np.diff(self.actor.normalized(both, states).astype(np.float64), axis=1)[:, 0]
+        self._seams[:, at] += np.mean(np.square(step), axis=-1), np.ones(len(at))
+
+    def _stop(self, at: np.ndarray, idle: np.ndarray, action: np.ndarray) -> None:
+        """Raises LateAnswer."""
+        self.stops += int(idle.sum())
+        row = at[idle][0]
+        step, asked = self._step[row] - 1, self._asked[row]
+        raise LateAnswer(
+            f"step {step} of row {row} has no action: the chunk that was asked for at step {asked} was due at step "
+            f"{self._due[row]} and is not there, and the one before it is used up (stop {self.stops}). Allow more "
+            f"steps than delay={self.delay}, or sample in fewer.",
+            np.where(idle[:, None], np.float32(np.nan), action),
+        )
+
+    def _warm_up(self, rows: int) -> None:
+        """Compiles what the thread runs."""
+        if self._worker is None or rows in self._warm:
+            return
+        self._warm.add(rows)
+        inputs = {key: np.zeros(like.shape, like.dtype) for key, like in self.actor.inputs_like(rows).items()}
+        zeros = np.zeros(rows, np.uint32)
+        noise = self.actor.noise(self._seed, zeros, zeros)
+        chunk = self.actor.chunks(inputs, noise)
+        if self.delay and self.switch in HOLDING:
+            promised = chunk, np.full(rows, self.delay)
+            self.actor.chunks(inputs, noise, promised, guided=self.switch == "guided")
 
     def _rows(self, rows: Rows) -> np.ndarray:
         return np.arange(len(self._seeds)) if rows is None else np.asarray(rows, np.int64)
 
 
-def rows_from_the_present(window: WindowSpec) -> slice:
-    """Places in a window's actions of those that follow each other step by step from the newest observed frame on."""
-    action, present = window.action, window.present
-    first = action.index(present) if present in action else 0
-    ready = 0
-    while first + ready < len(action) and action[first + ready] == present + ready:
-        ready += 1
-    return slice(first, first + ready)
-
-
-def check_execute(window: WindowSpec, execute: int) -> None:
-    """Raises UserError where a chunk has fewer than `execute` actions from the present on, or it is less than 1."""
+def check_execute(window: WindowSpec, execute: int, delay: int = 0, switch: str = "wait") -> None:
+    """Raises UserError where these do not suit the chunks of a window, as `Policy` has them."""
+    if switch not in SWITCHES:
+        raise UserError(f"switch={switch}: expected one of {', '.join(SWITCHES)}.")
     rows = rows_from_the_present(window)
     ready = rows.stop - rows.start
+    about = (
+        f"The model was trained on config.data.window.action={window.action}, of which {ready} follow each other step "
+        f"by step from the newest observed frame, {window.present}, on."
+    )
     if not 1 <= execute <= ready:
         expected = f"expected 1 to {ready}" if ready else "no number will do"
+        raise UserError(f"execute={execute}: {expected}. {about}")
+    if delay < 0:
+        raise UserError(f"delay={delay}: expected 0 steps or more.")
+    if switch == "wait":
+        return
+    if execute + delay > ready:
         raise UserError(
-            f"execute={execute}: {expected}. The model was trained on config.data.window.action={window.action}, of "
-            f"which {ready} follow each other step by step from the newest observed frame, {window.present}, on."
+            f"execute={execute} and delay={delay} with switch={switch}: expected at most {ready} together, since a "
+            f"chunk is executed until the next one is there. {about}"
         )
+    if delay > execute:
+        raise UserError(
+            f"delay={delay} with switch={switch}: expected at most execute={execute}, since a chunk is asked for after "
+            "the one before is there."
+        )
+
+
+def _at_once(function: Callable[[], np.ndarray]) -> Future[np.ndarray]:
+    """The result of a function that is called now."""
+    done: Future[np.ndarray] = Future()
+    try:
+        done.set_result(function())
+    except Exception as e:  # as a thread keeps it, for who asks for the result
+        done.set_exception(e)
+    return done
