@@ -80,7 +80,7 @@ def main(call: cli.Call) -> None:
             system=FLAGS.system or "",
         )
     elif words == ["to-torch"]:
-        workdir, output = cli.required_path("workdir"), cli.required_path("output")
+        workdir, output = cli.required_run(), cli.required_path("output")
         if names_a_folder(FLAGS.output):
             to_folder(workdir, output, FLAGS.step, overrides, FLAGS.parameters, FLAGS.uses, FLAGS.limits)
         elif given := [name for name in ("uses", "limits") if FLAGS[name].present]:

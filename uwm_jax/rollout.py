@@ -49,7 +49,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "directory of the run whose policy acts")
+    flags.DEFINE_string("workdir", None, "directory of the run whose policy acts, or owner/name[@revision] on the hub")
     flags.DEFINE_string("env", None, "the environment: pusht")
     flags.DEFINE_integer("episodes", 50, "how many, each from a seed of its own", lower_bound=1)
     flags.DEFINE_integer("first_seed", FIRST_SEED, "of the first episode's start", lower_bound=0, upper_bound=2**31)
@@ -63,7 +63,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    workdir, env = cli.required_path("workdir"), cli.required("env")
+    workdir, env = cli.required_run(), cli.required("env")
     spec, root = get(env), places.root(cli.optional_path("output"), workdir)
     system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, call.overrides, FLAGS.parameters)
     check_fits(spec, system)

@@ -44,7 +44,9 @@ DENOISE = "denoise"
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "directory of a run, or of a converted checkpoint")
+    flags.DEFINE_string(
+        "workdir", None, "directory of a run or of a converted checkpoint, or owner/name[@revision] on the hub"
+    )
     flags.DEFINE_string("mode", None, f"one or more of {', '.join(known_modes())}, separated by commas")
     flags.DEFINE_string("inputs", None, "the .npz of inputs")
     flags.DEFINE_string("output", None, "the .npz to write")
@@ -56,7 +58,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    workdir, output = cli.required_path("workdir"), cli.required_path("output")
+    workdir, output = cli.required_run(), cli.required_path("output")
     modes = parse_modes(cli.required("mode"))
     files.check_output_file(output)
     with weights.NpzArrays(cli.required_path("inputs"), "--inputs") as arrays:
