@@ -35,8 +35,8 @@ def open_trunk(config: ConfigDict) -> CheckpointReader:
     stored, steps = finetune.locate(spec, "branch_from")
     if parse_origin(spec, "branch_from")[1] is None:
         raise UserError(
-            f"{named}: expected DIR@STEP or owner/name@revision@STEP, with one of the steps {steps} of the checkpoints "
-            "there."
+            f"{named}: expected DIR@STEP, with one of the steps {steps} of the checkpoints there (or, on the hub, "
+            "owner/name@revision@STEP)."
         )
     try:
         stored.verify_small()
