@@ -16,7 +16,7 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError, warn
-from uwm_jax.torch_bridge import description, layout, official_codecs, state_dict, weights
+from uwm_jax.torch_bridge import description, layout, npz_file, official_codecs, state_dict, weights
 from uwm_jax.torch_bridge.description import Described
 from uwm_jax.torch_bridge.official_config import OfficialRun, Shapes
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
@@ -54,7 +54,7 @@ def from_torch(
     tensors, stored, notes = weights.read_weights(input_path, which)
     if notes:
         print(f"note: {'; '.join(notes)}.", file=sys.stderr)
-    given = weights.read_normalizers(normalizer) if normalizer else {}
+    given = npz_file.read_normalizers(normalizer) if normalizer else {}
     run: OfficialRun | Described
     conflicts: tuple[str, ...] = ()
     if description.is_description(official_config):
@@ -153,7 +153,7 @@ def _check_normalized(run: OfficialRun, normalizer: Normalizer, no_normalizer: b
 
 
 def _fitting(
-    pairs: weights.Normalizers, given: weights.Normalizers, action_dim: int, low_dim: Mapping[str, int]
+    pairs: npz_file.Normalizers, given: npz_file.Normalizers, action_dim: int, low_dim: Mapping[str, int]
 ) -> Normalizer:
     """`pairs` as a normaliser, if they fit the run's keys; warns of `given` ones that belong to no key."""
     sizes = {"action": action_dim, **low_dim}
