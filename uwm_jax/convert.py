@@ -1,8 +1,10 @@
 """Official PyTorch checkpoints become workdirs, and workdirs become official state dicts.
 
     python -m uwm_jax.convert from-torch --input=model.pt --official-config=.hydra/config.yaml --workdir=DIR \\
-        [--normalizer=normalizer.npz | --no_normalizer] [--weights=ema] [--system=dp]
-    python -m uwm_jax.convert to-torch --workdir=DIR --output=model.safetensors [--step=N] [--config.FIELD=VALUE]
+        [--normalizer=normalizer.npz | --no_normalizer] [--weights=ema] [--system=dp] \\
+        [--optimizer [--config.data.path=DATASET]]
+    python -m uwm_jax.convert to-torch --workdir=DIR --output=model.safetensors|models.pt [--step=N] \\
+        [--parameters=raw] [--config.FIELD=VALUE]
     python -m uwm_jax.convert to-torch --workdir=DIR --output=DIR/ [--uses=policy] [--step=N] [--config.FIELD=VALUE]
     python -m uwm_jax.convert check DIR [--device=cuda]
 
@@ -31,7 +33,7 @@ FLAGS = flags.FLAGS
 
 # The flags that only one of the words takes.
 _FLAGS_OF = {
-    "from-torch": ("input", "official_config", "normalizer", "no_normalizer", "weights", "system"),
+    "from-torch": ("input", "official_config", "normalizer", "no_normalizer", "weights", "system", "optimizer"),
     "to-torch": ("output", "step", "parameters", "uses", "limits"),
     "check": ("device",),
 }
@@ -47,9 +49,12 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "system", None, systems.names(), "from-torch: whose weights they are, where the official config does not tell"
     )
+    flags.DEFINE_bool(
+        "optimizer", False, "from-torch: take the optimizer's state of a .pt as well, so that training continues"
+    )
     flags.DEFINE_string("workdir", None, "from-torch: the directory to make; to-torch: the one to read")
     flags.DEFINE_string(
-        "output", None, "to-torch: the .safetensors file to write, with a .json next to it, or the folder DIR/"
+        "output", None, "to-torch: the .safetensors or .pt file to write, with a .json next to it, or the folder DIR/"
     )
     flags.DEFINE_list("uses", [], "to-torch, folders: what it is to answer, such as policy; all by default")
     flags.DEFINE_integer("step", None, "to-torch: which checkpoint; the newest by default", lower_bound=0)
@@ -68,8 +73,11 @@ def main(call: cli.Call) -> None:
             if FLAGS[name].present:
                 raise UserError(f"--{name.replace('_', '-')} is a flag of {word}; {words[0]} does not take it.")
     if words == ["from-torch"]:
-        if overrides:
-            raise UserError(f"--config.{overrides[0][0]}: from-torch takes every field from --official-config.")
+        if overrides and not FLAGS.optimizer:
+            raise UserError(
+                f"--config.{overrides[0][0]}: from-torch takes every field from --official-config. With --optimizer, "
+                "those that decide how training continues can be set."
+            )
         from_torch(
             cli.required_path("input"),
             cli.required_path("official_config"),
@@ -78,6 +86,8 @@ def main(call: cli.Call) -> None:
             no_normalizer=FLAGS.no_normalizer,
             which=FLAGS.weights,
             system=FLAGS.system or "",
+            optimizer=FLAGS.optimizer,
+            overrides=overrides,
         )
     elif words == ["to-torch"]:
         workdir, output = cli.required_run(), cli.required_path("output")

@@ -14,6 +14,7 @@ import numpy as np
 from uwm_jax.errors import UserError
 
 # key -> (scale (D,), offset (D,)) float32; raw = normalised * scale + offset
+Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
 Normalizers = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -79,14 +80,17 @@ def read_normalizers(path: str | Path) -> Normalizers:
     for key, pair in pairs.items():
         if missing := {"scale", "offset"} - pair.keys():
             raise UserError(f"--normalizer: {path} has no {key}/{missing.pop()}; a key needs both scale and offset.")
-    return {key: pair(f"--normalizer: {path}", key, p["scale"], p["offset"]) for key, p in sorted(pairs.items())}
+    return {key: as_pair(f"--normalizer: {path}", key, p["scale"], p["offset"]) for key, p in sorted(pairs.items())}
 
 
-def pair(where: str, key: str, scale: Any, offset: Any) -> tuple[np.ndarray, np.ndarray]:
+def as_pair(where: str, key: str, scale: Any, offset: Any) -> tuple[np.ndarray, np.ndarray]:
     """Scale and offset as float32; UserError, which begins with `where` and `key`, for what is no pair of vectors."""
     arrays = []
     for part, value in (("scale", scale), ("offset", offset)):
-        value = np.asarray(value)
+        try:
+            value = np.asarray(value)
+        except (ValueError, TypeError) as e:  # lists of different lengths, or of anything
+            raise UserError(f"{where}: {key}/{part} should be a vector of finite floats ({e}).") from e
         if value.ndim != 1 or not np.issubdtype(value.dtype, np.floating) or not np.isfinite(value).all():
             raise UserError(
                 f"{where}: {key}/{part} should be a vector of finite floats, found {value.dtype} {value.shape}."

@@ -24,7 +24,7 @@ from uwm_jax.torch_bridge.official_config import VAE
 Tensors = dict[str, np.ndarray]
 
 # Buffers of the official VAE wrapper: latents = (posterior * scaling_factor - shift) / scale
-_SHIFT, _SCALE = "obs_encoder.vae.shift", "obs_encoder.vae.scale"
+BUFFERS = _SHIFT, _SCALE = "obs_encoder.vae.shift", "obs_encoder.vae.scale"
 
 # What the official VAE always has; without this a missing layer would pass for another architecture.
 _SDXL_PARTS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
