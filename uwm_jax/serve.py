@@ -2,9 +2,9 @@
 
     python -m uwm_jax.serve --workdir=DIR [--port=8000 --execute=8]
 
-Answers requests of many clients in batches; all programs are compiled before the first is accepted. `/healthz` answers
-200 while the model runs and 503 while the server drains, `/metrics` is for Prometheus, both on the same port. SIGTERM or
-Ctrl-C drain: what was received whole is answered, then all connections are closed.
+Answers requests of many clients in batches; all programs are compiled before the first is accepted. On the same port
+`/healthz` answers 200 while the model runs and 503 while the server drains, and `/metrics` is for Prometheus. SIGTERM
+or Ctrl-C drain: what was received whole is answered, then all connections are closed.
 
 A request is a flat msgpack map with the inputs of `uwm_jax.sample`'s files, one row of each, in raw units; a single
 camera frame or low-dimensional vector stands for the whole history. It may hold `mode`, `prompt`, `seed`, `request_id`,

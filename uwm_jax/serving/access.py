@@ -7,7 +7,6 @@ import ipaddress
 import os
 import ssl
 from collections.abc import Mapping
-from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -97,15 +96,6 @@ def foreign(headers: Mapping[str, str], loopback: bool, encrypted: bool) -> str:
     if origin and _place(origin) != own:
         return f"Origin {origin[:80]!r}: expected none, or that of this server"
     return ""
-
-
-def refusal(token: str, headers: Mapping[str, str], *, loopback: bool, encrypted: bool) -> tuple[HTTPStatus, str] | None:
-    """HTTP status and text for a request that may not connect; None for one that may."""
-    if reason := foreign(headers, loopback, encrypted):
-        return HTTPStatus.FORBIDDEN, reason
-    if not authorized(token, headers):
-        return HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key TOKEN with this server's token"
-    return None
 
 
 def _one(headers: Mapping[str, str], name: str) -> str:

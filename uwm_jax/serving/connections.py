@@ -19,16 +19,12 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from http import HTTPStatus
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request as HttpRequest
-from websockets.http11 import Response
 
 from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.reading import cause_of
@@ -36,6 +32,7 @@ from uwm_jax.serving import access, messages
 from uwm_jax.serving.batching import Answer, Batcher, Engine, Job
 from uwm_jax.serving.contract import Contract, Request
 from uwm_jax.serving.episodes import Episode
+from uwm_jax.serving.front import Front, Pages
 from uwm_jax.serving.status import ANSWERED, FAILED, GONE, REFUSED, Status
 
 MOST_FRAGMENTS = 4096  # of one message
@@ -49,19 +46,6 @@ IGNORED = "ignored: this model reads no text"
 _quiet = logging.getLogger("uwm_jax.serving.websockets")
 _quiet.setLevel(logging.CRITICAL + 1)
 _quiet.propagate = False
-
-
-class Page(NamedTuple):
-    """An HTTP response."""
-
-    status: HTTPStatus
-    content_type: str
-    body: bytes
-    headers: Mapping[str, str] = {}
-
-
-# (path without query, whether the request carries the token) -> a page; None where there is none.
-Pages = Callable[[str, bool], Page | None]
 
 
 class Recorder(Protocol):
@@ -81,6 +65,7 @@ class _Connection:
     Attributes:
       inbox: messages that were received whole; news: set when there are more, or none will come; room: set when there
         is room for more.
+      closed: whether the client is gone; leaving: whether the server takes no more of its messages.
       count: requests so far, from which the noise of the next follows.
       episode: its history, where the server keeps it.
       last_total: seconds of the last request.
@@ -99,6 +84,7 @@ class _Connection:
     news: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     room: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     closed: bool = False
+    leaving: bool = False
 
 
 class _Received(NamedTuple):
@@ -179,6 +165,16 @@ class Server:
             tell=self.status.batch,
         )
         batches = asyncio.create_task(batcher.serve())
+        front = Front(
+            self.status,
+            self._pages,
+            token=self._token,
+            loopback=self._loopback,
+            encrypted=self._tls is not None,
+            most=self._most,
+            busy_since=lambda: batcher.busy_since,
+            cut=lambda: self.contract.actor.cut,
+        )
         with (
             concurrent.futures.ThreadPoolExecutor(2, "reader") as self._readers,
             concurrent.futures.ThreadPoolExecutor(1, "recorder") as self._records,
@@ -188,7 +184,7 @@ class Server:
                     self._connected,
                     sock=self._socket,
                     ssl=self._tls,
-                    process_request=self._http,
+                    process_request=front.answer,
                     compression=None,
                     server_header=None,
                     max_size=2 * limit,  # up to here the connection survives a message that is too long
@@ -227,48 +223,6 @@ class Server:
         assert self._drained is not None
         self._drained.set()
 
-    # --- HTTP --------------------------------------------------------------------------------------
-
-    def _http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
-        """The response to a plain HTTP request, or to a websocket that is not wanted; None opens the websocket."""
-        page = self._page(request)
-        if page is None:
-            return None
-        if page.status >= 400:
-            self.status.turned_away[str(int(page.status))] += 1
-        headers = Headers(**page.headers)
-        headers["Content-Type"], headers["Content-Length"] = page.content_type, str(len(page.body))
-        headers["Connection"], headers["X-Content-Type-Options"] = "close", "nosniff"
-        return Response(int(page.status), page.status.phrase, headers, page.body)
-
-    def _page(self, request: HttpRequest) -> Page | None:
-        headers, path = request.headers, request.path.partition("?")[0]
-        if getattr(request, "method", "GET") != "GET":
-            return _text(HTTPStatus.METHOD_NOT_ALLOWED, "expected GET")
-        if reason := access.foreign(headers, self._loopback, self._tls is not None):
-            return _text(HTTPStatus.FORBIDDEN, reason)
-        authorized = access.authorized(self._token, headers)
-        socket = any("websocket" in value.lower() for value in headers.get_all("Upgrade"))
-        if path == "/healthz" and not socket:
-            reason = self.status.unhealthy(self._batcher.busy_since)
-            return _text(HTTPStatus.SERVICE_UNAVAILABLE if reason else HTTPStatus.OK, reason or "ok")
-        if not socket and (page := self._pages(path, authorized)):
-            return page
-        if not authorized:
-            page = _text(HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key TOKEN")
-            return page._replace(headers={"WWW-Authenticate": "Api-Key"})
-        if path == "/metrics" and not socket:
-            healthy = not self.status.unhealthy(self._batcher.busy_since)
-            body = self.status.prometheus(healthy, self.contract.actor.cut)
-            return Page(HTTPStatus.OK, "text/plain; version=0.0.4; charset=utf-8", body.encode())
-        if not socket:
-            return _text(HTTPStatus.NOT_FOUND, "expected /healthz, /metrics, or a websocket")
-        if self.status.draining:
-            return _text(HTTPStatus.SERVICE_UNAVAILABLE, "draining")
-        if len(self._open) >= self._most:
-            return _text(HTTPStatus.SERVICE_UNAVAILABLE, f"{self._most} connections are open already")
-        return None
-
     # --- Connections -------------------------------------------------------------------------------
 
     async def _connected(self, socket: ServerConnection) -> None:
@@ -282,6 +236,7 @@ class Server:
             await socket.send(self._metadata)
             while received := await self._next(connection):
                 await self._answer(connection, received)
+            connection.leaving = True
             if self.status.draining:
                 await socket.close(GOING_AWAY, "the server is draining")
         except ConnectionClosed:
@@ -298,6 +253,8 @@ class Server:
         try:
             while True:
                 message = await _whole_message(connection.socket)
+                if connection.leaving:
+                    continue  # read, so that the closing handshake behind it is seen
                 connection.inbox.append(_Received(message, time.perf_counter()))
                 connection.news.set()
                 while len(connection.inbox) >= MOST_WAITING:
@@ -314,7 +271,7 @@ class Server:
     async def _next(self, connection: _Connection) -> _Received | None:
         """The next message; None when the client is gone or, while draining, none is left."""
         while not connection.inbox:
-            if connection.closed:
+            if connection.closed or connection.leaving:
                 return None
             connection.news.clear()
             try:
@@ -329,11 +286,10 @@ class Server:
         self.status.received += 1
         outcome, mode, infer = FAILED, "", 0.0
         packed: bytes | str
-        request = None
-        action = None
+        request, action = None, None
         try:
             try:
-                request = await self._read(received)
+                request = await self._read(connection, received)
                 mode = request.mode
                 reply, infer = await self._reply(connection, request)
                 action = reply.get("actions")
@@ -343,7 +299,7 @@ class Server:
             except RunError as e:
                 packed = str(e)
             if outcome == FAILED and request and request.request_id is not None:
-                packed = f"request {request.request_id}: {packed}"
+                packed = f"request {request.request_id}: {packed!s}"
             await connection.socket.send(packed)
         except (ConnectionClosed, _Gone):
             outcome = GONE
@@ -353,10 +309,11 @@ class Server:
         if outcome == ANSWERED and request and action is not None:
             await self._record("step", connection.number, request, action[0])
 
-    async def _read(self, received: _Received) -> Request:
+    async def _read(self, connection: _Connection, received: _Received) -> Request:
         if isinstance(received.message, str):
             raise UserError("expected a binary frame with a msgpack map, found a text frame.")
         if received.at > self._drain_began + GRACE:
+            connection.leaving = True
             raise UserError("the server is draining: this request was not accepted.")
         loop = asyncio.get_running_loop()
         try:
@@ -447,9 +404,10 @@ def in_thread(server: Server) -> Iterator[str]:
 
 
 async def _whole_message(socket: ServerConnection) -> bytes | str:
-    """The next message. Its fragments are joined as they come, because thousands of them take many times their bytes."""
+    """The next message. Fragments are joined as they come: thousands that wait would take many times their bytes."""
     joined = bytearray()
     first: bytes | str | None = None
+    closing: asyncio.Task[None] | None = None
     count = 0
     async for part in socket.recv_streaming():
         count += 1
@@ -458,11 +416,15 @@ async def _whole_message(socket: ServerConnection) -> bytes | str:
             continue
         if count == 2 and isinstance(first, bytes):
             joined += first
-        if isinstance(part, bytes):
+        if isinstance(part, bytes) and closing is None:
             joined += part
-        if count > MOST_FRAGMENTS:
-            await socket.close(POLICY_VIOLATION, f"a message of more than {MOST_FRAGMENTS} fragments")
-            break
+        if count == MOST_FRAGMENTS + 1:  # what still comes is read, so that the closing handshake behind it is seen
+            reason = f"a message of more than {MOST_FRAGMENTS} fragments"
+            closing = asyncio.create_task(socket.close(POLICY_VIOLATION, reason))
+            joined.clear()
+    if closing is not None:
+        await closing
+        return await _whole_message(socket)  # raises ConnectionClosed
     assert first is not None
     return first if count == 1 or isinstance(first, str) else bytes(joined)
 
@@ -477,7 +439,3 @@ def _bound(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as e:
         raise UserError(f"--host={host}, --port={port}: cannot listen here: {cause_of(e)}.") from e
     return bound
-
-
-def _text(status: HTTPStatus, text: str) -> Page:
-    return Page(status, "text/plain; charset=utf-8", f"{text}\n".encode())

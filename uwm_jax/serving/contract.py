@@ -97,7 +97,8 @@ class Contract:
         self.modes = tuple(modes) or ((self.acting,) if stepwise else tuple(backend.uses))
         for mode in self.modes:
             if mode not in backend.uses:
-                raise UserError(f"--modes={mode}: expected some of {', '.join(backend.uses)}.{suggest(mode, backend.uses)}")
+                known = ", ".join(backend.uses)
+                raise UserError(f"--modes={mode}: expected some of {known}.{suggest(mode, backend.uses)}")
         if self.acting not in self.modes or stepwise and len(self.modes) > 1:
             rest = "alone with --stepwise" if stepwise else "among the modes"
             raise UserError(f"--modes={','.join(self.modes)}: expected {self.acting}, which acts, {rest}.")
@@ -150,13 +151,14 @@ class Contract:
         inputs = {}
         for key, (shape, dtype) in self._observed.items():
             inputs[key] = {"shape": list(shape[1:] if self.stepwise and key != TEXT else shape), "dtype": dtype.name}
-            if key in self._cameras:
-                inputs[key]["order"] = "height, width, RGB" if self.stepwise else "frames oldest first, height, width, RGB"
+            axes = "height, width, RGB" if key in self._cameras else "numbers"
+            inputs[key]["order"] = axes if self.stepwise or key == TEXT else f"frames oldest first, {axes}"
         modes = {}
         for mode in self.modes:
             use = backend.uses[mode]
-            given = {key: {"shape": list(shape), "dtype": dtype.name} for key, (shape, dtype) in self._given[mode].items()}
-            modes[mode] = {"makes": list(use.makes), "given": given}
+            given = self._given[mode].items()
+            about = {key: {"shape": list(shape), "dtype": dtype.name} for key, (shape, dtype) in given}
+            modes[mode] = {"makes": list(use.makes), "given": about}
         return {
             "server": "uwm_jax",
             "system": backend.system,
@@ -214,13 +216,12 @@ class Contract:
 
     def _read(self, entries: dict[str, messages.Value], request_id: int | str | None) -> Request:
         mode = entries.get("mode", self.acting)
-        if mode not in self.modes or not isinstance(mode, str):
-            raise UserError(f"mode: expected one of {', '.join(self.modes)}; found {mode!r}.")
-        problems = [
-            f"{key}: unknown; did you mean {close[0]}?" if (close := closest(key, self._known, 0.8)) else f"{key}: unknown"
-            for key in entries
-            if key not in self._known
-        ]
+        if not isinstance(mode, str) or mode not in self.modes:
+            raise UserError(f"mode: expected one of {', '.join(self.modes)}; found {_about(mode)}.")
+        problems = []
+        for key in sorted(entries.keys() - self._known):
+            close = closest(key, self._known, cutoff=0.8)
+            problems.append(f"{key}: unknown" + (f", did you mean {close[0]}" if close else ""))
         reset = entries.get("reset", False)
         if not isinstance(reset, bool | np.bool_):
             problems.append(f"reset: expected true or false, found {_about(reset)}")
@@ -371,7 +372,9 @@ class Contract:
         if mode != self.acting or not self.promises:
             reason = f"only a request of mode {self.acting} has it"
             if not self.promises:
-                reason = "the server keeps the chunk (--stepwise)" if self.stepwise else "this model takes no promised rows"
+                reason = "this model takes no promised rows"
+            if self.stepwise:
+                reason = "the server keeps the chunk (--stepwise)"
             problems.append(f"promised: {reason}")
             return None
         fits = isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] == width
@@ -412,4 +415,4 @@ def _about(value: Any) -> str:
     """A value of a message in a few words."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape}"
-    return f"{type(value).__name__} {value!r}"[:80]
+    return repr(value)[:80] if isinstance(value, str) else f"{type(value).__name__} {value!r}"[:80]

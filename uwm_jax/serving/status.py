@@ -27,9 +27,9 @@ _compiled: list[float] = []  # seconds of each program
 
 @functools.cache  # once: a listener stays for good
 def _listen() -> None:
-    def listener(event: str, seconds: float, **_: Any) -> None:
+    def listener(event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILED:
-            _compiled.append(seconds)
+            _compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listener)
 
@@ -159,7 +159,8 @@ class Status:
         metric("requests_total", "counter", "Requests by outcome and use.", counts)
         one("far_out_total", "counter", "Inputs far outside the range of the training data.", self.remarks)
         one("cut_total", "counter", "Values of actions that the stated limits cut.", cut)
-        one("compilations_total", "counter", "Programs compiled after the warm-up.", compilations() - self._compiled_before)
+        compiled = compilations() - self._compiled_before
+        one("compilations_total", "counter", "Programs compiled after the warm-up.", compiled)
         sizes = [f'uwm_serve_batches_total{{requests="{size}"}} {n}' for size, n in sorted(self.batches.items())]
         metric("batches_total", "counter", "Batches by their number of requests.", sizes)
         for name, about, histogram in (
