@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runs": (*LIBRARY, "evaluation"),
     "sweeps": (*LIBRARY, "evaluation", "runs"),
     "conversion": (*LIBRARY, "backend", "evaluation"),
-    "serving": (*LIBRARY, "policy"),
+    "serving": (*LIBRARY, "actor", "backend"),
     "cli": (*BASE, "hub"),
     "benchmarking": (*LIBRARY, "cli"),
     "planning": (*LIBRARY, "", "cli", "evaluation", "sweeps"),

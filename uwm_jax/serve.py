@@ -25,9 +25,9 @@ from collections.abc import Mapping
 from absl import flags
 
 from uwm_jax import cli, config_help
+from uwm_jax.actor import Actor
 from uwm_jax.backend import JaxBackend
 from uwm_jax.errors import UserError, warn
-from uwm_jax.policy import Actor
 from uwm_jax.serving import access
 from uwm_jax.serving.batching import SIZES, Engine
 from uwm_jax.serving.connections import Server

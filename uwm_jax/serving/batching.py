@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from uwm_jax.actor import Actor
 from uwm_jax.errors import RunError
-from uwm_jax.policy import Actor
 from uwm_jax.reading import cause_of
 from uwm_jax.serving.contract import Arrays, Request
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from uwm_jax.actor import Actor
 from uwm_jax.data.cover import cover
 from uwm_jax.data.value_ranges import far_out
 from uwm_jax.errors import UserError, closest, suggest
-from uwm_jax.policy import Actor
 from uwm_jax.serving import messages
 
 Arrays = dict[str, np.ndarray]
