@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reporting": (*LIBRARY, "envs", "evaluation", "sweeps"),
     "runs": (*LIBRARY, "evaluation"),
     "sweeps": (*LIBRARY, "evaluation", "runs"),
-    "conversion": (*LIBRARY, "backend", "evaluation"),
+    "conversion": (*LIBRARY, "backend", "evaluation", "reporting"),
     "serving": (*LIBRARY, "actor", "backend"),
     "cli": (*BASE, "hub"),
     "benchmarking": (*LIBRARY, "cli"),

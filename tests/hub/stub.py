@@ -27,6 +27,7 @@ class Stub:
       private: repositories that ask for the token.
       requests: of (method, path) in order.
       breaks: {file: how many bytes of its next answer are sent before the connection is closed}.
+      refused: parts of paths that are answered with status 413.
       echo: whether errors repeat the Authorization header, as no server should.
       down: whether every request is answered with status 500.
     """
@@ -40,6 +41,7 @@ class Stub:
     breaks: dict[str, int] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     echo: bool = False
+    refused: tuple[str, ...] = ()
     down: bool = False
 
     def add(self, repo: str, files: Mapping[str, bytes], ref: str = "main") -> str:
@@ -96,6 +98,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if self.hub.down:
             return self._error(500, "Down", "the hub is down")
+        if any(part in path for part in self.hub.refused):
+            return self._error(413, "", "too large")
+        if path == "/api/validate-yaml":  # of a card
+            return self._json({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path.startswith("/blobs/"):  # where a large file is sent to; no header tells who sends it

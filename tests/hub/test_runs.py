@@ -11,34 +11,24 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from tests.hub import small_run
 from tests.hub.stub import Stub
-from tests.systems.small import small_config
-from uwm_jax import cli, compare_samplers, evaluate, rollout, sample, systems
+from uwm_jax import cli, compare_samplers, evaluate, rollout, sample
 from uwm_jax.conversion.to_torch import to_torch
-from uwm_jax.data.normalize import Normalizer
-from uwm_jax.data.spec import DataSpec
-from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
 from uwm_jax.hub import runs
 from uwm_jax.hub.names import HubName
+from uwm_jax.torch_bridge import description
 from uwm_jax.training import finetune, inference
-from uwm_jax.training.workdir import save_params_only
 
-REPO, STEP = "someone/robot", 300
+FILES = ("WEIGHTS", "DESCRIPTION", "PROBE", "PROGRAM")
+REPO, STEP = "someone/robot", small_run.STEP
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workdir of a small policy that nobody trained."""
-    workdir = tmp_path_factory.mktemp("run") / "run"
-    config = small_config("dp")
-    config.data.cameras, config.data.low_dim = ("front",), ("state",)
-    spec = DataSpec(WindowSpec.from_config(config.data.window), {"front": (16, 16)}, {"state": 3}, 2, 0, Normalizer())
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(systems.make(config, spec, None).init, jax.random.key(0))
-    params = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(x.dtype), shapes)
-    save_params_only(workdir, config, spec, params, step=STEP)
-    return workdir
+    return small_run.make(tmp_path_factory.mktemp("run") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +40,11 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert set(files) == {runs.WEIGHTS, runs.DESCRIPTION}
     return files | {name: b"raise SystemExit('theirs')" for name in (runs.PROGRAM, "sitecustomize.py")}
+
+
+def test_files_are_called_as_the_export_calls_them() -> None:
+    ours, theirs = ([getattr(module, name) for name in FILES] for module in (runs, description))
+    assert ours == theirs
 
 
 def files_in_cache() -> set[str]:
@@ -112,11 +107,10 @@ def test_an_export_for_pytorch_has_our_program(stub: Stub, exported: dict[str, b
     folder = runs.export(f"{REPO}@v1", "--export")
     assert runs.origin_of(folder) == HubName(REPO, commit)
     ours = Path(runs.__file__).parents[1] / "torch_bridge" / runs.PROGRAM
-    names = {runs.WEIGHTS, runs.DESCRIPTION, runs.PROBE} | ({runs.PROGRAM} if ours.is_file() else set())
-    assert not ours.is_file() or (folder / runs.PROGRAM).read_bytes() == ours.read_bytes()
+    assert (folder / runs.PROGRAM).read_bytes() == ours.read_bytes()
     for name in (runs.WEIGHTS, runs.DESCRIPTION):
         assert (folder / name).read_bytes() == exported[name]
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == {runs.WEIGHTS, runs.DESCRIPTION, runs.PROBE, runs.PROGRAM}
     assert runs.export(f"{REPO}@{commit}", "--export") == folder
 
 

@@ -37,13 +37,18 @@ class HubName(NamedTuple):
         return _COMMIT.fullmatch(self.revision or "") is not None
 
 
+def is_repository(text: str) -> bool:
+    """Whether a text is `owner/name`, as the hub has them."""
+    return re.fullmatch(f"{_PART}/{_PART}", text) is not None and "--" not in text and ".." not in text
+
+
 def parse(value: str) -> HubName | None:
     """The repository that the value of a flag names; None where it is a path."""
     found = _NAME.fullmatch(value)
     if not found or os.path.lexists(value):
         return None
     repo = f"{found['owner']}/{found['repo']}"
-    if "--" in repo or ".." in value or (found["revision"] is None and os.path.isdir(found["owner"])):
+    if not is_repository(repo) or ".." in value or (found["revision"] is None and os.path.isdir(found["owner"])):
         return None
     return HubName(repo, found["revision"])
 

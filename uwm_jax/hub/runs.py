@@ -30,7 +30,7 @@ _OF_WORKDIR = ("config.json", "run.json", "metrics.jsonl", "checkpoints/*", "fro
 
 _CACHED = re.compile(
     r".*/models--(?P<a>[^/]+?)--(?P<b>[^/]+)/snapshots/(?P<ab>[0-9a-f]{40})"
-    r"|.*/assets/uwm_jax/(?P<c>[^/]+?)--(?P<d>[^/]+)/(?P<cd>[0-9a-f]{40})/(?:workdir|export)"
+    r"|.*/uwm_jax/(?P<c>[^/]+?)--(?P<d>[^/]+)/(?P<cd>[0-9a-f]{40})/(?:workdir|export)"
 )
 
 
@@ -98,10 +98,12 @@ def _nothing(folder: Path) -> str:
 
 def _made(name: HubName, folder: Path, flag: str, what: str) -> Path:
     """What is made of an export folder, `workdir` or `export`, once for a commit; all of it or nothing."""
-    from huggingface_hub import cached_assets_path
+    from huggingface_hub import cached_assets_path, constants
 
     try:
-        place = cached_assets_path("uwm_jax", namespace=name.repo, subfolder=folder.name)
+        place = cached_assets_path(
+            "uwm_jax", namespace=name.repo, subfolder=folder.name, assets_dir=constants.HF_ASSETS_CACHE
+        )
         with _alone(place):
             if not (place / what).exists():
                 temporary = place / f".{what}.{secrets.token_hex(4)}.tmp"
@@ -152,6 +154,4 @@ def _make_export(commit: str, folder: Path, output: Path, flag: str) -> None:
     for name in _OF_EXPORT:
         if (folder / name).is_file():
             (output / name).symlink_to((folder / name).resolve())
-    ours = Path(__file__).parents[1] / "torch_bridge" / PROGRAM
-    if ours.is_file():
-        shutil.copyfile(ours, output / PROGRAM)
+    shutil.copyfile(Path(__file__).parents[1] / "torch_bridge" / PROGRAM, output / PROGRAM)
