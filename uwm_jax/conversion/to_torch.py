@@ -58,8 +58,9 @@ def to_torch(
     print(f"wrote {output}: {len(tensors)} tensors of step {step}, described in {output.with_suffix('.json').name}")
 
 
-def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Path) -> dict[str, Any]:
-    """Everything that the tensors mean: enough to run the model without our code (JSON values only)."""
+def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Path | None) -> dict[str, Any]:
+    """Everything that the tensors mean: enough to run the model without our code (JSON values only). Without a workdir,
+    which keeps a codec's files, the codec is left out."""
     c, spec = system.config, system.spec
     return {
         "format": FORMAT,
@@ -92,7 +93,7 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
         "noise": {m: list(shape) for m, shape in noise_shapes(system).items()},  # of a row, where sampling starts
         "sampling": system.describe_sampling(),
         **systems.official(c.system).describe(system),
-        "codec": official_codecs.describe(system.codec, codec_store.folder(workdir, system.config)),
+        "codec": official_codecs.describe(system.codec, workdir and codec_store.folder(workdir, system.config)),
         "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype.name} for name, t in sorted(tensors.items())},
     }
 
