@@ -13,8 +13,8 @@ from typing import Any, Self
 from uwm_jax.errors import RunError
 
 
-class Child(contextlib.AbstractContextManager["Child"]):
-    """Runs a module, whose `main` calls `serve`, until the context ends.
+class Child:
+    """Runs a module, whose `main` calls `serve`; use it in a `with`, whose end ends it.
 
     Args:
       module: its name.
