@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runs": (*LIBRARY, "evaluation"),
     "sweeps": (*LIBRARY, "evaluation", "runs"),
     "conversion": (*LIBRARY, "backend", "evaluation", "reporting"),
-    "serving": (*LIBRARY, "actor", "backend"),
+    "serving": (*LIBRARY, "actor", "backend", "reporting"),
     "cli": (*BASE, "hub"),
     "benchmarking": (*LIBRARY, "backend", "cli", "conversion"),
     "planning": (*LIBRARY, "", "cli", "evaluation", "sweeps"),

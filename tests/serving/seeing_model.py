@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from uwm_jax.actor import Actor
 from uwm_jax.backend import Backend, Noise
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.policy import Actor
 from uwm_jax.serving.contract import Request
 from uwm_jax.serving.recording import Recording
 from uwm_jax.systems.base import Use

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests.serving.seeing_model import Change, SeeingBackend, drive, of_frames, without_normalizer
+from uwm_jax.actor import Actor
 from uwm_jax.errors import UserError
-from uwm_jax.policy import Actor
 from uwm_jax.serving import replay
 from uwm_jax.serving.batching import Engine
 from uwm_jax.serving.connections import Server, in_thread

@@ -17,8 +17,9 @@ import numpy as np
 
 from uwm_jax.data.episodes import encode_jpeg
 from uwm_jax.errors import UserError
-from uwm_jax.serving.connections import Page, Server
+from uwm_jax.serving.connections import Server
 from uwm_jax.serving.contract import Request
+from uwm_jax.serving.front import Page
 
 FRAME_SECONDS = 0.5  # between two frames that are encoded for the page
 _HEADERS = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from uwm_jax.actor import Actor
 from uwm_jax.data import fields
 from uwm_jax.data.cover import cover
 from uwm_jax.data.normalize import Normalizer
@@ -15,7 +16,6 @@ from uwm_jax.data.records import Dataset, find_dataset, read_manifest
 from uwm_jax.data.samples import Samples
 from uwm_jax.data.stats import column_stats
 from uwm_jax.errors import UserError
-from uwm_jax.policy import Actor
 
 TEXT = "obs/text"
 _WINDOWS, _STEPS = 4096, 65536  # of a dataset, by which its actions are measured

@@ -17,7 +17,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.writing import ShardWriter, shard_names, write_descriptions, write_split
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import exchange, sync
+from uwm_jax.serving.connections import Recorder
 from uwm_jax.serving.contract import TEXT, Request
 
 SPLIT, VERSION, FORMAT = "train", "1.0.0", "recording of uwm_jax.serve"
@@ -224,6 +225,21 @@ class Recording:
             shutil.rmtree(new, ignore_errors=True)
 
 
+class Together:
+    """Several that take in steps, as one; see `connections.Recorder`."""
+
+    def __init__(self, each: Sequence[Recorder]):
+        self._each = each
+
+    def step(self, connection: int, request: Request, action: np.ndarray) -> None:
+        for recorder in self._each:
+            recorder.step(connection, request, action)
+
+    def end(self, connection: int) -> None:
+        for recorder in self._each:
+            recorder.end(connection)
+
+
 def action_keys(robot: RobotActions | None, width: int) -> dict[str, list[int]]:
     """{step key: places in a robot's action} by which a recording keeps actions: the keys of the model's data where its
     parts cover these from their first column on, else `action` for all."""
@@ -269,8 +285,8 @@ def _checksums(dataset: Dataset) -> list[int]:
 def _columns(old: Dataset | None, key: str, values: np.ndarray, layout: Layout) -> Iterator[memoryview]:
     _, dtype = layout.columns[key]
     if old is not None:
-        yield memoryview(np.ascontiguousarray(old.column(key)[:], dtype).reshape(-1).view(np.uint8))
-    yield memoryview(np.ascontiguousarray(values, dtype).reshape(-1).view(np.uint8))
+        yield np.ascontiguousarray(old.column(key)[:], dtype).reshape(-1).data.cast("B")
+    yield np.ascontiguousarray(values, dtype).reshape(-1).data.cast("B")
 
 
 def _link(file: Path, to: Path) -> None:

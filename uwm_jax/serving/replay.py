@@ -335,10 +335,12 @@ class _Asked:
             rows: dict[int, np.ndarray] = {}
             refused = ""
             for (of, _), answer in zip(jobs, answers, strict=True):
-                if of == number and isinstance(answer, RequestError):
+                if of != number:
+                    continue
+                if isinstance(answer, RequestError):
                     refused = str(answer)
-                elif of == number:
-                    rows |= answer  # type: ignore[operator]
+                else:
+                    rows |= answer
             errors = np.array([np.inf if refused else self.error(step, rows[step]) for step in self.steps])
             found.append(Tried(suspect.fault, errors, rows, refused))
         return found
