@@ -43,9 +43,7 @@ SPACINGS = ("leading", "trailing")  # of timesteps, as `uwm_jax.diffusion.schedu
 
 
 def define_flags() -> None:
-    flags.DEFINE_string(
-        "workdir", None, "directory of the run whose samplers are compared, or owner/name[@revision] on the hub"
-    )
+    flags.DEFINE_string("workdir", None, "directory of the run whose samplers are compared")
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
     flags.DEFINE_string("sampler", None, f"spacings of timesteps: {', '.join(SPACINGS)} or both; default the config's")
     flags.DEFINE_string("steps", None, "numbers of network evaluations, e.g. 10,4,2; default the config's")
@@ -58,7 +56,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    workdir = cli.required_run()
+    workdir = cli.required_path("workdir")
     if FLAGS.sampler is None and FLAGS.steps is None:
         raise UserError("--sampler or --steps is required, such as --sampler=leading,trailing --steps=10,4,2.")
     if FLAGS["episodes"].present and not FLAGS.env:

@@ -30,7 +30,9 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -689,7 +691,7 @@ class WorldModel(Transformer):
         """Predictions of the wanted modalities."""
         parts, end = [embedded["action"], embedded["next_obs"]], self.action_len + self.obs_patchifier.tokens
         if self.registers is not None:
-            parts.append((self.registers + self.pos_embed[:, end:]).expand(len(parts[0]), -1, -1))
+            parts.append((self.registers + self.pos_embed[:, end:]).expand(parts[0].shape[0], -1, -1))
         x = self._through_blocks(torch.cat(parts, dim=1), modulation)
         decoders: dict[str, Callable[[], Tensor]] = {
             "action": lambda: self.action_decoder(x[:, : self.action_len]),
@@ -1206,8 +1208,6 @@ class Sampler:
 
 # --- the model: every use, tensors in raw units in and out ----------------------------------------------------------
 
-LATENT_KEYS = {"action": "action", "next_obs": "next_obs_latent"}
-
 
 class Model(nn.Module):
     """Observation encoder, network, codec and sampler of a description; `forward` answers a use.
@@ -1283,7 +1283,7 @@ class Model(nn.Module):
 
         Returns:
           `action` and `action_normalized` (B, Ta, Da); `next_obs_latent` (B, V, T, h, w, C), `next_obs/<camera>`
-          (B, T, h, w, 3) uint8 and `next_obs_float/<camera>`: those that the use makes; no frames without the codec.
+          (B, T, h, w, 3) uint8 and `next_obs_float/<camera>`: those that the use makes.
         """
         roles = self.roles[use]
         given: Tensors = {}
@@ -1297,7 +1297,6 @@ class Model(nn.Module):
             out["action"], out["action_normalized"] = self.unnormalize("action", made["action"]), made["action"]
         if "next_obs" in made:
             out["next_obs_latent"] = made["next_obs"]
-        if "next_obs" in made and self.codec is not None:
             frames = self.codec.decode(made["next_obs"]).movedim(-3, -1)
             pictures = frames.clamp(0, 1).mul(255).round().to(torch.uint8)
             for view, camera in enumerate(self.cameras):
@@ -1315,11 +1314,12 @@ class Model(nn.Module):
 class Runner:
     """Runs a model's uses on its device: eagerly, with its networks compiled, or as CUDA graphs.
 
-    A graph is recorded for each use and shape of inputs when it is first asked for, and replayed from then on.
+    A graph is recorded for each use and number of rows when it is first asked for, and replayed from then on. Graphs
+    and compiled networks see 1, 2, 4, 8, ... rows, of which spare ones repeat the others.
     """
 
     def __init__(self, model: Model, device: torch.device, compiled: bool, cuda_graphs: bool):
-        self.model, self.device = model, device
+        self.model, self.device, self._rounds_up = model, device, compiled or cuda_graphs
         self._graphs: dict[Any, tuple[Any, Tensors, Tensors]] | None = {} if cuda_graphs else None
         self._lock = threading.Lock()  # a graph's inputs and outputs have one place in memory
         if compiled:
@@ -1342,23 +1342,31 @@ class Runner:
             flat |= {"promised/action": promised.action, "promised/mask": promised.mask}
 
         def run(tensors: Mapping[str, Tensor]) -> Tensors:
-            parts = {group: {k[len(group) :]: x for k, x in tensors.items() if k.startswith(group)} for group in
-                     ("inputs/", "noise/", "promised/")}  # fmt: skip
-            rows = Promised(**parts["promised/"]) if parts["promised/"] else None
-            return self.model(use, parts["inputs/"], parts["noise/"], rows, guided, float_frames)
+            parts = {
+                group: {key.removeprefix(group): x for key, x in tensors.items() if key.startswith(group)}
+                for group in ("inputs/", "noise/", "promised/")
+            }
+            known = Promised(**parts["promised/"]) if parts["promised/"] else None
+            return self.model(use, parts["inputs/"], parts["noise/"], known, guided, float_frames)
 
         with torch.no_grad(), self._lock, _exact_convolutions(self.device):
             tensors = {key: torch.as_tensor(value).to(self.device) for key, value in flat.items()}
+            rows = len(next(iter(tensors.values())))
+            if self._rounds_up and rows & (rows - 1):
+                at = torch.arange(1 << rows.bit_length(), device=self.device) % rows
+                tensors = {key: value[at] for key, value in tensors.items()}
             if self._graphs is None:
-                return run(tensors)
-            kind = use, guided, float_frames, tuple((key, x.shape, x.dtype) for key, x in sorted(tensors.items()))
-            if kind not in self._graphs:
-                self._graphs[kind] = self._record(run, tensors)
-            graph, places, outputs = self._graphs[kind]
-            for key, value in tensors.items():
-                places[key].copy_(value)
-            graph.replay()
-            return {key: value.clone() for key, value in outputs.items()}
+                made = run(tensors)
+            else:
+                kind = use, guided, float_frames, tuple((key, x.shape, x.dtype) for key, x in sorted(tensors.items()))
+                if kind not in self._graphs:
+                    self._graphs[kind] = self._record(run, tensors)
+                graph, places, outputs = self._graphs[kind]
+                for key, value in tensors.items():
+                    places[key].copy_(value)
+                graph.replay()
+                made = {key: value.clone() for key, value in outputs.items()}
+            return {key: value[:rows] for key, value in made.items()}
 
     def _record(self, run: Callable[[Mapping[str, Tensor]], Tensors], tensors: Tensors) -> tuple[Any, Tensors, Tensors]:
         places = {key: value.clone() for key, value in tensors.items()}
@@ -1381,70 +1389,42 @@ def _exact_convolutions(device: torch.device) -> Any:
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
-# --- the policy: raw observations in, the robot's actions out -------------------------------------------------------
-
-Seeds = int | Sequence[int]
+# --- the actor: every use with arrays in and out, and chunks of the robot's actions ---------------------------------
 
 
-class Policy:
-    """Acts in any number of episodes (rows) at once, and answers the model's other uses.
-
-    Receding horizon: from the last observations the policy samples a chunk of actions, of which `execute` are taken
-    before the next one is asked for. The newest frame is the present, the chunk's first row the action for now; which
-    older frames are shown follows from the window that the model was trained on. An episode's first observation fills
-    its history.
-
-    A chunk that is asked for at step s is used from step s + delay on; in between its predecessor goes on. The new
-    chunk knows nothing of these actions ("naive"), or they are promised to it, as what is really executed
-    ("replacement", "guided"; see `Sampler`).
+class Actor:
+    """The half of a policy without memory.
 
     Attributes:
       description: `model.json`.
       model: the module, with tensors in and out.
       uses: {use: what it makes, of `action` and `next_obs`}.
-      horizon: rows of a chunk from the present on.
-      width: numbers of the robot's action.
-      cut: numbers of actions that the limits cut so far.
+      horizon: rows of a chunk from the present on, the newest frame's step; row k is for k steps from now.
+      width: Dr, numbers of the robot's action.
+      limits: (low, high), each (Dr,) float32, in the robot's columns and units; None for none.
+      cut: numbers that the limits have cut so far.
     """
 
-    def __init__(
-        self,
-        description: Mapping[str, Any],
-        runner: Runner,
-        *,
-        execute: int | None,
-        delay: int,
-        switch: str,
-        limits: Any,
-        seed: int,
-        source: str,
-    ):
-        self.description, self._runner, self._seed = dict(description), runner, seed
-        self.model = model = runner.model
-        named = description.get("uses")
-        self.uses = {use: tuple(m for m, role in roles.items() if role == "generate") for use, roles in
-                     model.roles.items() if named is None or use in named}  # fmt: skip
+    def __init__(self, description: Mapping[str, Any], runner: Runner, *, limits: Any = None, source: str = ""):
+        self.description, self._runner, self.model = dict(description), runner, runner.model
+        roles, named = self.model.roles, description.get("uses")
+        self.uses = {
+            use: tuple(m for m in roles[use] if roles[use][m] == "generate")
+            for use in roles
+            if named is None or use in named
+        }
         window = {group: list(steps) for group, steps in description["window"].items()}
         present = max(window["obs"])
         self._back = [present - step for step in window["obs"]]  # steps back from the present, of each frame
-        self._first = window["action"].index(present) if present in window["action"] else 0
-        following = window["action"][self._first :]
+        self._newest = window["obs"].index(present)
+        first = window["action"].index(present) if present in window["action"] else 0
+        following = window["action"][first:]
         self.horizon = next((i for i, step in enumerate(following) if step != present + i), len(following))
+        self._chunk = slice(first, first + self.horizon)  # of the model's actions, those from the present on
         self._robot = RobotActions.of_description(description, source)
-        self.width = self._robot.width
-        self.cut = 0
-        self._limits = self._checked_limits(limits)
-        if switch not in SWITCHES:
-            raise UserError(f"switch={switch!r}: expected one of {', '.join(SWITCHES)}.")
-        self._switch, self._delay = switch, delay
-        self._execute = min(8, self.horizon - delay) if execute is None else execute
-        if delay < 0 or (execute is not None and execute < 1) or self._execute + delay > self.horizon:
-            raise UserError(
-                f"execute={execute}, delay={delay}: expected execute of at least 1, and execute + delay of at most "
-                f"{self.horizon}, the actions of a chunk that follow each other step by step from the present on "
-                f"(window {window['action']}, present {present})."
-            )
-        self.reset(1)
+        self.width, self.cut = self._robot.width, 0
+        stored = description.get("limits")
+        self.limits = self._checked_limits((stored["low"], stored["high"]) if stored and limits is None else limits)
 
     # --- uses ------------------------------------------------------------------------------------
 
@@ -1492,38 +1472,21 @@ class Policy:
         self, use: str, inputs: Mapping[str, Any], noise: Mapping[str, Any], promised: tuple[Any, Any] | None
     ) -> tuple[dict[str, np.ndarray], int]:
         """The arrays that a use reads, and their rows; UserError names everything that does not fit."""
-        d, model = self.description, self.model
+        model = self.model
         roles = model.roles[use]
         given = dict(inputs) | {f"noise/{m}": value for m, value in noise.items()}
         if promised is not None:
             given |= {"promised/action": promised[0], "promised/mask": promised[1]}
-        frames, low_dim = d["cameras"], d["low_dim"]
-        lengths = {group: len(steps) for group, steps in d["window"].items()}
-        expected: dict[str, tuple[tuple[int, ...], str]] = {
-            f"obs/{camera}": ((lengths["obs"], *size, 3), "uint8") for camera, size in frames.items()
-        }
-        expected |= {f"obs/{key}": ((lengths["obs"], width), "float32") for key, width in low_dim.items()}
-        if d["text_dim"]:
-            expected["obs/text"] = (d["text_dim"],), "float32"
         problems = []
-        if roles["action"] == "given":
-            expected["action"] = model.noise_shapes["action"], "float32"
-        if roles.get("next_obs") == "given":
-            if "next_obs_latent" in given:
-                expected["next_obs_latent"] = model.noise_shapes["next_obs"], "float32"
-            elif model.codec is None:
-                problems.append("missing next_obs_latent: this folder was exported without the image codec")
-            else:
-                next_obs = lengths["next_obs"]
-                expected |= {f"next_obs/{camera}": ((next_obs, *size, 3), "uint8") for camera, size in frames.items()}
-        needed = list(expected)
-        expected |= {f"noise/{m}": (shape, "float32") for m, shape in model.noise_shapes.items()}
+        expected, needed = self._expected(use, given)
+        if any(key.startswith("next_obs/") for key in needed) and model.codec is None:
+            problems.append("missing next_obs_latent: this folder was exported without the image codec")
         if promised is not None:
             if roles["action"] != "generate":
                 problems.append(f"promised: {use} makes no actions, so that none can be promised")
             shape = model.noise_shapes["action"]
             expected |= {"promised/action": (shape, "float32"), "promised/mask": (shape[:1], "bool")}
-        known = {"action", "next_obs_latent", *(f"next_obs/{camera}" for camera in frames), *expected}
+        known = {"action", "next_obs_latent", *expected}
         for key in given.keys() - known:
             # Further observations are ignored, but for one that may be a missing key, misspelt.
             close = difflib.get_close_matches(key, [k for k in expected if k not in given], n=1, cutoff=0.8)
@@ -1548,6 +1511,35 @@ class Policy:
             raise UserError(f"the inputs of {use} do not fit the model:\n  " + "\n  ".join(problems))
         return checked, rows
 
+    def _expected(
+        self, use: str, given: Container[str]
+    ) -> tuple[dict[str, tuple[tuple[int, ...], str]], tuple[str, ...]]:
+        """{key that a use reads: (shape of a row, dtype)}, noise among them, and the keys that have to be there.
+
+        Latents take the place of next frames where they are `given`.
+        """
+        d, roles = self.description, self.model.roles[use]
+        lengths = {group: len(steps) for group, steps in d["window"].items()}
+        expected: dict[str, tuple[tuple[int, ...], str]] = {}
+
+        def frames(group: str) -> None:
+            shapes = {f"{group}/{camera}": (lengths[group], *size, 3) for camera, size in d["cameras"].items()}
+            expected.update({key: (shape, "uint8") for key, shape in shapes.items()})
+
+        frames("obs")
+        expected |= {f"obs/{key}": ((lengths["obs"], width), "float32") for key, width in d["low_dim"].items()}
+        if d["text_dim"]:
+            expected["obs/text"] = (d["text_dim"],), "float32"
+        if roles["action"] == "given":
+            expected["action"] = self.model.noise_shapes["action"], "float32"
+        if roles.get("next_obs") == "given" and "next_obs_latent" in given:
+            expected["next_obs_latent"] = self.model.noise_shapes["next_obs"], "float32"
+        elif roles.get("next_obs") == "given":
+            frames("next_obs")
+        needed = tuple(expected)
+        expected |= {f"noise/{m}": (shape, "float32") for m, shape in self.model.noise_shapes.items()}
+        return expected, needed
+
     def _draw(self, seeds: Sequence[tuple[int, ...]]) -> dict[str, np.ndarray]:
         """N(0, 1) noise {modality: (B, ...)}; a row's depends on its own seeds alone, on all devices."""
         shapes = self.model.noise_shapes
@@ -1555,19 +1547,243 @@ class Policy:
         rows = [{m: g.standard_normal(shape, np.float32) for m, shape in shapes.items()} for g in generators]
         return {m: np.stack([row[m] for row in rows]) for m in shapes}
 
-    # --- acting ----------------------------------------------------------------------------------
+    def export_program(self, path: str | os.PathLike[str], use: str = "policy") -> None:
+        """Writes one file, by `torch.export`, that takes observations and noise and returns the robot's actions.
 
-    def reset(self, seeds: Seeds) -> None:
+        It runs without this file, on the device and in the dtype of the policy:
+
+            program = torch.export.load("policy.pt2").module()
+            actions = program({"obs/front": frames, "obs/state": state, ...}, {"action": noise, ...})
+
+        Inputs are those of `sample` for the use, with `obs/<key>` (B, T, D) of the states that relative actions refer
+        to; noise is of every modality that the use is not given; B may be any number of rows. The result is
+        (B, horizon, Dr) float32: row k is for k steps from now, within the limits. `model.json` lies inside, as the
+        extra file of that name.
+
+        Args:
+          path: ends in `.pt2`.
+          use: of `uses`, one that makes actions.
+        """
+        if Path(path).suffix != ".pt2":
+            raise UserError(f"path: expected a name that ends in .pt2, as torch.export wants it; found {str(path)!r}.")
+        if "action" not in self.uses.get(use, ()):
+            acting = [name for name, makes in self.uses.items() if "action" in makes]
+            raise UserError(
+                f"use {use!r}: expected one that makes actions, {', '.join(acting) or 'of which none is here'}."
+            )
+        expected, needed = self._expected(use, ())
+        frames = len(self.description["window"]["obs"])
+        like = {key: expected[key] for key in needed}
+        like |= {f"obs/{key}": ((frames, width), "float32") for key, width in self._robot.states.items()}
+        device, roles = self._runner.device, self.model.roles[use]
+        dtypes = {"uint8": torch.uint8, "float32": torch.float32}
+        inputs = {k: torch.zeros(2, *shape, dtype=dtypes[dtype], device=device) for k, (shape, dtype) in like.items()}
+        noise = {
+            m: torch.zeros(2, *shape, device=device)
+            for m, shape in self.model.noise_shapes.items()
+            if roles[m] != "given"
+        }
+        rows = torch.export.Dim("rows")
+        dynamic = {key: {0: rows} for key in inputs}, {m: {0: rows} for m in noise}
+        program = _Program(self.model, use, self._robot, self._chunk, self._newest, self.limits).to(device)
+        with torch.no_grad():
+            exported = torch.export.export(program, (inputs, noise), dynamic_shapes=dynamic)
+        torch.export.save(exported, path, extra_files={DESCRIPTION_FILE: json.dumps(self.description)})
+
+    # --- chunks of the robot's actions -------------------------------------------------------------
+
+    def chunks(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        noise: Mapping[str, Any],
+        promised: tuple[np.ndarray, np.ndarray] | None = None,
+        *,
+        guided: bool = False,
+    ) -> np.ndarray:
+        """Chunks (B, horizon, Dr) float32 of the use `policy`, within the limits; relative actions refer to the newest
+        observation.
+
+        Args:
+          inputs: as `sample` takes them, with `obs/<key>` (B, T, D) of the states that relative actions refer to.
+          noise: {modality: (B, ...)}.
+          promised: (actions (B, horizon, Dr) of the robot, count (B,)): the first `count` rows are executed whatever is
+            sampled, and returned as they are given.
+          guided: whether they also guide the rest.
+
+        Raises:
+          RunError: the actions are not finite.
+        """
+        states = {key: torch.from_numpy(inputs[f"obs/{key}"][:, self._newest]) for key in self._robot.states}
+        first = None if promised is None else np.arange(self.horizon) < np.asarray(promised[1])[:, None]
+        inside = None if promised is None or first is None else self._inside(promised[0], first, states)
+        made = self.sample("policy", inputs, noise, inside, guided)["action"]
+        actions = self._robot.to_robot(torch.from_numpy(made[:, self._chunk]), states).numpy()
+        if not (np.isfinite(made).all() and np.isfinite(actions).all()):
+            raise RunError(
+                "the policy's actions are not finite. Check the observations for extreme values, and the parameters."
+            )
+        if promised is not None and first is not None:
+            actions = np.where(first[..., None], promised[0], actions)
+        if self.limits is not None:
+            within = np.clip(actions, *self.limits)
+            self.cut += int((within != actions).sum())
+            actions = within
+        return actions
+
+    def _inside(
+        self, actions: np.ndarray, first: np.ndarray, states: Mapping[str, Tensor]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Robot actions (B, horizon, Dr) and which rows of them are promised, as `sample` takes them."""
+        length, columns = self.model.noise_shapes["action"]
+        raw = self._robot.to_model(torch.from_numpy(actions), states).to(self._runner.device)
+        rows, mask = np.zeros((len(actions), length, columns), np.float32), np.zeros((len(actions), length), bool)
+        # Rows that are not promised may mean no rotation.
+        rows[:, self._chunk] = np.where(first[..., None], self.model.normalize("action", raw).cpu().numpy(), 0)
+        mask[:, self._chunk] = first
+        return rows, mask
+
+    def _checked_limits(self, limits: Any) -> tuple[np.ndarray, np.ndarray] | None:
+        """(low, high), each (Dr,) float32, of numbers, or one for all columns; None stands for no bound."""
+        if limits is None:
+            return None
+        pair = []
+        for unbounded, bounds in zip((-math.inf, math.inf), limits, strict=True):
+            numbers = np.array([unbounded if x is None else x for x in np.asarray(bounds, object).ravel()], np.float32)
+            if len(numbers) not in (1, self.width) or np.isnan(numbers).any():
+                raise UserError(
+                    f"limits: expected (low, high), each a number, or {self.width}, one for each column of the robot's "
+                    f"action; found {bounds!r}."
+                )
+            pair.append(np.ascontiguousarray(np.broadcast_to(numbers, (self.width,))))
+        if (crossed := pair[0] > pair[1]).any():
+            raise UserError(
+                f"limits: expected low <= high in every column, found otherwise in {np.flatnonzero(crossed)}."
+            )
+        return pair[0], pair[1]
+
+
+class _Program(nn.Module):
+    """What `Actor.export_program` writes: inputs and noise in, the robot's actions out."""
+
+    def __init__(self, model: Model, use: str, robot: RobotActions, chunk: slice, newest: int, limits: Any):
+        super().__init__()
+        self.model, self.use, self.robot, self.chunk, self.newest = model, use, robot, chunk, newest
+        low, high = (None, None) if limits is None else map(torch.tensor, limits)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def forward(self, inputs: Tensors, noise: Tensors) -> Tensor:
+        made = self.model(self.use, inputs, noise)["action"][:, self.chunk]
+        states = {key: inputs[f"obs/{key}"][:, self.newest] for key in self.robot.states}
+        actions = self.robot.to_robot(made, states)
+        return actions if self.low is None else actions.clamp(self.low, self.high)
+
+
+def _as_dtype(value: Any, dtype: str) -> tuple[np.ndarray, str]:
+    """An array or tensor as uint8, bool, or float32 made of any finite numbers; and what is wrong with it, "" if
+    nothing is."""
+    array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    fits = array.dtype.kind in "fiu" if dtype == "float32" else array.dtype == np.dtype(dtype)
+    if not fits:
+        return array, f"{array.dtype} {array.shape}"
+    with np.errstate(over="ignore"):
+        array = np.require(array.astype(dtype, copy=False), requirements=["C", "W"])  # as torch wants memory to be
+    return array, "" if dtype != "float32" or np.isfinite(array).all() else "values that are not finite"
+
+
+# --- the policy: an observation of every step in, the next action out -----------------------------------------------
+
+SWITCHES = ("wait", "naive", "replacement", "guided")  # from one chunk to the next: see `Policy`
+HOLDING = ("replacement", "guided")  # those that promise rows
+NEVER = -(1 << 40)  # a step that is before all others
+
+
+class LateAnswer(RunError):
+    """A chunk is not there although the one before it is used up, so that there is no action for some rows: a robot has
+    to stop. `Policy.act` may be called again, with the next observation.
+
+    Attributes:
+      actions: (n, Dr) float32 of the rows that the call was for, NaN in those without an action.
+    """
+
+    def __init__(self, message: str, actions: np.ndarray):
+        super().__init__(message)
+        self.actions = actions
+
+
+class Policy(Actor):
+    """Acts in any number of episodes (rows) at once, as `uwm_jax.policy.Policy` does.
+
+    Receding horizon: from the last observations a chunk of actions is sampled, of which `execute` are taken before the
+    next one is asked for. Which older frames are shown follows from the window that the model was trained on; an
+    episode's first observation fills its history. A chunk takes `delay` control steps until it is there. By `switch`,
+    these steps are spent so:
+
+        wait         the robot waits: its last action is repeated, and the chunk begins when it is there.
+        naive        the robot goes on in the chunk before. Row k of a chunk that is asked for at step s is for step
+                     s + k, so rows `delay` and later of the new one follow.
+        replacement  as naive, and the first `delay` rows of the new chunk are promised: they are what is executed until
+                     it is there, and the sampler holds them (`Sampler`).
+        guided       as replacement, and the promised rows guide the others.
+
+    The first chunk of an episode is waited for, and used from its first row on. Without a delay all are alike.
+
+    With `deadline` None time is counted in calls of `act`: every answer takes `delay` steps exactly, for simulators.
+    With a number of seconds, a thread samples while `act` goes on, and `act` waits so long at most for an answer that
+    is due. One that is late is used when it comes; until then the robot goes on in the chunk before, and where that is
+    used up `act` raises `LateAnswer`.
+
+    Attributes:
+      late: steps of rows that were acted on in the chunk before because an answer was late.
+      stops: those for which there was no action.
+    """
+
+    def __init__(
+        self,
+        description: Mapping[str, Any],
+        runner: Runner,
+        *,
+        execute: int | None = None,
+        delay: int = 0,
+        switch: str = "wait",
+        seed: int = 0,
+        deadline: float | None = None,
+        limits: Any = None,
+        source: str = "",
+    ):
+        super().__init__(description, runner, limits=limits, source=source)
+        ready = self.horizon if switch == "wait" else self.horizon - delay
+        self.execute = min(8, max(ready, 0)) if execute is None else execute
+        self.delay, self.switch, self.deadline, self._seed = delay, switch, deadline, seed
+        self._check_times(stated=execute is not None or delay != 0)
+        self._worker = None if deadline is None else ThreadPoolExecutor(1, thread_name_prefix="policy")
+        self._warm: set[int] = set()  # numbers of rows that the thread has run already
+        self._awaited: list[tuple[np.ndarray, Future[np.ndarray]]] = []
+        self.reset(1)
+
+    def reset(self, seeds: int | Sequence[int]) -> None:
         """Starts episodes; what was seen before is forgotten.
 
         Args:
-          seeds: of each row's noise, or their number: 0, 1, 2, ...
+          seeds: of each row's noise, from 0 on, or the number of rows, whose seeds are 0, 1, 2, ...
         """
-        self._seeds = [int(s) for s in (range(seeds) if isinstance(seeds, int) else seeds)]
+        self._seeds = [int(seed) for seed in (range(seeds) if isinstance(seeds, int) else seeds)]
         rows, d = len(self._seeds), self.description
-        self._decisions = [0] * rows
+        self.late = self.stops = 0
+        self._step = np.zeros(rows, np.int64)  # calls of `act`
+        self._decisions = np.zeros(rows, np.int64)
         self._chunks = np.zeros((rows, self.horizon, self.width), np.float32)
-        self._places = np.full(rows, -1)  # of the next action in the row's chunk; -1: there is no chunk yet
+        self._origin = np.full(rows, NEVER)  # the step that the chunk's first row is for
+        # The answer that is awaited: the step at which it was asked for, the first at which it may be used, whether its
+        # first row is for the step at which it comes (else for that at which it was asked for), and, once it is there,
+        # itself.
+        self._asked, self._due = np.full(rows, NEVER), np.full(rows, NEVER)
+        self._fresh, self._answered = np.zeros(rows, bool), np.zeros(rows, bool)
+        self._answers = np.zeros_like(self._chunks)
+        for _, future in self._awaited:
+            future.cancel()
+        self._awaited = []
+        self._last = np.zeros((rows, self.width), np.float32)  # the action that was taken last
         self._seen = np.zeros(rows, bool)
         like: dict[str, tuple[tuple[int, ...], Any]] = {c: ((*size, 3), np.uint8) for c, size in d["cameras"].items()}
         like |= {key: ((width,), np.float32) for key, width in {**d["low_dim"], **self._robot.states}.items()}
@@ -1575,6 +1791,8 @@ class Policy:
             like["text"] = (d["text_dim"],), np.float32
         length = max(self._back) + 1
         self._frames = {key: np.zeros((rows, length, *shape), dtype) for key, (shape, dtype) in like.items()}
+        if self._worker and rows not in self._warm:  # so that no answer is late because a program is new
+            self._warm_up(np.arange(rows))
 
     def act(
         self, observation: Mapping[str, Any], rows: Sequence[int] | None = None, noise: Mapping[str, Any] | None = None
@@ -1585,29 +1803,41 @@ class Policy:
           observation: {camera: (n, H, W, 3) uint8; low-dimensional key: (n, D), raw units; "text": (n, E) where the
             model reads text; for relative actions, the state that they refer to: (n, D)}. Other keys are ignored.
           rows: (n,) which rows these are of; None: all.
-          noise: {modality: (n, ...)} that chunks start from, where one is due; None: of the seeds and the number of the
-            row's decision.
+          noise: {modality: (n, ...)} for the chunks that this call asks for; None: of `seed`, the row's seed and the
+            number of its decision.
 
         Returns:
           (n, Dr) float32, the numbers that the robot takes, within the limits.
 
         Raises:
           UserError: naming every key that is missing or has an unfit shape, dtype or value.
+          LateAnswer: some rows have no action.
           RunError: the sampled actions are not finite.
         """
-        if "policy" not in self.uses:
-            raise UserError(f"this export answers {', '.join(self.uses)}, but not policy, so it cannot act.")
-        if self._execute < 1:
-            raise UserError(f"window.action={self.description['window']['action']} has no action of the present step.")
+        self._check_times(stated=True)
         at = np.arange(len(self._seeds)) if rows is None else np.asarray(rows, np.int64)
         self._observe(observation, at)
-        due = np.flatnonzero((self._places[at] < 0) | (self._places[at] >= self._execute))
-        if len(due):
-            own = {m: np.asarray(x)[due] for m, x in noise.items()} if noise else {}
-            self._ask(at[due], own)
-        action = self._chunks[at, self._places[at]]
-        self._places[at] += 1
+        self._begin(at)
+        due = (self._asked[at] == NEVER) & (self._step[at] - self._origin[at] >= self.execute)
+        if due.any():
+            self._ask(at[due], None if noise is None else {m: np.asarray(x)[due] for m, x in noise.items()})
+            self._begin(at)
+        used, late = self._step[at] - self._origin[at], (self._asked[at] != NEVER) & (self._step[at] >= self._due[at])
+        action = self._chunks[at, np.minimum(used, self.horizon - 1)]
+        waits = self.switch == "wait"
+        idle = used >= (self.execute if waits else self.horizon)
+        action[idle] = self._last[at[idle]]
+        self._last[at] = action
+        self._step[at] += 1
+        self.late += int((late & ~idle).sum())
+        if idle.any() and not waits:
+            self._stop(at, idle, action)
         return action
+
+    def close(self) -> None:
+        """Ends the thread of a policy with a deadline."""
+        if self._worker:
+            self._worker.shutdown(cancel_futures=True)
 
     def _observe(self, observation: Mapping[str, Any], at: np.ndarray) -> None:
         """Takes in one step's observation; an episode's first one fills its whole history."""
@@ -1638,91 +1868,107 @@ class Policy:
             frames[at, -1] = value
             frames[first] = frames[first, -1:]
 
-    def _ask(self, at: np.ndarray, noise: dict[str, np.ndarray]) -> None:
-        """New chunks for the rows `at`, whose first `delay` actions stay those of the chunks before."""
-        inputs = {}
-        for key in (*self.description["cameras"], *self.description["low_dim"]):
-            inputs[f"obs/{key}"] = self._frames[key][at][:, [-1 - back for back in self._back]]
-        if "text" in self._frames:
-            inputs["obs/text"] = self._frames["text"][at, -1]
-        drawn = self._draw([(self._seed, self._seeds[row], self._decisions[row]) for row in at])
-        states = {key: torch.from_numpy(self._frames[key][at, -1]) for key in self._robot.states}
-        counts = np.where(self._places[at] < 0, 0, self._delay)  # an episode's first chunk has nothing before it
-        kept = np.roll(self._chunks[at], -self._execute, axis=1)  # row k is for k steps from now
-        is_kept = np.arange(self.horizon) < counts[:, None]
+    def _history(self, at: np.ndarray) -> dict[str, np.ndarray]:
+        """What `chunks` takes of these rows."""
+        back = [-1 - back for back in self._back]
+        return {f"obs/{key}": x[at, -1] if key == "text" else x[at][:, back] for key, x in self._frames.items()}
+
+    def _ask(self, at: np.ndarray, noise: Mapping[str, np.ndarray] | None) -> None:
+        """Asks for chunks from what rows have seen up to now."""
+        used = self._step[at] - self._origin[at]
+        left = np.maximum(self.horizon - used, 0)  # rows of the chunk before, which go on to be executed
+        self._fresh[at] = (left == 0) | (self.switch == "wait")
+        self._asked[at] = self._step[at]
+        self._due[at] = self._step[at] + np.where(self._origin[at] == NEVER, 0, self.delay)
         promised = None
-        if self._delay and self._switch in ("replacement", "guided"):
-            promised = self._promised(kept, is_kept, states)
-        guided = self._switch == "guided"
-        made = self.sample("policy", inputs, {**drawn, **noise}, promised, guided)["action"]
-        chunk = torch.from_numpy(made[:, self._first : self._first + self.horizon])
-        actions = self._limited(self._robot.to_robot(chunk, states).numpy())
-        if not np.isfinite(actions).all():
-            raise RunError(
-                "the policy's actions are not finite. Check the observations for extreme values, and the parameters."
+        if self.switch in HOLDING and (count := np.minimum(left, self.delay)).any():
+            places = np.minimum(used[:, None] + np.arange(self.horizon), self.horizon - 1)
+            promised = self._chunks[at[:, None], places], count
+        inputs = self._history(at)
+        if noise is None:
+            noise = self._draw([(self._seed, self._seeds[row], int(self._decisions[row])) for row in at])
+        self._decisions[at] += 1
+        future: Future[np.ndarray] = Future()
+        if self._worker:
+            future = self._worker.submit(self.chunks, inputs, noise, promised, guided=self.switch == "guided")
+        else:
+            try:
+                future.set_result(self.chunks(inputs, noise, promised, guided=self.switch == "guided"))
+            except Exception as e:  # as a thread keeps it, for who asks for the result
+                future.set_exception(e)
+        self._awaited.append((at, future))
+
+    def _begin(self, at: np.ndarray) -> None:
+        """Goes over to the chunks that are there and due; waits for those that are due as long as it may."""
+        until = time.monotonic() + (self.deadline or 0)
+        awaited, self._awaited = self._awaited, []
+        for rows, future in awaited:
+            mine = rows[np.isin(rows, at)]
+            if (self._origin[mine] == NEVER).any():
+                wait([future])  # a robot that has not moved yet
+            elif (self._step[mine] >= self._due[mine]).any():
+                wait([future], max(0.0, until - time.monotonic()))
+            if not future.done():
+                self._awaited.append((rows, future))
+            elif error := future.exception():
+                self._asked[rows] = NEVER  # so that it is asked for again
+                raise error
+            else:
+                self._answers[rows], self._answered[rows] = future.result(), True
+        at = at[self._answered[at] & (self._step[at] >= self._due[at])]
+        self._chunks[at] = self._answers[at]
+        self._origin[at] = np.where(self._fresh[at], self._step[at], self._asked[at])
+        self._answered[at], self._asked[at] = False, NEVER
+
+    def _stop(self, at: np.ndarray, idle: np.ndarray, action: np.ndarray) -> None:
+        """Raises LateAnswer."""
+        self.stops += int(idle.sum())
+        row = at[idle][0]
+        raise LateAnswer(
+            f"step {self._step[row] - 1} of row {row} has no action: the chunk that was asked for at step "
+            f"{self._asked[row]} was due at step {self._due[row]} and is not there, and the one before it is used up "
+            f"(stop {self.stops}). Allow more steps than delay={self.delay}, or sample in fewer.",
+            np.where(idle[:, None], np.float32(np.nan), action),
+        )
+
+    def _warm_up(self, at: np.ndarray) -> None:
+        self._warm.add(len(at))
+        inputs, noise = self._history(at), self._draw([(0,)] * len(at))
+        chunk = self.chunks(inputs, noise)
+        if self.delay and self.switch in HOLDING:
+            self.chunks(inputs, noise, (chunk, np.full(len(at), self.delay)), guided=self.switch == "guided")
+
+    def _check_times(self, stated: bool) -> None:
+        """Raises UserError where `execute` and `delay` do not suit the chunks.
+
+        A model without actions of the present step, or exported without the use, may still be loaded for other uses:
+        where nothing is `stated`, only `switch` is checked.
+        """
+        if self.switch not in SWITCHES:
+            raise UserError(f"switch={self.switch!r}: expected one of {', '.join(SWITCHES)}.")
+        if not stated:
+            return
+        if "policy" not in self.uses:
+            raise UserError(f"this export answers {', '.join(self.uses)}, but not policy, so it cannot act.")
+        about = (
+            f"The model was trained on window.action={self.description['window']['action']}, of which {self.horizon} "
+            f"follow each other step by step from the newest observed frame on."
+        )
+        if self.delay < 0:
+            raise UserError(f"delay={self.delay}: expected 0 steps or more.")
+        if not 1 <= self.execute <= self.horizon:
+            expected = f"expected 1 to {self.horizon}" if self.horizon else "no number will do"
+            raise UserError(f"execute={self.execute}: {expected}. {about}")
+        if self.switch != "wait" and self.execute + self.delay > self.horizon:
+            raise UserError(
+                f"execute={self.execute} and delay={self.delay} with switch={self.switch}: expected at most "
+                f"{self.horizon} together, since a chunk is executed until the next one is there. {about}"
             )
-        self._chunks[at] = np.where(is_kept[..., None], kept, actions)
-        self._places[at] = 0
-        for row in at:
-            self._decisions[row] += 1
-
-    def _promised(
-        self, actions: np.ndarray, mask: np.ndarray, states: Mapping[str, Tensor]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Robot actions (n, horizon, Dr) and which of them are promised, as `sample` takes them."""
-        length, columns = self.model.noise_shapes["action"]
-        part = slice(self._first, self._first + self.horizon)
-        model = self._robot.to_model(torch.from_numpy(actions), states)
-        scale, offset = (x if x is None else x.cpu() for x in self.model._scale_of("action"))
-        rows = np.zeros((len(actions), length, columns), np.float32)
-        rows[:, part] = model if scale is None else (model - offset) / scale
-        rows[:, part][~mask] = 0
-        whole = np.zeros((len(actions), length), bool)
-        whole[:, part] = mask
-        return rows, whole
-
-    def _limited(self, actions: np.ndarray) -> np.ndarray:
-        """Actions (..., Dr) within the limits; what they cut is counted."""
-        if self._limits is None:
-            return actions
-        within = np.clip(actions, *self._limits)
-        self.cut += int((within != actions).sum())
-        return within
-
-    def _checked_limits(self, limits: Any) -> tuple[np.ndarray, np.ndarray] | None:
-        """(low, high), each (Dr,) float32; stated ones, else those of the export."""
-        stored = self.description.get("limits")
-        if limits is None and stored:
-            limits = stored["low"], stored["high"]
-        if limits is None:
-            return None
-        pair = []
-        for side, bounds in zip((-math.inf, math.inf), limits, strict=True):
-            bounds = np.array([side if x is None else x for x in np.asarray(bounds, object).ravel()], np.float32)
-            if bounds.shape != (self.width,) or np.isnan(bounds).any():
-                raise UserError(
-                    f"limits: expected (low, high) of {self.width} numbers each, those of the robot's action; found "
-                    f"{bounds.shape}."
-                )
-            pair.append(bounds)
-        if (pair[0] > pair[1]).any():
-            raise UserError(f"limits: low exceeds high in column {int(np.argmax(pair[0] > pair[1]))}.")
-        return pair[0], pair[1]
-
-
-SWITCHES = ("wait", "naive", "replacement", "guided")
-
-
-def _as_dtype(value: Any, dtype: str) -> tuple[np.ndarray, str]:
-    """An array or tensor as uint8, bool, or float32 made of any finite numbers; and what is wrong with it, "" if
-    nothing is."""
-    array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
-    fits = array.dtype.kind in "fiu" if dtype == "float32" else array.dtype == np.dtype(dtype)
-    if not fits:
-        return array, f"{array.dtype} {array.shape}"
-    with np.errstate(over="ignore"):
-        array = np.require(array.astype(dtype, copy=False), requirements=["C", "W"])  # as torch wants memory to be
-    return array, "" if dtype != "float32" or np.isfinite(array).all() else "values that are not finite"
+        if self.switch != "wait" and self.delay > self.execute:
+            raise UserError(
+                f"delay={self.delay} with switch={self.switch}: expected at most execute={self.execute}, since a chunk "
+                "is asked for after the one before is there."
+            )
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -1736,6 +1982,7 @@ def load(
     execute: int | None = None,
     delay: int = 0,
     switch: str = "wait",
+    deadline: float | None = None,
     limits: tuple[Any, Any] | None = None,
     seed: int = 0,
     source: str = "",
@@ -1749,11 +1996,12 @@ def load(
       device: where it runs.
       dtype: float32, or bfloat16 of the large products.
       execute: actions of each chunk that are taken before the next one is asked for; None: 8, or as many as there are.
-      delay: steps until an answer is used; execute + delay may not exceed the chunk.
-      switch: what a new chunk knows of the `delay` actions before it is used (`Policy`): wait, naive, replacement,
-        guided.
-      limits: (low, high) of the robot's actions, each (Dr,) in its units, None for a column without a bound; None:
-        those that the export states.
+      delay: control steps until a chunk is there, 0 to `execute`; but for `wait`, execute + delay is at most what the
+        chunk has.
+      switch: wait, naive, replacement or guided: see `Policy`.
+      deadline: seconds that `act` waits for an answer that is due; None: time is counted in steps.
+      limits: (low, high) of the robot's actions in its units, each a number, or (Dr,) with None for a column without a
+        bound; None: those that the export states.
       seed: of all noise that `act` draws.
       source: of the training data, whose robot acts; "" where all have actions of one convention.
       compile: whether `torch.compile` compiles the networks.
@@ -1774,9 +2022,8 @@ def load(
     half_products(model, dtype)
     model.eval().requires_grad_(False).to(device)
     runner = Runner(model, device, compile, cuda_graphs)
-    return Policy(
-        description, runner, execute=execute, delay=delay, switch=switch, limits=limits, seed=seed, source=source
-    )
+    times: dict[str, Any] = {"execute": execute, "delay": delay, "switch": switch, "deadline": deadline}
+    return Policy(description, runner, **times, seed=seed, limits=limits, source=source)
 
 
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
