@@ -32,6 +32,7 @@ from uwm_jax.data.run_data import RunData
 from uwm_jax.data.stats import counted_lengths, counted_steps, is_action
 from uwm_jax.errors import UserError
 from uwm_jax.files import replacing, write_text, writing
+from uwm_jax.hub.runs import origin_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -219,7 +220,7 @@ def _figure(width: float, height: float) -> Figure:
 def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "training dataset: a directory, or its name in $UWM_DATA_DIR")
     flags.DEFINE_string("config", None, "FILE.py[:argument]: shows the mixture that a run of it would train on")
-    flags.DEFINE_string("workdir", None, "directory of a run: shows its mixture")
+    flags.DEFINE_string("workdir", None, "directory of a run, or owner/name[@revision] on the hub: shows its mixture")
     flags.DEFINE_string("trace", "", "STEP:ROW, a row of a batch that the run of --workdir saw; steps count from 1")
     flags.DEFINE_string("output", "", "directory for the pages; default inspect/ inside the dataset or workdir")
     flags.DEFINE_string("split", "", "split; default train, else the first")
@@ -242,8 +243,9 @@ def main(call: cli.Call) -> None:
         config = config_lib.load(FLAGS.config, call.overrides)
         data, state, start = RunData(config.data, seed=config_lib.data_seed(config)), None, 0
     else:
-        workdir = cli.required_path("workdir")
-        output = cli.optional_path("output") or workdir / "inspect"
+        workdir = cli.required_run()
+        in_cache = origin_of(workdir)  # of the hub, which pages do not belong into
+        output = cli.required_path("output") if in_cache else cli.optional_path("output") or workdir / "inspect"
         config, data, state, start = open_run(workdir, call.overrides)
     step, row = _parse(FLAGS.trace) if FLAGS.trace else (0, 0)
     found = traced(data, config.batch_size, state, start, step, row) if FLAGS.trace else None

@@ -16,6 +16,10 @@ wanted=$(cat pyproject.toml launch/constraints.txt launch/test.sh | "$python" -c
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
   # data-prep with a hyphen: the pip that comes with Python 3.11 does not find the extra by the underscore.
   "$python" -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable '.[data-prep,dev]'
+  # A robot's machine may have numpy 1: our own client is tested in an environment with it, where this Python has a wheel.
+  "$python" -m venv .venv/numpy1
+  "$python" -m pip --python .venv/numpy1 install --quiet --disable-pip-version-check --only-binary=:all: 'numpy<2' msgpack websockets ||
+    echo "launch/test.sh: there is no numpy 1 for this Python, so the test of a client under it is skipped." >&2
   # The robots' client of openpi, which the tests of the policy server use unmodified. It asks for numpy 1 but runs with
   # numpy 2, so that it comes without what it asks for, and what its modules import is named here.
   "$python" -m pip install --quiet --disable-pip-version-check 'dm-tree>=0.1.8' msgpack pillow typing-extensions websockets

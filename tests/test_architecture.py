@@ -20,7 +20,7 @@ OURS = ("uwm_jax", "data_prep", "configs", "launch", "tests")
 
 BASE = ("ending", "errors", "files", "reading", "host_memory", "host_tpu")
 FLOORS = (*BASE, "models", "diffusion", "codecs", "parallel", "data")
-LIBRARY = (*FLOORS, "config", "config_checks", "systems", "torch_bridge", "training", "synthetic")
+LIBRARY = (*FLOORS, "hub", "config", "config_checks", "systems", "torch_bridge", "training", "synthetic")
 
 # Room: the rooms that it may import, besides itself. A room is a folder or a module right below `uwm_jax`; `systems` is
 # the registry with its base, `systems.*` is the folder of one system. Commands see everything but other commands.
@@ -32,20 +32,21 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reading": ("errors",),
     "host_memory": ("host_tpu",),
     "host_tpu": (),
+    "hub": BASE,
     "models": ("errors",),
     "diffusion": ("errors",),
     "codecs": ("errors", "models"),
     "parallel": (*BASE, "models"),
     "data": (*BASE, "parallel"),
     "envs": BASE,
-    "torch_bridge": (*FLOORS, "config", "backend", "systems"),
+    "torch_bridge": (*FLOORS, "hub", "config", "backend", "systems"),
     "systems": (*FLOORS, "systems.*"),
     "systems.*": (*FLOORS, "systems", "torch_bridge"),
-    "config": (*BASE, "config_checks", "codecs", "data", "systems"),
+    "config": (*BASE, "hub", "config_checks", "codecs", "data", "systems"),
     "config_checks": ("errors", "reading", "codecs", "data", "systems"),
     "config_help": ("config",),
     "synthetic": (*FLOORS, "config", "systems"),
-    "training": (*FLOORS, "", "config", "config_checks", "systems", "torch_bridge"),
+    "training": (*FLOORS, "", "hub", "config", "config_checks", "systems", "torch_bridge"),
     "backend": (*BASE, "data", "systems"),
     "actor": (*BASE, "backend", "data", "systems"),
     "policy": (*BASE, "actor", "backend", "data"),
@@ -53,10 +54,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reporting": (*LIBRARY, "envs", "evaluation", "sweeps"),
     "runs": (*LIBRARY, "evaluation"),
     "sweeps": (*LIBRARY, "evaluation", "runs"),
-    "conversion": (*LIBRARY, "backend", "evaluation"),
-    "serving": (*LIBRARY, "policy"),
-    "cli": BASE,
-    "benchmarking": (*LIBRARY, "cli"),
+    "conversion": (*LIBRARY, "backend", "evaluation", "reporting"),
+    "serving": (*LIBRARY, "actor", "backend", "reporting"),
+    "cli": (*BASE, "hub"),
+    "benchmarking": (*LIBRARY, "backend", "cli", "conversion"),
     "planning": (*LIBRARY, "", "cli", "evaluation", "sweeps"),
     "__main__": ("", "ending", "errors"),
 }
@@ -71,6 +72,8 @@ IMPORTS_STILL: set[tuple[str, str]] = {
 TORCH_STAYS_OUT = {
     ("benchmarking.memory", "benchmarking.rows"),
     ("benchmarking.memory", "benchmarking.torch_rows"),
+    ("benchmarking.torch_inference", "benchmarking.torch_answers"),
+    ("benchmarking.torch_inference", "benchmarking.torch_rows"),
     ("benchmarking.torch_process", "benchmarking.torch_rows"),
 }
 # The others that still are.

@@ -308,7 +308,14 @@ def test_the_words_of_the_command(capsys: pytest.CaptureFixture[str], words: tup
     [("from-torch", f) for f in ("output=a.safetensors", "step=3", "parameters=raw")]
     + [
         ("to-torch", f)
-        for f in ("input=a.pt", "official-config=c.yaml", "normalizer=n.npz", "no_normalizer", "weights=ema")
+        for f in (
+            "input=a.pt",
+            "official-config=c.yaml",
+            "normalizer=n.npz",
+            "no_normalizer",
+            "weights=ema",
+            "optimizer",
+        )
     ],
 )
 def test_flags_of_the_other_word_are_refused(word: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,8 @@ class Actor:
         backend: whose acting use it is.
         source: of the training data, whose robot acts; "" where all have actions of one convention.
         limits: (lowest, highest) action that the robot is given, in its own columns and units, each (Dr,) or a number
-            for all; None: none. What lies beyond is cut, counted in `cut`, and said once.
+            for all; None: none. Those of the backend hold as well. What lies beyond is cut, counted in `cut`, and said
+            once.
         sizes: rows of a call of the network, rising: a call has the smallest that holds its rows, and more rows than
             the largest make several calls. (): as many as there are.
     Raises:
@@ -65,7 +66,9 @@ class Actor:
         self.states = dict(self._robot.states) if self._robot else {}
         self.horizon = self._rows.stop - self._rows.start
         self.width = self._robot.width if self._robot else backend.spec.action_dim
-        self._limits = None if limits is None else self._checked(limits)
+        self._low, self._high = (np.full(self.width, end, np.float32) for end in (-np.inf, np.inf))
+        for low, high in (self._checked(each) for each in (limits, backend.limits) if each is not None):
+            self._low, self._high = np.maximum(low, self._low), np.minimum(high, self._high)
         self.cut = 0
 
     def inputs_like(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -205,19 +208,17 @@ class Actor:
         return found[0], found[1]
 
     def _limited(self, actions: np.ndarray) -> np.ndarray:
-        if self._limits is None:
+        beyond = (actions < self._low) | (actions > self._high)
+        if not beyond.any():
             return actions
-        low, high = self._limits
-        beyond = (actions < low) | (actions > high)
-        if beyond.any():
-            if not self.cut:
-                row, step, column = np.argwhere(beyond)[0]
-                warn(
-                    f"actions beyond the limits are cut: column {column} of a chunk reached "
-                    f"{actions[row, step, column]:.4g}, allowed is {low[column]:.4g} to {high[column]:.4g}."
-                )
-            self.cut += int(beyond.sum())
-        return np.clip(actions, low, high)
+        if not self.cut:
+            row, step, column = np.argwhere(beyond)[0]
+            warn(
+                f"actions beyond the limits are cut: column {column} of a chunk reached "
+                f"{actions[row, step, column]:.4g}, allowed is {self._low[column]:.4g} to {self._high[column]:.4g}."
+            )
+        self.cut += int(beyond.sum())
+        return np.clip(actions, self._low, self._high)
 
 
 def rows_from_the_present(window: WindowSpec) -> slice:

@@ -35,6 +35,7 @@ class Backend(abc.ABC):
         can_promise: whether `sample` takes promised actions.
         step: of the checkpoint.
         parameters: "raw" or "average".
+        limits: (lowest, highest) action of the robot that were stated with it, each (Dr,); None: none.
     """
 
     system: str
@@ -45,6 +46,7 @@ class Backend(abc.ABC):
     can_promise: bool
     step: int
     parameters: str
+    limits: tuple[np.ndarray, np.ndarray] | None = None
 
     @abc.abstractmethod
     def noise(self, use: str, seed: int, seeds: np.ndarray, decisions: np.ndarray) -> Noise:
@@ -111,6 +113,11 @@ class JaxBackend(Backend):
         self.system, self.config, self.spec = model.config.system, model.config, model.spec
         self.uses, self.acting, self.can_promise = model.uses, model.acting, model.can_promise
         self.step, self.parameters = step, parameters
+
+    @property
+    def arrays(self) -> tuple[Any, Any]:
+        """`params` and `frozen`."""
+        return self._params, self._frozen
 
     def noise(self, use: str, seed: int, seeds: np.ndarray, decisions: np.ndarray) -> Noise:
         return episode_noise(self.model, use, seed, seeds, decisions)

@@ -29,6 +29,7 @@ from uwm_jax import host_memory, host_tpu
 from uwm_jax.ending import drop_output, exit_process
 from uwm_jax.errors import Preempted, RunError, UserError
 from uwm_jax.files import local_path
+from uwm_jax.hub import runs as hub_runs
 from uwm_jax.reading import cause_of, no_room
 
 FLAGS = flags.FLAGS
@@ -128,6 +129,19 @@ def required_path(name: str) -> Path:
 def optional_path(name: str) -> Path | None:
     """The path of an optional flag, as `files.local_path`; None if the flag is absent."""
     return required_path(name) if FLAGS[name].value else None
+
+
+def required_run() -> Path:
+    """The workdir that `--workdir` names, of a run that is only read: a path, or a repository of the hub."""
+    value = required("workdir")
+    found = hub_runs.workdir(value, "--workdir")
+    return found if hub_runs.origin_of(found) else required_path("workdir")
+
+
+def export_folder() -> Path | None:
+    """The export folder that `--export` names, a path or a repository of the hub; None if the flag is absent."""
+    value = FLAGS["export"].value
+    return hub_runs.export(value, "--export") if value else None
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -43,7 +43,9 @@ SPACINGS = ("leading", "trailing")  # of timesteps, as `uwm_jax.diffusion.schedu
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "directory of the run whose samplers are compared")
+    flags.DEFINE_string(
+        "workdir", None, "directory of the run whose samplers are compared, or owner/name[@revision] on the hub"
+    )
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
     flags.DEFINE_string("sampler", None, f"spacings of timesteps: {', '.join(SPACINGS)} or both; default the config's")
     flags.DEFINE_string("steps", None, "numbers of network evaluations, e.g. 10,4,2; default the config's")
@@ -56,7 +58,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    workdir = cli.required_path("workdir")
+    workdir = cli.required_run()
     if FLAGS.sampler is None and FLAGS.steps is None:
         raise UserError("--sampler or --steps is required, such as --sampler=leading,trailing --steps=10,4,2.")
     if FLAGS["episodes"].present and not FLAGS.env:

@@ -24,6 +24,7 @@ from uwm_jax.data.transforms import PRESETS
 from uwm_jax.data.transforms import preset as preset
 from uwm_jax.errors import UserError, suggest
 from uwm_jax.files import local_path
+from uwm_jax.hub.names import may_be_one, parse_origin
 from uwm_jax.reading import parse_json, read_json, run_python
 
 # Fields that may change when a run continues; the others determine the meaning of its numbers.
@@ -65,13 +66,15 @@ def base(system: str = "uwm") -> ConfigDict:
     # a step that takes longer prints all threads' stacks, a longer wait for data ends the run; 0 = off
     c.hang_seconds = 900.0
     c.compilation_cache_dir = ""  # directory that keeps compiled programs for the next start; "" = no cache
-    # finetuning: DIR[@step] of the run whose parameters and normaliser this one starts from; "" = none
+    # finetuning: DIR[@STEP] of the run whose parameters and normaliser this one starts from, or, on the hub,
+    # owner/name[@revision[@STEP]]; "" = none
     c.init_from = ""
     c.init_from_parameters = "auto"  # of init_from: auto (average where the origin keeps one), average, raw
     # of init_from: origin, or fresh (fitted to this run's data, for data in other units)
     c.init_from_normalizer = "origin"
     c.init_from_skip = ()  # of init_from: patterns of parameters that start fresh, e.g. ("*/action_encoder/*",)
-    # DIR@STEP of another run, from whose whole state this one goes on under its own schedule and total_steps; "" = none
+    # DIR@STEP, or owner/name@revision@STEP, of another run, from whose whole state this one goes on under its own
+    # schedule and total_steps; "" = none
     c.branch_from = ""
 
     c.data = data_fields()
@@ -401,20 +404,6 @@ def refuse_sweep(workdir: str | os.PathLike[str]) -> None:
         )
 
 
-def parse_origin(spec: str, field: str = "init_from") -> tuple[Path, int | None]:
-    """The value of an origin's field, DIR or DIR@STEP, as (absolute directory, step).
-
-    Raises:
-      UserError: the step is no number, or the place is none on a local disk.
-    """
-    directory, at, step = spec.rpartition("@")
-    if not at or local_path(spec, f"config.{field}").is_dir():
-        return local_path(spec, f"config.{field}").absolute(), None
-    if not step.isdecimal():
-        raise UserError(f"config.{field}={spec!r}: expected DIR or DIR@STEP with an integer, found {step!r}.")
-    return local_path(directory, f"config.{field}").absolute(), int(step)
-
-
 def with_origins(config: ConfigDict, **origins: str) -> ConfigDict:
     """A copy with these values of `ORIGINS`: what a run keeps is a place with its step, however it was spelled."""
     config = config.copy_and_resolve_references()
@@ -447,7 +436,7 @@ def refuse_changed(
     for name in ORIGINS:
         if now[name] and before[name]:  # which spellings of one place name one origin
             (here, step), (there, stored_step) = parse_origin(now[name], name), parse_origin(before[name], name)
-            if here.resolve() == there.resolve() and (step == stored_step or None in (step, stored_step)):
+            if may_be_one(here, there) and (step == stored_step or None in (step, stored_step)):
                 now[name] = before[name]
     may_change = tuple(may_change)
     for name in sorted(now.keys() | before.keys()):

@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "directory of the run to evaluate")
+    flags.DEFINE_string("workdir", None, "directory of the run to evaluate, or owner/name[@revision] on the hub")
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
     for name in ("sampler", "steps"):
         flags.DEFINE_string(name, None, "a flag of python -m uwm_jax.compare_samplers, refused here")
@@ -49,7 +49,7 @@ def main(call: cli.Call) -> None:
                 "--config.diffusion.num_inference_steps evaluate with another sampler than the run's."
             )
     run = open_run(
-        cli.required_path("workdir"),
+        cli.required_run(),
         cli.optional_path("output"),
         step=FLAGS.step,
         parameters=FLAGS.parameters,

@@ -204,6 +204,10 @@ class Policy:
         at, back = self._rows(rows), [-1 - back for back in self._history]
         return {f"obs/{key}": x[at, -1] if key == "text" else x[at][:, back] for key, x in self._frames.items()}
 
+    def chunks(self) -> np.ndarray:
+        """(n, horizon, Dr) float32: the chunk that each row executes."""
+        return self._chunks.copy()
+
     def seams(self) -> np.ndarray:
         """(n,) float64 how far each row's action jumped where one chunk followed another: the root mean square, over
         these steps and the action's columns, of the normalised action minus the one before. NaN without such a step."""

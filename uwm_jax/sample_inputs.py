@@ -30,7 +30,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "directory of a run")
+    flags.DEFINE_string("workdir", None, "directory of a run, or owner/name[@revision] on the hub")
     flags.DEFINE_string("windows", "0:8", "START:STOP, which of the held-out windows, numbered from 0")
     flags.DEFINE_string("output", None, "the .npz to write")
     flags.DEFINE_integer("seed", 0, "of noise and timesteps", lower_bound=0, upper_bound=2**32 - 1)
@@ -39,7 +39,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    workdir, output = cli.required_path("workdir"), cli.required_path("output")
+    workdir, output = cli.required_run(), cli.required_path("output")
     files.check_output_file(output)
     system, _, _, step = inference.load_for_inference(
         workdir, FLAGS.step, call.overrides, average.RAW, fixed_fields.WINDOWS

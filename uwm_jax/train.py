@@ -24,6 +24,7 @@ from uwm_jax.data.loader import prefetch_to_device
 from uwm_jax.evaluation import in_training
 from uwm_jax.evaluation.in_training import InTraining
 from uwm_jax.files import local_path
+from uwm_jax.hub.runs import spelled
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
@@ -149,11 +150,11 @@ def run(
     elif config.branch_from:
         stored = branching.open_trunk(config)
         before = fixed_fields.stored_config(stored)
-        trunk = f"{stored.workdir}@{stored.step}"
+        trunk = f"{spelled(stored.workdir)}@{stored.step}"
         config = config_lib.with_origins(config, init_from=before.init_from, branch_from=trunk)
     elif config.init_from:
         origin = finetune.open_origin(config.init_from, config.init_from_parameters)
-        config = config_lib.with_origins(config, init_from=f"{origin.directory}@{origin.step}")
+        config = config_lib.with_origins(config, init_from=origin.place)
 
     # --- Data: the order of samples is a function of the position, so a step number restores it. ---
     startup.reached("data")

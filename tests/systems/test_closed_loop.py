@@ -12,6 +12,7 @@ pytest.importorskip("gym_pusht")
 
 from tests.pusht_run import SIZE  # noqa: E402
 from uwm_jax import codecs, envs, systems  # noqa: E402
+from uwm_jax.backend import JaxBackend  # noqa: E402
 from uwm_jax.config import base, validate  # noqa: E402
 from uwm_jax.data.normalize import Normalizer  # noqa: E402
 from uwm_jax.data.spec import DataSpec  # noqa: E402
@@ -62,7 +63,7 @@ def test_every_system_acts_and_is_filmed(name, tmp_path):
     spec = dataclasses.replace(envs.get("pusht"), max_steps=24)
     with closed_loop.open_envs("pusht", system, SEEDS, workers=1) as opened:
         opened.spec = spec
-        episodes = closed_loop.closed_loop(system, params, {}, opened, SEEDS)
+        episodes = closed_loop.closed_loop(JaxBackend(system, params, {}), opened, SEEDS)
     assert [e.actions.shape for e in episodes] == [(24, 2)] * 2
     assert np.isfinite(episodes[0].actions).all() and not np.array_equal(episodes[0].actions, episodes[1].actions)
     seen = replay(spec.make({"image": (SIZE, SIZE)}), episodes[0])

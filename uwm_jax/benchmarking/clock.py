@@ -11,3 +11,13 @@ def block(repeat: Callable[[int], object], count: int) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     repeat(count)
     return (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
+
+
+def calls(call: Callable[[], object], count: int) -> list[float]:
+    """Seconds of each of `count` calls, on the clock."""
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds

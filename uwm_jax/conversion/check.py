@@ -13,8 +13,8 @@ from uwm_jax.conversion import probe as probe_lib
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.reading import read_json
 from uwm_jax.torch_bridge.description import DESCRIPTION, PROBE, PROGRAM, WEIGHTS
+from uwm_jax.torch_bridge.npz_file import NpzArrays
 from uwm_jax.torch_bridge.torch_backend import TorchBackend
-from uwm_jax.torch_bridge.weights import NpzArrays
 
 
 class Difference(NamedTuple):

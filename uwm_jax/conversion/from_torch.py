@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -12,15 +12,16 @@ import numpy as np
 
 from uwm_jax import config as config_lib
 from uwm_jax import files, systems
+from uwm_jax.conversion import training_state
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError, warn
-from uwm_jax.torch_bridge import description, layout, official_codecs, state_dict, weights
+from uwm_jax.torch_bridge import description, layout, npz_file, official_codecs, state_dict, weights
 from uwm_jax.torch_bridge.description import Described
 from uwm_jax.torch_bridge.official_config import OfficialRun, Shapes
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
-from uwm_jax.training import average, codec_store
+from uwm_jax.training import average, codec_store, lineage
 from uwm_jax.training import workdir as workdir_lib
 
 
@@ -33,6 +34,8 @@ def from_torch(
     no_normalizer: bool = False,
     which: str = state_dict.MODEL,
     system: str = "",
+    optimizer: bool = False,
+    overrides: Iterable[tuple[str, str]] = (),
 ) -> None:
     """Makes an ordinary workdir, in float32, of weights under official names; all of it or nothing.
 
@@ -44,6 +47,9 @@ def from_torch(
       no_normalizer: whether a key that the run normalised may go without a normaliser.
       which: `model`, or `ema` for the averaged weights of a file that holds both.
       system: whose weights they are; "" where the official configuration tells.
+      optimizer: whether the optimizer's state comes along, so that training continues; only a `.pt` has it.
+      overrides: `("data.path", "libero")` pairs on top of the configuration, of `training_state.MAY_SET`; only with
+        `optimizer`.
     """
     workdir = files.local_path(workdir, "--workdir")
     files.check_output(workdir, "--workdir")
@@ -51,11 +57,13 @@ def from_torch(
         raise UserError(
             f"--workdir: {str(workdir)!r} is not empty; a converted checkpoint needs a directory of its own."
         )
-    tensors, stored, notes = weights.read_weights(input_path, which)
-    if notes:
+    found = weights.read_weights(input_path, which, optimizer=optimizer)
+    tensors, stored, adamw = found.tensors, found.normalizers, found.optimizer
+    if notes := [*found.notes, *(training_state.notes(adamw) if adamw else ())]:
         print(f"note: {'; '.join(notes)}.", file=sys.stderr)
-    given = weights.read_normalizers(normalizer) if normalizer else {}
+    given = npz_file.read_normalizers(normalizer) if normalizer else {}
     run: OfficialRun | Described
+    official: OfficialYaml | None = None
     conflicts: tuple[str, ...] = ()
     if description.is_description(official_config):
         run = description.read(official_config, "--official-config")
@@ -65,13 +73,16 @@ def from_torch(
         spec = dataclasses.replace(spec, normalizer=_fitting(pairs, given, spec.action_dim, spec.low_dim))
     else:
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        run = read_official(OfficialYaml(official_config), shapes, system)
+        official = OfficialYaml(official_config)
+        run = read_official(official, shapes, system)
         step, parameters, conflicts = 0, average.RAW if which == state_dict.MODEL else average.AVERAGE, run.conflicts
         normalisers = _fitting({**stored, **given}, given, run.action_dim, run.low_dim_seen)
         window = WindowSpec.from_config(run.config.data.window)
         spec = DataSpec(window, run.cameras, run.low_dim, run.action_dim, run.text_dim, normalisers)
 
     config, source = run.config, f"--input: {input_path}"
+    if adamw and not conflicts:
+        training_state.configure(config, official, adamw, overrides)
     codec_tensors, network, faults = official_codecs.split(config, tensors)
     try:
         codec = official_codecs.make(config, codec_tensors)
@@ -87,14 +98,17 @@ def from_torch(
     if isinstance(run, OfficialRun):
         _check_normalized(run, spec.normalizer, no_normalizer)
     params = layout.from_official(network, like, entry_of, source)
-    _warn_of_infinities(tensors)
+    state = training_state.make(config, params, entry_of, adamw, str(input_path)) if adamw else None
+    _warn_of_infinities({**tensors, **(training_state.values(adamw) if adamw else {})})
 
     names = {"weights": Path(input_path).name, "config": Path(official_config).name, "parameters": parameters}
     with files.new_folder(workdir) as staging:
         arrays = official_codecs.keep(codec, codec_tensors, codec_store.folder(staging, config))
-        workdir_lib.save_params_only(
-            staging, config, spec, params, arrays, step=step, extra_assets={"converted_from": names}
-        )
+        assets = {"converted_from": names}
+        if state is None:
+            workdir_lib.save_params_only(staging, config, spec, params, arrays, step=step, extra_assets=assets)
+        else:
+            workdir_lib.save_state(staging, config, spec, state, arrays, extra_assets=assets | lineage.unknown())
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"wrote {workdir}: {count / 1e6:.2f} M trainable parameters, cameras {', '.join(sorted(spec.cameras))}")
 
@@ -153,7 +167,7 @@ def _check_normalized(run: OfficialRun, normalizer: Normalizer, no_normalizer: b
 
 
 def _fitting(
-    pairs: weights.Normalizers, given: weights.Normalizers, action_dim: int, low_dim: Mapping[str, int]
+    pairs: npz_file.Normalizers, given: npz_file.Normalizers, action_dim: int, low_dim: Mapping[str, int]
 ) -> Normalizer:
     """`pairs` as a normaliser, if they fit the run's keys; warns of `given` ones that belong to no key."""
     sizes = {"action": action_dim, **low_dim}

@@ -14,7 +14,7 @@ import numpy as np
 from uwm_jax import files, systems
 from uwm_jax.errors import UserError
 from uwm_jax.systems.base import System
-from uwm_jax.torch_bridge import layout, official_codecs, weights
+from uwm_jax.torch_bridge import layout, official_codecs, official_pt, weights
 from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION
 from uwm_jax.training import codec_store, inference
 from uwm_jax.training.provenance import code_version
@@ -31,14 +31,17 @@ def to_torch(
 
     Args:
       workdir: any of our workdirs.
-      output: the `.safetensors` file; the description goes next to it with the ending `.json`.
+      output: the file, `.safetensors`, or `.pt` as the official code loads it; the description goes next to it with the
+        ending `.json`.
       step: which checkpoint; None takes the newest.
       overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
       parameters: "raw" or "average"; None takes the average where the checkpoint has one.
     """
     workdir, output = files.local_path(workdir, "--workdir"), files.local_path(output, "--output")
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output: expected a name that ends in .safetensors, found {str(output)!r}.")
+    if output.suffix not in (".safetensors", ".pt"):
+        raise UserError(f"--output: expected a name that ends in .safetensors or .pt, found {str(output)!r}.")
+    if output.suffix == ".pt":
+        official_pt.import_torch(f"--output: writing {output}", official_pt.WRITE_OTHERWISE)
     for path in (output, output.with_suffix(".json")):
         files.check_output_file(path)
     system, params, frozen, step = inference.load_for_inference(workdir, step, overrides, parameters)
@@ -46,13 +49,18 @@ def to_torch(
     tensors |= official_codecs.tensors(system.codec, frozen, codec_store.folder(workdir, system.config))
     described = describe(system, tensors, step, workdir)
     described |= inference.parameters_used(workdir, step, parameters)
-    weights.write_weights(output, dict(sorted(tensors.items())))
+    tensors = dict(sorted(tensors.items()))
+    if output.suffix == ".pt":
+        official_pt.write(output, tensors, system.spec.normalizer.entries, step)
+    else:
+        weights.write_weights(output, tensors)
     files.write_text(output.with_suffix(".json"), json.dumps(described, indent=2) + "\n")
     print(f"wrote {output}: {len(tensors)} tensors of step {step}, described in {output.with_suffix('.json').name}")
 
 
-def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Path) -> dict[str, Any]:
-    """Everything that the tensors mean: enough to run the model without our code (JSON values only)."""
+def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Path | None) -> dict[str, Any]:
+    """Everything that the tensors mean: enough to run the model without our code (JSON values only). Without a workdir,
+    which keeps a codec's files, the codec is left out."""
     c, spec = system.config, system.spec
     return {
         "format": FORMAT,
@@ -85,7 +93,7 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
         "noise": {m: list(shape) for m, shape in noise_shapes(system).items()},  # of a row, where sampling starts
         "sampling": system.describe_sampling(),
         **systems.official(c.system).describe(system),
-        "codec": official_codecs.describe(system.codec, codec_store.folder(workdir, system.config)),
+        "codec": official_codecs.describe(system.codec, workdir and codec_store.folder(workdir, system.config)),
         "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype.name} for name, t in sorted(tensors.items())},
     }
 

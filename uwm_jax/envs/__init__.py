@@ -70,6 +70,7 @@ class EnvSpec:
         score: what `info["score"]` is, a word for reports.
         score_range: the smallest and the largest possible score; the largest, or both, may be infinite.
         expert: makes a `Controller` that solves it; None where there is none.
+        action_limits: the lowest and the highest number of an action, to which it cuts others; None: it cuts none.
         action_plane: (camera, x_low, x_high, y_low, y_high) where the first two columns of the action are a position
             in the rectangle that this camera shows, else None.
     """
@@ -84,6 +85,7 @@ class EnvSpec:
     score: str
     score_range: tuple[float, float] = (-math.inf, math.inf)
     expert: Callable[[], Controller] | None = None
+    action_limits: tuple[float, float] | None = None
     action_plane: tuple[str, float, float, float, float] | None = None
 
 

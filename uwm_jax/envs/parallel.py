@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -30,12 +31,18 @@ class EpisodeResult:
         scores: (T + 1,) float64, the environment's score at the start and after each step (PushT: coverage, 0 to 1).
         actions: (T, Da) float64, raw units, as the policy or controller gave them.
         success: whether the environment called it solved, which ends it.
+        seam: of a policy, how far its action jumps where one chunk follows another, as `Policy.seams`; NaN where none
+            does.
+        first_chunk: of a policy, (horizon, Da) float32, its first chunk as the model has it, normalised; None of
+            others.
     """
 
     seed: int
     scores: np.ndarray
     actions: np.ndarray
     success: bool
+    seam: float = math.nan
+    first_chunk: np.ndarray | None = None
 
     @property
     def max_score(self) -> float:

@@ -89,5 +89,6 @@ SPEC = EnvSpec(
     score="coverage",
     score_range=(0.0, 1.0),
     expert=_make_expert,
+    action_limits=(0.0, BOARD),
     action_plane=("image", 0.0, BOARD, 0.0, BOARD),
 )

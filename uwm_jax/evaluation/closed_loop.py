@@ -28,7 +28,7 @@ from uwm_jax.data.records import short_key
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.envs import EnvSpec, get
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, cores
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation.metrics import Metrics, difference_bounds, interval, proportion, proportion_difference
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
@@ -114,6 +114,8 @@ def closed_loop(
     seeds: Sequence[int],
     *,
     execute: int = 8,
+    latency: int = 0,
+    switch: str = "wait",
     seed: int = 0,
     workers: int = 0,
     progress: str = "",
@@ -122,15 +124,17 @@ def closed_loop(
 ) -> list[EpisodeResult]:
     """Lets the acting use of a model act in an environment, one episode from each of `seeds`.
 
-    An episode is a function of (backend, env, its seed, execute, seed) alone: neither the other episodes nor the number
-    of workers changes it. The backend's config decides the sampler, so a number of steps or a rule is tried by giving
-    another one.
+    An episode is a function of (backend, env, its seed, execute, latency, switch, seed) alone: neither the other
+    episodes nor the number of workers changes it. The backend's config decides the sampler, so a number of steps or a
+    rule is tried by giving another one.
 
     Args:
         env: name of the environment (`uwm_jax.envs`), e.g. "pusht"; or what `open_envs` opened, which saves the start
             of processes.
         seeds: of the episodes' starts; PushT's evaluation starts at 100000.
         execute: steps of each sampled chunk that are taken before the next chunk is sampled.
+        latency, switch: control steps until a chunk is there, and what the robot does meanwhile, as `Policy` has
+            `delay` and `switch`. Needs a backend of one process where it is more than 0.
         seed: of the sampler's noise, together with the episode's seed and the number of the decision.
         workers: processes that simulate; 0 = all cores, at most one per episode.
         progress: the progress bar's description; "" shows none.
@@ -144,25 +148,37 @@ def closed_loop(
 
     Raises:
         UserError: an unknown environment, a missing package, a model that was trained on other inputs or actions
-            than the environment has, or an `execute` that its chunks do not have.
+            than the environment has, or an `execute` and `latency` that its chunks do not have.
     """
-    source = acting_source(backend)
-    policy = Policy(backend, execute=execute, seed=seed, batch_size=rows_of_a_call, source=source)
     with contextlib.ExitStack() as stack:
         if isinstance(env, str):
             env = stack.enter_context(open_envs(env, backend, seeds, workers))
         check_fits(env.spec, backend)
+        policy = Policy(
+            backend,
+            execute=execute,
+            delay=latency,
+            switch=switch,
+            seed=seed,
+            batch_size=rows_of_a_call,
+            source=acting_source(backend),
+            limits=env.spec.action_limits,
+        )
         bar = stack.enter_context(_bar(progress, env.spec.max_steps, "step"))
         policy.reset(seeds)
         views, seen = views_of(env.spec, backend), env.reset(seeds)
         scores, actions = [[score] for score in seen.score], [[] for _ in seeds]  # type: ignore[var-annotated]
         success = np.zeros(len(seeds), bool)
         rows, observation = np.arange(len(seeds)), seen.observation
+        first: np.ndarray | None = None
         for _ in each(_rounds(env.spec, execute)):
             if not distributed.agree(len(rows)):
                 break
             for _ in range(execute):
                 action = policy.act(under_views(observation, views), rows).astype(np.float64)
+                if first is None:
+                    states = {key: observation[key] for key in policy.actor.states}
+                    first = policy.actor.normalized(policy.chunks(), states)
                 seen = env.step(rows, action)
                 for i, row in enumerate(rows):
                     scores[row].append(seen.score[i])
@@ -173,8 +189,19 @@ def closed_loop(
                 bar.set_postfix(solved=f"{success.sum()}/{len(seeds)}", refresh=False)
                 if not len(rows):
                     break
+    if policy.actor.cut:
+        warn(f"{policy.actor.cut} numbers of sampled actions were beyond the limits of {env.spec.name}, and were cut.")
+    jumps = policy.seams()
     return [
-        EpisodeResult(int(s), np.array(scores[i]), np.array(actions[i]), bool(success[i])) for i, s in enumerate(seeds)
+        EpisodeResult(
+            int(s),
+            np.array(scores[i]),
+            np.array(actions[i]),
+            bool(success[i]),
+            float(jumps[i]),
+            None if first is None else first[i],
+        )
+        for i, s in enumerate(seeds)
     ]
 
 
@@ -287,27 +314,37 @@ def check_fits(spec: EnvSpec, model: Described, asked: str = "--env") -> None:
 
 
 def measure(results: Mapping[str, Sequence[EpisodeResult]], spec: EnvSpec) -> Metrics:
-    """`<who>/max_<score>` and `<who>/success`, each `{mean, lo, hi, n, episodes}` with a 95 % interval over episodes.
+    """`<who>/max_<score>` and `<who>/success`, each `{mean, lo, hi, n, episodes}` with a 95 % interval over episodes,
+    and `<who>/seam` of policies over their episodes in which chunks followed each other.
 
     `no_action` is the start's score, what doing nothing gives. `paired/policy_vs_<who>/...` is the difference on the
-    same starts, positive where the policy is better.
+    same starts, positive where the policy is better: scores higher, seams smaller.
     """
     best = {who: np.array([e.max_score for e in episodes]) for who, episodes in results.items()}
     best["no_action"] = np.array([e.scores[0] for e in results[POLICY]])
     success = {who: np.array([e.success for e in episodes], np.bool_) for who, episodes in results.items()}
+    seams = {who: np.array([e.seam for e in episodes]) for who, episodes in results.items()}
     every, bounds = np.arange(len(results[POLICY])), spec.score_range
     metrics = {f"{who}/max_{spec.score}": interval(x, every, bounds) for who, x in best.items()}
     metrics |= {f"{who}/success": proportion(x) for who, x in success.items()}
+    for who, x in seams.items():
+        if (there := np.isfinite(x)).any():
+            metrics[f"{who}/seam"] = interval(x[there], every[there], (0.0, math.inf))
     for who in results.keys() - {POLICY}:
         pair, difference = f"paired/{POLICY}_vs_{who}", best[POLICY] - best[who]
         metrics[f"{pair}/max_{spec.score}"] = interval(difference, every, difference_bounds(*bounds))
         metrics[f"{pair}/success"] = proportion_difference(success[POLICY], success[who])
+        smoother = seams[who] - seams[POLICY]
+        if (there := np.isfinite(smoother)).any():
+            metrics[f"{pair}/seam"] = interval(smoother[there], every[there])
     return dict(sorted(metrics.items()))
 
 
 def names_of(spec: EnvSpec) -> frozenset[str]:
     """The metrics that `measure` gives of the policy alone."""
-    return frozenset({f"{POLICY}/max_{spec.score}", f"{POLICY}/success", f"no_action/max_{spec.score}"})
+    return frozenset(
+        {f"{POLICY}/max_{spec.score}", f"{POLICY}/success", f"{POLICY}/seam", f"no_action/max_{spec.score}"}
+    )
 
 
 def _bar(description: str, total: int, unit: str) -> tqdm:
@@ -316,35 +353,48 @@ def _bar(description: str, total: int, unit: str) -> tqdm:
 
 
 def describe_episodes(
-    spec: EnvSpec, model: Sampling, results: Mapping[str, Sequence[EpisodeResult]], execute: int, seed: int
+    spec: EnvSpec,
+    model: Sampling,
+    results: Mapping[str, Sequence[EpisodeResult]],
+    execute: int,
+    seed: int,
+    latency: int = 0,
+    switch: str = "wait",
 ) -> dict[str, Any]:
-    """Contents of `episodes.json`: how it was run; each episode's seed, best and last score, steps and success."""
+    """Contents of `episodes.json`: how it was run; each episode's seed, best and last score, steps, success, and of the
+    policy its seam and first chunk."""
     return {
         "env": spec.name,
         "execute": execute,
+        **({"latency": latency, "switch": switch} if latency else {}),
         "sampler_seed": seed,
         **model.describe_sampling(),
         "max_steps": spec.max_steps,
         "score_range": [end if math.isfinite(end) else None for end in spec.score_range],
-        "episodes": {
-            who: [
-                {
-                    "seed": e.seed,
-                    f"max_{spec.score}": e.max_score,
-                    f"last_{spec.score}": float(e.scores[-1]),
-                    "steps": len(e.actions),
-                    "success": e.success,
-                }
-                for e in episodes
-            ]
-            for who, episodes in results.items()
-        },
+        "episodes": {who: [_entry(e, spec) for e in episodes] for who, episodes in results.items()},
     }
 
 
-def settings_of(env: str, first_seed: int, episodes: int, execute: int, seed: int) -> dict[str, Any]:
+def _entry(episode: EpisodeResult, spec: EnvSpec) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "seed": episode.seed,
+        f"max_{spec.score}": episode.max_score,
+        f"last_{spec.score}": float(episode.scores[-1]),
+        "steps": len(episode.actions),
+        "success": episode.success,
+    }
+    if episode.first_chunk is not None:
+        entry["seam"] = episode.seam if math.isfinite(episode.seam) else None
+        entry["first_chunk"] = [[round(float(x), 7) for x in row] for row in episode.first_chunk]
+    return entry
+
+
+def settings_of(
+    env: str, first_seed: int, episodes: int, execute: int, seed: int, latency: int = 0, switch: str = "wait"
+) -> dict[str, Any]:
     """Settings that tell closed loops of one checkpoint under its own config apart, as `places.choose` takes it."""
-    return {"env": env, "first_seed": first_seed, "episodes": episodes, "execute": execute, "seed": seed}
+    settings = {"env": env, "first_seed": first_seed, "episodes": episodes, "execute": execute, "seed": seed}
+    return settings | {"latency": latency, "switch": switch} if latency else settings
 
 
 def write_episodes(folder: Path, metrics: Metrics, how: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.config_checks import matches
 from uwm_jax.errors import UserError
+from uwm_jax.hub.runs import origin_of
 from uwm_jax.reading import read_json
 
 Settings = Mapping[str, Any]  # what tells a result apart from the run's own, JSON; {} for the run's own
@@ -64,9 +65,14 @@ def root(output: Path | None, workdir: Path) -> Path:
     """The directory that `eval/`, `rollout/` and `report.html` are made in.
 
     Raises:
-      UserError: nothing can be written there, or it is another run's directory.
+      UserError: nothing can be written there, it is another run's directory, or the cache of the hub.
     """
     place = output or workdir
+    if origin := origin_of(place):
+        raise UserError(
+            f"--output=DIR is required: results of {origin} would go into the cache of the hub, to {place}. DIR is a "
+            "directory for them and the report."
+        )
     if output and place.resolve() != workdir.resolve() and (place / "config.json").exists():
         raise UserError(f"--output={output} is a run's directory itself. Choose one for the results of this run alone.")
     require_writable(place)
@@ -75,7 +81,7 @@ def root(output: Path | None, workdir: Path) -> Path:
 
 def of_run(root: Path, workdir: Path) -> dict[str, str]:
     """Names the run in the records of results that lie outside of its workdir; {} of those inside, which may move."""
-    return {} if root.resolve() == workdir.resolve() else {"workdir": str(workdir.resolve())}
+    return {} if root.resolve() == workdir.resolve() else {"workdir": str(origin_of(workdir) or workdir.resolve())}
 
 
 def require_writable(folder: Path) -> None:

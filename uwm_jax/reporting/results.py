@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax import systems
 from uwm_jax.errors import UserError, warn
+from uwm_jax.evaluation import places
 from uwm_jax.evaluation.metrics import FEWEST
 from uwm_jax.reading import read_json
 from uwm_jax.reporting.curves import Curve
@@ -270,7 +271,7 @@ def _results(kind: str, workdir: Path, elsewhere: Path | None) -> list[Result]:
             if told == path:
                 rows, stored, how = _few_steps(path, stored), {}, stored.get("about", {})
             _check_how(told, how, kind)
-            if root != workdir and how.get("workdir") != str(workdir.resolve()):  # of another run
+            if root != workdir and how.get("workdir") != places.of_run(root, workdir)["workdir"]:  # of another run
                 continue
             windows = how.get("episodes") if kind == "eval" else None
             name = "/".join(below)

@@ -14,6 +14,7 @@ from typing import Any
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.evaluation.data import doubt
 from uwm_jax.files import write_text
+from uwm_jax.hub.runs import origin_of
 from uwm_jax.reporting import names, tables
 from uwm_jax.reporting.answers import answers
 from uwm_jax.reporting.curves import Panel
@@ -201,5 +202,6 @@ def _panels(run: Run) -> list[Panel]:
 def _missing(what: str, run: Run, command: str) -> Html:
     """A line that says which command makes what is missing."""
     name, _, more = command.partition(" ")
-    line = f"python -m uwm_jax.{name} --workdir={shlex.quote(str(run.workdir))} {more}".strip()
+    place = shlex.quote(str(origin_of(run.workdir) or run.workdir))
+    line = f"python -m uwm_jax.{name} --workdir={place} {more}".strip()
     return fill('<p class="missing">{}: not made yet. <code>{}</code> makes it.</p>', what, line)

@@ -62,7 +62,8 @@ def open_data(
 
 
 def make_loader(config: ConfigDict, data: RunData, mesh: Mesh, stored: CheckpointReader | None) -> Loader:
-    """The batches of this process's rows, from where a checkpoint left off."""
+    """The batches of this process's rows, from where a checkpoint left off; after a converted one, which knows no
+    data, from its step on in the order of these."""
     index, count = mesh_lib.data_group(mesh)
     return Loader(
         data,
@@ -70,7 +71,7 @@ def make_loader(config: ConfigDict, data: RunData, mesh: Mesh, stored: Checkpoin
         start_step=stored.step if stored else 0,
         process_index=index,
         process_count=count,
-        state=stored.data_iter if stored else None,
+        state=(stored.data_iter or None) if stored else None,
     )
 
 

@@ -126,8 +126,8 @@ def open_prompts(
     if encoder:
         if encoder == RECORDED and recorded is None:
             raise UserError(
-                f"--text_encoder={RECORDED}: this checkpoint does not know its encoder, for its texts were vectors of the "
-                "dataset. Name the encoder, or send obs/text."
+                f"--text_encoder={RECORDED}: this checkpoint does not know its encoder, for its texts were vectors of "
+                "the dataset. Name the encoder, or send obs/text."
             )
         name = recorded.name if recorded and encoder == RECORDED else encoder
         opened = Encoder(name, recorded.sha256 if recorded else "")

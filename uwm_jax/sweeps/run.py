@@ -220,7 +220,7 @@ def run_group(
     if not stored and config.init_from:
         origin = finetune.open_origin(config.init_from, config.init_from_parameters)
         for place in places:
-            named = config_lib.with_origins(place.config, init_from=f"{origin.directory}@{origin.step}")
+            named = config_lib.with_origins(place.config, init_from=origin.place)
             place.member = dataclasses.replace(place.member, config=named)
         config = first.config
 

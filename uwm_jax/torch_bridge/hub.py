@@ -9,6 +9,8 @@ from pathlib import Path
 
 from uwm_jax.errors import UserError
 from uwm_jax.files import local_path
+from uwm_jax.hub import download
+from uwm_jax.hub.names import HubName
 
 DEFAULT_FILE = "model.safetensors"  # the name that hub repositories of classifiers use
 
@@ -42,17 +44,17 @@ def fetch(path_or_hub_name: str | os.PathLike[str], files: Sequence[str], what: 
         )
     from huggingface_hub import hf_hub_download
 
+    download.without_tokens_in_log()
     repo, revision, subfolder = parsed.groups()
     try:
         return [Path(hf_hub_download(repo, file, subfolder=subfolder, revision=revision)) for file in files]
     except Exception as error:  # offline, unknown, private, malformed name, full disk: the hub has a class for each
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{name!r} is not a local folder, and the {what} ({', '.join(files)}) could not be fetched from the "
-            f"Hugging Face hub: {type(error).__name__}: {reason}\n"
+            f"Hugging Face hub: {download.reason(error, HubName(repo, revision))}\n"
             "Check the name, the revision and the network (and HF_TOKEN for a private repository), or download it "
             f"elsewhere and give the folder that holds {' and '.join(files)}."
-        ) from error
+        ) from None
 
 
 def locate_weights(path_or_hub: str | os.PathLike[str], names: str) -> Path:

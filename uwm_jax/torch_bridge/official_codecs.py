@@ -24,7 +24,7 @@ from uwm_jax.torch_bridge.official_config import VAE
 Tensors = dict[str, np.ndarray]
 
 # Buffers of the official VAE wrapper: latents = (posterior * scaling_factor - shift) / scale
-_SHIFT, _SCALE = "obs_encoder.vae.shift", "obs_encoder.vae.scale"
+BUFFERS = _SHIFT, _SCALE = "obs_encoder.vae.shift", "obs_encoder.vae.scale"
 
 # What the official VAE always has; without this a missing layer would pass for another architecture.
 _SDXL_PARTS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
@@ -124,9 +124,12 @@ def tensors(codec: Codec | None, frozen: Any, folder: Path) -> Tensors:
     return {} if codec is None else _form(type(codec)).tensors(codec, frozen, folder)
 
 
-def describe(codec: Codec | None, folder: Path) -> dict[str, Any]:
-    """JSON values: the latents, and under `tensors` the prefix of the codec's tensors where it has any."""
-    return {} if codec is None else _form(type(codec)).describe(codec, folder)
+def describe(codec: Codec | None, folder: Path | None) -> dict[str, Any]:
+    """JSON values: the latents, and under `tensors` the prefix of the codec's tensors where it has any; without a
+    folder, of a codec that is left out."""
+    if codec is None:
+        return {}
+    return _form(type(codec)).describe(codec, folder) if folder else {**codec.describe(), "included": False}
 
 
 def _diffusers_config(own: Tensors) -> dict[str, Any]:

@@ -23,7 +23,7 @@ Batch = Mapping[str, Tensor]
 
 
 class TorchLoop:
-    """Trains and samples a `UWM` on the CPU, in float32 or under bfloat16 autocast.
+    """Trains and samples a `UWM` on the default device, in float32 or under bfloat16 autocast.
 
     Args:
       network: the module; its codec, if it has one, encodes the next frames of batches without `next_obs_latent`.
@@ -167,4 +167,8 @@ class TorchLoop:
 
 
 def _autocast(dtype: str) -> Any:
-    return torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    return (
+        torch.autocast(torch.get_default_device().type, torch.bfloat16)
+        if dtype == "bfloat16"
+        else contextlib.nullcontext()
+    )

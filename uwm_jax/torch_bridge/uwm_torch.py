@@ -1283,7 +1283,7 @@ class Model(nn.Module):
 
         Returns:
           `action` and `action_normalized` (B, Ta, Da); `next_obs_latent` (B, V, T, h, w, C), `next_obs/<camera>`
-          (B, T, h, w, 3) uint8 and `next_obs_float/<camera>`: those that the use makes.
+          (B, T, h, w, 3) uint8 and `next_obs_float/<camera>`: those that the use makes; no frames without the codec.
         """
         roles = self.roles[use]
         given: Tensors = {}
@@ -1297,6 +1297,7 @@ class Model(nn.Module):
             out["action"], out["action_normalized"] = self.unnormalize("action", made["action"]), made["action"]
         if "next_obs" in made:
             out["next_obs_latent"] = made["next_obs"]
+        if "next_obs" in made and self.codec is not None:
             frames = self.codec.decode(made["next_obs"]).movedim(-3, -1)
             pictures = frames.clamp(0, 1).mul(255).round().to(torch.uint8)
             for view, camera in enumerate(self.cameras):

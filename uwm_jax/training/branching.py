@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
+from uwm_jax.hub.names import parse_origin
 from uwm_jax.training import finetune, fixed_fields
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.checkpoint import Checkpoints
@@ -32,8 +33,11 @@ def open_trunk(config: ConfigDict) -> CheckpointReader:
     spec = config.branch_from
     named = f"config.branch_from={spec!r}"
     stored, steps = finetune.locate(spec, "branch_from")
-    if config_lib.parse_origin(spec, "branch_from")[1] is None:
-        raise UserError(f"{named}: expected DIR@STEP, with one of the steps {steps} of the checkpoints there.")
+    if parse_origin(spec, "branch_from")[1] is None:
+        raise UserError(
+            f"{named}: expected DIR@STEP, with one of the steps {steps} of the checkpoints there (or, on the hub, "
+            "owner/name@revision@STEP)."
+        )
     try:
         stored.verify_small()
     except CorruptCheckpoint as e:

@@ -5,7 +5,7 @@
   params        trainable parameters
   ema_params    their moving average, when `config.optimizer.ema_decay` is set
   train_state   optimizer state, hyper-parameters, step
-  data_iter     position in the order of samples (JSON, independent of the topology)
+  data_iter     position in the order of samples (JSON, independent of the topology); {} in a converted one
   codec         arrays of a codec fitted on data; a pretrained one lies in `<workdir>/frozen/<name>` instead
   assets        config, data spec with the normaliser, dataset manifest, code version, digests (JSON)
 
@@ -49,6 +49,8 @@ READ_TIMEOUT_SECONDS = 20 * 60  # for all processes to have read a checkpoint
 REMOVE_SECONDS = 5.0  # for removing the remains of a failed save
 
 _Value = TypeVar("_Value")
+
+UNKNOWN_POSITION: dict[str, Any] = {}  # `data_iter` of a converted training state
 
 _UNFINISHED = (".orbax-checkpoint-tmp", ".deleted")
 

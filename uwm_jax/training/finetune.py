@@ -34,6 +34,8 @@ from uwm_jax import systems
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError
+from uwm_jax.hub import runs as hub_runs
+from uwm_jax.hub.names import HubName, parse_origin
 from uwm_jax.parallel.distributed import say
 from uwm_jax.training import average, codec_store, fixed_fields, lineage
 from uwm_jax.training.checkpoint import Checkpoints, latest_step
@@ -42,7 +44,7 @@ from uwm_jax.training.patterns import is_fresh, matches, require_matches, share,
 
 
 def open_origin(spec: str, parameters: str = "auto") -> Origin:
-    """The origin that `config.init_from` names: `DIR`, whose newest checkpoint counts, or `DIR@STEP`.
+    """The origin that `config.init_from` names: `DIR`, whose newest checkpoint counts, `DIR@STEP`, or one on the hub.
 
     Args:
       spec: `config.init_from`.
@@ -85,17 +87,19 @@ def locate(spec: str, field: str) -> tuple[CheckpointReader, list[int]]:
     """The checkpoint that an origin's field names, not yet read, and the steps of all in its workdir.
 
     Args:
-      spec: DIR, whose newest checkpoint counts, or DIR@STEP.
+      spec: DIR, whose newest checkpoint counts, DIR@STEP, or a repository of the hub in place of DIR.
       field: `init_from` or `branch_from`, for messages.
 
     Raises:
       UserError: no such workdir or step.
     """
-    directory, step = config_lib.parse_origin(spec, field)
+    place, step = parse_origin(spec, field)
+    directory = hub_runs.of_repository(place, f"config.{field}") if isinstance(place, HubName) else place
     if not (directory / "config.json").is_file():
         raise UserError(
             f"config.{field}={spec!r}: {str(directory)!r} holds no config.json. Expected DIR or DIR@STEP, where DIR "
-            "is the workdir of a run, or one made by `python -m uwm_jax.convert from-torch`."
+            "is the workdir of a run, or one made by `python -m uwm_jax.convert from-torch`; or a repository of the "
+            "hub, owner/name or owner/name@revision@STEP."
         )
     if latest_step(directory) is None:
         raise UserError(f"config.{field}={spec!r}: {str(directory)!r} holds no checkpoint yet.")
@@ -130,6 +134,11 @@ class Origin:
     codec_arrays: Any
     learned_from: lineage.Learned | None
     latent_sizes: Mapping[str, float] | None
+
+    @property
+    def place(self) -> str:
+        """The checkpoint as a run keeps it: DIR@STEP, or owner/name@commit@STEP."""
+        return f"{hub_runs.spelled(self.directory)}@{self.step}"
 
     @property
     def item(self) -> str:

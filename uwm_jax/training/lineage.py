@@ -18,8 +18,9 @@ from uwm_jax.data.windows import split_episodes
 from uwm_jax.parallel.distributed import say
 
 # Entries of the assets that a run keeps from its start; `branched_from` are the checkpoints, DIR@STEP, that it and the
-# runs before it went on from (`config.branch_from`), the oldest first.
-KEYS = ("learned_from", "leak", "latent_sizes", "branched_from")
+# runs before it went on from (`config.branch_from`), the oldest first; `converted_from` are the names of the files of
+# an official checkpoint, and which of its parameters were taken.
+KEYS = ("learned_from", "leak", "latent_sizes", "branched_from", "converted_from")
 
 # One dataset: {"fingerprint", "split", "val_ratio", "selection": which of its episodes, in words; "" for all}
 Learned = Sequence[Mapping[str, Any]]
@@ -28,6 +29,8 @@ UNKNOWN = (
     "the origin does not say what it was trained on, so that episodes which are held out here may be among those it "
     "learned from"
 )
+
+_UNTOLD = f"Held out of this run's own training; {UNKNOWN}."
 
 
 def kept(assets: Mapping[str, Any], branch: str = "") -> dict[str, Any]:
@@ -38,6 +41,11 @@ def kept(assets: Mapping[str, Any], branch: str = "") -> dict[str, Any]:
     """
     entries = {key: assets[key] for key in KEYS if key in assets}
     return entries | {"branched_from": [*entries.get("branched_from", []), branch]} if branch else entries
+
+
+def unknown() -> dict[str, Any]:
+    """The entries of a converted training state, which does not tell what it was trained on."""
+    return {"learned_from": None, "leak": _UNTOLD}
 
 
 def begin(data: RunData, learned: Learned | None, has_origin: bool) -> dict[str, Any]:
@@ -101,7 +109,7 @@ def leak(learned: Learned | None, data: RunData) -> str | None:
       data: of this run.
     """
     if learned is None:
-        return f"Held out of this run's own training; {UNKNOWN}."
+        return _UNTOLD
     parts = []
     for name, source in data.sources.items():
         dataset, here = source.dataset, set(source.held_out.tolist())

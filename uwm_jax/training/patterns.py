@@ -14,6 +14,11 @@ from flax import traverse_util
 from uwm_jax.errors import UserError
 
 
+def names(tree: Any) -> list[str]:
+    """The names of a nested dictionary of arrays, sorted."""
+    return sorted(traverse_util.flatten_dict(tree, sep="/"))
+
+
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a name matches one of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from uwm_jax.config import data_seed, flatten
 from uwm_jax.errors import UserError
-from uwm_jax.training.patterns import matches, require_matches, share, split
+from uwm_jax.training.patterns import matches, names, require_matches, share, split
 
 Params = Any
 
@@ -141,7 +141,7 @@ def create(
       UserError: a pattern of `optimizer.freeze` matches nothing, or all together everything.
     """
     freeze = config.optimizer.freeze
-    require_matches("optimizer.freeze", freeze, sorted(traverse_util.flatten_dict(params, sep="/")))
+    require_matches("optimizer.freeze", freeze, names(params))
     trained, _ = split(params, (*freeze, *untrained))
     if not trained:
         raise UserError(f"config.optimizer.freeze={freeze} matches all parameters: there is nothing to train.")

@@ -17,7 +17,8 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
-from uwm_jax.training.checkpoint import Checkpoints, make_assets, steps_in
+from uwm_jax.training.checkpoint import UNKNOWN_POSITION, Checkpoints, make_assets, steps_in
+from uwm_jax.training.state import TrainState
 
 SHARED_SECONDS = 40.0  # for a file of one host to appear on another: NFS clients refresh every 30 s
 
@@ -91,6 +92,23 @@ def save_params_only(
     checkpoints = Checkpoints(workdir)
     write_config(workdir, config)
     checkpoints.save_params(step, params, frozen_arrays, make_assets(config, spec, **(extra_assets or {})))
+    checkpoints.close()
+
+
+def save_state(
+    workdir: str | os.PathLike[str],
+    config: ConfigDict,
+    spec: DataSpec,
+    state: TrainState,
+    frozen_arrays: Any = None,
+    extra_assets: Mapping[str, Any] | None = None,
+) -> None:
+    """Makes an ordinary workdir around a training state of a run whose data is not known; it continues at the state's
+    step in the order of whatever data it is given. Arguments as in `save_params_only`."""
+    checkpoints = Checkpoints(workdir)
+    write_config(workdir, config)
+    checkpoints.save(state, UNKNOWN_POSITION, frozen_arrays, make_assets(config, spec, **(extra_assets or {})))
+    checkpoints.wait()
     checkpoints.close()
 
 
