@@ -41,8 +41,12 @@ class Client:
         self.metadata = unpack(self.socket.recv(10))
 
     def ask(self, state: float = 10.0, pixel: int = 7, **fields: Any) -> dict[str, Any]:
-        self.socket.send(encode(observation(state, pixel) | fields))
-        return unpack(self.socket.recv(20))
+        """The reply to a request of the stub model."""
+        return self.ask_with(observation(state, pixel) | fields)
+
+    def ask_with(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.socket.send(encode(request))
+        return unpack(self.socket.recv(30))
 
     def refused(self, message: bytes | str) -> str:
         self.socket.send(message)
