@@ -1,6 +1,9 @@
 """A trained policy behind a websocket, for robots: openpi's clients work unmodified.
 
     python -m uwm_jax.serve --workdir=DIR [--port=8000 --execute=8]
+    python -m uwm_jax.serve --export=DIR [--device=cuda]
+
+--export runs an export folder of `uwm_jax.convert to-torch` by PyTorch, with the program that lies in it.
 
 Answers requests of many clients in batches; all programs are compiled before the first is accepted. On the same port
 `/healthz` answers 200 while the model runs and 503 while the server drains, and `/metrics` is for Prometheus. SIGTERM
@@ -32,8 +35,9 @@ from absl import flags
 
 from uwm_jax import cli, config_help
 from uwm_jax.actor import Actor
-from uwm_jax.backend import JaxBackend
+from uwm_jax.backend import Backend, JaxBackend
 from uwm_jax.data.records import dataset_dir, find_dataset
+from uwm_jax.data.robot import parse_limits
 from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.files import check_output_file, write_text
 from uwm_jax.serving import access, replay
@@ -45,22 +49,29 @@ from uwm_jax.serving.prompts import open_prompts
 from uwm_jax.serving.recorded_episode import RecordedEpisode
 from uwm_jax.serving.recording import Recording, Together
 from uwm_jax.serving.replay_page import replay_page
+from uwm_jax.torch_bridge.torch_backend import TorchBackend
 from uwm_jax.training import inference
 
 FLAGS = flags.FLAGS
 
+EXECUTE = 8
+
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "directory of the run, or of the converted checkpoint, that is served")
+    flags.DEFINE_string("workdir", None, "directory of the run that is served, or owner/name[@revision] on the hub")
+    flags.DEFINE_string("export", None, "in place of --workdir: an export folder, or one on the hub; PyTorch runs it")
+    flags.DEFINE_string("device", "cpu", "with --export: PyTorch's device")
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on; others than loopback require a token")
     flags.DEFINE_integer("port", 8000, "to listen on; 0 takes a free one", lower_bound=0, upper_bound=65535)
     flags.DEFINE_string("modes", None, "the uses that are served, separated by commas; all by default")
-    flags.DEFINE_integer("execute", 8, "steps of each chunk that a client is told to take", lower_bound=1)
+    execute = "steps of each chunk that a client is told to take; 8, or all of a shorter chunk, by default"
+    flags.DEFINE_integer("execute", None, execute, lower_bound=1)
     flags.DEFINE_bool("stepwise", False, "a connection is an episode: single steps in, one action out of each")
     flags.DEFINE_string("keys", None, "name in requests=key here, separated by commas; name= drops an entry")
     flags.DEFINE_enum("resize", None, ["cover"], "take frames of other sizes: resized to cover the model's, cropped")
     flags.DEFINE_string("source", "", "of the training data, whose robot acts; needed where they differ")
+    flags.DEFINE_string("limits", None, "LOW:HIGH of every column of the robot's action, or one for all; beyond is cut")
     flags.DEFINE_integer("seed", 0, "of the sampler's noise", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_float("batch_ms", 5.0, "how long a request waits for others", lower_bound=0.0, upper_bound=1000.0)
     flags.DEFINE_integer("batch_size", SIZES[-1], "requests of a batch", lower_bound=1, upper_bound=64)
@@ -70,7 +81,9 @@ def define_flags() -> None:
     flags.DEFINE_string("text_table", None, "dataset whose table embeds prompts; those of the run by default")
     flags.DEFINE_string("record", None, "with --stepwise: a dataset in the training layout that keeps every episode")
     flags.DEFINE_string("replay", None, "DATASET:EPISODE: send a recorded episode, compare its actions, and end")
-    flags.DEFINE_string("replay_page", None, "of --replay; replay.html of the workdir by default")
+    flags.DEFINE_string(
+        "replay_page", None, "of --replay; replay.html of a local workdir by default, else of this folder"
+    )
     flags.DEFINE_bool("show_frames", False, "show the newest frames on the page at /; requires a token")
     flags.DEFINE_string("token_file", None, "file with the token of clients")
     flags.DEFINE_string("tls_cert", None, "certificate chain (PEM) for wss://")
@@ -92,7 +105,7 @@ def main(call: cli.Call) -> None:
     contract = Contract(
         actor,
         modes=[mode.strip() for mode in (FLAGS.modes or "").split(",") if mode.strip()],
-        execute=FLAGS.execute,
+        execute=FLAGS.execute or min(EXECUTE, actor.horizon),
         stepwise=FLAGS.stepwise,
         keys=keys,
         resize=FLAGS.resize is not None,
@@ -135,12 +148,26 @@ async def _serve(server: Server) -> None:
 
 
 def _open(call: cli.Call) -> tuple[Actor, set[str]]:
-    """The model that acts, and the keys of its data."""
-    workdir = cli.required_path("workdir")
-    system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, call.overrides, FLAGS.parameters)
-    used = inference.parameters_used(workdir, step, FLAGS.parameters)["parameters"]
-    backend = JaxBackend(system, system.held(params), frozen, step=step, parameters=used)
-    return Actor(backend, source=FLAGS.source), inference.data_keys(workdir, step) or set()
+    """The model that acts, and the keys of its data, as far as they are known."""
+    export = cli.export_folder()
+    if (FLAGS.workdir is None) == (export is None):
+        raise UserError("--workdir or --export is required, one of them.")
+    backend: Backend
+    if export:
+        refused = [f"--{name}" for name in ("step", "parameters") if FLAGS[name].value is not None]
+        if refused := refused + [f"--config.{name}" for name, _ in call.overrides]:
+            raise UserError(f"{', '.join(refused)}: an export runs as it was written. Leave this out, or export again.")
+        backend, known = TorchBackend(export, FLAGS.device), None
+    else:
+        run = cli.required_run()
+        system, params, frozen, step = inference.load_for_inference(run, FLAGS.step, call.overrides, FLAGS.parameters)
+        used = inference.parameters_used(run, step, FLAGS.parameters)["parameters"]
+        backend = JaxBackend(system, system.held(params), frozen, step=step, parameters=used)
+        known = inference.data_keys(run, step)
+    actor = Actor(backend, source=FLAGS.source)
+    if FLAGS.limits:
+        actor = Actor(backend, source=FLAGS.source, limits=parse_limits(FLAGS.limits, actor.width))
+    return actor, known or set()
 
 
 def _prompts(actor: Actor) -> Callable[[str], np.ndarray] | None:
@@ -178,7 +205,8 @@ def _replay(server: Server, actor: Actor, keys: Mapping[str, str], token: str, e
     Raises:
       RunError: something looks wrong.
     """
-    page = cli.optional_path("replay_page") or cli.required_path("workdir") / "replay.html"
+    run = Path(FLAGS.workdir or "")
+    page = cli.optional_path("replay_page") or (run if run.is_dir() else Path()) / "replay.html"
     check_output_file(page, "--replay_page")
     episode = RecordedEpisode(FLAGS.replay, actor, source=FLAGS.source, keys=keys)
     own = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if encrypted else None

@@ -129,7 +129,9 @@ def _scalars(draw: np.random.Generator, fields: Fields) -> bytes:
 
 def _not_finite(draw: np.random.Generator, fields: Fields) -> bytes:
     key = _pick(draw, [*fields, "promised"])
-    fields[key] = array(np.full((2, 2), _pick(draw, (np.nan, np.inf, -np.inf, 1e300)), _pick(draw, ("<f4", "<f8"))))
+    values = np.full((2, 2), _pick(draw, (np.nan, np.inf, -np.inf, 1e300)))
+    with np.errstate(over="ignore"):
+        fields[key] = array(values.astype(_pick(draw, ("<f4", "<f8"))))
     return _pack(fields)
 
 
