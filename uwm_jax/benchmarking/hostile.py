@@ -32,7 +32,22 @@ _DTYPES = (
     None,
 )
 _SHAPES = ([-1], [2**62, 4], [0], [1] * 40, [True], [1.5], ["4"], [[2]], 4, None, "4")
-_VALUES = (None, True, -1, 2**63, -(2**63), 1e308, float("nan"), "", "x" * 3000, b"bytes", [], {}, [[[]]], {"a": {}})
+_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    2**63,
+    -(2**63),
+    1e308,
+    float("nan"),
+    "",
+    "x" * 3000,
+    b"bytes",
+    [],
+    {},
+    [[[]]],
+    {"a": {}},
+)
 
 
 def request(metadata: Mapping[str, Any], seed: int = 0) -> Fields:
