@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from tests.conversion.official_run import OfficialRun, gradients
 from tests.golden import reference
 from uwm_jax import cli, convert, systems
+from uwm_jax import config as config_lib
 from uwm_jax.systems.base import System
 from uwm_jax.torch_bridge import layout
+from uwm_jax.train import train
 from uwm_jax.training import inference
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.checkpoint import Checkpoints
@@ -83,3 +87,45 @@ def test_five_steps_of_torch_and_of_ours(tmp_path: Path) -> None:
     weights = {name: value.copy() for name, value in run.weights().items() if name in run.trained}
     params = jax.tree.map(jnp.asarray, layout.from_official(weights, state.params, entry_of, "weights"))
     five_steps(system, fresh(system, params), run)
+
+
+def read(workdir: Path, step: int, item: str) -> Any:
+    return Checkpoints(workdir, read_only=True).restore_arrays(step, item)
+
+
+@pytest.mark.slow
+def test_the_trainer_continues_it(tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Schedule and clipping are the official configuration's; data and batch are those of flags."""
+    run = OfficialRun("dp_flow_small")
+    run.steps(3)
+    pt, official, workdir = run.save(tmp_path / "models.pt"), tmp_path / "config.yaml", tmp_path / "run"
+    text = reference.official_yaml("dp_flow_small").read_text()
+    for ours, theirs in (("exterior", "agentview_rgb"), ("wrist", "eye_in_hand_rgb")):
+        text = text.replace(theirs, ours)
+    more = {"num_steps": 5, "clip_grad_norm": 10.0, "scheduler": {"name": "cosine", "num_warmup_steps": 2}}
+    official.write_text(text + yaml.safe_dump(more))
+    fields = {"data.path": tiny_dataset, "batch_size": 2, "data.num_streams": 8, "data.num_threads": 1}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    assert command(*line(pt, workdir, *overrides, official=official)) == 0
+    said = capsys.readouterr().err
+    assert "goes on after 3 steps, with the moments of AdamW after 3 updates" in said
+    # torch's rate was constant; half a cosine from step 2 to 5 is at 3/4 after a third of the way
+    assert "the learning rate goes from 0.001 (the official run's next step) to 0.00075" in said
+    before = read(workdir, 3, "train_state")
+
+    config = config_lib.read(workdir)
+    o = config.optimizer
+    assert (config.total_steps, o.schedule, o.warmup_steps, o.clip_norm) == (5, "cosine", 2, 10.0)
+    train(config, workdir)
+    assert "continuing from step 3" in capsys.readouterr().out
+    checkpoints = Checkpoints(workdir, read_only=True)
+    assert checkpoints.steps() == [3, 5]
+    after = read(workdir, 5, "train_state")
+    assert int(after["opt_state"][1]["count"]) == int(after["step"]) == 5
+    for old, new in zip(*(jax.tree.leaves(x["opt_state"][1]["nu"]) for x in (before, after)), strict=True):
+        assert (new >= 0.99**2 * old * (1 - 1e-5)).all()  # squares only add to what decays
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 5 and last["learning_rate"] == pytest.approx(0.00025)
+    assets = checkpoints.assets(5)
+    assert assets["learned_from"] is None and "may be among those it learned from" in assets["leak"]
+    assert assets["converted_from"]["weights"] == "models.pt"
