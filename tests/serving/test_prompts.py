@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,15 @@ import pytest
 from data_prep import embedding
 from tests import clip
 from tests.data_prep import language_source
+from tests.serving.small_model import make_contract, make_server, observation
 from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec, TextEncoder
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
+from uwm_jax.serving.connections import in_thread
 from uwm_jax.serving.prompts import Table, open_prompts
+from uwm_jax.serving.uwm_client import Client, RequestError
 from uwm_jax.torch_bridge import clip_text
 
 WIDTH = 4
@@ -107,6 +112,33 @@ def test_a_model_without_text_has_no_prompts(dataset: Path) -> None:
         open_prompts(spec_of(0), encoder="recorded")
     with pytest.raises(UserError, match="--text_table: this model reads no text"):
         open_prompts(spec_of(0), datasets=[dataset], table="clip", asked=True)
+
+
+def test_prompts_reach_the_model_through_a_connection(dataset: Path) -> None:
+    prompts = open_prompts(spec_of(), datasets=[dataset], table="clip", asked=True)
+    contract = make_contract(WIDTH, prompts=prompts)
+    seen: list[np.ndarray] = []
+    sample = contract.actor.backend.sample
+
+    def watched(use: str, inputs: Mapping[str, np.ndarray], *rest: Any, **more: Any) -> dict[str, np.ndarray]:
+        seen.append(inputs["obs/text"])
+        return sample(use, inputs, *rest, **more)
+
+    contract.actor.backend.sample = watched  # type: ignore[method-assign]
+    with in_thread(make_server(contract)) as address, Client(address, wait=10) as client:
+        reply = client.infer(observation() | {"prompt": "push it"})
+        assert reply["actions"].shape == (16, 3)
+        np.testing.assert_array_equal(seen[-1][0], embedded("push it"))
+        with pytest.raises(RequestError, match="prompt: 'pull' is none of the 6 sentences .* the nearest are 'push'"):
+            client.infer(observation() | {"prompt": "pull"})
+        with pytest.raises(RequestError, match="missing prompt or obs/text"):
+            client.infer(observation())
+
+
+def test_a_model_without_text_ignores_a_prompt_and_says_so_once() -> None:
+    with in_thread(make_server()) as address, Client(address, wait=10) as client:
+        told = ["prompt" in client.infer(observation() | {"prompt": "push it"}) for _ in range(3)]
+    assert told == [True, False, False]
 
 
 @pytest.mark.torch

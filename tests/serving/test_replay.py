@@ -84,7 +84,7 @@ def test_what_fits_looks_right(recorded: Path) -> None:
     with replayed(recorded, SeeingBackend()) as found:
         pass
     assert not found.looks_wrong and found.as_sent.error < 0.15 < 0.3 < found.tried[0].error
-    assert "nothing looks wrong" in found.lines()[-1] and len(found.latency_ms) == 10
+    assert "nothing looks wrong: of 14 faults" in found.lines()[-1] and len(found.latency_ms) == 10
     page = replay_page(found)
     assert "Nothing looks wrong" in page and "LOOKS WRONG" not in page
     assert page.count("<svg") >= 3 and page.count("data:image/png;base64,") == 2
@@ -93,6 +93,16 @@ def test_what_fits_looks_right(recorded: Path) -> None:
     step = found.steps[3]
     np.testing.assert_allclose(found.as_sent.rows[step][0], found.recorded[step][0], atol=5, rtol=0)
     assert 230 < found.recorded[step][0, 0] < 280
+
+
+def test_faults_that_would_not_show_are_told(tmp_path: Path) -> None:
+    # The right camera shows the same colour everywhere, so that it may be turned at will.
+    place = drive(tmp_path / "robot", of_frames(lambda x: np.broadcast_to(x[-1, 0], x.shape), "right"))
+    with replayed(place, SeeingBackend()) as found:
+        assert not found.looks_wrong
+    turned = [f"the frames of obs/right are {how}" for how in ("mirrored", "turned by 180 degrees", "upside down")]
+    assert [fault.partition(" (")[0] for fault in sorted(found.not_told_apart)] == turned
+    assert sum("would not show" in line for line in found.lines()) == replay_page(found).count("Would not show") == 3
 
 
 def test_two_faults_at_once_are_both_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ MUCH_NEARER = 0.75  # the largest share of the error as sent that is left where 
 SURE = 3.0  # standard errors over decisions by which the error must fall
 NO_BETTER = 0.9  # share of the mean action's error above which the answers tell of nothing that is seen
 MOST_FAULTS = 3
+ALIKE = 1.1  # times the error as sent, up to which a model answers alike with a fault and without
 _THREADS = 8
 
 Request = dict[str, Any]
@@ -118,6 +119,12 @@ class Replay:
             )
         return lines
 
+    @property
+    def not_told_apart(self) -> list[str]:
+        """The faults that would not show, for this model answers nearly the same with them: [] where one is named."""
+        near = [t.fault for t in self.tried if t.error <= ALIKE * self.as_sent.error]
+        return [] if self.looks_wrong else near
+
     def lines(self) -> list[str]:
         """The outcome for a terminal."""
         p50, p99 = np.percentile(self.latency_ms, (50, 99))
@@ -129,8 +136,8 @@ class Replay:
         ]
         if wrong := self.looks_wrong:
             return found + [f"  LOOKS WRONG: {line}" for line in wrong]
-        nearest = f"; the nearest of {len(self.tried)} faults: {self.tried[0].fault}, {self.tried[0].error:.3f}"
-        return [*found, f"  nothing looks wrong: as sent fits best{nearest if self.tried else ''}"]
+        found.append(f"  nothing looks wrong: of {len(self.tried)} faults, undoing none brings the answers much nearer")
+        return found + [f"  would not show, for the answers hardly change: {fault}" for fault in self.not_told_apart]
 
 
 def run(address: str, episode: RecordedEpisode, *, token: str = "", tls: Any = None) -> Replay:

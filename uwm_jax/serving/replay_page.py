@@ -37,8 +37,15 @@ def _head(title: str, replay: Replay) -> Html:
     outcome = (
         [fill('<p class="lead"><span class="no">LOOKS WRONG:</span> {}</p>', line) for line in wrong]
         if wrong
-        else [fill('<p class="lead"><span class="yes">Nothing looks wrong:</span> the requests as sent fit best.</p>')]
+        else [
+            fill(
+                '<p class="lead"><span class="yes">Nothing looks wrong:</span> undoing none of {} faults brings the '
+                "answers much nearer.</p>",
+                len(replay.tried),
+            )
+        ]
     )
+    outcome += [fill("<p>Would not show, for the answers hardly change: {}.</p>", f) for f in replay.not_told_apart]
     p50, p99 = np.percentile(replay.latency_ms, (50, 99))
     facts = {
         "Error": f"{replay.as_sent.error:.3f}, where 1 is the spread of recorded actions",
