@@ -219,6 +219,27 @@ def test_modulations_are_made_once_a_sample(tiny, monkeypatch):
     assert len(products) == it.system.config.model.depth + 1  # of the blocks and the head, for all steps
 
 
+@pytest.mark.parametrize("name", ["uwm", "dp by U-Net, reads text", "dp by flow"])
+def test_nothing_of_a_sample_passes_through_the_hosts_memory(tiny, name):
+    # What a CUDA graph cannot record, said by a machine without one.
+    it = tiny(name)
+    model, crossed = uwm_torch.load(it.folder).model, []
+    between = {"tensor", "as_tensor", "from_numpy", "new_tensor", "item", "tolist", "numpy", "cpu", "nonzero"}
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if getattr(func, "__name__", "") in between:
+                crossed.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    inputs, noise = ({k: torch.tensor(x) for k, x in arrays.items()} for arrays in (it.inputs(3), it.noise(3)))
+    rows = uwm_torch.Promised(*map(torch.from_numpy, promise(it, 2)))
+    with torch.no_grad(), Watch():
+        for use, roles in model.roles.items():
+            model(use, inputs, noise, rows if roles["action"] == "generate" else None, guided=True)
+    assert not crossed
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_bfloat16_is_near_and_keeps_float32_where_it_must(tiny, name):
     it = tiny(name)

@@ -31,7 +31,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -319,7 +319,7 @@ class Images(nn.Module):
                 old, new, start = cameras[camera][axis], resize[axis], self.offsets[axis]
                 matrix = None  # an axis that keeps its size is cut, not resampled
                 if old != new:
-                    matrix = torch.tensor(resize_matrix(old, new)[start : start + crop[axis]], device="cpu")
+                    matrix = constant(resize_matrix(old, new)[start : start + crop[axis]])
                 self.register_buffer(f"{name}_{view}", matrix, persistent=False)
 
     def forward(self, frames: Mapping[str, Tensor]) -> Tensor:
@@ -393,12 +393,23 @@ def mlp(inputs: int, hidden: int, outputs: int, exact: tuple[bool, bool] = (Fals
     return [Dense(inputs, hidden, exact=exact[0]), nn.Mish(), Dense(hidden, outputs, exact=exact[1])]
 
 
-def sinusoid(timestep: Tensor, dim: int) -> Tensor:
-    """(...,) integers -> (..., dim) float32: sines, then cosines, at dim / 2 frequencies from 1 to 1 / 10000."""
-    half = dim // 2
-    frequency = np.exp(-np.arange(half) * np.log(10_000.0) / (half - 1)).astype(np.float32)
-    phase = timestep[..., None].float() * torch.as_tensor(frequency, device=timestep.device)
-    return torch.cat([phase.sin(), phase.cos()], dim=-1)
+def constant(values: Any) -> Tensor:
+    """A float32 buffer's values, also where a network is made without memory for its parameters."""
+    return torch.tensor(np.asarray(values, np.float32), device="cpu")
+
+
+class Sinusoid(nn.Module):
+    """Timesteps (...,) -> (..., dim) float32: sines, then cosines, at dim / 2 frequencies from 1 to 1 / 10000."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        half = dim // 2
+        frequency = constant(np.exp(-np.arange(half) * np.log(10_000.0) / (half - 1)))
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        phase = timestep[..., None].float() * self.frequency
+        return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
 
 def of_all_steps(layer: Dense, rows: Tensor, steps: Tensor, steps_first: bool = False) -> Tensor:
@@ -454,6 +465,8 @@ class ResNet(nn.Module):
     def __init__(self, encoder: Mapping[str, Any], outputs: int, image_size: Sequence[int]):
         super().__init__()
         width, self.pool = encoder["width"], encoder["pool"]
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, constant(values)[:, None, None], persistent=False)
         self.conv1 = Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = _norm(width)
         self.stages = [f"layer{stage + 1}" for stage in range(len(encoder["stage_sizes"]))]
@@ -467,8 +480,8 @@ class ResNet(nn.Module):
         self.fc = Dense(channels * (pixels if self.pool == "flatten" else 1), outputs, exact=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        mean, std = (images.new_tensor(c)[:, None, None] for c in (IMAGENET_MEAN, IMAGENET_STD))
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1((images - mean) / std))), 3, stride=2, padding=1)
+        x = self.conv1((images - self.mean) / self.std)
+        x = F.max_pool2d(F.relu(self.bn1(x)), 3, stride=2, padding=1)
         for name in self.stages:
             x = self.get_submodule(name)(x)
         # Flattened maps run over (row, column, channel).
@@ -665,7 +678,6 @@ class WorldModel(Transformer):
         model, (self.action_len, action_dim) = description["config"]["model"], description["shapes"]["action"]
         width, time = model["embed_dim"], model["timestep_embed_dim"]
         hidden = 4 * max(action_dim, width)
-        self.time_dim = time
         self.obs_patchifier = Patchifier(description["shapes"]["next_obs_latent"], model["patch"], width)
         registers = model["num_registers"]
         self.registers = nn.Parameter(torch.empty(1, registers, width)) if registers else None
@@ -673,11 +685,12 @@ class WorldModel(Transformer):
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
         self.action_encoder = nn.Sequential(*mlp(action_dim, hidden, width))
         self.action_decoder = nn.Sequential(*mlp(width, hidden, action_dim, exact=(False, True)))
+        self.sinusoid = Sinusoid(time)
         self.timestep_embedding = nn.ModuleDict({"proj": nn.Sequential(*mlp(2 * time, 4 * time, time, (True, True)))})
         self._add_blocks(model, features)
 
     def _embed_timesteps(self, timesteps: Mapping[str, Tensor]) -> Tensor:
-        both = [sinusoid(timesteps[m], self.time_dim) for m in ("action", "next_obs")]
+        both = [self.sinusoid(timesteps[m]) for m in ("action", "next_obs")]
         return self.timestep_embedding["proj"](torch.cat(both, dim=-1))
 
     def embed(self, modality: str, noisy: Tensor) -> Tensor:
@@ -708,15 +721,14 @@ class ActionTransformer(Transformer):
         model, (length, action_dim) = description["config"]["model"], description["shapes"]["action"]
         width, time = model["embed_dim"], model["timestep_embed_dim"]
         hidden = 4 * max(action_dim, width)
-        self.time_dim = time
         self.input_encoder = nn.Sequential(*mlp(action_dim, hidden, width))
         self.output_decoder = nn.Sequential(*mlp(width, hidden, action_dim, exact=(False, True)))
-        self.timestep_encoder = nn.Sequential(nn.Identity(), *mlp(time, 4 * time, time, (True, True)))
+        self.timestep_encoder = nn.Sequential(Sinusoid(time), *mlp(time, 4 * time, time, (True, True)))
         self.pos_embed = nn.Parameter(torch.empty(1, length, width))
         self._add_blocks(model, features)
 
     def _embed_timesteps(self, timesteps: Mapping[str, Tensor]) -> Tensor:
-        return self.timestep_encoder(sinusoid(timesteps["action"], self.time_dim))
+        return self.timestep_encoder(timesteps["action"])
 
     def embed(self, modality: str, noisy: Tensor) -> Tensor:
         return self.input_encoder(noisy) + self.pos_embed
@@ -793,13 +805,12 @@ class UNet(nn.Module):
         model, (_, action_dim) = description["config"]["model"], description["shapes"]["action"]
         unet, time = model["unet"], model["timestep_embed_dim"]
         dims, taps, groups = list(unet["down_dims"]), unet["kernel_size"], unet["groups"]
-        self.time_dim, self.fourier = time, unet["fourier"]
 
         def pair(inputs: int, outputs: int) -> list[nn.Module]:
             condition = time + features
             return [Residual(i, outputs, condition, taps, groups) for i in (inputs, outputs)]
 
-        first = FourierFeatures(time) if self.fourier else nn.Identity()
+        first = FourierFeatures(time) if unet["fourier"] else Sinusoid(time)
         self.diffusion_step_encoder = nn.Sequential(first, *mlp(time, 4 * time, time, (True, True)))
         self.down_modules = nn.ModuleList()
         for level, (inputs, outputs) in enumerate(zip([action_dim, *dims], dims, strict=False)):
@@ -817,8 +828,7 @@ class UNet(nn.Module):
 
     def modulation(self, features: Tensor, timesteps: Mapping[str, Tensor]) -> list[list[Tensor]]:
         """Scales and shifts (B, 2 C) of all residual blocks, in the order in which they are passed, of each step."""
-        time = timesteps["action"]
-        steps = F.mish(self.diffusion_step_encoder(time if self.fourier else sinusoid(time, self.time_dim)))
+        steps = F.mish(self.diffusion_step_encoder(timesteps["action"]))
         levels = [*self.down_modules, self.mid_modules, *self.up_modules]
         layers = [level[i].cond_encoder[1] for level in levels for i in (0, 1)]
         rows = F.mish(features)
@@ -1087,7 +1097,7 @@ class Promised(NamedTuple):
 GUIDANCE = 5.0  # bound of the guidance's weight, which is 1 / signal
 
 
-class Sampler:
+class Sampler(nn.Module):
     """Deterministic DDIM for every combination of roles, or Euler's steps of flow matching.
 
     Args:
@@ -1096,21 +1106,24 @@ class Sampler:
     """
 
     def __init__(self, diffusion: Mapping[str, Any]):
-        self.timesteps = [int(t) for t in diffusion["timesteps"]]
-        self.hidden = int(diffusion.get("hidden_timestep", 0))
+        super().__init__()
+        walk = [int(t) for t in diffusion["timesteps"]]
+        hidden = int(diffusion.get("hidden_timestep", 0))
+        for role, levels in (("generate", walk), ("given", [0] * len(walk)), ("hidden", [hidden] * len(walk))):
+            self.register_buffer(role, torch.tensor(levels, device="cpu"), persistent=False)
         self.prediction, self.clip = diffusion["prediction"], diffusion["clip"]
         self.flow = diffusion.get("kind") == "flow"
         if self.flow:
             noise = np.asarray(diffusion["knots"], np.float32)
             signal = 1 - noise
         else:
-            alphas = np.asarray(diffusion["alphas_cumprod"], np.float32)[self.timesteps]
+            alphas = np.asarray(diffusion["alphas_cumprod"], np.float32)[walk]
             alphas = np.append(alphas, np.float32(1))  # the last step lands on clean data
             signal, noise = np.sqrt(alphas), np.sqrt(1 - alphas)
         # Each step's own, and at last the end's, in float32's numbers.
         self.signal, self.noise = signal.tolist(), noise.tolist()
 
-    def __call__(
+    def forward(
         self,
         net: Any,
         features: Tensor,
@@ -1135,9 +1148,8 @@ class Sampler:
           noise: N(0, 1): where generation starts, or what stands in for what is hidden.
           promised: rows of the action chunk that are known.
         """
-        levels = {"generate": self.timesteps, "given": [0], "hidden": [self.hidden]}
-        steps, wanted = len(self.timesteps), tuple(m for m, role in roles.items() if role == "generate")
-        timesteps = {m: torch.tensor(levels[role], device=features.device).expand(steps) for m, role in roles.items()}
+        wanted = tuple(m for m, role in roles.items() if role == "generate")
+        timesteps = {m: self.get_buffer(role) for m, role in roles.items()}
         fixed = {
             m: net.embed(m, (given if role == "given" else noise)[m]) for m, role in roles.items() if m not in wanted
         }
@@ -1235,7 +1247,7 @@ class Model(nn.Module):
         self._scaled = sorted(description["normalizers"])
         for place, key in enumerate(self._scaled):  # raw = normalised * scale + offset
             for part in ("scale", "offset"):
-                value = torch.tensor(description["normalizers"][key][part], dtype=torch.float32, device="cpu")
+                value = constant(description["normalizers"][key][part])
                 self.register_buffer(f"{part}_{place}", value, persistent=False)
 
     @property
@@ -1350,7 +1362,7 @@ class Runner:
             known = Promised(**parts["promised/"]) if parts["promised/"] else None
             return self.model(use, parts["inputs/"], parts["noise/"], known, guided, float_frames)
 
-        with torch.no_grad(), self._lock, _exact_convolutions(self.device):
+        with torch.no_grad(), self._lock, _exact_convolutions():
             tensors = {key: torch.as_tensor(value).to(self.device) for key, value in flat.items()}
             rows = len(next(iter(tensors.values())))
             if self._rounds_up and rows & (rows - 1):
@@ -1371,23 +1383,28 @@ class Runner:
 
     def _record(self, run: Callable[[Mapping[str, Tensor]], Tensors], tensors: Tensors) -> tuple[Any, Tensors, Tensors]:
         places = {key: value.clone() for key, value in tensors.items()}
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their kernels, and reserve memory, in the first calls
-                run(places)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = run(places)
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # libraries choose their kernels, and reserve memory, in the first calls
+                    run(places)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = run(places)
         return graph, places, outputs
 
 
-def _exact_convolutions(device: torch.device) -> Any:
+@contextlib.contextmanager
+def _exact_convolutions() -> Iterator[None]:
     """float32 means float32: cuDNN's convolutions would otherwise round their inputs to TF32."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    cudnn = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 # --- the actor: every use with arrays in and out, and chunks of the robot's actions ---------------------------------
@@ -1461,9 +1478,11 @@ class Actor:
         if use not in self.uses:
             raise UserError(f"use {use!r}: this export answers {', '.join(self.uses)}.")
         arrays, rows = self._checked_inputs(use, inputs, noise or {}, promised)
-        drawn = self._draw([(seed, row) for row in range(rows)])
         roles = self.model.roles[use]
-        noises = {m: arrays.get(f"noise/{m}", drawn[m]) for m, role in roles.items() if role != "given"}
+        noises = {m: arrays.get(f"noise/{m}") for m, role in roles.items() if role != "given"}
+        if any(x is None for x in noises.values()):
+            drawn = self._draw([(seed, row) for row in range(rows)])
+            noises = {m: drawn[m] if x is None else x for m, x in noises.items()}
         known = Promised(arrays["promised/action"], arrays["promised/mask"]) if promised is not None else None
         batch = {key: x for key, x in arrays.items() if not key.startswith(("noise/", "promised/"))}
         made = self._runner(use, batch, noises, known, guided, float_frames)
