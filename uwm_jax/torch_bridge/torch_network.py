@@ -1,9 +1,10 @@
 """The network as a plain PyTorch module, with the names of the official state dict.
 
-Written from the paper (arXiv:2504.02792) and the published shapes. It runs eagerly and imports neither JAX nor Flax,
-so it serves machines that have only torch, and it is the yardstick of `python -m uwm_jax.benchmark_step`:
+Written from the paper (arXiv:2504.02792) and the published shapes, in the eager form of the official code: each
+evaluation computes all of the network, modulations too. It is the baseline of `benchmark_step` and
+`benchmark_inference`. What exports run is another network of the same tensors, `uwm_torch.py`.
 
-    network, description = load("model.safetensors")  # what `convert to-torch` wrote
+    network = UWM.from_description(description)  # of `convert to-torch`
     features = network.encode_obs(images)
     prediction = network(features, noisy, timestep)
 
@@ -15,20 +16,14 @@ float32; `torch.autocast` makes the large ones bfloat16.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uwm_jax.errors import UserError
-from uwm_jax.reading import read_json
 from uwm_jax.torch_bridge.torch_codecs import codec_from_description
-
-FORMAT = "uwm_jax.torch"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,33 +31,6 @@ CHANNELS_PER_GROUP = 16
 INIT_STD = 0.02
 
 Arrays = Mapping[str, Tensor]
-
-
-def load(path: str | os.PathLike[str]) -> tuple[UWM, dict[str, Any]]:
-    """The network and image codec of a `to-torch` export, in eval mode on the CPU, and its description.
-
-    Args:
-      path: the `.safetensors` file; its `.json` lies next to it.
-
-    Raises:
-      UserError: a file is missing, or is not such an export.
-    """
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    beside = path.with_suffix(".json")
-    for file in (path, beside):
-        if not file.is_file():
-            raise UserError(f"{file}: there is no such file; expected the .safetensors and .json of convert to-torch.")
-    description = read_json(beside)
-    if description.get("format") != FORMAT:
-        raise UserError(f"{beside}: expected the description that convert to-torch writes, with format {FORMAT!r}.")
-    network = UWM.from_description(description)
-    try:
-        network.load_state_dict(load_file(path))
-    except RuntimeError as e:  # torch names every tensor that is missing, unexpected or misshaped
-        raise UserError(f"{path}: the tensors are not those that {beside.name} describes: {e}") from e
-    return network.eval(), description
 
 
 class UWM(nn.Module):
