@@ -1,7 +1,8 @@
 """A robot policy and world model that `uwm_jax` trained, as one file for PyTorch: torch, numpy and safetensors suffice.
 
 A copy of it lies in every folder that `python -m uwm_jax.convert to-torch --output=DIR/` writes, next to
-`model.safetensors` (parameters under the names of the official state dicts) and `model.json` (what they mean):
+`model.safetensors` (parameters under the names of the official state dicts) and `model.json` (what they mean). It needs
+Python 3.10 and torch 2.4, or newer ones:
 
     import uwm_torch
     policy = uwm_torch.load("DIR", device="cuda", dtype=torch.bfloat16, cuda_graphs=True)
@@ -917,15 +918,20 @@ class VAECodec(nn.Module):
         self.register_buffer("scale", torch.empty(shape))
 
     def encode(self, images: Tensor) -> Tensor:
-        parts = [self.vae.encode(x * 2 - 1) for x in images.flatten(0, 2).split(self.microbatch)]
-        latents = ((torch.cat(parts) - self.shift_factor) * self.scaling_factor - self.shift) / self.scale
+        z = self._in_passes(self.vae.encode, images.flatten(0, 2) * 2 - 1)
+        latents = ((z - self.shift_factor) * self.scaling_factor - self.shift) / self.scale
         return latents.movedim(1, -1).unflatten(0, images.shape[:3])
 
     def decode(self, latents: Tensor) -> Tensor:
         z = latents.flatten(0, 2).movedim(-1, 1)
         z = (z * self.scale + self.shift) / self.scaling_factor + self.shift_factor
-        images = torch.cat([self.vae.decode(part) for part in z.split(self.microbatch)])
-        return ((images + 1) / 2).unflatten(0, latents.shape[:3])
+        return ((self._in_passes(self.vae.decode, z) + 1) / 2).unflatten(0, latents.shape[:3])
+
+    def _in_passes(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`function` of at most `microbatch` items at a time; of all in a program, which is for any number of rows."""
+        if torch.compiler.is_compiling():
+            return function(x)
+        return torch.cat([function(part) for part in x.split(self.microbatch)])
 
 
 # The autoencoder, under the names of diffusers' `AutoencoderKL` (Rombach et al. 2022, arXiv:2112.10752).
