@@ -20,6 +20,7 @@ METRICS = {  # a metric's name, and what its numbers are
     "latent_mse": ("latent error (MSE)", ""),
     "shuffle_gap": ("what wrong actions cost (MSE)", "one evaluation, more is better"),
     "success": ("success", "share of episodes"),
+    "seam": ("jump from one chunk of actions to the next (RMS)", "actions from -1 to 1, less is smoother"),
 }
 BASELINES = {
     "mean_action": "the mean action of the training episodes",

@@ -32,8 +32,9 @@ def evaluation(metrics: Mapping[str, Interval], uses: Mapping[str, Use]) -> Html
 
 
 def closed_loop(metrics: Mapping[str, Interval]) -> Html:
-    """Actors in a simulator as rows, their best scores and successes as columns."""
+    """Actors in a simulator as rows, their best scores, successes and seams as columns."""
     columns = [*dict.fromkeys(m for name in metrics if (m := name.rpartition("/")[2]).startswith("max_")), "success"]
+    columns += ["seam"] if "policy/seam" in metrics else []
     rows = [
         (actor.replace("_", " "), about, [metrics.get(f"{actor}/{name}") for name in columns])
         for actor, about in names.ACTORS.items()
