@@ -103,3 +103,12 @@ def test_a_model_that_does_not_act_is_refused():
     backend.acting = ""
     with pytest.raises(UserError, match="makes no action from an observation alone"):
         Actor(backend)
+
+
+def test_promised_actions_need_a_backend_that_holds_them():
+    actions = np.zeros((1, CHUNK, 3), np.float32)
+    with pytest.raises(UserError, match="made-up.* does not sample in steps"):
+        Actor(MadeUpBackend(can_promise=False)).chunks(inputs(1), noise(1), (actions, np.array([1])))
+    backend = MadeUpBackend()
+    Actor(backend).chunks(inputs(1), noise(1), (actions, np.array([0])), guided=True)
+    assert backend.calls[0].promised is None and not backend.calls[0].guided  # plain sampling

@@ -115,10 +115,15 @@ class Actor:
                 and are returned as they are given; they need not be finite after these. None for plain sampling.
             guided: whether they also guide the rest.
         Raises:
+            UserError: actions are promised to a backend that cannot hold them.
             RunError: the actions are not finite.
         """
         rows = len(next(iter(inputs.values())))
-        inside = None if promised is None else self._inside(inputs, *promised)
+        if promised is not None and not self.backend.can_promise:
+            raise UserError(
+                f"config.system={self.backend.system!r} does not sample in steps, so it cannot hold promised actions."
+            )
+        inside = self._inside(inputs, *promised) if promised is not None and np.any(promised[1]) else None
         pieces = []
         for at, used in self._calls(rows):
             whole = len(at) == rows

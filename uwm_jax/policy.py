@@ -227,9 +227,9 @@ class Policy:
         self._asked[at], self._fresh[at] = self._step[at], fresh
         self._due[at] = self._step[at] + np.where(starts, 0, self.delay)
         promised = None
-        if self.switch in HOLDING and (count := np.minimum(left, self.delay)).any():
+        if self.delay and self.switch in HOLDING:
             places = np.minimum(used[:, None] + np.arange(self.actor.horizon), self.actor.horizon - 1)
-            promised = self._chunks[at[:, None], places], count
+            promised = self._chunks[at[:, None], places], np.minimum(left, self.delay)
         inputs, seeds, decisions = self.inputs(at), self._seeds[at], self._decisions[at]
         self._decisions[at] += 1
 
