@@ -149,11 +149,10 @@ class Actor:
                 "the policy's actions are not finite. Check the observations for extreme values, and the checkpoint's "
                 "parameters."
             )
-        actions = self._limited(actions)
-        if promised is not None:
+        if promised is not None:  # they are within the limits, and are not to leave them by rounding
             first = np.arange(self.horizon) < np.asarray(promised[1])[:, None]
             actions = np.where(first[..., None], promised[0], actions).astype(np.float32)
-        return actions
+        return self._limited(actions)
 
     def normalized(self, actions: np.ndarray, states: Mapping[str, np.ndarray]) -> np.ndarray:
         """Actions (B, T, Dr) of the robot as the model has them, (B, T, Da) float32 normalised.

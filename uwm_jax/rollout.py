@@ -87,12 +87,14 @@ class Acting(NamedTuple):
     Attributes:
         backend: of the model.
         used: which parameters it has, for the files of results.
-        settings: what tells it from the run's own, {} for the run's own.
+        settings: what tells it from the run's own.
+        own: whether it is the run's own, or that of the export folder.
     """
 
     backend: Backend
     used: dict[str, Any]
     settings: dict[str, Any]
+    own: bool
 
 
 def main(call: cli.Call) -> None:
@@ -118,7 +120,7 @@ def main(call: cli.Call) -> None:
         root / "rollout" / str(backend.step),
         "episodes.json",
         settings,
-        own=not acting.settings,
+        own=acting.own,
         shared=True,
         name=FLAGS.name,
         run=places.of_run(root, place),
@@ -163,7 +165,7 @@ def _of_run(workdir: Path, call: cli.Call) -> Acting:
     own_config, _ = fixed_fields.config_of_run(workdir, CheckpointReader(workdir.absolute() / "checkpoints", step))
     settings = places.differences(system.config, own_config, fields, used["parameters"], default)
     backend = JaxBackend(system, system.held(params), frozen, step=step, parameters=used["parameters"])
-    return Acting(backend, used, settings)
+    return Acting(backend, used, settings, own=not settings)
 
 
 def _of_export(folder: Path, call: cli.Call) -> Acting:
@@ -173,7 +175,7 @@ def _of_export(folder: Path, call: cli.Call) -> Acting:
         raise UserError(f"--config.{call.overrides[0][0]}: an export samples as it was written. Export it again.")
     backend = TorchBackend(folder, FLAGS.device)
     used = average.describe(backend.config, backend.step, backend.parameters)
-    return Acting(backend, used, {"backend": "torch"})
+    return Acting(backend, used, {"backend": "torch"}, own=True)
 
 
 def _film(backend: JaxBackend, spec: EnvSpec, episodes: Sequence[EpisodeResult], file: Path) -> bool:

@@ -385,7 +385,7 @@ def _entry(episode: EpisodeResult, spec: EnvSpec) -> dict[str, Any]:
     }
     if episode.first_chunk is not None:
         entry["seam"] = episode.seam if math.isfinite(episode.seam) else None
-        entry["first_chunk"] = [[round(float(x), 7) for x in row] for row in episode.first_chunk]
+        entry["first_chunk"] = [[float(str(x)) for x in row] for row in episode.first_chunk]
     return entry
 
 
