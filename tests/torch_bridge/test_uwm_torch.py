@@ -298,6 +298,8 @@ def test_cuda_graphs_agree(tiny, guided):
         ("policy", {"obs/state": np.zeros((3, 2, 4))}, "obs/state: expected 2 rows like the keys before it, found 3"),
         ("policy", {"obs/state": None, "obs/stat": np.zeros((2, 2, 4))}, "key obs/stat: did you mean obs/state"),
         ("policy", {"act": np.zeros(3)}, "unknown key act"),
+        ("policy", {"obs/state": [[1, 2], [3]]}, "obs/state: .* found what is no array"),
+        ("policy", {"obs/state": np.full((2, 2, 4), "x")}, "obs/state: .* found <U1"),
         ("forward", {"action": None}, r"missing action: expected float32 \(B, 4, 10\)"),
         ("inverse", {"next_obs/a": None}, "missing next_obs/a"),
         ("dream", {}, "use 'dream': this export answers policy, video, forward, inverse, joint"),
@@ -320,7 +322,7 @@ def test_promised_rows_need_a_use_that_makes_actions(tiny):
 
 
 def described(**changes):
-    """Changes `model.json`; a value of None drops the field."""
+    """Changes fields of `model.json`."""
 
     def change(folder: Path) -> None:
         path = folder / "model.json"
@@ -348,6 +350,9 @@ def without_a_tensor(folder: Path) -> None:
         (lambda d: (d / "model.json").write_text("{"), {}, "model.json: is not JSON"),
         (lambda d: (d / "model.json").write_text("[]"), {}, "model.json: expected format 'uwm_jax.torch'"),
         (described(config__system="pad"), {}, "a pad model is exported as weights alone"),
+        (described(window={}), {}, r"model.json: a field is missing or not as .* \(KeyError: 'obs'\)"),
+        (described(images__crop=[16, "16"]), {}, "model.json: a field is missing or not as .*TypeError"),
+        (described(config=None), {}, "model.json: a field is missing or not as .*TypeError"),
         (lambda d: (d / "model.safetensors").unlink(), {}, "model.safetensors: there is no such file"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x"), {}, "model.safetensors: is not a readable"),
         (without_a_tensor, {}, r"(?s)missing tensor noise_pred_net.pos_embed \(1, 4, 32\).*extra tensor extra.bias.*"
@@ -363,6 +368,7 @@ def without_a_tensor(folder: Path) -> None:
         (None, {"source": "leg"}, "source='leg': the model was trained on actions of arm"),
         (None, {"limits": ([0] * 3, [1] * 7)}, "limits: expected .* 7, one for each column"),
         (None, {"limits": (1, 0)}, "limits: expected low <= high"),
+        (None, {"seed": -1}, "seed: expected integers from 0 on, found -1"),
     ],
 )  # fmt: skip
 def test_unfit_folders_and_arguments_are_named(tiny, tmp_path, damage, arguments, told):

@@ -110,6 +110,20 @@ def test_unfit_observations_are_named(arm, change, told):
         policy.act(observation)
 
 
+def test_unfit_rows_seeds_and_noise_are_named(arm):
+    policy, observation = uwm_torch.load(arm.folder), observe(np.random.default_rng(0), 2)
+    policy.reset(2)
+    with pytest.raises(uwm_torch.UserError, match=r"rows: expected 0 to 1, as reset was told; found \[2\]"):
+        policy.act(observation, [0, 2])
+    with pytest.raises(uwm_torch.UserError, match="noise of action: expected 2 rows like the observation, found 1"):
+        policy.act(observation, noise=draw(np.random.default_rng(0), 1))
+    with pytest.raises(uwm_torch.UserError, match=r"noise/action: expected float32 \(B, 9, 10\)"):
+        policy.act(observation, noise={"action": np.zeros((2, 9))})
+    for seeds in ([0, -1], [0.5]):
+        with pytest.raises(uwm_torch.UserError, match="seeds: expected integers from 0 on"):
+            policy.reset(seeds)
+
+
 def test_actions_that_are_not_finite_are_no_actions(arm):
     policy = uwm_torch.load(arm.folder)
     policy.model.noise_pred_net.output_decoder[2].bias[0] = np.nan

@@ -1708,13 +1708,22 @@ class _Program(nn.Module):
 def _as_dtype(value: Any, dtype: str) -> tuple[np.ndarray, str]:
     """An array or tensor as uint8, bool, or float32 made of any finite numbers; and what is wrong with it, "" if
     nothing is."""
-    array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    try:
+        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    except ValueError:  # lists of different lengths
+        return np.zeros(0), "what is no array"
     fits = array.dtype.kind in "fiu" if dtype == "float32" else array.dtype == np.dtype(dtype)
     if not fits:
         return array, f"{array.dtype} {array.shape}"
     with np.errstate(over="ignore"):
         array = np.require(array.astype(dtype, copy=False), requirements=["C", "W"])  # as torch wants memory to be
     return array, "" if dtype != "float32" or np.isfinite(array).all() else "values that are not finite"
+
+
+def _checked_seed(name: str, seed: Any) -> int:
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise UserError(f"{name}: expected integers from 0 on, found {seed!r}.")
+    return int(seed)
 
 
 # --- the policy: an observation of every step in, the next action out -----------------------------------------------
@@ -1780,7 +1789,7 @@ class Policy(Actor):
         super().__init__(description, runner, limits=limits, source=source)
         ready = self.horizon if switch == "wait" else self.horizon - delay
         self.execute = min(8, max(ready, 0)) if execute is None else execute
-        self.delay, self.switch, self.deadline, self._seed = delay, switch, deadline, seed
+        self.delay, self.switch, self.deadline, self._seed = delay, switch, deadline, _checked_seed("seed", seed)
         self._check_times(stated=execute is not None or delay != 0)
         self._worker = None if deadline is None else ThreadPoolExecutor(1, thread_name_prefix="policy")
         self._warm: set[int] = set()  # numbers of rows that the thread has run already
@@ -1793,7 +1802,8 @@ class Policy(Actor):
         Args:
           seeds: of each row's noise, from 0 on, or the number of rows, whose seeds are 0, 1, 2, ...
         """
-        self._seeds = [int(seed) for seed in (range(seeds) if isinstance(seeds, int) else seeds)]
+        each = range(seeds) if isinstance(seeds, int) else seeds
+        self._seeds = [_checked_seed("seeds", seed) for seed in each]
         rows, d = len(self._seeds), self.description
         self.late = self.stops = 0
         self._step = np.zeros(rows, np.int64)  # calls of `act`
@@ -1842,6 +1852,11 @@ class Policy(Actor):
         """
         self._check_times(stated=True)
         at = np.arange(len(self._seeds)) if rows is None else np.asarray(rows, np.int64)
+        if strange := [row for row in at.tolist() if not 0 <= row < len(self._seeds)]:
+            raise UserError(f"rows: expected 0 to {len(self._seeds) - 1}, as reset was told; found {strange}.")
+        for m, x in (noise or {}).items():
+            if len(x) != len(at):
+                raise UserError(f"noise of {m}: expected {len(at)} rows like the observation, found {len(x)}.")
         self._observe(observation, at)
         self._begin(at)
         due = (self._asked[at] == NEVER) & (self._step[at] - self._origin[at] >= self.execute)
@@ -2042,14 +2057,30 @@ def load(
     if dtype not in (torch.float32, torch.bfloat16):
         raise UserError(f"dtype: expected torch.float32 or torch.bfloat16, found {dtype}.")
     description = read_description(folder)
-    with torch.device("meta"):  # nothing is drawn at random that the file replaces
-        model = Model(description, description["codec"].get("included", True) and bool(description["codec"]))
-    _fill(model, Path(folder) / WEIGHTS_FILE)
-    half_products(model, dtype)
-    model.eval().requires_grad_(False).to(device)
-    runner = Runner(model, device, compile, cuda_graphs)
-    times: dict[str, Any] = {"execute": execute, "delay": delay, "switch": switch, "deadline": deadline}
-    return Policy(description, runner, **times, seed=seed, limits=limits, source=source)
+    with _as_described(Path(folder) / DESCRIPTION_FILE):
+        with torch.device("meta"):  # nothing is drawn at random that the file replaces
+            codec = description["codec"]
+            model = Model(description, bool(codec) and codec.get("included", True))
+        _fill(model, Path(folder) / WEIGHTS_FILE)
+        half_products(model, dtype)
+        model.eval().requires_grad_(False).to(device)
+        runner = Runner(model, device, compile, cuda_graphs)
+        times: dict[str, Any] = {"execute": execute, "delay": delay, "switch": switch, "deadline": deadline}
+        return Policy(description, runner, **times, seed=seed, limits=limits, source=source)
+
+
+@contextlib.contextmanager
+def _as_described(path: Path) -> Iterator[None]:
+    """Turns what a damaged description leads to into an error that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+        raise UserError(
+            f"{path}: a field is missing or not as convert to-torch wrote it ({type(e).__name__}: {e}); export the "
+            "model again."
+        ) from e
 
 
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -2064,7 +2095,9 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     found = [description.get(name) for name in ("format", "format_version")] if isinstance(description, dict) else []
     if found != [FORMAT, FORMAT_VERSION]:
         raise UserError(f"{path}: expected format {FORMAT!r} of version {FORMAT_VERSION}, found {found}.")
-    if (system := description["config"]["system"]) not in SYSTEMS:
+    with _as_described(path):
+        system = description["config"]["system"]
+    if system not in SYSTEMS:
         raise UserError(f"{path}: a {system} model is exported as weights alone; this file runs {', '.join(SYSTEMS)}.")
     return description
 
