@@ -24,7 +24,7 @@ from pathlib import Path
 
 from absl import flags
 
-from uwm_jax import cli, config_help, files, systems
+from uwm_jax import cli, config_help, systems
 from uwm_jax.conversion.check import check, refuse_differences
 from uwm_jax.conversion.export_folder import to_folder
 from uwm_jax.conversion.from_torch import from_torch
@@ -32,6 +32,7 @@ from uwm_jax.conversion.probe import USE
 from uwm_jax.conversion.push import Repository, push_export, push_run
 from uwm_jax.conversion.to_torch import to_torch
 from uwm_jax.errors import UserError
+from uwm_jax.hub import runs
 from uwm_jax.reporting.card import UNKNOWN
 from uwm_jax.training import inference
 
@@ -115,7 +116,7 @@ def main(call: cli.Call) -> None:
         else:
             to_torch(workdir, output, FLAGS.step, overrides, FLAGS.parameters)
     elif words[:1] == ["check"] and len(words) == 2:
-        folder = files.local_path(words[1], "DIR")
+        folder = runs.export(words[1], "DIR")
         differences = check(folder, FLAGS.device)
         rows = [("use", "largest difference", "in", "at most")]
         rows += [(one.use, f"{one.largest:.1e}", one.output, f"{USE:.0e}") for one in differences]

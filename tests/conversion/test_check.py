@@ -57,6 +57,15 @@ def test_the_probe_is_rerun(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert use == "policy" and 0 <= float(largest) < 1e-4 and float(most) == 1e-4
 
 
+def test_a_repository_of_the_hub_is_checked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"owner/name@v1": folder}
+    monkeypatch.setattr(convert.runs, "export", lambda value, flag: found[value])
+    assert command("check", "owner/name@v1") == 0
+    assert "policy" in capsys.readouterr().out
+
+
 def change_weight(folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
