@@ -270,6 +270,8 @@ def test_the_round_trip_is_bit_exact(run: Run, tmp_path: Path, name: str, monkey
         == sha256(folders[0] / "model.safetensors")
     )
     differing = {key for key in first | second if first.get(key) != second.get(key)}
+    learned = first["fingerprints"]["data"]
+    assert learned == second["fingerprints"]["data"] and (learned is not None) == (name == TRAINED)
     taken_from = ("parameters", "share_of_start") if name == TRAINED else ()  # it is the new workdir's own parameters
     assert differing <= {"code_version", "fingerprints", *taken_from}
 

@@ -35,6 +35,7 @@ def _description() -> dict[str, Any]:
         "normalizers": {"action": {"scale": [0.5, 2.0], "offset": [1.0, 0.0]}},
         "step": 20,
         "parameters": "average",
+        "fingerprints": {"data": [{"fingerprint": "ab", "split": "train", "val_ratio": 0.1, "selection": ""}]},
     }
 
 
@@ -49,9 +50,11 @@ def test_a_description_is_read(tmp_path: Path) -> None:
     made = robot.to_robot(np.array([[0.25, 0.5]]), {"state": np.arange(7.0)})
     np.testing.assert_array_equal(made, [[3, 5.5]])
     old = _description()
-    del old["robots"]
+    assert found.learned_from == old["fingerprints"]["data"]
+    del old["robots"], old["fingerprints"]
     (tmp_path / "model.json").write_text(json.dumps(old))
-    assert description.read(tmp_path / "model.json", "--official-config").spec.robots == {}
+    found = description.read(tmp_path / "model.json", "--official-config")
+    assert (found.spec.robots, found.learned_from) == ({}, None)
 
 
 INFINITE = float("inf")
@@ -77,6 +80,10 @@ INFINITE = float("inf")
         (("robots", "arm", "states"), [{}, None, {"state": 3}, {"state": "x"}]),
         (("step",), [-1, 1.5, True, "20", None, INFINITE, 10**400]),
         (("parameters",), ["other", None, [1], 3]),
+        (("fingerprints",), [3, None, [1]]),
+        (("fingerprints", "data"), [3, [3], [{}], {"a": 1}]),
+        (("fingerprints", "data", 0, "val_ratio"), [2.0, 1, "x", None, INFINITE]),
+        (("fingerprints", "data", 0, "split"), [3, None]),
     ],
 )
 def test_values_that_no_run_has_are_refused(tmp_path: Path, field: tuple[str | int, ...], values: list[Any]) -> None:

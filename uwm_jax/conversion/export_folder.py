@@ -27,7 +27,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.systems.base import System
 from uwm_jax.torch_bridge import layout, official_codecs, weights
 from uwm_jax.torch_bridge.description import DESCRIPTION, PROBE, PROGRAM, WEIGHTS
-from uwm_jax.training import codec_store, inference
+from uwm_jax.training import codec_store, fixed_fields, inference, lineage
 from uwm_jax.training.checkpoint_reader import CheckpointReader
 
 
@@ -77,7 +77,7 @@ def to_folder(
     if official.runs:
         probe = probe_lib.make(system, params, frozen, chosen, workdir, step)
         described["probe"] = probe.describe()
-        notes.append(f"a probe of {probe.rows} rows: {probe.source}")
+        notes.append(f"a probe of {probe.rows} rows: {probe.source}" + (probe.why and f" ({probe.why})"))
     else:
         notes.append(f"weights and description only, since {PROGRAM} does not run {system.config.system}")
     with files.new_folder(output) as staging:
@@ -143,10 +143,11 @@ def fingerprints(weights_file: Path, workdir: Path, step: int) -> dict[str, Any]
     with weights_file.open("rb") as file:
         of_weights = hashlib.file_digest(file, "sha256").hexdigest()
     stored = CheckpointReader(workdir.absolute() / "checkpoints", step)
+    position = stored.data_iter if "data_iter" in stored.items else {}
     run = {"config": stored.assets["config"], "step": step, "digests": stored.assets.get("digests")}
     text = json.dumps(run, sort_keys=True, separators=(",", ":"))
     return {
         "weights": of_weights,
         "run": hashlib.sha256(text.encode()).hexdigest(),
-        "data": stored.assets.get("learned_from"),
+        "data": lineage.of_checkpoint(stored.assets, position, fixed_fields.stored_config(stored)),
     }

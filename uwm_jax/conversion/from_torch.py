@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -104,7 +105,9 @@ def from_torch(
     names = {"weights": Path(input_path).name, "config": Path(official_config).name, "parameters": parameters}
     with files.new_folder(workdir) as staging:
         arrays = official_codecs.keep(codec, codec_tensors, codec_store.folder(staging, config))
-        assets = {"converted_from": names}
+        assets: dict[str, Any] = {"converted_from": names}
+        if isinstance(run, Described) and run.learned_from is not None:
+            assets |= {"learned_from": run.learned_from, "leak": None}
         if state is None:
             workdir_lib.save_params_only(staging, config, spec, params, arrays, step=step, extra_assets=assets)
         else:

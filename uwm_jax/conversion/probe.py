@@ -17,7 +17,7 @@ import numpy as np
 
 from uwm_jax import systems
 from uwm_jax.backend import JaxBackend
-from uwm_jax.errors import RunError, UserError
+from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.evaluation.data import open_raw
 from uwm_jax.systems.base import System
 
@@ -27,10 +27,17 @@ EVALUATION, USE = 2e-5, 1e-4  # largest differences to JAX in float32, in normal
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A probe and where its inputs are from, in words."""
+    """A probe.
+
+    Attributes:
+      arrays: of `probe.npz`.
+      source: where its inputs are from, in words.
+      why: the data could not be used, in words; "" where it was.
+    """
 
     arrays: Mapping[str, np.ndarray]
     source: str
+    why: str = ""
 
     @property
     def rows(self) -> int:
@@ -48,10 +55,11 @@ def needs_codec(system: System, use: str) -> bool:
 
 def make(system: System, params: Any, frozen: Any, uses: Sequence[str], workdir: Path, step: int) -> Probe:
     """Runs the uses on a few held-out windows of the run, or on synthetic ones where its data is not at hand."""
+    why = ""
     try:
         inputs, source = held_out_inputs(system, workdir, step), "held-out windows of the run"
-    except (UserError, RunError, OSError):
-        inputs, source = synthetic_inputs(system), "synthetic inputs, since the run's data is not at hand"
+    except (UserError, RunError, OSError) as e:
+        inputs, source, why = synthetic_inputs(system), "synthetic", str(e).partition("\n")[0]
     given = {m for use in uses for m in system.uses[use].given}
     inputs = {key: x for key, x in inputs.items() if key.partition("/")[0] in ("obs", *given)}
     exact = in_float32(system)
@@ -61,7 +69,9 @@ def make(system: System, params: Any, frozen: Any, uses: Sequence[str], workdir:
     arrays = {f"inputs/{key}": x for key, x in inputs.items()} | {f"noise/{m}": x for m, x in noise.items()}
     for use, made in backend.answers(uses, inputs, dict.fromkeys(uses, noise)).items():
         arrays |= {f"{use}/{key}": np.asarray(x) for key, x in made.items()}
-    return Probe(arrays, source)
+    if bad := sorted(key for key, x in arrays.items() if not np.isfinite(x).all()):
+        warn(f"the probe's outputs {', '.join(bad)} are not finite. Check the checkpoint's parameters.")
+    return Probe(arrays, source, why)
 
 
 def in_float32(system: System) -> System:
@@ -75,10 +85,12 @@ def held_out_inputs(system: System, workdir: Path, step: int) -> dict[str, np.nd
     """`ROWS` held-out windows of a run in raw units, evenly spread.
 
     Raises:
-      UserError: its data is not there, is another, or holds nothing out.
+      UserError: its data is not there, is another, is not known to be its own, or holds nothing out.
     """
     data = open_raw(system, workdir, step)
     try:
+        if data.own is not True:
+            raise UserError("the checkpoint does not know its data, such as a converted one")
         windows = data.evaluated.held_out(ROWS, whole=data.whole)
         if len(windows) < ROWS:
             raise UserError(f"there are fewer than {ROWS} held-out windows")

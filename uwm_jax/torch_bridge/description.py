@@ -35,6 +35,8 @@ class Described:
       spec: what it knows of its data.
       step: of the checkpoint.
       parameters: which it holds, `raw` or `average`.
+      learned_from: the datasets that its parameters learned from, as `training.lineage` has them; None where an export
+        does not say.
       stored: the JSON itself, of which the fields above were checked.
     """
 
@@ -42,6 +44,7 @@ class Described:
     spec: DataSpec
     step: int
     parameters: str
+    learned_from: list[dict[str, Any]] | None
     stored: Mapping[str, Any]
 
 
@@ -78,7 +81,7 @@ def read(path: str | Path, flag: str) -> Described:
             }
         )
         _check(spec, stored)
-        return Described(config, spec, stored["step"], stored["parameters"], stored)
+        return Described(config, spec, stored["step"], stored["parameters"], _learned_from(stored), stored)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
         raise UserError(
             f"{where}: a field is missing or not as `convert to-torch` wrote it ({type(e).__name__}: {e})."
@@ -87,8 +90,9 @@ def read(path: str | Path, flag: str) -> Described:
 
 def require_codec(described: Described, where: str) -> None:
     """Raises UserError for an export whose uses do without the codec that its system has."""
-    if described.stored.get("codec", {}).get("included", True) is False:
-        uses = ", ".join(described.stored.get("uses", ()))
+    codec = described.stored.get("codec")
+    if isinstance(codec, dict) and codec.get("included") is False:
+        uses = ", ".join(map(str, described.stored.get("uses") or ()))
         raise UserError(
             f"{where}: this was exported for {uses} only, without the codec that a workdir needs. Export it again "
             "without --uses."
@@ -116,6 +120,18 @@ def _check(spec: DataSpec, stored: Mapping[str, Any]) -> None:
     for key, pair in spec.normalizer.entries.items():
         if not all(np.isfinite(part).all() for part in pair):
             raise ValueError(f"the normaliser of {key} holds values that are not finite")
+
+
+def _learned_from(stored: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Raises ValueError for entries that no export has."""
+    found = stored.get("fingerprints", {}).get("data")
+    if found is None:
+        return None
+    kinds = {"fingerprint": str, "split": str, "val_ratio": float, "selection": str}
+    for entry in found:
+        if {name: type(value) for name, value in entry.items()} != kinds or not 0 <= entry["val_ratio"] <= 1:
+            raise ValueError(f"fingerprints.data should list datasets with {', '.join(kinds)}, found {entry!r:.80}")
+    return list(found)
 
 
 def is_description(path: str | Path) -> bool:

@@ -73,8 +73,9 @@ class TorchBackend(Backend):
             raise UserError(f"{where}: {PROGRAM} has no function load; export the model again.")
         try:
             self.model = load(self.folder, device=device)
-        except (ValueError, RuntimeError, OSError, KeyError) as e:
-            raise UserError(f"{where}: {PROGRAM} cannot load it on the device {device!r}: {e}") from e
+        except (ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError) as e:
+            told = e if isinstance(e, ValueError | RuntimeError | OSError) else f"{type(e).__name__}: {e}"
+            raise UserError(f"{where}: {PROGRAM} cannot load it on the device {device!r}: {told}") from e
 
     def noise(self, use: str, seed: int, seeds: np.ndarray, decisions: np.ndarray) -> dict[str, np.ndarray]:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
