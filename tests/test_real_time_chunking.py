@@ -148,38 +148,70 @@ def test_rows_at_different_steps_keep_their_own_time():
 # --- with a thread -------------------------------------------------------------------------------------
 
 
-def test_a_late_answer_is_used_when_it_comes_and_a_stop_has_a_name_and_is_counted():
+def held(**how) -> tuple[Policy, MadeUpBackend]:
+    """A policy with a thread, whose first four steps are taken and whose next answer waits for `hold`."""
     hold = threading.Event()
     hold.set()
     backend = MadeUpBackend(hold=hold)
-    policy = Policy(backend, execute=4, delay=2, switch="replacement", deadline=0)
+    policy = Policy(backend, execute=4, delay=2, switch="replacement", deadline=0, **how)
+    policy.reset((0,))
+    for step in range(4):
+        assert policy.act(seen(step))[0, 1] == 1000 * step
+    hold.clear()
+    return policy, backend
+
+
+def let_through(backend: MadeUpBackend, calls: int) -> None:
+    """Lets the thread make `calls` calls in all, the two to warm up and the first chunk among them."""
+    backend.hold.set()
+    for _ in range(1000):
+        if len(backend.calls) == calls:
+            break
+        time.sleep(0.01)
+    time.sleep(0.1)  # until the call's result is there
+
+
+def test_a_late_answer_is_used_when_it_comes_and_a_stop_has_a_name_and_is_counted():
+    policy, backend = held()
     try:
-        policy.reset((0,))
-        for step in range(4):
-            assert policy.act(seen(step))[0, 1] == 1000 * step
-        hold.clear()
         for step in range(4, 8):  # due at step 6, and on it goes in the old chunk
             start = time.monotonic()
             assert policy.act(seen(step))[0, 1] == 1000 * step
             assert time.monotonic() - start < 5
         assert (policy.late, policy.stops) == (2, 0)
-        with pytest.raises(
-            LateAnswer, match=r"step 8 of row 0 has no action: .* asked for at step 4 was due at step 6"
-        ) as e:
+        message = r"step 8 of row 0 has no action: .* asked for at step 4, to be there at step 6, has not come"
+        with pytest.raises(LateAnswer, match=message) as e:
             policy.act(seen(8))
         assert np.isnan(e.value.actions).all() and e.value.actions.shape == (1, 3)
         with pytest.raises(LateAnswer, match="stop 2"):
             policy.act(seen(9))
-        hold.set()
-        for _ in range(1000):
-            time.sleep(0.01)
-            if len(backend.calls) == 4:  # two to warm up, the first chunk, and this one
-                break
-        time.sleep(0.05)
+        let_through(backend, 4)
         action = policy.act(seen(10))[0]  # asked for at step 4, so its row for step 10
         assert (action[0], action[1]) == (4, 6000) and policy.stops == 2
     finally:
-        hold.set()
+        backend.hold.set()
+        policy.close()
+
+
+def test_after_a_chunk_that_came_too_late_for_any_row_a_new_one_begins_with_its_first():
+    policy, backend = held()
+    try:
+        for step in range(4, 8):
+            policy.act(seen(step))
+        for step in range(8, 12):
+            with pytest.raises(LateAnswer):
+                policy.act(seen(step))
+        let_through(backend, 4)
+        backend.hold.clear()
+        with pytest.raises(LateAnswer, match="asked for at step 12, to be there at step 12, has not come"):
+            policy.act(seen(12))  # the chunk of step 4 had rows up to step 11
+        let_through(backend, 5)
+        assert backend.calls[-1].promised is None
+        actions = [policy.act(seen(step))[0] for step in (13, 14)]
+        np.testing.assert_array_equal([a[0] for a in actions], [12, 12])
+        np.testing.assert_array_equal([a[1] for a in actions], [0, 1000])
+    finally:
+        backend.hold.set()
         policy.close()
 
 

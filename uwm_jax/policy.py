@@ -223,9 +223,10 @@ class Policy:
         """Asks for chunks from what rows have seen up to now."""
         used = self._step[at] - self._origin[at]
         left = np.maximum(self.actor.horizon - used, 0)  # rows of the chunk before, which go on to be executed
-        starts, fresh = self._origin[at] == NEVER, (left == 0) | (self.switch == "wait")
-        self._asked[at], self._fresh[at] = self._step[at], fresh
-        self._due[at] = self._step[at] + np.where(starts, 0, self.delay)
+        waits = self.switch == "wait"
+        stands = (self._origin[at] == NEVER) | ((left == 0) & (not waits))  # at an episode's start, or after a stop
+        self._asked[at], self._fresh[at] = self._step[at], stands | waits
+        self._due[at] = self._step[at] + np.where(stands, 0, self.delay)
         promised = None
         if self.delay and self.switch in HOLDING:
             places = np.minimum(used[:, None] + np.arange(self.actor.horizon), self.actor.horizon - 1)
@@ -240,30 +241,35 @@ class Policy:
         self._awaited.append((at, self._worker.submit(sample) if self._worker else _at_once(sample)))
 
     def _begin(self, at: np.ndarray) -> None:
-        """Goes over to the chunks that are there and due."""
+        """Goes over to the chunks that are there and due. One that has no row for this step any more is dropped."""
         self._collect(at)
         at = at[self._answered[at] & (self._step[at] >= self._due[at])]
-        self._chunks[at] = self._answers[at]
-        self._origin[at] = np.where(self._fresh[at], self._step[at], self._asked[at])
+        origin = np.where(self._fresh[at], self._step[at], self._asked[at])
         self._answered[at], self._asked[at] = False, NEVER
+        useful = self._step[at] - origin < self.actor.horizon
+        at, origin = at[useful], origin[useful]
+        self._chunks[at], self._origin[at] = self._answers[at], origin
 
     def _collect(self, at: np.ndarray) -> None:
         """Takes in the answers of the thread, and waits for those that are due as long as it may."""
         until = time.monotonic() + (self.deadline or 0)
-        awaited, self._awaited = self._awaited, []
-        for rows, future in awaited:
+        for rows, future in self._awaited:
             mine = rows[np.isin(rows, at)]
             if (self._origin[mine] == NEVER).any():
                 wait([future])  # a robot that has not moved yet
             elif (self._step[mine] >= self._due[mine]).any():
                 wait([future], max(0.0, until - time.monotonic()))
-            if not future.done():
-                self._awaited.append((rows, future))
-            elif error := future.exception():
+        ended = [(rows, future) for rows, future in self._awaited if future.done()]
+        self._awaited = [(rows, future) for rows, future in self._awaited if not future.done()]
+        errors = []
+        for rows, future in ended:
+            if error := future.exception():
                 self._asked[rows] = NEVER  # so that it is asked for again
-                raise error
+                errors.append(error)
             else:
                 self._answers[rows], self._answered[rows] = future.result(), True
+        if errors:
+            raise errors[0]
 
     def _measure_seams(self, at: np.ndarray, action: np.ndarray) -> None:
         if not len(at):
@@ -279,8 +285,8 @@ class Policy:
         row = at[idle][0]
         step, asked = self._step[row] - 1, self._asked[row]
         raise LateAnswer(
-            f"step {step} of row {row} has no action: the chunk that was asked for at step {asked} was due at step "
-            f"{self._due[row]} and is not there, and the one before it is used up (stop {self.stops}). Allow more "
+            f"step {step} of row {row} has no action: the chunk that was asked for at step {asked}, to be there at "
+            f"step {self._due[row]}, has not come, and the one before it is used up (stop {self.stops}). Allow more "
             f"steps than delay={self.delay}, or sample in fewer.",
             np.where(idle[:, None], np.float32(np.nan), action),
         )
