@@ -29,6 +29,7 @@ import signal
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
@@ -100,6 +101,7 @@ def main(call: cli.Call) -> None:
     if FLAGS.record and not FLAGS.stepwise:
         raise UserError("--record requires --stepwise: only then does the server see every step of an episode.")
     actor, known = _open(call)
+    replaying = _Replaying.asked(actor, keys) if FLAGS.replay else None
     frames = Frames() if FLAGS.show_frames else None
     pages = Pages(frames, token)
     contract = Contract(
@@ -129,8 +131,8 @@ def main(call: cli.Call) -> None:
     )
     pages.of(server)
     server.warm()
-    if FLAGS.replay:
-        _replay(server, actor, keys, token, certificate is not None)
+    if replaying:
+        replaying.run(server, token, certificate is not None)
         return
     asyncio.run(_serve(server))
     print(server.status.summary(), flush=True)
@@ -199,27 +201,37 @@ def _recording(actor: Actor) -> Recording | None:
     return Recording(place, backend.spec, backend.spec.robot(FLAGS.source), width=actor.width, served=served)
 
 
-def _replay(server: Server, actor: Actor, keys: Mapping[str, str], token: str, encrypted: bool) -> None:
-    """`--replay`.
+class _Replaying(NamedTuple):
+    """What `--replay` asked for: the episode, and the file of the page."""
 
-    Raises:
-      RunError: something looks wrong.
-    """
-    run = Path(FLAGS.workdir or "")
-    page = cli.optional_path("replay_page") or (run if run.is_dir() else Path()) / "replay.html"
-    check_output_file(page, "--replay_page")
-    episode = RecordedEpisode(FLAGS.replay, actor, source=FLAGS.source, keys=keys)
-    own = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if encrypted else None
-    if own:  # this process's own certificate, which may be of another name
-        own.check_hostname, own.verify_mode = False, ssl.CERT_NONE
-    with in_thread(server) as address:
-        found = replay.run(address, episode, token=token, tls=own)
-    episode.close()
-    write_text(page, replay_page(found))
-    print("\n".join(found.lines()), flush=True)
-    print(f"wrote {page}", flush=True)
-    if wrong := found.looks_wrong:
-        raise RunError(f"--replay={FLAGS.replay}: {'; '.join(wrong)}. Do not let a robot move before this is mended.")
+    episode: RecordedEpisode
+    page: Path
+
+    @classmethod
+    def asked(cls, actor: Actor, keys: Mapping[str, str]) -> _Replaying:
+        run = Path(FLAGS.workdir or "")
+        page = cli.optional_path("replay_page") or (run if run.is_dir() else Path()) / "replay.html"
+        check_output_file(page, "--replay_page")
+        return cls(RecordedEpisode(FLAGS.replay, actor, source=FLAGS.source, keys=keys), page)
+
+    def run(self, server: Server, token: str, encrypted: bool) -> None:
+        """Sends the episode through a warm server, and writes the page.
+
+        Raises:
+          RunError: something looks wrong.
+        """
+        own = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if encrypted else None
+        if own:  # this process's own certificate, which may be of another name
+            own.check_hostname, own.verify_mode = False, ssl.CERT_NONE
+        with in_thread(server) as address:
+            found = replay.run(address, self.episode, token=token, tls=own)
+        self.episode.close()
+        write_text(self.page, replay_page(found))
+        print("\n".join(found.lines()), flush=True)
+        print(f"wrote {self.page}", flush=True)
+        if wrong := found.looks_wrong:
+            what = "; ".join(wrong)
+            raise RunError(f"--replay={FLAGS.replay}: {what}. Do not let a robot move before this is mended.")
 
 
 def _certificate() -> ssl.SSLContext | None:
