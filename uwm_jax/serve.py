@@ -134,10 +134,13 @@ def main(call: cli.Call) -> None:
     if replaying:
         replaying.run(server, token, certificate is not None)
         return
-    asyncio.run(_serve(server))
+    try:
+        asyncio.run(_serve(server))
+    finally:
+        if recording:
+            recording.close()
     print(server.status.summary(), flush=True)
     if recording:
-        recording.close()
         print(f"{recording.directory}: {recording.episodes} episodes", flush=True)
 
 
