@@ -35,7 +35,8 @@ from uwm_jax.training import workdir as workdir_lib
 FILES = ["model.json", "model.safetensors", "probe.npz", "uwm_torch.py"]
 FAST = "dp_unet_fourier"  # the smallest golden set
 PAD_NAMES = ("pad_small", "pad_libero_small")
-ALL = (*reference.NAMES, *reference.DP_NAMES, *PAD_NAMES, *reference.GR1_NAMES)
+# All golden sets but the largest of GR1, whose round trip tests/systems/gr1 has.
+ALL = (*reference.NAMES, *reference.DP_NAMES, *PAD_NAMES, reference.GR1_NAMES[0])
 TRAINED = "uwm"  # a variant of `small_config`
 STEPS = 12  # of its training, large ones: it should not act as if it saw nothing
 
@@ -153,14 +154,14 @@ def test_a_trained_run_as_a_folder(run: Run, export: Export, capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_raw_parameters_and_the_average_differ(export: Export) -> None:
-    raw, average = export(TRAINED, "--parameters=raw"), export(TRAINED)
+    raw, average = export(TRAINED, "--parameters=raw", "--uses=policy"), export(TRAINED, "--uses=policy")
     told = [json.loads((folder / "model.json").read_text()) for folder in (raw, average)]
     assert [d["parameters"] for d in told] == ["raw", "average"]
     assert told[0]["fingerprints"]["weights"] != told[1]["fingerprints"]["weights"]
     assert told[0]["fingerprints"]["run"] == told[1]["fingerprints"]["run"]
 
 
-@pytest.mark.parametrize("name", [slow_unless(n, FAST) for n in (*PAD_NAMES[:1], reference.GR1_NAMES[0], FAST)])
+@pytest.mark.parametrize("name", [slow_unless(n, FAST) for n in (PAD_NAMES[1], reference.GR1_NAMES[0], FAST)])
 def test_what_pytorch_does_not_run_is_weights_and_description(
     run: Run, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
