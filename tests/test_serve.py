@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +17,8 @@ from websockets.exceptions import ConnectionClosed
 
 from tests.serving.clients import Client, fetch
 from tests.systems.small import SIZE, small_config
-from uwm_jax import cli, serve, systems
-from uwm_jax.benchmarking import hostile
+from uwm_jax import cli, convert, serve, systems
+from uwm_jax.benchmarking.serving_load import ServeProcess, at_once, attack
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
@@ -31,7 +27,6 @@ from uwm_jax.serving.messages import encode
 from uwm_jax.training import workdir as workdir_lib
 
 INSTALL = "pip install dm-tree && pip install --no-deps openpi-client"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def observation(seed: int, frames: int = 0) -> dict[str, np.ndarray]:
@@ -61,47 +56,9 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-class Process:
-    """A server in a process of its own; `address` once it accepts clients."""
-
-    def __init__(self, *flags: str):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "uwm_jax.serve", "--port=0", *flags]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-        )
-        assert self.process.stdout is not None and self.process.stderr is not None
-        line = self.process.stdout.readline()
-        found = re.search(r"at (ws://\S+)", line)
-        assert found, line + self.process.stderr.read()
-        self.address = found[1]
-
-    def end(self) -> tuple[int, str]:
-        """Exit status and what it printed at its end, after SIGTERM."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        out, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, out + errors
-
-    def memory(self) -> int:
-        """Resident bytes."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextlib.contextmanager
-def process(*flags: str) -> Iterator[Process]:
-    started = Process(*flags)
-    try:
-        yield started
-    finally:
-        if started.process.poll() is None:
-            started.process.kill()
-        started.process.communicate()
-
-
 @pytest.fixture(scope="module")
-def served(workdir: Path) -> Iterator[Process]:
-    with process(f"--workdir={workdir}", "--execute=2") as started:
+def served(workdir: Path) -> Iterator[ServeProcess]:
+    with ServeProcess([f"--workdir={workdir}", "--execute=2"]) as started:
         yield started
 
 
@@ -111,30 +68,8 @@ def compilations(address: str) -> int:
     return int(found[1])
 
 
-def all_at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """The results of `work(0)`, ..., each in a thread."""
-    results: list[Any] = [None] * count
-    errors: list[BaseException] = []
-    gate = threading.Barrier(count)
-
-    def run(i: int) -> None:
-        try:
-            gate.wait(30)
-            results[i] = work(i)
-        except BaseException as e:
-            errors.append(e)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not errors, errors
-    return results
-
-
 @pytest.mark.slow
-def test_eight_of_openpis_clients_at_once(served: Process) -> None:
+def test_eight_of_openpis_clients_at_once(served: ServeProcess) -> None:
     """Unmodified, with its chunk broker: rows of a chunk one by one, the same as those of a client alone."""
     client_module = pytest.importorskip("openpi_client.websocket_client_policy", reason=INSTALL)
     broker_module = pytest.importorskip("openpi_client.action_chunk_broker", reason=INSTALL)
@@ -149,7 +84,7 @@ def test_eight_of_openpis_clients_at_once(served: Process) -> None:
         assert all("infer_ms" in reply["server_timing"] for reply in seen)
         return [reply["actions"] for reply in seen]
 
-    together = all_at_once(8, episode)
+    together = at_once(8, episode)
     assert all(action.shape == (2,) and action.dtype == np.float32 for actions in together for action in actions)
     for i in (0, 3, 7):
         np.testing.assert_allclose(np.stack(together[i]), np.stack(episode(i)), rtol=1e-5, atol=1e-5 * 256)
@@ -161,7 +96,7 @@ def test_eight_of_openpis_clients_at_once(served: Process) -> None:
 
 
 @pytest.mark.slow
-def test_alone_and_among_seven_others_a_request_is_answered_alike(served: Process) -> None:
+def test_alone_and_among_seven_others_a_request_is_answered_alike(served: ServeProcess) -> None:
     """Of every batch size and kind, and nothing is compiled for it."""
     rows = np.random.default_rng(1).uniform(100, 400, (1, 2)).astype(np.float32)
     ours = observation(5, frames=2) | {"seed": 3}
@@ -175,7 +110,7 @@ def test_alone_and_among_seven_others_a_request_is_answered_alike(served: Proces
                 asked = ours if i == 0 else observation(100 + i)
                 return clients[i].ask_with(asked | extra)["actions"]
 
-            among = all_at_once(count, ask)
+            among = at_once(count, ask)
             np.testing.assert_allclose(among[0] / 256, alone / 256, atol=1e-5)  # normalised
             for client in clients:
                 client.socket.close()
@@ -186,26 +121,15 @@ def test_alone_and_among_seven_others_a_request_is_answered_alike(served: Proces
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_ten_thousand_hostile_messages_cost_no_memory_and_change_no_answer(served: Process) -> None:
+def test_ten_thousand_hostile_messages_cost_no_memory_and_change_no_answer(served: ServeProcess) -> None:
     """`python -m uwm_jax.benchmark_serving` measures what they do to the latency."""
     good = Client(served.address)
     before = good.ask_with(observation(5) | {"seed": 3})["actions"]
 
-    def drive(count: int, seed: int) -> list[int]:
-        client = Client(served.address)
-        texts = 0
-        for message in hostile.messages(client.metadata, count, seed):
-            client.socket.send(message)
-            reply = client.socket.recv(30)
-            texts += isinstance(reply, str)
-            assert not isinstance(reply, str) or "Traceback" not in reply
-        client.socket.close()
-        return [texts, count - texts]
-
-    all_at_once(4, lambda i: drive(200, 1000 + i))  # allocators and caches have their fill
+    attack(served.address, 1000, seed=1)  # allocators and caches have their fill
     memory = served.memory()
-    counts = np.sum(all_at_once(4, lambda i: drive(2500, i)), axis=0)
-    assert counts.sum() == 10_000 and counts[0] > 8000 and counts[1] > 500  # refused, answered
+    harm = attack(served.address, 10_000)
+    assert harm.refused + harm.answered == 10_000 and harm.refused > 8000 and harm.answered > 500
     assert served.memory() <= 1.05 * memory
     assert served.process.poll() is None and fetch(served.address, "/healthz") == (200, "ok\n")
     np.testing.assert_array_equal(good.ask_with(observation(5) | {"seed": 3})["actions"], before)
@@ -213,8 +137,34 @@ def test_ten_thousand_hostile_messages_cost_no_memory_and_change_no_answer(serve
 
 
 @pytest.mark.slow
+@pytest.mark.torch
+def test_an_export_folder_is_served_by_pytorch(served: ServeProcess, workdir: Path, tmp_path: Path) -> None:
+    """The same actions as JAX's, with the noise of the same seed."""
+    pytest.importorskip("torch")
+    export = tmp_path / "export"
+    assert (
+        cli.call(
+            convert.main, ["convert", "to-torch", f"--workdir={workdir}", f"--output={export}/"], convert.define_flags
+        )
+        == 0
+    )
+    request = observation(5, frames=2) | {"seed": 3}
+    expected = Client(served.address).ask_with(request)["actions"]
+    with ServeProcess([f"--export={export}", "--batch_size=2", "--limits=:300"]) as started:
+        client = Client(started.address)
+        found = client.ask_with(request)["actions"]
+        np.testing.assert_allclose(found / 256, np.minimum(expected, 300) / 256, atol=1e-4)
+        assert expected.max() > 300
+        assert compilations(started.address) == 0
+        metrics = fetch(started.address, "/metrics")[1]
+        assert f"uwm_serve_cut_total {int((expected > 300).sum())}\n" in metrics
+        client.socket.close()
+        assert started.end()[0] == 0
+
+
+@pytest.mark.slow
 def test_sigterm_under_load_loses_no_request(workdir: Path) -> None:
-    with process(f"--workdir={workdir}", "--batch_size=4") as started:
+    with ServeProcess([f"--workdir={workdir}", "--batch_size=4"]) as started:
         answered, told, sent, codes = [0] * 8, [0] * 8, [0] * 8, [0] * 8
 
         def drive(i: int) -> None:
@@ -252,6 +202,8 @@ def run(*argv: str) -> int:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--export=x"], "--workdir or --export is required, one of them"),
+        (["--limits=0"], "--limits=0: expected LOW:HIGH"),
         (["--host=0.0.0.0"], "--host=0.0.0.0: other machines reach this address, so clients need a token"),
         (["--tls_cert=c.pem"], "--tls_cert and --tls_key go together"),
         (["--tls_cert=c.pem", "--tls_key=k.pem"], "no usable certificate and key"),

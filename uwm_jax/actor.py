@@ -43,6 +43,7 @@ class Actor:
         UserError: the model acts in no use, `source` does not tell the robot, or limits that do not fit.
 
     Attributes:
+        sizes: as given.
         horizon: rows of a chunk, one for each step from the present on; width: Dr, numbers of the robot's action.
         states: {key of an observation: D} of the states that its relative actions refer to.
         cut: numbers of chunks that the limits have cut.
@@ -58,7 +59,7 @@ class Actor:
     ):
         if not backend.acting:
             raise UserError(f"config.system={backend.system!r}: this model makes no action from an observation alone.")
-        self.backend, self._sizes = backend, tuple(sizes)
+        self.backend, self.sizes = backend, tuple(sizes)
         window = backend.spec.window
         self._rows = rows_from_the_present(window)
         self._newest = window.obs.index(window.present)
@@ -187,12 +188,12 @@ class Actor:
 
     def _calls(self, rows: int) -> list[tuple[np.ndarray, int]]:
         """The rows (size,) of each call, filled up by repetition, and how many of them count."""
-        if not self._sizes:
+        if not self.sizes:
             return [(np.arange(rows), rows)]
-        largest, found = self._sizes[-1], []
+        largest, found = self.sizes[-1], []
         for start in range(0, rows, largest):
             part = np.arange(start, min(start + largest, rows))
-            size = next(size for size in self._sizes if size >= len(part))
+            size = next(size for size in self.sizes if size >= len(part))
             found.append((np.resize(part, size), len(part)))
         return found
 

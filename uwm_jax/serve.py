@@ -118,7 +118,7 @@ def main(call: cli.Call) -> None:
     recorders = [each for each in (frames, recording) if each]
     server = Server(
         contract,
-        Engine(actor, seed=FLAGS.seed, sizes=sizes_up_to(FLAGS.batch_size)),
+        Engine(actor, seed=FLAGS.seed),
         host=FLAGS.host,
         port=FLAGS.port,
         token=token,
@@ -169,9 +169,11 @@ def _open(call: cli.Call) -> tuple[Actor, set[str]]:
         used = inference.parameters_used(run, step, FLAGS.parameters)["parameters"]
         backend = JaxBackend(system, system.held(params), frozen, step=step, parameters=used)
         known = inference.data_keys(run, step)
-    actor = Actor(backend, source=FLAGS.source)
+    sizes = sizes_up_to(FLAGS.batch_size)
+    actor = Actor(backend, source=FLAGS.source, sizes=sizes)
     if FLAGS.limits:
-        actor = Actor(backend, source=FLAGS.source, limits=parse_limits(FLAGS.limits, actor.width))
+        limits = parse_limits(FLAGS.limits, actor.width)
+        actor = Actor(backend, source=FLAGS.source, limits=limits, sizes=sizes)
     return actor, known or set()
 
 

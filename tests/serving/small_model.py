@@ -13,7 +13,7 @@ from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.serving.batching import Engine
+from uwm_jax.serving.batching import SIZES, Engine
 from uwm_jax.serving.connections import Server
 from uwm_jax.serving.contract import Contract
 from uwm_jax.systems.base import Use
@@ -23,12 +23,14 @@ SCALE = {"state": (np.array([2.0, 2.0], np.float32), np.array([10.0, 10.0], np.f
 
 
 class StubBackend(Backend):
-    """Its actions (B, 16, 3) are (oldest state, newest state, mean of the newest frame + noise)."""
+    """Its actions (B, 16, 3) are (oldest state, newest state, mean of the newest frame + noise); `inverse` tells
+    whether it was given latents."""
 
     system, acting, can_promise, step, parameters = "stub", "policy", True, 7, "raw"
     uses = {
         "policy": Use(("action",)),
         "forward": Use(("next_obs",), ("action",)),
+        "inverse": Use(("action",), ("next_obs",)),
     }
 
     def __init__(self, text_dim: int = 0):
@@ -45,7 +47,8 @@ class StubBackend(Backend):
 
     def noise(self, use: str, seed: int, seeds: np.ndarray, decisions: np.ndarray) -> Noise:
         rows = [np.random.default_rng((seed, int(s), int(d))).random() for s, d in zip(seeds, decisions, strict=True)]
-        return {self.uses[use].makes[0]: np.array(rows, np.float32)[:, None]}
+        noise = np.array(rows, np.float32)[:, None]
+        return {"action": noise, "next_obs": np.repeat(noise, 6, 1).reshape(-1, 1, 2, 1, 1, 3)}
 
     def sample(
         self, use: str, inputs: Mapping[str, np.ndarray], noise: Noise, promised: Any = None, **_: Any
@@ -54,6 +57,9 @@ class StubBackend(Backend):
         self.batches.append(len(states))
         if use == "forward":
             return {"next_obs/front": np.broadcast_to(frames[:, -1:], frames.shape).copy(), "next_obs_latent": states}
+        if use == "inverse":
+            latents = np.full((len(states), HORIZON, WIDTH), "next_obs_latent" in inputs, np.float32)
+            return {"action": latents, "action_normalized": latents}
         shown = frames[:, -1].mean((1, 2, 3)) + noise["action"][:, 0]
         action = np.stack([states[:, 0, 0], states[:, -1, 0], shown], -1).astype(np.float32)
         action = np.repeat(action[:, None], HORIZON, 1)
@@ -66,7 +72,7 @@ class StubBackend(Backend):
 
 
 def make_contract(text_dim: int = 0, **options: Any) -> Contract:
-    return Contract(Actor(StubBackend(text_dim)), **options)
+    return Contract(Actor(StubBackend(text_dim), sizes=SIZES), **options)
 
 
 def make_server(contract: Contract | None = None, **options: Any) -> Server:

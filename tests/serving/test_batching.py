@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.serving.small_model import HORIZON, WIDTH, make_contract, observation
+from tests.serving.small_model import FRAME, HORIZON, WIDTH, make_contract, observation
+from uwm_jax.actor import Actor
 from uwm_jax.errors import RunError
 from uwm_jax.serving.batching import Batcher, Engine, Job, Kind
 from uwm_jax.serving.contract import Request
@@ -140,6 +141,16 @@ def test_batches_are_padded_to_compiled_sizes_and_rows_are_independent() -> None
     assert CONTRACT.actor.backend.batches == [1, 2, 4, 4, 8, 8, 8, 8]  # type: ignore[attr-defined]
 
 
+def test_requests_of_different_inputs_are_different_kinds() -> None:
+    frames = job(mode="inverse", **{"next_obs/front": np.zeros((2, *FRAME, 3), np.uint8)})
+    latents = job(mode="inverse", next_obs_latent=np.zeros((1, 2, 1, 1, 3)))
+    assert (
+        len({job().kind, frames.kind, latents.kind, job(mode="forward", action=np.zeros((HORIZON, WIDTH))).kind}) == 4
+    )
+    engine = Engine(CONTRACT.actor)
+    assert [float(engine.run(x.kind, [x])[0]["action"][0, 0]) for x in (frames, latents)] == [0, 1]  # type: ignore[index, call-overload]
+
+
 def test_noise_follows_the_seed_and_the_decision_or_is_the_requests_own() -> None:
     engine = Engine(CONTRACT.actor, seed=5)
 
@@ -167,18 +178,21 @@ def test_promised_rows_come_back() -> None:
 
 def test_outputs_that_are_not_finite_fail_their_own_row_alone() -> None:
     class Broken:
-        backend = CONTRACT.actor.backend
+        backend, sizes = CONTRACT.actor.backend, CONTRACT.actor.sizes
+
+        def noise(self, seed: int, seeds: np.ndarray, decisions: np.ndarray) -> dict[str, np.ndarray]:
+            return {}
 
         def chunks(self, inputs: dict[str, np.ndarray], noise: Any, promised: Any) -> np.ndarray:
             actions = np.zeros((len(inputs["obs/state"]), 2, WIDTH), np.float32)
             actions[inputs["obs/state"][:, 0, 0] == 9.0] = np.nan
             return actions
 
-    good, bad = Engine(Broken()).run(Kind("policy", False), [job(10.0), job(9.0)])  # type: ignore[arg-type]
+    good, bad = Engine(Broken()).run(job().kind, [job(10.0), job(9.0)])  # type: ignore[arg-type]
     assert isinstance(good, dict) and isinstance(bad, RunError) and "actions are not finite" in str(bad)
 
 
 def test_warming_runs_every_size() -> None:
     CONTRACT.actor.backend.batches.clear()  # type: ignore[attr-defined]
-    Engine(CONTRACT.actor, sizes=(1, 3)).warm(Job(Request("forward", job().request.inputs), 0, 0))
+    Engine(Actor(CONTRACT.actor.backend, sizes=(1, 3))).warm(Job(Request("forward", job().request.inputs), 0, 0))
     assert CONTRACT.actor.backend.batches == [1, 3]  # type: ignore[attr-defined]

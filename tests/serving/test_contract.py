@@ -63,8 +63,8 @@ def test_vectors_of_every_dtype_are_cast(dtype: str) -> None:
         ({"obs/state": "text"}, "obs/state: expected numbers"),
         ({"obs/state": np.full(2, 1e39)}, "obs/state: holds values that are not finite in float32"),
         ({"obs/state": np.full(2, 1e9)}, "state is far outside the range that the model was trained on"),
-        ({"mode": "video"}, "mode: expected one of policy, forward; found 'video'"),
-        ({"mode": 3}, "mode: expected one of policy, forward; found int 3"),
+        ({"mode": "video"}, "mode: expected one of policy, forward, inverse; found 'video'"),
+        ({"mode": 3}, "mode: expected one of policy, forward, inverse; found int 3"),
         ({"mode": np.zeros(2)}, "mode: expected one of"),
         ({"mode": "forward"}, "missing action: expected numbers (16, 3)"),
         ({"seed": -1}, "seed: expected an integer from 0 to 4294967295, found int -1"),
@@ -101,11 +101,25 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 def test_other_uses_take_what_they_are_given() -> None:
     action = np.ones((HORIZON, WIDTH))
-    request = read(**observation() | {"mode": "forward", "action": action, "noise/next_obs": np.array([0.5])})
+    request = read(**observation() | {"mode": "forward", "action": action, "noise/action": np.array([0.5])})
     assert request.mode == "forward" and request.inputs["action"].dtype == np.float32
     np.testing.assert_array_equal(request.inputs["action"], action)
-    np.testing.assert_array_equal(request.noise["next_obs"], np.array([0.5], np.float32))
+    np.testing.assert_array_equal(request.noise["action"], np.array([0.5], np.float32))
     assert "action" not in read(**observation() | {"action": action}).inputs  # known, and not the policy's
+
+
+def test_latents_stand_in_for_following_frames() -> None:
+    frames, latents = np.zeros((2, *FRAME, 3), np.uint8), np.ones((1, 2, 1, 1, 3))
+    request = read(**observation() | {"mode": "inverse", "next_obs/front": frames})
+    assert request.inputs["next_obs/front"].shape == (2, *FRAME, 3)
+    request = read(**observation() | {"mode": "inverse", "next_obs_latent": latents})
+    assert "next_obs/front" not in request.inputs
+    np.testing.assert_array_equal(request.inputs["next_obs_latent"], latents.astype(np.float32))
+    told = refused(**observation() | {"mode": "inverse", "next_obs_latent": latents[0]})
+    assert "next_obs_latent: expected numbers (1, 2, 1, 1, 3), found float64 (2, 1, 1, 3)" in told
+    assert "missing next_obs/front: expected uint8 (2, 4, 5, 3)" in refused(**observation() | {"mode": "inverse"})
+    about = make_contract().metadata()["uses"]["inverse"]
+    assert about["or"] == {"next_obs_latent": {"shape": [1, 2, 1, 1, 3], "dtype": "float32"}}
 
 
 def test_numbers_of_a_request_may_be_numpys() -> None:
@@ -187,7 +201,7 @@ def test_stepwise_requests_hold_one_step() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"modes": ["video"]}, "--modes=video: expected some of policy, forward"),
+        ({"modes": ["video"]}, "--modes=video: expected some of policy, forward, inverse"),
         ({"modes": ["forward"]}, "expected policy, which acts, among the modes"),
         ({"modes": ["policy", "forward"], "stepwise": True}, "alone with --stepwise"),
         ({"execute": 17}, "--execute=17: expected 1 to 16"),
@@ -207,7 +221,7 @@ def test_metadata_tell_what_to_send() -> None:
     }
     assert told["order"] == ["obs/front", "obs/state"] and told["frames"] == 2 and told["history"] == [1, 0]
     assert (told["action_horizon"], told["action_dim"], told["execute"]) == (16, 3, 8)
-    assert told["modes"] == ["policy", "forward"] and told["acting"] == "policy" and told["dataset"] == "x"
+    assert told["modes"] == ["policy", "forward", "inverse"] and told["acting"] == "policy" and told["dataset"] == "x"
     assert told["uses"]["forward"] == {
         "makes": ["next_obs"],
         "given": {"action": {"shape": [16, 3], "dtype": "float32"}},
@@ -217,7 +231,7 @@ def test_metadata_tell_what_to_send() -> None:
 
 def test_the_size_of_a_message_follows_from_the_inputs() -> None:
     contract = make_contract(modes=["policy"])
-    declared = 2 * 4 * 5 * 3 + 8 * (2 * 2 + HORIZON * WIDTH + 1)
+    declared = 2 * 4 * 5 * 3 + 8 * (2 * 2 + HORIZON * WIDTH + 7)  # state, promised, noise
     assert declared <= contract.limit <= declared + 2**16
     with pytest.raises(UserError, match="the message has .* bytes: expected at most"):
         contract.read(b"\0" * (contract.limit + 1))
@@ -230,5 +244,11 @@ def test_the_size_of_a_message_follows_from_the_inputs() -> None:
 
 
 def test_examples_are_requests_of_every_program() -> None:
-    kinds = [(r.mode, r.promised is not None) for r in make_contract().examples()]
-    assert kinds == [("policy", False), ("policy", True), ("forward", False)]
+    kinds = [(r.mode, r.promised is not None, "next_obs_latent" in r.inputs) for r in make_contract().examples()]
+    assert kinds == [
+        ("policy", False, False),
+        ("policy", True, False),
+        ("forward", False, False),
+        ("inverse", False, False),
+        ("inverse", False, True),
+    ]

@@ -15,7 +15,7 @@ from tests.serving.seeing_model import Change, SeeingBackend, drive, of_frames, 
 from uwm_jax.actor import Actor
 from uwm_jax.errors import UserError
 from uwm_jax.serving import replay
-from uwm_jax.serving.batching import Engine
+from uwm_jax.serving.batching import SIZES, Engine
 from uwm_jax.serving.connections import Server, in_thread
 from uwm_jax.serving.contract import Contract
 from uwm_jax.serving.recorded_episode import RecordedEpisode, parse_place
@@ -38,7 +38,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def replayed(place: Path, backend: SeeingBackend, **options: Any) -> Iterator[Replay]:
-    actor = Actor(backend)
+    actor = Actor(backend, sizes=SIZES)
     contract = Contract(actor, execute=2, **options)
     server = Server(contract, Engine(actor), port=0, token="a-token")
     server.warm()

@@ -26,9 +26,10 @@ SIZES = (1, 2, 4, 8)
 
 
 class Kind(NamedTuple):
-    """Requests of one kind run as one batch: those of one use, with or without promised rows."""
+    """Requests of one kind run as one batch: those of one use and of the same inputs, with or without promised rows."""
 
     mode: str
+    inputs: frozenset[str]
     promised: bool
 
 
@@ -41,7 +42,7 @@ class Job(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        return Kind(self.request.mode, self.request.promised is not None)
+        return Kind(self.request.mode, frozenset(self.request.inputs), self.request.promised is not None)
 
 
 class Answer(NamedTuple):
@@ -62,12 +63,13 @@ class Engine:
     """Runs batches of requests, padded to compiled sizes.
 
     Args:
+      actor: its `sizes` are those of the batches of all uses.
       seed: of all noise.
-      sizes: of compiled batches, ascending.
     """
 
-    def __init__(self, actor: Actor, *, seed: int = 0, sizes: Sequence[int] = SIZES):
-        self._actor, self._seed, self.sizes = actor, seed, tuple(sizes)
+    def __init__(self, actor: Actor, *, seed: int = 0):
+        assert actor.sizes
+        self._actor, self._seed, self.sizes = actor, seed, tuple(actor.sizes)
 
     def warm(self, job: Job) -> None:
         """Compiles the programs of a job's kind, all sizes."""
@@ -76,18 +78,24 @@ class Engine:
 
     def run(self, kind: Kind, jobs: Sequence[Job]) -> list[Arrays | RunError]:
         """The outputs of each of 1 to `sizes[-1]` jobs of one kind; an error in place of those that are not finite."""
-        size = next(size for size in self.sizes if size >= len(jobs))
-        rows = [*jobs, *[jobs[0]] * (size - len(jobs))]
         backend = self._actor.backend
+        acts = kind.mode == backend.acting
+        size = next(size for size in self.sizes if size >= len(jobs))
+        rows = list(jobs) if acts else [*jobs, *[jobs[0]] * (size - len(jobs))]  # the actor fills up itself
         requests = [job.request for job in rows]
         inputs = {key: np.stack([r.inputs[key] for r in requests]) for key in requests[0].inputs}
         seeds = np.array([job.seed for job in rows], np.uint32)
         decisions = np.array([job.decision for job in rows], np.uint32)
-        drawn = {name: np.array(x) for name, x in backend.noise(kind.mode, self._seed, seeds, decisions).items()}
+        noise = (
+            self._actor.noise(self._seed, seeds, decisions)
+            if acts
+            else backend.noise(kind.mode, self._seed, seeds, decisions)
+        )
+        drawn = {name: np.array(x) for name, x in noise.items()}
         for row, request in enumerate(requests):
             for modality, x in request.noise.items():
                 drawn[modality][row] = x
-        if kind.mode == backend.acting:
+        if acts:
             promised = self._promised(requests) if kind.promised else None
             made = {"actions": np.asarray(self._actor.chunks(inputs, drawn, promised), np.float32)}
         else:

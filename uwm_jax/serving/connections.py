@@ -151,6 +151,7 @@ class Server:
         """Compiles all programs; called before `run`."""
         for request in self.contract.examples():
             self.engine.warm(Job(request, 0, 0))
+        self.contract.actor.cut = 0
         self.status.warmed()
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:

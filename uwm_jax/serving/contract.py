@@ -19,9 +19,11 @@ from uwm_jax.errors import UserError, closest, suggest
 from uwm_jax.serving import messages
 
 Arrays = dict[str, np.ndarray]
+Like = tuple[tuple[int, ...], np.dtype[Any]]  # shape and dtype of one row
 Prompts = Callable[[str], np.ndarray]  # the (E,) float32 embedding of a sentence; UserError for one that is unknown
 
 TEXT, PROMPT = "obs/text", "prompt"
+LATENTS = "next_obs_latent"  # of a codec: stands in for the frames `next_obs/<camera>` that a use is given
 # Fields of a request that are no inputs of the model.
 FIELDS = ("mode", "promised", "seed", "request_id", "reset", PROMPT)
 MOST_SEED = 2**32 - 1
@@ -109,10 +111,15 @@ class Contract:
         self._observed = _row(actor.inputs_like(1))
         self._given = {mode: _row(_given_like(backend, mode)) for mode in self.modes}
         self._noise = {mode: _row(_noise_like(backend, mode)) for mode in self.modes}
+        of_frames = [mode for mode in self.modes if any(key.startswith("next_obs/") for key in self._given[mode])]
+        # Where following frames are latents of a codec, their noise has the shape of these.
+        noise = {mode: self._noise[mode].get("noise/next_obs") for mode in of_frames}
+        self._latents = {mode: (shape[0], np.dtype(np.float32)) for mode, shape in noise.items() if shape}
         self._frames = len(spec.window.obs)
         self._resize = resize
         self._known = {*self._observed, *FIELDS, *(f"obs/{key}" for key in known)}
         self._known |= {key for like in (*self._given.values(), *self._noise.values()) for key in like}
+        self._known |= {LATENTS} if self._latents else set()
         self._keys = dict(keys or {})
         for name, key in self._keys.items():
             if key and key not in self._known:
@@ -136,11 +143,13 @@ class Contract:
         return [max(window.obs) - i for i in window.obs]
 
     def examples(self) -> Iterator[Request]:
-        """A request of zeros for each program: of every mode, and with a promised row."""
+        """A request of zeros for each program: of every mode, with latents, and with a promised row."""
         for mode in self.modes:
-            like = self._observed | self._given[mode]
-            request = Request(mode, {key: np.zeros(shape, dtype) for key, (shape, dtype) in like.items()})
-            yield request
+            inputs = [self._given[mode], *([self._without_frames(mode)] if mode in self._latents else [])]
+            for given in inputs:
+                like = self._observed | given
+                request = Request(mode, {key: np.zeros(shape, dtype) for key, (shape, dtype) in like.items()})
+                yield request
             if mode == self.acting and self.promises:
                 yield dataclasses.replace(request, promised=np.zeros((1, self.actor.width), np.float32))
 
@@ -159,6 +168,8 @@ class Contract:
             given = self._given[mode].items()
             about = {key: {"shape": list(shape), "dtype": dtype.name} for key, (shape, dtype) in given}
             modes[mode] = {"makes": list(use.makes), "given": about}
+            if mode in self._latents:
+                modes[mode]["or"] = {LATENTS: {"shape": list(self._latents[mode][0]), "dtype": "float32"}}
         return {
             "server": "uwm_jax",
             "system": backend.system,
@@ -195,6 +206,8 @@ class Contract:
                 shape = (shape[0], height, width, 3)
             total += int(np.prod(shape)) * size
         extra = {key: like for mode in self.modes for key, like in (self._given[mode] | self._noise[mode]).items()}
+        for like in self._latents.values():
+            extra[LATENTS] = like
         total += sum(int(np.prod(shape)) * (8 if dtype != np.uint8 else 1) for shape, dtype in extra.values())
         return total + self.actor.horizon * self.actor.width * 8
 
@@ -243,7 +256,8 @@ class Contract:
                 repeated |= self._frames > 1
                 value = np.broadcast_to(value, shape)
             inputs[key] = value
-        for key, (shape, dtype) in self._given[mode].items():
+        given = self._without_frames(mode) if LATENTS in entries and mode in self._latents else self._given[mode]
+        for key, (shape, dtype) in given.items():
             value = self._taken(entries, key, dtype, [shape], problems, remarks)
             if value is not None:
                 inputs[key] = value
@@ -258,6 +272,11 @@ class Contract:
         seed_of = None if seed is None else int(seed)  # type: ignore[arg-type]
         how = {"reset": bool(reset), "repeated": repeated, "prompt": prompt, "remarks": tuple(remarks)}
         return Request(mode, inputs, noise, promised, seed_of, request_id, **how)  # type: ignore[arg-type]
+
+    def _without_frames(self, mode: str) -> dict[str, Like]:
+        """What a use is given, with latents in place of following frames."""
+        given = {key: like for key, like in self._given[mode].items() if not key.startswith("next_obs/")}
+        return given | {LATENTS: self._latents[mode]}
 
     def _renamed(self, entries: Mapping[str, messages.Value]) -> dict[str, messages.Value]:
         renamed: dict[str, messages.Value] = {}
@@ -313,7 +332,8 @@ class Contract:
         if not np.isfinite(value).all():
             problems.append(f"{key}: holds values that are not finite in float32")
             return None
-        return value if key.startswith("noise/") or self._in_range(key, value, problems, remarks) else None
+        free = key == LATENTS or key.startswith("noise/")
+        return value if free or self._in_range(key, value, problems, remarks) else None
 
     def _in_range(self, key: str, value: np.ndarray, problems: list[str], remarks: list[str]) -> bool:
         """Whether raw values are near those that the model was trained on, at least within `FAR` times."""
@@ -388,7 +408,7 @@ class Contract:
         return rows if len(rows) else None
 
 
-def _row(like: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+def _row(like: Mapping[str, Any]) -> dict[str, Like]:
     """{key: shape and dtype} of one row."""
     return {key: (tuple(x.shape[1:]), np.dtype(x.dtype)) for key, x in like.items()}
 
