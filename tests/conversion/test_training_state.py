@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from tests.conversion.official_run import OfficialRun, gradients
 from tests.golden import reference
@@ -27,7 +28,7 @@ from uwm_jax.training.step import divide, finish
 
 pytestmark = pytest.mark.torch
 
-LIBERO = "uwm_libero_small"
+LIBERO, FLOW = "uwm_libero_small", "dp_flow_small"
 
 
 def command(*arguments: str) -> int:
@@ -96,10 +97,10 @@ def read(workdir: Path, step: int, item: str) -> Any:
 @pytest.mark.slow
 def test_the_trainer_continues_it(tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Schedule and clipping are the official configuration's; data and batch are those of flags."""
-    run = OfficialRun("dp_flow_small")
+    run = OfficialRun(FLOW)
     run.steps(3)
     pt, official, workdir = run.save(tmp_path / "models.pt"), tmp_path / "config.yaml", tmp_path / "run"
-    text = reference.official_yaml("dp_flow_small").read_text()
+    text = reference.official_yaml(FLOW).read_text()
     for ours, theirs in (("exterior", "agentview_rgb"), ("wrist", "eye_in_hand_rgb")):
         text = text.replace(theirs, ours)
     more = {"num_steps": 5, "clip_grad_norm": 10.0, "scheduler": {"name": "cosine", "num_warmup_steps": 2}}
@@ -129,3 +130,95 @@ def test_the_trainer_continues_it(tmp_path: Path, tiny_dataset: Path, capsys: py
     assets = checkpoints.assets(5)
     assert assets["learned_from"] is None and "may be among those it learned from" in assets["leak"]
     assert assets["converted_from"]["weights"] == "models.pt"
+
+
+ENCODER = "obs_encoder."
+
+
+@pytest.fixture(scope="module")
+def frozen_encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[OfficialRun, Path]:
+    """Two steps that did not train the image encoder."""
+    run = OfficialRun(FLOW, without_gradient=(ENCODER,))
+    run.steps(2)
+    return run, run.save(tmp_path_factory.mktemp("frozen") / "models.pt")
+
+
+def refused(pt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    """The message of a conversion that makes nothing."""
+    assert command(*line(pt, tmp_path / "run", *more, official=reference.official_yaml(FLOW))) == 2
+    assert not (tmp_path / "run").exists()
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_what_the_official_run_did_not_train_is_named(
+    frozen_encoder: tuple[OfficialRun, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, pt = frozen_encoder
+    missing = [name for name in run.parameters if name.startswith(ENCODER)]
+    said = refused(pt, tmp_path, capsys)
+    assert f"moments unlike the parameters that are trained ({2 * len(missing)})" in said
+    assert all(f"{part}: missing tensor {name} (" in said for name in missing for part in ("exp_avg", "exp_avg_sq"))
+    assert "--config.optimizer.freeze" in said
+
+    said = refused(pt, tmp_path, capsys, "--config.optimizer.freeze=*/nothing/*")
+    assert "config.optimizer.freeze: '*/nothing/*' matches none" in said
+    said = refused(pt, tmp_path, capsys, "--config.optimizer.freeze=obs_encoder/*,noise_pred_net/pos_embed")
+    assert "exp_avg: extra tensor noise_pred_net.pos_embed" in said and "missing" not in said
+
+    more = "--config.optimizer.freeze=obs_encoder/*", "--config.total_steps=9"
+    assert command(*line(pt, tmp_path / "run", *more, official=reference.official_yaml(FLOW))) == 0
+    state = read(tmp_path / "run", 2, "train_state")
+    entry_of = systems.official("dp").entry_of(config_lib.read(tmp_path / "run"))
+    found = layout.to_official(state["opt_state"][0]["mu"], entry_of)
+    assert found.keys() == set(run.trained)
+    index = list(run.parameters).index(run.trained[-1])
+    expected = run.optimizer.state_dict()["state"][index]["exp_avg"].numpy()
+    assert found[run.trained[-1]].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--config.model.depth=3", "--config.model.depth: the official checkpoint decides this field (2)"),
+        ("--config.optimizer.learning_rate=1", "--config.optimizer.learning_rate: the official checkpoint decides"),
+        ("--config.data.crop=(40, 40)", "--config.data.crop: the official checkpoint decides"),
+        ("--config.total_steps=2", "config.total_steps=2: the official run has made 2 steps, so that none is left"),
+        ("--weights=ema", "its moments belong to the trained weights: leave out --weights=ema"),
+    ],
+)
+def test_flags_that_do_not_fit(
+    frozen_encoder: tuple[OfficialRun, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: str,
+    message: str,
+) -> None:
+    assert message in refused(frozen_encoder[1], tmp_path, capsys, more)
+
+
+def test_files_without_an_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = OfficialRun(FLOW)
+    for changed, message in (
+        ({"optimizer": None}, "found none"),
+        ({}, "holds no moments: no step was made with it"),
+        ({"optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}}, "param_groups[0]['params'] should be 0 to"),
+    ):
+        assert message in refused(run.save(tmp_path / "models.pt", **changed), tmp_path, capsys)
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "weights.safetensors")
+    assert "holds tensors alone" in refused(tmp_path / "weights.safetensors", tmp_path, capsys)
+
+
+def test_a_schedule_that_ours_does_not_have(
+    frozen_encoder: tuple[OfficialRun, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = reference.official_yaml(FLOW).read_text()
+    for more, message in (
+        ({"scheduler": {"name": "polynomial"}}, "scheduler.name is 'polynomial'; only constant, constant_with_warmup"),
+        ({"num_steps": 9, "scheduler": {"name": "cosine", "num_training_steps": 8}}, "is 8, but num_steps is 9"),
+        ({"clip_grad_norm": "much"}, "clip_grad_norm should be a finite number"),
+    ):
+        (tmp_path / "config.yaml").write_text(text + yaml.safe_dump(more))
+        assert command(*line(frozen_encoder[1], tmp_path / "run", official=tmp_path / "config.yaml")) == 2
+        assert message in capsys.readouterr().err
