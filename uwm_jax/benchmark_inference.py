@@ -131,8 +131,8 @@ def benchmark(
       frame_size: (height, width) of the raw frames; None for the size that they are resized to.
 
     Returns:
-      Flat keys. For each row and side that ran: `<row>/<side>/p50_ms`, `/p99_ms` (of the first row alone), `/range_ms`,
-      `/calls`; of those of PyTorch also `/difference`, the largest from JAX's results (raw actions, latents), and
+      Flat keys. For each row and side that ran: `<row>/<side>/p50_ms`, `/range_ms`, `/calls`, and of the first row
+      alone `/p99_ms` and `/ms`, those of all calls; of those of PyTorch also `/difference`, the largest from JAX's results (raw actions, latents), and
       `<row>/<side>/jax_ratio`, JAX's p50 over the side's. `not_run/<side>`: why a side has no numbers. `device`,
       `host`, `cores`, `dtype`, `warm_up_calls`, `calls_in_turn`, `jax`, and with PyTorch `torch`, `torch_threads`.
 
@@ -176,7 +176,7 @@ def benchmark(
                 views, steps = row.views, row.steps
                 found = _measure(model, row.use, JAX in sides, children, other_calls if number else calls)
             if number:
-                found = {name: value for name, value in found.items() if not name.endswith("/p99_ms")}
+                found = {name: value for name, value in found.items() if not name.endswith(("/p99_ms", "/ms"))}
             results |= {f"{row.name}/{name}": value for name, value in found.items()}
     return results
 
@@ -195,7 +195,7 @@ def _measure(model: Model, use: str, in_jax: bool, children: Mapping[str, TorchS
     for side, seconds in times.items():
         found[f"{side}/p50_ms"], found[f"{side}/p99_ms"] = (1e3 * float(x) for x in np.percentile(seconds, (50, 99)))
         found[f"{side}/range_ms"] = [1e3 * min(seconds), 1e3 * max(seconds)]
-        found[f"{side}/calls"] = len(seconds)
+        found[f"{side}/calls"], found[f"{side}/ms"] = len(seconds), [round(1e3 * x, 3) for x in seconds]
     if in_jax:
         ratios = {side: found[f"{JAX}/p50_ms"] / found[f"{side}/p50_ms"] for side in children}
         found |= {f"{side}/jax_ratio": ratio for side, ratio in ratios.items()}
