@@ -132,9 +132,10 @@ def benchmark(
 
     Returns:
       Flat keys. For each row and side that ran: `<row>/<side>/p50_ms`, `/range_ms`, `/calls`, and of the first row
-      alone `/p99_ms` and `/ms`, those of all calls; of those of PyTorch also `/difference`, the largest from JAX's results (raw actions, latents), and
-      `<row>/<side>/jax_ratio`, JAX's p50 over the side's. `not_run/<side>`: why a side has no numbers. `device`,
-      `host`, `cores`, `dtype`, `warm_up_calls`, `calls_in_turn`, `jax`, and with PyTorch `torch`, `torch_threads`.
+      alone `/p99_ms` and `/ms`, those of all calls; of those of PyTorch also `/difference`, the largest from JAX's
+      results (raw actions, latents), and `/jax_ratio`, JAX's p50 over the side's. `not_run/<side>`: why a side has no
+      numbers. `device`, `host`, `cores`, `dtype`, `warm_up_calls`, `calls_in_turn`, `jax`, and with PyTorch `torch`,
+      `torch_threads`; `rows`, `sides`: those that were asked for.
 
     Raises:
       UserError: the model does not fit into the device's memory, or the config does not fit the rows.
