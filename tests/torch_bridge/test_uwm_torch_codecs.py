@@ -72,6 +72,7 @@ def test_an_autoencoder_from_before_diffusers_018(vae, tmp_path):
     assert all(torch.equal(x, torch.from_numpy(stored[name])) for name, x in module.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_program_encodes_any_number_of_rows(vae):
     class Encode(torch.nn.Module):
         def __init__(self):
