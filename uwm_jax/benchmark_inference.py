@@ -234,7 +234,7 @@ def table(results: Mapping[str, Any]) -> str:
     counts = sorted({results[key] for key in results if key.endswith("/calls")}, reverse=True)
     notes = [
         f"{results['device']}, {results['host']}, {results['cores']} cores, {results['dtype']}; jax {results['jax']}"
-        f"{torch}. A call takes numpy arrays of one observation, and ends when its results are numpy arrays on the host.",
+        f"{torch}. A call takes numpy arrays of one observation, and ends when its results are such on the host.",
         f"{' and '.join(map(str, counts))} calls after {results['warm_up_calls']} of each side that do not count; "
         f"turns of {results['calls_in_turn']} calls.",
     ]
