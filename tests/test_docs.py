@@ -94,8 +94,6 @@ def ran(place):
         "PYTHONPATH": f"{place}:{ROOT}",
         "SOURCE": str(place / "source"),
         "UWM_DATA_DIR": str(place / "datasets"),
-        # most of the time here is compilation
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
     }
     results = []
     for block in blocks("bash"):
@@ -103,6 +101,9 @@ def ran(place):
         for pattern, replacement in REPLACED.items():
             text = re.sub(pattern, replacement, text)
         command = ["bash", "-euo", "pipefail", "-c", text]
+        # Most of the time here is compilation, above all for several devices.
+        count = 4 if "mesh.fsdp=4" in text else 1
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
         result = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600)
         results.append((block, result))
         if result.returncode:

@@ -156,14 +156,12 @@ def freezes(sweep: SweepProgram, step, state, frozen, batch) -> dict[str, bool]:
 
 
 def operations(all_members: list[Member], count: int) -> tuple[float, float]:
-    """Of the compiled step of some of the members on one device, and of encoding a batch alone."""
+    """Of the step of some of the members on one device, and of encoding a batch alone: both as they are lowered."""
     program, frozen = on_mesh(all_members[0], (1, 1, 1, 1), 1, count)
     batch = batch_of(program)
-    encode = program.compile(
-        lambda frozen, batch: program.system.encode(frozen, batch, jax.random.key(0)), frozen, batch
-    )
-    costs = (SweepProgram(program, count).compile_step(frozen), encode)
-    return tuple(cost.cost_analysis()["flops"] for cost in costs)
+    encode = jax.jit(lambda frozen, batch: program.system.encode(frozen, batch, jax.random.key(0)))
+    lowered = SweepProgram(program, count).lower_step(frozen, program.batch_like), encode.lower(frozen, batch)
+    return tuple(one.cost_analysis()["flops"] for one in lowered)
 
 
 def bits_stay() -> bool:
