@@ -17,6 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.serving.clients import Client, fetch, frame, raw, running, unpack, wait_until
 from tests.serving.small_model import WIDTH, make_server, observation
+from uwm_jax.serving import batching
 from uwm_jax.serving.connections import Server
 from uwm_jax.serving.messages import encode
 
@@ -143,7 +144,9 @@ def test_a_draining_server_takes_no_new_clients() -> None:
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
 
 
-def test_a_drain_does_not_wait_for_ever() -> None:
+def test_a_drain_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[str] = []
+    monkeypatch.setattr(batching, "leave_behind", left.append)  # the process then ends without its thread
     server = make_server(deadline=0.0, drain_seconds=0.3)
     release = threading.Event()
     server.engine.run = lambda kind, jobs: release.wait(20)  # type: ignore[method-assign, assignment, return-value]
@@ -156,4 +159,4 @@ def test_a_drain_does_not_wait_for_ever() -> None:
             client.socket.recv(10)
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
         release.set()
-    assert server.status.of("gone") == 1
+    assert server.status.of("gone") == 1 and left == ["a batch of the model"]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from uwm_jax.actor import Actor
+from uwm_jax.ending import leave_behind
 from uwm_jax.errors import RunError
 from uwm_jax.reading import cause_of
 from uwm_jax.serving.contract import Arrays, Request
@@ -177,6 +178,8 @@ class Batcher:
                 await self._answer(batch)
         finally:
             self._thread.shutdown(wait=False)
+            if self.busy_since is not None:
+                leave_behind("a batch of the model")
 
     async def _next(self) -> list[_Waiting]:
         """The jobs of the next batch, when it is time to run it."""
@@ -208,10 +211,8 @@ class Batcher:
     async def _answer(self, batch: Sequence[_Waiting]) -> None:
         loop = asyncio.get_running_loop()
         self.busy_since = began = time.perf_counter()
-        try:
-            made, failed = await loop.run_in_executor(self._thread, self._made, [waiting.job for waiting in batch])
-        finally:
-            self.busy_since = None
+        made, failed = await loop.run_in_executor(self._thread, self._made, [waiting.job for waiting in batch])
+        self.busy_since = None
         seconds = time.perf_counter() - began
         for waiting, outputs in zip(batch, made, strict=True):
             if waiting.answer.done():

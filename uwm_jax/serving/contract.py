@@ -180,6 +180,7 @@ class Contract:
             "frames": self._frames,
             "history": self.history,
             "flip": dict(spec.flip),
+            **({"robots": sorted(spec.robots)} if spec.robots else {}),
             "action_horizon": self.actor.horizon,
             "action_dim": self.actor.width,
             "execute": self.execute,
