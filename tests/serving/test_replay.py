@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from tests.serving.seeing_model import Change, SeeingBackend, drive, of_frames, without_normalizer
 from uwm_jax.actor import Actor
-from uwm_jax.errors import UserError
+from uwm_jax.errors import RunError, UserError
 from uwm_jax.serving import replay
 from uwm_jax.serving.batching import SIZES, Engine
 from uwm_jax.serving.connections import Server, in_thread
@@ -142,6 +143,22 @@ def test_what_the_server_refuses_is_told(tmp_path: Path) -> None:
     place = drive(tmp_path / "robot", lambda seen: seen | {"obs/state": seen["obs/state"] * 1e6})
     with pytest.raises(UserError, match="the server refuses what was recorded: state is far outside"):
         with replayed(place, SeeingBackend()):
+            pass
+
+
+def test_a_server_that_does_not_answer_is_told(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck(SeeingBackend):
+        asked = 0
+
+        def sample(self, *inputs: Any, **options: Any) -> dict[str, np.ndarray]:
+            self.asked += 1
+            if self.asked > 8:  # after the warm-up
+                time.sleep(1)
+            return super().sample(*inputs, **options)
+
+    monkeypatch.setattr(replay, "PATIENCE", 0.3)
+    with pytest.raises(RunError, match="--replay: .* no reply to request .* within the deadline"):
+        with replayed(recorded, Stuck()):
             pass
 
 

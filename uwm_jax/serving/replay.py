@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from uwm_jax.data.cover import cover
-from uwm_jax.errors import UserError
+from uwm_jax.errors import RunError, UserError
 from uwm_jax.serving.recorded_episode import RecordedEpisode
-from uwm_jax.serving.uwm_client import Client, RequestError
+from uwm_jax.serving.uwm_client import Client, ClientError, RequestError
 
 MOST_DECISIONS = 32  # of an episode that are compared, evenly spread
 MOST_STEPS = 256  # of an episode that a stepwise server is sent
@@ -30,6 +30,7 @@ SURE = 3.0  # standard errors over decisions by which the error must fall
 NO_BETTER = 0.9  # share of the mean action's error above which the answers tell of nothing that is seen
 MOST_FAULTS = 3
 ALIKE = 1.1  # times the error as sent, up to which a model answers alike with a fault and without
+PATIENCE = 120.0  # seconds for an answer, which may wait behind those to other threads
 _THREADS = 8
 
 Request = dict[str, Any]
@@ -147,10 +148,18 @@ def run(address: str, episode: RecordedEpisode, *, token: str = "", tls: Any = N
         address: `ws://...`. token, tls: as `uwm_client.Client` takes them.
     Raises:
         UserError: the server refuses the requests as they are.
+        RunError: it does not answer in time.
     """
-    with Client(address, token, tls=tls) as client:
+    try:
+        return _run(lambda: Client(address, token, tls=tls, deadline=PATIENCE), episode)
+    except ClientError as e:
+        raise RunError(f"--replay: {e}") from e
+
+
+def _run(connect: Callable[[], Client], episode: RecordedEpisode) -> Replay:
+    with connect() as client:
         about = client.metadata
-        ask = _Asked(about, episode, lambda: Client(address, token, tls=tls))
+        ask = _Asked(about, episode, connect)
         plain = Suspect("", lambda request: request)
         latency, warnings = ask.alone(client)
     as_sent = ask.all([plain])[0]
