@@ -313,6 +313,18 @@ def test_the_clip_of_latents_follows_the_codec_until_it_is_set():
     assert about_clip(config) == []
 
 
+def test_the_commit_of_an_origin_on_the_hub_stays(tmp_path, monkeypatch):
+    """The command that started a run names a branch, and continues it; other commits, steps and repositories do not."""
+    monkeypatch.chdir(tmp_path)
+    commit = "0123456789" * 4
+    stored = config_lib.with_origins(config_lib.base(), init_from=f"me/run@{commit}@200")
+    for spec in ("me/run", "me/run@main", "me/run@main@200", f"me/run@{commit}", stored.init_from):
+        config_lib.refuse_changed(config_lib.with_origins(stored, init_from=spec), stored)
+    for spec in ("me/other", "me/run@main@100", f"me/run@{commit[::-1]}", "me/run/there", str(tmp_path)):
+        with pytest.raises(UserError, match="config.init_from is .*, but this workdir was started with 'me/run@0123"):
+            config_lib.refuse_changed(config_lib.with_origins(stored, init_from=spec), stored)
+
+
 def test_another_spelling_of_an_origin_is_no_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "a").mkdir(parents=True)

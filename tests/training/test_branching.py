@@ -5,11 +5,18 @@ Real runs are in tests/test_branch.py.
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from ml_collections import ConfigDict
+
+from tests.hub.conftest import loopback as loopback
+from tests.hub.conftest import stub as stub
+from tests.hub.stub import Stub
 from tests.training import small_run
 from uwm_jax.config import base
 from uwm_jax.errors import UserError
+from uwm_jax.hub.runs import spelled
 from uwm_jax.training import branching
 from uwm_jax.training.workdir import write_config
 
@@ -56,6 +63,23 @@ def test_anything_else_is_refused_by_name(config, field, value):
     node[leaf] = value
     with pytest.raises(UserError, match=rf"config\.{field} is .*but the run of config.branch_from=.* was started with"):
         branching.open_trunk(config)
+
+
+def test_a_trunk_on_the_hub(stub: Stub, trunk: Path, config: ConfigDict) -> None:
+    """It is read in the cache, where it stays as it is; the branch keeps its commit."""
+    commit = stub.add("me/trunk", {str(p.relative_to(trunk)): p.read_bytes() for p in trunk.rglob("*") if p.is_file()})
+    config.branch_from = "me/trunk@main@4"
+    stored = branching.open_trunk(config)
+    assert (stored.step, spelled(stored.workdir), stored.data_iter["position"]) == (4, f"me/trunk@{commit}", 32)
+    small_run.assert_is_step(branching.restore(stored, small_run.like()), 4)
+    for spec, message in (
+        ("me/trunk@main", r"expected DIR@STEP, .* \[4, 6\] .*\(or, on the hub, owner/name@revision@STEP\)"),
+        ("me/trunk@4", "has no branch, tag or commit '4'.* A step is written me/trunk@REVISION@STEP"),
+        ("me/trunk@main@5", r"has checkpoints of steps \[4, 6\]"),
+    ):
+        config.branch_from = spec
+        with pytest.raises(UserError, match=f"config.branch_from=.*{message}"):
+            branching.open_trunk(config)
 
 
 @pytest.mark.parametrize(
