@@ -300,7 +300,7 @@ def test_from_torch_takes_no_overrides(official: Path, tmp_path: Path, capsys: p
 @pytest.mark.parametrize("words", [(), ("to_torch",), ("from-torch", "to-torch")])
 def test_the_words_of_the_command(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
     assert command(*words) == 2
-    assert "from-torch and to-torch" in capsys.readouterr().err
+    assert "from-torch, to-torch and push, or check and a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
