@@ -159,7 +159,8 @@ def test_an_export_folder_is_served_by_pytorch(served: ServeProcess, workdir: Pa
         metrics = fetch(started.address, "/metrics")[1]
         assert f"uwm_serve_cut_total {int((expected > 300).sum())}\n" in metrics
         client.socket.close()
-        assert started.end()[0] == 0
+        status, printed = started.end()
+        assert status == 0 and printed.count("actions beyond the limits are cut") == 1
 
 
 @pytest.mark.slow
