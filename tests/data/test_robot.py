@@ -17,6 +17,7 @@ from uwm_jax.config import base, source
 from uwm_jax.data import stats
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset
+from uwm_jax.data.robot import parse_limits
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.samples import Clip
 from uwm_jax.data.spec import DataSpec
@@ -233,3 +234,13 @@ def test_actions_that_the_data_do_not_have(config: ConfigDict, action: Any, mess
     config.action = action
     with pytest.raises(UserError, match=message):
         RunData(config, seed=0)
+
+
+def test_limits_are_parsed_or_refused() -> None:
+    low, high = parse_limits("-1:2.5,:0,3:", 3)
+    assert (low.tolist(), high.tolist()) == ([-1, -np.inf, 3], [2.5, 0, np.inf])
+    low, high = parse_limits("0:512", 2)
+    assert (low.dtype, low.tolist(), high.tolist()) == (np.float32, [0, 0], [512, 512])
+    for text in ("", "1", "1:0", "0:1,0:1", "a:b", "nan:1", "0:1:2", "0:1,,0:1", "0:1;0:1"):
+        with pytest.raises(UserError, match="--action_limits=.*LOW:HIGH for all 3 columns"):
+            parse_limits(text, 3, "--action_limits")
