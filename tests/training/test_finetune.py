@@ -163,7 +163,7 @@ def test_arrays_get_the_new_runs_shardings(origin, tiny_config):
     [
         ("nothing", "holds no config.json. Expected DIR or DIR@STEP"),
         ("origin@3", r"has checkpoints of steps \[2, 4\]"),
-        ("origin@last", "expected DIR or DIR@STEP with an integer, found 'last'"),
+        ("origin@last", "expected DIR or DIR@STEP with an integer, or owner.*found 'last'"),
         ("empty", "holds no checkpoint yet"),
     ],
 )
