@@ -52,7 +52,7 @@ def test_training_writes_what_the_command_does_of_the_policy(trained):
         if name.startswith("eval/")
     }
     assert logged == {name: value["mean"] for name, value in written["metrics.json"].items()}
-    assert logged.keys() == {"policy/max_coverage", "policy/success", "no_action/max_coverage"}
+    assert logged.keys() == {"policy/max_coverage", "policy/success", "policy/seam", "no_action/max_coverage"}
     arguments = ["rollout", f"--workdir={trained}", "--env=pusht", "--episodes=2", "--workers=1"]
     assert cli.call(rollout.main, arguments, rollout.define_flags) == 0
     again = {file: json.loads((folder / file).read_text()) for file in written}  # in the same place
