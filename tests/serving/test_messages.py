@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from uwm_jax.errors import UserError
+from uwm_jax.serving import messages
 from uwm_jax.serving.messages import DTYPES, decode, encode
 
 LIMIT = 1 << 20
@@ -71,6 +72,7 @@ def test_replies_are_what_openpi_unpacks() -> None:
         ({"x": array(b"\0" * 4, "<f4", [1.0])}, "shape [1.0]"),
         ({"x": array(b"\0" * 4, "<f4", 1)}, "shape 1"),
         ({"x": array(b"\0" * 4, "<f4", [1] * 9)}, "at most 8"),
+        ({"x": array(b"", "<f4", [0, 2**63])}, "'x': shape [0, 9223372036854775808]"),
         ({"x": array("text", "|u1", [4])}, "'x': the data of an array are a text: expected bytes"),
         ({"x": array(b"\2", "|b1", [1])}, "'x': an array |b1 holds bytes other than 0 and 1"),
         ({"x": array(b"\0" * 4, "<f4", [1], more=1)}, "'x': the fields b'__ndarray__', b'data'"),
@@ -129,6 +131,31 @@ def test_what_is_no_message(message: bytes, words: str) -> None:
     with pytest.raises(UserError) as error:
         decode(message, LIMIT)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("leaf", [b"\x80", b"\x90", b"\x81\xa1x\x01"])
+def test_nested_containers_end_the_reading_early(leaf: bytes) -> None:
+    """Each level has few entries, and all together are as many as the message has bytes."""
+    for _ in range(3):
+        leaf = b"\xdc\x00\x40" + 64 * leaf
+    count = 0
+
+    def counted(pairs: object) -> object:
+        nonlocal count
+        count += 1
+        return pairs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(messages, "_map", counted)
+        patch.setattr(messages, "_List", counted)
+        with pytest.raises(UserError, match=f"more than {messages.MOST_CONTAINERS} maps and lists"):
+            decode(b"\x81\xa1x" + leaf, 2 * LIMIT)
+    assert count == messages.MOST_CONTAINERS
+
+
+def test_the_largest_message_of_arrays_is_read() -> None:
+    entries = {f"x{i}": array(b"\0" * 4, "<f4", [1]) for i in range(messages.MOST_ENTRIES)}
+    assert len(read(**entries)) == messages.MOST_ENTRIES
 
 
 def test_values_without_a_place_in_a_reply_are_a_mistake_of_ours() -> None:

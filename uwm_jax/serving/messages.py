@@ -11,7 +11,7 @@ message for addresses of memory, which ends the process; a dtype is looked up by
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgpack
@@ -24,8 +24,9 @@ Value = np.ndarray | np.generic | str | bool | int | float | None
 # Texts of the dtypes that are read, and no others.
 DTYPES = {text: np.dtype(text) for text in ("|u1", "|b1", "<i4", "<i8", "<f4", "<f8")}
 
-MOST_ENTRIES = 64  # of a map, and axes of a shape
-MOST_AXES = 8
+MOST_ENTRIES = 64  # of a map or a list
+MOST_AXES = 8  # of a shape
+MOST_CONTAINERS = 3 * MOST_ENTRIES  # maps and lists of a message; an array is one of each
 MOST_TEXT = 4096  # bytes of a name or a text
 
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
@@ -38,6 +39,20 @@ class _Map(dict[str, Any]):
 
 class _List(list[Any]):
     """A list of a message: a shape, or one that has no place in it."""
+
+
+class _Count:
+    """Ends the reading of a message with too many maps and lists: nested ones could be as many as it has bytes, each of
+    which costs a hundred times its byte."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __call__(self, made: Callable[[Any], Any], values: Any) -> Any:
+        self._count += 1
+        if self._count > MOST_CONTAINERS:
+            raise UserError(f"the message has more than {MOST_CONTAINERS} maps and lists; maps are flat.")
+        return made(values)
 
 
 class _Unfit(str):
@@ -61,13 +76,14 @@ def decode(message: bytes, limit: int) -> dict[str, Value]:
     """
     if len(message) > limit:
         raise UserError(f"the message has {len(message)} bytes: expected at most {limit} for what is served here.")
+    count = _Count()
     try:
         found = msgpack.unpackb(
             message,
             raw=False,
             strict_map_key=True,
-            object_pairs_hook=_map,
-            list_hook=_List,
+            object_pairs_hook=lambda pairs: count(_map, pairs),
+            list_hook=lambda values: count(_List, values),
             ext_hook=_no_extension,
             max_str_len=MOST_TEXT,
             max_bin_len=limit,
@@ -145,7 +161,10 @@ def _array(values: dict[bytes, Any]) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if len(data) != size:
         raise UserError(f"an array {dtype.str} of shape {tuple(shape)} needs {size} bytes, found {len(data)}.")
-    array = np.frombuffer(data, dtype).reshape(tuple(shape))
+    try:
+        array = np.frombuffer(data, dtype).reshape(tuple(shape))
+    except ValueError as e:  # no bytes, but an axis beyond numpy's integers
+        raise UserError(f"shape {_shown(shape)}: {e}.") from e
     if dtype.kind == "b" and array.size and array.view(np.uint8).max() > 1:
         raise UserError("an array |b1 holds bytes other than 0 and 1.")
     return array
