@@ -182,7 +182,7 @@ def test_the_flag_is_read_strictly(text: str) -> None:
 
 def test_a_fault_is_named_only_where_the_error_falls_by_much_and_surely() -> None:
     before = np.full(8, 1.0)
-    assert much_nearer(before, np.full(8, 0.2)) and not much_nearer(before, np.full(8, 0.6))
+    assert much_nearer(before, np.full(8, 0.2)) and not much_nearer(before, np.full(8, 0.85))
     assert not much_nearer(before, np.array([0.0, 0, 0, 0, 0, 0, 0, 4.0]))
     assert not much_nearer(before, np.array([0.1] * 7 + [np.inf]))
     assert not much_nearer(np.array([10.0, 0.1, 0.1, 0.1]), np.full(4, 0.1))  # one decision alone

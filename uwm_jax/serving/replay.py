@@ -25,7 +25,7 @@ from uwm_jax.serving.uwm_client import Client, ClientError, RequestError
 
 MOST_DECISIONS = 32  # of an episode that are compared, evenly spread
 MOST_STEPS = 256  # of an episode that a stepwise server is sent
-MUCH_NEARER = 0.75  # the largest share of the error as sent that is left where a fault is named
+MUCH_NEARER = 0.9  # the largest share of the error as sent that is left where a fault is named
 SURE = 3.0  # standard errors over decisions by which the error must fall
 NO_BETTER = 0.9  # share of the mean action's error above which the answers tell of nothing that is seen
 MOST_FAULTS = 3

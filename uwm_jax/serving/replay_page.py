@@ -113,7 +113,7 @@ def _tried(replay: Replay) -> Html:
     rows = [row(tried, replay.as_sent.error) for tried in (replay.as_sent, *replay.tried)]
     heads = ["Assumed", number_head("Error"), number_head("Share", "of that as sent"), ""]
     about = fill(
-        "<p>Each line undoes one fault in the same requests. A fault is named where the error falls by a quarter or "
+        "<p>Each line undoes one fault in the same requests. A fault is named where the error falls by a tenth or "
         "more, and by more than chance over the decisions explains.</p>"
     )
     return fill("{}{}", about, table(heads, rows, "What was tried"))
