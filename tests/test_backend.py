@@ -60,9 +60,12 @@ def test_inputs_are_normalised_and_actions_are_raw(dp):
     made = dp.sample("policy", raw, noise)
     batch = {"obs/image": raw["obs/image"], "obs/agent_pos": (raw["obs/agent_pos"] - OFFSET) / SCALE}
     params, frozen = dp.arrays
-    expected = jax.jit(lambda b, n: dp.model.sample(params, dp.model.encode(frozen, b), "policy", n)["action"])(
-        batch, noise
-    )
+
+    @jax.jit
+    def sample(params, frozen, batch, noise):
+        return dp.model.sample(params, dp.model.encode(frozen, batch), "policy", noise)["action"]
+
+    expected = sample(params, frozen, batch, noise)
     assert made.keys() == {"action", "action_normalized"} and made["action"].dtype == np.float32
     np.testing.assert_array_equal(made["action_normalized"], expected)
     np.testing.assert_array_equal(made["action"], np.asarray(expected) * SCALE + OFFSET)
