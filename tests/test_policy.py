@@ -102,6 +102,17 @@ def test_history_is_the_windows_and_starts_with_the_first_frame(obs, expected):
     assert (policy.inputs()["obs/front"] == 3).all()  # nothing is left of the episode before
 
 
+def test_the_newest_frame_may_stand_for_the_whole_history():
+    stub = Stub(obs=(-2, 0), action=tuple(range(CHUNK)))
+    policy = make(stub, execute=1, history="repeated")
+    for time in (5, 6):
+        policy.observe(seen(time))
+        np.testing.assert_array_equal(policy.inputs()["obs/front"][0, :, 0, 0, 0], [time, time])
+        np.testing.assert_array_equal(policy.inputs()["obs/state"][0, :, 0], [time, time])
+    with pytest.raises(UserError, match="history=newest: expected kept or repeated"):
+        make(stub, execute=1, history="newest")
+
+
 def test_a_chunk_is_executed_in_part_and_then_planned_again():
     policy = make(Stub(), execute=4)
     actions = np.array([policy.act(seen(step))[0] for step in range(10)])

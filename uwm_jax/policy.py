@@ -22,6 +22,7 @@ from uwm_jax.errors import RunError, UserError, warn
 
 SWITCHES = ("wait", "naive", "replacement", "guided")  # from one chunk to the next: see `Policy`
 HOLDING = ("replacement", "guided")  # those that promise rows
+HISTORIES = ("kept", "repeated")  # what the network sees of the steps before: see `Policy`
 NEVER = -(1 << 40)  # a step that is before all others
 
 Rows = Sequence[int] | np.ndarray | None
@@ -75,6 +76,8 @@ class Policy:
             so.
         seed: of the noise that sampling starts from, with the episode's seed and the number of the decision.
         deadline: see above; 0 or more seconds.
+        history: `kept`, the frames that were seen; `repeated`, the newest in place of all, as of a server whose clients
+            send single frames.
         batch_size, source, limits: see `actor`.
     Raises:
         UserError: `execute` and `delay` do not fit the window that the model was trained on; or as `Actor`.
@@ -93,6 +96,7 @@ class Policy:
         switch: str = "wait",
         seed: int = 0,
         deadline: float | None = None,
+        history: str = HISTORIES[0],
         batch_size: int = 1,
         source: str = "",
         limits: Limits | None = None,
@@ -112,7 +116,9 @@ class Policy:
         self._worker = None if deadline is None else ThreadPoolExecutor(1, thread_name_prefix="policy")
         self._warm: set[int] = set()  # numbers of rows whose programs are compiled
         self._awaited: list[tuple[np.ndarray, Future[np.ndarray]]] = []
-        self._history = [window.present - i for i in window.obs]  # steps back from the present
+        if history not in HISTORIES:
+            raise UserError(f"history={history}: expected {' or '.join(HISTORIES)}.")
+        self._history = [0 if history == "repeated" else window.present - i for i in window.obs]  # steps back
         self.reset((0,))
 
     def reset(self, seeds: Sequence[int]) -> None:

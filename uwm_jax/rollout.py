@@ -7,13 +7,13 @@
 Writes to `rollout/<step>` of the workdir (or of the export folder): `metrics.json`, each `{mean, lo, hi, n, episodes}`
 with a 95 % interval over episodes; `episodes.json`, every episode by its seed; `episodes.gif`, three episodes next to
 what the model imagined. And `report.html` again. What was rolled out there first stays: one with another environment,
-other seeds, another --execute, --latency, config or parameters goes to `rollout/<step>/<name>`, --name or a digest of
-what differs.
+other seeds, another --execute, --latency, --history, config or parameters goes to `rollout/<step>/<name>`, --name or a
+digest of what differs.
 
 With --latency a chunk of actions takes so many control steps until it is there, and --switch says what the robot does
-meanwhile (`uwm_jax.policy.Policy`). --export acts by PyTorch, from a folder of `convert to-torch`, with the same noise
-at every decision as the run has in JAX. --against compares with a closed loop of before on the same starts, in place of
-the random policies and the expert.
+meanwhile (`uwm_jax.policy.Policy`). --history=repeated shows it the newest frame in place of its history. --export
+acts by PyTorch, from a folder of `convert to-torch`, with the same noise at every decision as the run has in JAX.
+--against compares with a closed loop of before on the same starts, in place of the random policies and the expert.
 
 An episode is a function of the parameters, its seed and the flags alone.
 """
@@ -51,7 +51,7 @@ from uwm_jax.evaluation.closed_loop import (
     write_episodes,
 )
 from uwm_jax.evaluation.metrics import Metrics, text
-from uwm_jax.policy import SWITCHES
+from uwm_jax.policy import HISTORIES, SWITCHES
 from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.torch_bridge.torch_backend import TorchBackend
@@ -72,6 +72,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("execute", 8, "steps of each chunk of actions that are taken", lower_bound=1)
     flags.DEFINE_integer("latency", 0, "control steps until a chunk of actions is there", lower_bound=0)
     flags.DEFINE_enum("switch", SWITCHES[0], SWITCHES, "with --latency: what the robot does until a chunk is there")
+    flags.DEFINE_enum("history", HISTORIES[0], HISTORIES, "repeated: the newest frame stands for those before it")
     flags.DEFINE_string("against", None, "folder of a closed loop from the same starts, to compare with")
     flags.DEFINE_integer("seed", 0, "of the sampler's noise", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default", lower_bound=0)
@@ -111,7 +112,7 @@ def main(call: cli.Call) -> None:
     acting = _of_export(export, call) if export else _of_run(place, call)
     backend = acting.backend
     check_fits(spec, backend)
-    when = {"latency": FLAGS.latency, "switch": FLAGS.switch}
+    when = {"latency": FLAGS.latency, "switch": FLAGS.switch, "history": FLAGS.history}
     settings = settings_of(env, FLAGS.first_seed, FLAGS.episodes, FLAGS.execute, FLAGS.seed, **when)
     settings = acting.settings | settings
     if against:

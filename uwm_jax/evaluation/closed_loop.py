@@ -116,6 +116,7 @@ def closed_loop(
     execute: int = 8,
     latency: int = 0,
     switch: str = "wait",
+    history: str = "kept",
     seed: int = 0,
     workers: int = 0,
     progress: str = "",
@@ -124,9 +125,9 @@ def closed_loop(
 ) -> list[EpisodeResult]:
     """Lets the acting use of a model act in an environment, one episode from each of `seeds`.
 
-    An episode is a function of (backend, env, its seed, execute, latency, switch, seed) alone: neither the other
-    episodes nor the number of workers changes it. The backend's config decides the sampler, so a number of steps or a
-    rule is tried by giving another one.
+    An episode is a function of (backend, env, its seed, execute, latency, switch, history, seed) alone: neither the
+    other episodes nor the number of workers changes it. The backend's config decides the sampler, so a number of steps
+    or a rule is tried by giving another one.
 
     Args:
         env: name of the environment (`uwm_jax.envs`), e.g. "pusht"; or what `open_envs` opened, which saves the start
@@ -135,6 +136,7 @@ def closed_loop(
         execute: steps of each sampled chunk that are taken before the next chunk is sampled.
         latency, switch: control steps until a chunk is there, and what the robot does meanwhile, as `Policy` has
             `delay` and `switch`. Needs a backend of one process where it is more than 0.
+        history: as `Policy` has it.
         seed: of the sampler's noise, together with the episode's seed and the number of the decision.
         workers: processes that simulate; 0 = all cores, at most one per episode.
         progress: the progress bar's description; "" shows none.
@@ -159,6 +161,7 @@ def closed_loop(
             execute=execute,
             delay=latency,
             switch=switch,
+            history=history,
             seed=seed,
             batch_size=rows_of_a_call,
             source=acting_source(backend),
@@ -360,13 +363,14 @@ def describe_episodes(
     seed: int,
     latency: int = 0,
     switch: str = "wait",
+    history: str = "kept",
 ) -> dict[str, Any]:
     """Contents of `episodes.json`: how it was run; each episode's seed, best and last score, steps, success, and of the
     policy its seam and first chunk."""
     return {
         "env": spec.name,
         "execute": execute,
-        **({"latency": latency, "switch": switch} if latency else {}),
+        **_unusual(latency, switch, history),
         "sampler_seed": seed,
         **model.describe_sampling(),
         "max_steps": spec.max_steps,
@@ -390,11 +394,24 @@ def _entry(episode: EpisodeResult, spec: EnvSpec) -> dict[str, Any]:
 
 
 def settings_of(
-    env: str, first_seed: int, episodes: int, execute: int, seed: int, latency: int = 0, switch: str = "wait"
+    env: str,
+    first_seed: int,
+    episodes: int,
+    execute: int,
+    seed: int,
+    latency: int = 0,
+    switch: str = "wait",
+    history: str = "kept",
 ) -> dict[str, Any]:
     """Settings that tell closed loops of one checkpoint under its own config apart, as `places.choose` takes it."""
     settings = {"env": env, "first_seed": first_seed, "episodes": episodes, "execute": execute, "seed": seed}
-    return settings | {"latency": latency, "switch": switch} if latency else settings
+    return settings | _unusual(latency, switch, history)
+
+
+def _unusual(latency: int, switch: str, history: str) -> dict[str, Any]:
+    """What is recorded of choices that are not the usual ones, so that usual results keep their place."""
+    late = {"latency": latency, "switch": switch} if latency else {}
+    return late | ({} if history == "kept" else {"history": history})
 
 
 def write_episodes(folder: Path, metrics: Metrics, how: Mapping[str, Any]) -> None:
