@@ -33,6 +33,7 @@ import struct
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -268,14 +269,15 @@ class ChunkLoop:
     """Real-time execution: one row at every control step, while the next chunk is asked for in a thread.
 
     Row k of a chunk that is asked for at step s is for step s + k; its answer is used from step s + `delay` on, and the
-    `delay` rows that are executed meanwhile go along as `promised`. The first chunk is waited for. An answer that comes
-    later than `delay` steps after its request is used from then on; where it does not come before the old chunk ends,
-    `act` raises `Stopped`.
+    `delay` rows that are executed meanwhile go along as `promised`. A server whose model cannot hold them
+    (`metadata["promised"]` is False) gets none: the loop then switches naively, and warns. The first chunk is waited
+    for. An answer that comes later than `delay` steps after its request is used from then on; where it does not come
+    before the old chunk ends, `act` raises `Stopped`.
 
     Args:
         client: of a server without `--stepwise`.
         execute: rows of each chunk that are executed; None: as the server says.
-        delay: control steps from a request to the use of its answer; 0 waits for every answer.
+        delay: control steps from a request to the use of its answer, `execute` at most; 0 waits for every answer.
         deadline: seconds for an answer; None: the client's.
     Raises:
         ValueError: `execute` and `delay` do not fit into a chunk, or the server is stepwise.
@@ -295,6 +297,17 @@ class ChunkLoop:
             raise ValueError(
                 f"execute={execute} and delay={delay}: expected 1 and 0 at least, and {horizon} together at most, the "
                 "rows of a chunk."
+            )
+        if delay > execute:
+            raise ValueError(
+                f"delay={delay}: expected at most execute={execute}, since a chunk is asked for after the one before "
+                "is there."
+            )
+        self._promises = delay > 0 and bool(about.get("promised", True))
+        if delay and not self._promises:
+            warnings.warn(
+                "the server's model cannot hold promised rows: the loop switches naively from chunk to chunk.",
+                stacklevel=2,
             )
         self.client, self.execute, self.delay, self._deadline = client, execute, delay, deadline
         self.late_steps, self.stops = 0, 0
@@ -318,14 +331,16 @@ class ChunkLoop:
         Raises:
             Stopped: no answer in time; the other errors are those of `Client.infer`.
         """
-        self._seen.append(dict(observation))
+        # Copies: a robot's drivers may write the next frame where this one lies.
+        self._seen.append({k: np.array(x) if isinstance(x, np.ndarray) else x for k, x in observation.items()})
         if self._chunk is None:
             self._take(self.client.infer(self._request(0), deadline=self._deadline), self._step)
         else:
+            self._answer()
             if self._asked is None and self._step >= self._next:
                 self._ask()
-            if self._asked is not None and self._step >= self._asked_at + self.delay:
-                self._answer()
+                if not self.delay:
+                    self._answer()
         assert self._chunk is not None
         at = self._step - self._start
         if at >= len(self._chunk):
@@ -349,13 +364,17 @@ class ChunkLoop:
         self.close()
 
     def _ask(self) -> None:
-        self._asked_at = self._step
+        assert self._chunk is not None
+        left = max(len(self._chunk) - (self._step - self._start), 0)  # rows that go on to be executed
+        ahead = min(self.delay, left)
+        self._asked_at, self._due = self._step, self._step + ahead
         arguments = {"deadline": self._deadline}
-        self._asked = self._thread.submit(self.client.infer, self._request(self.delay), **arguments)
+        self._asked = self._thread.submit(self.client.infer, self._request(ahead), **arguments)
 
     def _answer(self) -> None:
         """Takes the answer that is due, if it is there; with a delay of 0 it is waited for."""
-        assert self._asked is not None
+        if self._asked is None or self._step < self._due:
+            return
         if not self._asked.done() and self.delay:
             self.late_steps += 1
             return
@@ -365,7 +384,7 @@ class ChunkLoop:
         except (Late, Disconnected):
             if not self.delay:
                 raise
-            self.late_steps += 1  # the next step asks again
+            self.late_steps += 1  # it is asked for again
 
     def _take(self, reply: Mapping[str, Any], start: int) -> None:
         self._chunk, self._start, self._next = reply["actions"], start, start + self.execute
@@ -374,7 +393,7 @@ class ChunkLoop:
         if self._asked is not None:
             self._asked.cancel()
         self._asked, self._chunk = None, None
-        self._start = self._next = self._asked_at = self._step
+        self._start = self._next = self._asked_at = self._due = self._step
 
     def _request(self, promised: int) -> dict[str, Any]:
         """The last observations as one request; an episode's first one fills its history."""
@@ -383,7 +402,7 @@ class ChunkLoop:
         for key, value in request.items():
             if isinstance(value, np.ndarray) and value.ndim + 1 == self._ranks.get(key):
                 request[key] = np.stack([self._seen[max(newest - back, 0)][key] for back in self._back])
-        if promised and self._chunk is not None:
+        if promised and self._promises and self._chunk is not None:
             at = self._step - self._start
             request["promised"] = self._chunk[at : at + promised]
         return request
