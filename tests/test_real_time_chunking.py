@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future, wait
 
 import numpy as np
 import pytest
 
 from tests.made_up_backend import CHUNK, OFFSET, SCALE, MadeUpBackend, seen
 from uwm_jax.actor import Actor
-from uwm_jax.errors import UserError
+from uwm_jax.errors import RunError, UserError
 from uwm_jax.policy import SWITCHES, LateAnswer, Policy
 
 ASYNC = ("naive", "replacement", "guided")
@@ -161,14 +162,11 @@ def held(**how) -> tuple[Policy, MadeUpBackend]:
     return policy, backend
 
 
-def let_through(backend: MadeUpBackend, calls: int) -> None:
-    """Lets the thread make `calls` calls in all, the two to warm up and the first chunk among them."""
+def let_through(policy: Policy, backend: MadeUpBackend) -> None:
+    """Lets the thread answer what it was asked."""
     backend.hold.set()
-    for _ in range(1000):
-        if len(backend.calls) == calls:
-            break
-        time.sleep(0.01)
-    time.sleep(0.1)  # until the call's result is there
+    done, _ = wait([future for _, future in policy._awaited], 60)
+    assert done
 
 
 def test_a_late_answer_is_used_when_it_comes_and_a_stop_has_a_name_and_is_counted():
@@ -185,7 +183,7 @@ def test_a_late_answer_is_used_when_it_comes_and_a_stop_has_a_name_and_is_counte
         assert np.isnan(e.value.actions).all() and e.value.actions.shape == (1, 3)
         with pytest.raises(LateAnswer, match="stop 2"):
             policy.act(seen(9))
-        let_through(backend, 4)
+        let_through(policy, backend)
         action = policy.act(seen(10))[0]  # asked for at step 4, so its row for step 10
         assert (action[0], action[1]) == (4, 6000) and policy.stops == 2
     finally:
@@ -201,17 +199,94 @@ def test_after_a_chunk_that_came_too_late_for_any_row_a_new_one_begins_with_its_
         for step in range(8, 12):
             with pytest.raises(LateAnswer):
                 policy.act(seen(step))
-        let_through(backend, 4)
+        let_through(policy, backend)
         backend.hold.clear()
         with pytest.raises(LateAnswer, match="asked for at step 12, to be there at step 12, has not come"):
             policy.act(seen(12))  # the chunk of step 4 had rows up to step 11
-        let_through(backend, 5)
+        let_through(policy, backend)
         assert backend.calls[-1].promised is None
         actions = [policy.act(seen(step))[0] for step in (13, 14)]
         np.testing.assert_array_equal([a[0] for a in actions], [12, 12])
         np.testing.assert_array_equal([a[1] for a in actions], [0, 1000])
     finally:
         backend.hold.set()
+        policy.close()
+
+
+def test_an_answer_is_used_as_soon_as_the_old_chunk_ends():
+    policy, backend = held()
+    try:
+        for step in range(4, 11):
+            if step < 8:
+                policy.act(seen(step))
+                continue
+            with pytest.raises(LateAnswer):
+                policy.act(seen(step))
+        let_through(policy, backend)
+        executed = policy.act(seen(11))[0]  # the last row of the chunk of step 4, and the next one is asked for
+        np.testing.assert_array_equal(executed[:2], [4, 7000])
+        let_through(policy, backend)
+        np.testing.assert_array_equal(backend.calls[-1].promised.mask.sum(), 1)
+        np.testing.assert_array_equal(policy.act(seen(12))[0, :2], [11, 1000])
+        assert policy.stops == 3
+    finally:
+        backend.hold.set()
+        policy.close()
+
+
+class EndsWhileAskedAbout(Future):
+    """Is there from the second question on."""
+
+    asked = False
+
+    def done(self) -> bool:
+        before, self.asked = self.asked, True
+        return before
+
+
+def test_an_answer_that_comes_while_answers_are_collected_is_not_lost(monkeypatch):
+    policy, backend = held()
+    backend.hold.set()
+
+    def submit(function):
+        future = EndsWhileAskedAbout()
+        future.set_result(function())
+        return future
+
+    monkeypatch.setattr(policy._worker, "submit", submit)
+    found = [policy.act(seen(step))[0, 0] for step in range(4, 8)]
+    policy.close()
+    np.testing.assert_array_equal(found, [0, 0, 4, 4])
+
+
+def test_an_error_of_some_rows_loses_no_answer_of_others():
+    """Of two answers that are there at once, the first one is an error."""
+    hold, backend = threading.Event(), MadeUpBackend()
+    policy = Policy(backend, execute=4, delay=2, switch="naive", deadline=0, batch_size=2)
+    policy.reset((0, 1))
+    policy.act(seen(0), [0])
+    for step in range(1, 4):
+        policy.act(seen(step, 99 + step))
+    sample, errors = backend.sample, [RunError("broken")]
+
+    def breaks_once(*args, **how):
+        assert hold.wait(60)
+        if errors:
+            raise errors.pop()
+        return sample(*args, **how)
+
+    backend.sample = breaks_once
+    try:
+        for step in (4, 5):  # each row asks at its own step 4
+            policy.act(seen(step, 99 + step))
+        hold.set()
+        wait([future for _, future in policy._awaited], 60)
+        with pytest.raises(RunError, match="broken"):
+            policy.act(seen(6, 105))
+        assert policy.act(seen(6, 105))[1, 1] == 5000
+        np.testing.assert_array_equal(policy.act(seen(7, 106))[1, :2], [104, 2000])
+    finally:
+        hold.set()
         policy.close()
 
 

@@ -230,13 +230,13 @@ class Policy:
         used = self._step[at] - self._origin[at]
         left = np.maximum(self.actor.horizon - used, 0)  # rows of the chunk before, which go on to be executed
         waits = self.switch == "wait"
-        stands = (self._origin[at] == NEVER) | ((left == 0) & (not waits))  # at an episode's start, or after a stop
-        self._asked[at], self._fresh[at] = self._step[at], stands | waits
-        self._due[at] = self._step[at] + np.where(stands, 0, self.delay)
+        ahead = np.minimum(left, self.delay)  # fewer than `delay` after a stop, and none at an episode's start
+        self._asked[at], self._fresh[at] = self._step[at], (left == 0) | waits
+        self._due[at] = self._step[at] + np.where(waits & (self._origin[at] != NEVER), self.delay, ahead)
         promised = None
         if self.delay and self.switch in HOLDING:
             places = np.minimum(used[:, None] + np.arange(self.actor.horizon), self.actor.horizon - 1)
-            promised = self._chunks[at[:, None], places], np.minimum(left, self.delay)
+            promised = self._chunks[at[:, None], places], ahead
         inputs, seeds, decisions = self.inputs(at), self._seeds[at], self._decisions[at]
         self._decisions[at] += 1
 
@@ -265,9 +265,10 @@ class Policy:
                 wait([future])  # a robot that has not moved yet
             elif (self._step[mine] >= self._due[mine]).any():
                 wait([future], max(0.0, until - time.monotonic()))
-        ended = [(rows, future) for rows, future in self._awaited if future.done()]
-        self._awaited = [(rows, future) for rows, future in self._awaited if not future.done()]
-        errors = []
+        awaited, self._awaited, errors = self._awaited, [], []
+        ended: list[tuple[np.ndarray, Future[np.ndarray]]] = []
+        for rows, future in awaited:  # which may end at any time: each is asked once
+            (ended if future.done() else self._awaited).append((rows, future))
         for rows, future in ended:
             if error := future.exception():
                 self._asked[rows] = NEVER  # so that it is asked for again

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import wait
 from typing import Any
 
 import numpy as np
@@ -157,6 +159,56 @@ def test_a_late_answer_is_used_late_or_stops_by_name(arm):
     assert np.isfinite(after).all() and policy.stops == 1
     np.testing.assert_array_equal(after[0], policy._chunks[0, 9 - 4])  # its row of step 9
     np.testing.assert_array_equal(policy._chunks[0, :2], np.concatenate(acted[4:6]))  # what was promised was executed
+    policy.close()
+
+
+def test_a_chunk_that_came_too_late_for_any_row_is_dropped(arm):
+    policy = uwm_torch.load(arm.folder, execute=4, delay=2, switch="replacement", deadline=0.0)
+    rng, held, chunks = np.random.default_rng(3), threading.Event(), policy.chunks
+    policy.act(observe(rng, 1))
+
+    def slow(*args: Any, **kwargs: Any) -> np.ndarray:
+        assert held.wait(60)
+        return chunks(*args, **kwargs)
+
+    policy.chunks = slow  # type: ignore[method-assign]
+    for step in range(1, 12):  # asked for at step 4, and used up after step 7
+        with contextlib.nullcontext() if step < 8 else pytest.raises(uwm_torch.LateAnswer):
+            policy.act(observe(rng, 1))
+    held.set()
+    wait([future for _, future in policy._awaited], 60)
+    policy.deadline = 60.0
+    action = policy.act(observe(rng, 1))  # the chunk of step 4 has no row for step 12
+    np.testing.assert_array_equal(action[0], policy._chunks[0, 0])
+    assert policy._origin[0] == 12 and policy.stops == 4
+    policy.close()
+
+
+def test_an_error_of_some_rows_loses_no_answer_of_others(arm):
+    policy = uwm_torch.load(arm.folder, execute=4, delay=2, switch="naive", deadline=0.0)
+    rng, held, chunks = np.random.default_rng(3), threading.Event(), policy.chunks
+    errors = [uwm_torch.RunError("broken")]
+    policy.reset(2)
+    policy.act(observe(rng, 1), [0])
+    for _ in range(3):
+        policy.act(observe(rng, 2))
+
+    def breaks_once(*args: Any, **kwargs: Any) -> np.ndarray:
+        assert held.wait(60)
+        if errors:
+            raise errors.pop()
+        return chunks(*args, **kwargs)
+
+    policy.chunks = breaks_once  # type: ignore[method-assign]
+    for _ in range(2):  # each row asks at its own step 4
+        policy.act(observe(rng, 2))
+    held.set()
+    wait([future for _, future in policy._awaited], 60)
+    with pytest.raises(uwm_torch.RunError, match="broken"):
+        policy.act(observe(rng, 2))
+    for _ in range(2):
+        policy.act(observe(rng, 2))
+    assert policy._origin[1] == 4  # and its step is 6
     policy.close()
 
 

@@ -1918,13 +1918,14 @@ class Policy(Actor):
         """Asks for chunks from what rows have seen up to now."""
         used = self._step[at] - self._origin[at]
         left = np.maximum(self.horizon - used, 0)  # rows of the chunk before, which go on to be executed
-        self._fresh[at] = (left == 0) | (self.switch == "wait")
-        self._asked[at] = self._step[at]
-        self._due[at] = self._step[at] + np.where(self._origin[at] == NEVER, 0, self.delay)
+        waits = self.switch == "wait"
+        ahead = np.minimum(left, self.delay)  # fewer than `delay` after a stop, and none at an episode's start
+        self._asked[at], self._fresh[at] = self._step[at], (left == 0) | waits
+        self._due[at] = self._step[at] + np.where(waits & (self._origin[at] != NEVER), self.delay, ahead)
         promised = None
-        if self.switch in HOLDING and (count := np.minimum(left, self.delay)).any():
+        if self.switch in HOLDING and ahead.any():
             places = np.minimum(used[:, None] + np.arange(self.horizon), self.horizon - 1)
-            promised = self._chunks[at[:, None], places], count
+            promised = self._chunks[at[:, None], places], ahead
         inputs = self._history(at)
         if noise is None:
             noise = self._draw([(self._seed, self._seeds[row], int(self._decisions[row])) for row in at])
@@ -1940,26 +1941,36 @@ class Policy(Actor):
         self._awaited.append((at, future))
 
     def _begin(self, at: np.ndarray) -> None:
-        """Goes over to the chunks that are there and due; waits for those that are due as long as it may."""
+        """Goes over to the chunks that are there and due. One that has no row for this step any more is dropped."""
+        self._collect(at)
+        at = at[self._answered[at] & (self._step[at] >= self._due[at])]
+        origin = np.where(self._fresh[at], self._step[at], self._asked[at])
+        self._answered[at], self._asked[at] = False, NEVER
+        useful = self._step[at] - origin < self.horizon
+        at, origin = at[useful], origin[useful]
+        self._chunks[at], self._origin[at] = self._answers[at], origin
+
+    def _collect(self, at: np.ndarray) -> None:
+        """Takes in the answers of the thread, and waits for those that are due as long as it may."""
         until = time.monotonic() + (self.deadline or 0)
-        awaited, self._awaited = self._awaited, []
-        for rows, future in awaited:
+        for rows, future in self._awaited:
             mine = rows[np.isin(rows, at)]
             if (self._origin[mine] == NEVER).any():
                 wait([future])  # a robot that has not moved yet
             elif (self._step[mine] >= self._due[mine]).any():
                 wait([future], max(0.0, until - time.monotonic()))
-            if not future.done():
-                self._awaited.append((rows, future))
-            elif error := future.exception():
+        awaited, self._awaited, errors = self._awaited, [], []
+        ended: list[tuple[np.ndarray, Future[np.ndarray]]] = []
+        for rows, future in awaited:  # which may end at any time: each is asked once
+            (ended if future.done() else self._awaited).append((rows, future))
+        for rows, future in ended:
+            if error := future.exception():
                 self._asked[rows] = NEVER  # so that it is asked for again
-                raise error
+                errors.append(error)
             else:
                 self._answers[rows], self._answered[rows] = future.result(), True
-        at = at[self._answered[at] & (self._step[at] >= self._due[at])]
-        self._chunks[at] = self._answers[at]
-        self._origin[at] = np.where(self._fresh[at], self._step[at], self._asked[at])
-        self._answered[at], self._asked[at] = False, NEVER
+        if errors:
+            raise errors[0]
 
     def _stop(self, at: np.ndarray, idle: np.ndarray, action: np.ndarray) -> None:
         """Raises LateAnswer."""
