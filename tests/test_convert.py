@@ -242,6 +242,7 @@ def test_unused_normalizer_keys_are_named(official: Path, tmp_path: Path, capsys
         ({"input": "none.safetensors"}, "none.safetensors"),
         ({"input": "{tmp}/text.safetensors"}, "not a readable safetensors file"),
         ({"input": "{tmp}/weights.ckpt"}, ".safetensors or .pt"),
+        ({"input": "{tmp}"}, "is a folder; name the file in it"),
         ({"input": None}, "--input is required"),
         ({"official-config": None}, "--official-config is required"),
         ({"official-config": "{tmp}/none.yaml"}, "none.yaml"),

@@ -42,10 +42,19 @@ _OF_FOLDERS = ("step", "parameters", "uses", "limits")
 
 # The flags that not all of the words take.
 _FLAGS_OF = {
-    "from-torch": ("input", "official_config", "normalizer", "no_normalizer", "weights", "system", "optimizer"),
-    "to-torch": ("output", *_OF_FOLDERS),
+    "from-torch": (
+        "workdir",
+        "input",
+        "official_config",
+        "normalizer",
+        "no_normalizer",
+        "weights",
+        "system",
+        "optimizer",
+    ),
+    "to-torch": ("workdir", "output", *_OF_FOLDERS),
     "check": ("device",),
-    "push": ("export", "repo", "license", "private", "dry_run", *_OF_FOLDERS),
+    "push": ("workdir", "export", "repo", "license", "private", "dry_run", *_OF_FOLDERS),
 }
 
 
@@ -116,6 +125,8 @@ def main(call: cli.Call) -> None:
         else:
             to_torch(workdir, output, FLAGS.step, overrides, FLAGS.parameters)
     elif words[:1] == ["check"] and len(words) == 2:
+        if overrides:
+            raise UserError(f"--config.{overrides[0][0]}: an export folder is checked as it is.")
         folder = runs.export(words[1], "DIR")
         differences = check(folder, FLAGS.device)
         rows = [("use", "largest difference", "in", "at most")]
@@ -125,8 +136,12 @@ def main(call: cli.Call) -> None:
     elif words == ["push"]:
         if bool(FLAGS.workdir) == bool(FLAGS.export):
             raise UserError("push: expected --workdir=DIR or --export=DIR, one of them.")
-        if FLAGS.export and (given := [name for name in _OF_FOLDERS if FLAGS[name].present]):
-            raise UserError(f"--{given[0]}: an export folder is uploaded as it is; with --workdir, push makes one.")
+        changing = [
+            *(name for name in _OF_FOLDERS if FLAGS[name].present),
+            *(f"config.{name}" for name, _ in overrides),
+        ]
+        if FLAGS.export and changing:
+            raise UserError(f"--{changing[0]}: an export folder is uploaded as it is; with --workdir, push makes one.")
         to = Repository(cli.required("repo"), FLAGS.license, FLAGS.private, FLAGS.dry_run)
         if FLAGS.export:
             push_export(cli.required_path("export"), to)

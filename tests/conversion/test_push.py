@@ -131,6 +131,7 @@ def test_no_output_of_a_process_shows_the_token(stub: Stub, export: Path, tmp_pa
         (("--repo=me/robot", "--export=here"), "the hub asks for a token that may write there"),
         (("--repo=me/robot", "--export=here", "--dry_run"), "--export=here: .* model.safetensors is missing"),
         (("--repo=me/robot", "--export=here", "--step=3"), "--step: an export folder is uploaded as it is"),
+        (("--repo=me/robot", "--export=here", "--config.model.depth=3"), "--config.model.depth: an export folder is"),
         (("--repo=me/robot", "--export=here", "--output=x"), "--output is a flag of to-torch; push does not take it"),
     ],
 )

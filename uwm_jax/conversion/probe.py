@@ -7,6 +7,7 @@ use `<use>/<key>` with the keys of `sample`'s outputs. JAX computes them in floa
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def make(system: System, params: Any, frozen: Any, uses: Sequence[str], workdir:
     try:
         inputs, source = held_out_inputs(system, workdir, step), "held-out windows of the run"
     except (UserError, RunError, OSError) as e:
-        inputs, source, why = synthetic_inputs(system), "synthetic", str(e).partition("\n")[0]
+        inputs, source, why = synthetic_inputs(system), "synthetic", re.split(r"\.\s", str(e))[0]
     given = {m for use in uses for m in system.uses[use].given}
     inputs = {key: x for key, x in inputs.items() if key.partition("/")[0] in ("obs", *given)}
     exact = in_float32(system)

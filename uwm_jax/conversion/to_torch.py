@@ -39,7 +39,9 @@ def to_torch(
     """
     workdir, output = files.local_path(workdir, "--workdir"), files.local_path(output, "--output")
     if output.suffix not in (".safetensors", ".pt"):
-        raise UserError(f"--output: expected a name that ends in .safetensors or .pt, found {str(output)!r}.")
+        raise UserError(
+            f"--output: expected a name that ends in .safetensors or .pt, or a folder as DIR/, found {str(output)!r}."
+        )
     if output.suffix == ".pt":
         official_pt.import_torch(f"--output: writing {output}", official_pt.WRITE_OTHERWISE)
     for path in (output, output.with_suffix(".json")):

@@ -48,6 +48,8 @@ def read_weights(path: str | Path, which: str = state_dict.MODEL, *, optimizer: 
     """
     path = Path(path)
     where = f"--input: {path}"
+    if path.is_dir():
+        raise UserError(f"--input: {str(path)!r} is a folder; name the file in it, such as model.safetensors.")
     if not path.is_file():
         raise UserError(f"--input: there is no file {str(path)!r}.")
     if path.suffix not in (".safetensors", ".pt", ".pth"):
