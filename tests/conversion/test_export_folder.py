@@ -21,11 +21,13 @@ from tests.golden import reference
 from tests.systems.small import on_tiny_dataset, small_config
 from uwm_jax import cli, convert, systems
 from uwm_jax.backend import JaxBackend
+from uwm_jax.codecs import PixelsCodec
 from uwm_jax.conversion import probe as probe_lib
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.policy import Policy
+from uwm_jax.systems.base import System
 from uwm_jax.torch_bridge import description
 from uwm_jax.torch_bridge.torch_backend import load_program
 from uwm_jax.train import train
@@ -210,17 +212,33 @@ def test_limits_are_stated(export: Export) -> None:
     assert limits == {"low": [-1, 0, None], "high": [float(np.float32(0.1)), None, 2]}
 
 
+def save_zeros(workdir: Path, system: System) -> None:
+    shapes = jax.eval_shape(system.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    workdir_lib.save_params_only(workdir, system.config, system.spec, params)
+
+
 def test_an_adaln_that_official_checkpoints_lack_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small_config("dp")
     config.model.adaln, config.data.cameras, config.data.low_dim = "shared", ("a",), ("state",)
     window = WindowSpec.from_config(config.data.window)
     system = systems.make(config, DataSpec(window, {"a": (16, 16)}, {"state": 3}, 2, 0, Normalizer()))
-    shapes = jax.eval_shape(system.init, jax.random.key(0))
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    workdir_lib.save_params_only(tmp_path / "run", config, system.spec, params)
+    save_zeros(tmp_path / "run", system)
     assert command("to-torch", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}/") == 2
     assert "config.model.adaln='shared'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_codec_without_tensors_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_lib, "make", lambda *_: probe_lib.Probe({"inputs/x": np.zeros(2)}, "left out"))
+    config = small_config("uwm")
+    config.model.codec.name, config.data.cameras, config.data.low_dim = "pixels", ("a",), ("state",)
+    spec = DataSpec(WindowSpec.from_config(config.data.window), {"a": (16, 16)}, {"state": 3}, 2, 0, Normalizer())
+    save_zeros(tmp_path / "run", systems.make(config, spec, PixelsCodec()))
+    folder = tmp_path / "DIR"
+    assert command("to-torch", f"--workdir={tmp_path / 'run'}", f"--output={folder}/", "--uses=policy") == 0
+    source = f"--input={folder / 'model.safetensors'}", f"--official-config={folder / 'model.json'}"
+    assert command("from-torch", *source, f"--workdir={tmp_path / 'back'}") == 0
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def to_folder(
     notes = []
     if needs_codec:
         tensors |= of_codec
-    elif system.codec is not None:
+    elif of_codec:
         described["codec"]["included"] = False
         described["tensors"] = {name: told for name, told in described["tensors"].items() if name in tensors}
         size = sum(t.nbytes for t in of_codec.values()) / 1e6
