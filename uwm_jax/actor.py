@@ -58,7 +58,10 @@ class Actor:
         sizes: Sequence[int] = (),
     ):
         if not backend.acting:
-            raise UserError(f"config.system={backend.system!r}: this model makes no action from an observation alone.")
+            raise UserError(
+                f"config.system={backend.system!r}: this model, or this export of it, makes no action from an "
+                "observation alone."
+            )
         self.backend, self.sizes = backend, tuple(sizes)
         window = backend.spec.window
         self._rows = rows_from_the_present(window)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.systems.small import on_tiny_dataset, small_config
 from uwm_jax import cli, convert
+from uwm_jax.actor import Actor
 from uwm_jax.backend import JaxBackend
 from uwm_jax.train import train
 from uwm_jax.training import inference
@@ -103,6 +104,12 @@ def test_a_change_shows(copy: Path, capsys: pytest.CaptureFixture[str], change, 
     assert "PyTorch differs from JAX's outputs by more than 0.0001: policy by" in err and told in err
 
 
+def rewrite_probe(folder: Path, key: str, value: np.ndarray) -> None:
+    with np.load(folder / "probe.npz") as file:
+        arrays = dict(file)
+    np.savez(folder / "probe.npz", **arrays | {key: value})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -113,10 +120,13 @@ def test_a_change_shows(copy: Path, capsys: pytest.CaptureFixture[str], change, 
         (lambda d: (d / "probe.npz").unlink(), "probe.npz"),
         (lambda d: (d / "probe.npz").write_bytes(b"PK"), "not a readable .npz"),
         (lambda d: np.savez(d / "probe.npz", x=np.zeros(2)), "expected inputs and outputs of policy"),
+        (lambda d: rewrite_probe(d, "noise/action", np.zeros((2, 3), np.float32)), "noise/action: expected float32"),
+        (lambda d: rewrite_probe(d, "policy/action", np.full((2, 4, 7), "x")), "policy/action: it has <U1 (2, 4, 7)"),
         (lambda d: (d / "model.json").write_text("{}"), "expected the description"),
         (lambda d: (d / "model.safetensors").write_bytes(b"no tensors"), "not a readable safetensors file"),
         (lambda d: (d / "uwm_torch.py").write_text("def load(:"), "not a program"),
         (lambda d: (d / "uwm_torch.py").write_text("import no_such_module"), "needs no_such_module"),
+        (lambda d: (d / "uwm_torch.py").write_text("unknown"), "can be run (NameError: name 'unknown' is not defined)"),
         (lambda d: (d / "uwm_torch.py").write_text("x = 1"), "has no function load"),
     ],
 )
@@ -142,8 +152,23 @@ def test_the_words_of_check(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert command("check") == 2 and "check and a folder" in capsys.readouterr().err
     assert command("check", folder, "--device=quantum") == 2
     assert "'quantum'" in capsys.readouterr().err
-    assert command("check", folder, "--workdir=there", "--step=3") == 2
-    assert "--step is a flag of to-torch; check does not take it" in capsys.readouterr().err
+    for given, message in (
+        ("--step=3", "--step is a flag of to-torch; check does not take it"),
+        ("--workdir=there", "--workdir is a flag of from-torch; check does not take it"),
+        ("--config.model.depth=3", "--config.model.depth: an export folder is checked as it is"),
+    ):
+        assert command("check", folder, given) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_export_without_the_acting_use_does_not_act(copy: Path) -> None:
+    described = json.loads((copy / "model.json").read_text())
+    described["uses"] = {"other": {"makes": ["next_obs"], "given": []}}
+    (copy / "model.json").write_text(json.dumps(described))
+    backend = TorchBackend(copy)
+    assert backend.acting == ""
+    with pytest.raises(convert.UserError, match="or this export of it, makes no action"):
+        Actor(backend)
 
 
 def test_the_backend_of_an_export(folder: Path, workdir: Path) -> None:

@@ -360,6 +360,7 @@ def without_a_tensor(folder: Path) -> None:
         (described(robots={"arm": {"parts": [{"transform": "spin", "width": 3}], "states": {}}}), {},
          "the action transform 'spin' is unknown"),
         (None, {"cuda_graphs": True}, "cuda_graphs=True needs a CUDA device, found device='cpu'"),
+        (None, {"device": "quantum"}, "device='quantum': "),
         (None, {"dtype": torch.float16}, "expected torch.float32 or torch.bfloat16, found torch.float16"),
         (None, {"execute": 5}, "execute=5: expected 1 to 4"),
         (None, {"execute": 3, "delay": 2, "switch": "naive"}, "delay=2 with switch=naive: expected at most 4"),
@@ -377,6 +378,12 @@ def test_unfit_folders_and_arguments_are_named(tiny, tmp_path, damage, arguments
         damage(folder)
     with pytest.raises(uwm_torch.UserError, match=told):
         uwm_torch.load(folder, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_device_that_is_not_there_is_named(tiny):
+    with pytest.raises(uwm_torch.UserError, match=r"device='cuda': .*(CUDA|NVIDIA)"):
+        uwm_torch.load(tiny("dp").folder, "cuda")
 
 
 def test_a_folder_without_the_codec_answers_what_needs_none(tiny, tmp_path):

@@ -59,22 +59,21 @@ def largest(
       scale: (Da,) of the actions' normaliser: raw actions are compared in normalised units.
 
     Raises:
-      UserError: an output is absent, or has another shape.
+      UserError: an output is absent, has another shape, or holds no numbers.
     """
-    worst = Difference(use, 0.0, "")
+    differences = []
     for key, value in expected.items():
-        if key not in found or found[key].shape != value.shape:
-            shape = found[key].shape if key in found else "none"
-            raise UserError(f"the probe's {use}/{key}: expected {value.shape}, found {shape}.")
+        if key not in found or found[key].shape != value.shape or value.dtype.kind not in "iuf":
+            made = f"{found[key].dtype} {found[key].shape}" if key in found else "none"
+            raise UserError(f"the probe's {use}/{key}: it has {value.dtype} {value.shape}, PyTorch makes {made}.")
         difference = np.abs(found[key].astype(np.float64) - value)
         if value.dtype == np.uint8:
             difference = np.where(difference > 1, difference / 255, 0)
         else:
             unit = np.abs(scale) if key == "action" else 1.0
             difference /= unit * max(1.0, float((np.abs(value) / unit).max(initial=0)))
-        top = float(np.nan_to_num(difference, nan=np.inf).max(initial=0))
-        worst = max(worst, Difference(use, top, key), key=lambda one: one.largest)
-    return worst
+        differences.append(Difference(use, float(np.nan_to_num(difference, nan=np.inf).max(initial=0)), key))
+    return max(differences, key=lambda one: one.largest)
 
 
 def refuse_differences(differences: Iterable[Difference], folder: Path) -> None:

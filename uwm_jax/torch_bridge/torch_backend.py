@@ -62,7 +62,8 @@ class TorchBackend(Backend):
             )
         try:
             self.uses = {name: Use(tuple(use["makes"]), tuple(use["given"])) for name, use in stored["uses"].items()}
-            self.acting = str(stored["acting"])
+            acting = str(stored["acting"])
+            self.acting = acting if acting in self.uses else ""
             self._noise = {m: tuple(map(int, shape)) for m, shape in stored["noise"].items()}
             self._sampling = dict(stored["sampling"])
             self.limits = _limits(stored["limits"])
@@ -73,7 +74,7 @@ class TorchBackend(Backend):
             raise UserError(f"{where}: {PROGRAM} has no function load; export the model again.")
         try:
             self.model = load(self.folder, device=device)
-        except (ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError) as e:
+        except Exception as e:  # of a program that need not be of this version
             told = e if isinstance(e, ValueError | RuntimeError | OSError) else f"{type(e).__name__}: {e}"
             raise UserError(f"{where}: {PROGRAM} cannot load it on the device {device!r}: {told}") from e
 
@@ -146,8 +147,8 @@ def load_program(path: Path, where: str) -> ModuleType:
         raise UserError(
             f"{where}: {path.name} needs {e.name}, which is not installed: pip install 'uwm-jax[torch]'."
         ) from e
-    except (SyntaxError, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{where}: {path.name} is not a program that can be run ({e}).") from e
+    except Exception as e:
+        raise UserError(f"{where}: {path.name} is not a program that can be run ({type(e).__name__}: {e}).") from e
     return module
 
 

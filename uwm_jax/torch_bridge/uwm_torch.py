@@ -2062,7 +2062,7 @@ def load(
     Raises:
       UserError: a file is missing or does not fit, or an argument does not.
     """
-    device = torch.device(device)
+    device = _checked_device(device)
     if cuda_graphs and device.type != "cuda":
         raise UserError(f"cuda_graphs=True needs a CUDA device, found device={str(device)!r}.")
     if dtype not in (torch.float32, torch.bfloat16):
@@ -2078,6 +2078,15 @@ def load(
         runner = Runner(model, device, compile, cuda_graphs)
         times: dict[str, Any] = {"execute": execute, "delay": delay, "switch": switch, "deadline": deadline}
         return Policy(description, runner, **times, seed=seed, limits=limits, source=source)
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as e:  # the latter of a torch that was built without CUDA
+        raise UserError(f"device={str(device)!r}: {str(e).partition(chr(10))[0]}.") from e
+    return found
 
 
 @contextlib.contextmanager
