@@ -213,7 +213,7 @@ def test_what_cannot_be_served(options: dict[str, Any], words: str) -> None:
 
 
 def test_metadata_tell_what_to_send() -> None:
-    contract = make_contract(about={"dataset": "x"})
+    contract = make_contract()
     told = msgpack.unpackb(encode(contract.metadata()))  # it can be sent
     assert told["inputs"] == {
         "obs/front": {"shape": [2, 4, 5, 3], "dtype": "uint8", "order": "frames oldest first, height, width, RGB"},
@@ -221,7 +221,7 @@ def test_metadata_tell_what_to_send() -> None:
     }
     assert told["order"] == ["obs/front", "obs/state"] and told["frames"] == 2 and told["history"] == [1, 0]
     assert (told["action_horizon"], told["action_dim"], told["execute"]) == (16, 3, 8)
-    assert told["modes"] == ["policy", "forward", "inverse"] and told["acting"] == "policy" and told["dataset"] == "x"
+    assert told["modes"] == ["policy", "forward", "inverse"] and told["acting"] == "policy"
     assert told["uses"]["forward"] == {
         "makes": ["next_obs"],
         "given": {"action": {"shape": [16, 3], "dtype": "float32"}},
@@ -241,6 +241,8 @@ def test_the_size_of_a_message_follows_from_the_inputs() -> None:
         "prompt": "x" * 4096,
     }
     contract.read(encode(largest))
+    dropping = make_contract(modes=["policy"], keys={"wrist": ""})
+    assert dropping.limit == contract.limit + 2 * 4 * 5 * 3
 
 
 def test_examples_are_requests_of_every_program() -> None:

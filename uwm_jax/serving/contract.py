@@ -75,7 +75,6 @@ class Contract:
       resize: whether frames of another size are resized to cover the model's.
       prompts: embeds sentences; None: requests bring `obs/text` themselves.
       known: keys of the run's data, without `obs/`, which the model need not read.
-      about: further metadata.
     Raises:
       UserError: an unknown mode, a renamed key that does not exist, or `execute` beyond the chunk.
     """
@@ -91,7 +90,6 @@ class Contract:
         resize: bool = False,
         prompts: Prompts | None = None,
         known: Collection[str] = (),
-        about: Mapping[str, Any] | None = None,
     ):
         backend = actor.backend
         self.actor, self.stepwise, self.execute, self._prompts = actor, stepwise, execute, prompts
@@ -124,7 +122,6 @@ class Contract:
         for name, key in self._keys.items():
             if key and key not in self._known:
                 raise UserError(f"--keys={name}={key}: no request has {key}.{suggest(key, self._known)}")
-        self._about = dict(about or {})
 
     @property
     def reads_text(self) -> bool:
@@ -193,19 +190,21 @@ class Contract:
             "keys": dict(self._keys),
             "resize": "cover" if self._resize else "",
             "most_bytes": self.limit,
-            **self._about,
         }
 
     @property
     def limit(self) -> int:
-        """Bytes that a message may have: those of the declared inputs of all modes, low-dim ones as float64."""
-        total = _SLACK
+        """Bytes that a message may have: those of the declared inputs of all modes, low-dim ones as float64. An entry
+        that is dropped (`--keys=name=`) may be as long as the longest observation."""
+        total, longest = _SLACK, 0
         for key, (shape, dtype) in self._observed.items():
             size = 8 if dtype != np.uint8 else 1
             if self._resize and key in self._cameras:
                 height, width = (max(pair) for pair in zip(shape[1:3], FRAME_LIMIT, strict=True))
                 shape = (shape[0], height, width, 3)
             total += int(np.prod(shape)) * size
+            longest = max(longest, int(np.prod(shape)) * size)
+        total += longest * sum(not key for key in self._keys.values())
         extra = {key: like for mode in self.modes for key, like in (self._given[mode] | self._noise[mode]).items()}
         for like in self._latents.values():
             extra[LATENTS] = like
