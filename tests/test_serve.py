@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from tests.serving.clients import Client, fetch
+from tests.serving.clients import Client, fetch, wait_until
 from tests.systems.small import SIZE, small_config
 from uwm_jax import cli, convert, serve, systems
 from uwm_jax.benchmarking.serving_load import ServeProcess, at_once, attack
@@ -184,7 +183,7 @@ def test_sigterm_under_load_loses_no_request(workdir: Path) -> None:
         threads = [threading.Thread(target=drive, args=(i,)) for i in range(8)]
         for thread in threads:
             thread.start()
-        time.sleep(2)
+        wait_until(lambda: sum(answered) > 40, 120)
         status, printed = started.end()
         for thread in threads:
             thread.join(30)
@@ -192,6 +191,11 @@ def test_sigterm_under_load_loses_no_request(workdir: Path) -> None:
         found = re.search(r"(\d+) requests received: (\d+) answered, (\d+) refused, 0 failed, 0 gone", printed)
         assert found, printed
         received, replied, refused = map(int, found.groups())
+        pages = started.address.replace("ws", "http")
+        assert started.line == (
+            f"serving policy at {started.address} (page {pages}/, health {pages}/healthz, metrics {pages}/metrics)\n"
+        )
+        assert "warming up: 100%" in printed
         assert received == replied + refused and (replied, refused) == (sum(answered), sum(told)) and replied > 20
         assert sum(sent) - received <= 8  # those behind the farewell that was on its way
 

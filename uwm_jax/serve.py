@@ -130,7 +130,7 @@ def main(call: cli.Call) -> None:
         pages=pages,
     )
     pages.of(server)
-    server.warm()
+    server.warm("warming up")
     if replaying:
         replaying.run(server, token, certificate is not None)
         return
@@ -149,7 +149,13 @@ async def _serve(server: Server) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.drain)
-    await server.run(lambda: print(f"serving {', '.join(server.contract.modes)} at {server.address}", flush=True))
+    await server.run(lambda: print(_addresses(server), flush=True))
+
+
+def _addresses(server: Server) -> str:
+    pages = server.address.replace("ws", "http", 1)
+    served = f"serving {', '.join(server.contract.modes)} at {server.address}"
+    return f"{served} (page {pages}/, health {pages}/healthz, metrics {pages}/metrics)"
 
 
 def _open(call: cli.Call) -> tuple[Actor, set[str]]:

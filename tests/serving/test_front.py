@@ -18,7 +18,7 @@ import pytest
 from websockets.exceptions import InvalidMessage, InvalidStatus
 
 from tests.serving.clients import Client, fetch, running, wait_until
-from tests.serving.small_model import WIDTH, make_contract
+from tests.serving.small_model import WIDTH, make_contract, make_server
 from uwm_jax.errors import UserError
 from uwm_jax.serving import access
 from uwm_jax.serving.connections import Server
@@ -121,6 +121,11 @@ def test_an_address_that_is_taken() -> None:
         contract = make_contract()
         with pytest.raises(UserError, match="cannot listen here"):
             Server(contract, None, port=taken.getsockname()[1])  # type: ignore[arg-type]
+    warming = make_server(contract)  # it holds its address before it listens
+    with pytest.raises(UserError, match="cannot listen here"):
+        Server(contract, None, port=urlsplit(warming.address).port or 0)  # type: ignore[arg-type]
+    with running(warming) as (_, address):
+        assert Client(address).ask()["actions"].shape == (16, WIDTH)
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate: apt-get install openssl")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import msgpack
 import numpy as np
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from uwm_jax.benchmarking import hostile
@@ -36,6 +37,7 @@ class ServeProcess:
     Attributes:
       address: `ws://host:port`.
       process: the process.
+      line: that it printed when it began to accept clients.
     """
 
     def __init__(self, flags: Sequence[str]):
@@ -43,8 +45,8 @@ class ServeProcess:
         command = [sys.executable, "-m", "uwm_jax.serve", "--port=0", *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True)
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.search(r" at (wss?://\S+)", line)
+        self.line = self.process.stdout.readline()
+        found = re.search(r" at (wss?://\S+)", self.line)
         if not found:
             self.process.wait()
             raise RunError(f"{' '.join(command)} ended with status {self.process.returncode}: {self._told()[-2000:]}")
@@ -135,7 +137,7 @@ def attack(address: str, count: int, *, clients: int = 4, seed: int = 0) -> Harm
                 try:
                     connection.send(message)
                     reply = connection.recv(_PATIENCE)
-                except OSError as e:
+                except (OSError, ConnectionClosed) as e:
                     raise RunError(f"the server did not answer {message[:60]!r}: {e}") from e
                 if isinstance(reply, str):
                     refused += 1

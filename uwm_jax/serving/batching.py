@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from uwm_jax.actor import Actor
 from uwm_jax.ending import leave_behind
@@ -72,10 +73,16 @@ class Engine:
         assert actor.sizes
         self._actor, self._seed, self.sizes = actor, seed, tuple(actor.sizes)
 
-    def warm(self, job: Job) -> None:
-        """Compiles the programs of a job's kind, all sizes."""
-        for size in self.sizes:
-            self.run(job.kind, [job] * size)
+    def warm(self, jobs: Sequence[Job], progress: str = "") -> None:
+        """Compiles the programs of the kinds of these jobs, all sizes; `progress` is the title of a bar, "" for
+        none."""
+        batches = [(job, size) for job in jobs for size in self.sizes]
+        with tqdm(total=len(batches), desc=progress, unit="batch", disable=not progress) as bar:
+            for job, size in batches:
+                promised = ", promised rows" if job.kind.promised else ""
+                bar.set_postfix_str(f"{job.kind.mode}{promised}, batch of {size}")
+                self.run(job.kind, [job] * size)
+                bar.update()
 
     def run(self, kind: Kind, jobs: Sequence[Job]) -> list[Arrays | RunError]:
         """The outputs of each of 1 to `sizes[-1]` jobs of one kind; an error in place of those that are not finite."""

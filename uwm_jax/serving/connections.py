@@ -147,17 +147,17 @@ class Server:
         host, port = self._socket.getsockname()[:2]
         return f"{'wss' if self._tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def warm(self) -> None:
-        """Compiles all programs; called before `run`."""
+    def warm(self, progress: str = "") -> None:
+        """Compiles all programs; called before `run`. `progress` is the title of a bar; "" for none."""
         self.contract.actor.cut = 1  # limits say once what they cut, and that is for a robot's request
-        for request in self.contract.examples():
-            self.engine.warm(Job(request, 0, 0))
+        self.engine.warm([Job(request, 0, 0) for request in self.contract.examples()], progress)
         self.contract.actor.cut = 0
         self.status.warmed()
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Accepts clients until it has drained; `ready` is called when it does."""
         self._loop, self._drained = asyncio.get_running_loop(), asyncio.Event()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         limit = self.contract.limit
         batcher = self._batcher = Batcher(
             self.engine.run,
@@ -436,8 +436,9 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger here
         bound.bind(address)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # until `run` listens, nobody else may bind it
     except (OSError, OverflowError) as e:
         raise UserError(f"--host={host}, --port={port}: cannot listen here: {cause_of(e)}.") from e
     return bound
