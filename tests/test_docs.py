@@ -2,7 +2,8 @@
 
 The page is taken as a person would: its Python blocks become the files that it names, its bash blocks are run one
 after the other. What makes them tiny is put before their own flags, by a `python` that stands first on the PATH; the
-values and paths that only a person's machine has are replaced, and each replacement has to happen.
+values and paths that only a person's machine has are replaced, and each replacement has to happen. Blocks marked `sh`
+in place of `bash` need an official checkpoint, and are not run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import pytest
 from absl.flags import FLAGS
 
+from tests import quick_compile
 from tests.data import rlds_source
 from uwm_jax import cli
 from uwm_jax.config import MAY_CHANGE, base, flatten, load, source, validate
@@ -103,7 +105,7 @@ def ran(place):
         command = ["bash", "-euo", "pipefail", "-c", text]
         # Most of the time here is compilation, above all for several devices.
         count = 4 if "mesh.fsdp=4" in text else 1
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count} {quick_compile.FLAGS}"
         result = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600)
         results.append((block, result))
         if result.returncode:

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 
 from launch.rehearse import Processes, one_device
+from tests import quick_compile
 from tests.systems.small import on_tiny_dataset, small_config
 from uwm_jax import config as config_lib
 from uwm_jax.parallel.distributed import SILENCE_SECONDS
-
-QUICK_COMPILE = "--xla_backend_optimization_level=0"  # which is most of the time here
 
 EVALUATES = ("--config.eval.every=4", "--config.eval.num_windows=6")  # all modes, at the end
 
@@ -105,7 +104,7 @@ def train_command(tmp_path_factory, make_tiny_config):
 def start(jobs, count):
     """Runs jobs, one after the other, in `count` processes; what each of them said."""
     command = [sys.executable, "-c", RECORDER, json.dumps(jobs)]
-    with Processes(count, command, os.environ | {"XLA_FLAGS": QUICK_COMPILE}) as processes:
+    with Processes(count, command, os.environ | {"XLA_FLAGS": quick_compile.FLAGS}) as processes:
         assert processes.wait(400) == [0] * count, processes.lines
     return processes.lines
 
@@ -123,7 +122,9 @@ def runs(tmp_path_factory, train_command):
         return [["copy", str(root / before), str(root / after)], train_command(root / after, *more)]
 
     def start_with_8_devices(jobs):
-        environ = one_device(os.environ) | {"XLA_FLAGS": f"{QUICK_COMPILE} --xla_force_host_platform_device_count=8"}
+        environ = one_device(os.environ) | {
+            "XLA_FLAGS": f"{quick_compile.FLAGS} --xla_force_host_platform_device_count=8"
+        }
         command = [sys.executable, "-c", RECORDER, json.dumps(jobs)]
         result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=400)
         assert result.returncode == 0, result.stderr
@@ -256,7 +257,7 @@ def test_sigterm_saves_and_sigkill_ends_all(train_command, tmp_path):
             assert time.monotonic() < deadline and not any(p.poll() for p in processes.popen), processes.lines
             time.sleep(0.05)
 
-    environ = os.environ | {"XLA_FLAGS": QUICK_COMPILE}
+    environ = os.environ | {"XLA_FLAGS": quick_compile.FLAGS}
     with Processes(2, command, environ) as processes:
         wait_for_a_step(processes)
         processes.popen[1].send_signal(signal.SIGTERM)

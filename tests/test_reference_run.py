@@ -22,13 +22,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests import quick_compile
 from tests.golden.reference import filler
 from uwm_jax import config as config_lib
 
 REFERENCE = Path(__file__).parent / "golden" / "reference_run.json"
 STEPS = 3  # two steps later, at this learning rate, rounding has grown to 4e-5
 TOLERANCE = 1e-5  # of which XLA's optimisation levels and instruction sets take 2.3e-7
-XLA_FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"  # compiles in half the time
+XLA_FLAGS = f"--xla_force_host_platform_device_count=2 {quick_compile.FLAGS}"
 
 pytestmark = pytest.mark.slow
 
