@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runs": (*LIBRARY, "evaluation"),
     "sweeps": (*LIBRARY, "evaluation", "runs"),
     "conversion": (*LIBRARY, "backend", "evaluation", "reporting"),
-    "serving": (*LIBRARY, "actor", "backend", "reporting"),
+    "serving": (*LIBRARY, "actor", "backend", "cli", "reporting"),
     "cli": (*BASE, "hub"),
     "benchmarking": (*LIBRARY, "backend", "cli", "conversion"),
     "planning": (*LIBRARY, "", "cli", "evaluation", "sweeps"),
@@ -68,8 +68,11 @@ IMPORTS_STILL: set[tuple[str, str]] = {
     ("benchmarking.rows", "systems.uwm.system"),
 }
 
-# Imports of ours in functions, where torch must stay out until it is asked for; `torch_bridge` may have more.
+# Imports of ours in functions, where torch, or what the extra `serve` brings, must stay out until it is asked for;
+# `torch_bridge` may have more.
 TORCH_STAYS_OUT = {
+    ("serve", "serving.running"),
+    ("benchmark_serving", "benchmarking.serving_load"),
     ("benchmarking.memory", "benchmarking.rows"),
     ("benchmarking.memory", "benchmarking.torch_rows"),
     ("benchmarking.torch_inference", "benchmarking.torch_answers"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from uwm_jax import cli, host_tpu
+from uwm_jax.errors import UserError
 
 PROGRAM = """
 import errno, os
@@ -181,3 +182,9 @@ def test_memory_that_was_freed_is_not_faulted_in_again():
         assert result.returncode == 0, result.stderr
         faults[name] = [int(line) for line in result.stdout.split()]
     assert min(faults["given back"]) > 1000 > 10 * max(faults["kept"]), faults
+
+
+def test_a_missing_extra_is_told() -> None:
+    cli.need_extra("serve", "json")
+    with pytest.raises(UserError, match=r"^not_there: not installed. Run `pip install 'uwm-jax\[serve\]'`\.$"):
+        cli.need_extra("serve", "json", "not_there")

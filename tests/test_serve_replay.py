@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.test_serve import observation, process, run, workdir
+from tests.test_serve import observation, run, workdir
 from uwm_jax import cli
+from uwm_jax.benchmarking.serving_load import ServeProcess
 from uwm_jax.data.records import Dataset
 from uwm_jax.serving.uwm_client import Client
 
@@ -23,8 +24,8 @@ LENGTHS = (12, 7)
 def recorded(workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
     """A recording by the command, whose second episode SIGTERM ends; and the actions that clients were told."""
     place, told = tmp_path_factory.mktemp("recorded") / "robot", []
-    flags = ("--stepwise", "--execute=2", "--batch_size=1", f"--record={place}")
-    with process(f"--workdir={workdir}", *flags) as started:
+    flags = [f"--workdir={workdir}", "--stepwise", "--execute=2", "--batch_size=1", f"--record={place}"]
+    with ServeProcess(flags) as started:
         for episode, length in enumerate(LENGTHS):
             with Client(started.address, wait=20) as client:
                 replies = [client.infer(observation(100 * episode + step)) for step in range(length)]

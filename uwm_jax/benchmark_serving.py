@@ -10,11 +10,11 @@ over --rounds of a round's p99. Ends with status 1 where it has grown by more th
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from absl import flags
 
 from uwm_jax import cli
-from uwm_jax.benchmarking.serving_load import ServeProcess, attack, measure
 from uwm_jax.errors import RunError, UserError
 
 FLAGS = flags.FLAGS
@@ -35,13 +35,16 @@ def main(call: cli.Call) -> None:
     clients = _numbers()
     if not call.passed_on:
         raise UserError("expected the server's flags after --, such as: -- --workdir=DIR")
-    with ServeProcess(call.passed_on) as server:
+    cli.need_extra("serve", "msgpack", "websockets")
+    from uwm_jax.benchmarking import serving_load
+
+    with serving_load.ServeProcess(call.passed_on) as server:
         rows = [["clients", "p50 ms", "p99 ms", "requests/s"]]
         for count in clients:
-            found = measure(server.address, count, FLAGS.requests)
+            found = serving_load.measure(server.address, count, FLAGS.requests)
             rows.append([str(count), f"{found.p50_ms:.2f}", f"{found.p99_ms:.2f}", f"{found.per_second:.1f}"])
         print(cli.table(rows), flush=True)
-        grown = _attacked(server) if FLAGS.hostile else []
+        grown = _attacked(serving_load, server) if FLAGS.hostile else []
         status, printed = server.end()
         print(printed.strip())
     if status:
@@ -50,12 +53,12 @@ def main(call: cli.Call) -> None:
         raise RunError(f"hostile messages changed the server: {', '.join(grown)}.")
 
 
-def _attacked(server: ServeProcess) -> list[str]:
-    """Prints what hostile messages changed; what they changed by too much."""
-    attack(server.address, _FILL, seed=1)
-    p99, memory = _p99(server), server.memory()
-    harm = attack(server.address, FLAGS.hostile)
-    p99_after, memory_after = _p99(server), server.memory()
+def _attacked(load: Any, server: Any) -> list[str]:
+    """Prints what hostile messages changed; what they changed by too much. `load` is the module `serving_load`."""
+    load.attack(server.address, _FILL, seed=1)
+    p99, memory = _p99(load, server), server.memory()
+    harm = load.attack(server.address, FLAGS.hostile)
+    p99_after, memory_after = _p99(load, server), server.memory()
     print(
         f"{FLAGS.hostile} hostile messages: {harm.refused} refused, {harm.answered} answered, in {harm.seconds:.0f} s"
     )
@@ -71,8 +74,8 @@ def _attacked(server: ServeProcess) -> list[str]:
     return lines
 
 
-def _p99(server: ServeProcess) -> float:
-    return statistics.median(measure(server.address, 1, FLAGS.requests).p99_ms for _ in range(FLAGS.rounds))
+def _p99(load: Any, server: Any) -> float:
+    return statistics.median(load.measure(server.address, 1, FLAGS.requests).p99_ms for _ in range(FLAGS.rounds))
 
 
 def _numbers() -> list[int]:

@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import functools
 import gc
+import importlib.util
 import os
 import sys
 import time
@@ -142,6 +143,12 @@ def export_folder() -> Path | None:
     """The export folder that `--export` names, a path or a repository of the hub; None if the flag is absent."""
     value = FLAGS["export"].value
     return hub_runs.export(value, "--export") if value else None
+
+
+def need_extra(extra: str, *modules: str) -> None:
+    """Raises UserError where one of these modules, which an extra of the package brings, is not installed."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{' and '.join(missing)}: not installed. Run `pip install 'uwm-jax[{extra}]'`.")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
