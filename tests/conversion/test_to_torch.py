@@ -40,6 +40,7 @@ def run(tmp_path_factory, make_tiny_config) -> Path:
     """A run of 4 steps with an average that differs from the parameters in every number."""
     config = make_tiny_config()
     config.optimizer.ema_decay = 0.99
+    config.diffusion.prediction.action = "sample"
     system, frozen = synthetic_system(config, 10)
     rng = np.random.default_rng(0)
     pairs = {
@@ -86,6 +87,17 @@ def test_the_parameters_that_were_asked_for_come_back_bit_equal(run: Path, tmp_p
     assert command("from-torch", *given, f"--workdir={tmp_path / 'back'}") == 0
     assert command("to-torch", f"--workdir={tmp_path / 'back'}", f"--output={tmp_path / 'again.pt'}") == 0
     assert same(weights.read_weights(tmp_path / "again.pt").tensors, written["average"])
+
+
+def test_what_the_official_code_would_misread_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ending, times in ((".pt", 1), (".safetensors", 0)):
+        assert command("to-torch", f"--workdir={run}", f"--output={tmp_path / 'x'}{ending}") == 0
+        said = capsys.readouterr().err
+        assert said.count("config.model.codec.name='pca': the official code has the VAE alone") == times
+        assert said.count("config.diffusion.prediction.action='sample': the official code takes") == times
+        assert "prediction.next_obs" not in said
 
 
 @pytest.mark.parametrize("name", GOLDEN)

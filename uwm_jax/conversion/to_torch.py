@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from uwm_jax import files, systems
-from uwm_jax.errors import UserError
+from uwm_jax.codecs import VAECodec
+from uwm_jax.errors import UserError, warn
 from uwm_jax.systems.base import System
 from uwm_jax.torch_bridge import layout, official_codecs, official_pt, weights
 from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION
@@ -53,6 +54,8 @@ def to_torch(
     described |= inference.parameters_used(workdir, step, parameters)
     tensors = dict(sorted(tensors.items()))
     if output.suffix == ".pt":
+        for told in unlike_official(system):
+            warn(f"--output: {output}: {told}")
         official_pt.write(output, tensors, system.spec.normalizer.entries, step)
     else:
         weights.write_weights(output, tensors)
@@ -98,6 +101,23 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
         "codec": official_codecs.describe(system.codec, workdir and codec_store.folder(workdir, system.config)),
         "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype.name} for name, t in sorted(tensors.items())},
     }
+
+
+def unlike_official(system: System) -> list[str]:
+    """What the official code refuses or misreads in a `.pt` of this model, a sentence for each field of the config."""
+    told, c = [], system.config
+    if system.codec is not None and not isinstance(system.codec, VAECodec):
+        told.append(
+            f"config.model.codec.name={system.codec.name!r}: the official code has the VAE alone, and loads `model` "
+            "strictly."
+        )
+    prediction = c.diffusion.prediction if "diffusion" in c and c.diffusion.get("kind") != "flow" else {}
+    told += [
+        f"config.diffusion.prediction.{m}={kind!r}: the official code takes what the network makes for noise."
+        for m, kind in prediction.items()
+        if kind != "epsilon"
+    ]
+    return told
 
 
 def noise_shapes(system: System) -> dict[str, tuple[int, ...]]:
