@@ -222,9 +222,19 @@ def _frames(model: System) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=16)
 def _noise(model: System, use: str) -> Callable[..., Any]:
+    return drawing(lambda key, rows: model.noise(key, rows, use))
+
+
+def drawing(draw: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]) -> Callable[..., dict[str, jax.Array]]:
+    """`(seed, seeds (B,), decisions (B,)) -> {modality: (B, ...)}` as `Backend.noise` returns it, compiled.
+
+    Args:
+        draw: (key, row numbers (1,)) -> the noise of one row, {modality: (1, ...)}.
+    """
+
     def one(key: jax.Array, seed: jax.Array, decision: jax.Array) -> dict[str, jax.Array]:
         own = jax.random.fold_in(jax.random.fold_in(key, seed), decision)
-        return jax.tree.map(lambda x: x[0], model.noise(own, jnp.zeros(1, jnp.int32), use))
+        return jax.tree.map(lambda x: x[0], draw(own, jnp.zeros(1, jnp.int32)))
 
     def noise(seed: jax.Array, seeds: jax.Array, decisions: jax.Array) -> dict[str, jax.Array]:
         return jax.vmap(functools.partial(one, jax.random.key(seed)))(seeds, decisions)

@@ -16,10 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from uwm_jax.backend import Arrays, Backend, Noise
+from uwm_jax.backend import Arrays, Backend, Noise, drawing
 from uwm_jax.errors import UserError
 from uwm_jax.systems.base import Promised, Use, draw_normal
 from uwm_jax.torch_bridge import description
@@ -154,15 +153,4 @@ def load_program(path: Path, where: str) -> ModuleType:
 
 @functools.lru_cache(maxsize=8)
 def _draw(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Any:
-    """`(seed, seeds (B,), decisions (B,)) -> {modality: (B, ...)}`, compiled."""
-
-    def draw(seed: jax.Array, seeds: jax.Array, decisions: jax.Array) -> dict[str, jax.Array]:
-        key = jax.random.key(seed)
-
-        def one(seed: jax.Array, decision: jax.Array) -> dict[str, jax.Array]:
-            own = jax.random.fold_in(jax.random.fold_in(key, seed), decision)
-            return jax.tree.map(lambda x: x[0], draw_normal(own, jnp.zeros(1, jnp.int32), dict(shapes)))
-
-        return jax.vmap(one)(seeds, decisions)
-
-    return jax.jit(draw)
+    return drawing(lambda key, rows: draw_normal(key, rows, dict(shapes)))
