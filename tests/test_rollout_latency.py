@@ -25,6 +25,7 @@ from uwm_jax.errors import UserError  # noqa: E402
 from uwm_jax.evaluation import against, closed_loop  # noqa: E402
 from uwm_jax.policy import SWITCHES, Policy  # noqa: E402
 from uwm_jax.systems.base import Promised, Use  # noqa: E402
+from uwm_jax.systems.dp.system import DP  # noqa: E402
 from uwm_jax.train import train  # noqa: E402
 
 SEEDS = [100_000, 100_003]
@@ -146,6 +147,9 @@ def test_a_closed_loop_of_before_is_read_and_compared_on_the_same_starts(tmp_pat
         (tmp_path / "naive4" / "episodes.json").write_text(json.dumps(stored | change))
         with pytest.raises(UserError, match=message):
             against.read(tmp_path / "naive4", PUSHT, range(100_000, 100_007))
+    closed_loop.write_episodes(tmp_path / "policy", {}, stored)
+    with pytest.raises(UserError, match="'policy' names other metrics"):
+        against.read(tmp_path / "policy", PUSHT, range(100_000, 100_007))
     with pytest.raises(UserError, match="cannot read episodes.json"):
         against.read(tmp_path, PUSHT, [1])
 
@@ -183,6 +187,14 @@ def test_the_command_acts_with_a_latency_and_by_torch(trained, tmp_path, capsys,
     assert "paired/policy_vs_naive/seam" in metrics and not any("random" in name for name in metrics)
     assert metrics["naive/seam"] == json.loads((folder / "naive" / "metrics.json").read_text())["policy/seam"]
     assert call(*run) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(DP, "can_promise", False)
+        assert call(*run, "--latency=2", "--switch=guided", f"--against={folder / 'naive'}", "--name=cannot") == 0
+    cannot = json.loads((folder / "cannot" / "episodes.json").read_text())
+    assert cannot["switch"] == cannot["settings"]["switch"] == "naive"
+    metrics = json.loads((folder / "cannot" / "metrics.json").read_text())
+    assert metrics["policy/seam"] == metrics["naive/seam"]
+    assert capsys.readouterr().err.count("it switches naively") == 1
 
     export = tmp_path / "DIR"
     arguments = ["convert", "to-torch", f"--workdir={trained}", f"--output={export}/"]

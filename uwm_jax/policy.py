@@ -105,12 +105,7 @@ class Policy:
             actor = Actor(actor, source=source, limits=limits, sizes=(batch_size,))
         window = actor.backend.spec.window
         check_execute(window, execute, delay, switch)
-        if delay and switch in HOLDING and not actor.backend.can_promise:
-            warn(
-                f"switch={switch}: config.system={actor.backend.system!r} does not sample in steps, so it cannot hold "
-                "promised actions; it switches naively."
-            )
-            switch = "naive"
+        switch = possible_switch(actor.backend, delay, switch)
         self.actor, self.execute, self.delay, self.switch, self.deadline = actor, execute, delay, switch, deadline
         self._seed = seed
         self._worker = None if deadline is None else ThreadPoolExecutor(1, thread_name_prefix="policy")
@@ -313,6 +308,17 @@ class Policy:
 
     def _rows(self, rows: Rows) -> np.ndarray:
         return np.arange(len(self._seeds)) if rows is None else np.asarray(rows, np.int64)
+
+
+def possible_switch(backend: Backend, delay: int, switch: str) -> str:
+    """`switch`, or `naive` where it promises actions that the system cannot hold, which a warning says."""
+    if not delay or switch not in HOLDING or backend.can_promise:
+        return switch
+    warn(
+        f"switch={switch}: config.system={backend.system!r} does not sample in steps, so it cannot hold promised "
+        "actions; it switches naively."
+    )
+    return "naive"
 
 
 def check_execute(window: WindowSpec, execute: int, delay: int = 0, switch: str = "wait") -> None:

@@ -51,7 +51,7 @@ from uwm_jax.evaluation.closed_loop import (
     write_episodes,
 )
 from uwm_jax.evaluation.metrics import Metrics, text
-from uwm_jax.policy import HISTORIES, SWITCHES
+from uwm_jax.policy import HISTORIES, SWITCHES, possible_switch
 from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.torch_bridge.torch_backend import TorchBackend
@@ -112,7 +112,8 @@ def main(call: cli.Call) -> None:
     acting = _of_export(export, call) if export else _of_run(place, call)
     backend = acting.backend
     check_fits(spec, backend)
-    when = {"latency": FLAGS.latency, "switch": FLAGS.switch, "history": FLAGS.history}
+    switch = possible_switch(backend, FLAGS.latency, FLAGS.switch)
+    when = {"latency": FLAGS.latency, "switch": switch, "history": FLAGS.history}
     settings = settings_of(env, FLAGS.first_seed, FLAGS.episodes, FLAGS.execute, FLAGS.seed, **when)
     settings = acting.settings | settings
     if against:

@@ -12,7 +12,7 @@ import numpy as np
 from uwm_jax.envs import EnvSpec
 from uwm_jax.envs.parallel import EpisodeResult
 from uwm_jax.errors import UserError
-from uwm_jax.evaluation.closed_loop import POLICY
+from uwm_jax.evaluation.closed_loop import NO_ACTION, POLICY
 from uwm_jax.reading import read_json
 
 
@@ -56,7 +56,10 @@ def read(folder: Path, spec: EnvSpec, seeds: Sequence[int], flag: str = "--again
             f"steps at most; found {len(starts)} of {env} from seed {starts[0] if starts else None} on. Give the same "
             "--env, --episodes and --first_seed."
         )
-    return Against(folder.resolve().name, folder, episodes)
+    name = folder.resolve().name
+    if name in (POLICY, NO_ACTION):
+        raise UserError(f"{where}: {name!r} names other metrics. Give the folder another name.")
+    return Against(name, folder, episodes)
 
 
 def _episode(entry: dict[str, Any], spec: EnvSpec) -> EpisodeResult:

@@ -39,6 +39,7 @@ from uwm_jax.systems.base import System
 from uwm_jax.training.step import compile_for
 
 POLICY = "policy"
+NO_ACTION = "no_action"
 FIRST_SEED = 100_000  # as published PushT evaluations begin; far from the seeds of demonstrations
 BATCH = 32  # rows of one call of the network; constant, so that the number of episodes changes none of them
 
@@ -324,7 +325,7 @@ def measure(results: Mapping[str, Sequence[EpisodeResult]], spec: EnvSpec) -> Me
     same starts, positive where the policy is better: scores higher, seams smaller.
     """
     best = {who: np.array([e.max_score for e in episodes]) for who, episodes in results.items()}
-    best["no_action"] = np.array([e.scores[0] for e in results[POLICY]])
+    best[NO_ACTION] = np.array([e.scores[0] for e in results[POLICY]])
     success = {who: np.array([e.success for e in episodes], np.bool_) for who, episodes in results.items()}
     seams = {who: np.array([e.seam for e in episodes]) for who, episodes in results.items()}
     every, bounds = np.arange(len(results[POLICY])), spec.score_range
@@ -346,7 +347,7 @@ def measure(results: Mapping[str, Sequence[EpisodeResult]], spec: EnvSpec) -> Me
 def names_of(spec: EnvSpec) -> frozenset[str]:
     """The metrics that `measure` gives of the policy alone."""
     return frozenset(
-        {f"{POLICY}/max_{spec.score}", f"{POLICY}/success", f"{POLICY}/seam", f"no_action/max_{spec.score}"}
+        {f"{POLICY}/max_{spec.score}", f"{POLICY}/success", f"{POLICY}/seam", f"{NO_ACTION}/max_{spec.score}"}
     )
 
 
