@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -168,6 +169,28 @@ def test_stepwise_keeps_the_history_and_replies_with_one_row() -> None:
     assert [line[1:3] for line in notes.lines if line[0] == 1 and len(line) == 4][-1] == (9.0, True)
     steps = [line[3] for line in notes.lines if line[0] == 1 and len(line) == 4]
     np.testing.assert_array_equal(steps, [reply["actions"][0] for reply in (*rows, again)])
+
+
+def test_an_episode_that_is_written_holds_up_no_other_robot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST_UNRECORDED", 6)
+    written = threading.Event()
+
+    class Slow(Notes):
+        def end(self, connection: int) -> None:
+            assert written.wait(20)
+            super().end(connection)
+
+    notes = Slow()
+    with running(make_server(make_contract(stepwise=True), recorder=notes)) as (server, address):
+        leaves, stays = Client(address), Client(address)
+        leaves.ask()
+        leaves.socket.close()
+        wait_until(lambda: server.status.open == 1)
+        replies = [stays.ask() for _ in range(5)]
+        assert [line[0] for line in notes.lines] == [1]
+        written.set()
+    assert [line[:2] if line[1] == "end" else line[0] for line in notes.lines] == [1, (1, "end"), *[2] * 5, (2, "end")]
+    np.testing.assert_array_equal([line[3] for line in notes.lines[2:7]], [reply["actions"][0] for reply in replies])
 
 
 def test_a_recorder_that_fails_is_left_out_and_the_robot_goes_on(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ from uwm_jax.serving.status import ANSWERED, FAILED, GONE, REFUSED, Status
 
 MOST_FRAGMENTS = 4096  # of one message
 MOST_WAITING = 2  # messages of a connection, besides the one that is answered
+MOST_UNRECORDED = 64  # steps that wait for the recorder; then robots wait for it too
 GRACE = 0.1  # seconds in which a draining server still takes what was on its way
 CLOSING_SECONDS = 5.0  # for the closing handshake of a client
 GOING_AWAY, POLICY_VIOLATION = 1001, 1008
@@ -139,6 +140,7 @@ class Server:
         self._drained: asyncio.Event | None = None
         self._drain_began = float("inf")
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._unrecorded = asyncio.Semaphore(MOST_UNRECORDED)
         self._metadata = messages.encode(contract.metadata())
 
     @property
@@ -374,11 +376,20 @@ class Server:
             connection.pending = None
 
     async def _record(self, what: str, *values: Any) -> None:
+        """Queues a call for the recorder's thread, which makes them in order. Writing one robot's episode takes a
+        while, and does not hold up another robot."""
+        if self._recorder is None:
+            return
+        await self._unrecorded.acquire()
+        call = asyncio.get_running_loop().run_in_executor(self._records, self._recorded, what, values)
+        call.add_done_callback(lambda _: self._unrecorded.release())
+
+    def _recorded(self, what: str, values: tuple[Any, ...]) -> None:
         """Calls the recorder, and lets it go where it fails."""
         if self._recorder is None:
             return
         try:
-            await asyncio.get_running_loop().run_in_executor(self._records, getattr(self._recorder, what), *values)
+            getattr(self._recorder, what)(*values)
         except Exception as e:
             self._recorder = None
             warn(f"recording ends here: {type(e).__name__}: {cause_of(e)}")
