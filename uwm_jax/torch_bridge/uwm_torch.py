@@ -2085,7 +2085,8 @@ def _checked_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as e:  # the latter of a torch that was built without CUDA
-        raise UserError(f"device={str(device)!r}: {str(e).partition(chr(10))[0]}.") from e
+        told = str(e).splitlines()[0].rstrip(".")
+        raise UserError(f"device={str(device)!r}: {told}.") from e
     return found
 
 
