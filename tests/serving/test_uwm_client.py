@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,14 @@ def act(loop: ChunkLoop, step: int, wait: bool = True) -> list[float]:
     return loop.act({"obs/state": np.full(3, step, np.float32), "obs/text": np.zeros(5)}).tolist()
 
 
+def act_and_give_up(loop: ChunkLoop, step: int) -> list[float]:
+    """The row of a step at which a chunk is asked for in vain."""
+    before, loop._deadline = loop._deadline, 0.3
+    row, loop._deadline = act(loop, step), before
+    assert isinstance(loop._asked, Future) and isinstance(loop._asked.exception(30), Late)
+    return row
+
+
 @pytest.mark.parametrize(("execute", "delay"), [(4, 0), (4, 2), (1, 0), (5, 3), (3, 1), (4, 4)])
 def test_rows_are_those_of_their_steps_and_what_was_executed_is_promised(execute: int, delay: int) -> None:
     script = Chunks()
@@ -445,8 +454,10 @@ def test_no_answer_stops_by_name_and_then_starts_anew() -> None:
 def test_an_answer_past_its_deadline_is_asked_for_again() -> None:
     script = Chunks(1)
     with fake_server(script) as server, Client(server.url, wait=5) as client:
-        with ChunkLoop(client, 2, 2, deadline=1.0) as loop:
-            rows = [act(loop, step) for step in range(5)]  # the request of step 2 was given up before step 3
+        with ChunkLoop(client, 2, 2, deadline=30.0) as loop:
+            rows = [act(loop, step) for step in range(2)]
+            rows.append(act_and_give_up(loop, 2))
+            rows += [act(loop, step) for step in range(3, 5)]
             script.let_go.set()
             rows += [act(loop, step) for step in range(5, 12)]
     assert [row[1] for row in rows] == list(range(12)) and loop.late_steps == 1 and loop.stops == 0
@@ -456,10 +467,11 @@ def test_an_answer_past_its_deadline_is_asked_for_again() -> None:
 def test_an_answer_is_used_as_soon_as_the_old_chunk_ends() -> None:
     script = Chunks(1)
     with fake_server(script) as server, Client(server.url, wait=5) as client:
-        with ChunkLoop(client, 4, 3, deadline=1.0) as loop:
-            rows = [act(loop, step) for step in range(8)]  # the request of step 4 is given up, and one of step 7 made
+        with ChunkLoop(client, 4, 3, deadline=30.0) as loop:
+            rows = [act(loop, step) for step in range(4)]
+            rows.append(act_and_give_up(loop, 4))
+            rows += [act(loop, step) for step in range(5, 8)]  # at step 7 it is asked for again
             script.let_go.set()
-            loop._deadline = 30.0
             rows += [act(loop, step) for step in range(8, 14)]  # the old chunk's last row was that of step 7
     assert [row[1] for row in rows] == list(range(14)) and loop.stops == 0
     assert len(server.requests[2]["promised"]) == 1 and [row[0] for row in rows[6:10]] == [0, 0, 2, 2]
