@@ -106,6 +106,11 @@ def test_what_a_chunk_does_not_hold_is_refused_at_the_start(how, message):
         Policy(MadeUpBackend(), **{"switch": "naive", **how})
 
 
+def test_limits_that_an_actor_would_not_have_are_refused():
+    with pytest.raises(UserError, match="limits are those of the actor"):
+        Policy(Actor(MadeUpBackend()), limits=(0, 1))
+
+
 def test_a_robot_may_wait_longer_than_a_chunk():
     assert run(Policy(MadeUpBackend(), execute=8, delay=20, switch="wait"), 30).shape == (30, 1, 3)
 

@@ -78,9 +78,10 @@ class Policy:
         deadline: see above; 0 or more seconds.
         history: `kept`, the frames that were seen; `repeated`, the newest in place of all, as of a server whose clients
             send single frames.
-        batch_size, source, limits: see `actor`.
+        batch_size, source, limits: see `actor`; of a backend alone.
     Raises:
-        UserError: `execute` and `delay` do not fit the window that the model was trained on; or as `Actor`.
+        UserError: `execute` and `delay` do not fit the window that the model was trained on; limits that an actor would
+            not have; or as `Actor`.
 
     Attributes:
         late: steps of rows that were acted on in the chunk before because an answer was late; stops: those for which
@@ -103,6 +104,8 @@ class Policy:
     ):
         if isinstance(actor, Backend):
             actor = Actor(actor, source=source, limits=limits, sizes=(batch_size,))
+        elif source or limits is not None:
+            raise UserError("source and limits are those of the actor: give them to Actor(...), or a backend here.")
         window = actor.backend.spec.window
         check_execute(window, execute, delay, switch)
         switch = possible_switch(actor.backend, delay, switch)
