@@ -1,4 +1,4 @@
-"""Messages of a client that means harm, for the benchmark and the tests of the policy server.
+"""Hostile messages, for the benchmark and the tests of the policy server.
 
 Every message is a function of the seed and its number.
 """
@@ -162,7 +162,7 @@ def _many(draw: np.random.Generator, fields: Fields) -> bytes:
 
 
 def _lengths(draw: np.random.Generator, fields: Fields) -> bytes:
-    """What follows is said to be long."""
+    """A header that announces more than follows."""
     head = _pick(draw, (b"\xdd", b"\xdf", b"\x81\xa1x\xc6", b"\x81\xa1x\xdb", b"\x81\xa1x\xc9", b"\xdb"))
     return head + draw.integers(0, 256, 4, np.uint8).tobytes() + draw.bytes(16)
 

@@ -86,7 +86,7 @@ class Latency(NamedTuple):
 
 
 class Harm(NamedTuple):
-    """What hostile messages did: how many were refused in words and answered, and seconds in all."""
+    """Outcome of hostile messages: how many were refused in words and answered, and seconds in all."""
 
     refused: int
     answered: int

@@ -1,4 +1,4 @@
-"""Who may connect: the token, the Origin and the Host of a request, and the address and certificate of the server."""
+"""Access control: the token, the Origin and the Host of a request, and the address and certificate of the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model at the service of many clients: requests wait for each other within a deadline, and run as one batch.
+"""Dynamic batching: requests of many clients wait for each other within a deadline, and run as one batch.
 
 The model runs in one thread of its own. Batches are filled up to compiled sizes, each of which runs once before the
 first client, so that nothing is compiled while a robot waits. A row's answer is a function of its own request: neither
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A request and what its noise follows from: its own seed, or the connection's count of requests."""
+    """A request, and the source of its noise: its own seed, or the connection's count of requests."""
 
     request: Request
     seed: int

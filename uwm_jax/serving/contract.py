@@ -1,4 +1,4 @@
-"""What a request to a served model may hold, what a reply holds, and the metadata that tell a client of both.
+"""Contract between a client and a served model: the fields of requests, their checks, and the metadata.
 
 A request names one use of the model (`mode`; without one, the one that acts) and holds one row of its inputs under the
 keys of `uwm_jax.sample`'s files, in raw units. It is checked here, completely, before the model sees it.
@@ -30,7 +30,7 @@ MOST_SEED = 2**32 - 1
 MOST_ID = 128  # characters of a request_id
 FRAME_LIMIT = (1080, 1920)  # the largest camera frame with `resize`, where the model's is not larger
 FAR = 100.0  # normalised values beyond are refused: the model was trained within about 1
-_SLACK = 64 << 10  # bytes of a message for names, shapes, texts and small keys that the model does not read
+_SLACK = 64 << 10  # bytes of a message for names, shapes, strings and small keys that the model does not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +274,7 @@ class Contract:
         return Request(mode, inputs, noise, promised, seed_of, request_id, **how)  # type: ignore[arg-type]
 
     def _without_frames(self, mode: str) -> dict[str, Like]:
-        """What a use is given, with latents in place of following frames."""
+        """The inputs of a use besides observations, with latents in place of following frames."""
         given = {key: like for key, like in self._given[mode].items() if not key.startswith("next_obs/")}
         return given | {LATENTS: self._latents[mode]}
 
@@ -294,7 +294,7 @@ class Contract:
             return value
         if _whole(value):
             return int(value)  # type: ignore[arg-type]
-        raise UserError(f"request_id: expected an integer or a text of at most {MOST_ID} characters.")
+        raise UserError(f"request_id: expected an integer or a string of at most {MOST_ID} characters.")
 
     def _taken(
         self,
@@ -363,7 +363,7 @@ class Contract:
         """Adds `obs/text` to the inputs; the prompt of a request, None for none."""
         prompt = entries.get(PROMPT)
         if prompt is not None and not isinstance(prompt, str):
-            problems.append(f"{PROMPT}: expected a text, found {_about(prompt)}")
+            problems.append(f"{PROMPT}: expected a string, found {_about(prompt)}")
             return None
         if not self.reads_text:
             return prompt

@@ -2,7 +2,7 @@
 
 An array is the map `{b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shape": [2, 3]}`, a numpy scalar
 `{b"__npgeneric__": True, b"data": number, b"dtype": "<f4"}`. A message is one flat map from names to arrays, scalars
-and texts.
+and strings.
 
 Nothing in a message is trusted: numpy is shown none of its dtypes, because a dtype of objects takes the bytes of a
 message for addresses of memory, which ends the process; a dtype is looked up by its text instead.
@@ -27,7 +27,7 @@ DTYPES = {text: np.dtype(text) for text in ("|u1", "|b1", "<i4", "<i8", "<f4", "
 MOST_ENTRIES = 64  # of a map or a list
 MOST_AXES = 8  # of a shape
 MOST_CONTAINERS = 3 * MOST_ENTRIES  # maps and lists of a message; an array is one of each
-MOST_TEXT = 4096  # bytes of a name or a text
+MOST_TEXT = 4096  # bytes of a name or a string
 
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 _FIELDS = {_ARRAY: {_ARRAY, b"data", b"dtype", b"shape"}, _SCALAR: {_SCALAR, b"data", b"dtype"}}
@@ -56,7 +56,7 @@ class _Count:
 
 
 class _Unfit(str):
-    """What is wrong with an array or a scalar; the map around it knows its name."""
+    """The fault of an array or a scalar, for the map around it, which knows its name."""
 
 
 def decode(message: bytes, limit: int) -> dict[str, Value]:
@@ -67,7 +67,7 @@ def decode(message: bytes, limit: int) -> dict[str, Value]:
       limit: bytes that a message may have.
 
     Returns:
-      {name: array, read-only and of a dtype of `DTYPES`, numpy scalar, or text, number, bool or None}. Numbers of
+      {name: array, read-only and of a dtype of `DTYPES`, numpy scalar, or string, number, bool or None}. Numbers of
       floating point are finite.
 
     Raises:
@@ -93,7 +93,7 @@ def decode(message: bytes, limit: int) -> dict[str, Value]:
         )
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as e:
         reason = str(e) or type(e).__name__
-        raise UserError(f"the message is not a msgpack map of arrays, numbers and texts: {reason[:200]}.") from e
+        raise UserError(f"the message is not a msgpack map of arrays, numbers and strings: {reason[:200]}.") from e
     if not isinstance(found, _Map):
         raise UserError(f"the message is {_kind(found)}: expected one msgpack map.")
     for name, value in found.items():
@@ -102,7 +102,7 @@ def decode(message: bytes, limit: int) -> dict[str, Value]:
 
 
 def encode(reply: Mapping[str, Any]) -> bytes:
-    """A reply as one binary frame: names to arrays of `DTYPES`, numbers, texts, lists and maps of these."""
+    """A reply as one binary frame: names to arrays of `DTYPES`, numbers, strings, lists and maps of these."""
     packed = msgpack.packb(reply, default=_packed)
     assert isinstance(packed, bytes)
     return packed
@@ -117,11 +117,11 @@ def _packed(value: Any) -> Any:
 
 
 def _no_extension(code: int, data: bytes) -> Any:
-    raise UserError(f"extension type {code} of msgpack: expected maps, arrays, numbers and texts.")
+    raise UserError(f"extension type {code} of msgpack: expected maps, arrays, numbers and strings.")
 
 
 def _map(pairs: list[tuple[Any, Any]]) -> Any:
-    """What a map of a message stands for; called for the innermost maps first."""
+    """The array, scalar or flat map that a map of a message stands for; called for the innermost maps first."""
     keys = {key for key, _ in pairs}
     if len(keys) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in {k for k, _ in pairs[:i]})
@@ -138,11 +138,11 @@ def _map(pairs: list[tuple[Any, Any]]) -> Any:
                 return _Unfit(e)
     for key, value in pairs:
         if not isinstance(key, str):
-            raise UserError(f"the name {_shown(key)} is not a text.")
+            raise UserError(f"the name {_shown(key)} is not a string.")
         if isinstance(value, _Unfit):
             raise UserError(f"{_shown(key)}: {value}")
         if isinstance(value, _Map | _List):
-            raise UserError(f"{_shown(key)} is {_kind(value)}: expected an array, a number or a text; maps are flat.")
+            raise UserError(f"{_shown(key)} is {_kind(value)}: expected an array, a number or a string; maps are flat.")
     return _Map(pairs)
 
 
@@ -186,7 +186,7 @@ def _scalar(values: dict[bytes, Any]) -> np.generic:
 
 def _check_entry(name: str, value: Any) -> None:
     if isinstance(value, bytes):
-        raise UserError(f"{_shown(name)} is bytes: expected an array, a number or a text.")
+        raise UserError(f"{_shown(name)} is bytes: expected an array, a number or a string.")
     number = isinstance(value, float) or isinstance(value, np.ndarray | np.generic) and value.dtype.kind == "f"
     if number and not np.isfinite(value).all():
         raise UserError(f"{_shown(name)} holds values that are not finite.")
@@ -203,5 +203,5 @@ def _names(keys: set[Any]) -> str:
 
 
 def _kind(value: Any) -> str:
-    kinds = {_Map: "a map", _List: "a list", np.ndarray: "an array", bytes: "bytes", str: "a text", type(None): "nil"}
+    kinds = {_Map: "a map", _List: "a list", np.ndarray: "an array", bytes: "bytes", str: "a string", type(None): "nil"}
     return kinds.get(type(value), type(value).__name__)

@@ -1,4 +1,4 @@
-"""What a server has done so far: counters and latencies, for Prometheus, for its page, and for the line at its end."""
+"""Counters and latencies of a server, for Prometheus, for its page, and for the line at its end."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Status:
         self._compiled_before = compilations()
 
     def warmed(self) -> None:
-        """What is compiled from here on is counted: it should be nothing."""
+        """Starts the count of compilations, which should stay 0."""
         self._compiled_before = compilations()
 
     def batch(self, seconds: float, waited: Sequence[float], failed: bool) -> None:
