@@ -217,6 +217,9 @@ def run(*argv: str) -> int:
         (["--modes=video"], "--modes=video: expected some of policy"),
         (["--execute=5"], "--execute=5: expected 1 to 4"),
         (["--stepwise", "--execute=0"], "execute"),
+        (["--device=cpu"], "--device requires --export"),
+        (["--replay_page=x.html"], "--replay_page requires --replay"),
+        (["--stepwise", "--record=x", "--replay=x:0"], "--record and --replay: expected one of them"),
     ],
 )
 def test_flags_that_do_not_fit(workdir: Path, capsys: Any, flags: list[str], words: str) -> None:

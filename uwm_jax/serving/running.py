@@ -44,6 +44,11 @@ def serve(call: cli.Call, keys: Mapping[str, str], sizes: Sequence[int]) -> None
     token, certificate = access.read_token(cli.optional_path("token_file")), _certificate()
     for remark in access.check_address(FLAGS.host, token, certificate is not None):
         warn(remark)
+    for name, needed in (("device", "export"), ("replay_page", "replay")):
+        if FLAGS[name].present and not FLAGS[needed].value:
+            raise UserError(f"--{name} requires --{needed}.")
+    if FLAGS.record and FLAGS.replay:
+        raise UserError("--record and --replay: expected one of them; what is replayed is no robot's episode.")
     if FLAGS.record and not FLAGS.stepwise:
         raise UserError("--record requires --stepwise: only then does the server see every step of an episode.")
     actor, known = _open(call, sizes)
