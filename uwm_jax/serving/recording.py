@@ -130,6 +130,8 @@ class Recording:
             shutil.rmtree(left, ignore_errors=True)
         if not self.directory.exists() or not any(self.directory.iterdir()):
             return 0
+        if not (self.directory / "manifest.json").is_file():
+            raise UserError(f"--record={self.directory}: this folder holds something else. Name another directory.")
         manifest = read_manifest(self.directory)
         if manifest.get("source", {}).get("format") != FORMAT:
             raise UserError(f"--record={self.directory}: this dataset is no recording. Name another directory.")
