@@ -202,12 +202,9 @@ def test_what_is_no_recording_of_this_model_is_refused(tmp_path: Path) -> None:
     (place / "manifest.json").write_text(json.dumps(manifest | {"source": {"format": "LeRobot"}}))
     with pytest.raises(UserError, match="this dataset is no recording"):
         Recording(place, spec_of(), None, width=3)
-    (place / "manifest.json").unlink()
-    with pytest.raises(UserError, match=f"--record={place}: this folder holds something else"):
-        Recording(place, spec_of(), None, width=3)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    with pytest.raises(UserError, match="manifest"):
+    with pytest.raises(UserError, match="--record=.*other: this folder holds something else"):
         Recording(tmp_path / "other", spec_of(), None, width=3)
 
 
