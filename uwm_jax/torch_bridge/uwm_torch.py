@@ -1448,7 +1448,9 @@ class Actor:
         self._robot = RobotActions.of_description(description, source)
         self.width, self.cut = self._robot.width, 0
         stored = description.get("limits")
-        self.limits = self._checked_limits((stored["low"], stored["high"]) if stored and limits is None else limits)
+        given = (limits, (stored["low"], stored["high"]) if stored else None)
+        pairs = [self._checked_limits(pair) for pair in given if pair is not None]
+        self.limits = (np.max([p[0] for p in pairs], axis=0), np.min([p[1] for p in pairs], axis=0)) if pairs else None
 
     # --- uses ------------------------------------------------------------------------------------
 
@@ -1668,10 +1670,8 @@ class Actor:
         mask[:, self._chunk] = first
         return rows, mask
 
-    def _checked_limits(self, limits: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    def _checked_limits(self, limits: Any) -> tuple[np.ndarray, np.ndarray]:
         """(low, high), each (Dr,) float32, of numbers, or one for all columns; None stands for no bound."""
-        if limits is None:
-            return None
         pair = []
         for unbounded, bounds in zip((-math.inf, math.inf), limits, strict=True):
             numbers = np.array([unbounded if x is None else x for x in np.asarray(bounds, object).ravel()], np.float32)
@@ -2053,7 +2053,7 @@ def load(
       switch: wait, naive, replacement or guided: see `Policy`.
       deadline: seconds that `act` waits for an answer that is due; None: time is counted in steps.
       limits: (low, high) of the robot's actions in its units, each a number, or (Dr,) with None for a column without a
-        bound; None: those that the export states.
+        bound; those that the export states hold too.
       seed: of all noise that `act` draws.
       source: of the training data, whose robot acts; "" where all have actions of one convention.
       compile: whether `torch.compile` compiles the networks.
