@@ -158,7 +158,10 @@ def _nested(draw: np.random.Generator, fields: Fields) -> bytes:
 
 def _many(draw: np.random.Generator, fields: Fields) -> bytes:
     count = int(draw.integers(60, 5000))
-    return _pick(draw, (_pack({f"k{i}": 0 for i in range(count)}), _pack({"x": [0] * count}), _pack([{}] * count)))
+    wide = {"x": [[{}] * 64] * 64}  # each level has few entries
+    return _pick(
+        draw, (_pack({f"k{i}": 0 for i in range(count)}), _pack({"x": [0] * count}), _pack([{}] * count), _pack(wide))
+    )
 
 
 def _lengths(draw: np.random.Generator, fields: Fields) -> bytes:
