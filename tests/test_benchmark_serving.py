@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from uwm_jax import benchmark_serving, cli
-from uwm_jax.benchmarking import hostile
+from uwm_jax.benchmarking import hostile, serving_load
 from uwm_jax.benchmarking.serving_load import Harm, Latency, ServeProcess
 from uwm_jax.errors import RunError
 
@@ -63,9 +63,9 @@ def test_what_hostile_messages_may_change(
     monkeypatch.setattr(Fake, "larger", larger)
     monkeypatch.setattr(Fake, "slower", slower)
     fake = Fake(("--workdir=x",))
-    monkeypatch.setattr(benchmark_serving, "ServeProcess", Fake)
-    monkeypatch.setattr(benchmark_serving, "attack", fake.attack)
-    monkeypatch.setattr(benchmark_serving, "measure", fake.measure)
+    monkeypatch.setattr(serving_load, "ServeProcess", Fake)
+    monkeypatch.setattr(serving_load, "attack", fake.attack)
+    monkeypatch.setattr(serving_load, "measure", fake.measure)
     assert run("--clients=1,8", "--hostile=50", "--", "--workdir=x") == status
     printed = capsys.readouterr()
     assert "50 hostile messages: 49 refused, 1 answered, in 2 s" in printed.out and "7 requests received" in printed.out

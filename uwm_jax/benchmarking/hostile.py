@@ -158,7 +158,7 @@ def _nested(draw: np.random.Generator, fields: Fields) -> bytes:
 
 def _many(draw: np.random.Generator, fields: Fields) -> bytes:
     count = int(draw.integers(60, 5000))
-    wide = {"x": [[{}] * 64] * 64}  # each level has few entries
+    wide: Fields = {"x": [[{}] * 64] * 64}  # each level has few entries
     return _pick(
         draw, (_pack({f"k{i}": 0 for i in range(count)}), _pack({"x": [0] * count}), _pack([{}] * count), _pack(wide))
     )
