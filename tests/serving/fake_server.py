@@ -70,3 +70,7 @@ def fake_server(script: Script, metadata: Any = METADATA, process_request: Any =
 
 def reply(connection: ServerConnection, request: dict[str, Any], **fields: Any) -> None:
     connection.send(pack({"request_id": request["request_id"], **fields}))
+
+
+def echo(connection: Any, request: dict[str, Any], number: int) -> None:
+    reply(connection, request, number=number, **{k: v for k, v in request.items() if k != "request_id"})
