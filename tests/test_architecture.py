@@ -233,7 +233,7 @@ VOCABULARY = {
     "modality": ("action", "next_obs"),
 }
 SPEAKS_OF_NONE = (
-    "training/*.py",
+    "training/**/*.py",
     "parallel/*.py",
     "models/*.py",
     "data/loader.py",

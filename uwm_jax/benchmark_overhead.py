@@ -31,9 +31,9 @@ from uwm_jax.synthetic import synthetic_batch, synthetic_codec, synthetic_spec
 from uwm_jax.training.build import build
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.log import MetricsLog, progress_line
 from uwm_jax.training.metrics import Metric, MetricAccumulator
 from uwm_jax.training.step import make_train_step
+from uwm_jax.training.telemetry.log import MetricsLog, progress_line
 
 FLAGS = flags.FLAGS
 

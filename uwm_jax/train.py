@@ -55,10 +55,10 @@ from uwm_jax.training import workdir as workdir_lib
 from uwm_jax.training.build import build
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.log import MetricsLog
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup
+from uwm_jax.training.telemetry.log import MetricsLog
 
 FLAGS = flags.FLAGS
 

@@ -17,7 +17,7 @@ from uwm_jax.errors import Preempted  # noqa: E402
 from uwm_jax.evaluation import closed_loop  # noqa: E402
 from uwm_jax.train import train  # noqa: E402
 from uwm_jax.training.inference import load_for_inference  # noqa: E402
-from uwm_jax.training.log import read_metrics  # noqa: E402
+from uwm_jax.training.telemetry.log import read_metrics  # noqa: E402
 
 
 @pytest.fixture(scope="module")

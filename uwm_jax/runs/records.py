@@ -12,9 +12,9 @@ from uwm_jax.parallel.distributed import say
 from uwm_jax.runs.loop import Records, Watch
 from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.flops import Mfu
-from uwm_jax.training.log import MetricsLog, progress_line
 from uwm_jax.training.metrics import MetricAccumulator
 from uwm_jax.training.state import TrainState
+from uwm_jax.training.telemetry.log import MetricsLog, progress_line
 
 
 class Measured(NamedTuple):

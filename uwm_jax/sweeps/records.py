@@ -17,9 +17,9 @@ from uwm_jax.sweeps import record as record_lib
 from uwm_jax.sweeps.program import ALIVE, SweepProgram, SweepState
 from uwm_jax.sweeps.record import Record
 from uwm_jax.training.goodput import duration
-from uwm_jax.training.log import losses_of
 from uwm_jax.training.metrics import Metric
 from uwm_jax.training.state import TrainState
+from uwm_jax.training.telemetry.log import losses_of
 
 AHEAD = 2  # steps in flight, as `MetricAccumulator` has them
 SHOWN = 6  # members whose losses a line of progress has one by one

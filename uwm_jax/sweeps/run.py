@@ -56,11 +56,11 @@ from uwm_jax.training.checkpoint import Checkpoints
 from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
-from uwm_jax.training.log import MetricsLog, losses_of, read_metrics
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup
 from uwm_jax.training.state import Hparams, TrainState
+from uwm_jax.training.telemetry.log import MetricsLog, losses_of, read_metrics
 
 
 @dataclasses.dataclass

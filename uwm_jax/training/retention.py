@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from uwm_jax.errors import UserError, suggest
-from uwm_jax.training.log import read_metrics
 from uwm_jax.training.state import decay_start
+from uwm_jax.training.telemetry.log import read_metrics
 
 
 @dataclasses.dataclass

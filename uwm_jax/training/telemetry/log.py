@@ -15,7 +15,7 @@ from uwm_jax.errors import warn
 from uwm_jax.files import write_text
 from uwm_jax.reading import again
 from uwm_jax.training.goodput import duration
-from uwm_jax.training.tensorboard import Board
+from uwm_jax.training.telemetry.tensorboard import Board
 
 
 class MetricsLog:

@@ -14,8 +14,8 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from uwm_jax.training.log import MetricsLog, progress_line, read_metrics
-from uwm_jax.training.tensorboard import QUEUE_LINES, Board, EventFile
+from uwm_jax.training.telemetry.log import MetricsLog, progress_line, read_metrics
+from uwm_jax.training.telemetry.tensorboard import QUEUE_LINES, Board, EventFile
 
 
 def test_lines_that_are_not_ours_do_not_count(tmp_path, capsys):
