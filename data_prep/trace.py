@@ -14,8 +14,8 @@ from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.errors import UserError
 from uwm_jax.training import cached_latents, fixed_fields
-from uwm_jax.training.checkpoint import latest_step
-from uwm_jax.training.checkpoint_reader import CheckpointReader
+from uwm_jax.training.checkpoints.checkpoint import latest_step
+from uwm_jax.training.checkpoints.reader import CheckpointReader
 
 
 class TracedRow(NamedTuple):

@@ -15,7 +15,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.reporting import run_page
 from uwm_jax.train import train
-from uwm_jax.training.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
 
 PEAK = 1e-3
 

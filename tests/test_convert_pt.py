@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from tests.golden import reference
 from uwm_jax import cli, convert
-from uwm_jax.training import checkpoint
+from uwm_jax.training.checkpoints import checkpoint
 
 LIBERO = "uwm_libero_small"
 

@@ -28,7 +28,7 @@ from tests.data import rlds_source
 from uwm_jax import cli
 from uwm_jax.config import MAY_CHANGE, base, flatten, load, source, validate
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.training.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "training.md").read_text()

@@ -18,7 +18,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.conversion.from_torch import from_torch
 from uwm_jax.errors import UserError
 from uwm_jax.train import train
-from uwm_jax.training.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
 from uwm_jax.training.inference import load_for_inference
 
 GOLDEN = "uwm_libero_small"

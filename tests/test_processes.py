@@ -32,7 +32,7 @@ import hashlib, json, os, sys
 import jax, numpy as np
 from uwm_jax import cli, train
 from uwm_jax.parallel.distributed import session
-from uwm_jax.training.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
 
 def note(**fields):
     with open(f"{train.FLAGS.workdir}.{jax.process_index()}.jsonl", "a") as f:

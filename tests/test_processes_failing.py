@@ -55,7 +55,7 @@ FULL_DISK = """
 import resource, sys
 import jax
 from uwm_jax import cli, train
-from uwm_jax.training.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
 
 def save(self, *args, original=Checkpoints.save):
     if jax.process_index() == int(sys.argv[1]):
@@ -92,8 +92,8 @@ from absl import flags
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from uwm_jax import cli
 from uwm_jax.parallel import distributed as d
-from uwm_jax.training.checkpoint_reader import array_digests
-from uwm_jax.training.writer import make_writer
+from uwm_jax.training.checkpoints.reader import array_digests
+from uwm_jax.training.checkpoints.writer import make_writer
 
 def main(argv):
     jax.config.update("jax_cpu_collectives_implementation", None)

@@ -22,7 +22,7 @@ from tests.systems.small import on_tiny_dataset, small_config
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.train import train
-from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
 
 STEPS, EVERY = 60, 5
 TIMINGS = ("samples_per_second", "data_wait_fraction", "goodput", "mfu", "time/")

@@ -31,7 +31,7 @@ from uwm_jax.runs import records
 from uwm_jax.synthetic import synthetic_system
 from uwm_jax.train import train
 from uwm_jax.training import pretrained
-from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.goodput import CATEGORIES
 from uwm_jax.training.inference import load_for_inference
 from uwm_jax.training.metrics import NotFinite

@@ -20,7 +20,7 @@ from launch.rehearse import Processes
 from uwm_jax import config as config_lib
 from uwm_jax.reporting import pictures
 from uwm_jax.train import train
-from uwm_jax.training.checkpoint import latest_step
+from uwm_jax.training.checkpoints.checkpoint import latest_step
 from uwm_jax.training.telemetry.tensorboard import EventFile
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from uwm_jax.data.records import Dataset
 from uwm_jax.data.run_data import RunData
 from uwm_jax.errors import UserError
 from uwm_jax.train import train
-from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
 
 
 def lines_of(workdir: Path) -> list[dict]:

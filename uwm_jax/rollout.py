@@ -56,7 +56,7 @@ from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
 from uwm_jax.torch_bridge.torch_backend import TorchBackend
 from uwm_jax.training import average, fixed_fields, inference
-from uwm_jax.training.checkpoint_reader import CheckpointReader
+from uwm_jax.training.checkpoints.reader import CheckpointReader
 from uwm_jax.training.provenance import describe_use
 
 FLAGS = flags.FLAGS

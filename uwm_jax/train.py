@@ -49,14 +49,14 @@ from uwm_jax.training import (
     lineage,
     provenance,
 )
-from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import state as state_lib
 from uwm_jax.training import workdir as workdir_lib
 from uwm_jax.training.build import build
+from uwm_jax.training.checkpoints import checkpoint as checkpoint_lib
+from uwm_jax.training.checkpoints.retention import Retention
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.profile import Profile
-from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup
 from uwm_jax.training.telemetry.log import MetricsLog
 

@@ -18,7 +18,7 @@ from uwm_jax import cli, convert
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.synthetic import synthetic_system
 from uwm_jax.torch_bridge import official_pt, weights
-from uwm_jax.training.checkpoint import Checkpoints, make_assets
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.state import create, make_optimizer
 from uwm_jax.training.workdir import write_config
 

@@ -22,7 +22,7 @@ from uwm_jax.torch_bridge import layout
 from uwm_jax.train import train
 from uwm_jax.training import inference
 from uwm_jax.training import state as state_lib
-from uwm_jax.training.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
 from uwm_jax.training.state import TrainState
 from uwm_jax.training.step import divide, finish
 

@@ -26,7 +26,7 @@ from uwm_jax.sweeps import record, run
 from uwm_jax.sweeps.members import groups, make_members
 from uwm_jax.sweeps.records import SweepRecords
 from uwm_jax.train import train
-from uwm_jax.training.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.inference import load_for_inference
 from uwm_jax.training.provenance import describe_use, read_starts
 
@@ -231,7 +231,8 @@ def split_at(place: int, lines: list[str]) -> tuple[list[str], list[str]]:
 def at_work(workdir: Path):
     """Another process holds the lock of a workdir; gives its number."""
     program = (
-        f"import sys; from pathlib import Path; from uwm_jax.training import lock; lock.hold(Path({str(workdir)!r}));"
+        "import sys; from pathlib import Path; from uwm_jax.training.checkpoints import lock;"
+        f"lock.hold(Path({str(workdir)!r}));"
         "print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -18,8 +18,8 @@ from uwm_jax.errors import Preempted, UserError
 from uwm_jax.parallel import signals
 from uwm_jax.sweeps import record, run
 from uwm_jax.sweeps.members import Member, grid, groups, make_members
-from uwm_jax.training.checkpoint import Checkpoints
-from uwm_jax.training.retention import Retention
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.retention import Retention
 from uwm_jax.training.workdir import write_config
 
 

@@ -15,8 +15,8 @@ from uwm_jax.config import base
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.training.checkpoint import Checkpoints, make_assets
-from uwm_jax.training.retention import Retention
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, make_assets
+from uwm_jax.training.checkpoints.retention import Retention
 from uwm_jax.training.state import TrainState, create, make_optimizer
 
 

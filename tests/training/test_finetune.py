@@ -21,7 +21,7 @@ from uwm_jax.synthetic import synthetic_system
 from uwm_jax.systems.uwm.system import UWM
 from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import compatibility
-from uwm_jax.training.checkpoint import Checkpoints, make_assets
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.codec_store import open_codec
 from uwm_jax.training.finetune import open_origin
 from uwm_jax.training.state import create, make_optimizer

@@ -12,7 +12,7 @@ from uwm_jax import systems
 from uwm_jax.errors import UserError
 from uwm_jax.reporting.results import Run
 from uwm_jax.training import fixed_fields
-from uwm_jax.training.checkpoint_reader import CheckpointReader
+from uwm_jax.training.checkpoints.reader import CheckpointReader
 from uwm_jax.training.workdir import write_config
 
 

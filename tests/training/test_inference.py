@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from uwm_jax.conversion.to_torch import to_torch
 from uwm_jax.errors import UserError
 from uwm_jax.synthetic import synthetic_system
-from uwm_jax.training.checkpoint import Checkpoints, make_assets
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.inference import load_for_inference, parameters_used
 from uwm_jax.training.state import create, make_optimizer
 from uwm_jax.training.workdir import save_params_only, write_config

@@ -16,7 +16,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.systems.base import Bucket, Losses, TreeInfo, share_equally
 from uwm_jax.systems.uwm.tree import TREE
 from uwm_jax.training import state as state_lib
-from uwm_jax.training.checkpoint import Checkpoints, make_assets
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, make_assets
 from uwm_jax.training.step import gradient_norms, make_eval_step, make_train_step
 
 

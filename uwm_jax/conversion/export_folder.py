@@ -28,7 +28,7 @@ from uwm_jax.systems.base import System
 from uwm_jax.torch_bridge import layout, official_codecs, weights
 from uwm_jax.torch_bridge.description import DESCRIPTION, PROBE, PROGRAM, WEIGHTS
 from uwm_jax.training import codec_store, fixed_fields, inference, lineage
-from uwm_jax.training.checkpoint_reader import CheckpointReader
+from uwm_jax.training.checkpoints.reader import CheckpointReader
 
 
 def to_folder(

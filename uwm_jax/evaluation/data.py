@@ -17,7 +17,7 @@ from uwm_jax.data.sources import renamed
 from uwm_jax.errors import UserError
 from uwm_jax.systems.base import System
 from uwm_jax.training import fixed_fields, inference, lineage
-from uwm_jax.training.checkpoint_reader import CheckpointReader
+from uwm_jax.training.checkpoints.reader import CheckpointReader
 
 
 @dataclasses.dataclass(frozen=True)

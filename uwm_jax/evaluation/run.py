@@ -18,7 +18,7 @@ from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.systems.base import System
 from uwm_jax.training import build, fixed_fields, inference, lineage, provenance
-from uwm_jax.training.checkpoint_reader import CheckpointReader
+from uwm_jax.training.checkpoints.reader import CheckpointReader
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ from uwm_jax.reading import read_json
 from uwm_jax.reporting.curves import Curve
 from uwm_jax.systems.base import SystemType
 from uwm_jax.training import fixed_fields, provenance
-from uwm_jax.training.checkpoint import latest_step
-from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
+from uwm_jax.training.checkpoints.checkpoint import latest_step
+from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint
 from uwm_jax.training.telemetry.log import read_metrics
 
 _FILES = {  # of each kind: its folder, the file of its numbers, and the file that tells how they were made

@@ -36,7 +36,7 @@ from uwm_jax.reporting.page import (
 from uwm_jax.reporting.results import Interval, Run
 from uwm_jax.reporting.sheets import Mark
 from uwm_jax.sweeps import record as record_lib
-from uwm_jax.training.checkpoint import latest_step
+from uwm_jax.training.checkpoints.checkpoint import latest_step
 
 FILE = "sweep.html"
 AXES = ("policy/action_mse", "forward/changed_mse")  # across and upwards

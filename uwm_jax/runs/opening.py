@@ -23,7 +23,7 @@ from uwm_jax.parallel.distributed import say
 from uwm_jax.training import cached_latents, codec_store, compatibility, pretrained
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import Program
-from uwm_jax.training.checkpoint_reader import CheckpointReader
+from uwm_jax.training.checkpoints.reader import CheckpointReader
 from uwm_jax.training.finetune import Origin
 from uwm_jax.training.state import TrainState
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from uwm_jax.evaluation.in_training import InTraining
 from uwm_jax.parallel.distributed import say
 from uwm_jax.runs.loop import Records, Watch
-from uwm_jax.training.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.metrics import MetricAccumulator
 from uwm_jax.training.state import TrainState

@@ -46,18 +46,18 @@ from uwm_jax.training import (
     fixed_fields,
     latents,
     lineage,
-    lock,
     provenance,
 )
-from uwm_jax.training import checkpoint as checkpoint_lib
 from uwm_jax.training import workdir as workdir_lib
 from uwm_jax.training.build import build
-from uwm_jax.training.checkpoint import Checkpoints
-from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
+from uwm_jax.training.checkpoints import checkpoint as checkpoint_lib
+from uwm_jax.training.checkpoints import lock
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint
+from uwm_jax.training.checkpoints.retention import Retention
 from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.profile import Profile
-from uwm_jax.training.retention import Retention
 from uwm_jax.training.startup import Startup
 from uwm_jax.training.state import Hparams, TrainState
 from uwm_jax.training.telemetry.log import MetricsLog, losses_of, read_metrics

@@ -16,8 +16,8 @@ from uwm_jax.errors import UserError
 from uwm_jax.hub.names import parse_origin
 from uwm_jax.training import finetune, fixed_fields
 from uwm_jax.training import state as state_lib
-from uwm_jax.training.checkpoint import Checkpoints
-from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint
 from uwm_jax.training.state import TrainState
 
 MAY_DIFFER = (*state_lib.SCHEDULE[1:], *config_lib.MAY_CHANGE)  # of a branch and its trunk

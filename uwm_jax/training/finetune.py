@@ -38,8 +38,8 @@ from uwm_jax.hub import runs as hub_runs
 from uwm_jax.hub.names import HubName, parse_origin
 from uwm_jax.parallel.distributed import say
 from uwm_jax.training import average, codec_store, fixed_fields, lineage
-from uwm_jax.training.checkpoint import Checkpoints, latest_step
-from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint
 from uwm_jax.training.patterns import is_fresh, matches, require_matches, share, skip_flag
 
 

@@ -21,7 +21,7 @@ from uwm_jax.config import MAY_CHANGE
 from uwm_jax.config_checks import matches
 from uwm_jax.errors import UserError, warn
 from uwm_jax.parallel import distributed
-from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
+from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint
 
 SAMPLING = ("*sampling*",)  # stands for the fields that the system names (`Fields.sampling`)
 # Which held-out windows, of which data, which the commands compare with the run's own.

@@ -20,8 +20,8 @@ from uwm_jax.errors import UserError, warn
 from uwm_jax.files import local_path
 from uwm_jax.systems.base import System
 from uwm_jax.training import average, codec_store, fixed_fields
-from uwm_jax.training.checkpoint import Checkpoints
-from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint
 
 
 def define_flags() -> None:

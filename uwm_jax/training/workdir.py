@@ -17,7 +17,7 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
-from uwm_jax.training.checkpoint import UNKNOWN_POSITION, Checkpoints, make_assets, steps_in
+from uwm_jax.training.checkpoints.checkpoint import UNKNOWN_POSITION, Checkpoints, make_assets, steps_in
 from uwm_jax.training.state import TrainState
 
 SHARED_SECONDS = 40.0  # for a file of one host to appear on another: NFS clients refresh every 30 s

@@ -10,7 +10,7 @@
   assets        config, data spec with the normaliser, dataset manifest, code version, digests (JSON)
 
 A checkpoint with only `params` and `assets` (a converted one) serves inference. A damaged one is detected by its
-digests (`checkpoint_reader.py`), moved to `<workdir>/corrupt/`, and the one before it is used.
+digests (`reader.py`), moved to `<workdir>/corrupt/`, and the one before it is used.
 
 Arrays are written by all processes, the other files by the main one; all processes call all methods in the same order.
 """
@@ -38,11 +38,12 @@ from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.models import layers
 from uwm_jax.parallel import distributed
 from uwm_jax.reading import again, cause_of, no_room
-from uwm_jax.training import checkpoint_reader, lock, provenance
-from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint, with_digests
-from uwm_jax.training.retention import Retention
+from uwm_jax.training import provenance
+from uwm_jax.training.checkpoints import lock, reader
+from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint, with_digests
+from uwm_jax.training.checkpoints.retention import Retention
+from uwm_jax.training.checkpoints.writer import make_writer
 from uwm_jax.training.state import Hparams, TrainState
-from uwm_jax.training.writer import make_writer
 
 READ_TIMEOUT_SECONDS = 20 * 60  # for all processes to have read a checkpoint
 
@@ -266,8 +267,8 @@ class Checkpoints:
 
         A run that is ended by a signal has no time for that. All processes call it.
         """
-        if not checkpoint_reader.on_cpus((state, frozen_arrays)):
-            checkpoint_reader.array_digests({**_state_items(state), "codec": frozen_arrays})
+        if not reader.on_cpus((state, frozen_arrays)):
+            reader.array_digests({**_state_items(state), "codec": frozen_arrays})
 
     def save_params(self, step: int, params: Any, frozen_arrays: Any, assets: Mapping[str, Any]) -> None:
         """Saves only parameters and assets, and waits until they are durable."""

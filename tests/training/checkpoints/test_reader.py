@@ -18,8 +18,8 @@ import pytest
 from launch.rehearse import Processes, one_device
 from tests.training import small_run
 from uwm_jax.errors import RunError, UserError
-from uwm_jax.training.checkpoint import Checkpoints, latest_step
-from uwm_jax.training.checkpoint_reader import CorruptCheckpoint, array_digests, digests_on_devices, digests_on_host
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.checkpoints.reader import CorruptCheckpoint, array_digests, digests_on_devices, digests_on_host
 
 
 def files_of(directory: Path) -> list[str]:
@@ -180,8 +180,8 @@ import sys, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[1])
 from tests.training import small_run as t
-from uwm_jax.training.checkpoint import Checkpoints
-from uwm_jax.training.checkpoint_reader import array_digests, digests_on_devices
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.reader import array_digests, digests_on_devices
 
 def spread(state, shape, spec):
     devices = jax.devices()[: int(np.prod(shape))]
@@ -227,9 +227,9 @@ argv = ["--" + a[2:].replace("-", "_") if a.startswith("--") else a for a in sys
 _, root, workdir = flags.FLAGS(argv)
 sys.path.insert(0, root)
 from tests.training import small_run as t
-from uwm_jax.training.checkpoint import Checkpoints, latest_step
-from uwm_jax.training.retention import Retention
-from uwm_jax.training.checkpoint_reader import array_digests, digests_on_devices
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.checkpoints.retention import Retention
+from uwm_jax.training.checkpoints.reader import array_digests, digests_on_devices
 
 distributed.initialize()
 main = distributed.is_main()

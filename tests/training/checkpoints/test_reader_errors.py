@@ -18,10 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tests.training import small_run
 from uwm_jax import config, reading
 from uwm_jax.errors import RunError, UserError
-from uwm_jax.training import checkpoint_reader, inference
+from uwm_jax.training import inference
 from uwm_jax.training import workdir as workdir_lib
-from uwm_jax.training.checkpoint import Checkpoints
-from uwm_jax.training.checkpoint_reader import CheckpointReader, CorruptCheckpoint, digests_on_host
+from uwm_jax.training.checkpoints import reader
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint, digests_on_host
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +114,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(saved, monkeypatch, capf
 
 HOLD = """
 import sys
-from uwm_jax.training.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()
@@ -159,17 +160,17 @@ def test_digests_of_small_and_large_arrays_are_those_of_the_host():
             rng.integers(0, 9, (300, 100)).astype(np.int32),  # large
         )
     ]
-    assert checkpoint_reader._digests_by_size(arrays) == digests_on_host(arrays)
+    assert reader._digests_by_size(arrays) == digests_on_host(arrays)
 
 
 def test_warming_up_prepares_every_program_of_a_save(monkeypatch, tmp_path):
     """As on an accelerator: nothing is compiled any more when a state is saved."""
-    monkeypatch.setattr(checkpoint_reader, "_SMALL_BYTES", 1)
-    monkeypatch.setattr(checkpoint_reader, "on_cpus", lambda tree: False)
-    checkpoint_reader._compiled_digest.cache_clear()
+    monkeypatch.setattr(reader, "_SMALL_BYTES", 1)
+    monkeypatch.setattr(reader, "on_cpus", lambda tree: False)
+    reader._compiled_digest.cache_clear()
     codec = jax.device_put(small_run.CODEC)
     Checkpoints.warm_up(small_run.state_at(2), codec)
-    programs = checkpoint_reader._compiled_digest(None)
+    programs = reader._compiled_digest(None)
     compiled = programs._cache_size()
     assert compiled > 3
     checkpoints = Checkpoints(tmp_path)

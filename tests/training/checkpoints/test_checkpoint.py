@@ -18,10 +18,10 @@ from tests.training import small_run
 from uwm_jax import reading
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.synthetic import synthetic_codec, synthetic_system
-from uwm_jax.training import checkpoint
-from uwm_jax.training.checkpoint import Checkpoints, latest_step, make_assets
+from uwm_jax.training.checkpoints import checkpoint
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step, make_assets
+from uwm_jax.training.checkpoints.retention import Retention
 from uwm_jax.training.inference import load_for_inference
-from uwm_jax.training.retention import Retention
 from uwm_jax.training.state import TrainState, create, make_optimizer
 from uwm_jax.training.workdir import save_params_only, warn_of_room, write_config
 

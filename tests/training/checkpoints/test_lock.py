@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from uwm_jax.training import lock
+from uwm_jax.training.checkpoints import lock
 
 
 def test_a_lock_is_held_until_it_is_released_as_often_as_it_was_taken(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 from tests.training import small_run
 from uwm_jax.config import base
 from uwm_jax.errors import UserError
-from uwm_jax.training.checkpoint import Checkpoints
-from uwm_jax.training.retention import Retention
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.retention import Retention
 
 METRIC = "eval/policy/action_mse"
 
@@ -91,7 +91,7 @@ def test_nothing_is_deleted_where_the_metrics_cannot_be_read(tmp_path, monkeypat
     def fail(_):
         raise OSError(13, "Permission denied", "metrics.jsonl")
 
-    monkeypatch.setattr("uwm_jax.training.retention.read_metrics", fail)
+    monkeypatch.setattr("uwm_jax.training.checkpoints.retention.read_metrics", fail)
     checkpoints = Checkpoints(tmp_path, Retention(1, best=METRIC))
     for step in (2, 4):
         checkpoints.save(small_run.state_at(step), {}, small_run.CODEC, small_run.assets_of())
