@@ -1,4 +1,4 @@
-"""A bundle holds one commit: its wheel names it, its archive has what the wheel leaves out, constraints pin the rest."""
+"""A bundle holds one commit: a wheel that names it, an archive of what the wheel leaves out, and constraints."""
 
 from __future__ import annotations
 
