@@ -1,23 +1,22 @@
-"""`sweep.json` of a sweep's directory: its members, how far each has come, and which have diverged.
+"""Writes `sweep.json` of a sweep's directory: its members, how far each has come, and which have diverged.
 
-Each member trains in an ordinary workdir, `members/<name>`; this file is what the sweep knows besides.
+`record_file.py` reads it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import write_text
 from uwm_jax.parallel import distributed
-from uwm_jax.reading import read_json
 from uwm_jax.sweeps.members import Member
+from uwm_jax.sweeps.record_file import DIVERGED, DONE, FILE, MEMBERS, STOPPED, TRAINING, WAITING, read
 
-FILE, MEMBERS = "sweep.json", "members"
-WAITING, TRAINING, STOPPED, DIVERGED, DONE = STATUSES = ("waiting", "training", "stopped", "diverged", "done")
+__all__ = ["DIVERGED", "DONE", "FILE", "MEMBERS", "STOPPED", "TRAINING", "WAITING", "Record", "read"]
 
 
 class Record:
@@ -76,32 +75,3 @@ class Record:
                 write_text(self._file, json.dumps({**self._fixed, "members": self.members}, indent=2) + "\n")
             except OSError as e:
                 warn(f"{self._file} cannot be written ({e.strerror}). The sweep goes on; the next line is tried again.")
-
-
-def read(directory: Path) -> dict[str, dict[str, Any]]:
-    """{member: {"overrides", "status", "last_losses", ...}} of a sweep's directory.
-
-    Raises:
-      UserError: it holds no sweep, or a damaged `sweep.json`.
-    """
-    file = directory / FILE
-    try:
-        members = read_json(file).get("members")
-    except FileNotFoundError as e:
-        raise UserError(f"--workdir: {str(directory)!r} holds no sweep (there is no {FILE}).") from e
-    if not isinstance(members, dict) or not all(_is_member(member) for member in members.values()):
-        raise UserError(
-            f"{file}: expected {{'members': {{name: {{'overrides', 'status', 'last_losses'}}}}}}: "
-            "restore the file from a copy, or start the sweep again in a new --workdir."
-        )
-    return members
-
-
-def _is_member(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and isinstance(value.get("overrides"), Mapping)
-        and value.get("status") in STATUSES
-        and isinstance(value.get("last_losses"), Mapping)
-        and isinstance(value.get("saved", 0), int)
-    )
