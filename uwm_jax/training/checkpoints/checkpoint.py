@@ -37,11 +37,12 @@ from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.models import layers
 from uwm_jax.parallel import distributed
-from uwm_jax.reading import again, cause_of, no_room
+from uwm_jax.reading import cause_of, no_room
 from uwm_jax.training import provenance
 from uwm_jax.training.checkpoints import lock, reader
 from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint, with_digests
 from uwm_jax.training.checkpoints.retention import Retention
+from uwm_jax.training.checkpoints.steps import latest_step, steps_in
 from uwm_jax.training.checkpoints.writer import make_writer
 from uwm_jax.training.state import Hparams, TrainState
 
@@ -410,17 +411,6 @@ def _restore_state(stored: CheckpointReader, like: TrainState) -> TrainState:
         hparams = train_state["hparams"]
         train_state["hparams"] = Hparams(**hparams, data_seed=jnp.copy(hparams["seed"]))
     return like.replace(**train_state, **restored)
-
-
-def latest_step(workdir: str | os.PathLike[str]) -> int | None:
-    """The step of the newest finished checkpoint of a workdir, None if there is none; changes nothing."""
-    return max(steps_in(Path(workdir) / "checkpoints"), default=None)
-
-
-def steps_in(directory: Path) -> list[int]:
-    """The steps of the finished checkpoints in `<workdir>/checkpoints`, ascending."""
-    names = again(lambda: os.listdir(directory) if directory.is_dir() else [], directory)
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _free_name(path: Path) -> Path:
