@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "conversion": (*LIBRARY, "backend", "evaluation", "reporting"),
     "serving": (*LIBRARY, "actor", "backend", "cli", "reporting"),
     "cli": (*BASE, "hub"),
+    "supervision": (*BASE, "sweeps", "training"),
     "benchmarking": (*LIBRARY, "backend", "cli", "conversion"),
     "planning": (*LIBRARY, "", "cli", "evaluation", "sweeps"),
     "__main__": ("", "ending", "errors"),

@@ -15,6 +15,8 @@ EXIT_SECONDS = 15.0  # for what other modules do at exit
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+_library = ctypes.CDLL(None) if sys.platform == "linux" else None  # here, not between fork and exec
+
 _left: list[str] = []
 
 
@@ -51,9 +53,9 @@ def exit_process(status: int) -> NoReturn:
     os._exit(status)
 
 
-def end_with(parent: int) -> None:
-    """From now on this process is killed when its parent, of this pid, ends, in whatever way; on Linux alone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+def end_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """From now on this process gets a signal when its parent, of this pid, ends, in whatever way; on Linux alone."""
+    if _library is not None:
+        _library.prctl(_PR_SET_PDEATHSIG, int(number))
         if os.getppid() != parent:  # it has ended already
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)

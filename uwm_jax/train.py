@@ -58,6 +58,7 @@ from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.startup import Startup
+from uwm_jax.training.supervised import Supervised
 from uwm_jax.training.telemetry.log import MetricsLog
 
 FLAGS = flags.FLAGS
@@ -116,7 +117,8 @@ def run(
     began: tuple[float, float] | None,
     closing: contextlib.ExitStack,
 ) -> None:
-    startup, goodput = Startup(began), Goodput(config.total_steps, config.batch_size)
+    startup = Startup(began)
+    goodput = Goodput(config.total_steps, config.batch_size, Supervised.from_environment(os.environ))
     closing.callback(signals.restore)
     use_compilation_cache(config)
 

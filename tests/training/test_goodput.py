@@ -8,6 +8,7 @@ import math
 import pytest
 
 from uwm_jax.training.goodput import CATEGORIES, Goodput, duration
+from uwm_jax.training.supervised import Start, Supervised
 
 
 @pytest.fixture
@@ -160,3 +161,76 @@ def test_summary_for_people(now):
 
 def test_durations():
     assert [duration(s) for s in (45.2, 200, 3723, math.nan)] == ["0:45", "3:20", "1:02:03", "unknown"]
+
+
+# --- Under a supervisor, whose clock counts from its first start at 100. ------------------------------------------
+
+
+@pytest.fixture
+def supervised_start(now, monkeypatch):
+    """(*earlier starts) -> Goodput of a start that begins now, whose imports have taken 2 s."""
+    monkeypatch.setattr("uwm_jax.training.goodput.time.time", lambda: now[0])
+
+    def start(*earlier):
+        began, now[0] = now[0], now[0] + 2
+        return Goodput(100, 8, Supervised(100.0, began, tuple(Start(*x) for x in earlier)))
+
+    return start
+
+
+def test_under_a_supervisor_times_add_up_to_its_clock(now, supervised_start):
+    goodput = supervised_start()
+    now[0] += 8
+    goodput.begin(0)
+    now[0] += 30
+    state = json.loads(json.dumps(goodput.state(20)))  # at 140
+    now[0] += 5
+    cut = {"step": 22, **goodput.rates(22)}  # of which no second counts twice
+    now[0] += 5  # killed at 150
+    first = (100, now[0], 137)
+    now[0] += 5
+    second = (now[0], now[0] + 13, 134)  # could not join the others
+    now[0] += 13 + 10
+    goodput = supervised_start(first, second)
+    now[0] += 3
+    goodput.begin(20, state, cut)
+    now[0] += 20
+    found = times(goodput.rates(30))
+    assert found == {"start": 10 + 5, "step": 30 + 20, "lost": 10 + 13, "downtime": 5 + 10}
+    assert sum(found.values()) == now[0] - 100
+
+
+def test_a_start_that_saved_as_it_was_told_has_lost_nothing(now, supervised_start):
+    goodput = supervised_start()
+    goodput.begin(0)
+    now[0] += 30
+    state = goodput.state(20)
+    now[0] += 4
+    ended = (100, now[0], 143)
+    now[0] += 6
+    again = (now[0], now[0] + 1, 143)  # told before its first step
+    now[0] += 1 + 6
+    goodput = supervised_start(ended, again)
+    goodput.begin(20, state)
+    assert times(goodput.rates(20)) == {"start": 4, "step": 30, "checkpoint": 4, "lost": 1, "downtime": 12}
+
+
+def test_without_a_checkpoint_all_earlier_starts_are_lost(now, supervised_start):
+    now[0] += 40
+    goodput = supervised_start((100, 130, 137))
+    goodput.begin(0)
+    now[0] += 1
+    assert times(goodput.rates(1)) == {"start": 2, "step": 1, "lost": 30, "downtime": 10}
+
+
+def test_time_before_a_supervisor_is_not_its_own(now, supervised_start):
+    """A run that was saved, and killed, a day before: its line tells what was lost, and nobody watched the day."""
+    state = {"seconds": {"step": 50.0}, "seconds_per_step": 1.0, "at": 100.0 - 86400}
+    cut = {"step": 60, "time/step": 57.0}
+    goodput = supervised_start()
+    goodput.begin(50, state, cut)
+    assert times(goodput.rates(50)) == {"start": 2, "step": 50, "lost": 7}
+    now[0] = 140.0
+    goodput = supervised_start((100, 130, 137))
+    goodput.begin(50, state)
+    assert times(goodput.rates(50)) == {"start": 2, "step": 50, "lost": 30, "downtime": 10}

@@ -8,9 +8,11 @@
   checkpoint  as far as the loop waits for it (arrays are written in the background)
   other       writing metrics
   lost        steps that are done again, because the run was killed after its last checkpoint
+  downtime    between the end of a process and its next start, by the clock of a supervisor (`uwm_jax.supervise`)
 
-The totals are a run's, not a process's: they travel inside its checkpoints. Unobserved time is in none of them:
-the time between the last logged line and a kill, and the time until the next start.
+The totals are a run's, not a process's: they travel inside its checkpoints. Under a supervisor they add up to its wall
+clock. Without one, unobserved time is in none of them: the time between the last logged line and a kill, and the time
+until the next start.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-CATEGORIES = ("start", "compile", "step", "data_wait", "evaluation", "checkpoint", "other", "lost")
+from uwm_jax.training.supervised import Supervised
+
+CATEGORIES = ("start", "compile", "step", "data_wait", "evaluation", "checkpoint", "other", "lost", "downtime")
 
 _LOOP = ("step", "data_wait", "other")  # what every step takes part in
 _PAUSES = ("evaluation", "checkpoint")  # what comes now and then, and an ETA must hold in store
@@ -37,11 +41,14 @@ class Goodput:
     Args:
       total_steps: of the whole run.
       batch_size: global.
+      supervised: what the supervisor told this process, whose start is counted from there.
     """
 
-    def __init__(self, total_steps: int, batch_size: int):
-        self._total_steps, self._batch_size = total_steps, batch_size
+    def __init__(self, total_steps: int, batch_size: int, supervised: Supervised | None = None):
+        self._total_steps, self._batch_size, self._supervised = total_steps, batch_size, supervised
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        if supervised:
+            self._seconds["start"] += max(time.time() - supervised.began, 0.0)
         self._stack = ["start"]
         self._mark = time.perf_counter()
         self._begun = self._line = (0, 0.0, 0.0)  # step, seconds of the loop, of these waiting for data
@@ -54,14 +61,17 @@ class Goodput:
           step: the step that the run continues from; 0 for a new one.
           state: what `state` returned when that step was saved.
           cut: the last line of `metrics.jsonl` that lies after `step`: the time of an earlier start up to that line,
-            as far as `state` does not hold it, is lost.
+            as far as `state` does not hold it, is lost. After other starts under a supervisor, these count instead.
         """
         self._switch()
         self._stack = ["step"]
         saved = state["seconds"] if state else {}
         for name, seconds in saved.items():
             self._seconds[name] += seconds
-        if cut:
+        if self._supervised and self._supervised.earlier:
+            for name, seconds in self._supervised.unseen(state.get("at") if state else None).items():
+                self._seconds[name] += seconds
+        elif cut:
             seen = sum(cut.get(f"time/{name}", 0.0) for name in CATEGORIES)
             self._seconds["lost"] += max(seen - sum(saved.values()), 0.0)
         self._known_pace = state["seconds_per_step"] if state else None
@@ -113,7 +123,7 @@ class Goodput:
     def state(self, step: int) -> dict[str, Any]:
         """JSON that `begin` takes when the run continues from a checkpoint of `step`."""
         self._switch()
-        return {"seconds": dict(self._seconds), "seconds_per_step": self._pace(step)}
+        return {"seconds": dict(self._seconds), "seconds_per_step": self._pace(step), "at": time.time()}
 
     def summary(self) -> str:
         """One line for people: `wall time 1:02:03: step 93.1 %, compile 2.0 %, ...`, the largest first."""
