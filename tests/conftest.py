@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 import time
@@ -35,6 +36,23 @@ def _no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", local_only)
         yield
+
+
+@pytest.fixture(scope="session")
+def storage_emulator():
+    """One emulator of Google Cloud Storage, to which this process and its children are led from now on."""
+    from uwm_jax.benchmarking.emulator import emulator
+
+    with emulator("bkt") as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environ.items():
+            patch.setenv(name, value)
+        yield running
+
+
+@pytest.fixture
+def bucket(storage_emulator) -> str:
+    """A folder of the emulator's bucket that only this test uses: `gs://bkt/<unique>`."""
+    return f"gs://bkt/{secrets.token_hex(6)}"
 
 
 @pytest.fixture

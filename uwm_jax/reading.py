@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from uwm_jax.errors import RunError, UserError, warn
+from uwm_jax.storage.errors import is_passing
 
 AGAIN_SECONDS = (1.0, 4.0, 16.0)  # waits before the second, third and fourth attempt
 MOST_JSON = 256 << 20  # bytes; the manifest of a thousand hours of video has a hundredth of that
@@ -58,6 +59,8 @@ def is_fleeting(error: BaseException, path: str | os.PathLike[str] = "") -> bool
         return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FLEETING
+    if is_passing(error):
+        return True
     return any(sign in reason_of(error, path) for sign in _SIGNS)
 
 
