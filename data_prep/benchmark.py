@@ -89,7 +89,7 @@ def main(call: cli.Call) -> None:
     output = cli.optional_path("json")
     if output:
         files.check_output_file(output, "--json")
-    parent = cli.optional_path("directory")
+    parent = cli.optional_local_path("directory")
     if parent and not parent.is_dir():
         raise UserError(f"--directory={parent}: expected a directory with about 2 GB of room.")
     given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)}

@@ -27,7 +27,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.output import building, check_output, is_vacant
+from data_prep.output import building, check_output, is_vacant, local_output, local_place
 from data_prep.workers import pool
 from uwm_jax import cli
 from uwm_jax.envs.parallel import cores
@@ -84,7 +84,11 @@ def define_flags() -> None:
 
 def main(call: cli.Call) -> None:
     demo = Demo(FLAGS.episodes, FLAGS.image_size, FLAGS.seed, FLAGS.candidates)
-    make(demo, cli.optional_path("output") or data_dir() / "pusht", FLAGS.workers, FLAGS.overwrite)
+    make(demo, _output(), FLAGS.workers, FLAGS.overwrite)
+
+
+def _output() -> Path:
+    return local_output() if FLAGS.output else local_place(data_dir() / "pusht", "UWM_DATA_DIR")
 
 
 def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite: bool = False) -> None:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from data_prep.column_facts import ColumnFacts
 from data_prep.contact_sheet import contact_sheet, font_of, note, printable
 from data_prep.inspect_page import dataset_page, facts_of, run_page, traced_row
+from data_prep.output import local_output, local_place
 from data_prep.trace import TracedRow, open_run, traced
 from data_prep.training_layout import summary
 from uwm_jax import cli, config_help
@@ -239,13 +240,13 @@ def main(call: cli.Call) -> None:
     if given == ["dataset"]:
         return _inspect_dataset()
     if given == ["config"]:
-        output = cli.required_path("output")
+        output = local_output()
         config = config_lib.load(FLAGS.config, call.overrides)
         data, state, start = RunData(config.data, seed=config_lib.data_seed(config)), None, 0
     else:
         workdir = cli.required_run()
         in_cache = origin_of(workdir)  # of the hub, which pages do not belong into
-        output = cli.required_path("output") if in_cache else cli.optional_path("output") or workdir / "inspect"
+        output = local_output() if in_cache or FLAGS.output else local_place(workdir / "inspect", "--output")
         config, data, state, start = open_run(workdir, call.overrides)
     step, row = _parse(FLAGS.trace) if FLAGS.trace else (0, 0)
     found = traced(data, config.batch_size, state, start, step, row) if FLAGS.trace else None
@@ -267,7 +268,7 @@ def _parse(text: str) -> tuple[int, int]:
 
 def _inspect_dataset() -> None:
     directory = find_dataset(cli.required_path("dataset"))
-    output = cli.optional_path("output") or directory / "inspect"
+    output = local_output() if FLAGS.output else local_place(directory / "inspect", "--output")
     manifest = read_manifest(directory)
     split = FLAGS.split or ("train" if "train" in manifest["splits"] else sorted(manifest["splits"])[0])
     remarks = inspect(Dataset(directory, split), output, FLAGS.episodes, FLAGS.frames)

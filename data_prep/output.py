@@ -18,9 +18,30 @@ from pathlib import Path
 from typing import IO
 
 from data_prep.job_folder import is_dead, named_as_in, settle, size_in_words, size_of
+from uwm_jax import cli
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place, is_remote, local_path
 
 _LOCK = ".building.lock"
+
+
+def local_output(name: str = "output") -> Path:
+    """The path of a required flag, in which a job works with links, locks and renames, so that it must be local.
+
+    Raises:
+      UserError: it is in a bucket; names the command that brings the result there.
+    """
+    return local_place(cli.required_path(name), f"--{name}")
+
+
+def local_place(path: Place, flag: str) -> Path:
+    """`path`, if it is local; raises UserError as `local_output`."""
+    if is_remote(path):
+        raise UserError(
+            f"{flag}={path}: this job writes to a local or mounted file system. Write there, then bring the result "
+            f"into the bucket: python -m data_prep.copy --input=DIR --output={path}"
+        )
+    return local_path(path, flag)
 
 
 def is_vacant(output: Path) -> bool:

@@ -19,6 +19,7 @@ import shlex
 from absl import flags
 
 from data_prep import embedding
+from data_prep.output import local_output
 from uwm_jax import cli
 from uwm_jax.data.records import find_dataset
 from uwm_jax.envs.parallel import cores
@@ -64,7 +65,7 @@ def main(call: cli.Call) -> None:
 
 
 def _embed_sentence(sentence: str) -> None:
-    output = cli.required_path("output")
+    output = local_output()
     check_output_file(output)
     try:
         sentence.encode()

@@ -17,6 +17,7 @@ from absl import flags
 
 from data_prep import layout_options
 from data_prep.clips import Sampling
+from data_prep.output import local_output
 from data_prep.training_layout import run
 from data_prep.video_corpus import corpus
 from data_prep.video_labels import read_labels
@@ -58,7 +59,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    source, output = cli.required_path("input"), cli.required_path("output")
+    source, output = cli.required_local_path("input"), local_output()
     size = layout_options.size("resize", FLAGS.resize)
     if size is None:
         raise UserError("--resize=H,W is required: the size of the robot's images in pixels.")
@@ -74,7 +75,7 @@ def main(call: cli.Call) -> None:
         )
     fps = None if FLAGS.fps is None else Fraction(str(FLAGS.fps))
     sampling = Sampling(size, fps, FLAGS.every or 1, FLAGS.min_steps, FLAGS.quality)
-    labels = cli.optional_path("labels")
+    labels = cli.optional_local_path("labels")
     run(
         lambda: corpus(
             source,

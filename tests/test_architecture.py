@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("uwm_jax", "data_prep", "configs", "launch", "tests")
 
-BASE = ("ending", "errors", "files", "reading", "host_memory", "host_tpu")
+BASE = ("ending", "errors", "files", "reading", "storage", "host_memory", "host_tpu")
 FLOORS = (*BASE, "models", "diffusion", "codecs", "parallel", "data")
 LIBRARY = (*FLOORS, "hub", "config", "config_checks", "systems", "torch_bridge", "training", "synthetic")
 

@@ -71,7 +71,7 @@ def test_flags_with_hyphens_and_overrides():
         (["--debug=maybe"], 2, "debug"),
         (["--debug=maybe", "usage"], 2, "debug"),
         (["--nodebug", "usage"], 2, "error: FILE: expected that, found this."),
-        (["workdir", "--workdir=gs://bucket/run"], 2, "--workdir=gs://bucket/run: gs:// is not supported"),
+        (["workdir", "--workdir=s3://bucket/run"], 2, "--workdir=s3://bucket/run: s3:// is not supported"),
         (["workdir", "--workdir=" + "a" * 5000], 2, "--workdir=aaa"),
         (["full"], 1, "error: metrics.jsonl cannot be written: No space left on device"),
         (["os", "EROFS", "run/.lock"], 2, "error: run/.lock: Read-only file system. Check the paths"),

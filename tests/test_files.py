@@ -77,8 +77,8 @@ def test_the_data_directory_is_expanded_and_may_not_be_a_url(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("UWM_DATA_DIR", "~/sets")
     assert data_dir() == Path("/home/somebody/sets")
-    monkeypatch.setenv("UWM_DATA_DIR", "gs://bucket")
-    with pytest.raises(UserError, match="UWM_DATA_DIR=gs://bucket"):
+    monkeypatch.setenv("UWM_DATA_DIR", "s3://bucket")
+    with pytest.raises(UserError, match="UWM_DATA_DIR=s3://bucket"):
         data_dir()
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import pickle
 from pathlib import Path, PurePosixPath
 
 import pytest
 
-from uwm_jax import files
+from uwm_jax import cli, files
 from uwm_jax.errors import UserError
 from uwm_jax.files import RemotePath, as_place, place
+from uwm_jax.hub import names
 from uwm_jax.storage.errors import StorageError
 
 
@@ -205,3 +207,34 @@ def test_of_sixteen_that_race_one_creates(bucket):
         found = list(pool.map(lambda i: files.create(path, b"%d" % i), range(16)))
     winner = [i for i, generation in enumerate(found) if generation]
     assert len(winner) == 1 and path.read_bytes() == b"%d" % winner[0]
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_data_directory_may_be_a_bucket(monkeypatch):
+    monkeypatch.setenv("UWM_DATA_DIR", "gs://bkt/sets")
+    assert files.data_dir() == RemotePath("gs://bkt/sets")
+
+
+def test_an_origin_may_be_a_run_in_a_bucket(bucket):
+    run = place(bucket, "--workdir")
+    assert names.parse_origin(f"{bucket}@7") == (run, 7)
+    assert names.parse_origin(bucket) == (run, None)
+    files.write_text(run.with_name("a@7") / "config.json", "{}")
+    assert names.parse_origin(str(run.with_name("a@7"))) == (run.with_name("a@7"), None)
+    with pytest.raises(UserError, match="expected DIR or DIR@STEP.*found 'x'"):
+        names.parse_origin(f"{bucket}@x")
+
+
+@pytest.mark.parametrize(
+    "job",
+    ["demo", "hdf5 --input=a", "lerobot --input=a", "reshard --input=a", "videos --input=a", "inspect --config=c"],
+)
+def test_jobs_that_write_locally_name_what_copies(job, capsys, tmp_path, monkeypatch):
+    name, *given = job.split()
+    module = importlib.import_module(f"data_prep.{name}")
+    argv = [name, *given, "--output=gs://bkt/new"]
+    assert cli.call(module.main, argv, getattr(module, "define_flags", None)) == 2
+    told = capsys.readouterr().err
+    assert "--output=gs://bkt/new: " in told and "python -m data_prep.copy --input=DIR --output=gs://bkt/new" in told

@@ -50,8 +50,8 @@ def test_the_command(make_run, call, tmp_path):
         ((run, tmp_path / "nowhere"), "not a run's directory"),
         ((run, run), "expected different runs"),
         ((run, f"--output={tmp_path / 'one.html' / 'x.html'}"), "Not a directory"),
-        ((run, "--output=gs://bucket/x.html"), "--output=gs://bucket/x.html: gs:// is not supported"),
-        (("gs://bucket/run",), "gs:// is not supported"),
+        ((run, "--output=s3://bucket/x.html"), "--output=s3://bucket/x.html: s3:// is not supported"),
+        (("s3://bucket/run",), "s3:// is not supported"),
         ((run, "--x=policy/action_mse"), "--x=policy/action_mse requires one directory of a sweep"),
     ):
         status, error = call(*arguments)

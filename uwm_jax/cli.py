@@ -23,13 +23,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from uwm_jax import host_memory, host_tpu
 from uwm_jax.ending import drop_output, exit_process
 from uwm_jax.errors import Preempted, RunError, UserError
-from uwm_jax.files import local_path
+from uwm_jax.files import Place, local_path, place
 from uwm_jax.hub import runs as hub_runs
 from uwm_jax.reading import cause_of, no_room
 
@@ -116,23 +117,35 @@ def required(name: str) -> str:
     return value
 
 
-def required_path(name: str) -> Path:
-    """The path of a required flag, as `files.local_path`; `workdir` must not be a file or lie below one."""
+def required_path(name: str) -> Any:
+    """The path of a required flag, as `files.place`; `workdir` must not be a file or lie below one."""
     value = required(name)
-    path = local_path(value, f"--{name.replace('_', '-')}")
+    path = place(value, f"--{name.replace('_', '-')}")
     if name == "workdir":
-        there = next(p for p in (path, *path.absolute().parents) if p.exists())
-        if not there.is_dir():
+        there: Place = path
+        if isinstance(path, Path):
+            there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if there.is_file() or (there.exists() and not there.is_dir()):
             raise UserError(f"--workdir={value}: {there} is a file. Expected a directory, existing or new.")
     return path
 
 
-def optional_path(name: str) -> Path | None:
-    """The path of an optional flag, as `files.local_path`; None if the flag is absent."""
+def optional_path(name: str) -> Any:
+    """The path of an optional flag, as `files.place`; None if the flag is absent."""
     return required_path(name) if FLAGS[name].value else None
 
 
-def required_run() -> Path:
+def required_local_path(name: str) -> Path:
+    """The path of a required flag that must be local, as `files.local_path`."""
+    return local_path(required(name), f"--{name.replace('_', '-')}")
+
+
+def optional_local_path(name: str) -> Path | None:
+    """The path of an optional flag that must be local; None if the flag is absent."""
+    return required_local_path(name) if FLAGS[name].value else None
+
+
+def required_run() -> Any:
     """The workdir that `--workdir` names, of a run that is only read: a path, or a repository of the hub."""
     value = required("workdir")
     found = hub_runs.workdir(value, "--workdir")

@@ -121,9 +121,9 @@ def local_path(value: AnyPath, flag: str) -> Path:
     return path
 
 
-def data_dir() -> Path:
+def data_dir() -> Place:
     """$UWM_DATA_DIR, `data/` by default: the directory that relative dataset paths refer to."""
-    return local_path(os.environ.get("UWM_DATA_DIR", "data"), "UWM_DATA_DIR")
+    return place(os.environ.get("UWM_DATA_DIR", "data"), "UWM_DATA_DIR")
 
 
 def _shortened(text: str, most: int = 120) -> str:

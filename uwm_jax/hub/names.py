@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from uwm_jax.errors import UserError
-from uwm_jax.files import local_path
+from uwm_jax.files import Place, place
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _NAME = re.compile(rf"(?P<owner>{_PART})/(?P<repo>{_PART})(?:@(?P<revision>[^@\s]+))?")
@@ -53,7 +52,7 @@ def parse(value: str) -> HubName | None:
     return HubName(repo, found["revision"])
 
 
-def parse_origin(spec: str, field: str = "init_from") -> tuple[Path | HubName, int | None]:
+def parse_origin(spec: str, field: str = "init_from") -> tuple[Any, int | None]:
     """The value of an origin's field as (absolute directory or repository, step).
 
     Args:
@@ -61,30 +60,30 @@ def parse_origin(spec: str, field: str = "init_from") -> tuple[Path | HubName, i
       field: `init_from` or `branch_from`, for messages.
 
     Raises:
-      UserError: the step is no number, or the place is neither on a local disk nor a name of the hub.
+      UserError: the step is no number, or the place is neither a path nor a name of the hub.
     """
-    place, at, step = spec.rpartition("@")
-    if not (at and _is_local(place, step)):
-        revised = "@" in place  # then a step follows
-        name = parse(place if revised else spec)
+    folder, at, step = spec.rpartition("@")
+    if not (at and _is_local(folder, step)):
+        revised = "@" in folder  # then a step follows
+        name = parse(folder if revised else spec)
         if name and (step.isdecimal() or not revised):
             return name, int(step) if revised else None
-    if not at or local_path(spec, f"config.{field}").is_dir():
-        return local_path(spec, f"config.{field}").absolute(), None
+    if not at or place(spec, f"config.{field}").is_dir():
+        return place(spec, f"config.{field}").absolute(), None
     if not step.isdecimal():
         raise UserError(
             f"config.{field}={spec!r}: expected DIR or DIR@STEP with an integer, or owner/name@revision@STEP of the "
             f"hub, found {step!r}."
         )
-    return local_path(place, f"config.{field}").absolute(), int(step)
+    return place(folder, f"config.{field}").absolute(), int(step)
 
 
-def _is_local(place: str, step: str) -> bool:
-    """Whether `place` of `place@step` is a directory, or a missing one in a directory."""
-    return os.path.isdir(place) or (step.isdecimal() and os.path.isdir(place.partition("/")[0]) and "@" not in place)
+def _is_local(folder: str, step: str) -> bool:
+    """Whether `folder` of `folder@step` is a directory, or a missing one in a directory."""
+    return os.path.isdir(folder) or (step.isdecimal() and os.path.isdir(folder.partition("/")[0]) and "@" not in folder)
 
 
-def may_be_one(here: Path | HubName, there: Path | HubName) -> bool:
+def may_be_one(here: Place | HubName, there: Place | HubName) -> bool:
     """Whether two places of origins can be one. A branch or tag can be the commit that a run keeps of it."""
     if isinstance(here, HubName) and isinstance(there, HubName):
         differ = here.is_fixed and there.is_fixed and here.revision != there.revision

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from uwm_jax.errors import UserError
-from uwm_jax.files import local_path
+from uwm_jax.files import Place, local_copy, place
 from uwm_jax.hub import download
 from uwm_jax.hub.names import HubName, parse
 
@@ -34,7 +34,7 @@ _CACHED = re.compile(
 )
 
 
-def workdir(value: str, flag: str) -> Path:
+def workdir(value: str, flag: str) -> Place:
     """The workdir that a flag names: the path, which need not be there, or that of a hub repository.
 
     Args:
@@ -42,10 +42,10 @@ def workdir(value: str, flag: str) -> Path:
       flag: the flag or config field, for messages.
 
     Raises:
-      UserError: as `local_path` and `download.snapshot`; the repository holds neither a workdir nor an export folder.
+      UserError: as `files.place` and `download.snapshot`; the repository holds neither a workdir nor an export folder.
     """
     name = parse(value)
-    return of_repository(name, flag) if name else local_path(value, flag)
+    return of_repository(name, flag) if name else place(value, flag)
 
 
 def of_repository(name: HubName, flag: str) -> Path:
@@ -62,20 +62,20 @@ def export(value: str, flag: str) -> Path:
     """The export folder that a flag names, as `workdir`; of a repository with this package's own `uwm_torch.py`."""
     name = parse(value)
     if not name:
-        return local_path(value, flag)
+        return local_copy(place(value, flag))
     folder = download.snapshot(name, _OF_EXPORT, flag)
     if not _is_export(folder):
         raise UserError(f"{flag}={name}: {_nothing(folder)}.")
     return _made(name, folder, flag, "export")
 
 
-def spelled(folder: Path) -> str:
+def spelled(folder: Place) -> str:
     """`owner/name@commit` of a folder that `workdir` or `export` gave for a repository; else the absolute path."""
     name = origin_of(folder)
     return str(name or folder.absolute())
 
 
-def origin_of(folder: Path) -> HubName | None:
+def origin_of(folder: Place) -> HubName | None:
     """The repository and commit whose copy in the cache a folder is; None for any other folder."""
     found = _CACHED.fullmatch(str(folder.absolute()))
     if not found:

@@ -41,7 +41,7 @@ EXECUTE = 8
 
 def serve(call: cli.Call, keys: Mapping[str, str], sizes: Sequence[int]) -> None:
     """Does what the flags ask for; `keys` and `sizes` are those of --keys and --batch_size."""
-    token, certificate = access.read_token(cli.optional_path("token_file")), _certificate()
+    token, certificate = access.read_token(cli.optional_local_path("token_file")), _certificate()
     for remark in access.check_address(FLAGS.host, token, certificate is not None):
         warn(remark)
     for name, needed in (("device", "export"), ("replay_page", "replay")):
@@ -155,7 +155,7 @@ def _prompts(actor: Actor) -> Callable[[str], np.ndarray] | None:
 
 
 def _recording(actor: Actor) -> Recording | None:
-    place, backend = cli.optional_path("record"), actor.backend
+    place, backend = cli.optional_local_path("record"), actor.backend
     if place is None:
         return None
     served = f"{backend.system}, step {backend.step}, {backend.parameters}"
@@ -196,4 +196,4 @@ class _Replaying(NamedTuple):
 
 
 def _certificate() -> ssl.SSLContext | None:
-    return access.tls(cli.optional_path("tls_cert"), cli.optional_path("tls_key"))
+    return access.tls(cli.optional_local_path("tls_cert"), cli.optional_local_path("tls_key"))

@@ -31,12 +31,12 @@ Generation = str
 
 
 class Entry(NamedTuple):
-    """An object's key, size in bytes, generation and CRC32C (base64, as the service states it; "" if it does not)."""
+    """An object's key, size in bytes, generation and CRC32C (None if the service does not state it)."""
 
     key: str
     size: int
     generation: Generation
-    crc32c: str
+    crc32c: int | None
 
 
 def url_of(place: tuple[str, str]) -> str:
@@ -349,9 +349,9 @@ def _json(answer: Any) -> dict[str, Any]:
 
 
 def _entry(item: Mapping[str, Any]) -> Entry:
-    return Entry(
-        item["name"], int(item.get("size", 0)), str(item.get("generation", "")), item.get("crc32c", "").rstrip("\n")
-    )
+    stated = item.get("crc32c")
+    checksum = int.from_bytes(base64.b64decode(stated), "big") if stated else None
+    return Entry(item["name"], int(item.get("size", 0)), str(item.get("generation", "")), checksum)
 
 
 def _check_whole(answer: Any, data: bytes) -> None:

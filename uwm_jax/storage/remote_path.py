@@ -153,7 +153,7 @@ class RemotePath:
         return False
 
     def stat(self) -> SimpleNamespace:
-        """`st_size` in bytes, `generation` and `crc32c` of an object.
+        """`st_size` in bytes, `generation` and `crc32c` (an integer) of an object.
 
         Raises:
           FileNotFoundError: there is no object of this name.
@@ -161,7 +161,7 @@ class RemotePath:
         found = client.stat(self.bucket, self.key) if self.key else None
         if found is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        return SimpleNamespace(st_size=found.size, generation=found.generation, crc32c=found.crc32c)
+        return _stat(found)
 
     def iterdir(self) -> Iterator[RemotePath]:
         """The objects and folders right below, in order.
@@ -202,13 +202,13 @@ class RemotePath:
 
     def _everything(self) -> set[RemotePath]:
         """All objects and folders below."""
-        objects = self.walk_objects()
+        objects = [path for path, _ in self.objects()]
         return {path for below in objects for path in (below, *below.parents) if len(path.parts) > len(self.parts)}
 
-    def walk_objects(self) -> list[RemotePath]:
-        """All objects below, in order; one request for each thousand."""
+    def objects(self) -> list[tuple[RemotePath, SimpleNamespace]]:
+        """All objects below with what `stat` says of them, in order; one request for each thousand."""
         found = client.listing(self.bucket, _below(self)).objects
-        return [RemotePath(f"{SCHEME}{self.bucket}/{e.key}") for e in found if not e.key.endswith("/")]
+        return [(RemotePath(f"{SCHEME}{self.bucket}/{e.key}"), _stat(e)) for e in found if not e.key.endswith("/")]
 
     # --- contents ---
 
@@ -236,6 +236,10 @@ class RemotePath:
 
 def _made(path: PurePosixPath) -> RemotePath:
     return RemotePath(f"{SCHEME}{path}")
+
+
+def _stat(entry: client.Entry) -> SimpleNamespace:
+    return SimpleNamespace(st_size=entry.size, generation=entry.generation, crc32c=entry.crc32c)
 
 
 def _path_of(other: RemotePath | str) -> PurePosixPath:
