@@ -133,10 +133,10 @@ def _shortened(text: str, most: int = 120) -> str:
 def check_output(path: AnyPath, flag: str) -> None:
     """Raises UserError if a file or folder could not be created at `path`; creates nothing.
 
-    Of a bucket it asks only whether it is there and can be listed (else StorageError).
+    Of a bucket it asks whether it exists and this login may write there (else StorageError).
     """
     if isinstance(path := as_place(path), RemotePath):
-        client.listing(path.bucket, path.key, most=1)
+        client.check_writable(path.bucket, path.key)
         return
     nearest = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not nearest.is_dir():
@@ -150,6 +150,7 @@ def check_output_file(path: AnyPath, flag: str = "--output") -> None:
     if isinstance(path := as_place(path), RemotePath):
         if not path.key or path.is_dir():
             raise UserError(f"{flag}: {str(path)!r} is a folder; name an object.")
+        client.check_writable(path.bucket, path.key)
         return
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         return  # a FIFO or a device can be written to in any folder

@@ -25,6 +25,7 @@ from uwm_jax.storage.retries import Passing
 
 ONE_REQUEST = 8 << 20  # bytes that are written by one request; more go in parts
 PART = 32 << 20  # bytes of a part, a multiple of 256 KiB
+UPLOADS = 3  # attempts at an upload in parts that the service drops or stores wrongly
 _TAG = "uwm_write"  # metadata of an object: which call wrote it
 
 Generation = str
@@ -156,27 +157,27 @@ def write(bucket: str, key: str, data: bytes, generation: Generation | None = No
       The new generation; None if the object had another generation than asked for.
     """
     place, tag, unsure = (bucket, key), secrets.token_hex(8), False
-    described = {"name": key, "crc32c": _base64(google_crc32c.value(data)), "metadata": {_TAG: tag}}
+    described: dict[str, Any] = {"name": key, "crc32c": _base64(google_crc32c.value(data)), "metadata": {_TAG: tag}}
     headers, body = _multipart(described, data)
-    query = "?uploadType=multipart&fields=generation"
+    query = "?uploadType=multipart&fields=name,size,generation,crc32c"
     query += f"&ifGenerationMatch={quote(generation, safe='')}" if generation is not None else ""
 
     def attempt() -> Generation | None:
         nonlocal unsure
         try:
             answer = _send("writing", place, "POST", _upload(bucket) + query, headers=headers, data=body)
+            return _check_stored(answer, len(data), described["crc32c"]).generation
         except Passing as e:
             unsure = unsure or e.may_have_worked
             raise
         except _Refused:  # the precondition
             return _written_by(place, tag) if unsure else None
-        return str(_json(answer)["generation"])
 
     return _repeat(attempt, "writing", place)
 
 
 def upload(bucket: str, key: str, file: Path) -> None:
-    """Writes a local file as an object; readers see it once it is whole."""
+    """Writes a local file as an object, read in parts of 32 MiB; readers see the object once it is whole."""
     size = file.stat().st_size
     if size <= ONE_REQUEST:
         write(bucket, key, file.read_bytes())
@@ -191,18 +192,52 @@ def upload(bucket: str, key: str, file: Path) -> None:
         return answer.headers["Location"]
 
     with file.open("rb") as source:
-        where, first = _repeat(begin, "writing", place), 0
-        while first < size:
-            first = _repeat(lambda at=first: _send_part(place, where, source, at, size), "writing", place)
+        for _ in range(UPLOADS):
+            where, first = _repeat(begin, "writing", place), 0
+            try:
+                while first < size:
+                    part = _Part(where, source, first, size)
+                    first, answer = _repeat(lambda part=part: _send_part(place, part), "writing", place)
+                _check_stored(answer, size, described["crc32c"])
+                return
+            except FileNotFoundError:
+                cause = "the service dropped what was sent"
+            except Passing as e:
+                cause = str(e)
+    raise StorageError("writing", url_of(place), f"{cause} ({UPLOADS} uploads)", "Rerun the same command")
+
+
+def check_writable(bucket: str, key: str) -> None:
+    """Raises StorageError unless the login may create objects in the bucket, or where there is no such bucket.
+
+    Creates nothing. An emulator that does not know of permissions passes if it has the bucket.
+    """
+    place = (bucket, key)
+    url = f"{_base()}/storage/v1/b/{quote(bucket, safe='')}/iam/testPermissions?permissions=storage.objects.create"
+    if environment.emulator():
+        listing(bucket, key, most=1)
+        return
+    answer = _repeat(lambda: _json(_send("asking for permissions", place, "GET", url)), "asking for permissions", place)
+    if "storage.objects.create" not in answer.get("permissions", ()):
+        raise _forbidden("writing", place, "403 storage.objects.create is not granted")
 
 
 def delete(bucket: str, key: str) -> bool:
     """Deletes an object; False if there was none."""
-    place = (bucket, key)
+    place, unsure = (bucket, key), False
+
+    def attempt() -> None:
+        nonlocal unsure
+        try:
+            _send("deleting", place, "DELETE", _object(place))
+        except Passing as e:
+            unsure = unsure or e.may_have_worked
+            raise
+
     try:
-        _repeat(lambda: _send("deleting", place, "DELETE", _object(place)), "deleting", place)
+        _repeat(attempt, "deleting", place)
     except FileNotFoundError:
-        return False
+        return unsure  # an attempt whose answer was lost deleted it
     return True
 
 
@@ -302,15 +337,19 @@ def _failure(call: str, place: tuple[str, str], answer: Any) -> BaseException:
         return Passing(cause, status, may_have_worked=status != 429)
     if status == 412:
         return _Refused()
-    if status == 404:
+    if status == 404 or (status == 410 and call == "writing"):
         return _missing(call, place, said)
     if status == 401:
         return StorageError(call, url_of(place), f"{cause}; tried with {login.account()}", LOGIN, status)
     if status == 403:
-        advice = f"Ask for the role roles/storage.objectAdmin on gs://{place[0]} (objectViewer to read), or log in as "
-        advice += "somebody who has it: `gcloud auth application-default login`"
-        return StorageError(call, url_of(place), f"{cause}; tried with {login.account()}", advice, status)
+        return _forbidden(call, place, cause)
     return StorageError(call, url_of(place), cause, "", status)
+
+
+def _forbidden(call: str, place: tuple[str, str], cause: str) -> StorageError:
+    advice = f"Ask for the role roles/storage.objectAdmin on gs://{place[0]} (objectViewer to read), or log in as "
+    advice += "somebody who has it: `gcloud auth application-default login`"
+    return StorageError(call, url_of(place), f"{cause}; tried with {login.account()}", advice, 403)
 
 
 def _missing(call: str, place: tuple[str, str], said: str) -> BaseException:
@@ -322,7 +361,7 @@ def _missing(call: str, place: tuple[str, str], said: str) -> BaseException:
         f"Check its name, or create it: `gcloud storage buckets create gs://{place[0]}`",
         404,
     )
-    if call == "listing" or "bucket does not exist" in said:
+    if call in ("listing", "asking for permissions") or "bucket does not exist" in said:
         return missing
     if "no such object" not in said.lower():
         try:
@@ -399,18 +438,34 @@ def _written_by(place: tuple[str, str], tag: str) -> Generation | None:
     return str(described["generation"]) if described.get("metadata", {}).get(_TAG) == tag else None
 
 
-def _send_part(place: tuple[str, str], where: str, source: Any, first: int, size: int) -> int:
-    """Sends the bytes of an upload from `first` on; returns how many the service has, asking for it after a failure."""
-    source.seek(first)
-    part = source.read(PART)
-    span = f"bytes {first}-{first + len(part) - 1}/{size}"
-    try:
-        answer = _send("writing", place, "PUT", where, headers={"Content-Range": span}, data=part)
-    except Passing:
-        answer = _send("writing", place, "PUT", where, headers={"Content-Range": f"bytes */{size}"})
-        if answer.status_code == 308 and _received(answer) <= first:
-            raise
-    return size if answer.status_code < 300 else _received(answer)
+class _Part(NamedTuple):
+    """The next part of an upload: its URL, the open file, the first byte, and the size of the whole."""
+
+    where: str
+    source: Any
+    first: int
+    size: int
+
+
+def _send_part(place: tuple[str, str], part: _Part) -> tuple[int, Any]:
+    """Sends a part of an upload; returns how many bytes the service has, and its answer.
+
+    A part may be sent again: "Cloud Storage ignores any bytes you send at an offset that Cloud Storage has already
+    persisted" (https://cloud.google.com/storage/docs/performing-resumable-uploads).
+    """
+    part.source.seek(part.first)
+    data = part.source.read(PART)
+    span = f"bytes {part.first}-{part.first + len(data) - 1}/{part.size}"
+    answer = _send("writing", place, "PUT", part.where, headers={"Content-Range": span}, data=data)
+    return (_received(answer) if answer.status_code == 308 else part.size), answer
+
+
+def _check_stored(answer: Any, size: int, crc32c: str) -> Entry:
+    """What an upload's last answer says was stored; raises Passing if that is not what was sent."""
+    stored = _entry(_json(answer))
+    if stored.size != size or (stored.crc32c is not None and _base64(stored.crc32c) != crc32c):
+        raise Passing(f"{stored.size} bytes with CRC32C {stored.crc32c} were stored, {size} with {crc32c} were sent")
+    return stored
 
 
 def _received(answer: Any) -> int:
