@@ -10,22 +10,20 @@
   assets        config, data spec with the normaliser, dataset manifest, code version, digests (JSON)
 
 A checkpoint with only `params` and `assets` (a converted one) serves inference. A damaged one is detected by its
-digests (`reader.py`), moved to `<workdir>/corrupt/`, and the one before it is used.
+digests (`reader.py`), moved to `<workdir>/corrupt/`, and the one before it is used. In a bucket, where nothing can be
+renamed, folders have other names and markers (`steps.py`), and a damaged one is marked where it lies.
 
 Arrays are written by all processes, the other files by the main one; all processes call all methods in the same order.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import jax
@@ -35,14 +33,17 @@ from ml_collections import ConfigDict
 
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import RunError, UserError, warn
+from uwm_jax.files import AnyPath, as_place, is_remote
 from uwm_jax.models import layers
 from uwm_jax.parallel import distributed
 from uwm_jax.reading import cause_of, no_room
 from uwm_jax.training import provenance
 from uwm_jax.training.checkpoints import lock, reader
+from uwm_jax.training.checkpoints.folders import folders_in
+from uwm_jax.training.checkpoints.lease import LostLock
 from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint, with_digests
 from uwm_jax.training.checkpoints.retention import Retention
-from uwm_jax.training.checkpoints.steps import latest_step, steps_in
+from uwm_jax.training.checkpoints.steps import CORRUPT, SET_ASIDE, folder_of, latest_step, steps_in
 from uwm_jax.training.checkpoints.writer import make_writer
 from uwm_jax.training.state import Hparams, TrainState
 
@@ -85,13 +86,13 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: str | os.PathLike[str],
+        workdir: AnyPath,
         retention: Retention | None = None,
         read_only: bool = False,
         first_start: bool = False,
         deletes: bool = True,
     ):
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = as_place(workdir).absolute() / "checkpoints"
         if read_only and latest_step(workdir) is None:
             raise UserError(f"--workdir: {str(workdir)!r} holds no checkpoint yet.")
         self._retention, self._read_only = retention or Retention(), read_only
@@ -102,21 +103,24 @@ class Checkpoints:
         self._failure: RunError | None = None
         self._failure_was_raised = False
         if not read_only:
-            self._take_lock(first_start)
+            self._folders = folders_in(self.directory, self._take_lock(first_start))
             if distributed.is_main():
-                self._remove_unfinished()
+                self._folders.clear()
             self._writer = make_writer(f"{self.directory.parent.name}-{zlib.crc32(str(self.directory).encode()):08x}")
 
-    def _take_lock(self, first_start: bool) -> None:
-        workdir, holder, found = self.directory.parent, None, None
+    def _take_lock(self, first_start: bool) -> str:
+        """Takes the lock; returns its nonce, "" locally."""
+        workdir, holder, found, nonce = self.directory.parent, None, None, ""
         if distributed.is_main():
             workdir.mkdir(parents=True, exist_ok=True)
             holder = lock.hold(workdir)
             self._locked = holder is None
             if self._locked:
+                lease = lock.lease_of(workdir)
+                nonce = lease.nonce if lease else ""
                 found = latest_step(workdir)
                 self.directory.mkdir(exist_ok=True)
-        holder, found = distributed.agree((holder, found))
+        holder, found, nonce = distributed.agree((holder, found, nonce))
         if holder is not None:
             raise RunError(
                 f"--workdir: another run is at work in {str(self.directory.parent)!r} ({holder}). Wait for its end, "
@@ -128,19 +132,13 @@ class Checkpoints:
                 f"--workdir: another run has meanwhile saved step {found} in {str(workdir)!r}. Nothing there was "
                 "changed; rerun the same command to continue from it, or use another --workdir."
             )
-
-    def _remove_unfinished(self) -> bool:
-        """Removes the remains of failed saves; returns whether there were any."""
-        found = [path for path in self.directory.iterdir() if any(suffix in path.name for suffix in _UNFINISHED)]
-        for path in found:
-            shutil.rmtree(path, ignore_errors=True)
-        return bool(found)
+        return nonce
 
     def _remove_half_written(self) -> None:
         """Removes the remains of a failed save, whose other writes may continue for a moment."""
         nothing, deadline = 0, time.monotonic() + REMOVE_SECONDS
         while nothing < 3 and time.monotonic() < deadline:
-            nothing = 0 if self._remove_unfinished() else nothing + 1
+            nothing = 0 if self._folders.clear(own=True) else nothing + 1
             time.sleep(0.05)
 
     def _release(self) -> None:
@@ -157,7 +155,7 @@ class Checkpoints:
     def newest_readable(self) -> CheckpointReader | None:
         """The newest checkpoint with intact assets, data position and codec; None if there are no checkpoints.
 
-        A damaged one is reported on stderr and moved to `<workdir>/corrupt/` (left in place with `read_only`).
+        A damaged one is reported on stderr and set aside as `pass_over` does.
 
         Raises:
           UserError: no checkpoint can be read, or the newest has no training state (a converted one).
@@ -217,36 +215,35 @@ class Checkpoints:
     def pass_over(self, step: int, damage: CorruptCheckpoint) -> None:
         """Sets a damaged checkpoint aside, with a warning on stderr, in favour of the one before it.
 
-        It is moved to `<workdir>/corrupt/`, unless `read_only`. Raises UserError, and moves nothing, where no other
-        checkpoint is left: an empty directory would make the next start begin anew.
+        It is moved to `<workdir>/corrupt/`, in a bucket marked `.corrupt`, unless `read_only`. Raises UserError, and
+        changes nothing, where no other checkpoint is left: an empty directory would make the next start begin anew.
         """
         left = [s for s in self.steps() if s != step]
         if not left:
+            lie = "there" if is_remote(self.directory) else f"there and in {self.directory.parent / 'corrupt'}"
             raise UserError(
                 f"{damage}. No other checkpoint of {self.directory} can be read. Nothing was deleted: damaged ones "
-                f"lie there and in {self.directory.parent / 'corrupt'}. Restore one from a copy, or train in a new "
-                "--workdir."
+                f"lie {lie}. Restore one from a copy, or train in a new --workdir."
             ) from damage
         self._passed_over.add(step)
-        place = self.directory / str(step)
-        if not self._read_only:
-            place = _free_name(self.directory.parent / "corrupt" / str(step))
-            if distributed.is_main():
-                place.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(place)
-            distributed.barrier("the checkpoint is set aside")
         if distributed.is_main():
+            if self._read_only:
+                place = folder_of(self.directory, step)
+            else:
+                place = self._folders.leave_out(step, CORRUPT)
             warn(f"checkpoint {step} is damaged: {damage}. It lies in {place}; step {left[-1]} is used instead.")
+        distributed.barrier("the checkpoint is set aside")
 
     def set_aside(self, after: int) -> list[int]:
-        """Moves the checkpoints of steps after a given one to `<workdir>/set_aside/`, and returns their steps."""
+        """Moves the checkpoints of steps after a given one to `<workdir>/set_aside/`, and returns their steps.
+
+        In a bucket they are marked `.set_aside`.
+        """
         later = distributed.agree([step for step in self.steps() if step > after])
         for step in later:
             self._passed_over.add(step)
             if distributed.is_main():
-                place = _free_name(self.directory.parent / "set_aside" / str(step))
-                place.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(place)
+                self._folders.leave_out(step, SET_ASIDE)
         distributed.barrier("later checkpoints are set aside")
         return later
 
@@ -277,10 +274,12 @@ class Checkpoints:
         self.wait()
 
     def check(self) -> None:
-        """Raises RunError when an asynchronous save has failed. Costs nothing: call it every step."""
+        """Raises RunError when an asynchronous save has failed, or the lock is lost. Cheap: call it every step."""
         if self._failure is not None:
             self._failure_was_raised = True
             raise self._failure
+        if self._locked:
+            lock.check(self.directory.parent)
 
     def wait(self) -> None:
         """Blocks until the last save is durable; raises RunError if it failed."""
@@ -304,7 +303,7 @@ class Checkpoints:
             if self._failure is None:
                 raise
         finally:
-            if self._failure is not None and self._locked:
+            if self._failure is not None and self._locked and not isinstance(self._failure, LostLock):
                 self._remove_half_written()
             self._release()
         if self._failure is not None and not self._failure_was_raised:
@@ -329,7 +328,7 @@ class Checkpoints:
         if data_iter is not None:
             items["data_iter"] = ocp.args.JsonSave(data_iter)
         try:
-            self._writer.save(self.directory / str(step), args=ocp.args.Composite(**items))
+            self._writer.save(str(self._folders.new(step)), args=ocp.args.Composite(**items))
         except Exception as e:
             self._failure = self._failed(step, e)
             self.check()
@@ -341,6 +340,8 @@ class Checkpoints:
         """In a thread of its own: waits until a checkpoint is complete, and only then deletes old ones."""
         try:
             self._writer.wait_until_finished()
+            if distributed.is_main():
+                self._folders.commit(step)
         except BaseException as e:
             self._failure = self._failed(step, e)
             return
@@ -351,13 +352,9 @@ class Checkpoints:
         """Deletes the checkpoints that are not to be kept; the main process does, others do nothing."""
         if distributed.is_main():
             for old in self._surplus():
-                gone = (
-                    self.directory / f"{old}.deleted"
-                )  # renamed first, so that a partly deleted checkpoint never looks like one
                 try:
-                    (self.directory / str(old)).rename(gone)
-                    shutil.rmtree(gone)
-                except OSError as e:
+                    self._folders.delete(old)
+                except (OSError, RunError) as e:
                     warn(f"{self.directory / str(old)}: an old checkpoint could not be deleted: {cause_of(e)}")
 
     def _surplus(self) -> list[int]:
@@ -377,6 +374,8 @@ class Checkpoints:
             return []
 
     def _failed(self, step: int, error: BaseException) -> RunError:
+        if isinstance(error, LostLock):
+            return error
         # Else the interpreter warns, as it ends, of writes that orbax has abandoned.
         warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
         whole = [s for s in self._listed() if s != step]
@@ -384,7 +383,7 @@ class Checkpoints:
         full = no_room(error)
         todo = "Free some space" if full else "Check the space and the permissions there"
         failure = RunError(
-            f"{self.directory / str(step)}: this checkpoint could not be saved: {full or cause_of(error)}. The run "
+            f"{self._folders.new(step)}: this checkpoint could not be saved: {full or cause_of(error)}. The run "
             f"stops here. {todo}; the same command then {continued}."
         )
         failure.__cause__ = error
@@ -411,12 +410,6 @@ def _restore_state(stored: CheckpointReader, like: TrainState) -> TrainState:
         hparams = train_state["hparams"]
         train_state["hparams"] = Hparams(**hparams, data_seed=jnp.copy(hparams["seed"]))
     return like.replace(**train_state, **restored)
-
-
-def _free_name(path: Path) -> Path:
-    """`path`, or if it exists the first of `path.2`, `path.3` and so on that does not."""
-    names = (path.with_name(f"{path.name}.{n}") if n > 1 else path for n in range(1, 10_000))
-    return next(name for name in names if not name.exists())
 
 
 def _together(read: Callable[[], _Value]) -> _Value:

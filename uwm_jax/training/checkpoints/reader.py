@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -24,11 +23,16 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from uwm_jax.errors import RunError, UserError
+from uwm_jax.files import Place
 from uwm_jax.parallel import distributed
 from uwm_jax.reading import again, cause_of, reason_of
+from uwm_jax.training.checkpoints.steps import folder_of
 
 # Signs that reading failed for another reason than what the files hold: such a checkpoint is left where it is.
-_PASSING = ("permission", "resource_exhausted", "out of memory", "too many open files", "unavailable", "timed out")
+_PASSING = (
+    *("permission", "unauthenticated", "forbidden", "credentials", "401"),
+    *("resource_exhausted", "out of memory", "too many open files", "unavailable", "timed out"),
+)
 
 _SMALL_BYTES = 2**16  # arrays up to this size are fetched faster than a program for their shape is compiled
 
@@ -48,10 +52,15 @@ class CheckpointReader:
     reading failed for a reason that may pass (permissions, memory).
     """
 
-    def __init__(self, directory: Path, step: int):
+    def __init__(self, directory: Place, step: int):
         self.step = step
-        self.path = directory / str(step)
-        self.workdir = directory.parent
+        self.workdir: Any = directory.parent
+        self._directory = directory
+
+    @functools.cached_property
+    def path(self) -> Place:
+        """The folder of its items."""
+        return folder_of(self._directory, self.step)
 
     @functools.cached_property
     def items(self) -> frozenset[str]:
@@ -123,7 +132,7 @@ class CheckpointReader:
             like = self._structure(item)
         else:
             self._check_fit(item, stored, like)
-        handler, place = ocp.StandardCheckpointHandler(), epath.Path(self.path / item)
+        handler, place = ocp.StandardCheckpointHandler(), epath.Path(str(self.path / item))
         return _reading(self.path / item, lambda: handler.restore(place, args=ocp.args.StandardRestore(like)))
 
     def verify(self, item: str, restored: Any) -> None:
@@ -141,7 +150,7 @@ class CheckpointReader:
     def _json(self, item: str) -> Any:
         if item not in self.items:
             raise CorruptCheckpoint(f"{self.path / item} is missing")
-        place = epath.Path(self.path / item)
+        place = epath.Path(str(self.path / item))
         return _reading(self.path / item, lambda: ocp.JsonCheckpointHandler().restore(place))
 
     def _digests(self) -> Mapping[str, Any]:
@@ -151,7 +160,7 @@ class CheckpointReader:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def shapes() -> Any:
-            tree = ocp.StandardCheckpointHandler().metadata(epath.Path(self.path / item)).tree
+            tree = ocp.StandardCheckpointHandler().metadata(epath.Path(str(self.path / item))).tree
             return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree)
 
         return _reading(self.path / item, shapes)
@@ -315,14 +324,14 @@ def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
 
 
-def _reading(path: Path, read: Callable[[], _Value]) -> _Value:
+def _reading(path: Place, read: Callable[[], _Value]) -> _Value:
     """`read()`, of what lies at `path`; any exception that a damaged file causes becomes CorruptCheckpoint."""
     try:
-        return again(read, path)
+        return again(read, str(path))
     except (UserError, RunError):
         raise
     except Exception as e:
-        if isinstance(e, MemoryError) or any(sign in reason_of(e, path.parent) for sign in _PASSING):
+        if isinstance(e, MemoryError) or any(sign in reason_of(e, str(path.parent)) for sign in _PASSING):
             hint = "Nothing was changed; fix this and rerun the same command."
             raise RunError(f"{path}: cannot be read: {cause_of(e)}. {hint}") from e
         raise CorruptCheckpoint(f"{path}: {cause_of(e)}") from e

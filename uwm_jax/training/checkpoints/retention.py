@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -55,7 +54,7 @@ class Retention:
         c = config.checkpoint
         return cls(c.keep, c.keep_every, c.keep_best, c.keep_best_mode, decay_start(config))
 
-    def surplus(self, steps: Sequence[int], workdir: Path) -> list[int]:
+    def surplus(self, steps: Sequence[int], workdir: Any) -> list[int]:
         """Those of `steps` (ascending) whose checkpoints are not to be kept."""
         if self.newest is None or len(steps) <= self.newest:
             return []
