@@ -21,7 +21,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.reporting import pictures
 from uwm_jax.train import train
 from uwm_jax.training.checkpoints.checkpoint import latest_step
-from uwm_jax.training.telemetry.tensorboard import EventFile
+from uwm_jax.training.telemetry.event_file import EventFile
 
 pytestmark = pytest.mark.slow
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from uwm_jax.evaluation.in_training import InTraining
+from uwm_jax.files import Place
 from uwm_jax.parallel.distributed import say
 from uwm_jax.runs.loop import Records, Watch
 from uwm_jax.training.checkpoints.checkpoint import Checkpoints
@@ -28,7 +28,7 @@ class Measured(NamedTuple):
 
     means: dict[str, float]
     evaluated: dict[str, float]
-    drawn: dict[str, Path]
+    drawn: dict[str, Place]
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ class RunRecords(Records):
       accumulator: of the metrics since the last line.
     """
 
-    workdir: Path
+    workdir: Place
     total_steps: int
     checkpoints: Checkpoints
     log: MetricsLog
@@ -95,6 +95,7 @@ class RunRecords(Records):
 
     def save(self, step: int, state: TrainState) -> None:
         progress = {"metrics": self.accumulator.state(), "goodput": self.watch.goodput.state(step)}
+        self.log.sync()
         self.checkpoints.save(state, self.position(step), self.codec_arrays, {**self.assets, "progress": progress})
         if self.log.behind:  # lines that are nowhere, for steps that no continued run makes again
             self.checkpoints.wait()

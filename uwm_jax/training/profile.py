@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,30 @@ from typing import Any
 import jax
 
 from uwm_jax.errors import UserError, warn
+from uwm_jax.files import Place, copy_tree, is_remote
 from uwm_jax.parallel.distributed import say
 
 
 class Profile:
     """Writes `<workdir>/profile` while some steps of a run are made.
 
+    The profiler writes local files alone: of a workdir in a bucket, a thread uploads them when the trace is complete.
+
     Args:
       first, steps: the trace holds steps `first` to `first + steps - 1`, counted from 1; 0 steps is no trace.
       workdir: the run's directory.
     """
 
-    def __init__(self, first: int, steps: int, workdir: str | os.PathLike[str]):
+    def __init__(self, first: int, steps: int, workdir: Place):
         self._first, self._end = first, first + steps
-        self._directory = Path(workdir) / "profile"
+        self._directory = workdir / "profile"
+        self._local: tempfile.TemporaryDirectory[str] | None = None  # where the profiler writes, if not there
+        self._upload: threading.Thread | None = None
         self._running = False
         self._last = 0  # step that the trace holds so far
 
     @classmethod
-    def parse(cls, text: str | None, workdir: str | os.PathLike[str], start_step: int, total_steps: int) -> Profile:
+    def parse(cls, text: str | None, workdir: Place, start_step: int, total_steps: int) -> Profile:
         """The flag `--profile=START:STEPS`; None or "" is no trace.
 
         Args:
@@ -69,20 +75,45 @@ class Profile:
         """
         if step == self._first < self._end:
             jax.block_until_ready(before)
-            self._running = self._tried(lambda: jax.profiler.start_trace(str(self._directory)))
+            self._running = self._tried(self._start)
         elif self._running and step == self._end:
             jax.block_until_ready(before)
-            self.close()
+            self._stop()
         self._last = step
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
     def close(self) -> None:
-        """Ends a trace that is still running."""
-        if self._running:
-            self._running = False
-            if self._tried(jax.profiler.stop_trace):
-                say(f"profile: steps {self._first} to {self._last} in {self._directory}")
+        """Ends a trace that is still running, and waits for its upload."""
+        self._stop()
+        if self._upload is not None:
+            self._upload.join()
+
+    def _start(self) -> None:
+        if is_remote(self._directory):
+            self._local = tempfile.TemporaryDirectory(prefix="uwm_profile.")
+        jax.profiler.start_trace(self._local.name if self._local else str(self._directory))
+
+    def _stop(self) -> None:
+        if not self._running:
+            return
+        self._running = False
+        if not self._tried(jax.profiler.stop_trace):
+            return
+        if self._local is None:
+            self._told()
+        else:  # not in the loop, where other processes may wait for this one
+            self._upload = threading.Thread(target=self._tried, args=(self._send,), name="upload of the trace")
+            self._upload.start()
+
+    def _send(self) -> None:
+        assert self._local is not None
+        with self._local as folder:
+            copy_tree(Path(folder), self._directory)
+        self._told()
+
+    def _told(self) -> None:
+        say(f"profile: steps {self._first} to {self._last} in {self._directory}")
 
     def _tried(self, change: Callable[[], None]) -> bool:
         """Whether the profiler did it. A trace that fails (a full disk, another trace) is no reason to end a run."""

@@ -14,8 +14,9 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
+from uwm_jax.training.telemetry.event_file import EventFile
 from uwm_jax.training.telemetry.log import MetricsLog, progress_line, read_metrics
-from uwm_jax.training.telemetry.tensorboard import QUEUE_LINES, Board, EventFile
+from uwm_jax.training.telemetry.tensorboard import QUEUE_LINES, Board
 
 
 def test_lines_that_are_not_ours_do_not_count(tmp_path, capsys):
@@ -199,7 +200,7 @@ def test_a_full_disk_does_not_hide_the_error_that_came_before_it(tmp_path, capsy
                 closing.callback(log.close)
                 if error is not None:
                     raise error
-        assert log._file.closed
+        assert log._lines._file.closed
 
 
 def test_only_one_process_writes(tmp_path):

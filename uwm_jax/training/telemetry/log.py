@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import os
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uwm_jax.errors import warn
-from uwm_jax.files import write_text
+from uwm_jax.errors import RunError, warn
+from uwm_jax.files import AnyPath, Place, as_place
 from uwm_jax.reading import again
 from uwm_jax.training.goodput import duration
+from uwm_jax.training.telemetry.lines import Lines, continue_lines
 from uwm_jax.training.telemetry.tensorboard import Board
 
 
 class MetricsLog:
     """Appends to `metrics.jsonl` and TensorBoard; a temporarily full disk does not end the run.
 
-    Lines of `metrics.jsonl` that cannot be written are kept in memory and written before the next one. Events that
-    TensorBoard's file cannot take are dropped (`tensorboard.py`). Each warns once on stderr.
+    Lines of `metrics.jsonl` that cannot be written are kept in memory and written before the next one (`lines.py`).
+    Events that TensorBoard's file cannot take are dropped (`tensorboard.py`). Each warns once on stderr.
 
     Args:
       workdir: the run's directory.
@@ -33,79 +31,72 @@ class MetricsLog:
       cut: the last of the removed lines, None if there are none.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], step: int, writes: bool = True):
+    def __init__(self, workdir: AnyPath, step: int, writes: bool = True):
         self.cut: dict[str, Any] | None = None
-        self._path = Path(workdir) / "metrics.jsonl"
-        self._file: io.FileIO | None = None
+        self._path = as_place(workdir) / "metrics.jsonl"
+        self._lines: Lines | None = None
         self._board: Board | None = None
-        self._unwritten = b""
         self._was_told = False
         if not writes:
             return
-        if self._path.is_file():
-            lines = read_metrics(self._path)
-            if (unusable := len(_lines(self._path)) - len(lines)) > 1:  # one may be what a crash left half-written
-                warn(f"{self._path}: {unusable} invalid lines are removed.")
-            kept = [json.dumps(x) for x in lines if x["step"] <= step]
-            self.cut = next((x for x in reversed(lines) if x["step"] > step), None)
-            write_text(self._path, "".join(line + "\n" for line in kept))
-        self._file = self._path.open("ab", buffering=0)
-        self._board = Board(Path(workdir) / "tensorboard", first_step=step + 1)
+        texts = _lines(self._path)
+        lines = _metrics_of(texts)
+        if (unusable := len(texts) - len(lines)) > 1:  # one may be what a crash left half-written
+            warn(f"{self._path}: {unusable} invalid lines are removed.")
+        kept = [json.dumps(x) + "\n" for x in lines if x["step"] <= step]
+        self.cut = next((x for x in reversed(lines) if x["step"] > step), None)
+        self._lines = continue_lines(self._path, "".join(kept).encode())
+        self._board = Board(as_place(workdir) / "tensorboard", first_step=step + 1)
 
-    def write(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
+    def write(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Place] | None = None) -> None:
         """Writes a line with the metrics of a step, and scalars and pictures {name: file} to TensorBoard."""
-        if self._file is None or self._board is None:
+        if self._lines is None or self._board is None:
             return
-        self._unwritten += (json.dumps({"step": step, **metrics}) + "\n").encode()
-        error = self._flush()
-        if error is not None and not self._was_told:
+        reason = self._lines.append((json.dumps({"step": step, **metrics}) + "\n").encode())
+        if reason and not self._was_told:
             self._was_told = True
             warn(
-                f"{self._path} cannot be written ({error.strerror}). The run continues to its next checkpoint; lines "
-                "are kept in memory until they can be written."
+                f"{self._path} cannot be written ({reason}). The run continues to its next checkpoint; lines are kept "
+                "in memory until they can be written."
             )
         self._board.add(step, metrics, pictures)
+
+    def sync(self) -> None:
+        """Called before a checkpoint, as `Lines.sync`."""
+        if self._lines is not None:
+            self._lines.sync()
 
     @property
     def behind(self) -> bool:
         """Whether lines are unwritten, which a run that continues from a checkpoint after them would lack forever."""
-        return bool(self._unwritten)
+        return self._lines is not None and self._lines.behind
 
     def check(self) -> None:
-        """Raises OSError, with the file's name, if lines still cannot be written."""
-        error = self._flush()
-        if error is not None:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        """Raises OSError, with the file's name, or RunError, if lines still cannot be written."""
+        if self._lines is not None:
+            self._lines.check()
 
     def close(self) -> None:
         """Closes the files. Raises as `check`, unless another exception is being handled."""
         another = sys.exc_info()[1] is not None
         if self._board is not None:
             self._board.close()
-        if self._file is not None:
-            try:
-                with contextlib.suppress(OSError) if another else contextlib.nullcontext():
-                    self.check()
-            finally:
-                self._file.close()
-
-    def _flush(self) -> OSError | None:
-        """Writes pending lines as far as possible; a partially written line is continued."""
-        try:
-            while self._unwritten and self._file is not None:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-        except OSError as e:
-            return e
-        return None
+        if self._lines is not None:
+            with contextlib.suppress(OSError, RunError) if another else contextlib.nullcontext():
+                self._lines.close()
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """The objects of a `metrics.jsonl`; [] if there is no file.
 
     Lines without an integer `step`, or with values that are not numbers, are left out, such as one cut by a crash.
     """
+    return _metrics_of(_lines(as_place(path)))
+
+
+def _metrics_of(lines: Sequence[str]) -> list[dict[str, Any]]:
     complete = []
-    for line in _lines(Path(path)):
+    for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             read = json.loads(line)
             numbers = isinstance(read, dict) and all(_is_number(value) for value in read.values())
@@ -119,7 +110,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not (isinstance(value, int) and abs(value) > sys.float_info.max)
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Place) -> list[str]:
     return again(path.read_bytes, path).decode(errors="replace").splitlines() if path.is_file() else []
 
 

@@ -1,7 +1,7 @@
 """TensorBoard's event file, written by a thread of its own: it may fail, once and loudly, and it never blocks a run.
 
-The file is a TFRecord of `Event` messages, encoded here: the packages that do this import torch or TensorFlow where
-these are installed, which takes longer than all other imports of a run. Message numbers:
+The file (`event_file.py`) holds `Event` messages, encoded here: the packages that do this import torch or TensorFlow
+where these are installed, which takes longer than all other imports of a run. Message numbers:
 tensorflow/core/util/event.proto and tensorflow/core/framework/summary.proto.
 """
 
@@ -17,13 +17,13 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import google_crc32c
 from PIL import Image
 
 from uwm_jax.errors import warn
+from uwm_jax.files import Place
+from uwm_jax.training.telemetry.event_file import open_events
 
 FLUSH_SECONDS = 30.0
 CLOSE_SECONDS = 10.0  # for what is queued to be written at the end
@@ -43,16 +43,16 @@ class Board:
       first_step: TensorBoard drops what earlier files of the folder have from this step on.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], first_step: int):
+    def __init__(self, folder: Place, first_step: int):
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = Path(folder) / name
+        self.file = folder / name
         self._queue: queue.Queue[_Events | None] = queue.Queue(QUEUE_LINES)
         self._lock = threading.Lock()
         self._off = False
         self._thread = threading.Thread(target=self._work, args=(first_step,), name="tensorboard", daemon=True)
         self._thread.start()
 
-    def add(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
+    def add(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, Place] | None = None) -> None:
         """Queues the scalars of a step, and pictures {name: file}, which are read later."""
         scalars, pictures, now = dict(scalars), dict(pictures or {}), time.time()
 
@@ -92,8 +92,7 @@ class Board:
     def _work(self, first_step: int) -> None:
         writer: Any = None
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            writer = EventFile(self.file)
+            writer = open_events(self.file)
             now = time.time()
             head = [event(now, 0, _VERSION, b"brain.Event:2"), event(now, first_step, _SESSION, _varint(1, _START))]
             events: _Events | None = lambda: iter(head)  # noqa: E731 - the first of many
@@ -121,28 +120,6 @@ def _nothing() -> Iterator[bytes]:
     return iter(())
 
 
-class EventFile:
-    """A TFRecord: each record behind its length, both with a masked CRC-32C."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("wb")
-
-    def write(self, record: bytes) -> None:
-        length = struct.pack("<Q", len(record))
-        self._file.write(length + _masked_crc(length) + record + _masked_crc(record))
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _masked_crc(data: bytes) -> bytes:
-    crc = google_crc32c.value(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
 # --- Protocol buffers ------------------------------------------------------------------------------------
 
 _VERSION, _SUMMARY, _SESSION = 3, 5, 7  # what an event holds
@@ -159,9 +136,9 @@ def _tag(name: str) -> bytes:
     return _message(1, re.sub(r"[^-/\w.]", "_", name).lstrip("/").encode())
 
 
-def _picture(file: Path) -> bytes:
+def _picture(file: Place) -> bytes:
     """A `Summary.Image`, RGB."""
-    with Image.open(file) as image:
+    with Image.open(io.BytesIO(file.read_bytes())) as image:
         width, height = image.size
         image.convert("RGB").save(png := io.BytesIO(), "PNG")
     return _varint(1, height) + _varint(2, width) + _varint(3, 3) + _message(4, png.getvalue())
