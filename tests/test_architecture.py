@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": ("ending",),
     "storage": ("errors",),
     "files": ("errors", "storage"),
-    "reading": ("errors", "storage"),
+    "reading": ("errors", "files", "storage"),
     "host_memory": ("host_tpu",),
     "host_tpu": (),
     "hub": BASE,

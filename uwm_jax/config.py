@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from uwm_jax.data.fields import source as source
 from uwm_jax.data.transforms import PRESETS
 from uwm_jax.data.transforms import preset as preset
 from uwm_jax.errors import UserError, suggest
-from uwm_jax.files import local_path
+from uwm_jax.files import AnyPath, as_place, local_path
 from uwm_jax.hub.names import may_be_one, parse_origin
 from uwm_jax.reading import parse_json, read_json, run_python
 
@@ -381,10 +380,10 @@ def _system_of(stored: Any, where: str) -> str:
     return name
 
 
-def read(workdir: str | os.PathLike[str], overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
+def read(workdir: AnyPath, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     """The config of a workdir, with overrides on top."""
     refuse_sweep(workdir)
-    path = Path(workdir) / "config.json"
+    path = as_place(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"--workdir: {str(workdir)!r} holds no config.json; it is not a run's directory.")
     config = from_dict(read_json(path), str(path))
@@ -393,10 +392,11 @@ def read(workdir: str | os.PathLike[str], overrides: Iterable[tuple[str, str]] =
     return config
 
 
-def refuse_sweep(workdir: str | os.PathLike[str]) -> None:
+def refuse_sweep(workdir: AnyPath) -> None:
     """Raises UserError, with names of its members, for the directory of a sweep where that of a run is expected."""
-    if (Path(workdir) / "sweep.json").is_file():
-        names = sorted(place.name for place in (Path(workdir) / "members").glob("*/"))
+    directory = as_place(workdir)
+    if (directory / "sweep.json").is_file():
+        names = sorted(place.name for place in (directory / "members").glob("*/"))
         found = f" It has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}." if names else ""
         raise UserError(
             f"--workdir: {str(workdir)!r} holds a sweep, not a run. Its members are runs: "

@@ -20,8 +20,6 @@ read, owner/name[@revision] stands for it then.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
 from uwm_jax import cli, config_help, systems
@@ -32,6 +30,7 @@ from uwm_jax.conversion.probe import USE
 from uwm_jax.conversion.push import Repository, push_export, push_run
 from uwm_jax.conversion.to_torch import to_torch
 from uwm_jax.errors import UserError
+from uwm_jax.files import as_place
 from uwm_jax.hub import runs
 from uwm_jax.reporting.card import UNKNOWN
 from uwm_jax.training import inference
@@ -157,7 +156,7 @@ def main(call: cli.Call) -> None:
 
 def names_a_folder(output: str) -> bool:
     """Whether `--output` names an export folder: an existing one, a path that ends in "/", or one without an ending."""
-    return output.endswith("/") or Path(output).is_dir() or not Path(output).suffix
+    return output.endswith("/") or as_place(output).is_dir() or not as_place(output).suffix
 
 
 command = cli.command(main, define_flags)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from uwm_jax.errors import RunError, UserError, warn
+from uwm_jax.files import AnyPath, as_place
 from uwm_jax.storage.errors import is_passing
 
 AGAIN_SECONDS = (1.0, 4.0, 16.0)  # waits before the second, third and fourth attempt
@@ -27,7 +28,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SIGNS = tuple(os.strerror(number).lower() for number in _FLEETING)
 
 
-def again(read: Callable[[], _Value], path: str | os.PathLike[str]) -> _Value:
+def again(read: Callable[[], _Value], path: AnyPath) -> _Value:
     """`read()`, retried after 1, 4 and 16 s if it fails with a transient error.
 
     Args:
@@ -53,7 +54,7 @@ def again(read: Callable[[], _Value], path: str | os.PathLike[str]) -> _Value:
     raise AssertionError
 
 
-def is_fleeting(error: BaseException, path: str | os.PathLike[str] = "") -> bool:
+def is_fleeting(error: BaseException, path: AnyPath = "") -> bool:
     """Whether reading failed with a transient error, rather than because of the files' contents."""
     if isinstance(error, UserError | RunError):
         return False
@@ -64,9 +65,9 @@ def is_fleeting(error: BaseException, path: str | os.PathLike[str] = "") -> bool
     return any(sign in reason_of(error, path) for sign in _SIGNS)
 
 
-def reason_of(error: BaseException, path: str | os.PathLike[str] = "") -> str:
+def reason_of(error: BaseException, path: AnyPath = "") -> str:
     """`cause_of` in lower case without paths, whose words must not be taken for a reason."""
-    return re.sub(r"\S*/\S*/\S*", "", cause_of(error).replace(os.fspath(path) or "\0", "")).lower()
+    return re.sub(r"\S*/\S*/\S*", "", cause_of(error).replace(str(path) or "\0", "")).lower()
 
 
 def cause_of(error: BaseException) -> str:
@@ -106,14 +107,14 @@ def run_python(path: str | os.PathLike[str], where: str, expected: str, use: Cal
         raise UserError(f"{where} does not load ({type(e).__name__}: {e}). Expected {expected}.") from e
 
 
-def read_json(path: str | os.PathLike[str], also: type | tuple[type, ...] = ()) -> Any:
+def read_json(path: AnyPath, also: type | tuple[type, ...] = ()) -> Any:
     """The object in a JSON file, or a value of the types `also`.
 
     Raises:
       UserError: the file is not JSON in UTF-8, too large, nested too deeply, or holds another type.
       OSError: it cannot be opened.
     """
-    path = Path(path)
+    path = as_place(path)
 
     def read() -> bytes:
         with path.open("rb") as file:

@@ -10,13 +10,11 @@ and `rollout` write the report again too. `--output` writes it elsewhere, also f
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
 from uwm_jax import cli
 from uwm_jax.errors import UserError
-from uwm_jax.files import local_path
+from uwm_jax.files import as_place, place
 from uwm_jax.reporting import run_page, sweep_page
 from uwm_jax.reporting.comparison import compare
 from uwm_jax.sweeps import record
@@ -42,7 +40,7 @@ def main(call: cli.Call) -> None:
     if workdir and call.arguments:
         other = call.arguments[0]
         raise UserError(f"--workdir={FLAGS.workdir}: found {other!r} too. To compare, give all without the flag.")
-    runs = [workdir] if workdir else [local_path(a, "DIR") for a in call.arguments]
+    runs = [workdir] if workdir else [place(a, "DIR") for a in call.arguments]
     if not runs:
         raise UserError("--workdir is required, or the directories of several runs to compare; found none.")
     is_sweep = not runs[1:] and (runs[0] / record.FILE).is_file()
@@ -52,7 +50,7 @@ def main(call: cli.Call) -> None:
     output = cli.optional_path("output")
     name = "comparison.html" if runs[1:] else sweep_page.FILE if is_sweep else "report.html"
     results = output if output and (output.is_dir() or output.suffix.lower() not in (".html", ".htm")) else None
-    page = results / name if results else output or (Path(name) if runs[1:] else runs[0] / name)
+    page = results / name if results else output or (as_place(name) if runs[1:] else runs[0] / name)
     try:
         if is_sweep:
             sweep_page.write(runs[0], page, FLAGS.x, FLAGS.y)
@@ -62,7 +60,7 @@ def main(call: cli.Call) -> None:
             run_page.write(runs[0], page, results)
         print(f"wrote {page}")
     except OSError as e:
-        if e.filename is None or Path(e.filename) not in (page, *page.parents):
+        if e.filename is None or as_place(e.filename) not in (page, *page.parents):
             raise
         raise UserError(f"{page} cannot be written: {e.strerror}. --output=FILE writes the page elsewhere.") from e
 

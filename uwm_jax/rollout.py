@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -51,6 +50,7 @@ from uwm_jax.evaluation.closed_loop import (
     write_episodes,
 )
 from uwm_jax.evaluation.metrics import Metrics, text
+from uwm_jax.files import Place
 from uwm_jax.policy import HISTORIES, SWITCHES, possible_switch
 from uwm_jax.reporting import film
 from uwm_jax.reporting.run_page import write as write_report
@@ -107,8 +107,8 @@ def main(call: cli.Call) -> None:
     spec, root = get(env), places.root(cli.optional_path("output"), place)
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.episodes)
     against = None
-    if folder := cli.optional_path("against"):
-        against = read_against(folder, spec, seeds)
+    if there := cli.optional_path("against"):
+        against = read_against(there, spec, seeds)
     acting = _of_export(export, call) if export else _of_run(place, call)
     backend = acting.backend
     check_fits(spec, backend)
@@ -159,7 +159,7 @@ def main(call: cli.Call) -> None:
         print(f"wrote {write_report(place, results=root)}")
 
 
-def _of_run(workdir: Path, call: cli.Call) -> Acting:
+def _of_run(workdir: Place, call: cli.Call) -> Acting:
     system, params, frozen, step = inference.load_for_inference(workdir, FLAGS.step, call.overrides, FLAGS.parameters)
     used = inference.parameters_used(workdir, step, FLAGS.parameters)
     default = inference.parameters_used(workdir, step)["parameters"]
@@ -170,7 +170,7 @@ def _of_run(workdir: Path, call: cli.Call) -> Acting:
     return Acting(backend, used, settings, own=not settings)
 
 
-def _of_export(folder: Path, call: cli.Call) -> Acting:
+def _of_export(folder: Place, call: cli.Call) -> Acting:
     if given := [f"--{name}" for name in ("step", "parameters") if FLAGS[name].value is not None]:
         raise UserError(f"{', '.join(given)}: an export holds one set of parameters. Export others of the run instead.")
     if call.overrides:
@@ -180,7 +180,7 @@ def _of_export(folder: Path, call: cli.Call) -> Acting:
     return Acting(backend, used, {"backend": "torch"}, own=True)
 
 
-def _film(backend: JaxBackend, spec: EnvSpec, episodes: Sequence[EpisodeResult], file: Path) -> bool:
+def _film(backend: JaxBackend, spec: EnvSpec, episodes: Sequence[EpisodeResult], file: Place) -> bool:
     """Draws the best, the median and the worst episode; False where there is nothing to show."""
     system, clips = backend.model, []
     for label, i in film.representative(episodes):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -23,7 +22,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.loader import prefetch_to_device
 from uwm_jax.evaluation import in_training
 from uwm_jax.evaluation.in_training import InTraining
-from uwm_jax.files import local_path
+from uwm_jax.files import AnyPath, Place, place
 from uwm_jax.hub.runs import spelled
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel import mesh as mesh_lib
@@ -86,7 +85,7 @@ def main(call: cli.Call) -> None:
 
 def train(
     config: ConfigDict,
-    workdir: str | os.PathLike[str],
+    workdir: AnyPath,
     profile: str | None = None,
     start: dict[str, Any] | None = None,
     began: tuple[float, float] | None = None,
@@ -103,15 +102,15 @@ def train(
       Preempted: told to end by a signal, and saved.
     """
     config_lib.validate(config)
-    place = local_path(workdir, "workdir")
+    where = place(workdir, "workdir")
     start = start or provenance.describe_use(["python", *sys.orig_argv[1:]], config, ())
     with contextlib.ExitStack() as closing:  # what is open is closed in reverse, all of it, whatever happens
-        run(config, place, profile, start, began, closing)
+        run(config, where, profile, start, began, closing)
 
 
 def run(
     config: ConfigDict,
-    workdir: Path,
+    workdir: Place,
     profile: str | None,
     start: dict[str, Any],
     began: tuple[float, float] | None,
@@ -166,8 +165,8 @@ def run(
 
     # --- Model. The codec is frozen: it is kept once in the workdir or inside the checkpoints. -----
     startup.reached("model")
-    place = find_codec(config, data, stored, origin)
-    codec, frozen = codec_store.open_codec(config, place)
+    codec_place = find_codec(config, data, stored, origin)
+    codec, frozen = codec_store.open_codec(config, codec_place)
     cached_latents.check(config, data, codec, frozen)
     if stored:
         past = lineage.kept(stored.assets, branch=config.branch_from if first_start else "")
@@ -212,7 +211,7 @@ def run(
         provenance.add_start(workdir, start)
     workdir_lib.require_shared(workdir, config)
     if first_start:
-        codec_store.keep(config, place, workdir)
+        codec_store.keep(config, codec_place, workdir)
 
     # --- Programs, compiled before the loop; the state's buffers are reused in place. --------------
     startup.reached("compile")

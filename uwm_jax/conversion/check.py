@@ -11,6 +11,7 @@ import numpy as np
 
 from uwm_jax.conversion import probe as probe_lib
 from uwm_jax.errors import RunError, UserError
+from uwm_jax.files import AnyPath, Place, local_copy
 from uwm_jax.reading import read_json
 from uwm_jax.torch_bridge.description import DESCRIPTION, PROBE, PROGRAM, WEIGHTS
 from uwm_jax.torch_bridge.npz_file import NpzArrays
@@ -26,7 +27,7 @@ class Difference(NamedTuple):
     output: str
 
 
-def check(folder: str | Path, device: str = "cpu") -> list[Difference]:
+def check(folder: AnyPath, device: str = "cpu") -> list[Difference]:
     """Reruns the probe of an export folder.
 
     Raises:
@@ -76,16 +77,15 @@ def largest(
     return max(differences, key=lambda one: one.largest)
 
 
-def refuse_differences(differences: Iterable[Difference], folder: Path) -> None:
+def refuse_differences(differences: Iterable[Difference], folder: Place) -> None:
     """Raises RunError where a use differs by more than `probe.USE`; the message says whether the weights are those that
     were exported."""
     bad = [one for one in differences if not one.largest <= probe_lib.USE]
     if not bad:
         return
     found = ", ".join(f"{one.use} by {one.largest:.1e} ({one.output})" for one in bad)
-    raise RunError(
-        f"{folder}: PyTorch differs from JAX's outputs by more than {probe_lib.USE:g}: {found}. {_weights_told(folder)}"
-    )
+    told = _weights_told(local_copy(folder))
+    raise RunError(f"{folder}: PyTorch differs from JAX's outputs by more than {probe_lib.USE:g}: {found}. {told}")
 
 
 def _weights_told(folder: Path) -> str:

@@ -24,6 +24,7 @@ from uwm_jax.conversion.to_torch import describe
 from uwm_jax.data.robot import parse_limits
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError
+from uwm_jax.files import AnyPath, Place
 from uwm_jax.systems.base import System
 from uwm_jax.torch_bridge import layout, official_codecs, weights
 from uwm_jax.torch_bridge.description import DESCRIPTION, PROBE, PROGRAM, WEIGHTS
@@ -32,8 +33,8 @@ from uwm_jax.training.checkpoints.reader import CheckpointReader
 
 
 def to_folder(
-    workdir: str | Path,
-    output: str | Path,
+    workdir: AnyPath,
+    output: AnyPath,
     step: int | None = None,
     overrides: Iterable[tuple[str, str]] = (),
     parameters: str | None = None,
@@ -53,7 +54,7 @@ def to_folder(
       UserError: the folder is not empty; there is no such use; limits do not fit; the run has an AdaLN that official
         checkpoints do not have.
     """
-    workdir, output = files.local_path(workdir, "--workdir"), files.local_path(output, "--output")
+    workdir, output = files.place(workdir, "--workdir"), files.place(output, "--output")
     check_new(output)
     system, params, frozen, step = inference.load_for_inference(workdir, step, overrides, parameters)
     official = systems.official(system.config.system)
@@ -80,7 +81,7 @@ def to_folder(
         notes.append(f"a probe of {probe.rows} rows: {probe.source}" + (probe.why and f" ({probe.why})"))
     else:
         notes.append(f"weights and description only, since {PROGRAM} does not run {system.config.system}")
-    with files.new_folder(output) as staging:
+    with files.new_folder(output, last=DESCRIPTION) as staging:
         weights.write_weights(staging / WEIGHTS, dict(sorted(tensors.items())))
         described["fingerprints"] = fingerprints(staging / WEIGHTS, workdir, step)
         files.write_text(staging / DESCRIPTION, json.dumps(described, indent=2) + "\n")
@@ -91,7 +92,7 @@ def to_folder(
     print(f"wrote {output}: {len(tensors)} tensors of step {step}, uses {', '.join(chosen)}; {'; '.join(notes)}")
 
 
-def check_new(output: Path) -> None:
+def check_new(output: Place) -> None:
     """Raises UserError unless a folder can be made at `output`, where there is none or an empty one."""
     files.check_output(output, "--output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -137,7 +138,7 @@ def choose_uses(system: System, asked: Sequence[str], *, runs: bool) -> list[str
     return [use for use in system.uses if use in asked or not asked]
 
 
-def fingerprints(weights_file: Path, workdir: Path, step: int) -> dict[str, Any]:
+def fingerprints(weights_file: Path, workdir: Place, step: int) -> dict[str, Any]:
     """{"weights": SHA-256 of the file, "run": SHA-256 of the checkpoint's config, step and digests of arrays, "data":
     the datasets that its parameters learned from (`lineage.of_checkpoint`), None where that is not known}."""
     with weights_file.open("rb") as file:

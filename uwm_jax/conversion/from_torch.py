@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError, warn
+from uwm_jax.files import AnyPath
 from uwm_jax.torch_bridge import description, layout, npz_file, official_codecs, state_dict, weights
 from uwm_jax.torch_bridge.description import Described
 from uwm_jax.torch_bridge.official_config import OfficialRun, Shapes
@@ -27,10 +27,10 @@ from uwm_jax.training import workdir as workdir_lib
 
 
 def from_torch(
-    input_path: str | Path,
-    official_config: str | Path,
-    workdir: str | Path,
-    normalizer: str | Path | None = None,
+    input_path: AnyPath,
+    official_config: AnyPath,
+    workdir: AnyPath,
+    normalizer: AnyPath | None = None,
     *,
     no_normalizer: bool = False,
     which: str = state_dict.MODEL,
@@ -52,7 +52,7 @@ def from_torch(
       overrides: `("data.path", "libero")` pairs on top of the configuration, of `training_state.MAY_SET`; only with
         `optimizer`.
     """
-    workdir = files.local_path(workdir, "--workdir")
+    workdir = files.place(workdir, "--workdir")
     files.check_output(workdir, "--workdir")
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(
@@ -102,10 +102,10 @@ def from_torch(
     state = training_state.make(config, params, entry_of, adamw, str(input_path)) if adamw else None
     _warn_of_infinities({**tensors, **(training_state.values(adamw) if adamw else {})})
 
-    names = {"weights": Path(input_path).name, "config": Path(official_config).name, "parameters": parameters}
-    with files.new_folder(workdir) as staging:
+    came_from = {"weights": files.as_place(input_path).name, "config": files.as_place(official_config).name}
+    with files.new_folder(workdir, last="config.json") as staging:
         arrays = official_codecs.keep(codec, codec_tensors, codec_store.folder(staging, config))
-        assets: dict[str, Any] = {"converted_from": names}
+        assets: dict[str, Any] = {"converted_from": came_from | {"parameters": parameters}}
         if isinstance(run, Described) and run.learned_from is not None:
             assets |= {"learned_from": run.learned_from, "leak": None}
         if state is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from uwm_jax import systems
 from uwm_jax.backend import JaxBackend
 from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.evaluation.data import open_raw
+from uwm_jax.files import Place
 from uwm_jax.systems.base import System
 
 ROWS = 2
@@ -54,7 +54,7 @@ def needs_codec(system: System, use: str) -> bool:
     return system.codec is not None and "next_obs" in (*asked.makes, *asked.given)
 
 
-def make(system: System, params: Any, frozen: Any, uses: Sequence[str], workdir: Path, step: int) -> Probe:
+def make(system: System, params: Any, frozen: Any, uses: Sequence[str], workdir: Place, step: int) -> Probe:
     """Runs the uses on a few held-out windows of the run, or on synthetic ones where its data is not at hand."""
     why = ""
     try:
@@ -82,7 +82,7 @@ def in_float32(system: System) -> System:
     return systems.make(config, system.spec, system.codec)
 
 
-def held_out_inputs(system: System, workdir: Path, step: int) -> dict[str, np.ndarray]:
+def held_out_inputs(system: System, workdir: Place, step: int) -> dict[str, np.ndarray]:
     """`ROWS` held-out windows of a run in raw units, evenly spread.
 
     Raises:

@@ -13,6 +13,7 @@ from uwm_jax import config as config_lib
 from uwm_jax import files
 from uwm_jax.conversion.export_folder import to_folder
 from uwm_jax.errors import UserError, warn
+from uwm_jax.files import Place
 from uwm_jax.hub import upload
 from uwm_jax.reading import read_json
 from uwm_jax.reporting.card import card
@@ -46,7 +47,7 @@ class Repository:
 
 
 def push_run(
-    workdir: Path,
+    workdir: Place,
     to: Repository,
     step: int | None = None,
     overrides: Iterable[tuple[str, str]] = (),
@@ -69,7 +70,7 @@ def push_run(
         _send(folder, to, Run.read(workdir))
 
 
-def push_export(export: Path, to: Repository) -> None:
+def push_export(export: Place, to: Repository) -> None:
     """Uploads an export folder as it is; its card has no results.
 
     Raises:
@@ -85,7 +86,7 @@ def push_export(export: Path, to: Repository) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for name in (WEIGHTS, DESCRIPTION, PROBE, PROGRAM):
             if (export / name).is_file():
-                (Path(temporary) / name).symlink_to((export / name).resolve())
+                (Path(temporary) / name).symlink_to(files.local_copy(export / name).resolve())
         _send(Path(temporary), to, None)
 
 

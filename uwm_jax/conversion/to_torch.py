@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from uwm_jax import files, systems
 from uwm_jax.codecs import VAECodec
 from uwm_jax.errors import UserError, warn
+from uwm_jax.files import AnyPath, Place
 from uwm_jax.systems.base import System
 from uwm_jax.torch_bridge import layout, official_codecs, official_pt, weights
 from uwm_jax.torch_bridge.description import FORMAT, FORMAT_VERSION
@@ -22,8 +22,8 @@ from uwm_jax.training.provenance import code_version
 
 
 def to_torch(
-    workdir: str | Path,
-    output: str | Path,
+    workdir: AnyPath,
+    output: AnyPath,
     step: int | None = None,
     overrides: Iterable[tuple[str, str]] = (),
     parameters: str | None = None,
@@ -38,7 +38,7 @@ def to_torch(
       overrides: `("diffusion.spacing", "trailing")` pairs on top of the stored config.
       parameters: "raw" or "average"; None takes the average where the checkpoint has one.
     """
-    workdir, output = files.local_path(workdir, "--workdir"), files.local_path(output, "--output")
+    workdir, output = files.place(workdir, "--workdir"), files.place(output, "--output")
     if output.suffix not in (".safetensors", ".pt"):
         raise UserError(
             f"--output: expected a name that ends in .safetensors or .pt, or a folder as DIR/, found {str(output)!r}."
@@ -63,7 +63,7 @@ def to_torch(
     print(f"wrote {output}: {len(tensors)} tensors of step {step}, described in {output.with_suffix('.json').name}")
 
 
-def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Path | None) -> dict[str, Any]:
+def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workdir: Place | None) -> dict[str, Any]:
     """Everything that the tensors mean: enough to run the model without our code (JSON values only). Without a workdir,
     which keeps a codec's files, the codec is left out."""
     c, spec = system.config, system.spec

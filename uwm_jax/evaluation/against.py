@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from uwm_jax.envs import EnvSpec
 from uwm_jax.envs.parallel import EpisodeResult
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.closed_loop import NO_ACTION, POLICY
+from uwm_jax.files import Place
 from uwm_jax.reading import read_json
 
 
@@ -21,7 +21,7 @@ class Against(NamedTuple):
     scores the best and the last are known alone."""
 
     name: str
-    folder: Path
+    folder: Place
     episodes: list[EpisodeResult]
 
     def first_chunks(self, results: Sequence[EpisodeResult]) -> float | None:
@@ -33,7 +33,7 @@ class Against(NamedTuple):
         return max(float(np.abs(a - b).max()) for a, b in pairs if a is not None and b is not None)
 
 
-def read(folder: Path, spec: EnvSpec, seeds: Sequence[int], flag: str = "--against") -> Against:
+def read(folder: Place, spec: EnvSpec, seeds: Sequence[int], flag: str = "--against") -> Against:
     """Reads the `episodes.json` of a folder that `rollout` wrote.
 
     Raises:

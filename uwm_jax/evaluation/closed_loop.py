@@ -11,7 +11,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -30,7 +29,7 @@ from uwm_jax.envs import EnvSpec, get
 from uwm_jax.envs.parallel import EpisodeResult, ParallelEnvs, cores
 from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation.metrics import Metrics, difference_bounds, interval, proportion, proportion_difference
-from uwm_jax.files import write_text
+from uwm_jax.files import Place, write_text
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import Rules
@@ -415,7 +414,7 @@ def _unusual(latency: int, switch: str, history: str) -> dict[str, Any]:
     return late | ({} if history == "kept" else {"history": history})
 
 
-def write_episodes(folder: Path, metrics: Metrics, how: Mapping[str, Any]) -> None:
+def write_episodes(folder: Place, metrics: Metrics, how: Mapping[str, Any]) -> None:
     """Writes what `measure` returned to `metrics.json` of a folder, and `describe_episodes` with its provenance to
     `episodes.json`; a film of other episodes is deleted."""
     folder.mkdir(parents=True, exist_ok=True)

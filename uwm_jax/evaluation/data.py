@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,6 +14,7 @@ from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.sources import renamed
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place
 from uwm_jax.systems.base import System
 from uwm_jax.training import fixed_fields, inference, lineage
 from uwm_jax.training.checkpoints.reader import CheckpointReader
@@ -106,7 +106,7 @@ def open_data(
     return Data(data, references, own, whole, " ".join(told) or None)
 
 
-def open_raw(system: System, workdir: Path, step: int, changed: Collection[str] = ()) -> Data:
+def open_raw(system: System, workdir: Place, step: int, changed: Collection[str] = ()) -> Data:
     """`open_data` of a workdir's checkpoint, whose batches have actions and low-dimensional keys in raw units.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from uwm_jax.data.run_data import RunData
 from uwm_jax.data.sources import of_episodes
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation.metrics import CHANGED, Metrics, Pairs, errors, names_of, pairs_of, summarize
-from uwm_jax.files import write_text
+from uwm_jax.files import Place, write_text
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.sharding import Rules
 from uwm_jax.systems.base import Encoded, System
@@ -262,7 +261,7 @@ def spread(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def write_results(folder: Path, metrics: Metrics, about: Mapping[str, Any]) -> None:
+def write_results(folder: Place, metrics: Metrics, about: Mapping[str, Any]) -> None:
     """Writes `metrics.json`, which `Evaluator.run` returned, to a folder, and its provenance to `about.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -23,11 +22,12 @@ from uwm_jax.config_checks import cadence, lacks_env
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
-from uwm_jax.errors import UserError, warn
+from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.evaluation import closed_loop, places
 from uwm_jax.evaluation.evaluator import Each, Evaluator, Windows, rows_at_a_time, write_results
 from uwm_jax.evaluation.losses import HeldOutLosses
 from uwm_jax.evaluation.metrics import Metrics
+from uwm_jax.files import Place
 from uwm_jax.parallel import distributed, signals
 from uwm_jax.parallel.turns import Left, Turns
 from uwm_jax.parallel.watchdog import Watchdog
@@ -37,7 +37,7 @@ from uwm_jax.training.build import Program
 from uwm_jax.training.provenance import describe_use
 from uwm_jax.training.state import TrainState
 
-Draw = Callable[[Windows, DataSpec, ConfigDict, Path], dict[str, Path]]
+Draw = Callable[[Windows, DataSpec, ConfigDict, Place], dict[str, Place]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Measured(NamedTuple):
 
     metrics: Metrics
     about: Mapping[str, Any]
-    draw: Callable[[Path], dict[str, Path]] = lambda folder: {}
+    draw: Callable[[Place], dict[str, Place]] = lambda folder: {}
 
 
 class InTrainingEvaluator(abc.ABC):
@@ -139,7 +139,7 @@ class InTrainingEvaluator(abc.ABC):
         """Whether a metric is printed."""
         return False
 
-    def write(self, folder: Path, metrics: Metrics, about: Mapping[str, Any]) -> None:
+    def write(self, folder: Place, metrics: Metrics, about: Mapping[str, Any]) -> None:
         """Writes the results of its folder."""
         write_results(folder, metrics, about)
 
@@ -253,7 +253,7 @@ class ClosedLoop(InTrainingEvaluator):
     def shown(self, metric: str) -> bool:
         return metric.startswith(f"{closed_loop.POLICY}/")
 
-    def write(self, folder: Path, metrics: Metrics, about: Mapping[str, Any]) -> None:
+    def write(self, folder: Place, metrics: Metrics, about: Mapping[str, Any]) -> None:
         closed_loop.write_episodes(folder, metrics, about)
 
 
@@ -337,8 +337,8 @@ class InTraining:
         return frozenset(e.prefix + name for e in self._evaluators for name in e.metrics)
 
     def evaluate(
-        self, workdir: Path, step: int, state: TrainState, frozen: Any, turns: Turns, watchdog: Watchdog
-    ) -> tuple[dict[str, float], dict[str, Path]]:
+        self, workdir: Place, step: int, state: TrainState, frozen: Any, turns: Turns, watchdog: Watchdog
+    ) -> tuple[dict[str, float], dict[str, Place]]:
         """Measures a state, and writes `<workdir>/<folder>/<step>/` but for GIFs, which take long to draw.
 
         Where the run is to end before the last batch of an evaluator, none of its results is written, and a line says
@@ -355,7 +355,7 @@ class InTraining:
             return watchdog.each(step, turns.each(items, self._data.waits_for))
 
         means: dict[str, float] = {}
-        files: dict[str, Path] = {}
+        files: dict[str, Place] = {}
         folders: dict[str, list[InTrainingEvaluator]] = {}
         for evaluator in self.due(step):
             folders.setdefault(evaluator.folder, []).append(evaluator)
@@ -392,10 +392,10 @@ class InTraining:
         self,
         evaluators: Sequence[InTrainingEvaluator],
         measured: Sequence[Measured],
-        workdir: Path,
+        workdir: Place,
         step: int,
         state: TrainState,
-    ) -> dict[str, Path]:
+    ) -> dict[str, Place]:
         """Writes the results of the evaluators of one folder together; gives {`eval/<picture>`: file}."""
         first, config = evaluators[0], self._config
         metrics = {name: value for found in measured for name, value in found.metrics.items()}
@@ -415,7 +415,7 @@ class InTraining:
             files = {name: file for found in measured for name, file in found.draw(folder).items()}
         except Exception as e:  # a full disk, a picture that cannot be drawn: no reason to end a run
             where = getattr(e, "filename", None) or folder
-            reason = getattr(e, "strerror", None) or repr(e)
+            reason = getattr(e, "strerror", None) or (str(e) if isinstance(e, RunError) else repr(e))
             warn(
                 f"{where}: the evaluation of step {step} cannot be written ({reason}). "
                 f"Its means are in metrics.jsonl; {_again(first, workdir, step)} makes up for the rest."
@@ -433,5 +433,5 @@ class InTraining:
         return "  evaluated: " + ", ".join(f"{name} {means[name]:.4f}" for name in names)
 
 
-def _again(evaluator: InTrainingEvaluator, workdir: Path, step: int) -> str:
+def _again(evaluator: InTrainingEvaluator, workdir: Place, step: int) -> str:
     return f"python -m {evaluator.command} --workdir={workdir} --step={step}"

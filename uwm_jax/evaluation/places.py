@@ -14,7 +14,6 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.config_checks import matches
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place, check_output, is_remote
 from uwm_jax.hub.runs import origin_of
 from uwm_jax.reading import read_json
 
@@ -61,7 +61,7 @@ def differences(
     return found if parameters == default else found | {"parameters": parameters}
 
 
-def root(output: Path | None, workdir: Path) -> Path:
+def root(output: Place | None, workdir: Place) -> Place:
     """The directory that `eval/`, `rollout/` and `report.html` are made in.
 
     Raises:
@@ -79,18 +79,21 @@ def root(output: Path | None, workdir: Path) -> Path:
     return place
 
 
-def of_run(root: Path, workdir: Path) -> dict[str, str]:
+def of_run(root: Place, workdir: Place) -> dict[str, str]:
     """Names the run in the records of results that lie outside of its workdir; {} of those inside, which may move."""
     return {} if root.resolve() == workdir.resolve() else {"workdir": str(origin_of(workdir) or workdir.resolve())}
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Place) -> None:
     """Raises UserError where no file can be made in a folder, which need not be there yet."""
+    if is_remote(folder):
+        check_output(folder, "--output")
+        return
     there = folder
     try:
         while not there.exists():
             there = there.parent
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=str(there)):
             pass
     except OSError as e:
         why = str(e.strerror) if there == folder else f"{there}: {e.strerror}"
@@ -101,7 +104,7 @@ def require_writable(folder: Path) -> None:
 
 
 def choose(
-    step_folder: Path,
+    step_folder: Place,
     file: str,
     settings: Settings,
     *,
@@ -109,7 +112,7 @@ def choose(
     shared: bool,
     name: str | None,
     run: Mapping[str, str],
-) -> Path:
+) -> Place:
     """The folder of a result, in which files can be written; a line says so where it is not the step's.
 
     Args:
@@ -148,12 +151,12 @@ def choose(
     return folder
 
 
-def _other(file: Path, settings: Settings) -> bool:
+def _other(file: Place, settings: Settings) -> bool:
     """Whether a result lies there that was made with other settings, or records no settings."""
     return file.exists() and _record(file).get("settings") != json.loads(json.dumps(settings))
 
 
-def _record(file: Path) -> dict[str, Any]:
+def _record(file: Place) -> dict[str, Any]:
     try:
         found = read_json(file)
     except (OSError, UserError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from uwm_jax.errors import warn
 from uwm_jax.evaluation import places
 from uwm_jax.evaluation.data import Data, open_data
 from uwm_jax.evaluation.evaluator import Evaluator, rows_at_a_time
+from uwm_jax.files import Place
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.systems.base import System
 from uwm_jax.training import build, fixed_fields, inference, lineage, provenance
@@ -36,9 +36,9 @@ class EvaluatedRun:
       used: which parameters these are, as `inference.parameters_used`.
     """
 
-    workdir: Path
+    workdir: Place
     step: int
-    root: Path
+    root: Place
     system: System
     params: Any
     frozen: Any
@@ -49,7 +49,7 @@ class EvaluatedRun:
     overrides: Sequence[tuple[str, str]]
     used: Mapping[str, Any]
 
-    def folder(self, file: str, settings: Mapping[str, Any], *, shared: bool, name: str | None) -> Path:
+    def folder(self, file: str, settings: Mapping[str, Any], *, shared: bool, name: str | None) -> Place:
         """The folder below `eval/<step>` for a result; as `places.choose`, which explains the arguments."""
         return places.choose(
             self.root / "eval" / str(self.step),
@@ -78,8 +78,8 @@ class EvaluatedRun:
 
 
 def open_run(
-    workdir: Path,
-    output: Path | None,
+    workdir: Place,
+    output: Place | None,
     *,
     step: int | None,
     parameters: str | None,

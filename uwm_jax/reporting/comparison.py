@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from uwm_jax.config import flatten
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
-from uwm_jax.files import write_text
+from uwm_jax.files import Place, write_text
 from uwm_jax.reporting import names, pairs
 from uwm_jax.reporting.curves import Curve, Panel
 from uwm_jax.reporting.markup import Html, fill
@@ -35,7 +34,7 @@ HOW = (
 )
 
 
-def compare(workdirs: Sequence[Path], output: Path) -> Path:
+def compare(workdirs: Sequence[Place], output: Place) -> Place:
     """Writes a page that sets runs side by side; returns `output`.
 
     Raises:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 
 from uwm_jax import files
 from uwm_jax.data.spec import DataSpec
+from uwm_jax.files import Place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,7 +172,7 @@ def draw_border(axis: Any, color: str, width: float) -> None:
         spine.set(visible=True, color=color, linewidth=width)
 
 
-def save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Place) -> Place:
     """Writes a figure as a PNG, by rename."""
     with files.replacing(path) as temporary:
         figure.savefig(temporary)
@@ -186,7 +186,7 @@ def image_of(figure: Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: Sequence[int]) -> Path:
+def save_gif(frames: Sequence[Image.Image], path: Place, milliseconds: Sequence[int]) -> Place:
     """Writes pictures of one size as a GIF that repeats for ever, each shown for its time; one palette for all."""
     sheet = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
     for i, frame in enumerate(frames):

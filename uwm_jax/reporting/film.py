@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from PIL import Image, ImageDraw
 from uwm_jax.envs import EnvSpec
 from uwm_jax.envs.parallel import EpisodeResult
 from uwm_jax.evaluation.closed_loop import acting_source
+from uwm_jax.files import Place
 from uwm_jax.reporting.drawing import SAMPLE, TRACK, TRUTH, Plane, save_gif
 from uwm_jax.reporting.sheets import Labels, Mark, write_labels
 from uwm_jax.systems.base import System
@@ -136,7 +136,7 @@ def _shown(system: System, use: str) -> Callable[..., tuple[jax.Array, ...]]:
     return jax.jit(shown)
 
 
-def draw(clips: Sequence[Clip], spec: EnvSpec, system: System, path: Path) -> bool:
+def draw(clips: Sequence[Clip], spec: EnvSpec, system: System, path: Place) -> bool:
     """Writes a GIF with a row per clip and a picture per decision, and its labels to the folder's `pictures.json`; a
     clip that has ended stays at its last decision.
 

@@ -6,12 +6,12 @@ import base64
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from uwm_jax.evaluation.metrics import TOO_FEW
+from uwm_jax.files import Place
 from uwm_jax.reporting.curves import Panel, curves_svg
 from uwm_jax.reporting.markup import Html, fill
 from uwm_jax.reporting.numbers import Format
@@ -129,7 +129,7 @@ def _json(value: Any) -> str:
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 
-def figure(picture: Path, about: str, caption: Any) -> Html:
+def figure(picture: Place, about: str, caption: Any) -> Html:
     """A picture with its labels around it, in a box that scrolls; "" where there is no such file.
 
     Args:
@@ -137,13 +137,14 @@ def figure(picture: Path, about: str, caption: Any) -> Html:
         caption: text or `Html` below it.
     """
     try:
-        with Image.open(picture) as opened:
+        data = picture.read_bytes()
+        with Image.open(io.BytesIO(data)) as opened:
             opened.load()
             labels = read_labels(picture)
             if labels is None:  # of an older version, with text inside
-                body = fill('<img alt="{}" src="{}">', about, _inline(picture.read_bytes(), picture.suffix))
+                body = fill('<img alt="{}" src="{}">', about, _inline(data, picture.suffix))
             elif picture.suffix == ".gif":
-                body = _moving(picture, opened.size, labels, about)
+                body = _moving(data, opened.size, labels, about)
             else:
                 body = _tiles(opened, labels)
     except (FileNotFoundError, NotADirectoryError):
@@ -187,7 +188,7 @@ def _tiles(picture: Image.Image, labels: Labels) -> Html:
     return fill('<table class="tiles"><thead><tr><td></td>{}</tr></thead><tbody>\n{}</tbody></table>', heads, body)
 
 
-def _moving(picture: Path, size: tuple[int, int], labels: Labels, about: str) -> Html:
+def _moving(picture: bytes, size: tuple[int, int], labels: Labels, about: str) -> Html:
     """A picture that moves is one image, so that its tiles keep step; the labels lie on a grid of the same sizes."""
     rows, columns = len(labels.rows), len(labels.columns)
     width, height = (round(x / labels.scale) for x in size)
@@ -198,7 +199,7 @@ def _moving(picture: Path, size: tuple[int, int], labels: Labels, about: str) ->
         '<div class="moving" style="{}"><div></div><div class="heads" style="grid-template-columns: repeat({}, 1fr)">'
         '{}</div><div class="sides" style="grid-template-rows: repeat({}, 1fr)">{}</div>'
         '<img alt="{}" width="{}" height="{}" src="{}"></div>',
-        style, columns, heads, rows, sides, about, width, height, _inline(picture.read_bytes(), picture.suffix),
+        style, columns, heads, rows, sides, about, width, height, _inline(picture, ".gif"),
     )  # fmt: skip
 
 

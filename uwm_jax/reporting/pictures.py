@@ -12,7 +12,6 @@ labels, which a page writes around them. Numpy in, files out: nothing here runs 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from uwm_jax import systems
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.evaluation.evaluator import spread
 from uwm_jax.evaluation.metrics import CHANGED
+from uwm_jax.files import Place
 from uwm_jax.reporting import names
 from uwm_jax.reporting.drawing import (
     CHANGE,
@@ -58,7 +58,7 @@ _LINE_STYLES = ("-", "--", ":")
 _SHARP = 2.0  # pixels of a PNG for one of a page
 
 
-def draw(windows: Windows, spec: DataSpec, config: ConfigDict, folder: Path) -> dict[str, Path]:
+def draw(windows: Windows, spec: DataSpec, config: ConfigDict, folder: Place) -> dict[str, Place]:
     """Writes the pictures of some windows into `folder`, each by rename, and their labels.
 
     Args:

@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import math
 import operator
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from uwm_jax import systems
 from uwm_jax.errors import UserError, warn
 from uwm_jax.evaluation import places
 from uwm_jax.evaluation.metrics import FEWEST
+from uwm_jax.files import Place
 from uwm_jax.reading import read_json
 from uwm_jax.reporting.curves import Curve
 from uwm_jax.systems.base import SystemType
@@ -98,7 +97,7 @@ class Result:
     kind: str
     step: int
     name: str
-    folder: Path
+    folder: Place
     metrics: dict[str, Interval]
     rows: list[dict[str, Any]]
     how: dict[str, Any]
@@ -125,7 +124,7 @@ class Run:
       branched_from: checkpoints of other runs, DIR@STEP, that it went on from, the oldest first.
     """
 
-    workdir: Path
+    workdir: Place
     name: str
     config: ConfigDict
     lines: list[dict[str, Any]]
@@ -137,7 +136,7 @@ class Run:
     few_steps: list[dict[str, Any]]
     few_steps_how: dict[str, Any]
     few_steps_step: int | None
-    folders: dict[str, Path]
+    folders: dict[str, Place]
     others: list[Result]
     code_version: str
     manifests: dict[str, dict[str, Any]]
@@ -145,7 +144,7 @@ class Run:
     branched_from: list[str]
 
     @classmethod
-    def read(cls, workdir: Path, results: Path | None = None) -> Run:
+    def read(cls, workdir: Place, results: Place | None = None) -> Run:
         """Reads a workdir.
 
         Args:
@@ -171,7 +170,7 @@ class Run:
         how = {kind: result.how for kind, result in newest.items()}
         return cls(
             workdir=workdir,
-            name=Path(os.path.abspath(workdir)).name,  # of "." and ".." too
+            name=(workdir if workdir.name not in ("", "..") else workdir.resolve()).name,
             config=config,
             lines=read_metrics(workdir / "metrics.jsonl"),
             starts=starts,
@@ -225,7 +224,7 @@ class Run:
         """The closed loop's metric, such as "max_coverage"; "" where there was none."""
         return next((name.removeprefix("policy/") for name in self.rollout if name.startswith("policy/max_")), "")
 
-    def picture(self, name: str) -> Path:
+    def picture(self, name: str) -> Place:
         """A picture of the newest evaluation, which need not be there."""
         return self.folders.get("eval", self.workdir) / name
 
@@ -256,7 +255,7 @@ def _curve(found: Mapping[int, Mapping[str, Interval]], name: str, label: str, c
     return Curve(label, [s for s, _ in points], [m.mean for m in values], low, high, color, style)
 
 
-def _results(kind: str, workdir: Path, elsewhere: Path | None) -> list[Result]:
+def _results(kind: str, workdir: Place, elsewhere: Place | None) -> list[Result]:
     """All results of a kind, by step and name."""
     top, file, about = _FILES[kind]
     found = {}
@@ -280,7 +279,7 @@ def _results(kind: str, workdir: Path, elsewhere: Path | None) -> list[Result]:
     return [found[place] for place in sorted(found)]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Place) -> dict[str, Any]:
     """A JSON object."""
     try:
         read = read_json(file, also=list)
@@ -293,7 +292,7 @@ def _read(file: Path) -> dict[str, Any]:
     return read
 
 
-def _check_how(file: Path, how: Any, kind: str) -> None:
+def _check_how(file: Place, how: Any, kind: str) -> None:
     """Raises UserError where a record of how a result was made has a field of another type than commands write."""
     if not isinstance(how, dict):
         raise damaged(file, "its `about` is not a JSON object")
@@ -315,7 +314,7 @@ def seeds_of(how: Mapping[str, Any]) -> list[int]:
     return [operator.index(e["seed"]) for e in episodes.get("policy", [])] if isinstance(episodes, dict) else []
 
 
-def _intervals(file: Path, metrics: Mapping[str, Any], episodes: int | None = None) -> dict[str, Interval]:
+def _intervals(file: Place, metrics: Mapping[str, Any], episodes: int | None = None) -> dict[str, Interval]:
     try:
         found = {name: Interval.of(stored, episodes) for name, stored in metrics.items()}
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as e:
@@ -323,7 +322,7 @@ def _intervals(file: Path, metrics: Mapping[str, Any], episodes: int | None = No
     return {name: m for name, m in found.items() if m is not None}
 
 
-def _few_steps(file: Path, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _few_steps(file: Place, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows, with intervals as metrics."""
     try:
         rows = [{name: row[name] for name in ("sampler", "steps")} | row for row in found["rows"]]
@@ -336,6 +335,6 @@ def _few_steps(file: Path, found: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise damaged(file, "not all of its rows are complete") from e
 
 
-def damaged(file: Path, what: str) -> UserError:
+def damaged(file: Place, what: str) -> UserError:
     """The error of a file of results that no command can have written so."""
     return UserError(f"{file}: {what}. Delete it, and make it again.")

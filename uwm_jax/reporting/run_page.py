@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.evaluation.data import doubt
-from uwm_jax.files import write_text
+from uwm_jax.files import Place, write_text
 from uwm_jax.hub.runs import origin_of
 from uwm_jax.reporting import names, tables
 from uwm_jax.reporting.answers import answers
@@ -25,7 +24,7 @@ from uwm_jax.reporting.provenance import facts, timing, what_was_run
 from uwm_jax.reporting.results import Run, seeds_of
 
 
-def write(workdir: Path, output: Path | None = None, results: Path | None = None) -> Path:
+def write(workdir: Place, output: Place | None = None, results: Place | None = None) -> Place:
     """Writes a run's page from what lies in its workdir; returns where.
 
     Args:

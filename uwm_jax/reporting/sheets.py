@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from uwm_jax.errors import UserError
-from uwm_jax.files import write_text
+from uwm_jax.files import Place, write_text
 from uwm_jax.reading import read_json
 
 FILE = "pictures.json"
@@ -51,13 +50,13 @@ class Labels(NamedTuple):
     scale: float = 1.0
 
 
-def write_labels(folder: Path, labels: Mapping[str, Labels]) -> None:
+def write_labels(folder: Place, labels: Mapping[str, Labels]) -> None:
     """Writes `pictures.json`; `labels`: {file name of a picture: its labels}."""
     found = {name: each._asdict() for name, each in labels.items()}
     write_text(folder / FILE, json.dumps(found, indent=1) + "\n")
 
 
-def read_labels(picture: Path) -> Labels | None:
+def read_labels(picture: Place) -> Labels | None:
     """The labels of a picture; None where its folder keeps none of it, as older versions left it."""
     try:
         found = read_json(picture.parent / FILE)[picture.name]

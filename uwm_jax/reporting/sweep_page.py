@@ -10,11 +10,11 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from uwm_jax.errors import UserError, suggest
-from uwm_jax.files import write_text
+from uwm_jax.files import Place, write_text
 from uwm_jax.reporting import comparison, names, pairs, seeds, tradeoff, varied
 from uwm_jax.reporting.comparison import RUN_COLORS, more_is_better
 from uwm_jax.reporting.curves import Curve, Panel
@@ -67,12 +67,12 @@ class Shown:
 
     name: str
     told: Mapping[str, Any]
-    workdir: Path | None
+    workdir: Place | None
     run: Run | None
 
     @classmethod
-    def read(cls, directory: Path, name: str, told: Mapping[str, Any]) -> Shown:
-        is_folder = Path(name).name == name and name != ".." and "\0" not in name
+    def read(cls, directory: Place, name: str, told: Mapping[str, Any]) -> Shown:
+        is_folder = PurePath(name).name == name and name != ".." and "\0" not in name
         workdir = directory / record_lib.MEMBERS / name if is_folder else None
         started = workdir is not None and (workdir / "config.json").is_file()
         return cls(name, told, workdir, Run.read(workdir) if workdir and started else None)
@@ -99,7 +99,7 @@ class Shown:
         return f"{status} step {step}" if step is not None else status.removesuffix(" at").strip(",")
 
 
-def write(directory: Path, output: Path | None = None, x: str | None = None, y: str | None = None) -> Path:
+def write(directory: Place, output: Place | None = None, x: str | None = None, y: str | None = None) -> Place:
     """Writes a sweep's page; returns where.
 
     Args:

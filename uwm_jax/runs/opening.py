@@ -16,7 +16,7 @@ from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.evaluation import in_training
 from uwm_jax.evaluation.metrics import FEWEST
-from uwm_jax.files import local_path
+from uwm_jax.files import place
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel import mesh as mesh_lib
 from uwm_jax.parallel.distributed import say
@@ -32,7 +32,7 @@ def use_compilation_cache(config: ConfigDict) -> None:
     """Keeps compiled programs where `config.compilation_cache_dir` says; does nothing where it is empty."""
     if config.compilation_cache_dir:
         compilation_cache.reset_cache()  # else whatever compiled before this run decides where it lies
-        cache = local_path(config.compilation_cache_dir, "config.compilation_cache_dir")
+        cache = place(config.compilation_cache_dir, "config.compilation_cache_dir")
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # quick ones too
 

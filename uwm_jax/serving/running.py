@@ -21,7 +21,7 @@ from uwm_jax.backend import Backend, JaxBackend
 from uwm_jax.data.records import dataset_dir, find_dataset
 from uwm_jax.data.robot import parse_limits
 from uwm_jax.errors import RunError, UserError, warn
-from uwm_jax.files import check_output_file, write_text
+from uwm_jax.files import Place, as_place, check_output_file, write_text
 from uwm_jax.serving import access, replay
 from uwm_jax.serving.batching import Engine
 from uwm_jax.serving.connections import Server, in_thread
@@ -166,12 +166,12 @@ class _Replaying(NamedTuple):
     """What `--replay` asked for: the episode, and the file of the page."""
 
     episode: RecordedEpisode
-    page: Path
+    page: Place
 
     @classmethod
     def asked(cls, actor: Actor, keys: Mapping[str, str]) -> _Replaying:
-        run = Path(FLAGS.workdir or "")
-        page = cli.optional_path("replay_page") or (run if run.is_dir() else Path()) / "replay.html"
+        run = as_place(FLAGS.workdir or "")
+        page = cli.optional_path("replay_page") or (run if run.is_dir() else as_place("")) / "replay.html"
         check_output_file(page, "--replay_page")
         return cls(RecordedEpisode(FLAGS.replay, actor, source=FLAGS.source, keys=keys), page)
 

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from uwm_jax.errors import UserError, warn
-from uwm_jax.files import write_text
+from uwm_jax.errors import RunError, UserError, warn
+from uwm_jax.files import Place, is_remote, write_text
 from uwm_jax.parallel import distributed
+from uwm_jax.storage.errors import StorageError
 from uwm_jax.sweeps.members import Member
 from uwm_jax.sweeps.record_file import DIVERGED, DONE, FILE, MEMBERS, STOPPED, TRAINING, WAITING, read
+from uwm_jax.training.rewritten import Rewritten
 
 __all__ = ["DIVERGED", "DONE", "FILE", "MEMBERS", "STOPPED", "TRAINING", "WAITING", "Record", "read"]
 
@@ -33,9 +35,10 @@ class Record:
     """
 
     def __init__(
-        self, directory: Path, members: Sequence[Member], groups: Sequence[Sequence[str]], command: Sequence[str]
+        self, directory: Place, members: Sequence[Member], groups: Sequence[Sequence[str]], command: Sequence[str]
     ):
         self._file = directory / FILE
+        self._object: Rewritten | None = None  # in a bucket, from the first `write` on
         self._fixed = {"command": list(command), "groups": [list(names) for names in groups]}
         before = read(directory) if self._file.exists() else {}
         self.members: dict[str, dict[str, Any]] = {}
@@ -68,10 +71,33 @@ class Record:
         for name in names:
             self.members[name]["saved"] = step
 
-    def write(self) -> None:
-        """Writes the file; a disk that is full for a while does not end a sweep."""
-        if distributed.is_main():
-            try:
-                write_text(self._file, json.dumps({**self._fixed, "members": self.members}, indent=2) + "\n")
-            except OSError as e:
-                warn(f"{self._file} cannot be written ({e.strerror}). The sweep goes on; the next line is tried again.")
+    def write(self, durable: bool = True) -> None:
+        """Writes the file; a disk that is full, or a bucket that is away, for a while does not end a sweep.
+
+        Args:
+          durable: on return. A bucket gets what may take a while from a thread.
+
+        Raises:
+          RunError: another process has written it: the sweep's directory is that process's now.
+        """
+        if not distributed.is_main():
+            return
+        text = json.dumps({**self._fixed, "members": self.members}, indent=2) + "\n"
+        try:
+            if not is_remote(self._file):
+                write_text(self._file, text)
+            elif self._object is None:
+                self._object = Rewritten(self._file, text.encode())
+            else:
+                self._object.replace(text.encode())
+                if durable:
+                    self._object.flush()
+        except (OSError, StorageError) as e:
+            reason = e.strerror if isinstance(e, OSError) else e
+            warn(f"{self._file} cannot be written ({reason}). The sweep goes on; the next line is tried again.")
+
+    def close(self) -> None:
+        """Ends what writes the file; the last `write` stays."""
+        if self._object is not None:
+            with contextlib.suppress(RunError):  # `write` has told it
+                self._object.close()

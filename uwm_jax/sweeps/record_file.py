@@ -7,17 +7,17 @@ does not import jax.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place
 from uwm_jax.reading import read_json
 
 FILE, MEMBERS = "sweep.json", "members"
 WAITING, TRAINING, STOPPED, DIVERGED, DONE = STATUSES = ("waiting", "training", "stopped", "diverged", "done")
 
 
-def read(directory: Path) -> dict[str, dict[str, Any]]:
+def read(directory: Place) -> dict[str, dict[str, Any]]:
     """{member: {"overrides", "status", "last_losses", ...}} of a sweep's directory.
 
     Raises:

@@ -113,7 +113,7 @@ class SweepRecords(Records):
                 say(f"  {self._names[i]}:{self._records[i].evaluations.headlines(found.evaluated)}")
             self._records[i].write(step, found, rates)
             self._record.set(self._names[i], record_lib.TRAINING, step=step, last_losses=losses_of(found.means))
-        self._record.write()
+        self._record.write(durable=False)
 
     def save(self, step: int, state: SweepState) -> None:
         self._fetch(0)

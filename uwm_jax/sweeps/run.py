@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
+from uwm_jax import files
 from uwm_jax.data.loader import prefetch_to_device
 from uwm_jax.errors import Preempted, RunError, UserError
 from uwm_jax.evaluation import in_training
@@ -77,7 +77,7 @@ class Place:
     """
 
     member: Member
-    workdir: Path
+    workdir: files.Place
     diverged: bool
     saved: int = 0
     checkpoints: Checkpoints | None = None
@@ -93,7 +93,7 @@ class Place:
 
 
 def run_sweep(
-    directory: Path,
+    directory: files.Place,
     groups: Sequence[Sequence[Member]],
     describe: Callable[[Member], dict[str, Any]],
     draw: Draw,
@@ -132,6 +132,7 @@ def run_sweep(
         hold_all(directory, [directory, *(directory / record_lib.MEMBERS / m.name for m in members)], closing)
         record = Record(directory, members, [[member.name for member in group] for group in groups], command)
         distributed.barrier("all have read the record of the sweep")
+        closing.callback(record.close)
         record.write()
         for number, group in enumerate(groups):
             places = [
@@ -167,7 +168,7 @@ def end_if_told(done: int, count: int) -> None:
         raise Preempted(f"{told}; the same command continues from there.", 128 + number)
 
 
-def hold_all(directory: Path, folders: Sequence[Path], closing: contextlib.ExitStack) -> None:
+def hold_all(directory: files.Place, folders: Sequence[files.Place], closing: contextlib.ExitStack) -> None:
     """Locks a sweep's folders until `closing`, so that no other run writes there.
 
     Raises RunError where another process is at work in one of them.
@@ -378,7 +379,7 @@ def _all_readable(live: Sequence[Place], step: int) -> bool:
     return True
 
 
-def last_losses(workdir: Path, step: int) -> dict[str, Any]:
+def last_losses(workdir: files.Place, step: int) -> dict[str, Any]:
     """`last_losses` of `sweep.json`, of the line of a step; {} where `metrics.jsonl` has none."""
     lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["step"] == step and "loss" in line]
     return {"last_losses": losses_of(lines[-1])} if lines else {}

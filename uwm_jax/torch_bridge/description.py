@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.windows import WindowSpec
 from uwm_jax.errors import UserError
+from uwm_jax.files import AnyPath, as_place
 from uwm_jax.reading import read_json
 
 FORMAT = "uwm_jax.torch"
@@ -48,7 +48,7 @@ class Described:
     stored: Mapping[str, Any]
 
 
-def read(path: str | Path, flag: str) -> Described:
+def read(path: AnyPath, flag: str) -> Described:
     """Reads a description.
 
     Raises:
@@ -134,9 +134,9 @@ def _learned_from(stored: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return list(found)
 
 
-def is_description(path: str | Path) -> bool:
+def is_description(path: AnyPath) -> bool:
     """Whether a path is called like one; official configurations are YAML."""
-    return Path(path).suffix == ".json"
+    return as_place(path).suffix == ".json"
 
 
 def split(tensors: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:

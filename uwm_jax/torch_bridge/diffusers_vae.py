@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from flax import traverse_util
 
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.errors import UserError
-from uwm_jax.files import new_folder, write_bytes, write_text
+from uwm_jax.files import AnyPath, as_place, new_folder, write_bytes, write_text
 from uwm_jax.reading import again, read_json
 from uwm_jax.torch_bridge.hub import fetch
 from uwm_jax.torch_bridge.layout import is_float
@@ -172,7 +171,7 @@ def match_tensors(
     return traverse_util.unflatten_dict(flat), complaints
 
 
-def load_vae(path_or_hub_name: str | os.PathLike[str], dtype: Any = jnp.float32) -> tuple[AutoencoderKL, dict, dict]:
+def load_vae(path_or_hub_name: AnyPath, dtype: Any = jnp.float32) -> tuple[AutoencoderKL, dict, dict]:
     """Reads a VAE from a diffusers-format folder or the Hugging Face hub.
 
     Args:
@@ -195,18 +194,16 @@ def load_vae(path_or_hub_name: str | os.PathLike[str], dtype: Any = jnp.float32)
     return module_from_config(config, dtype, str(config_path)), params, source
 
 
-def copy_folder(path_or_hub_name: str | os.PathLike[str], folder: str | os.PathLike[str]) -> dict[str, str]:
+def copy_folder(path_or_hub_name: AnyPath, folder: AnyPath) -> dict[str, str]:
     """Checks a VAE as `load_vae` does and writes it to `folder`; returns and raises what `write_folder` does."""
     _, _, source = load_vae(path_or_hub_name)
     return write_folder(folder, source["config"], source["tensors"])
 
 
-def write_folder(
-    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> dict[str, str]:
-    """Writes a diffusers-format folder with SHA256SUMS, all of it or nothing.
+def write_folder(folder: AnyPath, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Writes a diffusers-format folder with SHA256SUMS, all of it or nothing; in a bucket, SHA256SUMS last.
 
-    A folder with the same contents is left alone.
+    A folder with the same contents is left alone; one without SHA256SUMS in a bucket is unfinished, and written again.
 
     Returns:
         {file name: sha256 in hexadecimal}.
@@ -215,12 +212,22 @@ def write_folder(
     """
     from safetensors.numpy import save  # here, so that programs which keep none do without
 
-    folder = Path(folder)
+    folder = as_place(folder)
     content = {
         CONFIG_FILE: (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode(),
         WEIGHTS_FILE: save({name: np.ascontiguousarray(value) for name, value in tensors.items()}),
     }
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    listed = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    if not isinstance(folder, Path):
+        if (folder / SUMS_FILE).is_file():
+            if (folder / SUMS_FILE).read_text() != listed:
+                raise UserError(f"{folder} already holds another VAE; remove the folder or choose another workdir")
+            return sums
+        for name, data in content.items():
+            write_bytes(folder / name, data)
+        write_text(folder / SUMS_FILE, listed)
+        return sums
     if folder.exists():
         found = {name: _sha256(folder / name) for name in sums if (folder / name).is_file()}
         if found != sums:
@@ -229,7 +236,7 @@ def write_folder(
     with new_folder(folder) as staging:
         for name, data in content.items():
             write_bytes(staging / name, data)
-        write_text(staging / SUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        write_text(staging / SUMS_FILE, listed)
     return sums
 
 

@@ -1,4 +1,4 @@
-"""Files of published weights: a local path, or a name on the Hugging Face hub."""
+"""Files of published weights: a path, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from uwm_jax.errors import UserError
-from uwm_jax.files import local_path
+from uwm_jax.files import AnyPath, is_remote, local_copy, place
 from uwm_jax.hub import download
 from uwm_jax.hub.names import HubName
 
@@ -18,26 +18,27 @@ DEFAULT_FILE = "model.safetensors"  # the name that hub repositories of classifi
 _HUB_NAME = re.compile(r"([^/@~\s]+/[^/@\s]+)(?:@([^/@\s]+))?(?:/([^@]*[^/@]))?")
 
 
-def fetch(path_or_hub_name: str | os.PathLike[str], files: Sequence[str], what: str) -> list[Path]:
+def fetch(path_or_hub_name: AnyPath, files: Sequence[str], what: str) -> list[Path]:
     """Local paths of `files` in a folder or in a hub repository.
 
     Args:
         path_or_hub_name: an existing folder, or a string "owner/name[@revision][/subfolder]" on the hub, where a
-            revision is a branch, a tag or a commit.
+            revision is a branch, a tag or a commit. A folder in a bucket is downloaded.
         files: file names to find.
         what: what they are, for messages.
     Raises:
         UserError: the folder lacks a file, the name is neither a folder nor a hub name, or the hub cannot serve it.
     """
-    name = os.fspath(path_or_hub_name)
-    folder = local_path(name, what)
+    name = str(path_or_hub_name)
+    folder = place(name, what)
     if folder.is_dir():
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise UserError(f"{folder}: expected {' and '.join(files)} of the {what}, but {missing[0]} is missing")
-        return [folder / file for file in files]
+        local = local_copy(folder)
+        return [local / file for file in files]
     parsed = _HUB_NAME.fullmatch(name)
-    if isinstance(path_or_hub_name, os.PathLike) or name.startswith(".") or parsed is None:
+    if is_remote(folder) or isinstance(path_or_hub_name, os.PathLike) or name.startswith(".") or parsed is None:
         raise UserError(
             f"{name!r}: expected a folder with the {what} ({', '.join(files)}) or a hub name like 'owner/name' or "
             "'owner/name@revision', but there is no such folder"
@@ -57,7 +58,7 @@ def fetch(path_or_hub_name: str | os.PathLike[str], files: Sequence[str], what: 
         ) from None
 
 
-def locate_weights(path_or_hub: str | os.PathLike[str], names: str) -> Path:
+def locate_weights(path_or_hub: AnyPath, names: str) -> Path:
     """The file of ImageNet weights that `config.model.encoder.imagenet_weights` names.
 
     Args:
@@ -67,10 +68,10 @@ def locate_weights(path_or_hub: str | os.PathLike[str], names: str) -> Path:
     Raises:
         UserError: there is no such file, or the hub cannot serve it.
     """
-    name = os.fspath(path_or_hub)
-    path = local_path(name, "config.model.encoder.imagenet_weights")
+    name = str(path_or_hub)
+    path = place(name, "config.model.encoder.imagenet_weights")
     if path.is_file():
-        return path
+        return local_copy(path)
     parts = name.split("/")
     is_file_name = parts[-1].endswith(".safetensors")
     is_path = path.is_absolute() or isinstance(path_or_hub, os.PathLike) or (is_file_name and len(parts) < 3)

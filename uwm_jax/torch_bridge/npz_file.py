@@ -6,12 +6,12 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from uwm_jax.errors import UserError
+from uwm_jax.files import AnyPath, local_copy
 
 # key -> (scale (D,), offset (D,)) float32; raw = normalised * scale + offset
 Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -24,11 +24,11 @@ class NpzArrays(Mapping[str, np.ndarray]):
     A key that cannot be read, or holds pickled objects, raises UserError when it is asked for, and no earlier.
     """
 
-    def __init__(self, path: str | Path, flag: str):
+    def __init__(self, path: AnyPath, flag: str):
         """UserError for a file that is absent or no npz; `flag` names it in messages."""
         self.where = f"{flag}: {path}"
         try:
-            file = np.load(path, allow_pickle=False)
+            file = np.load(local_copy(path), allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array, not an archive of named arrays")
         except FileNotFoundError as e:
@@ -65,7 +65,7 @@ class NpzArrays(Mapping[str, np.ndarray]):
         return key in self._file.files
 
 
-def read_normalizers(path: str | Path) -> Normalizers:
+def read_normalizers(path: AnyPath) -> Normalizers:
     """`<key>/scale` and `<key>/offset` per bare key (`action`, `gripper_position`, ...); at least one pair."""
     with NpzArrays(path, "--normalizer") as file:
         arrays = dict(file)

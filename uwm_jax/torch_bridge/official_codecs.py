@@ -7,7 +7,6 @@ tensors are diffusers' own below `obs_encoder.vae.vae.`, with the two buffers of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file
 from uwm_jax import codecs
 from uwm_jax.codecs import Codec, VAECodec
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place, local_copy
 from uwm_jax.reading import read_json
 from uwm_jax.torch_bridge import description, diffusers_vae
 from uwm_jax.torch_bridge.official_config import VAE
@@ -47,13 +47,13 @@ class _Arrays:
             raise UserError(f"--input: expected the tensors {expected} of a codec, found {found}.")
         return self._codec.from_arrays(own) if ranks else self._codec.from_config(config.model.codec)
 
-    def keep(self, own: Tensors, folder: Path) -> Tensors | None:
+    def keep(self, own: Tensors, folder: Place) -> Tensors | None:
         return own or None
 
-    def tensors(self, codec: Codec, frozen: Any, folder: Path) -> Tensors:
+    def tensors(self, codec: Codec, frozen: Any, folder: Place) -> Tensors:
         return {self._prefix + name: np.asarray(value) for name, value in frozen.items()}
 
-    def describe(self, codec: Codec, folder: Path) -> dict[str, Any]:
+    def describe(self, codec: Codec, folder: Place) -> dict[str, Any]:
         return {**codec.describe(), **({"tensors": self._prefix} if codec.arrays else {})}
 
 
@@ -70,18 +70,18 @@ class _OfficialVAE(_Arrays):
     def make(self, config: ConfigDict, own: Tensors) -> Codec:
         return VAECodec(diffusers_vae.module_from_config(_diffusers_config(own)), config.model.codec.microbatch)
 
-    def keep(self, own: Tensors, folder: Path) -> Tensors | None:
+    def keep(self, own: Tensors, folder: Place) -> Tensors | None:
         diffusers_vae.write_folder(folder, _diffusers_config(own), own)
         return None
 
-    def tensors(self, codec: Codec, frozen: Any, folder: Path) -> Tensors:
-        stored = load_file(folder / diffusers_vae.WEIGHTS_FILE)
+    def tensors(self, codec: Codec, frozen: Any, folder: Place) -> Tensors:
+        stored = load_file(local_copy(folder / diffusers_vae.WEIGHTS_FILE))
         assert isinstance(codec, VAECodec)
         shape = (1, codec.vae.latent_channels, 1, 1)
         constants = {_SHIFT: np.zeros(shape, np.float32), _SCALE: np.full(shape, VAECodec.divisor, np.float32)}
         return {VAE + name: tensor for name, tensor in stored.items()} | constants
 
-    def describe(self, codec: Codec, folder: Path) -> dict[str, Any]:
+    def describe(self, codec: Codec, folder: Place) -> dict[str, Any]:
         config = read_json(folder / diffusers_vae.CONFIG_FILE)
         return {**codec.describe(), "tensors": VAE, "diffusers_config": config}
 
@@ -109,12 +109,12 @@ def make(config: ConfigDict, own: Tensors) -> Codec | None:
     return None if codec is None else _form(codec).make(config, own)
 
 
-def keep(codec: Codec | None, own: Tensors, folder: Path) -> Tensors | None:
+def keep(codec: Codec | None, own: Tensors, folder: Place) -> Tensors | None:
     """Writes the files of a pretrained codec to `folder`; returns the arrays that a checkpoint has to hold, or None."""
     return None if codec is None else _form(type(codec)).keep(own, folder)
 
 
-def tensors(codec: Codec | None, frozen: Any, folder: Path) -> Tensors:
+def tensors(codec: Codec | None, frozen: Any, folder: Place) -> Tensors:
     """The codec under official names.
 
     Args:
@@ -124,7 +124,7 @@ def tensors(codec: Codec | None, frozen: Any, folder: Path) -> Tensors:
     return {} if codec is None else _form(type(codec)).tensors(codec, frozen, folder)
 
 
-def describe(codec: Codec | None, folder: Path | None) -> dict[str, Any]:
+def describe(codec: Codec | None, folder: Place | None) -> dict[str, Any]:
     """JSON values: the latents, and under `tensors` the prefix of the codec's tensors where it has any; without a
     folder, of a codec that is left out."""
     if codec is None:

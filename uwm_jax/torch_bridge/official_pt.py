@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from uwm_jax.errors import UserError
-from uwm_jax.files import replacing
+from uwm_jax.files import AnyPath, replacing
 from uwm_jax.torch_bridge import npz_file, state_dict
 
 WRITE_OTHERWISE = "or name a .safetensors file"
@@ -88,7 +88,7 @@ def _read(stored: Any, where: str, optimizer: bool) -> Checkpoint:
     return Checkpoint(tensors, dict(sorted(pairs.items())), taken, _plain(stored.get("step"), f"{where}: step"))
 
 
-def write(path: str | Path, tensors: Mapping[str, np.ndarray], pairs: npz_file.Pairs, steps: int) -> None:
+def write(path: AnyPath, tensors: Mapping[str, np.ndarray], pairs: npz_file.Pairs, steps: int) -> None:
     """Writes {"model", "action_normalizer", "lowdim_normalizer", "step"}, all of it or nothing.
 
     A normaliser is None where no key has one, as in the official code. `step` is the number of the last finished step,

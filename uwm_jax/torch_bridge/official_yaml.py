@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from uwm_jax.errors import UserError
+from uwm_jax.files import AnyPath, as_place
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,8 +40,8 @@ class OfficialYaml:
     no plain YAML mapping, is larger than `MAX_BYTES`, refers to itself, or is nested or unfolds beyond the limits.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: AnyPath):
+        self.path = as_place(path)
         where = f"--official-config: {path}"
         try:
             size = self.path.stat().st_size

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from uwm_jax.backend import Arrays, Backend, Noise, drawing
 from uwm_jax.errors import UserError
+from uwm_jax.files import AnyPath, Place, as_place, local_copy
 from uwm_jax.systems.base import Promised, Use, draw_normal
 from uwm_jax.torch_bridge import description
 from uwm_jax.torch_bridge.description import DESCRIPTION, PROGRAM, WEIGHTS
@@ -45,8 +45,8 @@ class TorchBackend(Backend):
 
     can_promise = True
 
-    def __init__(self, folder: str | os.PathLike[str], device: str = "cpu", flag: str = "--export"):
-        self.folder = Path(folder)
+    def __init__(self, folder: AnyPath, device: str = "cpu", flag: str = "--export"):
+        self.folder = as_place(folder)
         where = f"{flag}={self.folder}"
         _require_files(self.folder, where)
         described = description.read(self.folder / DESCRIPTION, flag)
@@ -68,11 +68,12 @@ class TorchBackend(Backend):
             self.limits = _limits(stored["limits"])
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"{where}: {DESCRIPTION} lacks a field of export folders ({type(e).__name__}: {e}).") from e
-        load = getattr(load_program(self.folder / PROGRAM, where), "load", None)
+        local = local_copy(self.folder)
+        load = getattr(load_program(local / PROGRAM, where), "load", None)
         if load is None:
             raise UserError(f"{where}: {PROGRAM} has no function load; export the model again.")
         try:
-            self.model = load(self.folder, device=device)
+            self.model = load(local, device=device)
         except Exception as e:  # of a program that need not be of this version
             told = e if isinstance(e, ValueError | RuntimeError | OSError) else f"{type(e).__name__}: {e}"
             raise UserError(f"{where}: {PROGRAM} cannot load it on the device {device!r}: {told}") from e
@@ -119,7 +120,7 @@ def _limits(stored: Mapping[str, Any] | None) -> tuple[np.ndarray, np.ndarray] |
     return low, high
 
 
-def _require_files(folder: Path, where: str) -> None:
+def _require_files(folder: Place, where: str) -> None:
     if not folder.is_dir():
         raise UserError(f"{where}: there is no such folder. Expected one that `convert to-torch --output=DIR/` wrote.")
     if missing := [name for name in (DESCRIPTION, WEIGHTS) if not (folder / name).is_file()]:

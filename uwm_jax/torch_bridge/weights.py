@@ -6,14 +6,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
 from uwm_jax.errors import UserError
-from uwm_jax.files import replacing
+from uwm_jax.files import AnyPath, as_place, local_copy, replacing
 from uwm_jax.torch_bridge import adamw_state, official_codecs, official_pt, state_dict
 from uwm_jax.torch_bridge.adamw_state import AdamWState
 from uwm_jax.torch_bridge.npz_file import Normalizers
@@ -37,7 +36,7 @@ class Weights:
     notes: list[str]
 
 
-def read_weights(path: str | Path, which: str = state_dict.MODEL, *, optimizer: bool = False) -> Weights:
+def read_weights(path: AnyPath, which: str = state_dict.MODEL, *, optimizer: bool = False) -> Weights:
     """Reads a file of weights.
 
     Args:
@@ -46,7 +45,7 @@ def read_weights(path: str | Path, which: str = state_dict.MODEL, *, optimizer: 
 
     Raises UserError for a file that is absent, unreadable, incomplete or of another kind.
     """
-    path = Path(path)
+    path = as_place(path)
     where = f"--input: {path}"
     if path.is_dir():
         raise UserError(f"--input: {str(path)!r} is a folder; name the file in it, such as model.safetensors.")
@@ -58,6 +57,7 @@ def read_weights(path: str | Path, which: str = state_dict.MODEL, *, optimizer: 
         raise UserError(f"{adamw_state.FLAG}: {path} holds tensors alone. Give the .pt that the official run saved.")
     if optimizer and which != state_dict.MODEL:
         raise UserError(f"{adamw_state.FLAG}: its moments belong to the trained weights: leave out --weights={which}.")
+    path = local_copy(path)
     refuse_other_kinds(path, where)
     if path.suffix == ".safetensors":
         tensors, notes = state_dict.choose(read_safetensors(path, where), which, where)
@@ -71,7 +71,7 @@ def read_weights(path: str | Path, which: str = state_dict.MODEL, *, optimizer: 
     return Weights(tensors, stored.normalizers, state, notes)
 
 
-def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_weights(path: AnyPath, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file, all of it or nothing."""
     with replacing(path) as temporary:
         mode = temporary.stat().st_mode

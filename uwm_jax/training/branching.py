@@ -7,12 +7,11 @@ schedule it makes the trunk's steps, bit for bit; nothing that decides a step bu
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place
 from uwm_jax.hub.names import parse_origin
 from uwm_jax.training import finetune, fixed_fields
 from uwm_jax.training import state as state_lib
@@ -66,7 +65,7 @@ def restore(stored: CheckpointReader, like: TrainState) -> TrainState:
         raise UserError(f"config.branch_from: {e}. Name another step of {checkpoints.steps()}.") from e
 
 
-def refuse_longer(workdir: Path, config: ConfigDict, before: ConfigDict, newest: int) -> None:
+def refuse_longer(workdir: Place, config: ConfigDict, before: ConfigDict, newest: int) -> None:
     """Refuses more steps for a run whose learning rate has begun to decay to 0.
 
     Args:

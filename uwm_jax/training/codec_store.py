@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from uwm_jax import codecs
+from uwm_jax import codecs, files
 from uwm_jax.codecs import Codec, VAECodec
 from uwm_jax.data.fitted import read_fitted
 from uwm_jax.data.run_data import RunData
 from uwm_jax.errors import UserError
-from uwm_jax.files import new_folder
+from uwm_jax.files import AnyPath
 from uwm_jax.parallel import distributed
 from uwm_jax.torch_bridge import diffusers_vae
 
@@ -32,7 +32,7 @@ class Place(NamedTuple):
       arrays: a fitted codec's; None for other codecs.
     """
 
-    files: str | os.PathLike[str] = ""
+    files: AnyPath = ""
     arrays: Mapping[str, Any] | None = None
 
 
@@ -40,11 +40,11 @@ class _Files(NamedTuple):
     """How the files of a pretrained codec are read, (place, `config.model.codec`) -> (codec, arrays), and copied,
     (place, folder)."""
 
-    read: Callable[[str | os.PathLike[str], ConfigDict], tuple[Codec, Any]]
-    copy: Callable[[str | os.PathLike[str], Path], Any]
+    read: Callable[[AnyPath, ConfigDict], tuple[Codec, Any]]
+    copy: Callable[[AnyPath, files.Place], Any]
 
 
-def _read_vae(place: str | os.PathLike[str], fields: ConfigDict) -> tuple[Codec, Any]:
+def _read_vae(place: AnyPath, fields: ConfigDict) -> tuple[Codec, Any]:
     module, params, _ = diffusers_vae.load_vae(place, dtype=fields.dtype)
     return VAECodec(module, microbatch=fields.microbatch), params
 
@@ -77,7 +77,7 @@ def in_dataset(config: ConfigDict, data: RunData) -> Place:
     )
 
 
-def in_workdir(config: ConfigDict, workdir: str | os.PathLike[str], arrays: Mapping[str, Any] | None) -> Place:
+def in_workdir(config: ConfigDict, workdir: AnyPath, arrays: Mapping[str, Any] | None) -> Place:
     """The codec's location in a workdir; `arrays` are those of the checkpoint that is read."""
     codec = codecs.of_config(config)
     if codec is None:
@@ -85,10 +85,10 @@ def in_workdir(config: ConfigDict, workdir: str | os.PathLike[str], arrays: Mapp
     return Place(folder(workdir, config) if codec.pretrained else "", arrays)
 
 
-def folder(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
+def folder(workdir: AnyPath, config: ConfigDict) -> files.Place:
     """The folder in which a workdir keeps the files of its codec, if that is pretrained."""
     codec = codecs.of_config(config)
-    return Path(workdir) / "frozen" / (codec.name if codec else "")
+    return files.as_place(workdir) / "frozen" / (codec.name if codec else "")
 
 
 def open_codec(config: ConfigDict, place: Place) -> tuple[Codec | None, Any]:
@@ -109,13 +109,12 @@ def open_codec(config: ConfigDict, place: Place) -> tuple[Codec | None, Any]:
     return codec.from_arrays(place.arrays), jax.device_put(dict(place.arrays))
 
 
-def keep(
-    config: ConfigDict, place: Place, workdir: str | os.PathLike[str], twin: str | os.PathLike[str] | None = None
-) -> None:
+def keep(config: ConfigDict, place: Place, workdir: AnyPath, twin: AnyPath | None = None) -> None:
     """Copies the files of a pretrained codec into the workdir of a run that starts (the main process does).
 
     Args:
-      twin: a workdir in which they have been kept already; the files become links to those, if there are none.
+      twin: a workdir in which they have been kept already; the files become links to those, or copies inside of the
+        bucket, if there are none.
 
     Raises:
       UserError: the workdir holds others.
@@ -130,12 +129,15 @@ def keep(
     distributed.barrier("the codec's files are in the workdir")
 
 
-def _linked(source: Path, target: Path) -> bool:
+def _linked(source: files.Place, target: files.Place) -> bool:
     """Makes a folder of links to the files of another; False where there is one already, or no links are possible."""
     if target.exists():
         return False
+    if not isinstance(source, Path) or not isinstance(target, Path):
+        files.copy_tree(source, target, last=diffusers_vae.SUMS_FILE)
+        return True
     try:
-        with new_folder(target) as made:
+        with files.new_folder(target) as made:
             for file in source.iterdir():
                 os.link(file, made / file.name)
     except OSError:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from uwm_jax import systems
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place
 from uwm_jax.hub import runs as hub_runs
 from uwm_jax.hub.names import HubName, parse_origin
 from uwm_jax.parallel.distributed import say
@@ -126,7 +126,7 @@ class Origin:
     """
 
     spec: str
-    directory: Path
+    directory: Place
     step: int
     parameters: str
     config: ConfigDict
@@ -257,7 +257,7 @@ class Origin:
 
     def _shapes(self) -> dict[str, Any]:
         """{name: metadata with shape and dtype} of the origin's parameters."""
-        folder = epath.Path(self.directory / "checkpoints" / str(self.step) / self.item)
+        folder = epath.Path(str(self.directory / "checkpoints" / str(self.step) / self.item))
         try:
             tree = ocp.StandardCheckpointHandler().metadata(folder).tree
         except (ValueError, KeyError, OSError) as e:

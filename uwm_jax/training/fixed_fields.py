@@ -9,9 +9,7 @@ else is fixed, or has no effect there.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -20,6 +18,7 @@ from uwm_jax import systems
 from uwm_jax.config import MAY_CHANGE
 from uwm_jax.config_checks import matches
 from uwm_jax.errors import UserError, warn
+from uwm_jax.files import AnyPath, as_place
 from uwm_jax.parallel import distributed
 from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint
 
@@ -39,7 +38,7 @@ def stored_config(stored: CheckpointReader) -> ConfigDict:
 
 
 def for_inference(
-    workdir: str | os.PathLike[str],
+    workdir: AnyPath,
     stored: CheckpointReader,
     overrides: Iterable[tuple[str, str]] = (),
     may_change: Sequence[str] = SAMPLING,
@@ -73,7 +72,7 @@ def for_inference(
     return config
 
 
-def started_with(workdir: str | os.PathLike[str], step: int) -> ConfigDict:
+def started_with(workdir: AnyPath, step: int) -> ConfigDict:
     """The config that a run which continues was started with: `config_of_run` of its checkpoint `step`, so that a
     `config.json` that another start has overwritten refuses no run; `config.json` alone where that checkpoint is
     damaged.
@@ -82,7 +81,7 @@ def started_with(workdir: str | os.PathLike[str], step: int) -> ConfigDict:
       UserError: there is no `config.json`.
     """
     try:
-        config, told = config_of_run(workdir, CheckpointReader(Path(workdir).absolute() / "checkpoints", step))
+        config, told = config_of_run(workdir, CheckpointReader(as_place(workdir).absolute() / "checkpoints", step))
     except CorruptCheckpoint:  # which is told of where it is passed over
         return config_lib.read(workdir)
     if told and distributed.is_main():
@@ -90,7 +89,7 @@ def started_with(workdir: str | os.PathLike[str], step: int) -> ConfigDict:
     return config
 
 
-def config_of_run(workdir: str | os.PathLike[str], stored: CheckpointReader) -> tuple[ConfigDict, str]:
+def config_of_run(workdir: AnyPath, stored: CheckpointReader) -> tuple[ConfigDict, str]:
     """The workdir's `config.json`, but the checkpoint's own in the fields that it fixes; and a line that names the
     fixed fields in which the file differs, "" where there are none.
 

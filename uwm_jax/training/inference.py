@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +15,7 @@ from uwm_jax.data.records import short_key
 from uwm_jax.data.sources import of_episodes
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError, warn
-from uwm_jax.files import local_path
+from uwm_jax.files import AnyPath, as_place, place
 from uwm_jax.systems.base import System
 from uwm_jax.training import average, codec_store, fixed_fields
 from uwm_jax.training.checkpoints.checkpoint import Checkpoints
@@ -35,7 +33,7 @@ def define_flags() -> None:
 
 
 def load_for_inference(
-    workdir: str | os.PathLike[str],
+    workdir: AnyPath,
     step: int | None = None,
     overrides: Iterable[tuple[str, str]] = (),
     parameters: str | None = None,
@@ -54,7 +52,7 @@ def load_for_inference(
     Raises:
       UserError: no such workdir, step or average, an override of a field that is fixed, or a damaged checkpoint.
     """
-    workdir, overrides = local_path(workdir, "workdir"), list(overrides)
+    workdir, overrides = place(workdir, "workdir"), list(overrides)
     config_lib.read(workdir)  # before anything is said of checkpoints: is this a run's directory?
     checkpoints = Checkpoints(workdir, read_only=True)
     steps = checkpoints.steps()
@@ -85,13 +83,13 @@ def load_for_inference(
     return system, params, frozen, stored.step
 
 
-def parameters_used(workdir: str | os.PathLike[str], step: int, parameters: str | None = None) -> dict[str, Any]:
+def parameters_used(workdir: AnyPath, step: int, parameters: str | None = None) -> dict[str, Any]:
     """The parameters that `load_for_inference` took, for the files of results: as `average.describe`; `step` is the one
     that it returned.
 
     The share of the start follows from the checkpoint's config, which no flag changes.
     """
-    stored = CheckpointReader(Path(workdir).absolute() / "checkpoints", step)
+    stored = CheckpointReader(as_place(workdir).absolute() / "checkpoints", step)
     return average.describe(fixed_fields.stored_config(stored), step, parameters or _default_parameters(stored))
 
 
@@ -99,17 +97,17 @@ def _default_parameters(stored: CheckpointReader) -> str:
     return average.AVERAGE if stored.holds(average.ITEMS[average.AVERAGE]) else average.RAW
 
 
-def datasets_of(workdir: str | os.PathLike[str], step: int) -> dict[str, str]:
+def datasets_of(workdir: AnyPath, step: int) -> dict[str, str]:
     """{source: identity} of the episodes that a checkpoint learned from; {} for a converted one, which knows none."""
-    stored = CheckpointReader(Path(workdir).absolute() / "checkpoints", step)
+    stored = CheckpointReader(as_place(workdir).absolute() / "checkpoints", step)
     datasets = stored.data_iter.get("datasets") or {} if "data_iter" in stored.items else {}
     return {name: of_episodes(identity) for name, identity in datasets.items()}
 
 
-def data_keys(workdir: str | os.PathLike[str], step: int) -> set[str] | None:
+def data_keys(workdir: AnyPath, step: int) -> set[str] | None:
     """Names of all that the data of a run holds per step, as `obs/` keys have them (without `observation/`); None for a
     converted checkpoint, whose data is not known."""
-    dataset = CheckpointReader(Path(workdir).absolute() / "checkpoints", step).assets.get("dataset")
+    dataset = CheckpointReader(as_place(workdir).absolute() / "checkpoints", step).assets.get("dataset")
     if not dataset:
         return None
     manifests = [dataset] if "step_features" in dataset else dataset.values()
@@ -117,7 +115,7 @@ def data_keys(workdir: str | os.PathLike[str], step: int) -> set[str] | None:
 
 
 def _load(
-    config: ConfigDict, workdir: str | os.PathLike[str], stored: CheckpointReader, parameters: str | None
+    config: ConfigDict, workdir: AnyPath, stored: CheckpointReader, parameters: str | None
 ) -> tuple[System, Any, Any]:
     item = average.ITEMS[parameters or _default_parameters(stored)]
     if not stored.holds(item):

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import uwm_jax
 from uwm_jax.config import flatten, load
 from uwm_jax.errors import UserError, warn
-from uwm_jax.files import local_path, write_text
+from uwm_jax.files import Place, local_path, move, write_text
 from uwm_jax.reading import read_json
 
 FILE = "run.json"
@@ -49,7 +49,7 @@ def describe(command: Sequence[str], config_file: str, config: ConfigDict, overr
 
 
 def describe_again(
-    command: Sequence[str], workdir: Path, config: ConfigDict, overrides: Sequence[str]
+    command: Sequence[str], workdir: Place, config: ConfigDict, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """`describe` of a start that takes the config of its workdir: the file is that of the start before."""
     last = (read_starts(workdir) or [{}])[-1]
@@ -95,7 +95,7 @@ def _about(file: Path) -> str:
     return " ".join(docstring.partition("\n\n")[0].split())
 
 
-def add_start(workdir: Path, start: dict[str, Any]) -> None:
+def add_start(workdir: Place, start: dict[str, Any]) -> None:
     """Appends what `describe` returned to `run.json`, which is made where there is none.
 
     One that cannot be read is kept as `run.json.damaged`, and a warning says so.
@@ -103,7 +103,7 @@ def add_start(workdir: Path, start: dict[str, Any]) -> None:
     file = workdir / FILE
     if file.exists() and not read_starts(workdir):
         kept = file.with_name(f"{FILE}.damaged")
-        file.replace(kept)
+        move(file, kept)
         warn(f"{file} is damaged: earlier starts of this run are not known. It is kept as {kept.name}.")
     write_text(workdir / FILE, json.dumps({"starts": [*read_starts(workdir), start]}, indent=2) + "\n")
 
@@ -121,7 +121,7 @@ def misfit(record: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...
     return ""
 
 
-def read_starts(workdir: Path) -> list[dict[str, Any]]:
+def read_starts(workdir: Place) -> list[dict[str, Any]]:
     """All starts of a run, the oldest first; [] where there is no `run.json`, or none that `describe` can have made."""
     try:
         starts = read_json(workdir / FILE)["starts"]

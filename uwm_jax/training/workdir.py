@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.errors import UserError, warn
-from uwm_jax.files import write_text
+from uwm_jax.files import AnyPath, Place, as_place, write_text
 from uwm_jax.parallel import distributed
 from uwm_jax.training.checkpoints.checkpoint import UNKNOWN_POSITION, Checkpoints, make_assets, steps_in
 from uwm_jax.training.state import TrainState
@@ -23,14 +22,12 @@ from uwm_jax.training.state import TrainState
 SHARED_SECONDS = 40.0  # for a file of one host to appear on another: NFS clients refresh every 30 s
 
 
-def write_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+def write_config(workdir: AnyPath, config: ConfigDict) -> None:
     """Writes `config.json` atomically."""
-    path = Path(workdir) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, config_lib.to_json(config) + "\n")
+    write_text(as_place(workdir) / "config.json", config_lib.to_json(config) + "\n")
 
 
-def require_shared(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+def require_shared(workdir: AnyPath, config: ConfigDict) -> None:
     """Checks that all processes see the same workdir; all call it after the main one's `write_config`.
 
     A shared file system may show a new file late, so a process that does not see it retries for a while.
@@ -40,7 +37,7 @@ def require_shared(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
     """
     expected = distributed.agree(config_lib.to_json(config) + "\n")
     deadline = time.monotonic() + SHARED_SECONDS
-    while not (seen := _text(Path(workdir) / "config.json") == expected) and time.monotonic() < deadline:
+    while not (seen := _text(as_place(workdir) / "config.json") == expected) and time.monotonic() < deadline:
         time.sleep(0.2)
     blind = [str(process) for process, sees in enumerate(distributed.gather(seen)) if not sees]
     if blind:
@@ -50,7 +47,7 @@ def require_shared(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
         )
 
 
-def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None, members: int = 1) -> None:
+def warn_of_room(workdir: AnyPath, state: Any, most: int | None, members: int = 1) -> None:
     """Warns if the disk has less free space than the checkpoints of a run still need.
 
     Args:
@@ -58,10 +55,11 @@ def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None, 
       most: how many there will be at one time, with one that is being written (`Retention.at_most`); None: unknown.
       members: how many runs of a sweep save such checkpoints on this disk; `workdir` is that of one of them.
     """
-    if most is None:
+    workdir = as_place(workdir)
+    if most is None or not isinstance(workdir, Path):
         return
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if hasattr(x.dtype, "itemsize"))
-    missing = max(1, most - len(steps_in(Path(workdir) / "checkpoints")))
+    missing = max(1, most - len(steps_in(workdir / "checkpoints")))
     try:
         free = shutil.disk_usage(workdir).free
     except OSError:  # a file system that does not report it
@@ -76,7 +74,7 @@ def warn_of_room(workdir: str | os.PathLike[str], state: Any, most: int | None, 
 
 
 def save_params_only(
-    workdir: str | os.PathLike[str],
+    workdir: AnyPath,
     config: ConfigDict,
     spec: DataSpec,
     params: Any,
@@ -96,7 +94,7 @@ def save_params_only(
 
 
 def save_state(
-    workdir: str | os.PathLike[str],
+    workdir: AnyPath,
     config: ConfigDict,
     spec: DataSpec,
     state: TrainState,
@@ -112,7 +110,7 @@ def save_state(
     checkpoints.close()
 
 
-def _text(path: Path) -> str | None:
+def _text(path: Place) -> str | None:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
