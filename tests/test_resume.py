@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(uninterrupted, config,
 
 # design.md: total steps, logging, evaluation and checkpoint cadence, mesh, compilation, mixture weights, data's place
 MAY_CHANGE = {
-    *("total_steps", "log_every", "hang_seconds"),
+    *("total_steps", "log_every", "trackers", "hang_seconds"),
     *(f"eval.{name}" for name in config_lib.flatten(config_lib.base().eval)),  # what is measured and drawn
     *("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every"),
     *("checkpoint.keep_best", "checkpoint.keep_best_mode"),

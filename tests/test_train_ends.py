@@ -192,7 +192,7 @@ def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config
     assert [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").open()] == list(range(1, 31))
     lines = capfd.readouterr().err.splitlines()
     warned = [line for line in lines if "No space left on device" in line or "cannot draw" in line]
-    assert len(warned) == 3 and "events.out.tfevents" in warned[0]
+    assert len(warned) == 3 and "config.trackers: tensorboard ends here" in warned[0]
     assert "modes.png: the evaluation of step 15 cannot be written" in warned[1]
     assert "the evaluation of step 30 cannot be written (ValueError('cannot draw'))" in warned[2]
 

@@ -17,6 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from uwm_jax.training.flops import Mfu
 from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.metrics import Metric, MetricAccumulator
 from uwm_jax.training.step import make_train_step
+from uwm_jax.training.telemetry import trackers
 from uwm_jax.training.telemetry.log import MetricsLog, progress_line
 
 FLAGS = flags.FLAGS
@@ -117,7 +119,7 @@ def benchmark(config: ConfigDict, pairs: int, steps: int) -> dict[str, Any]:
     loops: list[Callable[[Any, MetricsLog], Any]] = [without, with_telemetry]
     seconds: dict[str, list[list[float]]] = {"wall": [[], []], "cpu": [[], []]}
     with tempfile.TemporaryDirectory() as directory:
-        log = MetricsLog(directory, 0)
+        log = MetricsLog(directory, 0, trackers.start(config, Path(directory), 0, writes=True))
         goodput.begin(0)
         for pair in range(-1, pairs):  # the first one warms up
             for which in (0, 1) if pair % 2 else (1, 0):

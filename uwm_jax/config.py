@@ -28,7 +28,7 @@ from uwm_jax.reading import parse_json, read_json, run_python
 
 # Fields that may change when a run continues; the others determine the meaning of its numbers.
 MAY_CHANGE = (
-    *("total_steps", "log_every", "hang_seconds", "eval.*", "checkpoint.*", "mesh.*", "sweep.*"),
+    *("total_steps", "log_every", "trackers", "hang_seconds", "eval.*", "checkpoint.*", "mesh.*", "sweep.*"),
     *("data.num_threads", "data.prefetch", "data.max_bad_records", "data.read_timeout_seconds"),
     # Compilation: the results are the same up to rounding.
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.attention"),
@@ -62,6 +62,8 @@ def base(system: str = "uwm") -> ConfigDict:
     c.batch_size = 36  # rows of a step, over all devices and processes
     c.accumulation_steps = 1  # parts that a batch is computed in, one after the other, to save memory
     c.log_every = 50  # steps between lines of metrics.jsonl
+    # that get these lines too: tensorboard, wandb, package.module:Class of your own; () = none
+    c.trackers = ("tensorboard",)
     # a step that takes longer prints all threads' stacks, a longer wait for data ends the run; 0 = off
     c.hang_seconds = 900.0
     c.compilation_cache_dir = ""  # directory that keeps compiled programs for the next start; "" = no cache

@@ -42,7 +42,7 @@ _AT_LEAST_ONE = (
 
 # Lists of strings; the other lists are of integers, except for those below.
 _TEXTS = (
-    *("init_from_skip", "optimizer.freeze", "data.cameras", "data.low_dim", "data.sources.*.cameras"),
+    *("trackers", "init_from_skip", "optimizer.freeze", "data.cameras", "data.low_dim", "data.sources.*.cameras"),
     *("data.choices.*", "data.sources.*.choices.*"),
 )
 _CONDITIONS = ("data.sources.*.include", "data.sources.*.exclude")  # strings, or pairs (key, string)

@@ -58,6 +58,7 @@ from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.startup import Startup
 from uwm_jax.training.supervised import Supervised
+from uwm_jax.training.telemetry import trackers
 from uwm_jax.training.telemetry.log import MetricsLog
 
 FLAGS = flags.FLAGS
@@ -124,6 +125,8 @@ def run(
     # --- Config: the same in all processes, and as an earlier start of this run fixed it. ----------
     distributed.require_same("config", config_lib.flatten(config))
     in_training.check_config(config)
+    if distributed.is_main():
+        trackers.find(config.trackers)
     config_lib.refuse_sweep(workdir)
     last_step = distributed.agree(checkpoint_lib.latest_step(workdir))
     first_start = last_step is None
@@ -227,7 +230,8 @@ def run(
     start_step = stored.step if stored else 0
     assets = checkpoint_lib.make_assets(config, data.spec, dataset=data.manifest(), used=data.used(), **past)
     mfu = Mfu(system, list(mesh.devices.flat))
-    log = MetricsLog(workdir, start_step, writes=distributed.is_main())
+    main = distributed.is_main()
+    log = MetricsLog(workdir, start_step, trackers.start(config, workdir, start_step, writes=main), writes=main)
     batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch, data.waits_for)
     progress = stored.assets.get("progress", {}) if stored else {}
     goodput.begin(start_step, progress.get("goodput"), log.cut)

@@ -60,6 +60,7 @@ from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.startup import Startup
 from uwm_jax.training.state import Hparams, TrainState
+from uwm_jax.training.telemetry import trackers
 from uwm_jax.training.telemetry.log import MetricsLog, losses_of, read_metrics
 
 
@@ -118,6 +119,8 @@ def run_sweep(
     members = [member for group in groups for member in group]
     for member in members:
         in_training.check_config(member.config)
+        if distributed.is_main():
+            trackers.find(member.config.trackers)
         if member.config.branch_from:
             raise UserError(
                 "config.branch_from belongs to uwm_jax.train: a sweep starts its members, or continues them."
@@ -274,7 +277,7 @@ def run_group(
     batches = prefetch_to_device(iter(loader), mesh_lib.batch_sharding(mesh), config.data.prefetch, data.waits_for)
     closing.callback(batches.close)
     main = distributed.is_main()
-    logs = [MetricsLog(place.workdir, start_step, writes=main and not place.diverged) for place in places]
+    logs = [open_log(place, start_step, writes=main and not place.diverged) for place in places]
     for log in logs:
         closing.callback(log.close)
     progress = stored.assets.get("progress", {}) if stored else {}
@@ -324,6 +327,14 @@ def run_group(
     for place in left:
         record.set(place.name, record_lib.DONE)
     say(f"done: {config.total_steps} steps of {len(left)} members" if left else "no member of this program is left")
+
+
+def open_log(place: Place, step: int, writes: bool) -> MetricsLog:
+    """The log of a member, whose trackers show all members of a sweep as one group."""
+    group = place.workdir.parents[1].name
+    return MetricsLog(
+        place.workdir, step, trackers.start(place.config, place.workdir, step, writes, group), writes=writes
+    )
 
 
 def find_common_step(places: Sequence[Place]) -> int:

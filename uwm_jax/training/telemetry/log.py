@@ -1,4 +1,4 @@
-"""Metrics to `metrics.jsonl`, TensorBoard and one progress line."""
+"""Metrics to `metrics.jsonl`, to the trackers of a run and to one progress line."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from uwm_jax.files import AnyPath, Place, as_place
 from uwm_jax.reading import again
 from uwm_jax.training.goodput import duration
 from uwm_jax.training.telemetry.lines import Lines, continue_lines
-from uwm_jax.training.telemetry.tensorboard import Board
+from uwm_jax.training.telemetry.trackers import Trackers
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard; a temporarily full disk does not end the run.
+    """Appends to `metrics.jsonl` and hands on to trackers; a temporarily full disk does not end the run.
 
-    Lines of `metrics.jsonl` that cannot be written are kept in memory and written before the next one (`lines.py`).
-    Events that TensorBoard's file cannot take are dropped (`tensorboard.py`). Each warns once on stderr.
+    Lines of `metrics.jsonl` that cannot be written are kept in memory and written before the next one (`lines.py`);
+    stderr has one warning.
 
     Args:
       workdir: the run's directory.
       step: the step that the run continues from; later lines of an earlier start are removed.
+      trackers: get every line too; closed with the log.
       writes: False on all processes but one: nothing is read or written.
 
     Attributes:
       cut: the last of the removed lines, None if there are none.
     """
 
-    def __init__(self, workdir: AnyPath, step: int, writes: bool = True):
+    def __init__(self, workdir: AnyPath, step: int, trackers: Trackers | None = None, writes: bool = True):
         self.cut: dict[str, Any] | None = None
         self._path = as_place(workdir) / "metrics.jsonl"
         self._lines: Lines | None = None
-        self._board: Board | None = None
+        self._trackers = trackers
         self._was_told = False
         if not writes:
             return
@@ -46,11 +47,10 @@ class MetricsLog:
         kept = [json.dumps(x) + "\n" for x in lines if x["step"] <= step]
         self.cut = next((x for x in reversed(lines) if x["step"] > step), None)
         self._lines = continue_lines(self._path, "".join(kept).encode())
-        self._board = Board(as_place(workdir) / "tensorboard", first_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Place] | None = None) -> None:
-        """Writes a line with the metrics of a step, and scalars and pictures {name: file} to TensorBoard."""
-        if self._lines is None or self._board is None:
+        """Writes a line with the metrics of a step; trackers get pictures {name: file} too."""
+        if self._lines is None:
             return
         reason = self._lines.append((json.dumps({"step": step, **metrics}) + "\n").encode())
         if reason and not self._was_told:
@@ -59,7 +59,8 @@ class MetricsLog:
                 f"{self._path} cannot be written ({reason}). The run continues to its next checkpoint; lines are kept "
                 "in memory until they can be written."
             )
-        self._board.add(step, metrics, pictures)
+        if self._trackers is not None:
+            self._trackers.log(step, metrics, pictures)
 
     def sync(self) -> None:
         """Called before a checkpoint, as `Lines.sync`."""
@@ -79,8 +80,8 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the files. Raises as `check`, unless another exception is being handled."""
         another = sys.exc_info()[1] is not None
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close(failed=another)
         if self._lines is not None:
             with contextlib.suppress(OSError, RunError) if another else contextlib.nullcontext():
                 self._lines.close()

@@ -1,4 +1,4 @@
-"""TensorBoard's event file, written by a thread of its own: it may fail, once and loudly, and it never blocks a run.
+"""TensorBoard's event file.
 
 The file (`event_file.py`) holds `Event` messages, encoded here: the packages that do this import torch or TensorFlow
 where these are installed, which takes longer than all other imports of a run. Message numbers:
@@ -7,117 +7,52 @@ tensorflow/core/util/event.proto and tensorflow/core/framework/summary.proto.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import queue
 import re
 import socket
 import struct
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
 
-from uwm_jax.errors import warn
 from uwm_jax.files import Place
 from uwm_jax.training.telemetry.event_file import open_events
-
-FLUSH_SECONDS = 30.0
-CLOSE_SECONDS = 10.0  # for what is queued to be written at the end
-QUEUE_LINES = 1000  # lines that may wait for a slow disk
-
-_Events = Callable[[], Iterator[bytes]]
+from uwm_jax.training.telemetry.tracker import RunFacts, Tracker
 
 
-class Board:
-    """Scalars and pictures for TensorBoard.
+class TensorBoard(Tracker):
+    """Scalars and pictures for TensorBoard, below `tensorboard/` of the workdir.
 
-    Everything that touches the disk is done by a thread. Whatever goes wrong there is told in one line on stderr, and
-    the board is off from then on: `add` and `close` raise nothing and wait for nothing but, at the end, a few seconds.
-
-    Args:
-      folder: of the event files; each start of a run writes one of its own.
-      first_step: TensorBoard drops what earlier files of the folder have from this step on.
+    Each start of a run writes a file of its own, which says from which step on TensorBoard drops what earlier files
+    have.
     """
 
-    def __init__(self, folder: Place, first_step: int):
+    _file: Any = None  # as `open_events` makes it
+
+    def start(self, run: RunFacts) -> None:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = folder / name
-        self._queue: queue.Queue[_Events | None] = queue.Queue(QUEUE_LINES)
-        self._lock = threading.Lock()
-        self._off = False
-        self._thread = threading.Thread(target=self._work, args=(first_step,), name="tensorboard", daemon=True)
-        self._thread.start()
+        place = run.workdir / "tensorboard" / name
+        self._file = open_events(place)
+        now = time.time()
+        self._file.write(event(now, 0, _VERSION, b"brain.Event:2"))
+        self._file.write(event(now, run.step + 1, _SESSION, _varint(1, _START)))
 
-    def add(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, Place] | None = None) -> None:
-        """Queues the scalars of a step, and pictures {name: file}, which are read later."""
-        scalars, pictures, now = dict(scalars), dict(pictures or {}), time.time()
+    def log(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, Place]) -> None:
+        now = time.time()
+        for name, value in scalars.items():
+            self._file.write(event(now, step, _SUMMARY, _message(1, _tag(name) + _number(2, "<f", value))))
+        for name, file in pictures.items():
+            self._file.write(event(now, step, _SUMMARY, _message(1, _tag(name) + _message(4, _picture(file)))))
 
-        def events() -> Iterator[bytes]:
-            for name, value in scalars.items():
-                yield event(now, step, _SUMMARY, _message(1, _tag(name) + _number(2, "<f", value)))
-            for name, file in pictures.items():
-                yield event(now, step, _SUMMARY, _message(1, _tag(name) + _message(4, _picture(file))))
+    def flush(self) -> None:
+        self._file.flush()
 
-        self._put(events)
-
-    def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Ends the thread, once all is written; leaves it behind where that takes longer than `seconds`."""
-        self._put(None)
-        self._thread.join(0.0 if self._off else seconds)
-        if self._thread.is_alive():
-            self._fail(f"not all is written after {seconds:g} s")
-
-    def _put(self, events: _Events | None) -> None:
-        if self._off:
-            return
-        try:
-            self._queue.put_nowait(events)
-        except queue.Full:
-            self._fail(f"the disk does not keep up: {QUEUE_LINES} lines wait for it")
-
-    def _fail(self, reason: object) -> None:
-        with self._lock:
-            if self._off:
-                return
-            self._off = True
-        warn(
-            f"{self.file}: TensorBoard's curves cannot be written ({reason}). They end here; the run goes on, and "
-            "metrics.jsonl has every number."
-        )
-
-    def _work(self, first_step: int) -> None:
-        writer: Any = None
-        try:
-            writer = open_events(self.file)
-            now = time.time()
-            head = [event(now, 0, _VERSION, b"brain.Event:2"), event(now, first_step, _SESSION, _varint(1, _START))]
-            events: _Events | None = lambda: iter(head)  # noqa: E731 - the first of many
-            flushed = -FLUSH_SECONDS
-            while events is not None and not self._off:
-                for encoded in events():
-                    writer.write(encoded)
-                if time.monotonic() - flushed > FLUSH_SECONDS:
-                    writer.flush()
-                    flushed = time.monotonic()
-                with contextlib.suppress(queue.Empty):
-                    events = self._queue.get(timeout=FLUSH_SECONDS)
-                    continue
-                events = _nothing
-            writer.flush()
-        except Exception as e:
-            self._fail(e)
-        finally:
-            if writer is not None:
-                with contextlib.suppress(OSError):  # what could not be written is still in the buffer
-                    writer.close()
-
-
-def _nothing() -> Iterator[bytes]:
-    return iter(())
+    def close(self, failed: bool) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 # --- Protocol buffers ------------------------------------------------------------------------------------
