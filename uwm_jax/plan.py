@@ -22,10 +22,10 @@ from uwm_jax import config as config_lib
 from uwm_jax.errors import UserError
 from uwm_jax.files import local_path
 from uwm_jax.planning import children, search, sizes, topology
+from uwm_jax.planning.programs import programs
 from uwm_jax.planning.rows import Question, Row, refused, row, whole_sweep
 from uwm_jax.planning.table import table
 from uwm_jax.planning.topology import HERE
-from uwm_jax.sweeps import members as members_lib
 
 FLAGS = flags.FLAGS
 
@@ -59,7 +59,10 @@ def main(call: cli.Call) -> None:
         files.check_output_file(output, "--json")
     cache = children.default_cache() if FLAGS.cache is None else FLAGS.cache and local_path(FLAGS.cache, "--cache")
     asked = []
-    for number, (one, names_of) in enumerate(found := programs(file, config), 1):
+    found = programs(file, config, FLAGS.grid, say)
+    if FLAGS.search and found[0][1]:
+        raise UserError("--search tries meshes of single runs: leave it out for a sweep.")
+    for number, (one, names_of) in enumerate(found, 1):
         data = sizes.of_data(one, file, FLAGS.sizes)
         question = Question(data, FLAGS.efficiency, FLAGS.price, cache or None, FLAGS.measure)
         question = dataclasses.replace(question, names=names_of, program=number, programs=len(found))
@@ -86,19 +89,6 @@ def from_latents(config: ConfigDict) -> ConfigDict:
     config.data.latents = codec.name
     config_lib.validate(config)
     return config
-
-
-def programs(file: str, config: ConfigDict) -> list[tuple[ConfigDict, tuple[str, ...]]]:
-    """(config, names of members) of each program that the config's command trains, one after another; a run has one
-    and no members."""
-    if not FLAGS.grid and not config_lib.has_members(file):
-        return [(config, ())]
-    overrides = members_lib.asked_for(file, FLAGS.grid)
-    groups = members_lib.groups(members_lib.make_members(config, overrides))
-    say(members_lib.describe(groups))
-    if FLAGS.search:
-        raise UserError("--search tries meshes of single runs: leave it out for a sweep.")
-    return [(group[0].config, tuple(member.name for member in group)) for group in groups]
 
 
 def plan(name: str, config: ConfigDict, question: Question) -> list[Row]:

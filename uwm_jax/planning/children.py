@@ -59,10 +59,9 @@ def ask(request: Mapping[str, Any], *, name: str, cache: Path | None, say: Say) 
       cache: directory of answers by fingerprint; None for none.
       say: prints a line.
     """
-    file = cache / f"{fingerprint(request)}.json" if cache and request["description"] is not None else None
-    if file and file.exists():
-        with contextlib.suppress(Exception):  # an unreadable answer is made again
-            return {**read_json(file), "cached": True}
+    if known := recall(request, cache):
+        return known
+    file = _file(request, cache)
     began = time.monotonic()
     answer = _in_child(request, name, say)
     answer["seconds"] = time.monotonic() - began
@@ -74,6 +73,19 @@ def ask(request: Mapping[str, Any], *, name: str, cache: Path | None, say: Say) 
         except OSError as e:
             warn(f"--cache: {file.parent} cannot be written ({e.strerror}): the next call compiles again.")
     return {**answer, "cached": False}
+
+
+def recall(request: Mapping[str, Any], cache: Path | None) -> Answer | None:
+    """The answer to a request that `ask` has kept; None if there is none that can be read."""
+    file = _file(request, cache)
+    if file and file.exists():
+        with contextlib.suppress(Exception):  # an unreadable answer is made again
+            return {**read_json(file), "cached": True}
+    return None
+
+
+def _file(request: Mapping[str, Any], cache: Path | None) -> Path | None:
+    return cache / f"{fingerprint(request)}.json" if cache and request["description"] is not None else None
 
 
 def _may_change(answer: Answer) -> bool:

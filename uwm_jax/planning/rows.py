@@ -67,13 +67,30 @@ def row(name: str, config: ConfigDict, question: Question, say: Say) -> Row:
     """
     place = None if name == HERE else topology.find(name)
     try:
-        config = with_slices(config, place)
-        if place:
-            mesh_lib.find_sizes(config, place.chips, "TPU", question.members)
+        config = _on(place, config, question)
     except UserError as e:
         return refused(name, config, question, e)
     answer = children.ask(request(config, place, question), name=name, cache=question.cache, say=say)
     return row_of(name, config, place, question, answer)
+
+
+def known_row(name: str, config: ConfigDict, question: Question) -> Row | None:
+    """What `row` returns without compiling; None where it would compile."""
+    place = topology.find(name)
+    try:
+        config = _on(place, config, question)
+    except UserError as e:
+        return refused(name, config, question, e)
+    answer = children.recall(request(config, place, question), question.cache)
+    return row_of(name, config, place, question, answer) if answer else None
+
+
+def _on(place: Topology | None, config: ConfigDict, question: Question) -> ConfigDict:
+    """The config of a run on a topology; raises UserError where it cannot be."""
+    config = with_slices(config, place)
+    if place:
+        mesh_lib.find_sizes(config, place.chips, "TPU", question.members)
+    return config
 
 
 def row_of(name: str, config: ConfigDict, place: Topology | None, question: Question, answer: children.Answer) -> Row:

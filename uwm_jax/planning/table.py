@@ -23,10 +23,11 @@ _SOURCE = 100  # characters of the operation that a collective comes from
 
 def table(rows: Sequence[Row]) -> str:
     """All rows: an overview, then each in detail."""
-    return "\n\n".join([_overview(rows), *_sweeps(rows), *map(_details, rows)])
+    return "\n\n".join([overview(rows), *_sweeps(rows), *map(_details, rows)])
 
 
-def _overview(rows: Sequence[Row]) -> str:
+def overview(rows: Sequence[Row]) -> str:
+    """A line for each row."""
     header = (
         *("topology", "chips", "mesh", "batch", "parts", "remat", "GB of limit", "fits", "ms at best", "ms estimate"),
         *("samples/s at best", "estimate", "days at best", "estimate"),
