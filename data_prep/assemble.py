@@ -12,7 +12,7 @@ from data_prep.inputs import Corpus, Missing
 from data_prep.results import Result, first_notes
 from uwm_jax.data import records
 from uwm_jax.data.chunks import Layout
-from uwm_jax.data.writing import shard_names, write_descriptions, write_split
+from uwm_jax.data.writing import SHARD_FACTS, shard_names, write_descriptions, write_split
 from uwm_jax.errors import UserError
 
 
@@ -94,7 +94,7 @@ def _assemble_split(
         if not (dataset / name).exists():  # else it was moved before the job was killed
             part.rename(dataset / name)
     shards = [
-        {key: shard[key] for key in ("records", "bytes", "sha256")} | {"file": name}
+        {key: shard[key] for key in SHARD_FACTS if key in shard} | {"file": name}
         for (_, shard), name in zip(made, names, strict=True)
     ]
     entry = write_split(

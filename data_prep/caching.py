@@ -23,6 +23,7 @@ from uwm_jax import systems
 from uwm_jax.codecs import Codec
 from uwm_jax.data.images import is_augmented
 from uwm_jax.data.latents import KIND, Layout, folder
+from uwm_jax.data.places import local_dataset
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.sidecar import Sidecar, is_complete, open_sidecar
@@ -85,7 +86,7 @@ class _Job:
         """The job for the caches that are not there."""
         there = {cache.directory for cache in complete}
         places = {
-            key: Path(self.dataset.directory, folder(fields["codec"], key, self.dataset.split))
+            key: Path(local_dataset(self.dataset.directory), folder(fields["codec"], key, self.dataset.split))
             for key, fields in self.fields.items()
         }
         cameras = [camera for camera in self.cameras if places[camera.key] not in there]
@@ -265,7 +266,9 @@ def _encoder(program: Program, codec: Codec, frozen: Any, job: _Job, options: Op
 
 def _write(job: _Job, encoder: Encoder, command: str, overwrite: bool, say: Callable[[str], Any]) -> list[Sidecar]:
     layout = job.layout
-    warn_of_space(job.dataset.directory, layout.total_bytes * len(job.cameras), f"the latents of {job.name}")
+    warn_of_space(
+        local_dataset(job.dataset.directory), layout.total_bytes * len(job.cameras), f"the latents of {job.name}"
+    )
     total = sum(map(layout.steps, range(len(layout.parts))))
     with tqdm(total=total, desc=f"encoding {job.name}", unit="step") as bar:
         return write_caches(

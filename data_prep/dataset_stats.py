@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 from uwm_jax.data.records import Dataset, read_manifest
 from uwm_jax.data.stats import Stats, dataset_stats
-from uwm_jax.files import write_text
+from uwm_jax.files import AnyPath, as_place, write_text
 
 STATS_FILE = "stats.json"
 EPISODES = "all episodes of each split, held-out ones included; actions without those where is_last is true"
 
 
-def write_stats(directory: str | os.PathLike[str]) -> dict[str, dict[str, Stats]]:
+def write_stats(directory: AnyPath) -> dict[str, dict[str, Stats]]:
     """Writes `stats.json`: {"fingerprint": of the manifest, "episodes": a description, "splits": {split: {step key:
     statistics}}}.
 
@@ -28,5 +26,5 @@ def write_stats(directory: str | os.PathLike[str]) -> dict[str, dict[str, Stats]
     datasets = [Dataset(directory, split) for split in read_manifest(directory)["splits"]]
     splits = {dataset.split: dataset_stats(dataset) for dataset in datasets}
     described = {"fingerprint": datasets[0].fingerprint, "episodes": EPISODES, "splits": splits}
-    write_text(Path(directory) / STATS_FILE, json.dumps(described, indent=1))
+    write_text(as_place(directory) / STATS_FILE, json.dumps(described, indent=1))
     return splits

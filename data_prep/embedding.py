@@ -17,7 +17,7 @@ from uwm_jax.data.records import Dataset, read_manifest
 from uwm_jax.data.sidecar import Sidecar, open_sidecar, writing_sidecar
 from uwm_jax.data.text_table import EMPTY, folder, run_files
 from uwm_jax.errors import RunError
-from uwm_jax.files import write_text, writing
+from uwm_jax.files import AnyPath, write_text, writing
 from uwm_jax.reading import read_json
 from uwm_jax.torch_bridge import clip_text
 
@@ -164,7 +164,7 @@ def write_embedding(sentence: str, output: Path, encoder: str, sha256: str = "")
     return embedding
 
 
-def encoder_of(dataset: str | os.PathLike[str], name: str) -> tuple[str, str]:
+def encoder_of(dataset: AnyPath, name: str) -> tuple[str, str]:
     """(name, sha256) of the encoder of a dataset's table.
 
     Raises:

@@ -28,7 +28,8 @@ from data_prep.trace import TracedRow, open_run, traced
 from data_prep.training_layout import summary
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
-from uwm_jax.data.records import Dataset, find_dataset, read_manifest
+from uwm_jax.data.places import find_dataset
+from uwm_jax.data.records import Dataset, read_manifest
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.stats import counted_lengths, counted_steps, is_action
 from uwm_jax.errors import UserError
@@ -267,7 +268,7 @@ def _parse(text: str) -> tuple[int, int]:
 
 
 def _inspect_dataset() -> None:
-    directory = find_dataset(cli.required_path("dataset"))
+    directory = find_dataset(cli.required("dataset"))
     output = local_output() if FLAGS.output else local_place(directory / "inspect", "--output")
     manifest = read_manifest(directory)
     split = FLAGS.split or ("train" if "train" in manifest["splits"] else sorted(manifest["splits"])[0])

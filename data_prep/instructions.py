@@ -10,7 +10,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -123,7 +122,7 @@ def _tasks(dataset: Dataset, keys: tuple[str, ...], folder: Path) -> Iterator[_T
         stop = max(start + 1, int(np.searchsorted(ends, done + _TASK_RECORDS, side="right")))
         count = int(ends[stop - 1]) - done
         file = folder / f"{dataset.split}.{number:06d}.npz"
-        yield _Task(os.fspath(dataset.directory), dataset.split, keys, start, stop, count, file)
+        yield _Task(str(dataset.directory), dataset.split, keys, start, stop, count, file)
         start = stop
 
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from data_prep.idle import IdleRule, make_ranges, summary
 from uwm_jax import cli
 from uwm_jax.data.limits import NO_RANGES
-from uwm_jax.data.records import find_dataset, read_manifest
+from uwm_jax.data.places import find_dataset, local_dataset
+from uwm_jax.data.records import read_manifest
 from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -39,7 +40,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    directory = find_dataset(cli.required_path("dataset"))
+    directory = local_dataset(find_dataset(cli.required("dataset")))
     if FLAGS.name == NO_RANGES or FLAGS.name.endswith(".json"):
         raise UserError(
             f"--name={FLAGS.name}: config.data.ranges gives this value another meaning. Choose another name."

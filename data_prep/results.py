@@ -19,7 +19,7 @@ class Result:
     """The result of one input.
 
     Attributes:
-        shards: in order, {"part": file name, "records", "bytes", "sha256"}.
+        shards: in order, {"part": file name} and the facts of `ShardWriter.close`.
         checksums: the crc32c of each record.
         lengths, texts: steps and strings of its episodes.
         skipped, remarks: numbers of skipped episodes, and of remarks on others, by reason.

@@ -17,6 +17,7 @@ from data_prep.source_files import read_records, starts_with_record
 from uwm_jax.data.features import STEPS, Feature, flatten, upgrade
 from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place
 from uwm_jax.reading import read_json
 
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -35,11 +36,11 @@ class Source:
         features_json: the feature tree in the current schema.
     """
 
-    path: Path
+    path: Place
     name: str
     version: str
     file_format: str
-    splits: dict[str, list[Path]]
+    splits: dict[str, list[Place]]
     lengths: dict[str, list[int | None]]
     totals: dict[str, int | None]
     info: dict[str, Any]
@@ -78,7 +79,10 @@ def corpus(path: Path, splits: Sequence[str] = (), max_missing: int = 0) -> Corp
     if unknown := sorted(set(splits) - set(opened.splits)):
         raise UserError(f"{path}: no split {unknown[0]!r}; it has {', '.join(sorted(opened.splits))}.")
     chosen = {
-        split: [_input(file, n, opened.file_format) for file, n in zip(files, opened.lengths[split], strict=True)]
+        split: [
+            _input(path / file.name, n, opened.file_format)
+            for file, n in zip(files, opened.lengths[split], strict=True)
+        ]
         for split, files in opened.splits.items()
         if split in splits or not splits
     }
@@ -101,7 +105,7 @@ def _input(file: Path, promised: int | None, file_format: str) -> Input:
     return RldsFile(name=file.name, size=file.stat().st_size, promised=promised, path=file, file_format=file_format)
 
 
-def open_source(path: Path, only: Iterable[str] = (), max_missing: int = 0) -> Source:
+def open_source(path: Place, only: Iterable[str] = (), max_missing: int = 0) -> Source:
     """Reads the two JSON files and checks the shards that they name.
 
     Args:
@@ -117,7 +121,7 @@ def open_source(path: Path, only: Iterable[str] = (), max_missing: int = 0) -> S
     if file_format not in ("tfrecord", "array_record"):
         raise UserError(f"{info_file}: fileFormat is {file_format!r}; expected tfrecord or array_record.")
     check_name(info.get("name"), "the dataset's name", info_file)
-    splits: dict[str, list[Path]] = {}
+    splits: dict[str, list[Place]] = {}
     lengths: dict[str, list[int | None]] = {}
     totals: dict[str, int | None] = {}
     only = set(only)
@@ -136,7 +140,7 @@ def open_source(path: Path, only: Iterable[str] = (), max_missing: int = 0) -> S
     return Source(path, info["name"], version, file_format, splits, lengths, totals, info, features_json, features)
 
 
-def _read_features(path: Path) -> tuple[dict[str, Any], dict[str, Feature]]:
+def _read_features(path: Place) -> tuple[dict[str, Any], dict[str, Feature]]:
     file = path / "features.json"
     tree = _read_json(path, file.name)
     try:
@@ -151,7 +155,7 @@ def _read_features(path: Path) -> tuple[dict[str, Any], dict[str, Feature]]:
     return tree, features
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def _read_json(path: Place, name: str) -> dict[str, Any]:
     file = path / name
     if not file.is_file():
         inside = [p.parent for p in path.glob(f"*/{name}")] if path.is_dir() else []
@@ -162,13 +166,13 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return read_json(file)
 
 
-def _version(path: Path) -> tuple[bool, list[int], str]:
+def _version(path: Place) -> tuple[bool, list[int], str]:
     """Sort key of folders: versions by their numbers (1.10.0 after 1.9.0), after all others."""
     numbers = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", path.name)
     return numbers is not None, [int(n) for n in numbers.groups()] if numbers else [], path.name
 
 
-def _splits(info: dict[str, Any], file: Path) -> list[dict[str, Any]]:
+def _splits(info: dict[str, Any], file: Place) -> list[dict[str, Any]]:
     """The entries of `splits`, which is a list or a dictionary by name."""
     splits = info.get("splits") or []
     if isinstance(splits, dict):
@@ -178,7 +182,7 @@ def _splits(info: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     return splits
 
 
-def _declared(split: dict[str, Any], file: Path) -> tuple[list[int | None], int | None]:
+def _declared(split: dict[str, Any], file: Place) -> tuple[list[int | None], int | None]:
     """Number of episodes in each file and in the split, by an entry of `splits`; None if undeclared."""
     name = split["name"]
     try:
@@ -207,7 +211,7 @@ def _count(value: Any, field: str, most: int) -> int:
     return count
 
 
-def _shard_files(path: Path, info: dict, split: dict, file_format: str, num_shards: int) -> list[Path]:
+def _shard_files(path: Place, info: dict, split: dict, file_format: str, num_shards: int) -> list[Place]:
     files = []
     where = path / "dataset_info.json"
     for i in range(num_shards):
@@ -244,7 +248,7 @@ def _named(info: dict, split: dict, file_format: str) -> str:
     return name
 
 
-def _check_files(path: Path, split: str, files: list[Path], pattern: re.Pattern[str], max_missing: int) -> int:
+def _check_files(path: Place, split: str, files: list[Place], pattern: re.Pattern[str], max_missing: int) -> int:
     """Checks that the files of a split exist, but `max_missing`, and are not placeholders; returns how many lack."""
     matches = [m for p in path.iterdir() if (m := pattern.fullmatch(p.name)) and pattern.groups]
     counts = {m[1] for m in matches}

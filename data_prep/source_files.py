@@ -10,6 +10,7 @@ from typing import Any
 
 import google_crc32c
 
+from uwm_jax.files import Place
 from uwm_jax.reading import again, is_fleeting
 
 TRUNCATED = "file truncated"
@@ -32,7 +33,7 @@ def read_records(path: Path, file_format: str) -> Iterator[tuple[bytes | None, s
         yield from _read_array_record(path)
 
 
-def starts_with_record(path: Path) -> bool:
+def starts_with_record(path: Place) -> bool:
     """Whether a file begins with a length and its checksum, as TFRecord files do."""
     with path.open("rb") as f:
         header = f.read(12)

@@ -12,7 +12,6 @@ leaves undefined. The normaliser of a run does not use them: it is fitted on the
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from absl import flags
 from data_prep.dataset_stats import EPISODES, STATS_FILE, write_stats
 from uwm_jax import cli
 from uwm_jax.data.normalize import is_constant
-from uwm_jax.data.records import find_dataset
+from uwm_jax.data.places import find_dataset
 from uwm_jax.data.selection import some_episodes
 from uwm_jax.data.stats import Stats
 
@@ -63,11 +62,11 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    directory = find_dataset(cli.required_path("dataset"))
+    directory = find_dataset(cli.required("dataset"))
     for split, stats in write_stats(directory).items():
         steps = max((s["count"] for s in stats.values()), default=0)
         print("\n".join([f"{split}: {steps} steps of {EPISODES}", table(stats), *warnings(stats)]))
-    print(f"wrote {Path(directory) / STATS_FILE}")
+    print(f"wrote {directory / STATS_FILE}")
 
 
 command = cli.command(main, define_flags)

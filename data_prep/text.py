@@ -21,7 +21,7 @@ from absl import flags
 from data_prep import embedding
 from data_prep.output import local_output
 from uwm_jax import cli
-from uwm_jax.data.records import find_dataset
+from uwm_jax.data.places import find_dataset, local_dataset
 from uwm_jax.envs.parallel import cores
 from uwm_jax.errors import UserError
 from uwm_jax.files import check_output_file
@@ -49,7 +49,7 @@ def main(call: cli.Call) -> None:
         return
     if FLAGS.output is not None:
         raise UserError("--output requires --embed: a table lies inside its dataset.")
-    directory, encoder = find_dataset(cli.required_path("dataset")), cli.required("encoder")
+    directory, encoder = local_dataset(find_dataset(cli.required("dataset"))), cli.required("encoder")
     table, was_complete = embedding.make_table(
         directory,
         FLAGS.name,

@@ -17,7 +17,7 @@ from absl import flags
 
 from data_prep.validation import ERROR, Limits, validate
 from uwm_jax import cli
-from uwm_jax.data.records import find_dataset
+from uwm_jax.data.places import find_dataset
 from uwm_jax.errors import UserError
 from uwm_jax.files import write_text
 
@@ -41,7 +41,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    directory = find_dataset(cli.required_path("dataset"))
+    directory = find_dataset(cli.required("dataset"))
     if not FLAGS.bound < float("inf"):
         raise UserError(f"--bound={FLAGS.bound:g}: expected a number of at least 1.")
     limits = Limits(FLAGS.min_steps, FLAGS.bound, FLAGS.decode)

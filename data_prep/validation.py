@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ from uwm_jax.data.selection import not_finite, some_episodes
 from uwm_jax.data.sidecar import find_sidecars
 from uwm_jax.data.stats import Stats, column_stats, counted_lengths, counted_steps
 from uwm_jax.errors import RunError, UserError
+from uwm_jax.files import Place
 
 ERROR, WARNING = "error", "warning"
 MAX_NAMED = 20  # records or frames of one kind that are described one by one
@@ -66,7 +66,7 @@ class Limits:
     decode: int = 3
 
 
-def validate(directory: Path, limits: Limits, splits: Iterable[str] = (), workers: int = 0) -> list[Finding]:
+def validate(directory: Place, limits: Limits, splits: Iterable[str] = (), workers: int = 0) -> list[Finding]:
     """Checks a dataset in the training layout; reads every record once.
 
     Args:
@@ -99,7 +99,7 @@ def validate(directory: Path, limits: Limits, splits: Iterable[str] = (), worker
     return sorted(found, key=lambda finding: finding.level != ERROR)
 
 
-def _schema(directory: Path, manifest: dict[str, Any]) -> tuple[Layout | None, list[Finding]]:
+def _schema(directory: Place, manifest: dict[str, Any]) -> tuple[Layout | None, list[Finding]]:
     """The layout of the records by the two files of TFDS; whether these agree with the manifest."""
     try:
         source = open_source(directory)
@@ -331,7 +331,7 @@ def _decode(
 
 def _records(dataset: Dataset, layout: Layout, decode: int, workers: int) -> list[Finding]:
     total = dataset.num_episodes
-    directory, split = os.fspath(dataset.directory), dataset.split
+    directory, split = str(dataset.directory), dataset.split
     edges = [*range(0, total, _BATCH), total]
     processes = min(workers or os.cpu_count() or 1, len(edges) - 1)
     counts = _Counts()
@@ -374,7 +374,7 @@ def _parts(processes: int, edges: list[int], opening: tuple[str, str, Layout, in
             raise
 
 
-def _sidecars(directory: Path) -> list[Finding]:
+def _sidecars(directory: Place) -> list[Finding]:
     """Latents, texts and ranges inside the dataset: whether they fit it and their files are complete."""
     try:
         sidecars = find_sidecars(directory)
@@ -385,5 +385,5 @@ def _sidecars(directory: Path) -> list[Finding]:
         try:
             sidecar.verify()
         except UserError as e:
-            found.append(Finding(ERROR, str(sidecar.directory.relative_to(directory)), str(e)))
+            found.append(Finding(ERROR, str(sidecar.directory).removeprefix(f"{directory}/"), str(e)))
     return found

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "diffusion": ("errors",),
     "codecs": ("errors", "models"),
     "parallel": (*BASE, "models"),
-    "data": (*BASE, "parallel"),
+    "data": (*BASE, "storage", "parallel"),
     "envs": BASE,
     "torch_bridge": (*FLOORS, "hub", "config", "backend", "systems"),
     "systems": (*FLOORS, "systems.*"),

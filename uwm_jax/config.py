@@ -29,7 +29,7 @@ from uwm_jax.reading import parse_json, read_json, run_python
 # Fields that may change when a run continues; the others determine the meaning of its numbers.
 MAY_CHANGE = (
     *("total_steps", "log_every", "trackers", "hang_seconds", "eval.*", "checkpoint.*", "mesh.*", "sweep.*"),
-    *("data.num_threads", "data.prefetch", "data.max_bad_records", "data.read_timeout_seconds"),
+    *("data.num_threads", "data.read_ahead", "data.prefetch", "data.max_bad_records", "data.read_timeout_seconds"),
     # Compilation: the results are the same up to rounding.
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.attention"),
     "model.codec.microbatch",

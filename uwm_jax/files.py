@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from uwm_jax.errors import UserError
 from uwm_jax.storage import client, environment, transfers
@@ -366,6 +366,33 @@ def copy_file(source: AnyPath, target: AnyPath) -> None:
                 client.download(source.bucket, source.key, temporary)
             else:
                 shutil.copyfile(source, temporary)
+
+
+class Facts(NamedTuple):
+    """What a listing tells of a file: its size in bytes, and in a bucket its CRC-32C."""
+
+    size: int
+    crc32c: int | None
+
+
+def facts_below(folder: AnyPath) -> dict[str, Facts]:
+    """{name relative to a folder: its facts} of all files below it, which in a bucket one listing tells."""
+    found = as_place(folder)
+    if isinstance(found, RemotePath):
+        entries, skipped = transfers.objects_below(found), len(found.key) + 1 if found.key else 0
+        return {entry.key[skipped:]: Facts(entry.size, entry.crc32c) for entry in entries}
+    there = (file for file in found.rglob("*") if file.is_file())
+    return {file.relative_to(found).as_posix(): Facts(file.stat().st_size, None) for file in there}
+
+
+def stated_checksum(file: AnyPath) -> int | None:
+    """The CRC-32C that a bucket states of an object; None for a local file, and where it states none.
+
+    Raises:
+      FileNotFoundError: there is no such object.
+    """
+    found = as_place(file)
+    return found.stat().crc32c if isinstance(found, RemotePath) else None
 
 
 def copy_tree(source: AnyPath, target: AnyPath, last: str | None = None) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from etils import epath
 
 from uwm_jax import reading
 from uwm_jax.data import columns
@@ -25,16 +24,16 @@ def values() -> np.ndarray:
 
 
 @pytest.fixture
-def file(tmp_path: Path, values: np.ndarray) -> epath.Path:
+def file(tmp_path: Path, values: np.ndarray) -> Path:
     np.save(tmp_path / "action.npy", values)
-    return epath.Path(tmp_path / "action.npy")
+    return tmp_path / "action.npy"
 
 
-def test_rows_are_those_of_the_array(file: epath.Path, values: np.ndarray) -> None:
+def test_rows_are_those_of_the_array(file: Path, values: np.ndarray) -> None:
     column = open_column(file, checksum(file), in_memory=False)
     assert isinstance(column, DiskColumn)
     assert (len(column), column.shape, column.dtype) == (12_345, (12_345, 7), np.float32)
-    assert file.stat().length > 5 * BLOCK
+    assert file.stat().st_size > 5 * BLOCK
     for rows in (slice(None), slice(2_300, 9_999), slice(5, 5), slice(12_000, 99_999), slice(7, 3)):
         np.testing.assert_array_equal(column[rows], values[rows])
     scattered = np.random.default_rng(1).integers(0, len(values), 500)
@@ -45,17 +44,17 @@ def test_rows_are_those_of_the_array(file: epath.Path, values: np.ndarray) -> No
             column[outside]
 
 
-def test_statistics_are_the_same_from_disk(file: epath.Path, values: np.ndarray) -> None:
+def test_statistics_are_the_same_from_disk(file: Path, values: np.ndarray) -> None:
     assert column_stats(open_column(file, checksum(file), in_memory=False)) == column_stats(values)
 
 
-def test_a_wrong_checksum_is_found_at_once(file: epath.Path) -> None:
+def test_a_wrong_checksum_is_found_at_once(file: Path) -> None:
     for in_memory in (True, False):
         with pytest.raises(WrongChecksum):
             open_column(file, checksum(file) ^ 1, in_memory=in_memory)
 
 
-def test_a_file_that_changes_later_is_found_where_it_did(file: epath.Path, values: np.ndarray) -> None:
+def test_a_file_that_changes_later_is_found_where_it_did(file: Path, values: np.ndarray) -> None:
     column = open_column(file, checksum(file), in_memory=False)
     with Path(file).open("r+b") as f:
         f.seek(2 * BLOCK + 100)
@@ -71,7 +70,7 @@ def test_a_file_that_changes_later_is_found_where_it_did(file: epath.Path, value
         column[[12_344]]
 
 
-def test_a_file_renamed_over_it_is_another(file: epath.Path, values: np.ndarray) -> None:
+def test_a_file_renamed_over_it_is_another(file: Path, values: np.ndarray) -> None:
     column = open_column(file, checksum(file), in_memory=False)
     other = Path(file).with_name("other.npy")
     np.save(other, 0 * values)
@@ -84,12 +83,12 @@ def test_other_files_are_refused(tmp_path: Path, values: np.ndarray) -> None:
     (tmp_path / "text.npy").write_text("no npy")
     for name in ("order.npy", "text.npy"):
         for in_memory in (True, False):
-            file = epath.Path(tmp_path / name)
+            file = tmp_path / name
             with pytest.raises(ValueError):
                 open_column(file, checksum(file), in_memory=in_memory)
 
 
-def test_a_read_that_was_given_up_is_not_tried_again(file: epath.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_was_given_up_is_not_tried_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "AGAIN_SECONDS", (0.0, 0.0, 0.0))
     column, calls = open_column(file, checksum(file), in_memory=False), list[int]()
 

@@ -12,6 +12,7 @@ from array_record.python import array_record_module
 
 from uwm_jax.data import shards
 from uwm_jax.data.direct import DirectFile
+from uwm_jax.data.index import Chunk
 
 BLOCK = 1 << 16
 PLAIN = "group_size:1,uncompressed"
@@ -90,14 +91,13 @@ def test_files_are_closed(tmp_path):
 
 def test_a_view_is_the_verified_record_and_falls_back(tmp_path, monkeypatch):
     import google_crc32c
-    from etils import epath
 
     records = some_records(1)
     path = Path(write(tmp_path / "file", records))
     entry = {"file": "file", "bytes": path.stat().st_size, "records": len(records)}
-    opened = shards.Shards(epath.Path(tmp_path), [entry], "d")
+    opened = shards.Shards(tmp_path, [entry], "d")
     sums = [google_crc32c.value(record) for record in records]
-    assert all(bytes(opened.view(0, i, sums[i])) == records[i] for i in range(len(records)))
+    assert all(bytes(opened.view(Chunk(0, i, sums[i]))) == records[i] for i in range(len(records)))
     assert not opened._readers, "ArrayRecord's reader was not asked"
     data = bytearray(path.read_bytes())
     number = max(range(len(records)), key=lambda i: len(records[i]))
@@ -106,9 +106,9 @@ def test_a_view_is_the_verified_record_and_falls_back(tmp_path, monkeypatch):
     for i in range(len(records)):
         if i == number:
             with pytest.raises(shards.BadRecord, match=f"file: record {i} cannot be read"):
-                opened.view(0, i, sums[i])
+                opened.view(Chunk(0, i, sums[i]))
         else:
-            assert bytes(opened.view(0, i, sums[i])) == records[i]
+            assert bytes(opened.view(Chunk(0, i, sums[i]))) == records[i]
     write(path, records, "group_size:1,zstd")
-    opened = shards.Shards(epath.Path(tmp_path), [entry | {"bytes": path.stat().st_size}], "d")
-    assert bytes(opened.view(0, 3, sums[3])) == records[3] and opened._readers
+    opened = shards.Shards(tmp_path, [entry | {"bytes": path.stat().st_size}], "d")
+    assert bytes(opened.view(Chunk(0, 3, sums[3]))) == records[3] and opened._readers

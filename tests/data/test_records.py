@@ -16,7 +16,8 @@ from data_prep.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax import reading
 from uwm_jax.data import columns, direct, records, shards
-from uwm_jax.data.records import Dataset, dataset_dir, find_dataset, short_key
+from uwm_jax.data.places import dataset_dir, find_dataset
+from uwm_jax.data.records import Dataset, short_key
 from uwm_jax.errors import RunError, UserError
 
 LENGTHS = [21, 5, 40]
@@ -351,5 +352,5 @@ def test_a_dataset_is_found_here_and_where_configs_look(tmp_path: Path, monkeypa
     assert find_dataset("mine") == tmp_path / "sets" / "mine"
     assert find_dataset("here") == Path("here") and find_dataset("both") == Path("both")
     assert find_dataset(tmp_path / "sets" / "mine") == tmp_path / "sets" / "mine"
-    with pytest.raises(UserError, match="--dataset=gs://x: gs:// is not supported"):
-        find_dataset("gs://x")
+    with pytest.raises(UserError, match="--dataset=s3://x: s3:// is not supported"):
+        find_dataset("s3://x")

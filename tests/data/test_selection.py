@@ -8,7 +8,6 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
-from etils import epath
 
 from uwm_jax.config import source
 from uwm_jax.data.columns import DiskColumn
@@ -118,9 +117,7 @@ def test_broken_episodes_are_found_across_blocks(tmp_path: Path) -> None:
     column[broken, rng.integers(0, 2, 25), rng.integers(0, 3, 25)] = rng.choice([np.nan, np.inf, -np.inf], 25)
     starts = np.cumsum(lengths) - lengths
     np.save(tmp_path / "column.npy", column)
-    on_disk = DiskColumn(
-        epath.Path(tmp_path / "column.npy"), google_crc32c.value((tmp_path / "column.npy").read_bytes())
-    )
+    on_disk = DiskColumn(tmp_path / "column.npy", google_crc32c.value((tmp_path / "column.npy").read_bytes()))
     for steps in (lengths, counted, np.zeros(40, int)):
         expected = [e for e in range(40) if any(not np.isfinite(column[starts[e] + t]).all() for t in range(steps[e]))]
         assert not_finite(column, lengths, steps, block=7).tolist() == expected

@@ -370,8 +370,8 @@ def test_a_source_whose_dataset_is_absent_is_named_with_its_field(config: Config
     config.path, config.sources.video.path = "nowhere", path
     with pytest.raises(UserError, match=r"config.data.path=nowhere: source 'robot': .*no training dataset"):
         _loader(config)
-    config.sources.robot.path = "gs://bucket/robot"
-    with pytest.raises(UserError, match=r"config.data.sources.robot.path=gs://bucket/robot: gs:// is not supported"):
+    config.sources.robot.path = "s3://bucket/robot"
+    with pytest.raises(UserError, match=r"config.data.sources.robot.path=s3://bucket/robot: s3:// is not supported"):
         _loader(config)
 
 

@@ -11,14 +11,15 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
-from etils import epath
 
 from uwm_jax.data.faults import BadRecord, UnreadRecord
 from uwm_jax.data.timed import within
 from uwm_jax.errors import RunError
+from uwm_jax.files import Place
 from uwm_jax.reading import again
 
 BLOCK = 1 << 16  # bytes; a row is in one or two blocks
@@ -45,7 +46,7 @@ class DiskColumn:
         shape, dtype: of the column.
     """
 
-    def __init__(self, file: epath.Path, crc32c: int, name: str = "", timeout: float = 0.0):
+    def __init__(self, file: Path, crc32c: int, name: str = "", timeout: float = 0.0):
         self._path, self._name, self._timeout = file, name or file.name, timeout
         self._file = open(file, "rb", buffering=0)  # noqa: SIM115 - stays open: a file renamed over it is ignored
         found, blocks = 0, list[int]()
@@ -123,8 +124,8 @@ class DiskColumn:
 Column = np.ndarray | DiskColumn
 
 
-def open_column(file: epath.Path, crc32c: int, name: str = "", *, in_memory: bool, timeout: float = 0.0) -> Column:
-    """The column of an npy file of format 1.0, read-only; a file at a URL is always read into memory.
+def open_column(file: Place, crc32c: int, name: str = "", *, in_memory: bool, timeout: float = 0.0) -> Column:
+    """The column of an npy file of format 1.0, read-only; a file in a bucket is always read into memory.
 
     Arguments are those of `DiskColumn`.
 
@@ -133,7 +134,7 @@ def open_column(file: epath.Path, crc32c: int, name: str = "", *, in_memory: boo
         ValueError: not an npy of this format.
         OSError: it cannot be read.
     """
-    if not in_memory and "://" not in os.fspath(file):
+    if not in_memory and isinstance(file, Path):
         return DiskColumn(file, crc32c, name, timeout)
     data = file.read_bytes()
     if google_crc32c.value(data) != crc32c:

@@ -1,8 +1,9 @@
-"""Reads records of an uncompressed ArrayRecord file straight into memory that is used again.
+"""Reads records of an uncompressed ArrayRecord file straight into memory that is used again, or in ranges of bytes.
 
 ArrayRecord's reader copies a record three times, into fresh memory. Where each record lies by itself and as it is
-(`group_size:1,uncompressed`), one system call puts it where it is used. Nothing here verifies a record: the caller
-compares its checksum, and reads what does not fit through ArrayRecord's reader, which says what is wrong.
+(`group_size:1,uncompressed`), one system call puts it where it is used, and one range of a bucket's object has it.
+Nothing here verifies a record: the caller compares its checksum, and reads what does not fit through ArrayRecord's
+reader, which says what is wrong.
 
 Riegeli's file format: 64 KiB blocks, each beginning with a header of 24 bytes, through which chunks run; a chunk is a
 header of 40 bytes and its data. ArrayRecord adds a chunk with the place of each record's chunk, and in the last block
@@ -14,6 +15,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +25,81 @@ from uwm_jax.data.example import read_varint, varint
 _BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 1 << 16, 24, 40
 _MOST_PARTS = 512  # of a system call, which takes 1024
 _SPARE = 1 << 20  # bytes that the memory of a thread grows by, at least
+_LARGEST_TABLE = 1 << 26  # bytes of the places of a file's records
 
 _memory = threading.local()
+
+
+class RecordPlace(NamedTuple):
+    """The place of a record in its file.
+
+    Attributes:
+        begin: offset of its chunk.
+        size: bytes of the record.
+    """
+
+    begin: int
+    size: int
+
+    @property
+    def head(self) -> int:
+        """Bytes of the chunk before the record: its header, a byte for no compression, the sizes' length, the size."""
+        sizes = varint(self.size)
+        return _CHUNK_HEADER + 1 + len(varint(len(sizes))) + len(sizes)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """[start, stop) of the bytes of the file that hold the chunk."""
+        return self.begin, _end(self.begin, self.head + self.size)
+
+    def record(self, data: bytes) -> bytes:
+        """The record in the bytes of `range`, unverified."""
+        return payload(data, self.begin)[self.head :]
+
+
+def _end(begin: int, size: int) -> int:
+    """Where `size` bytes end that begin at `begin`, with the headers of the blocks through which they run."""
+    block, offset = divmod(begin, _BLOCK)
+    last = block * (_BLOCK - _BLOCK_HEADER) + max(offset - _BLOCK_HEADER, 0) + size - 1
+    block, offset = divmod(last, _BLOCK - _BLOCK_HEADER)
+    return block * _BLOCK + _BLOCK_HEADER + offset + 1
+
+
+def payload(data: bytes, begin: int) -> bytes:
+    """Bytes of a file from `begin` on without the headers of blocks."""
+    view, parts, at = memoryview(data), list[memoryview](), 0
+    while at < len(data):
+        offset = (begin + at) % _BLOCK
+        if offset < _BLOCK_HEADER:
+            at, offset = at + _BLOCK_HEADER - offset, _BLOCK_HEADER
+        stop = at + _BLOCK - offset
+        parts.append(view[at:stop])
+        at = stop
+    return b"".join(parts)
+
+
+def read_places(size: int, read: Callable[[int, int], bytes]) -> list[RecordPlace]:
+    """The places of the records of a file of `size` bytes.
+
+    Args:
+        read: gives the bytes [start, stop) of the file; it is asked for the last block, and for the table before it.
+    Raises:
+        ValueError: it is not of the form that this reads.
+    """
+    last = size - _BLOCK
+    if last < 0 or last % _BLOCK:
+        raise ValueError("not a padded file")
+    try:
+        postscript = _messages(_chunk(read(last, size), last))[0]
+        table = postscript[1]
+        if not 0 <= table < last or last - table > _LARGEST_TABLE:
+            raise ValueError("no table of records")
+        footers = _messages(_chunk(read(table, last), table))[1:]  # the first holds the writer's options
+        if any(footer[3] != 1 for footer in footers):
+            raise ValueError("chunks of several records")
+        return [RecordPlace(footer[1], footer[2]) for footer in footers]
+    except (KeyError, IndexError) as e:
+        raise ValueError("no table of records") from e
 
 
 class DirectFile:
@@ -32,22 +108,15 @@ class DirectFile:
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not of the form that this reads.
+
+    Attributes:
+        places: of its records.
     """
 
     def __init__(self, path: str):
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)  # with the last reference: a thread may be reading
-        last = os.fstat(self._descriptor).st_size - _BLOCK
-        if last < 0 or last % _BLOCK:
-            raise ValueError("not a padded file")
-        try:
-            postscript = _messages(self._chunk(last))[0]
-            footers = _messages(self._chunk(postscript[1]))[1:]  # the first holds the writer's options
-            if any(footer[3] != 1 for footer in footers):
-                raise ValueError("chunks of several records")
-            self._places = [(footer[1], footer[2]) for footer in footers]
-        except (KeyError, IndexError) as e:
-            raise ValueError("no table of records") from e
+        self.places = read_places(os.fstat(self._descriptor).st_size, self._bytes)
 
     def read(self, record: int) -> np.ndarray:
         """The bytes of a record, (n,) uint8, unverified; they stay until this thread reads again.
@@ -55,19 +124,11 @@ class DirectFile:
         Raises:
             OSError, ValueError, IndexError: it cannot be read.
         """
-        begin, size = self._places[record]
-        sizes = varint(size)
-        # The chunk's header, a byte for no compression, the length of the sizes, and the size.
-        head = _CHUNK_HEADER + 1 + len(varint(len(sizes))) + len(sizes)
-        return self._payload(begin, head + size)[head:]
+        place = self.places[record]
+        return self._payload(place.begin, place.head + place.size)[place.head :]
 
-    def _chunk(self, begin: int) -> bytes:
-        """The data of a small chunk."""
-        header = self._payload(begin, _CHUNK_HEADER)
-        size = int.from_bytes(header[8:16].tobytes(), "little")
-        if size > 1 << 26:
-            raise ValueError("a chunk that is too large")
-        return self._payload(begin, _CHUNK_HEADER + size)[_CHUNK_HEADER:].tobytes()
+    def _bytes(self, start: int, stop: int) -> bytes:
+        return os.pread(self._descriptor, stop - start, start)
 
     def _payload(self, begin: int, size: int) -> np.ndarray:
         """Bytes of the file from `begin` on without the blocks' headers, in this thread's memory."""
@@ -93,6 +154,15 @@ class DirectFile:
                 raise ValueError("the file ends before the record")
             done += wanted
         return memory[:size]
+
+
+def _chunk(data: bytes, begin: int) -> bytes:
+    """The data of the chunk that begins at `begin`, with which these bytes of a file start."""
+    found = payload(data, begin)
+    size = int.from_bytes(found[8:16], "little")
+    if size > len(found) - _CHUNK_HEADER:
+        raise ValueError("a chunk beyond the file's end")
+    return found[_CHUNK_HEADER : _CHUNK_HEADER + size]
 
 
 def _messages(data: bytes) -> list[dict[int, int]]:

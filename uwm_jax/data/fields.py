@@ -52,6 +52,8 @@ def data_fields() -> ConfigDict:
     # streams that the windows are divided among, each shuffled within its own range; fixes the order
     d.num_streams = 1024
     d.num_threads = 4  # threads that read and decode, in each process
+    # windows whose reads from a bucket are under way before a thread asks for them; a window takes some MB
+    d.read_ahead = 64
     d.prefetch = 4  # batches that are on the device ahead of the step
     # bad records (damaged, at odds with the manifest, unreadable) that a run bears: their rows repeat earlier ones of
     # their streams; one more ends it

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from uwm_jax.data.records import fingerprint, read_manifest, short_key
 from uwm_jax.errors import UserError
+from uwm_jax.files import AnyPath, as_place
 from uwm_jax.reading import again
 
 # Codecs that data_prep.reshard fits, with the side of their patches in pixels unless its flags say otherwise.
@@ -25,7 +24,7 @@ _PATCHES = {"pca": 8}
 
 
 def read_fitted(
-    dataset: str | os.PathLike[str],
+    dataset: AnyPath,
     name: str,
     axes: Mapping[str, Sequence[str]],
     cameras: Sequence[str] | Mapping[str, str],
@@ -48,7 +47,7 @@ def read_fitted(
       UserError: there is none, it is damaged or edited, or it was fitted to other cameras, another size, another
         split or another dataset.
     """
-    path = Path(dataset) / "codec" / f"{name}.npz"
+    path = as_place(dataset) / "codec" / f"{name}.npz"
     if not path.is_file():
         advice = "; the data jobs do not fit it"
         if name in _PATCHES:

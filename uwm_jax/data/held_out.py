@@ -63,6 +63,8 @@ class FixedWindows:
         """
         rows = np.arange(start, stop) % len(self)
         batch = self.spec.empty(len(rows))
+        for source, clip in map(self._window, rows.tolist()):
+            source.samples.begin(batch, [clip], None)
         shown = np.asarray([self._load(batch, at, int(r)) for at, r in enumerate(rows)])
         return batch | (self._actions(shown) if "action" in batch else {})
 

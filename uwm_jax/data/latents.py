@@ -37,7 +37,9 @@ from uwm_jax.data.records import Dataset, short_key
 from uwm_jax.data.sidecar import Sidecar, open_sidecar
 from uwm_jax.data.timed import within
 from uwm_jax.errors import RunError
+from uwm_jax.files import is_remote
 from uwm_jax.reading import again
+from uwm_jax.storage.ranged import RangedFolder
 
 KIND = "latents"
 DTYPES = ("float16", "float32")
@@ -205,6 +207,9 @@ class LatentCache:
         self._salt = salt_of(dataset.fingerprint, fields)
         self._lock = threading.Lock()
         self._open: dict[int, FileIO] = {}  # parts
+        directory = self.sidecar.directory
+        self._ranged = RangedFolder(directory) if is_remote(directory) else None
+        self._black: bytes | None = None  # the record of the black frame, once it was read
         self._given_up: dict[tuple[int, int, int], str] = {}  # (part, record, count) -> message, of reads
 
     def numbers(self, episode: int, variant: int) -> np.ndarray:
@@ -220,20 +225,41 @@ class LatentCache:
             BadRecord: a record is damaged.
             UnreadRecord: it cannot be read, even after retries. The same read is not tried again in this process.
         """
+        part, reads = self._reads(episode, steps, variant)
+        if len(reads) == 1:
+            [(start, count)] = reads
+            self._unpack(part, self._read(part, start, count), start, [step - min(steps) for step in steps], into)
+            return
+        for (number, _), place in zip(reads, into, strict=True):
+            self._unpack(part, self._read(part, number, 1), number, [0], place[None])
+
+    def begin(self, episode: int, steps: Sequence[int], variant: int) -> None:
+        """Starts to read what `read` with the same arguments takes, where that saves time: from a bucket."""
+        if self._ranged is not None:
+            part, reads = self._reads(episode, steps, variant)
+            for start, count in reads:
+                if (part, start, count) not in self._given_up:
+                    self._ranged.begin(part_file(part), *self._range(start, count))
+
+    def _reads(self, episode: int, steps: Sequence[int], variant: int) -> tuple[int, list[tuple[int, int]]]:
+        """The part that holds some steps, and (first record, number of records) of the reads that they take: one of a
+        few frames more at most, or one for each step."""
         first, last = min(steps), max(steps)
         part, start = self.layout.locate(episode, first, variant)
-        if last - first < 4 * len(steps):  # one read, of a few frames more at most
-            data = self._read(part, start, last - first + 1)
-            self._unpack(part, data, start, [step - first for step in steps], into)
-            return
-        for step, place in zip(steps, into, strict=True):
-            number = start + step - first
-            self._unpack(part, self._read(part, number, 1), number, [0], place[None])
+        if last - first < 4 * len(steps):
+            return part, [(start, last - first + 1)]
+        return part, [(start + step - first, 1) for step in steps]
+
+    def _range(self, start: int, count: int) -> tuple[int, int]:
+        """[start, stop) of the bytes of some records in their part."""
+        return start * self.layout.record, (start + count) * self.layout.record
 
     def read_black(self, into: np.ndarray) -> None:
         """Puts the latent of a black frame into each of `into` (T, h, w, c)."""
         part, number = self.layout.black
-        self._unpack(part, self._read(part, number, 1), number, [0] * len(into), into)
+        if self._black is None:
+            self._black = self._read(part, number, 1)
+        self._unpack(part, self._black, number, [0] * len(into), into)
 
     def _unpack(self, part: int, data: bytes, start: int, places: Sequence[int], into: np.ndarray) -> None:
         layout, view = self.layout, memoryview(data)
@@ -256,6 +282,8 @@ class LatentCache:
             return os.pread(self._opened(part).fileno(), count * size, start * size)
 
         def attempt() -> bytes:
+            if self._ranged is not None:
+                return self._ranged.read(part_file(part), *self._range(start, count), self._timeout)
             try:
                 return within(self._timeout, read, file)
             except OSError:
@@ -270,8 +298,9 @@ class LatentCache:
         except RunError as e:
             self._given_up[part, start, count] = f"record {start}: {e}"
             raise UnreadRecord(f"record {start}: {e}", self._name(part, start)) from e
-        except OSError as e:
-            raise BadRecord(f"{file} cannot be read ({e.strerror}). Copy it again.", self._name(part, start)) from e
+        except (OSError, ValueError) as e:
+            cause = e.strerror if isinstance(e, OSError) else e
+            raise BadRecord(f"{file} cannot be read ({cause}). Copy it again.", self._name(part, start)) from e
         if len(data) < count * size:
             lost = start + len(data) // size
             raise BadRecord(f"{file}: ends in record {lost}, or before it. Copy it again.", self._name(part, lost))
@@ -282,7 +311,7 @@ class LatentCache:
         return f"{self.sidecar.digest[:12]}/{part_file(part)}#{record}"
 
     def _file(self, part: int) -> str:
-        return os.fspath(self.sidecar.directory / part_file(part))
+        return str(self.sidecar.directory / part_file(part))
 
     def _opened(self, part: int) -> FileIO:
         with self._lock:
@@ -297,6 +326,8 @@ class LatentCache:
 
     def close(self) -> None:
         """Closes the open parts; a later read opens them again."""
+        if self._ranged:
+            self._ranged.forget()
         with self._lock:
             for file in self._open.values():
                 file.close()

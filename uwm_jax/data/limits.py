@@ -9,7 +9,6 @@ import io
 import shlex
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from uwm_jax.data.sidecar import Sidecar, open_sidecar
 from uwm_jax.data.transforms import Columns
 from uwm_jax.data.windows import Layout
 from uwm_jax.errors import UserError
-from uwm_jax.files import local_path
+from uwm_jax.files import Place, place
 from uwm_jax.reading import read_json
 
 NO_RANGES = "none"  # of a source, where config.data.ranges names some
@@ -212,7 +211,7 @@ def open_ranges(dataset: Dataset, value: str, field: str) -> StepRanges:
         UserError: there are none, or they do not fit the dataset.
     """
     if value.endswith(".json"):
-        return of_openpi(dataset, local_path(value, field), field)
+        return of_openpi(dataset, place(value, field), field)
     try:
         command = shlex.join(["python", "-m", "data_prep.ranges", f"--dataset={dataset.directory}", f"--name={value}"])
         sidecar = open_sidecar(dataset.directory, sidecar_folder(value), "ranges", command=command)
@@ -233,7 +232,7 @@ def _of_sidecar(dataset: Dataset, sidecar: Sidecar, name: str) -> StepRanges:
     return ranges
 
 
-def of_openpi(dataset: Dataset, file: Path, field: str = "config.data.ranges") -> StepRanges:
+def of_openpi(dataset: Dataset, file: Place, field: str = "config.data.ranges") -> StepRanges:
     """Ranges from a JSON of openpi, {`<recording_folderpath>--<file_path>`: [[start, end), ...]}.
 
     An episode that the file does not name has no range, as openpi leaves it out. Of its older form, {"metadata":

@@ -7,7 +7,7 @@ lets grain's threads work ahead, and joins samples to batches. It keeps no state
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -48,6 +48,8 @@ class _Rows:
         self._buffers = Buffers()
         self._lock = threading.Lock()
         self._batches: dict[int, Batch] = {}
+        self._begun = 0  # rows whose reads were started
+        self._ahead = any(source.dataset.is_remote for source in loader.data.sources.values())
 
     def __len__(self) -> int:
         return 1 << 48  # training stops by itself; epochs are the order's business
@@ -55,13 +57,28 @@ class _Rows:
     def __getitem__(self, i: int) -> int:
         loader = self._loader
         step, place = divmod(int(i), loader.local_batch_size)
+        if self._ahead:
+            self._begin(int(i) + 1 + loader.data.config.read_ahead)
         with self._lock:
             if step not in self._batches:
                 self._batches[step] = self._buffers.empty(self._like)
             batch = self._batches[step]
-        row = place * loader.process_count + loader.process_index
-        loader.load(batch, place, row, (loader.start_step + step) * loader.batch_size + row)
+        loader.load(batch, place, *self._row(int(i)))
         return step
+
+    def _row(self, i: int) -> tuple[int, int]:
+        """(row of the global batch, global position) of this process's row `i`."""
+        loader = self._loader
+        step, place = divmod(i, loader.local_batch_size)
+        row = place * loader.process_count + loader.process_index
+        return row, (loader.start_step + step) * loader.batch_size + row
+
+    def _begin(self, stop: int) -> None:
+        """Starts the reads of rows before `stop` that were not started yet."""
+        with self._lock:
+            start, self._begun = self._begun, max(self._begun, stop)
+        for i in range(start, stop):
+            self._loader.begin(self._like, self._row(i)[1])
 
     def take(self, steps: Sequence[int]) -> Batch:
         """The batch whose rows are all done."""
@@ -160,6 +177,11 @@ class Loader:
                     raise end(position // self.batch_size) from e
         assert failure is not None
         raise failure
+
+    def begin(self, keys: Container[str], position: int) -> None:
+        """Starts to read the sample of a global position into a batch with these keys, where that saves time."""
+        name, place = self.order.locate(position)
+        self.data.sources[name].begin(keys, place)
 
     def _tries(self, source: Source, place: int) -> Iterator[int]:
         """A place of a source's order; those before it in its stream, the nearest first, and those after it; and a

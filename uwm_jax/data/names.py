@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
-from etils import epath
+from pathlib import Path
 
 from uwm_jax.errors import UserError
+from uwm_jax.files import AnyPath, as_place
 
 _MAX_NAME = 240  # bytes; file systems take 255, and a suffix is added
+_SMALL = 1 << 12  # bytes; a pointer has some 130
 _LFS, _GZIP = b"version https://git-lfs.github.com/spec", b"\x1f\x8b"
 
 
@@ -39,9 +39,12 @@ def check_name(name: object, what: str, where: object, *, nested: bool = False) 
     return name
 
 
-def not_the_data(file: str | os.PathLike[str]) -> str:
+def not_the_data(file: AnyPath) -> str:
     """The kind of placeholder that a file is, with the remedy: a Git LFS pointer or a gzip file; "" for neither."""
-    with epath.Path(file).open("rb") as f:
+    place = as_place(file)
+    if not isinstance(place, Path) and place.stat().st_size > _SMALL:  # an object comes whole
+        return ""
+    with place.open("rb") as f:
         head = f.read(len(_LFS))
     if head == _LFS:
         return "is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"

@@ -5,11 +5,13 @@ A dataset directory is a TFDS-readable RLDS dataset in ArrayRecord (`dataset_inf
 consecutive steps of one episode, encoded images untouched. The directory also holds
 
 - `manifest.json`: format version, source, keys with shapes and dtypes, reasons why keys are neither camera nor column
-  (`unusable_keys`), camera sizes, and per split the counts, skipped episodes, the shards with size and sha256, and the
-  crc32c of every index and column file; where there are any, also `missing_files` of the source and `remarks` on kept
-  episodes, `left_out_splits` without a usable episode, and `resize` if images were resized;
+  (`unusable_keys`), camera sizes, and per split the counts, skipped episodes, the shards with size, sha256 and crc32c,
+  and the crc32c of every index and column file; where there are any, also `missing_files` of the source and `remarks`
+  on kept episodes, `left_out_splits` without a usable episode, and `resize` if images were resized;
 - `index/<split>.npz`: `episode_length` (E,), `episode_first_chunk` (E,), `chunk_shard` (K,),
   `chunk_record` (K,), all int64, and `chunk_crc32c` (K,) uint32 of the record, chunks of an episode being consecutive;
+  `chunk_offset` and `chunk_bytes` (K,) int64, where its record lies in the file (`direct.RecordPlace`), so that a range
+  of a bucket's object is read without the file's own table; datasets of older versions lack these two;
 - `index/<split>.texts.npz`: for every episode-level string, such as the path of the recording, `<key>/utf8` (bytes of
   all episodes, concatenated) and `<key>/ends` (E,) int64, so that episodes are selected without reading a record;
 - `columns/<split>/<key>.npy`: every numeric step key of at most `COLUMN_MAX_SIZE` values, (steps, ...)
@@ -35,24 +37,22 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import simplejpeg
-from etils import epath
 from PIL import Image
 
 from uwm_jax.data import example
 from uwm_jax.data.columns import Column, WrongChecksum, open_column
 from uwm_jax.data.faults import BadRecord
-from uwm_jax.data.index import Index
+from uwm_jax.data.index import Chunk, Index
 from uwm_jax.data.manifest import check_manifest
 from uwm_jax.data.shards import Shards
 from uwm_jax.errors import UserError
-from uwm_jax.files import data_dir, local_path
+from uwm_jax.files import AnyPath, as_place, is_remote, stated_checksum
 from uwm_jax.reading import again, read_json
 
 FORMAT = "uwm_jax/chunks"
@@ -62,22 +62,6 @@ COLUMN_MAX_SIZE = 256
 COLUMNS_IN_MEMORY = 1 << 31  # bytes of a split's used columns in memory; further columns stay on disk
 
 _BLOCK = 1 << 22
-
-
-def dataset_dir(path: str | os.PathLike[str], flag: str = "config.data.path") -> epath.Path:
-    """A dataset's directory: `path` itself if absolute, else under $UWM_DATA_DIR; `flag` is for messages."""
-    return epath.Path(data_dir() / local_path(path, flag))
-
-
-def find_dataset(path: str | os.PathLike[str], flag: str = "--dataset") -> Path:
-    """The dataset of a command's flag: `path` relative to the current directory, else, as in a config, $UWM_DATA_DIR.
-
-    A path without a dataset in either place is resolved as in a config.
-    """
-    here = local_path(path, flag)
-    if (here / "manifest.json").exists():
-        return here
-    return Path(os.fspath(dataset_dir(path, flag)))
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -107,24 +91,26 @@ def text_file(split: str) -> str:
     return f"index/{split}.texts.npz"
 
 
-def checksum(file: str | os.PathLike[str]) -> int:
-    """CRC-32C of a file, read a piece at a time (about 1 GB/s from memory)."""
+def checksum(file: AnyPath) -> int:
+    """CRC-32C of a file, read a piece at a time (about 1 GB/s from memory); of an object as its bucket states it."""
+    if (stated := stated_checksum(file)) is not None:
+        return stated
     crc = 0
-    with epath.Path(file).open("rb") as f:
+    with as_place(file).open("rb") as f:
         while block := f.read(_BLOCK):
             crc = google_crc32c.extend(crc, block)
     return crc
 
 
-def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_manifest(path: AnyPath) -> dict[str, Any]:
     """The checked manifest of a dataset directory.
 
     Raises:
         UserError: there is none, or it has another format.
     """
-    file = epath.Path(path) / "manifest.json"
+    file = as_place(path) / "manifest.json"
     if not file.exists():
-        if (epath.Path(path) / "dataset_info.json").exists():
+        if (as_place(path) / "dataset_info.json").exists():
             hint = f"This is a plain TFDS dataset: run `python -m data_prep.reshard --input={path} --output=DIR`."
         else:
             hint = (
@@ -169,6 +155,7 @@ class Dataset:
 
     Attributes:
         directory, split, manifest, fingerprint.
+        is_remote: whether it lies in a bucket, where a read takes a round trip.
         episode_lengths: (E,) int64.
         episode_starts: (E,) int64, where an episode begins in the columns.
         cameras: step key -> (height, width) of the 3-channel uint8 image features.
@@ -176,13 +163,14 @@ class Dataset:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: AnyPath,
         split: str = "train",
         *,
         read_timeout: float = 0.0,
         bear: bool = False,
     ):
-        self.directory = epath.Path(path)
+        self.directory = as_place(path)
+        self.is_remote = is_remote(path)
         self.split = split
         self._read_timeout = read_timeout
         self.manifest = read_manifest(path)
@@ -315,19 +303,20 @@ class Dataset:
 
     def record(self, episode: int, chunk: int) -> bytes:
         """The serialized `tf.Example` with steps [chunk * chunk_steps, ...) of an episode."""
-        row = int(self._index.episode_first_chunk[episode]) + chunk
-        index = self._index
-        return self._shards.read(
-            int(index.chunk_shard[row]), int(index.chunk_record[row]), int(index.chunk_crc32c[row])
-        )
+        return self._shards.read(self._chunk(episode, chunk))
 
     def view(self, episode: int, chunk: int) -> memoryview:
         """The same, in memory of this thread that its next call of this uses again."""
-        row = int(self._index.episode_first_chunk[episode]) + chunk
-        index = self._index
-        return self._shards.view(
-            int(index.chunk_shard[row]), int(index.chunk_record[row]), int(index.chunk_crc32c[row])
-        )
+        return self._shards.view(self._chunk(episode, chunk))
+
+    def begin(self, episode: int, steps: Iterable[int]) -> None:
+        """Starts to read the records with these steps of an episode, where that saves time: from a bucket. Each call
+        is for one of `frames` or `values` with the same steps."""
+        for chunk in sorted({step // self.chunk_steps for step in steps}):
+            self._shards.begin(self._chunk(episode, chunk))
+
+    def _chunk(self, episode: int, chunk: int) -> Chunk:
+        return self._index.chunk(int(self._index.episode_first_chunk[episode]) + chunk)
 
     def record_name(self, episode: int, chunk: int) -> str:
         """The name of that record, as bad ones are counted."""
@@ -422,7 +411,7 @@ class Dataset:
         file = self.directory / name
         loaded = sum(column.nbytes for column in self._columns.values() if isinstance(column, np.ndarray))
         try:
-            in_memory = loaded + file.stat().length <= COLUMNS_IN_MEMORY
+            in_memory = loaded + file.stat().st_size <= COLUMNS_IN_MEMORY
             own = f"{self.fingerprint[:12]}/{name}"
             column = again(
                 lambda: open_column(file, self._checksums[name], own, in_memory=in_memory, timeout=self._read_timeout),

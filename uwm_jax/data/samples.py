@@ -8,7 +8,7 @@ resized to cover the model's and cropped.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -193,9 +193,8 @@ class Samples:
         """
         self._load_frames(batch, at, clips, draw)
         dataset, window = self.dataset, self.window
-        episode, origin = clips[0]
-        length, start = int(dataset.episode_lengths[episode]), int(dataset.episode_starts[episode])
-        obs = window.steps(window.obs, origin, length)
+        episode, _ = clips[0]
+        start, obs = int(dataset.episode_starts[episode]), self._observed(clips[0])
         if "obs/text" in batch:
             batch["obs/text"][at] = self.texts.embedding(episode, obs[-1], draw) if self.texts else 0
             self._check_finite(batch, at, "obs/text", clips[0])
@@ -241,8 +240,30 @@ class Samples:
             states = {name: self._values(key, present) for name, key in self.state_keys.items()}
         return self.robot.to_model(recorded, states)
 
-    def _load_frames(self, batch: Batch, at: int, clips: Sequence[Clip], draw: int | None) -> None:
-        filled: dict[str, tuple[int, str]] = {}  # view -> (number of the clip, step key)
+    def begin(self, keys: Container[str], clips: Sequence[Clip], draw: int | None) -> None:
+        """Starts to read what `load` of a sample reads, where that saves time: from a bucket.
+
+        Args:
+            keys: of the batch. clips, draw: as `load` has them.
+        """
+        if not self.dataset.is_remote:
+            return
+        filled = self._filled(draw)
+        if self.latents and self.latents.are_in(keys):
+            shown = {view: (clips[number], key) for view, (number, key) in filled.items()}
+            self.latents.begin(sorted(self._views), shown, draw or 0)
+        for number in {number for number, _ in filled.values()}:
+            self.dataset.begin(clips[number].episode, self._frame_steps(keys, clips[number]))
+        if self.texts and "obs/text" in keys:
+            self.texts.begin(clips[0].episode, self._observed(clips[0])[-1])
+
+    def _observed(self, clip: Clip) -> list[int]:
+        """The steps of a window that are observed."""
+        return self.window.steps(self.window.obs, clip.origin, int(self.dataset.episode_lengths[clip.episode]))
+
+    def _filled(self, draw: int | None) -> dict[str, tuple[int, str]]:
+        """{view: (number of the clip, step key) that it shows}, of views that are not black."""
+        filled: dict[str, tuple[int, str]] = {}
         keys = [pick(options, view, draw) for view, options in self._options.items()]
         views = _shuffled(self._views, draw or 0) if self._fill == "none" else self._views
         for view, key in zip(views, keys, strict=False):
@@ -252,7 +273,12 @@ class Samples:
                 filled[view] = (0, keys[0])
             elif self._fill == "random":
                 filled[view] = (1 + i, keys[i % len(keys)])
-            else:
+        return filled
+
+    def _load_frames(self, batch: Batch, at: int, clips: Sequence[Clip], draw: int | None) -> None:
+        filled = self._filled(draw)
+        for view in self._views:
+            if view not in filled:
                 for frames in _frames_of(batch, view):
                     frames[at] = 0
         if self.latents and self.latents.are_in(batch):
@@ -269,10 +295,7 @@ class Samples:
         """Decodes a clip's frames of some step keys, each once, into the views that show them."""
         if not wanted:
             return
-        dataset, window = self.dataset, self.window
-        length = int(dataset.episode_lengths[clip.episode])
-        groups = [group for group in OF_FRAMES if f"{group}/{self._views[0]}" in batch]
-        steps = [s for group in groups for s in window.steps(window.groups[group], clip.origin, length)]
+        dataset, steps = self.dataset, self._frame_steps(batch, clip)
         if not steps:
             return
         places = {
@@ -291,6 +314,12 @@ class Samples:
                 if into[key] is not places[view]:
                     for frame, place in zip(into[key], places[view], strict=True):
                         place[...] = cover(frame, place.shape[:2])
+
+    def _frame_steps(self, keys: Container[str], clip: Clip) -> list[int]:
+        """The steps of a clip whose frames a batch with these keys has."""
+        window, length = self.window, int(self.dataset.episode_lengths[clip.episode])
+        groups = [group for group in OF_FRAMES if f"{group}/{self._views[0]}" in keys]
+        return [s for group in groups for s in window.steps(window.groups[group], clip.origin, length)]
 
     def _rows(self, key: str, start: int, steps: list[int]) -> np.ndarray:
         return self._values(key, start + np.asarray(steps))

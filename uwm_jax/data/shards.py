@@ -1,4 +1,4 @@
-"""The shards of a split: ArrayRecord files, opened when a record is first read."""
+"""The shards of a split: ArrayRecord files, opened when a record is first read; in a bucket, read in ranges."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import google_crc32c
+import numpy as np
 from array_record.python import array_record_module
-from etils import epath
 
-from uwm_jax.data.direct import DirectFile
+from uwm_jax.data.direct import DirectFile, RecordPlace, read_places
 from uwm_jax.data.faults import BadRecord, UnreadRecord
 from uwm_jax.data.heap import keep_freed_memory
+from uwm_jax.data.index import Chunk
 from uwm_jax.data.names import not_the_data
 from uwm_jax.data.timed import within
 from uwm_jax.errors import RunError, UserError, warn
+from uwm_jax.files import Facts, Place, facts_below, is_remote
 from uwm_jax.reading import again, is_fleeting
+from uwm_jax.storage.ranged import RangedFolder
 
 # Number of shards that stay open; a reader holds a descriptor and its shard's index.
 _MAX_OPEN_SHARDS = 256
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 1 << 15
+_MISSING = Facts(-1, None)
 
 
 class Shards:
@@ -44,7 +48,7 @@ class Shards:
 
     def __init__(
         self,
-        directory: epath.Path,
+        directory: Place,
         entries: Sequence[Mapping[str, Any]],
         dataset: str,
         *,
@@ -58,10 +62,12 @@ class Shards:
         twice = [name for name, count in collections.Counter(self.names).items() if count > 1]
         if twice:
             raise UserError(f"{directory / 'manifest.json'} lists the shard {twice[0]} twice. Copy it again.")
+        # In a bucket one listing tells all sizes.
+        there = facts_below(directory) if is_remote(directory) else None
         self._lost = {
             i: reason
             for i, (entry, file) in enumerate(zip(entries, self._files, strict=True))
-            if (reason := self._unlike(entry, file))
+            if (reason := self._unlike(entry, file, None if there is None else there.get(file.name, _MISSING).size))
         }
         if self._lost:
             first = next(iter(self._lost.values()))
@@ -70,14 +76,24 @@ class Shards:
             warn(f"{len(self._lost)} of {len(entries)} shards are missing or damaged; their records are bad: {first}")
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._direct: collections.OrderedDict[int, DirectFile | None] = collections.OrderedDict()
+        self._ranged = RangedFolder(directory) if is_remote(directory) else None
+        self._sizes = [int(entry["bytes"]) for entry in entries]
+        self._tables: dict[int, np.ndarray] = {}  # shard -> (records, 2) places, where the index does not tell them
         self._given_up: dict[tuple[int, int], str] = {}  # (shard, record) -> message, of reads that were tried again
         self._lock = threading.Lock()
 
-    def _unlike(self, entry: Mapping[str, Any], file: epath.Path) -> str:
-        """How a shard's file differs from its entry; "" where it does not."""
-        try:
-            size = again(lambda: within(self._timeout, lambda: file.stat().length, str(file)), file)
-        except FileNotFoundError:
+    def _unlike(self, entry: Mapping[str, Any], file: Place, size: int | None) -> str:
+        """How a shard's file differs from its entry; "" where it does not.
+
+        Args:
+            size: of the file, -1 where there is none; None to look.
+        """
+        if size is None:
+            try:
+                size = again(lambda: within(self._timeout, lambda: file.stat().st_size, str(file)), file)
+            except FileNotFoundError:
+                size = -1
+        if size < 0:
             return f"{file} is missing, though manifest.json lists it. Copy it again."
         if size == entry["bytes"]:
             return ""
@@ -89,20 +105,30 @@ class Shards:
         """The name of a record, as bad ones are counted: the same wherever the dataset lies."""
         return f"{self._dataset}/{self.names[shard]}#{record}"
 
-    def read(self, shard: int, record: int, crc32c: int) -> bytes:
+    def begin(self, chunk: Chunk) -> None:
+        """Starts to read a record that `read` or `view` will take, where that saves time: from a bucket."""
+        if self._ranged is None or chunk.shard in self._lost or (chunk.shard, chunk.record) in self._given_up:
+            return
+        if (place := chunk.place or self._known(chunk)) is not None:
+            self._ranged.begin(self.names[chunk.shard], *place.range)
+
+    def read(self, chunk: Chunk) -> bytes:
         """A record of a shard.
 
         Raises:
             BadRecord: it is damaged, or its checksum is not that in the index.
             UnreadRecord: it cannot be read, even after retries. It is not tried again in this process.
         """
+        shard, record = chunk.shard, chunk.record
         file = self._files[shard]
         if shard in self._lost:
             raise BadRecord(self._lost[shard], self.name(shard, record))
         if (given_up := self._given_up.get((shard, record))) is not None:
             raise UnreadRecord(given_up, self.name(shard, record))
         try:
-            data = again(lambda: self._read(shard, record), file)
+            data = again(lambda: self._read(chunk), file)
+        except FileNotFoundError as e:
+            raise BadRecord(f"{file} is missing. Copy it again.", self.name(shard, record)) from e
         except (RuntimeError, IndexError, ValueError) as e:
             raise BadRecord(
                 f"{file}: record {record} cannot be read ({str(e)[:200]}). "
@@ -115,7 +141,7 @@ class Shards:
             self._given_up[shard, record] = f"record {record}: {e}"
             raise UnreadRecord(f"record {record}: {e}", self.name(shard, record)) from e
         # ArrayRecord's own hashes detect damage, but not an intact file of another dataset.
-        if google_crc32c.value(data) != crc32c:
+        if google_crc32c.value(data) != chunk.crc32c:
             raise BadRecord(
                 f"{file}: record {record} has another checksum than the index: the file belongs to another dataset or "
                 "was overwritten. Copy it again (manifest.json has its sha256) or make the dataset again.",
@@ -123,26 +149,26 @@ class Shards:
             )
         return data
 
-    def view(self, shard: int, record: int, crc32c: int) -> memoryview:
+    def view(self, chunk: Chunk) -> memoryview:
         """A record of a shard, in memory of this thread that its next call of this uses again.
 
         Raises:
             BadRecord, UnreadRecord: as `read`.
         """
-        if (direct := self._direct_file(shard)) is not None:
+        if (direct := self._direct_file(chunk.shard)) is not None:
             try:
-                data = direct.read(record)
-                if google_crc32c.value(data) == crc32c:
+                data = direct.read(chunk.record)
+                if google_crc32c.value(data) == chunk.crc32c:
                     return data.data
             except (OSError, ValueError, IndexError):
                 pass
             with self._lock:  # another try opens the file again
-                self._direct.pop(shard, None)
-        return memoryview(self.read(shard, record, crc32c))
+                self._direct.pop(chunk.shard, None)
+        return memoryview(self.read(chunk))
 
     def _direct_file(self, shard: int) -> DirectFile | None:
         """The shard as a file whose records can be read without ArrayRecord's reader; None where they cannot."""
-        if shard in self._lost or self._timeout:  # a read with a time limit may go on in another thread
+        if shard in self._lost or self._ranged or self._timeout:  # a read with a time limit may go on in another thread
             return None
         with self._lock:
             if shard in self._direct:
@@ -158,7 +184,12 @@ class Shards:
                 self._direct.popitem(last=False)
             return found
 
-    def _read(self, shard: int, record: int) -> bytes:
+    def _read(self, chunk: Chunk) -> bytes:
+        shard, record = chunk.shard, chunk.record
+        if self._ranged is not None:
+            place = chunk.place or self._place_in_file(self._ranged, chunk)
+            return place.record(self._ranged.read(self.names[shard], *place.range, self._timeout))
+
         def read() -> bytes:
             return self._reader(shard).read([record])[0]
 
@@ -169,8 +200,25 @@ class Shards:
                 self._readers.pop(shard, None)
             raise
 
+    def _known(self, chunk: Chunk) -> RecordPlace | None:
+        """The place of a record whose shard's table has been read."""
+        table = self._tables.get(chunk.shard)
+        return None if table is None or chunk.record >= len(table) else RecordPlace(*table[chunk.record].tolist())
+
+    def _place_in_file(self, ranged: RangedFolder, chunk: Chunk) -> RecordPlace:
+        """The place of a record by its shard's table, which is read when it is first needed."""
+        name, size = self.names[chunk.shard], self._sizes[chunk.shard]
+        if chunk.shard not in self._tables:
+            places = read_places(size, lambda start, stop: ranged.read(name, start, stop, self._timeout))
+            self._tables[chunk.shard] = np.asarray(places, np.int64).reshape(-1, 2)
+        if (place := self._known(chunk)) is None:
+            raise IndexError(f"the file has {len(self._tables[chunk.shard])} records")
+        return place
+
     def close(self) -> None:
         """Closes the open shards; a later read opens them again."""
+        if self._ranged:
+            self._ranged.forget()
         with self._lock:
             for reader in self._readers.values():
                 reader.close()

@@ -20,6 +20,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -30,10 +31,12 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from uwm_jax.data.columns import npy_header
 from uwm_jax.data.names import check_name, not_the_data
+from uwm_jax.data.places import local_dataset
 from uwm_jax.data.records import checksum, fingerprint, read_manifest
 from uwm_jax.errors import UserError, warn
-from uwm_jax.files import sync, write_text
+from uwm_jax.files import AnyPath, Place, as_place, facts_below, is_remote, sync, write_text
 from uwm_jax.reading import again, read_json
 
 FORMAT = "uwm_jax/sidecar"
@@ -56,7 +59,7 @@ class Sidecar:
         digest: sha256 that identifies kind, dataset, fields and the content of all files.
     """
 
-    directory: Path
+    directory: Place
     kind: str
     fields: Mapping[str, Any]
     facts: Mapping[str, Any]
@@ -76,7 +79,7 @@ class Sidecar:
         return data
 
     def array(self, name: str, *, verify: bool = True) -> np.ndarray:
-        """The array of an npy file, memory-mapped and read-only.
+        """The array of an npy file, memory-mapped and read-only; of a file in a bucket, in memory.
 
         Args:
             verify: whether to read the file once to compare its checksum.
@@ -84,9 +87,12 @@ class Sidecar:
             UserError: it is damaged.
         """
         file = self.path(name)
-        if verify:
-            self._verify(name)
         try:
+            if not isinstance(file, Path):
+                shape, dtype, start = npy_header(data := self.read(name))
+                return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
+            if verify:
+                self._verify(name)
             return again(lambda: np.load(file, mmap_mode="r", allow_pickle=False), file)
         except ValueError as e:
             raise self._damaged(file) from e
@@ -100,7 +106,7 @@ class Sidecar:
         for name in self.files:
             self._verify(name)
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str) -> Place:
         """The place of a file.
 
         Raises:
@@ -115,7 +121,7 @@ class Sidecar:
         if again(lambda: checksum(file), file) != self.files[name]["crc32c"]:
             raise self._damaged(file)
 
-    def _damaged(self, file: Path) -> UserError:
+    def _damaged(self, file: Place) -> UserError:
         return UserError(
             f"{file}: its checksum is not that of {_MANIFEST}, so it is damaged or was overwritten. Copy it again, or "
             f"make it again: python -m data_prep.{self.kind} --overwrite."
@@ -123,7 +129,7 @@ class Sidecar:
 
 
 def open_sidecar(
-    dataset: str | os.PathLike[str],
+    dataset: AnyPath,
     folder: str,
     kind: str,
     expected: Mapping[str, Any] | None = None,
@@ -143,11 +149,11 @@ def open_sidecar(
             file is missing or has another size.
     """
     directory = _place(dataset, folder)
-    how = command or f"python -m data_prep.{kind} --dataset={os.fspath(dataset)}"
+    how = command or f"python -m data_prep.{kind} --dataset={dataset}"
     if not (directory / _MANIFEST).exists():
         if (directory / _UNFINISHED).exists():
             raise _unfinished(directory)
-        there = [file.parent.relative_to(dataset).as_posix() for file in _manifests(dataset)]
+        there = [str(file.parent).removeprefix(f"{dataset}/") for file in _manifests(dataset)]
         has = f" The dataset has: {', '.join(there)}." if there else ""
         raise UserError(f"{directory}: no {kind} here (no {_MANIFEST}).{has} Make it with `{how}`.")
     sidecar = _read(directory, dataset)
@@ -159,12 +165,12 @@ def open_sidecar(
     return sidecar
 
 
-def is_complete(dataset: str | os.PathLike[str], folder: str) -> bool:
+def is_complete(dataset: AnyPath, folder: str) -> bool:
     """Whether a folder of a dataset holds a complete sidecar; `open_sidecar` says whether it fits."""
     return (_place(dataset, folder) / _MANIFEST).exists()
 
 
-def find_sidecars(dataset: str | os.PathLike[str]) -> list[Sidecar]:
+def find_sidecars(dataset: AnyPath) -> list[Sidecar]:
     """The complete sidecars of a dataset, sorted by folder; sizes of files are checked as `open_sidecar` does.
 
     Raises:
@@ -209,7 +215,7 @@ class SidecarWriter:
 
 @contextlib.contextmanager
 def writing_sidecar(
-    dataset: str | os.PathLike[str],
+    dataset: AnyPath,
     folder: str,
     kind: str,
     fields: Mapping[str, Any],
@@ -231,7 +237,7 @@ def writing_sidecar(
         UserError: another process writes here; the folder lies inside another sidecar or holds something else, or a
             sidecar of other settings and `overwrite` is not given.
     """
-    dataset = Path(dataset)
+    dataset = local_dataset(as_place(dataset))
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -239,7 +245,7 @@ def writing_sidecar(
         "fingerprint": fingerprint(read_manifest(dataset)),
         "fields": _plain(fields),
     }
-    directory = _place(dataset, folder)
+    directory = dataset / _checked(folder, dataset)
     for outer in directory.parents[: len(directory.parts) - len(dataset.parts) - 1]:
         if any((outer / name).exists() for name in (_MANIFEST, _UNFINISHED)):
             raise UserError(
@@ -284,12 +290,19 @@ def writing_sidecar(
         os.close(lock)
 
 
-def _manifests(dataset: str | os.PathLike[str]) -> list[Path]:
-    return [file for kind in KINDS for file in sorted(Path(dataset, kind).rglob(_MANIFEST))]
+def _manifests(dataset: AnyPath) -> list[Place]:
+    found: list[Place] = []
+    for kind in KINDS:
+        found += sorted((as_place(dataset) / kind).rglob(_MANIFEST), key=str)
+    return found
 
 
-def _place(dataset: str | os.PathLike[str], folder: str) -> Path:
-    return Path(dataset) / check_name(folder, "the name of a sidecar's folder", dataset, nested=True)
+def _place(dataset: AnyPath, folder: str) -> Place:
+    return as_place(dataset) / _checked(folder, dataset)
+
+
+def _checked(folder: str, dataset: AnyPath) -> str:
+    return check_name(folder, "the name of a sidecar's folder", dataset, nested=True)
 
 
 def _write_unfinished(directory: Path, header: Mapping[str, Any], command: str, *, clearing: bool = False) -> None:
@@ -297,14 +310,14 @@ def _write_unfinished(directory: Path, header: Mapping[str, Any], command: str, 
     write_text(directory / _UNFINISHED, json.dumps(begun, indent=1, sort_keys=True) + "\n")
 
 
-def _unfinished(directory: Path) -> UserError:
+def _unfinished(directory: Place) -> UserError:
     command = read_json(directory / _UNFINISHED).get("command")
     return UserError(
         f"{directory} is unfinished: its job was interrupted, or is still running. Continue it with `{command}`."
     )
 
 
-def _read(directory: Path, dataset: str | os.PathLike[str]) -> Sidecar:
+def _read(directory: Place, dataset: AnyPath) -> Sidecar:
     """The sidecar of a folder with a manifest."""
     file = directory / _MANIFEST
     content = read_json(file)
@@ -330,20 +343,28 @@ def _read(directory: Path, dataset: str | os.PathLike[str]) -> Sidecar:
         check_name(name, "the name of a file", file, nested=True)
         if not isinstance(entry, dict) or not {int} == {type(entry.get(part)) for part in ("bytes", "crc32c")}:
             raise UserError(f"{file} has been damaged or edited: {name} has no `bytes` and `crc32c`.")
-        _check_size(directory / name, entry["bytes"])
+    _check_sizes(directory, files)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Sidecar(directory, content["kind"], fields, facts, files, digest)
 
 
-def _check_size(file: Path, expected: int) -> None:
-    try:
-        size = again(lambda: file.stat().st_size, file)
-    except FileNotFoundError as e:
-        raise UserError(f"{file} is missing, though {_MANIFEST} lists it. Copy it again.") from e
-    if size != expected:
-        if placeholder := not_the_data(file):
-            raise UserError(f"{file} {placeholder}.")
-        raise UserError(f"{file}: expected {expected} bytes, found {size}. Copy it again.")
+def _check_sizes(directory: Place, listed: Mapping[str, Mapping[str, int]]) -> None:
+    # In a bucket one listing tells all sizes.
+    there = facts_below(directory) if is_remote(directory) else None
+    for name, entry in listed.items():
+        file = directory / name
+        try:
+            size = there[name].size if there is not None else _size(file)
+        except (FileNotFoundError, KeyError) as e:
+            raise UserError(f"{file} is missing, though {_MANIFEST} lists it. Copy it again.") from e
+        if size != entry["bytes"]:
+            if placeholder := not_the_data(file):
+                raise UserError(f"{file} {placeholder}.")
+            raise UserError(f"{file}: expected {entry['bytes']} bytes, found {size}. Copy it again.")
+
+
+def _size(file: Place) -> int:
+    return again(lambda: int(file.stat().st_size), file)
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any], of: str = "") -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,14 +120,26 @@ class SourceLatents:
             augmented=cache.augmented,
         )
 
-    def are_in(self, batch: Batch) -> bool:
-        """Whether a batch has latents."""
-        return latents_key(self._use.groups[0], self._use.moments) in batch
+    def are_in(self, keys: Container[str]) -> bool:
+        """Whether a batch with these keys has latents."""
+        return latents_key(self._use.groups[0], self._use.moments) in keys
 
     @property
     def identity(self) -> str:
         """Identifies the content of all caches."""
         return hashlib.sha256("".join(c.sidecar.digest for c in self.caches.values()).encode()).hexdigest()
+
+    def begin(self, views: Sequence[str], shown: Mapping[str, tuple[Any, str]], draw: int) -> None:
+        """Starts to read what `load` with the same arguments takes, where that saves time: from a bucket."""
+        for number, view in enumerate(views):
+            if view in shown:
+                clip, key = shown[view]
+                for group in self._use.groups:
+                    cache = self.caches[key]
+                    cache.begin(clip.episode, self._steps(group, clip), _variant(draw, number, cache))
+
+    def _steps(self, group: str, clip: Any) -> list[int]:
+        return self._window.steps(self._window.groups[group], clip.origin, int(self._lengths[clip.episode]))
 
     def load(
         self,
@@ -154,11 +166,9 @@ class SourceLatents:
                 continue
             clip, key = shown[view]
             cache = self.caches[key]
-            variant = mix(mix(draw ^ 0x76617269616E7473) ^ number) % cache.variants
-            length = int(self._lengths[clip.episode])
+            variant = _variant(draw, number, cache)
             for group, latents in arrays.items():
-                steps = self._window.steps(self._window.groups[group], clip.origin, length)
-                cache.read(clip.episode, steps, variant, latents[at, number])
+                cache.read(clip.episode, self._steps(group, clip), variant, latents[at, number])
             if AUGMENTATION in batch:
                 batch[AUGMENTATION][at, number] = cache.numbers(clip.episode, variant)
 
@@ -166,6 +176,11 @@ class SourceLatents:
         """Closes the files."""
         for cache in self.caches.values():
             cache.close()
+
+
+def _variant(draw: int, number: int, cache: LatentCache) -> int:
+    """The variant of a view's number that a sample shows."""
+    return mix(mix(draw ^ 0x76617269616E7473) ^ number) % cache.variants
 
 
 def cached_of(sources: Mapping[str, SourceLatents]) -> CachedLatents:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from uwm_jax.data.choices import keys_of
 from uwm_jax.data.limits import StepRanges, bounded, find_limits
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.order import StreamOrder, mix
-from uwm_jax.data.records import Dataset, dataset_dir
+from uwm_jax.data.places import dataset_dir
+from uwm_jax.data.records import Dataset
 from uwm_jax.data.samples import Clip, Samples
 from uwm_jax.data.selection import describe_not_finite, select
 from uwm_jax.data.source_latents import LatentUse, SourceLatents
@@ -149,11 +150,21 @@ class Source:
 
     def load(self, batch: Batch, at: int, row: int, position: int, spec: DataSpec) -> None:
         """Writes the sample at a position of this source's order to index `at` of a batch, as row `row`."""
+        clips, draw = self._drawn(position)
+        self.samples.load(batch, at, row, clips, draw, spec)
+
+    def begin(self, keys: Container[str], position: int) -> None:
+        """Starts to read what `load` takes into a batch with these keys, where that saves time: from a bucket."""
+        clips, draw = self._drawn(position)
+        self.samples.begin(keys, clips, draw)
+
+    def _drawn(self, position: int) -> tuple[list[Clip], int]:
+        """The windows of the sample at a position, and its random bits."""
         draw = mix(mix(self.seed ^ 0x66696C6C) ^ position)  # independent of the order's seed
         clips = [self.clip(position)]
         for i in range(1, self.samples.num_clips):
             clips.append(Clip(*self.windows.locate(mix(draw ^ i) % len(self.windows))))
-        self.samples.load(batch, at, row, clips, draw, spec)
+        return clips, draw
 
     def stats(self) -> dict[str, Stats]:
         """Statistics of `action`, where it is read, and of each low-dim key over the training episodes."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from uwm_jax.data.columns import Column
 from uwm_jax.data.records import Dataset
@@ -19,8 +18,9 @@ from uwm_jax.data.selection import not_finite
 from uwm_jax.data.transforms import Columns, Transform
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
-from uwm_jax.files import write_text
+from uwm_jax.files import Place, write_text
 from uwm_jax.reading import read_json
+from uwm_jax.storage.errors import StorageError
 
 Stats = dict[str, Any]
 
@@ -201,14 +201,14 @@ def key_stats(
     try:
         value = meaning | {"stats": stats}
         write_text(file, json.dumps(value | {"digest": _digest(value)}, indent=1))
-    except OSError:
+    except (OSError, StorageError):
         pass  # a read-only dataset: the next start computes them again
     return stats
 
 
-def _read_derived(file: epath.Path) -> dict[str, Any]:
+def _read_derived(file: Place) -> dict[str, Any]:
     """The content of a file that `key_stats` wrote; {} if there is none, or if it was changed."""
-    if not file.exists() or not file.stat().length:
+    if not file.exists() or not file.stat().st_size:
         return {}
     try:
         stored = read_json(file)

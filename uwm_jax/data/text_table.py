@@ -14,7 +14,6 @@ All are memory-mapped, so that processes of a machine share them.
 from __future__ import annotations
 
 import itertools
-import os
 import shlex
 
 import numpy as np
@@ -23,6 +22,7 @@ from uwm_jax.data.records import Dataset
 from uwm_jax.data.sidecar import Sidecar, open_sidecar
 from uwm_jax.data.spec import TextEncoder
 from uwm_jax.errors import UserError
+from uwm_jax.files import AnyPath
 
 EMPTY = 0  # row of the empty string
 
@@ -53,7 +53,7 @@ class Strings:
         embeddings: (N, E) float32, read-only.
     """
 
-    def __init__(self, dataset: str | os.PathLike[str], name: str):
+    def __init__(self, dataset: AnyPath, name: str):
         sidecar = open_sidecar(dataset, folder(name), "text", command=_command(dataset, "CLIP", f"--name={name}"))
         self.encoder = _encoder(sidecar)
         self.embeddings = sidecar.array("embeddings.npy")
@@ -135,6 +135,6 @@ def _encoder(table: Sidecar) -> TextEncoder:
     return TextEncoder(str(table.facts["encoder"]), str(table.fields["encoder"]))
 
 
-def _command(dataset: str | os.PathLike[str], encoder: str, *flags: str) -> str:
-    given = (f"--dataset={os.fspath(dataset)}", f"--encoder={encoder}")
+def _command(dataset: AnyPath, encoder: str, *flags: str) -> str:
+    given = (f"--dataset={dataset}", f"--encoder={encoder}")
     return shlex.join(["python", "-m", "data_prep.text", *given, *flags])

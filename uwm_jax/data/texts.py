@@ -39,6 +39,10 @@ class StepTexts:
                     "width. Choose among keys of one encoder."
                 )
 
+    def begin(self, episode: int, step: int) -> None:
+        """Starts to read what `embedding` takes."""
+        self._dataset.begin(episode, [step])
+
     def embedding(self, episode: int, step: int, draw: int | None) -> np.ndarray:
         """(E,) float32 at a step; `draw` as `pick` takes it."""
         return self._dataset.values(episode, step, pick(self.keys, _CHOICE, draw))
@@ -60,6 +64,9 @@ class TableTexts:
     def __init__(self, table: TextTable, keys: tuple[str, ...]):
         self._table, self.keys = table, tuple(map(table.key, keys))
         self.width, self.encoder = table.width, table.encoder
+
+    def begin(self, episode: int, step: int) -> None:
+        """Does nothing: the table is in memory."""
 
     def embedding(self, episode: int, step: int, draw: int | None) -> np.ndarray:
         """(E,) float32 at a step; `draw` as `pick` takes it."""

@@ -16,15 +16,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from array_record.python import array_record_module
 
 from uwm_jax.data import records
 from uwm_jax.data.chunks import Layout, step_features, why_unusable
+from uwm_jax.data.direct import DirectFile
 from uwm_jax.data.episodes import JPEG_QUALITY
 from uwm_jax.data.features import STEPS, Feature, as_images, flatten
 from uwm_jax.files import write_text, writing
 
+SHARD_FACTS = ("records", "bytes", "sha256", "crc32c")  # of a shard's file; older versions had no crc32c
+
+_BLOCK = 1 << 22
 # Riegeli's hashes detect damage; compressing encoded images would only slow down reading.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
@@ -50,7 +55,7 @@ class ShardWriter:
             self._finish()
 
     def close(self) -> list[dict[str, Any]]:
-        """{"part": name of the file, "records", "bytes", "sha256"} of each file."""
+        """{"part": name of the file} and `SHARD_FACTS` of each file."""
         self._finish()
         return self._shards
 
@@ -68,10 +73,13 @@ class ShardWriter:
             return
         with self._disk_errors():
             self._writer.close()
+        digest, crc32c, size = hashlib.sha256(), 0, 0
         with self._file.open("rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        size = self._file.stat().st_size
-        self._shards.append({"part": self._file.name, "records": self._records, "bytes": size, "sha256": sha256})
+            while block := f.read(_BLOCK):
+                digest.update(block)
+                crc32c, size = google_crc32c.extend(crc32c, block), size + len(block)
+        facts = {"records": self._records, "bytes": size, "sha256": digest.hexdigest(), "crc32c": crc32c}
+        self._shards.append({"part": self._file.name, **facts})
         self._writer, self._size, self._records = None, 0, 0
 
 
@@ -94,7 +102,7 @@ def write_split(
     """Writes index, strings and columns of a split, whose shards are in the folder; returns its entry of the manifest.
 
     Args:
-        shards: {"file", "records", "bytes", "sha256"} of each, in order.
+        shards: {"file"} and `SHARD_FACTS` of each, in order.
         lengths: steps of each episode. checksums: CRC-32C of each record.
         texts: episode-level strings, one per episode.
         columns: step key -> the bytes of its values, or files of them, of consecutive episodes in the column's dtype.
@@ -103,6 +111,8 @@ def write_split(
     chunks = -(-steps // layout.chunk_steps)
     sizes = np.asarray([shard["records"] for shard in shards], np.int64)
     first_of_shard = np.cumsum(sizes) - sizes
+    places = [place for shard in shards for place in DirectFile(os.fspath(dataset / shard["file"])).places]
+    offsets, record_bytes = np.asarray(places, np.int64).reshape(-1, 2).T
     with writing(dataset / records.index_file(split), "wb") as out:
         np.savez(
             out,
@@ -112,6 +122,8 @@ def write_split(
             chunk_shard=np.repeat(np.arange(len(shards)), sizes),
             chunk_record=np.arange(sizes.sum()) - np.repeat(first_of_shard, sizes),
             chunk_crc32c=np.asarray(list(checksums), np.uint32),
+            chunk_offset=offsets,
+            chunk_bytes=record_bytes,
         )
     arrays: dict[str, np.ndarray] = {}
     for name, values in texts.items():

@@ -18,7 +18,7 @@ from uwm_jax import config as config_lib
 from uwm_jax.data.choices import keys_of
 from uwm_jax.data.fitted import read_fitted
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.data.records import dataset_dir
+from uwm_jax.data.places import dataset_dir
 from uwm_jax.data.sources import keys_read, open_sources, spec_of
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.transforms import Columns, parse

@@ -11,13 +11,13 @@ import difflib
 import heapq
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from uwm_jax.data.spec import DataSpec
 from uwm_jax.data.text_table import Strings
 from uwm_jax.errors import UserError, warn
+from uwm_jax.files import Place
 from uwm_jax.torch_bridge import clip_text
 
 RECORDED = "recorded"  # for the encoder that a checkpoint names
@@ -105,7 +105,7 @@ class Encoder:
 
 
 def open_prompts(
-    spec: DataSpec, *, encoder: str = "", datasets: Sequence[Path] = (), table: str = "", asked: bool = False
+    spec: DataSpec, *, encoder: str = "", datasets: Sequence[Place] = (), table: str = "", asked: bool = False
 ) -> Callable[[str], np.ndarray] | None:
     """What embeds the prompts of requests; None where the model reads no text, or there is no table.
 

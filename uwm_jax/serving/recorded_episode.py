@@ -12,7 +12,8 @@ from uwm_jax.actor import Actor
 from uwm_jax.data import fields
 from uwm_jax.data.cover import cover
 from uwm_jax.data.normalize import Normalizer
-from uwm_jax.data.records import Dataset, find_dataset, read_manifest
+from uwm_jax.data.places import find_dataset
+from uwm_jax.data.records import Dataset, read_manifest
 from uwm_jax.data.samples import Samples
 from uwm_jax.data.stats import column_stats
 from uwm_jax.errors import UserError

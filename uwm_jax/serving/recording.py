@@ -29,10 +29,11 @@ from uwm_jax.data.chunks import Layout, cut_episode, plan_layout
 from uwm_jax.data.episodes import JPEG_QUALITY, encode_jpeg, feature_tree, serialize_episode
 from uwm_jax.data.features import STEPS, Feature
 from uwm_jax.data.names import check_name
+from uwm_jax.data.places import local_dataset
 from uwm_jax.data.records import Dataset, read_manifest
 from uwm_jax.data.robot import RobotActions
 from uwm_jax.data.spec import DataSpec
-from uwm_jax.data.writing import ShardWriter, shard_names, write_descriptions, write_split
+from uwm_jax.data.writing import SHARD_FACTS, ShardWriter, shard_names, write_descriptions, write_split
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import exchange, sync
 from uwm_jax.serving.connections import Recorder
@@ -191,7 +192,7 @@ class Recording:
                 SPLIT,
                 self._layout,
                 shards=[
-                    {key: shard[key] for key in ("records", "bytes", "sha256")} | {"file": name}
+                    {key: shard[key] for key in SHARD_FACTS if key in shard} | {"file": name}
                     for (_, shard), name in zip([*there, *made], names, strict=True)
                 ],
                 lengths=[*(old.episode_lengths.tolist() if old else []), cut.length],
@@ -280,7 +281,7 @@ def _kind(described: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _checksums(dataset: Dataset) -> list[int]:
-    with np.load(dataset.directory / records.index_file(SPLIT), allow_pickle=False) as stored:
+    with np.load(local_dataset(dataset.directory) / records.index_file(SPLIT), allow_pickle=False) as stored:
         return stored["chunk_crc32c"].tolist()
 
 

@@ -18,7 +18,7 @@ from absl import flags
 from uwm_jax import cli
 from uwm_jax.actor import Actor
 from uwm_jax.backend import Backend, JaxBackend
-from uwm_jax.data.records import dataset_dir, find_dataset
+from uwm_jax.data.places import dataset_dir, find_dataset
 from uwm_jax.data.robot import parse_limits
 from uwm_jax.errors import RunError, UserError, warn
 from uwm_jax.files import Place, as_place, check_output_file, write_text
@@ -140,9 +140,7 @@ def _prompts(actor: Actor) -> Callable[[str], np.ndarray] | None:
     if FLAGS.text_encoder and asked:
         raise UserError("--text_encoder and --text_table: expected one of them.")
     places = {source.path or data.path for source in data.sources.values()} or {data.path}
-    datasets = (
-        [find_dataset(asked, "--text_table")] if asked else [Path(dataset_dir(place)) for place in sorted(places)]
-    )
+    datasets = [find_dataset(asked, "--text_table")] if asked else [dataset_dir(place) for place in sorted(places)]
     if not asked and not data.text_table:
         datasets = []
     return open_prompts(
