@@ -9,7 +9,6 @@ import asyncio
 import signal
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
