@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import json
+import os
 import re
 import socket
 import struct
@@ -36,10 +37,11 @@ class Proxy:
     Attributes:
       url: `http://127.0.0.1:PORT`.
       environ: as `Emulator.environ`.
+      pid: of the process that it runs in.
     """
 
-    def __init__(self, url: str, count: Callable[[], dict[str, int]]):
-        self.url, self.environ, self._count = url, environ_of(url), count
+    def __init__(self, url: str, pid: int, count: Callable[[], dict[str, int]]):
+        self.url, self.environ, self.pid, self._count = url, environ_of(url), pid, count
 
     @property
     def requests(self) -> collections.Counter[str]:
@@ -61,12 +63,12 @@ def fault_proxy(target: str, delay: float = 0.0, faults: Faults | None = None) -
     """
     if faults is None:
         with child.Child(__name__, "the proxy in front of the emulator") as process:
-            url = process.ask({"target": target, "delay": delay})["url"]
-            yield Proxy(url, lambda: process.ask({}))
+            started = process.ask({"target": target, "delay": delay})
+            yield Proxy(started["url"], started["pid"], lambda: process.ask({}))
         return
     running = _Running(target, delay, faults)
     try:
-        yield Proxy(running.url, lambda: dict(running.server.counted))
+        yield Proxy(running.url, os.getpid(), lambda: dict(running.server.counted))
     finally:
         running.stop()
 
@@ -268,7 +270,7 @@ def main() -> None:
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         if not running:
             running.append(_Running(request["target"], request["delay"], None))
-            return {"url": running[0].url}
+            return {"url": running[0].url, "pid": os.getpid()}
         return dict(running[0].server.counted)
 
     child.serve(answer)

@@ -1,13 +1,11 @@
-"""Settings that the libraries which reach a bucket themselves (orbax, tensorstore, gcsfs) need to be safe.
-
-They are environment variables, so that child processes inherit them, and cost no import.
-"""
+"""Settings that the libraries which reach a bucket themselves (orbax, tensorstore, gcsfs) need to be safe."""
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
-import sys
 
 CONNECT_SECONDS = 10.0  # to open a connection
 SILENCE_SECONDS = 60.0  # without a byte, until a request counts as lost
@@ -21,17 +19,33 @@ SETTINGS = {
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "256",
 }
 # A cached listing hides the objects of other processes, and the new length of those that they replaced.
-GCSFS_SETTINGS = {"use_listings_cache": False, "requests_timeout": SILENCE_SECONDS}
+GCSFS_SETTINGS = {"use_listings_cache": False}
 
 
 def prepare() -> None:
-    """Sets what is not set yet; called wherever a remote path is first used."""
+    """Sets the environment variables that are not set yet; child processes inherit them. Costs no import."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("FSSPEC_GCS", json.dumps(GCSFS_SETTINGS))
-    if config := sys.modules.get("fsspec.config"):  # imported before, so the variable comes too late
-        for name, setting in GCSFS_SETTINGS.items():
-            config.conf.setdefault("gcs", {}).setdefault(name, setting)
+
+
+@functools.cache
+def prepare_libraries() -> None:
+    """Sets what no environment variable can; called when the first remote path is made."""
+    try:
+        import aiohttp
+        import fsspec.config
+    except ImportError:  # without the extra `gcs`; what needs it says so
+        return
+    settings = fsspec.config.conf.setdefault("gcs", {})
+    for name, setting in GCSFS_SETTINGS.items():
+        settings.setdefault(name, setting)
+    # A number would limit the request as a whole, and gcsfs does not repeat what such a limit ended.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
+    settings.setdefault("requests_timeout", timeout)
+    logger = logging.getLogger("gcsfs")
+    if logger.level == logging.NOTSET:  # it prints the traceback of every failure that it also raises
+        logger.setLevel(logging.CRITICAL)
 
 
 def emulator() -> str | None:

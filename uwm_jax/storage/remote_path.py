@@ -37,7 +37,7 @@ class RemotePath:
         parts = [part for part in url[len(SCHEME) :].split("/") if part]
         if not parts or {".", ".."} & set(parts):
             raise ValueError(f"expected gs://bucket/key without . and .., found {url!r}")
-        environment.prepare()
+        environment.prepare_libraries()
         object.__setattr__(self, "_path", PurePosixPath(*parts))
 
     def __setattr__(self, name: str, value: Any) -> None:
