@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -13,6 +12,7 @@ from uwm_jax.data.loader import Loader, Trace
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place
 from uwm_jax.training import cached_latents, fixed_fields
 from uwm_jax.training.checkpoints.checkpoint import latest_step
 from uwm_jax.training.checkpoints.reader import CheckpointReader
@@ -36,7 +36,7 @@ class TracedRow(NamedTuple):
 
 
 def open_run(
-    workdir: Path, overrides: tuple[tuple[str, str], ...] = ()
+    workdir: Place, overrides: tuple[tuple[str, str], ...] = ()
 ) -> tuple[ConfigDict, RunData, Mapping[str, Any] | None, int]:
     """The config and data of a run; the state of its data at its newest checkpoint, and that checkpoint's step.
 

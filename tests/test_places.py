@@ -135,6 +135,7 @@ def test_folders_are_listed(folder):
         "b.d/3.json",
         "b/1.json",
     ]
+    assert names(folder.glob("*/")) == ["b", "b.d"]
     assert names(folder.glob("b/2.txt")) == ["b/2.txt"] and names(folder.glob("c/*")) == []
     assert names(folder.glob("**/*.json")) == names(folder.rglob("*.json")) == ["b.d/3.json", "b/1.json"]
     assert names(folder.rglob("*")) == ["a", "b", "b.d", "b.d/3.json", "b/1.json", "b/2.txt"]

@@ -23,7 +23,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -117,7 +116,7 @@ def required(name: str) -> str:
     return value
 
 
-def required_path(name: str) -> Any:
+def required_path(name: str) -> Place:
     """The path of a required flag, as `files.place`; `workdir` must not be a file or lie below one."""
     value = required(name)
     path = place(value, f"--{name.replace('_', '-')}")
@@ -130,7 +129,7 @@ def required_path(name: str) -> Any:
     return path
 
 
-def optional_path(name: str) -> Any:
+def optional_path(name: str) -> Place | None:
     """The path of an optional flag, as `files.place`; None if the flag is absent."""
     return required_path(name) if FLAGS[name].value else None
 
@@ -145,7 +144,7 @@ def optional_local_path(name: str) -> Path | None:
     return required_local_path(name) if FLAGS[name].value else None
 
 
-def required_run() -> Any:
+def required_run() -> Place:
     """The workdir that `--workdir` names, of a run that is only read: a path, or a repository of the hub."""
     value = required("workdir")
     found = hub_runs.workdir(value, "--workdir")

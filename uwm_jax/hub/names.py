@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from uwm_jax.errors import UserError
 from uwm_jax.files import Place, place
@@ -52,7 +52,7 @@ def parse(value: str) -> HubName | None:
     return HubName(repo, found["revision"])
 
 
-def parse_origin(spec: str, field: str = "init_from") -> tuple[Any, int | None]:
+def parse_origin(spec: str, field: str = "init_from") -> tuple[Place | HubName, int | None]:
     """The value of an origin's field as (absolute directory or repository, step).
 
     Args:

@@ -40,6 +40,8 @@ def prepare_libraries() -> None:
     settings = fsspec.config.conf.setdefault("gcs", {})
     for name, setting in GCSFS_SETTINGS.items():
         settings.setdefault(name, setting)
+    if emulator() and "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ:
+        settings.setdefault("token", "anon")  # else seconds of looking for a login
     # A number would limit the request as a whole, and gcsfs does not repeat what such a limit ended.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
     settings.setdefault("requests_timeout", timeout)

@@ -182,7 +182,7 @@ class RemotePath:
         found, parts = {self}, PurePosixPath(pattern).parts
         for at, part in enumerate(parts):
             found = {match for folder in found for match in folder._matches(part, at == len(parts) - 1)}
-        return iter(sorted(found))
+        return iter(sorted(p for p in found if p.is_dir()) if pattern.endswith("/") else sorted(found))
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
         """What matches a pattern of one part at any depth, in order."""
