@@ -107,7 +107,7 @@ def names_in(directory: Place) -> frozenset[str]:
 
 
 def folders_among(names: Iterable[str]) -> list[Folder]:
-    matches = ((name, _FOLDER.fullmatch(name)) for name in names)
+    matches = ((name, _FOLDER.fullmatch(name)) for name in sorted(names))
     return [Folder(int(match[1]), match[2] or "", name) for name, match in matches if match]
 
 
