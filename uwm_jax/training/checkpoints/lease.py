@@ -203,7 +203,7 @@ class Lease:
         silent = now - self._renewed
         return (
             f"--workdir: this run has lost the lock of {str(self._file.parent)!r}, which it did not renew for "
-            f"{silent:.0f} s: {_holder_of(self._file)} has it now. This process ends; nothing that it was saving "
+            f"{silent:.0f} s: {_holder_of(self._file)} has it now. This process ends; nothing that it still writes "
             "counts. Wait for the end of the other run, or use another --workdir."
         )
 
