@@ -32,6 +32,7 @@ from uwm_jax.errors import Preempted, RunError, UserError
 from uwm_jax.files import Place, local_path, place
 from uwm_jax.hub import runs as hub_runs
 from uwm_jax.reading import cause_of, no_room
+from uwm_jax.storage.errors import told
 
 FLAGS = flags.FLAGS
 
@@ -245,7 +246,7 @@ def _call(main: Main, argv: Sequence[str], own: Set[str], began: tuple[float, fl
         _tell(f"error: stdout is closed ({e.strerror}).", with_traceback=debug)
         return 1
     except OSError as e:
-        message = _os_error(e)
+        message = _os_error(e) or _of_bucket(e)
         _tell(message, with_traceback=debug or not message)
         return USAGE_STATUS if e.errno in _PATH_ERRORS else 1
     except KeyboardInterrupt:
@@ -253,7 +254,8 @@ def _call(main: Main, argv: Sequence[str], own: Set[str], began: tuple[float, fl
         return INTERRUPTED_STATUS
     except Exception as e:
         full = no_room(e) and f"error: {cause_of(e)}. Free some space and rerun the same command."
-        _tell(full, with_traceback=debug or not full)
+        message = full or _of_bucket(e)
+        _tell(message, with_traceback=debug or not message)
         return 1
     return 0
 
@@ -267,6 +269,12 @@ def _os_error(error: OSError) -> str:
         return ""
     rest = "Check the paths of the flags." if error.errno in _PATH_ERRORS else "Fix this and rerun the same command."
     return f"error: {error.filename}: {error.strerror}. {rest}"
+
+
+def _of_bucket(error: Exception) -> str:
+    """The message for a library's failure to reach a bucket; "" for any other error."""
+    message = told(error)
+    return message and f"error: {message}"
 
 
 def _tell(message: str, with_traceback: bool = False) -> None:

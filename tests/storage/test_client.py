@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import threading
@@ -12,8 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import google_crc32c
 import pytest
+from absl import flags
 
-from uwm_jax import files
+from uwm_jax import cli, files
 from uwm_jax.benchmarking.fault_proxy import fault_proxy
 from uwm_jax.files import RemotePath, place
 from uwm_jax.storage import client, environment, login, retries, transfers
@@ -281,6 +283,17 @@ def test_a_login_that_is_gone_is_told(tokens):
     tokens.dead = True
     with pytest.raises(StorageError, match="gs://bkt/a: looking up failed: the login could not be refreshed.*gcloud"):
         RemotePath("gs://bkt/a").stat()
+
+
+def test_a_command_ends_with_one_message(tokens, capsys):
+    def main(call: cli.Call) -> None:
+        cli.required_path("workdir")
+
+    tokens.dead = True
+    define = functools.partial(flags.DEFINE_string, "workdir", None, "of the run")
+    assert cli.call(main, ["command", "--workdir=gs://bkt/run"], define) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: gs://bkt/run: looking up failed") and "gcloud auth" in told and told.count("\n") == 1
 
 
 def test_a_missing_permission_names_the_role_and_the_login(tokens):

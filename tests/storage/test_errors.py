@@ -6,8 +6,9 @@ import errno
 
 import pytest
 
+from uwm_jax import cli
 from uwm_jax.errors import RunError
-from uwm_jax.storage.errors import StorageError, is_passing
+from uwm_jax.storage.errors import StorageError, is_passing, told
 
 
 def of_library(module: str, name: str, *args: object) -> BaseException:
@@ -54,6 +55,33 @@ def test_these_may_go_away(make):
 )
 def test_these_stay(make):
     assert not is_passing(make())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: of_library("gcsfs.retry", "HttpError", {"code": 401, "message": "Unauthorized"}), "gcloud auth"),
+        (lambda: OSError("Forbidden: https://storage.googleapis.com/b\nno access"), "gcloud auth"),
+        (lambda: ValueError("PERMISSION_DENIED: Error reading gs://b/k [http_response_code='403']"), "gcloud auth"),
+        (lambda: ValueError("UNAVAILABLE: Error reading gs://b/k: all 32 retries failed"), "Check the network"),
+        (lambda: of_library("aiohttp", "ServerDisconnectedError"), "Check the network"),
+        (lambda: of_library("google.auth.exceptions", "RefreshError", "invalid_grant: bad credentials"), "gcloud auth"),
+        (lambda: ValueError("UNAVAILABLE: Error reading file /tmp/x"), ""),
+        (lambda: OSError(errno.EIO, "Input/output error", "/tmp/x"), ""),
+        (lambda: KeyError("gs://b"), ""),
+    ],
+)
+def test_what_a_library_raises_about_a_bucket_is_told(make, said, capsys):
+    wrapped = RuntimeError("saving failed")
+    wrapped.__cause__ = make()
+    assert said in told(wrapped) and bool(told(wrapped)) == bool(said)
+
+    def main(call: cli.Call) -> None:
+        raise wrapped
+
+    assert cli.call(main, ["command"]) == 1
+    shown = capsys.readouterr().err
+    assert ("Traceback" in shown) == (not said) and (not said or shown.count("\n") == 1)
 
 
 def test_a_message_says_what_failed_and_what_to_do():

@@ -77,6 +77,29 @@ def is_passing(error: BaseException) -> bool:
     return False
 
 
+_LIBRARIES = ("gcsfs", "aiohttp", "requests", "urllib3", "google.auth", "fsspec")
+_OF_TENSORSTORE = re.compile(r"gs://|http_response_code|storage\.googleapis\.com|GCS")
+_REFUSED = re.compile(r"\b(401|403)\b|PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|credentials", re.IGNORECASE)
+
+
+def told(error: BaseException) -> str:
+    """A message about a failed call to a bucket that a library made itself; "" for any other error.
+
+    Our own calls raise `StorageError`; this is for what orbax, tensorstore and gcsfs raise from the middle of theirs.
+    """
+    for found in _chain(error):
+        of_library = type(found).__module__.split(".")[0] in _LIBRARIES or type(found).__module__.startswith(
+            "google.auth"
+        )
+        of_tensorstore = isinstance(found, ValueError) and _OF_TENSORSTORE.search(str(found))
+        if of_library or of_tensorstore or (isinstance(found, OSError) and str(found).startswith("Forbidden: ")):
+            cause = " ".join(str(found).split())[:400].rstrip(".") or type(found).__name__
+            refused = _REFUSED.search(cause) or getattr(found, "code", None) in (401, 403)
+            advice = LOGIN if refused else "Check the network and the quota of the bucket, and rerun the same command"
+            return f"a call to a bucket failed: {cause}. {advice}."
+    return ""
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """An exception and those that it was raised from."""
     found: BaseException | None = error
