@@ -12,6 +12,7 @@ import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from uwm_jax import files
 from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
 from uwm_jax.codecs.autoencoder_kl import AutoencoderKL
 from uwm_jax.errors import UserError
@@ -47,8 +48,23 @@ def config(tiny_config):
     return tiny_config
 
 
+def test_a_copy_in_a_bucket_that_was_cut_off_is_completed(bucket):
+    folder = files.as_place(bucket) / "frozen" / "vae"
+    tensors = {"encoder.conv_in.weight": np.arange(6, dtype=np.float32)}
+    sums = diffusers_vae.write_folder(folder, CONFIG, tensors)
+    assert sorted(file.name for file in folder.iterdir()) == sorted((*sums, diffusers_vae.SUMS_FILE))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / diffusers_vae.SUMS_FILE).unlink()  # which comes last
+    (folder / diffusers_vae.WEIGHTS_FILE).unlink()
+    assert diffusers_vae.write_folder(folder, CONFIG, tensors) == sums
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    with pytest.raises(UserError, match="already holds another VAE"):
+        diffusers_vae.write_folder(folder, CONFIG, {"encoder.conv_in.weight": np.zeros(6, np.float32)})
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 @pytest.mark.slow
-def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
+def test_the_vae_is_kept_in_the_workdir(config, tmp_path, bucket):
     params = write_vae(tmp_path / "vae", seed=0)
     codec, found = codec_store.open_codec(config, codec_store.Place(tmp_path / "vae"))
     codec_store.keep(config, codec_store.Place(tmp_path / "vae"), tmp_path / "run")
@@ -57,6 +73,14 @@ def test_the_vae_is_kept_in_the_workdir(config, tmp_path):
     config.model.codec.vae = "nowhere/at-all"  # a run that continues reads its own copy
     _, again = codec_store.open_codec(config, codec_store.in_workdir(config, tmp_path / "run", None))
     jax.tree.map(np.testing.assert_array_equal, again, params)
+    place = files.as_place(bucket)
+    codec_store.keep(config, codec_store.Place(tmp_path / "vae"), place / "run")
+    config.model.codec.vae = f"{place}/run/frozen/vae"
+    _, again = codec_store.open_codec(config, codec_store.Place(config.model.codec.vae))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    codec_store.keep(config, codec_store.Place(config.model.codec.vae), place / "twin", twin=place / "run")
+    for file in (tmp_path / "vae").iterdir():
+        assert (place / "twin" / "frozen" / "vae" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_members_of_a_sweep_share_the_files_of_a_codec(config, tmp_path, monkeypatch):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
+from uwm_jax import files
 from uwm_jax.errors import UserError
 from uwm_jax.parallel import distributed
 from uwm_jax.training.profile import Profile
@@ -29,6 +32,29 @@ def steps_of(file):
     events = (e for p in ProfileData.from_file(str(file)).planes for line in p.lines for e in line.events)
     marked = [(e.name, dict(e.stats)) for e in events]
     return [(name, stats["step_num"]) for name, stats in marked if "step_num" in stats]
+
+
+def test_a_trace_of_a_run_in_a_bucket_is_uploaded(bucket, capsys, monkeypatch):
+    folders = []
+
+    def start(directory):
+        assert "://" not in directory, "the profiler writes local files alone"
+        folders.append(Path(directory))
+
+    def stop():
+        (folders[-1] / "plugins").mkdir()
+        (folders[-1] / "plugins" / "host.xplane.pb").write_bytes(b"trace")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
+    monkeypatch.setattr(jax.profiler, "stop_trace", stop)
+    profile = Profile.parse("2:2", files.as_place(bucket), start_step=0, total_steps=6)
+    for step in range(1, 7):
+        with profile.step(step, 0):
+            pass
+    profile.close()
+    assert (files.as_place(bucket) / "profile" / "plugins" / "host.xplane.pb").read_bytes() == b"trace"
+    assert f"profile: steps 2 to 3 in {bucket}/profile\n" in capsys.readouterr().out
+    assert not folders[0].exists(), "nothing stays on this disk"
 
 
 @pytest.mark.parametrize("fails", ["start_trace", "stop_trace"])

@@ -24,6 +24,7 @@ from uwm_jax.torch_bridge.official_config import OfficialRun, Shapes
 from uwm_jax.torch_bridge.official_yaml import OfficialYaml
 from uwm_jax.training import average, codec_store, lineage
 from uwm_jax.training import workdir as workdir_lib
+from uwm_jax.training.checkpoints import steps
 
 
 def from_torch(
@@ -112,6 +113,8 @@ def from_torch(
             workdir_lib.save_params_only(staging, config, spec, params, arrays, step=step, extra_assets=assets)
         else:
             workdir_lib.save_state(staging, config, spec, state, arrays, extra_assets=assets | lineage.unknown())
+        (staging / steps.LOCK).unlink()  # of this process
+    steps.mark(workdir)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"wrote {workdir}: {count / 1e6:.2f} M trainable parameters, cameras {', '.join(sorted(spec.cameras))}")
 

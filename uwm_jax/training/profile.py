@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import tempfile
 import threading
@@ -100,20 +101,19 @@ class Profile:
         self._running = False
         if not self._tried(jax.profiler.stop_trace):
             return
+        told = f"profile: steps {self._first} to {self._last} in {self._directory}"
         if self._local is None:
-            self._told()
+            say(told)
         else:  # not in the loop, where other processes may wait for this one
-            self._upload = threading.Thread(target=self._tried, args=(self._send,), name="upload of the trace")
+            send = functools.partial(self._send, told)
+            self._upload = threading.Thread(target=self._tried, args=(send,), name="upload of the trace")
             self._upload.start()
 
-    def _send(self) -> None:
+    def _send(self, told: str) -> None:
         assert self._local is not None
         with self._local as folder:
             copy_tree(Path(folder), self._directory)
-        self._told()
-
-    def _told(self) -> None:
-        say(f"profile: steps {self._first} to {self._last} in {self._directory}")
+        say(told)
 
     def _tried(self, change: Callable[[], None]) -> bool:
         """Whether the profiler did it. A trace that fails (a full disk, another trace) is no reason to end a run."""
