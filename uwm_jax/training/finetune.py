@@ -40,6 +40,7 @@ from uwm_jax.parallel.distributed import say
 from uwm_jax.training import average, codec_store, fixed_fields, lineage
 from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.checkpoints.reader import CheckpointReader, CorruptCheckpoint
+from uwm_jax.training.checkpoints.steps import folder_of
 from uwm_jax.training.patterns import is_fresh, matches, require_matches, share, skip_flag
 
 
@@ -257,7 +258,7 @@ class Origin:
 
     def _shapes(self) -> dict[str, Any]:
         """{name: metadata with shape and dtype} of the origin's parameters."""
-        folder = epath.Path(str(self.directory / "checkpoints" / str(self.step) / self.item))
+        folder = epath.Path(str(folder_of(self.directory / "checkpoints", self.step) / self.item))
         try:
             tree = ocp.StandardCheckpointHandler().metadata(folder).tree
         except (ValueError, KeyError, OSError) as e:

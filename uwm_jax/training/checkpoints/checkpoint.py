@@ -374,8 +374,13 @@ class Checkpoints:
             return []
 
     def _failed(self, step: int, error: BaseException) -> RunError:
-        if isinstance(error, LostLock):
-            return error
+        try:
+            if self._locked and (lease := lock.lease_of(self.directory.parent)):
+                lease.renew()  # a run without its lock has no other failure to tell
+        except LostLock as lost:
+            return lost
+        except RunError:
+            pass  # the bucket cannot be reached, as `error` says
         # Else the interpreter warns, as it ends, of writes that orbax has abandoned.
         warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
         whole = [s for s in self._listed() if s != step]

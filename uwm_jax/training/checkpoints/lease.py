@@ -124,15 +124,18 @@ class Lease:
         """
         file = workdir / steps.LOCK
         found = files.read_with_generation(file)
-        if found is None:
-            earlier = dict.fromkeys(steps.nonces_in(workdir / "checkpoints"))
-            return cls._write(file, Record.own(earlier), lambda data: files.create(file, data))
-        freed = _wait_until_free(file, *found, sleep)
+        before = None if found is None else Record.parse(found[0])
+        if found is None or before is None:  # none, or that of a local workdir which was uploaded
+            record = Record.own(dict.fromkeys(steps.nonces_in(workdir / "checkpoints")))
+            if found is None:
+                return cls._write(file, record, lambda data: files.create(file, data))
+            return cls._write(file, record, lambda data: files.replace_if(file, data, found[1]))
+        freed = _wait_until_free(file, before, found[1], sleep)
         if isinstance(freed, str):
             return freed
         before, generation = freed
-        earlier = {} if before is None else {**before.earlier, before.nonce: None}
-        return cls._write(file, Record.own(earlier), lambda data: files.replace_if(file, data, generation))
+        record = Record.own({**before.earlier, before.nonce: None})
+        return cls._write(file, record, lambda data: files.replace_if(file, data, generation))
 
     @classmethod
     def _write(cls, file: Place, record: Record, write: Callable[[bytes], Generation | None]) -> Lease | str:
@@ -209,25 +212,21 @@ class Lease:
 
 
 def _wait_until_free(
-    file: Place, data: bytes, generation: Generation, sleep: Callable[[float], None]
-) -> tuple[Record | None, Generation] | str:
+    file: Place, record: Record, generation: Generation, sleep: Callable[[float], None]
+) -> tuple[Record, Generation] | str:
     """The record and the generation of a lock that may be taken over; or the name of its holder, who lives."""
-    record = Record.parse(data)
-    if record is not None and (record.released or record.is_dead()):
+    if record.released or record.is_dead():
         return record, generation
-    seconds, holder = LEASE_SECONDS if record is None else record.lease_seconds, _name(record)
-    warn(f"{file}: held by {holder}; waiting up to {seconds:g} s for a sign of life.")
-    began = _now()
-    while _now() - began < seconds:
+    seconds, began = record.lease_seconds, _now()
+    warn(f"{file}: held by {record.holder}; waiting up to {seconds:g} s for a sign of life.")
+    while _now() - began < seconds and not record.is_dead():
         sleep(seconds / _POLLS)
         found = files.read_with_generation(file)
         if found is None:
-            return holder
+            return record.holder
         if found[1] != generation:
-            record = Record.parse(found[0])
-            return (record, found[1]) if record is not None and record.released else _name(record)
-        if record is not None and record.is_dead():
-            break
+            now = Record.parse(found[0])
+            return (now, found[1]) if now is not None and now.released else _name(now)
     return record, generation
 
 

@@ -54,7 +54,7 @@ class CheckpointReader:
 
     def __init__(self, directory: Place, step: int):
         self.step = step
-        self.workdir: Any = directory.parent
+        self.workdir = directory.parent
         self._directory = directory
 
     @functools.cached_property

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from uwm_jax.errors import UserError, suggest
+from uwm_jax.files import Place
 from uwm_jax.training.state import decay_start
 from uwm_jax.training.telemetry.log import read_metrics
 
@@ -54,7 +55,7 @@ class Retention:
         c = config.checkpoint
         return cls(c.keep, c.keep_every, c.keep_best, c.keep_best_mode, decay_start(config))
 
-    def surplus(self, steps: Sequence[int], workdir: Any) -> list[int]:
+    def surplus(self, steps: Sequence[int], workdir: Place) -> list[int]:
         """Those of `steps` (ascending) whose checkpoints are not to be kept."""
         if self.newest is None or len(steps) <= self.newest:
             return []

@@ -1,0 +1,129 @@
+"""Processes that save into a bucket and are killed or stopped there: what they leave, and what they do afterwards."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.training import small_run
+from uwm_jax.benchmarking.fault_proxy import fault_proxy
+from uwm_jax.files import as_place
+from uwm_jax.training.checkpoints import steps
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
+
+pytestmark = pytest.mark.slow
+
+# Saves one step after the other, and keeps two.
+SAVES = """
+import sys
+import numpy as np
+from tests.training import small_run
+from uwm_jax.errors import RunError
+from uwm_jax.files import as_place
+from uwm_jax.training.checkpoints import lease
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
+from uwm_jax.training.checkpoints.retention import Retention
+
+lease.LEASE_SECONDS = float(sys.argv[2])
+workdir = as_place(sys.argv[1])
+try:
+    checkpoints = Checkpoints(workdir, Retention(2))
+    begins = latest_step(workdir) or 0
+    for step in range(begins + 2, begins + 20, 2):
+        checkpoints.save(small_run.state_at(step), {"position": step}, small_run.CODEC, small_run.assets_of())
+        checkpoints.wait()
+        print("durable", step, flush=True)
+except RunError as e:
+    sys.exit(f"error: {e}")
+"""
+
+
+class Saving:
+    """The program behind a proxy, which gets a signal when it sends the n-th request to write or delete something.
+
+    Args:
+      of: counts requests alone whose path, with the query, has this in it.
+    """
+
+    def __init__(self, target: str, workdir, number: int, at: int, of: str = "", lease: float = 60.0):
+        self._number, self._at, self._of, self._seen = number, at, of, 0
+        self._proxy = fault_proxy(target, faults=self._look)
+        environ = os.environ | self._proxy.__enter__().environ
+        arguments = [sys.executable, "-c", SAVES, str(workdir), str(lease)]
+        self.process = subprocess.Popen(
+            arguments, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def _look(self, method: str, path: str, _: int) -> None:
+        if method != "GET" and self._of in path:
+            self._seen += 1
+            if self._seen == self._at:
+                self.process.send_signal(self._number)
+
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._proxy.__exit__(None, None, None)
+
+
+def test_a_process_killed_at_any_request_leaves_its_durable_checkpoints(storage_emulator, bucket):
+    """The same workdir again and again, so each start meets what the kills before it left."""
+    workdir, newest, draw = as_place(bucket), 0, random.Random(17)
+    for _ in range(3):
+        # A save writes some 60 objects, and from the third on as many are deleted.
+        with Saving(storage_emulator.url, workdir, signal.SIGKILL, at=draw.randrange(100, 400)) as saving:
+            output, errors = saving.process.communicate(timeout=300)
+        assert saving.process.returncode == -signal.SIGKILL, errors
+        durable = [int(step) for step in re.findall(r"durable (\d+)", output)]
+        assert durable and durable[0] == newest + 2, "it goes on where the last one was killed, without waiting for it"
+        newest = latest_step(workdir)
+        assert newest - durable[-1] in (0, 2), "the kill came before or after the marker of the next one"
+        state, stored = Checkpoints(workdir, read_only=True).restore_latest(small_run.like())
+        assert stored.step == newest
+        small_run.assert_is_step(state, newest)
+    Checkpoints(workdir).close()
+    folders = steps.folders_among(steps.names_in(workdir / "checkpoints"))
+    assert sorted(f.step for f in folders) == steps.steps_in(workdir / "checkpoints"), "the remains are cleared"
+
+
+def test_a_holder_stopped_in_the_middle_of_a_save_loses_its_lock_and_changes_nothing(storage_emulator, bucket):
+    workdir = as_place(bucket)
+
+    def objects_of(nonce):
+        found = (workdir / "checkpoints").objects()
+        return {str(path): about.generation for path, about in found if nonce in str(path)}
+
+    with Saving(storage_emulator.url, workdir, signal.SIGSTOP, at=5, of="checkpoints%2F4-", lease=2.0) as stopped:
+        assert os.WIFSTOPPED(os.waitpid(stopped.process.pid, os.WUNTRACED)[1])
+        assert latest_step(workdir) == 2
+        other = Checkpoints(workdir)
+        _, stored = other.restore_latest(small_run.like())
+        assert stored.step == 2
+        state = small_run.state_at(100).replace(step=np.int32(4))
+        other.save(state, {"position": 4}, small_run.CODEC, small_run.assets_of())
+        other.wait()
+        nonce = steps.finished_in(workdir / "checkpoints")[4].nonce
+        before = objects_of(nonce)
+        stopped.process.send_signal(signal.SIGCONT)
+        output, errors = stopped.process.communicate(timeout=300)
+        assert stopped.process.returncode == 1 and output == "durable 2\n"
+        assert f"error: --workdir: this run has lost the lock of '{workdir}'" in errors, errors
+        assert f"process {os.getpid()} on " in errors and "Traceback" not in errors
+    assert len(before) > 20 and objects_of(nonce) == before
+    assert {step: folder.nonce for step, folder in steps.finished_in(workdir / "checkpoints").items()}[4] == nonce
+    found, stored = Checkpoints(workdir, read_only=True).restore_latest(small_run.like())
+    assert stored.step == 4
+    jax.tree.map(np.testing.assert_array_equal, found.params, small_run.state_at(100).params)
+    other.check()
+    other.close()
