@@ -54,7 +54,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("create_flag", [], "create: a further flag of gcloud, such as network=mtu9k; repeatable")
     flags.DEFINE_float("queue_hours", 24.0, "the longest wait in the queue", 0.01, 168.0)
     flags.DEFINE_bool("no_plan", False, "create, start: without the plan of the run")
-    flags.DEFINE_string("extras", "tpu,gcs", "install: extras of uwm-jax on the workers")
+    flags.DEFINE_string("extras", "tpu", "install: extras of uwm-jax on the workers")
     flags.DEFINE_string("restart_on_preemption", None, "start: stay, and replace the TPU of this name, NAME itself")
     flags.DEFINE_float("watch_hours", 336.0, "start: with --restart_on_preemption, the longest stay", 0.01)
     flags.DEFINE_float("poll_seconds", 60.0, "between looks at what is waited for", 0.1)
@@ -99,10 +99,12 @@ def start(resource: Resource, command: list[str]) -> None:
             "nothing else is ever replaced."
         )
     if replaced and asked is None:
-        raise UserError(
-            f"--restart_on_preemption={replaced}: it was not created from here (`launch.tpu create`), so it is not "
-            "replaced."
+        refusal = (
+            f"--restart_on_preemption={replaced}: not created from here (`launch.tpu create`), so it is not replaced."
         )
+        if not FLAGS.dry_run:
+            raise UserError(refusal)
+        resource.gcloud.remark(f"would be refused now: {refusal}")
     if asked is None and FLAGS.topology:
         asked = order(FLAGS.topology, FLAGS.slices, FLAGS.vm, "", FLAGS.queue_hours, [])
     command = with_slices(command, asked.slices if asked else 1)
@@ -112,7 +114,8 @@ def start(resource: Resource, command: list[str]) -> None:
         if secret.name is None and not FLAGS.dry_run:
             secret.value()  # before anything runs
     _look_ahead(resource, asked, command)
-    _start(resource, found, command, secrets, again=False)
+    if not replaced or FLAGS.dry_run or resource.state() == resource.api.ready:  # else the watch does it
+        _start(resource, found, command, secrets, again=bool(replaced))
     if not replaced:
         return
     workdir = training_command.read(command).workdir

@@ -4,8 +4,8 @@
 #   bash launch/worker.sh start [--again] [--secret NAME=SECRET:VERSION]... [NAME=VALUE]... -- COMMAND...
 #   bash launch/worker.sh status                         one line: running, ended STATUS, lost, or not started
 # A started command outlives the connection. It runs in this folder, through uwm_jax.supervise where it has a workdir.
-# Above the folder lie run.log, its output; run.status, its exit status; run.lock, which it holds; secrets, variables
-# with their values that were copied here, which `start` reads and removes.
+# With --again it is well where it runs already. Above the folder lie run.log, its output; run.command; run.status, its
+# exit status; run.lock, which it holds; secrets, variables with their values, which `start` reads and removes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 state=$(cd .. && pwd)
@@ -57,11 +57,15 @@ start() {
   shift
   exec 9>> "$state/run.lock"
   if ! flock --nonblock 9; then
-    echo "uwm_jax worker: running already"
-    [ -n "$again" ] || exit 3
-    exit 0
+    if [ -n "$again" ] && [ "$(cat "$state/run.command")" = "$*" ]; then
+      echo "uwm_jax worker: running already"
+      exit 0
+    fi
+    echo "uwm_jax worker: another run is running: $(cat "$state/run.command")" >&2
+    exit 3
   fi
   rm -f "$state/run.status"
+  echo "$*" > "$state/run.command"
   PATH="$PWD/env/bin:$PATH" setsid nohup bash launch/worker.sh run "$@" >> "$state/run.log" 2>&1 < /dev/null &
   echo "uwm_jax worker: started"
 }
@@ -72,6 +76,7 @@ run() {
   for argument in "$@"; do
     case $argument in --workdir | --workdir=*) supervisor=(python -m uwm_jax.supervise --) ;; esac
   done
+  trap : TERM HUP INT # the command gets these as well, and saves; its status is then noted
   date --utc +"started at %FT%TZ: $*"
   "${supervisor[@]}" "$@" || status=$?
   date --utc +"ended at %FT%TZ with status $status"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -83,6 +84,19 @@ def test_a_dry_run_of_everything_runs_nothing(call, cloud, monkeypatch):
     assert "uwm_jax.train --config=configs/droid.py --workdir=gs://bkt/runs/x" in shown
 
 
+def test_the_commands_of_the_page_run_dry(call, cloud, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # without libtpu nothing is compiled
+    page = (tpu.ROOT / "docs" / "scale.md").read_text()
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).replace("\\\n", " ")
+    seen = set()
+    for line in blocks.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:3] == ["python", "-m", "launch.tpu"]:
+            assert cli.call(tpu.main, ["tpu", "--dry_run", *words[3:]], tpu.define_flags) == 0
+            seen.add(words[3])
+    assert seen == set(tpu.ACTIONS) and cloud.calls() == []
+
+
 def test_a_dry_run_prints_what_then_runs(call, cloud):
     """The commands of the dry run are the calls of the run, but for the label, which is drawn anew."""
 
@@ -127,7 +141,7 @@ def test_what_was_created_is_remembered_until_it_is_deleted(call, cloud):
             ("start", "my-tpu", "--restart_on_preemption=other", *TRAIN),
             "expected my-tpu.*nothing else is ever replaced",
         ),
-        (("start", "my-tpu", "--restart_on_preemption=my-tpu", *TRAIN), "it was not created from here"),
+        (("start", "my-tpu", "--restart_on_preemption=my-tpu", *TRAIN), "not created from here"),
         (("start", "my-tpu", "--secret=NO_SUCH_KEY", *TRAIN), "NO_SUCH_KEY: the variable is not set here"),
         (("start", "my-tpu", "--env=HF_TOKEN=x", *TRAIN), "looks like a secret"),
         (("install", "my-tpu", *TRAIN), "no command after -- is expected"),

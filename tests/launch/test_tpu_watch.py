@@ -24,7 +24,7 @@ class Scripted(Resource):
 
     def __init__(self, clock, states, workers, label="c0ffee"):
         super().__init__(Gcloud(), "my-tpu", "z", ORDER, QUEUED, clock.sleep, lambda: clock.now)
-        self.states, self.said, self.label, self.done = states, workers, label, []
+        self.states, self.said, self.label, self.done, self.failing = states, workers, label, [], []
 
     def describe(self):
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
@@ -38,24 +38,27 @@ class Scripted(Resource):
 
     def create(self):
         self.done.append("create")
+        if self.failing:
+            raise self.failing.pop()
 
     def delete(self, force):
         self.done.append(f"delete {force=}")
-
-    def wait(self, hours):
-        self.done.append(f"wait {hours}")
 
 
 @pytest.fixture
 def watched():
     """A function that watches a scripted TPU; returns what was done, with the clock's time at the end."""
 
-    def watch(states, workers=(["ended 0"],), steps=(3,), label="c0ffee", hours=100.0):
+    def watch(states, workers=(["ended 0"],), steps=(3,), label="c0ffee", hours=100.0, failing=()):
         clock, steps = Clock(), list(steps)
         resource = Scripted(clock, list(states), list(workers), label)
+        resource.failing = list(failing)
 
         def newest():
-            return steps.pop(0) if len(steps) > 1 else steps[0]
+            step = steps.pop(0) if len(steps) > 1 else steps[0]
+            if isinstance(step, Exception):
+                raise step
+            return step
 
         done = resource.done
         arguments = (lambda: done.append("install"), lambda: done.append("start"), newest, 24.0, hours, 60.0)
@@ -74,15 +77,25 @@ def test_a_run_that_ends_well_is_left_alone(watched):
 
 
 def test_a_run_that_fails_on_any_worker_is_told(watched):
-    with pytest.raises(RunError, match="ended with status 1 on 1 of 2 workers.*launch.tpu tail"):
-        watched(["ACTIVE"], [["ended 0", "running"], ["ended 0", "ended 1"]])
+    for other in ("ended 0", "ended 143"):
+        with pytest.raises(RunError, match="ended with status 1 on 1 of 2 workers.*launch.tpu tail"):
+            watched(["ACTIVE"], [[other, "running"], [other, "ended 1"]])
+
+
+AGAIN = ["delete force=False", "create", "install", "start"]
 
 
 def test_what_is_taken_away_is_made_anew(watched):
-    states = ["ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED", "ACTIVE"]
-    assert watched(states, [["running"], ["ended 0"]]) == [
-        *("delete force=False", "create", "wait 24.0", "install", "start"),
-    ]
+    states = ["ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    assert watched(states, [["running"], ["not installed"], ["running"], ["ended 0"]]) == AGAIN
+
+
+def test_a_replacement_that_fails_in_the_middle_is_finished(watched):
+    """Nothing else may have deleted it: that it is gone was this launcher's doing."""
+    states = ["ACTIVE", "SUSPENDED", None, "PROVISIONING", "ACTIVE"]
+    workers = [["running"], ["not installed"], ["ended 0"]]
+    done = watched(states, workers, failing=[RunError("status 1: gcloud create: no network")])
+    assert done == [AGAIN[0], "create", "create", "install", "start"]
 
 
 def test_nothing_else_is_ever_replaced(watched):
@@ -94,23 +107,49 @@ def test_nothing_else_is_ever_replaced(watched):
     assert watched.done == []
 
 
-def test_a_host_that_was_started_anew_gets_its_run_back(watched):
-    assert watched(["ACTIVE"], [["running", "lost"], ["running", "running"], ["ended 0", "ended 0"]]) == ["start"]
+@pytest.mark.parametrize("down", ["lost", "not started", "ended 143"])
+def test_a_host_that_was_started_anew_gets_its_run_back(watched, down):
+    looks = [["running", down]] * 6 + [["running", "running"], ["ended 0", "ended 0"]]
+    assert watched(["ACTIVE"], looks) == ["start"]
+    assert watched(["ACTIVE"], looks[-3:]) == [], "within the time in which it may be taken away"
+
+
+def test_a_launcher_that_was_interrupted_goes_on(watched):
+    states = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    assert watched(states, [["not installed"], ["running"], ["ended 0"]]) == ["install", "start"]
+
+
+def test_a_run_that_was_told_to_end_goes_on_elsewhere(watched):
+    """The cloud sends SIGTERM first, on which everything is saved, and then takes the machines away."""
+    states = ["ACTIVE", "ACTIVE", "SUSPENDED", "ACTIVE"]
+    done = watched(states, [["running"], ["ended 143", "ended 143"], ["not installed"], ["ended 0"]])
+    assert done == AGAIN
 
 
 def test_replacing_without_progress_has_an_end(watched):
-    with pytest.raises(RunError, match=f"replaced {REPLACEMENTS} times without a new checkpoint .the newest: none"):
+    with pytest.raises(RunError, match=f"{REPLACEMENTS} times without a new checkpoint .the newest: none"):
         watched(["SUSPENDED"], steps=[None])
     assert watched.done.count("create") == REPLACEMENTS
     with pytest.raises(RunError, match="the newest: step 9"):
         watched(["SUSPENDED"], steps=[*range(10)])
     assert watched.done.count("create") == 9 + REPLACEMENTS
+    with pytest.raises(RunError, match="the newest: none"):
+        watched(["SUSPENDED"], steps=[RunError("the bucket cannot be reached")])
+    with pytest.raises(RunError, match="not started once more"):
+        watched(["ACTIVE"], [["lost"]])
+    assert watched.done == ["start"] * REPLACEMENTS
 
 
 def test_what_hangs_has_a_limit(watched):
     with pytest.raises(RunError, match="still SUSPENDING after 30 min"):
         watched(["SUSPENDING"])
     assert SUSPEND_SECONDS <= watched.clock.now < SUSPEND_SECONDS + 120
+    with pytest.raises(RunError, match="not ACTIVE within 24 h .it is PROVISIONING"):
+        watched(["ACTIVE", "SUSPENDED", "PROVISIONING"], [["running"]])
+    assert 24 * 3600 <= watched.clock.now < 24 * 3600 + 300
+    with pytest.raises(RunError, match="FAILED: it was not ACTIVE within 24 h, or cannot be"):
+        watched(["ACTIVE", "SUSPENDED", "PROVISIONING", "FAILED"], [["running"]])
+    assert watched.done == AGAIN[:2]
     with pytest.raises(RunError, match="watched for 5 h. The run may go on"):
         watched(["ACTIVE"], [["running"]], hours=5.0)
     assert 5 * 3600 <= watched.clock.now < 5 * 3600 + 120

@@ -64,9 +64,11 @@ def test_what_is_started_outlives_the_call_and_is_started_once(folder):
     script = f'for i in $(seq 600); do [ ! -e {go} ] || exit 7; sleep 0.05; done; echo "not told" >&2'
     assert worker(folder, "start", "--", "bash", "-c", script).stdout == "uwm_jax worker: started\n"
     assert status(folder, "running")
-    again = worker(folder, "start", "--", "true")
-    assert (again.returncode, again.stdout) == (3, "uwm_jax worker: running already\n")
-    assert worker(folder, "start", "--again", "--", "true").returncode == 0
+    for arguments in (["--", "bash", "-c", script], ["--again", "--", "true"]):
+        other = worker(folder, "start", *arguments)
+        assert other.returncode == 3 and "another run is running: bash -c for i in" in other.stderr
+    same = worker(folder, "start", "--again", "--", "bash", "-c", script)
+    assert (same.returncode, same.stdout) == (0, "uwm_jax worker: running already\n")
     go.touch()
     assert status(folder, "ended 7")
     assert "with status 7" in log(folder) and "supervised" not in log(folder)
