@@ -9,9 +9,11 @@ import tempfile
 
 import pytest
 
+from uwm_jax import files
 from uwm_jax.config import base, source
 from uwm_jax.errors import UserError
 from uwm_jax.evaluation import places
+from uwm_jax.storage.errors import StorageError
 
 
 def choose(folder, settings, *, own=False, shared=False, name=None, run=None, file="about.json", makes=True):
@@ -90,6 +92,19 @@ def test_what_cannot_be_written_is_said_and_nothing_is_made(tmp_path, monkeypatc
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     with pytest.raises(UserError, match=r"Read-only file system\)\. --output=DIR writes them"):
         places.root(None, tmp_path)
+
+
+def test_a_bucket_that_cannot_be_written_is_said_before_anything_is_computed(bucket, monkeypatch):
+    place = files.as_place(bucket)
+    assert places.root(place / "out", place / "run") == place / "out"
+    assert not place.exists(), "nothing stays of the attempt"
+
+    def refuse(probe, data):
+        raise StorageError("writing", str(probe), "403 no permission", "Ask for the role", 403)
+
+    monkeypatch.setattr(places, "write_bytes", refuse)
+    with pytest.raises(UserError, match=r"run: results cannot be written there \(.*403 no permission.*--output=DIR"):
+        places.root(None, place / "run")
 
 
 def test_the_results_of_other_runs_are_left_alone(tmp_path):

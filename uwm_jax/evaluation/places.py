@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,9 +23,10 @@ from ml_collections import ConfigDict
 from uwm_jax import config as config_lib
 from uwm_jax.config_checks import matches
 from uwm_jax.errors import UserError
-from uwm_jax.files import Place, check_output, is_remote
+from uwm_jax.files import Place, is_remote, remove, write_bytes
 from uwm_jax.hub.runs import origin_of
 from uwm_jax.reading import read_json
+from uwm_jax.storage.errors import StorageError
 
 Settings = Mapping[str, Any]  # what tells a result apart from the run's own, JSON; {} for the run's own
 
@@ -86,17 +88,20 @@ def of_run(root: Place, workdir: Place) -> dict[str, str]:
 
 def require_writable(folder: Place) -> None:
     """Raises UserError where no file can be made in a folder, which need not be there yet."""
-    if is_remote(folder):
-        check_output(folder, "--output")
-        return
     there = folder
     try:
+        if is_remote(folder):
+            probe = folder / f".writable.{secrets.token_hex(4)}"
+            write_bytes(probe, b"")
+            remove(probe, missing_ok=True)
+            return
         while not there.exists():
             there = there.parent
         with tempfile.TemporaryFile(dir=str(there)):
             pass
-    except OSError as e:
-        why = str(e.strerror) if there == folder else f"{there}: {e.strerror}"
+    except (OSError, StorageError) as e:
+        reason = e.strerror if isinstance(e, OSError) else str(e)
+        why = str(reason) if there == folder else f"{there}: {reason}"
         raise UserError(
             f"{folder}: results cannot be written there ({why}). --output=DIR writes them and the report to another "
             "directory; the run is only read then."
