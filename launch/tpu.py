@@ -22,14 +22,14 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import plan_row, regions, training_command, variables
+from launch import actions, plan_row, regions, training_command, variables
 from launch.bundle import Bundle, bundle
 from launch.gcloud import Gcloud
 from launch.tpu_resource import QUEUED, REACH_SECONDS, VM, Order, Resource, order, remembered
 from launch.tpu_watch import Watch
 from launch.training_command import with_slices
 from uwm_jax import cli
-from uwm_jax.errors import UserError, suggest
+from uwm_jax.errors import UserError
 from uwm_jax.files import place
 from uwm_jax.training.checkpoints.steps import latest_step
 
@@ -64,7 +64,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    action, name = _arguments(call.arguments)
+    action, name = actions.read(call.arguments, ACTIONS, "TPU")
     zone = cli.required("zone")
     gcloud = Gcloud(FLAGS.dry_run, FLAGS.project)
     known = remembered(name, zone)
@@ -87,7 +87,7 @@ def create(resource: Resource, command: list[str]) -> None:
 
 
 def install(resource: Resource, command: list[str]) -> None:
-    _without(command, "install")
+    actions.refuse_command(command, "install")
     _install(resource, bundle(ROOT, build=not FLAGS.dry_run))
 
 
@@ -141,7 +141,7 @@ def start(resource: Resource, command: list[str]) -> None:
 
 
 def status(resource: Resource, command: list[str]) -> None:
-    _without(command, "status")
+    actions.refuse_command(command, "status")
     state = resource.state()
     print(
         f"{resource.name}: {state or 'there is none'}" if not FLAGS.dry_run else "", end="" if FLAGS.dry_run else "\n"
@@ -152,12 +152,12 @@ def status(resource: Resource, command: list[str]) -> None:
 
 
 def tail(resource: Resource, command: list[str]) -> None:
-    _without(command, "tail")
+    actions.refuse_command(command, "tail")
     resource.first("tail -n 100 -F uwm_jax/run.log", seconds=3600 * TAIL_HOURS)
 
 
 def delete(resource: Resource, command: list[str]) -> None:
-    _without(command, "delete")
+    actions.refuse_command(command, "delete")
     resource.delete(force=True)
     resource.forget()
 
@@ -170,20 +170,6 @@ ACTIONS: dict[str, Callable[[Resource, list[str]], None]] = {
     "tail": tail,
     "delete": delete,
 }
-
-
-def _arguments(found: Sequence[str]) -> tuple[str, str]:
-    if not found or found[0] not in ACTIONS:
-        hint = suggest(found[0], ACTIONS) if found else ""
-        raise UserError(f"expected one of {', '.join(ACTIONS)}, found {found[0] if found else 'nothing'}.{hint}")
-    if len(found) != 2:
-        raise UserError(f"{found[0]}: expected the name of one TPU, found {' '.join(found[1:]) or 'none'}.")
-    return found[0], found[1]
-
-
-def _without(command: Sequence[str], action: str) -> None:
-    if command:
-        raise UserError(f"{action}: no command after -- is expected, found {command[0]}.")
 
 
 def _look_ahead(resource: Resource, asked: Order | None, command: Sequence[str]) -> None:
