@@ -3,7 +3,7 @@
 The page is taken as a person would: its Python blocks become the files that it names, its bash blocks are run one
 after the other. What makes them tiny is put before their own flags, by a `python` that stands first on the PATH; the
 values and paths that only a person's machine has are replaced, and each replacement has to happen. Blocks marked `sh`
-in place of `bash` need an official checkpoint, and are not run.
+in place of `bash` need an official checkpoint or a bucket, and are not run.
 """
 
 from __future__ import annotations

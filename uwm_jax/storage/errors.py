@@ -77,7 +77,7 @@ def is_passing(error: BaseException) -> bool:
     return False
 
 
-_LIBRARIES = ("gcsfs", "aiohttp", "requests", "urllib3", "google.auth", "fsspec")
+_OF_GCSFS = re.compile(r"(gcsfs|fsspec|aiohttp|google\.auth)\b")  # modules; nothing else here uses them
 _OF_TENSORSTORE = re.compile(r"gs://|http_response_code|storage\.googleapis\.com|GCS")
 _REFUSED = re.compile(r"\b(401|403)\b|PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|credentials", re.IGNORECASE)
 
@@ -88,11 +88,9 @@ def told(error: BaseException) -> str:
     Our own calls raise `StorageError`; this is for what orbax, tensorstore and gcsfs raise from the middle of theirs.
     """
     for found in _chain(error):
-        of_library = type(found).__module__.split(".")[0] in _LIBRARIES or type(found).__module__.startswith(
-            "google.auth"
-        )
+        of_gcsfs = _OF_GCSFS.match(type(found).__module__) or str(found).startswith("Forbidden: https://")
         of_tensorstore = isinstance(found, ValueError) and _OF_TENSORSTORE.search(str(found))
-        if of_library or of_tensorstore or (isinstance(found, OSError) and str(found).startswith("Forbidden: ")):
+        if of_gcsfs or of_tensorstore:
             cause = " ".join(str(found).split())[:400].rstrip(".") or type(found).__name__
             refused = _REFUSED.search(cause) or getattr(found, "code", None) in (401, 403)
             advice = LOGIN if refused else "Check the network and the quota of the bucket, and rerun the same command"
