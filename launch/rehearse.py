@@ -2,11 +2,16 @@
 
     bash launch/rehearse.sh --processes 4
     bash launch/rehearse.sh --processes 2 --config=configs/droid.py --workdir=runs/rehearsal --config.batch_size=2
+    bash launch/rehearse.sh --processes 4 --kills=10
 
-Everything but --processes goes to `uwm_jax.train`, in each process with its number. Without --config this is
-configs/quickstart.py in tiny form; where `data_prep.demo` has not made its dataset yet, a few demonstrations are made
-in a temporary directory. Without --workdir the run is thrown away at the end. Output lines carry the number of their
-process. The exit status is that of the first process that failed; none is ever left behind.
+Everything but --processes, --kills and --seed goes to `uwm_jax.train`, in each process with its number. Without
+--config this is configs/quickstart.py in tiny form; where `data_prep.demo` has not made its dataset yet, a few
+demonstrations are made in a temporary directory. Without --workdir the run is thrown away at the end. Output lines
+carry the number of their process. The exit status is that of the first process that failed; none is ever left behind.
+
+--kills=N rehearses lost hosts: the run is trained twice, in WORKDIR/alone and in WORKDIR/killed. In the second each
+process has a supervisor (`uwm_jax.supervise`), and N times one of the processes is killed at a random moment; --seed
+draws both. The exit status is 1 if metrics of any step, or arrays of the last checkpoint, differ in a bit.
 """
 
 from __future__ import annotations
@@ -145,12 +150,16 @@ def one_device(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    count, rest = _take_processes(argv)
+    taken, rest = _take(argv, {"processes": "4", "kills": "0", "seed": "0"})
+    count, kills, seed = (
+        _number(name, taken[name], least) for name, least in (("processes", 1), ("kills", 0), ("seed", 0))
+    )
     if {"--help", "-h"} & set(rest):
         print(__doc__)
         return 0
     given = {a.lstrip("-").split("=")[0] for a in rest if a.startswith("-")}
-    flags = [f"--config.{field}" for field in SHORT]
+    steps = (f"total_steps={12 * kills + 12}",) if kills else ()  # enough for all kills
+    flags = [f"--config.{field}" for field in (*SHORT, *steps)]
     if "config" not in given:
         flags = ["--config=configs/quickstart.py", *flags, *(f"--config.{field}" for field in TINY)]
     with contextlib.ExitStack() as stack:
@@ -163,22 +172,24 @@ def main(argv: Sequence[str]) -> int:
                 print("error: data_prep.demo failed; it needs pip install -e '.[demo]'.", file=sys.stderr)
                 return status
             flags.append(f"--config.data.path={made}")
-        if "workdir" not in given:
+        if kills:
+            taken, rest = _take(rest, {"workdir": str(temporary)})
+            flags.append(f"--config.compilation_cache_dir={temporary / 'programs'}")  # every start compiles
+        elif "workdir" not in given:
             flags.append(f"--workdir={temporary / 'workdir'}")
         # Compiling takes most of the time, and more so with each process: a few steps need no fast program.
         env = dict(os.environ)
         env["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {env.get('XLA_FLAGS', '')}"
-        return _rehearse(count, [sys.executable, "-m", "uwm_jax.train", *flags, *rest], env)
+        command = [sys.executable, "-m", "uwm_jax.train", *flags, *rest]
+        if kills:
+            from launch.kills import rehearse  # imports jax, which a command that only starts others does not need
+
+            return rehearse(count, command, env, taken["workdir"], kills, seed, _show, _say)
+        return _rehearse(count, command, env)
 
 
 def _rehearse(count: int, command: Sequence[str], env: Mapping[str, str]) -> int:
-    lock = threading.Lock()
-
-    def show(process: int, line: str) -> None:
-        with lock:
-            print(f"[{process}] {line}", flush=True)
-
-    with Processes(count, command, env, show) as processes, _passing_on(processes):
+    with Processes(count, command, env, _show) as processes, passing_on(processes):
         statuses = processes.wait()
     if processes.first_failed is None:
         print(f"rehearsed: {count} processes, all with status 0")
@@ -188,8 +199,20 @@ def _rehearse(count: int, command: Sequence[str], env: Mapping[str, str]) -> int
     return statuses[failed]
 
 
+_lock = threading.Lock()
+
+
+def _say(line: str) -> None:
+    with _lock:
+        print(line, flush=True)
+
+
+def _show(process: int, line: str) -> None:
+    _say(f"[{process}] {line}")
+
+
 @contextlib.contextmanager
-def _passing_on(processes: Processes) -> Iterator[None]:
+def passing_on(processes: Processes) -> Iterator[None]:
     """SIGTERM and an interrupt tell the processes to save and end; the second time, or after a minute, they are
     killed."""
     told = threading.Event()
@@ -212,20 +235,24 @@ def _passing_on(processes: Processes) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _take_processes(argv: Sequence[str]) -> tuple[int, list[str]]:
-    """`--processes N` or `--processes=N`, and what is left."""
-    count, rest = "4", []
+def _take(argv: Sequence[str], defaults: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The values of `--name VALUE` or `--name=VALUE` for the names of `defaults`, and what is left."""
+    values, rest = dict(defaults), []
     arguments = iter(argv)
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name == "--processes":
-            count = value if equals else next(arguments, "")
+        if name.startswith("--") and name[2:] in values:
+            values[name[2:]] = value if equals else next(arguments, "")
         else:
             rest.append(argument)
-    if not count.isdigit() or int(count) < 1:
-        print(f"error: --processes: expected a number of at least 1, found {count!r}.", file=sys.stderr)
+    return values, rest
+
+
+def _number(name: str, value: str, least: int) -> int:
+    if not value.isdigit() or int(value) < least:
+        print(f"error: --{name}: expected a number of at least {least}, found {value!r}.", file=sys.stderr)
         sys.exit(2)
-    return int(count), rest
+    return int(value)
 
 
 def _demo_is_there() -> bool:

@@ -21,7 +21,7 @@ from absl import flags
 
 from uwm_jax import cli
 from uwm_jax.errors import UserError
-from uwm_jax.files import local_path
+from uwm_jax.files import place
 from uwm_jax.supervision import Process, Supervisor, Workdir
 
 FLAGS = flags.FLAGS
@@ -43,7 +43,7 @@ def main(call: cli.Call) -> None:
         raise UserError(
             "the command after -- has no --workdir, where checkpoints are looked for: give supervise its own --workdir."
         )
-    workdir = Workdir(local_path(named, "--workdir"))
+    workdir = Workdir(place(named, "--workdir"))
 
     def start(variables: Mapping[str, str]) -> Process:
         return Process(command, os.environ | variables)

@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from uwm_jax.ending import drop_output, end_with
 from uwm_jax.errors import RunError, UserError, warn
+from uwm_jax.files import Place
 from uwm_jax.reading import cause_of
 from uwm_jax.sweeps import record_file
 from uwm_jax.training.checkpoints.steps import latest_step
@@ -65,6 +65,7 @@ class Process:
             )
         except OSError as e:
             raise UserError(f"-- {command[0]}: cannot be started: {e.strerror}.") from e
+        _say(f"process {self._popen.pid} is started")
 
     def wait(self) -> int:
         os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOWAIT)
@@ -87,7 +88,7 @@ class Process:
 class Workdir:
     """What there is to see of a run, or of a sweep of runs, from outside."""
 
-    def __init__(self, place: Path):
+    def __init__(self, place: Place):
         self._place = place
         self._best: dict[str, int] = {}  # the newest step ever seen, by member; that of a run under ""
 
@@ -122,7 +123,7 @@ class Workdir:
     def _is_sweep(self) -> bool:
         return (self._place / record_file.FILE).is_file()
 
-    def _runs(self) -> dict[str, Path]:
+    def _runs(self) -> dict[str, Place]:
         if not self._is_sweep():
             return {"": self._place}
         return {name: self._place / record_file.MEMBERS / name for name in record_file.read(self._place)}

@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from launch.rehearse import Processes, one_device
-from uwm_jax.errors import UserError
+from uwm_jax.errors import RunError, UserError
 from uwm_jax.parallel import distributed
 from uwm_jax.parallel.company import place
 from uwm_jax.parallel.launch import find_launch
@@ -182,6 +183,19 @@ def main(argv):
 
 cli.run(main, define_flags)
 """
+
+
+def test_a_service_that_refuses_a_process_may_take_it_the_next_time(monkeypatch):
+    """Status 1, after which a supervisor starts it again: as when the others still are those of an earlier start."""
+
+    def refuse(**_):
+        raise jax.errors.JaxRuntimeError("ABORTED: 1 unexpectedly tried to connect with a different incarnation.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    for name, value in (("COORDINATOR_ADDRESS", "127.0.0.1:9"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "1")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    with pytest.raises(RunError, match=r"process 1 of 2 .* cannot join the run: ABORTED: .* Is the port"):
+        distributed.initialize()
 
 
 def run(scenario, count=2):

@@ -96,7 +96,7 @@ def initialize(join_seconds: int = JOIN_SECONDS, silence_seconds: float = SILENC
                 return  # a TPU without a pod around it
             raise UserError(f"{launch.described} cannot join the run: {e}") from e
         except jax.errors.JaxRuntimeError as e:
-            raise UserError(
+            raise RunError(  # it may pass: an earlier start of another process has yet to end
                 f"{launch.described} cannot join the run: {first_line(e)}. Is the port of the coordinator's address "
                 "free on the machine of process 0?"
             ) from e
