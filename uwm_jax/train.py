@@ -117,8 +117,7 @@ def run(
     began: tuple[float, float] | None,
     closing: contextlib.ExitStack,
 ) -> None:
-    startup = Startup(began)
-    goodput = Goodput(config.total_steps, config.batch_size, Supervised.from_environment(os.environ))
+    startup, goodput = Startup(began), Goodput(config.total_steps, config.batch_size)
     closing.callback(signals.restore)
     use_compilation_cache(config)
 
@@ -234,7 +233,7 @@ def run(
     log = MetricsLog(workdir, start_step, trackers.start(config, workdir, start_step, writes=main), writes=main)
     batches = prefetch_to_device(iter(loader), batch_sharding, config.data.prefetch, data.waits_for)
     progress = stored.assets.get("progress", {}) if stored else {}
-    goodput.begin(start_step, progress.get("goodput"), log.cut)
+    goodput.begin(start_step, progress.get("goodput"), log.cut, Supervised.from_environment(os.environ))
     if mfu.note:
         say(mfu.note)
 

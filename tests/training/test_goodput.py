@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
@@ -168,12 +169,15 @@ def test_durations():
 
 @pytest.fixture
 def supervised_start(now, monkeypatch):
-    """(*earlier starts) -> Goodput of a start that begins now, whose imports have taken 2 s."""
+    """(*earlier starts) -> Goodput, told of it, of a start that begins now, whose imports have taken 2 s."""
     monkeypatch.setattr("uwm_jax.training.goodput.time.time", lambda: now[0])
 
     def start(*earlier):
         began, now[0] = now[0], now[0] + 2
-        return Goodput(100, 8, Supervised(100.0, began, tuple(Start(*x) for x in earlier)))
+        told = Supervised(100.0, began, tuple(Start(*x) for x in earlier))
+        goodput = Goodput(100, 8)
+        monkeypatch.setattr(goodput, "begin", functools.partial(goodput.begin, supervised=told))
+        return goodput
 
     return start
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,15 @@ class Record:
     def saved(self, name: str) -> int:
         """The newest step of which this member and all others of its program had a whole checkpoint; 0 for none."""
         return self.members[name].get("saved", 0)
+
+    def begun(self, names: Sequence[str]) -> float:
+        """When these members were first opened, Unix seconds: now, the first time, which is written at once."""
+        new = [name for name in names if "began" not in self.members[name]]
+        for name in new:
+            self.members[name]["began"] = time.time()
+        if new:
+            self.write()
+        return min(self.members[name]["began"] for name in names)
 
     def set_saved(self, names: Sequence[str], step: int) -> None:
         for name in names:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ from uwm_jax.training.goodput import Goodput
 from uwm_jax.training.profile import Profile
 from uwm_jax.training.startup import Startup
 from uwm_jax.training.state import Hparams, TrainState
+from uwm_jax.training.supervised import Supervised
 from uwm_jax.training.telemetry import trackers
 from uwm_jax.training.telemetry.log import MetricsLog, losses_of, read_metrics
 
@@ -137,6 +139,7 @@ def run_sweep(
         distributed.barrier("all have read the record of the sweep")
         closing.callback(record.close)
         record.write()
+        supervised = Supervised.from_environment(os.environ)
         for number, group in enumerate(groups):
             places = [
                 Place(
@@ -150,7 +153,8 @@ def run_sweep(
             try:
                 end_if_told(number, len(groups))
                 with contextlib.ExitStack() as closing_group:
-                    run_group(places, record, describe, draw, None if number else began, closing_group)
+                    if run_group(places, record, describe, draw, None if number else began, supervised, closing_group):
+                        supervised = None  # which tells of the starts before this one
             except BaseException:
                 for place in places:
                     if record.members[place.name]["status"] == record_lib.TRAINING:
@@ -197,9 +201,13 @@ def run_group(
     describe: Callable[[Member], dict[str, Any]],
     draw: Draw,
     began: tuple[float, float] | None,
+    supervised: Supervised | None,
     closing: contextlib.ExitStack,
-) -> None:
-    """Trains members that differ in scalars alone, from where all of them stand to the last step."""
+) -> bool:
+    """Trains members that differ in scalars alone, from where all of them stand to the last step.
+
+    Returns whether there was a step to train.
+    """
     first, live = places[0], [place for place in places if not place.diverged]
     config = first.config
     startup, goodput = Startup(began), Goodput(config.total_steps, config.batch_size)
@@ -207,7 +215,7 @@ def run_group(
     distributed.require_same("config", [config_lib.flatten(place.config) for place in places])
     if not live:
         say(f"all {len(places)} members of this program have diverged before")
-        return
+        return False
 
     # --- Mesh, and the step that all members hold. --------------------------------------------------
     mesh = mesh_lib.make_mesh(config, members=len(places))
@@ -219,7 +227,8 @@ def run_group(
         say(f"nothing to do: {', '.join(p.name for p in live)} have made all {config.total_steps} steps")
         for place in live:
             record.set(place.name, record_lib.DONE, step=start_step, **last_losses(place.workdir, start_step))
-        return
+        return False
+    supervised = supervised and supervised.after(record.begun([place.name for place in live]))
     stored, origin = live[0].stored, None
     if not stored and config.init_from:
         origin = finetune.open_origin(config.init_from, config.init_from_parameters)
@@ -285,6 +294,7 @@ def run_group(
         start_step,
         progress.get("goodput"),
         next(log.cut for place, log in zip(places, logs, strict=True) if not place.diverged),
+        supervised,
     )
     trace = Profile.parse(None, first.workdir, start_step, config.total_steps)
     watch = Watch.begin(config, goodput, startup, trace, data.faults, closing)
@@ -327,6 +337,7 @@ def run_group(
     for place in left:
         record.set(place.name, record_lib.DONE)
     say(f"done: {config.total_steps} steps of {len(left)} members" if left else "no member of this program is left")
+    return True
 
 
 def open_log(place: Place, step: int, writes: bool) -> MetricsLog:

@@ -41,35 +41,43 @@ class Goodput:
     Args:
       total_steps: of the whole run.
       batch_size: global.
-      supervised: what the supervisor told this process, whose start is counted from there.
     """
 
-    def __init__(self, total_steps: int, batch_size: int, supervised: Supervised | None = None):
-        self._total_steps, self._batch_size, self._supervised = total_steps, batch_size, supervised
+    def __init__(self, total_steps: int, batch_size: int):
+        self._total_steps, self._batch_size = total_steps, batch_size
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
-        if supervised:
-            self._seconds["start"] += max(time.time() - supervised.began, 0.0)
+        self._made = time.time()
         self._stack = ["start"]
         self._mark = time.perf_counter()
         self._begun = self._line = (0, 0.0, 0.0)  # step, seconds of the loop, of these waiting for data
         self._known_pace: float | None = None
 
-    def begin(self, step: int, state: Mapping[str, Any] | None = None, cut: Mapping[str, Any] | None = None) -> None:
+    def begin(
+        self,
+        step: int,
+        state: Mapping[str, Any] | None = None,
+        cut: Mapping[str, Any] | None = None,
+        supervised: Supervised | None = None,
+    ) -> None:
         """The loop starts.
 
         Args:
           step: the step that the run continues from; 0 for a new one.
           state: what `state` returned when that step was saved.
           cut: the last line of `metrics.jsonl` that lies after `step`: the time of an earlier start up to that line,
-            as far as `state` does not hold it, is lost. After other starts under a supervisor, these count instead.
+            as far as `state` does not hold it, is lost.
+          supervised: what the supervisor told this process, whose start is then counted from there. Its earlier starts
+            count instead of `cut`.
         """
         self._switch()
         self._stack = ["step"]
         saved = state["seconds"] if state else {}
         for name, seconds in saved.items():
             self._seconds[name] += seconds
-        if self._supervised and self._supervised.earlier:
-            for name, seconds in self._supervised.unseen(state.get("at") if state else None).items():
+        if supervised:
+            self._seconds["start"] += max(self._made - supervised.began, 0.0)
+        if supervised and supervised.earlier:
+            for name, seconds in supervised.unseen(state.get("at") if state else None).items():
                 self._seconds[name] += seconds
         elif cut:
             seen = sum(cut.get(f"time/{name}", 0.0) for name in CATEGORIES)

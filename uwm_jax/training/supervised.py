@@ -50,6 +50,10 @@ class Supervised:
         """The variable that `from_environment` reads."""
         return {VARIABLE: json.dumps(dataclasses.asdict(self))}
 
+    def after(self, began: float) -> Supervised:
+        """The same of what began later than the supervisor: a program of a sweep."""
+        return dataclasses.replace(self, since=max(self.since, began))
+
     def unseen(self, saved_at: float | None) -> dict[str, float]:
         """Seconds between the checkpoint that this start continues from, or the first start, and this start.
 
