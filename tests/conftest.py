@@ -91,7 +91,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def make_tiny_config(tiny_dataset):
     """A function that makes what `tiny_config` is."""
-    return lambda: _tiny_config(tiny_dataset)
+    return lambda: tiny_config_of(str(tiny_dataset))
 
 
 @pytest.fixture
@@ -100,7 +100,8 @@ def tiny_config(make_tiny_config):
     return make_tiny_config()
 
 
-def _tiny_config(tiny_dataset):
+def tiny_config_of(dataset: str):
+    """What `tiny_config` is, with the path of its dataset."""
     from uwm_jax.config import base
 
     c = base()
@@ -112,7 +113,7 @@ def _tiny_config(tiny_dataset):
     c.model.encoder.stage_sizes, c.model.encoder.width, c.model.encoder.pool = (1,), 16, "flatten"
     c.model.encoder.use_low_dim = True
     c.model.codec.name = "pca"
-    c.data.path = str(tiny_dataset)
+    c.data.path = dataset
     c.data.cameras, c.data.low_dim = ("wrist",), ("state",)
     c.data.action = (
         ("action_dict/cartesian_velocity", "xyz_euler_to_rot6d"),
