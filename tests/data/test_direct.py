@@ -11,7 +11,7 @@ import pytest
 from array_record.python import array_record_module
 
 from uwm_jax.data import shards
-from uwm_jax.data.direct import DirectFile
+from uwm_jax.data.direct import DirectFile, read_places
 from uwm_jax.data.index import Chunk
 
 BLOCK = 1 << 16
@@ -42,6 +42,16 @@ def test_records_are_those_that_were_written(tmp_path, seed):
         assert file.read(number).tobytes() == records[number]
     with pytest.raises(IndexError):
         file.read(len(records))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_range_of_a_place_holds_its_record(tmp_path, seed):
+    records = some_records(seed)
+    path = Path(write(tmp_path / "file", records))
+    data = path.read_bytes()
+    places = read_places(len(data), lambda start, stop: data[start:stop])
+    assert places == DirectFile(str(path)).places
+    assert [place.record(data[slice(*place.range)]) for place in places] == records
 
 
 def test_a_large_record_takes_several_calls(tmp_path, monkeypatch):

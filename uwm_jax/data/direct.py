@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from uwm_jax.data.example import read_varint, varint
+from uwm_jax.data.example import read_varint
 
 _BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 1 << 16, 24, 40
 _MOST_PARTS = 512  # of a system call, which takes 1024
@@ -44,8 +44,8 @@ class RecordPlace(NamedTuple):
     @property
     def head(self) -> int:
         """Bytes of the chunk before the record: its header, a byte for no compression, the sizes' length, the size."""
-        sizes = varint(self.size)
-        return _CHUNK_HEADER + 1 + len(varint(len(sizes))) + len(sizes)
+        varint_bytes = max(1, -(-self.size.bit_length() // 7))  # whose own length takes a byte
+        return _CHUNK_HEADER + 2 + varint_bytes
 
     @property
     def range(self) -> tuple[int, int]:
@@ -54,7 +54,7 @@ class RecordPlace(NamedTuple):
 
     def record(self, data: bytes) -> bytes:
         """The record in the bytes of `range`, unverified."""
-        return payload(data, self.begin)[self.head :]
+        return payload(data, self.begin, self.head)
 
 
 def _end(begin: int, size: int) -> int:
@@ -65,14 +65,15 @@ def _end(begin: int, size: int) -> int:
     return block * _BLOCK + _BLOCK_HEADER + offset + 1
 
 
-def payload(data: bytes, begin: int) -> bytes:
-    """Bytes of a file from `begin` on without the headers of blocks."""
+def payload(data: bytes, begin: int, skip: int = 0) -> bytes:
+    """Bytes of a file from `begin` on without the headers of blocks, and without the first `skip` of them."""
     view, parts, at = memoryview(data), list[memoryview](), 0
     while at < len(data):
         offset = (begin + at) % _BLOCK
         if offset < _BLOCK_HEADER:
             at, offset = at + _BLOCK_HEADER - offset, _BLOCK_HEADER
-        stop = at + _BLOCK - offset
+        at, stop = at + skip, at + _BLOCK - offset
+        skip = max(at - stop, 0)
         parts.append(view[at:stop])
         at = stop
     return b"".join(parts)

@@ -68,19 +68,18 @@ class RangedFolder:
         wanted, seconds = (name, start, stop), seconds or environment.SILENCE_SECONDS
         with self._lock:
             future = self._taken(wanted) or self._start(wanted)
-        where = str(self._place / name)
         try:
             found = future.result(timeout=seconds)
         except TimeoutError:
             future.cancel()
-            raise TimeoutError(errno.ETIMEDOUT, f"no answer in {seconds:g} s", where) from None
+            raise TimeoutError(errno.ETIMEDOUT, f"no answer in {seconds:g} s", self._where(name)) from None
         except Exception as e:
-            raise _told(e, where) from e
+            raise _told(e, self._where(name)) from e
         if found.state == "missing":
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where)
-        if len(found.value) != stop - start:
-            raise OSError(errno.EIO, f"{len(found.value)} of {stop - start} bytes came", where)
-        return found.value
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._where(name))
+        if len(data := found.value) != stop - start:
+            raise OSError(errno.EIO, f"{len(data)} of {stop - start} bytes came", self._where(name))
+        return data
 
     def forget(self) -> None:
         """Gives up what is begun and not taken."""
@@ -89,6 +88,9 @@ class RangedFolder:
                 future.cancel()
             self._begun.clear()
             self._bytes = 0
+
+    def _where(self, name: str) -> str:
+        return str(self._place / name)
 
     def _taken(self, wanted: _Range) -> Any:
         if wanted not in self._begun:
