@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from uwm_jax import files, systems
-from uwm_jax.codecs import VAECodec
 from uwm_jax.errors import UserError, warn
 from uwm_jax.files import AnyPath, Place
 from uwm_jax.systems.base import System
@@ -106,7 +105,7 @@ def describe(system: System, tensors: Mapping[str, np.ndarray], step: int, workd
 def unlike_official(system: System) -> list[str]:
     """What the official code refuses or misreads in a `.pt` of this model, a sentence for each field of the config."""
     told, c = [], system.config
-    if system.codec is not None and not isinstance(system.codec, VAECodec):
+    if system.codec is not None and not official_codecs.is_official(system.codec):
         told.append(
             f"config.model.codec.name={system.codec.name!r}: the official code has the VAE alone, and loads `model` "
             "strictly."

@@ -136,6 +136,11 @@ def _diffusers_config(own: Tensors) -> dict[str, Any]:
     return {**diffusers_vae.infer_config({name: t.shape for name, t in own.items()}), **_SDXL_PARTS}
 
 
+def is_official(codec: Codec) -> bool:
+    """Whether the official code has this codec."""
+    return isinstance(codec, VAECodec)
+
+
 def _faults_of_latents(tensors: Mapping[str, np.ndarray], channels: int) -> list[str]:
     """The wrapper's buffers are constants of our codec, so they must hold what the official code puts there."""
     faults, shape = [], (1, channels, 1, 1)
