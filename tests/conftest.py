@@ -1,4 +1,4 @@
-"""Set before jax is imported: the CPU, a compilation cache that makes reruns quick, and no network."""
+"""Set before jax is imported: the CPU, quick compilation, a cache that makes reruns quicker still, and no network."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import quick_compile
+
 _CACHE = Path(__file__).resolve().parents[1] / ".jax_cache"
 
 # Processes that a test starts inherit these.
 os.environ["JAX_PLATFORMS"] = "cpu"
+for name, value in quick_compile.ENVIRON.items():
+    if value not in os.environ.get(name, ""):  # the workers of xdist inherit them
+        os.environ[name] = f"{os.environ.get(name, '')} {value}".strip()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -53,6 +58,24 @@ def storage_emulator():
 def bucket(storage_emulator) -> str:
     """A folder of the emulator's bucket that only this test uses: `gs://bkt/<unique>`."""
     return f"gs://bkt/{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def optimised():
+    """The programs of a test are compiled with the optimisations that a user's have, which `quick_compile` leaves out.
+
+    For tests to which a rounding matters. Processes that the test starts have them too."""
+    import jax
+
+    def compile_quickly(on: bool) -> None:
+        jax.config.update("jax_disable_most_optimizations", on)
+        jax.clear_caches()  # among them programs that were compiled the other way
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+        compile_quickly(False)
+        yield
+    compile_quickly(True)
 
 
 @pytest.fixture

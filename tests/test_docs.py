@@ -103,9 +103,7 @@ def ran(place):
         for pattern, replacement in REPLACED.items():
             text = re.sub(pattern, replacement, text)
         command = ["bash", "-euo", "pipefail", "-c", text]
-        # Most of the time here is compilation, above all for several devices.
-        count = 4 if "mesh.fsdp=4" in text else 1
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count} {quick_compile.FLAGS}"
+        env["XLA_FLAGS"] = quick_compile.with_devices(4 if "mesh.fsdp=4" in text else 1)
         result = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600)
         results.append((block, result))
         if result.returncode:

@@ -32,8 +32,7 @@ def call(*flags):
 
 
 @pytest.mark.slow
-def test_a_step_is_planned_and_measured_here(file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # most of the time here is compilation
+def test_a_step_is_planned_and_measured_here(file, tmp_path, capsys):
     output = tmp_path / "rows.json"
     flags = ("--config.eval.every=3", "--config.batch_size=1024", f"--json={output}", "--price=2")
     assert call(f"--config={file}", "--measure", *flags) == 0

@@ -104,7 +104,7 @@ def train_command(tmp_path_factory, make_tiny_config):
 def start(jobs, count):
     """Runs jobs, one after the other, in `count` processes; what each of them said."""
     command = [sys.executable, "-c", RECORDER, json.dumps(jobs)]
-    with Processes(count, command, os.environ | {"XLA_FLAGS": quick_compile.FLAGS}) as processes:
+    with Processes(count, command, os.environ) as processes:
         assert processes.wait(400) == [0] * count, processes.lines
     return processes.lines
 
@@ -122,9 +122,7 @@ def runs(tmp_path_factory, train_command):
         return [["copy", str(root / before), str(root / after)], train_command(root / after, *more)]
 
     def start_with_8_devices(jobs):
-        environ = one_device(os.environ) | {
-            "XLA_FLAGS": f"{quick_compile.FLAGS} --xla_force_host_platform_device_count=8"
-        }
+        environ = one_device(os.environ) | {"XLA_FLAGS": quick_compile.with_devices(8)}
         command = [sys.executable, "-c", RECORDER, json.dumps(jobs)]
         result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=400)
         assert result.returncode == 0, result.stderr
@@ -257,8 +255,7 @@ def test_sigterm_saves_and_sigkill_ends_all(train_command, tmp_path):
             assert time.monotonic() < deadline and not any(p.poll() for p in processes.popen), processes.lines
             time.sleep(0.05)
 
-    environ = os.environ | {"XLA_FLAGS": quick_compile.FLAGS}
-    with Processes(2, command, environ) as processes:
+    with Processes(2, command, os.environ) as processes:
         wait_for_a_step(processes)
         processes.popen[1].send_signal(signal.SIGTERM)
         statuses = processes.wait(120)
@@ -268,7 +265,7 @@ def test_sigterm_saves_and_sigkill_ends_all(train_command, tmp_path):
     assert metrics(tmp_path, "run")[-1]["step"] <= steps[0]
     assert any(f"step {steps[0]} is saved" in line for line in processes.lines[0])
 
-    with Processes(2, command, environ) as processes:
+    with Processes(2, command, os.environ) as processes:
         wait_for_a_step(processes)
         assert f"continuing from step {steps[0]}" in processes.lines[0]
         processes.popen[1].send_signal(signal.SIGKILL)

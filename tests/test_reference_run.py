@@ -29,7 +29,6 @@ from uwm_jax import config as config_lib
 REFERENCE = Path(__file__).parent / "golden" / "reference_run.json"
 STEPS = 3  # two steps later, at this learning rate, rounding has grown to 4e-5
 TOLERANCE = 1e-5  # of which XLA's optimisation levels and instruction sets take 2.3e-7
-XLA_FLAGS = f"--xla_force_host_platform_device_count=2 {quick_compile.FLAGS}"
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +77,7 @@ def is_compared(name: str) -> bool:
 
 def test_losses_and_gradient_norms_are_those_of_before(config_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "uwm_jax.train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
-    environ = os.environ | {"XLA_FLAGS": XLA_FLAGS}
+    environ = os.environ | {"XLA_FLAGS": quick_compile.with_devices(2)}
     ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -200,11 +200,10 @@ def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config
 @pytest.mark.multihost
 def test_of_several_processes_the_one_that_hangs_is_named_and_all_save(command, tmp_path):
     """Without any signal, at `hang_seconds`; then once more, with a SIGTERM to the process that does not hang."""
-    environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     hangs, last = tmp_path / "hangs.1", 0
     for seconds, status in ((6, 1), (900, 143)):
         hangs.unlink(missing_ok=True)
-        with Processes(2, command(f"--config.hang_seconds={seconds}"), environ) as processes:
+        with Processes(2, command(f"--config.hang_seconds={seconds}"), os.environ) as processes:
 
             def steps(lines=processes.lines):
                 return steps_of("\n".join(lines[0]))

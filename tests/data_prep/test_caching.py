@@ -10,6 +10,7 @@ import pytest
 
 from data_prep import latents as command
 from data_prep.caching import Options, make
+from tests import quick_compile
 from tests.data_prep.killing import Commands, kill_and_resume, tree
 from tests.training import cached_case
 from uwm_jax import cli
@@ -145,7 +146,7 @@ def test_a_killed_job_continues_and_ends_as_an_uninterrupted_one_on_two_devices(
     config = config_of(tmp_path / "whole")
     quietly(config, Options(variants=2, steps_per_part=20))
 
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("XLA_FLAGS", quick_compile.with_devices(2))
     commands = Commands("data_prep.latents")
     folder = dataset / "latents/pixels/wrist/train"
     parts = lambda: len(list(folder.glob("part-*.latents")))  # noqa: E731

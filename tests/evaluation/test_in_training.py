@@ -179,9 +179,8 @@ def test_processes_act_together_with_parameters_that_are_cut(tmp_path):
     found = []
     for count in (1, 2):
         output = tmp_path / f"{count}.npz"
-        environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
         command = [sys.executable, "-m", "tests.evaluation.acting_processes", f"--output={output}"]
-        with Processes(count, command, environ) as processes:
+        with Processes(count, command, os.environ) as processes:
             assert processes.wait(400) == [0] * count, processes.lines
         found.append(np.load(output))
     alone, together = found

@@ -13,7 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+from tests import quick_compile
+
+os.environ["XLA_FLAGS"] = quick_compile.with_devices(8)
 
 import jax
 

@@ -277,8 +277,7 @@ def test_two_processes_train_members_as_one_does(devices, finished, config, tmp_
     file = config_file(tmp_path, config, OVERRIDES[:2])
     command = [sys.executable, "-m", "launch.sweep", f"--config={file}", f"--workdir={tmp_path / 'two'}"]
     command.append(f"--config.sweep.devices={devices}")
-    environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    with Processes(2, command, environ) as processes:
+    with Processes(2, command, os.environ) as processes:
         assert processes.wait(400) == [0, 0], processes.lines
     assert sum("2 members in 1 program(s)" in "\n".join(lines) for lines in processes.lines) == 1, "one process speaks"
     for name in NAMES[:2]:

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from launch.rehearse import Processes, one_device
+from tests import quick_compile
 from tests.training import small_run
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
@@ -205,7 +206,7 @@ for shape, spec in (((1, 8, 1), P("fsdp")), ((1, 1, 2), P(None, "tensor")), ((1,
 checkpoints.close()
 print("all equal")
 """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": quick_compile.with_devices(8)}
     command = [sys.executable, "-c", program, str(Path(__file__).parents[2]), str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert "all equal" in result.stdout, result.stderr[-3000:]
