@@ -12,12 +12,13 @@ import threading
 import time
 
 from uwm_jax.errors import RunError
-from uwm_jax.files import Generation, Place, create, read_with_generation, replace_if
+from uwm_jax.files import Generation, Place, create, read_with_generation, replace_if, within
 from uwm_jax.reading import cause_of
 
 PUT_SECONDS = 10.0  # from a change until the thread puts it; a bucket takes one write of an object a second
 SHARE = 0.05  # of the time, at most, that the thread spends on puts: a long `metrics.jsonl` is put less often
 TAKE_ATTEMPTS = 10  # of replacing what another process, whose workdir this has become, may still be writing
+CLOSE_SECONDS = 30.0  # for what came after the last checkpoint, when a run ends
 JOIN_SECONDS = 5.0
 
 
@@ -86,10 +87,11 @@ class Rewritten:
             self._put, self._failure = number, ""
 
     def close(self) -> None:
-        """Puts what is left, and ends the thread. Raises as `flush`."""
+        """Puts what is left, and ends the thread. Raises as `flush`, after `CLOSE_SECONDS` at most."""
         self._closed.set()
         try:
-            self.flush()
+            with within(CLOSE_SECONDS):
+                self.flush()
         finally:
             self._thread.join(JOIN_SECONDS)
 
