@@ -2,6 +2,7 @@
 
     python -m data_prep.benchmark
     python -m data_prep.benchmark --json=loader.json --pss --soak=30
+    python -m data_prep.benchmark --bucket --json=bucket.json
 
 The windows are DROID's: 3 cameras at 180x320, 2 current and 2 later frames, 16 actions. Rows of the table, in windows
 per second of one core's time:
@@ -17,6 +18,9 @@ Each row reads in a process of its own, kept on one core where the system can; a
 are compared by medians of rounds. Rates count the CPU time of the process. Files are read from the page cache, where
 only a small dataset lies. It also measures the disk that each layout takes, the time to the first batch of a dataset
 with a million windows, and how fast `data_prep.reshard` cuts the RLDS.
+
+`--bucket` measures something else: what one core reads from a bucket whose requests take `--delay` seconds, next to
+what it reads from the page cache (`data_prep.bucket_rates`).
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from data_prep import loader_data, loader_memory, loader_rates
+from data_prep import bucket_rates, loader_data, loader_memory, loader_rates
 from data_prep.reshard_speed import mb_per_s_per_core
 from uwm_jax import cli, files
 from uwm_jax.errors import UserError
@@ -82,6 +86,8 @@ def define_flags() -> None:
     flags.DEFINE_float("seconds", default.seconds, "of CPU time of a row in a round", lower_bound=0.01)
     flags.DEFINE_integer("windows", default.windows, "of the dataset whose first batch is timed", lower_bound=1)
     flags.DEFINE_bool("pss", default.pss, "measure how 16 processes share the memory of the index")
+    flags.DEFINE_bool("bucket", False, "measure reading from a bucket, an emulator's on this machine, instead")
+    flags.DEFINE_float("delay", 0.05, "with --bucket, seconds that every request waits", lower_bound=0.0)
     flags.DEFINE_float("soak", default.soak, "minutes to load, watching the process's memory; 0 = not", lower_bound=0.0)
 
 
@@ -94,10 +100,22 @@ def main(call: cli.Call) -> None:
         raise UserError(f"--directory={parent}: expected a directory with about 2 GB of room.")
     given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)}
     with tempfile.TemporaryDirectory(prefix="loader-benchmark-", dir=parent) as directory:
-        found = benchmark(Path(directory), Settings(**given))
-    print(table(found))
+        if FLAGS.bucket:
+            found, text = _bucket(Path(directory), given)
+        else:
+            found = benchmark(Path(directory), Settings(**given))
+            text = table(found)
+    print(text)
     if output:
         files.write_text(output, json.dumps(found, indent=2) + "\n")
+
+
+def _bucket(directory: Path, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What `--bucket` finds, and its table."""
+    sizes = {name: given[name] for name in ("episodes", "steps", "rounds", "seconds")}
+    with tqdm(total=4 * sizes["rounds"], desc="measuring", unit="turn") as bar:
+        found = bucket_rates.benchmark(directory, **sizes, delay=FLAGS.delay, progress=bar.update)
+    return found, bucket_rates.table(found)
 
 
 def benchmark(directory: Path, settings: Settings) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import statistics
 import time
 import types
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from data_prep import benchmark, loader_data, loader_memory, loader_rates, rlds
+from data_prep import benchmark, bucket_rates, loader_data, loader_memory, loader_rates, rlds
 from uwm_jax.data import example, records
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset
@@ -187,6 +188,27 @@ def test_the_table_has_what_the_file_has(tmp_path, monkeypatch):
     told = [line.split()[0] for line in text.splitlines() if line]
     assert {*benchmark.BARS} - {"soak/rss_at_end_of_warm"} <= {*told}
     assert f"{found['windows_per_s_per_core/pixels']:.1f}" in text
+
+
+@pytest.mark.slow
+def test_a_bucket_is_measured_beside_the_disk(tmp_path, monkeypatch):
+    pytest.importorskip("zarr")
+    monkeypatch.setattr(bucket_rates, "Child", Here)
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    before, environ = os.sched_getaffinity(0), dict(os.environ)
+    sizes = {"episodes": 2, "steps": 38, "rounds": 2, "seconds": 0.02}
+    found = json.loads(json.dumps(bucket_rates.benchmark(tmp_path, delay=0.001, **sizes)))
+    bucket_rates._readers.clear()
+    assert (os.sched_getaffinity(0), dict(os.environ)) == (before, environ)
+    for kind in ("wall", "cpu"):
+        rounds = {row: found[f"rounds/{kind}/{row}"] for row in ("local_8", "local_4", "bucket_8", "bucket_4")}
+        assert all(len(rates) == 2 and min(rates) > 0 for rates in rounds.values())
+        best = max(("local_8", "local_4"), key=lambda row: statistics.median(rounds[row]))
+        assert found[f"{kind}/of_local"] == loader_rates.ratio(rounds, "bucket_4", best)
+    assert 0 < found["requests/8"] < found["requests/4"] * 2 and found["copy/mb_per_s"] > 0
+    for share, verdict in ((0.79, "MISSED"), (0.8, "met")):
+        assert verdict in bucket_rates.table(found | {"wall/of_local": share}).split()
 
 
 @pytest.mark.parametrize(

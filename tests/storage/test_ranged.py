@@ -73,6 +73,8 @@ def test_errors_are_passing_or_told(said: str, kind: type[Exception]) -> None:
 
 def test_requests_that_fail_are_sent_again(storage_emulator, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     files.write_bytes(f"{bucket}/a", DATA)
+    monkeypatch.setattr(ranged, "RETRIES", {"max_retries": 4, "initial_delay": "10ms", "max_delay": "20ms"})
+    monkeypatch.setattr(ranged, "_context", ranged._context.__wrapped__)
     met = iter(["503", "429", "reset", "truncate"])
     with fault_proxy(storage_emulator.url, faults=lambda method, path, number: next(met, None)) as proxy:
         for name, value in proxy.environ.items():
