@@ -88,7 +88,7 @@ def _assemble_split(
 ) -> dict[str, Any]:
     parts = [result for _, result in tasks]
     order = {key: i for i, key in enumerate(layout.columns)}
-    made = [(job.folder / shard["part"], shard) for job, result in tasks for shard in result.shards]
+    made = [(job.local_folder / shard["part"], shard) for job, result in tasks for shard in result.shards]
     names = shard_names(corpus.name, split, len(made))
     for (part, _), name in zip(made, names, strict=True):
         if not (dataset / name).exists():  # else it was moved before the job was killed
@@ -105,7 +105,7 @@ def _assemble_split(
         lengths=[n for part in parts for n in part.lengths],
         checksums=[crc for part in parts for crc in part.checksums],
         texts={name: [text for part in parts for text in part.texts.get(name, [])] for name in layout.texts},
-        columns=lambda key: [job.folder / f"{order[key]}.column" for job, result in tasks if result.lengths],
+        columns=lambda key: [job.local_folder / f"{order[key]}.column" for job, result in tasks if result.lengths],
     )
     remarks: collections.Counter[str] = sum((part.remarks for part in parts), collections.Counter())
     missing = [job.input.name for job, result in tasks if isinstance(job.input, Missing) and not result.episodes]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from data_prep.results import Result, first_notes
 from data_prep.workers import pool
 from uwm_jax.data.chunks import EpisodeError, Layout, cut_episode
 from uwm_jax.data.writing import ShardWriter
-from uwm_jax.files import new_folder
+from uwm_jax.files import Place, copy_tree, new_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +33,17 @@ class Job:
     input: Input
     layout: Layout
     shard_bytes: int
-    parts: Path
+    parts: Place
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         return self.parts / f"{self.split}.{self.number:05d}"
+
+    @property
+    def local_folder(self) -> Path:
+        """`folder`, of a task whose parts are on this machine."""
+        assert isinstance(self.folder, Path)
+        return self.folder
 
     @property
     def is_done(self) -> bool:
@@ -77,7 +85,7 @@ def run_task(job: Job, wait: bool = True) -> bool:
             _count(job.input.size, len(job.result().lengths))
             return True
         try:
-            with new_folder(job.folder) as folder:
+            with _new_part(job.folder) as folder:
                 _cut(job, folder).save(folder / RESULT)
         except OSError:
             if not job.is_done:  # another process finished it first, where files cannot be locked
@@ -86,6 +94,18 @@ def run_task(job: Job, wait: bool = True) -> bool:
             e.add_note(f"in the task {job.folder.name}: {job.input.name}")
             raise
     return True
+
+
+@contextlib.contextmanager
+def _new_part(part: Place) -> Iterator[Path]:
+    """As `new_folder`; in a bucket, over the same bytes that another process, or one that was killed, has written."""
+    if isinstance(part, Path):
+        with new_folder(part) as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+        copy_tree(Path(name), part, last=RESULT)
 
 
 def _cut(job: Job, folder: Path) -> Result:

@@ -14,7 +14,6 @@ from absl import flags
 from data_prep import layout_options
 from data_prep.hdf5_episodes import FLIPS, corpus
 from data_prep.inputs import Corpus
-from data_prep.output import local_output
 from data_prep.training_layout import run
 from uwm_jax import cli
 from uwm_jax.data.episodes import JPEG_QUALITY
@@ -38,7 +37,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    source, output = cli.required_local_path("input"), local_output()
+    source, output = cli.required_local_path("input"), layout_options.output()
 
     options = layout_options.from_flags(call)
 

@@ -28,7 +28,7 @@ A converter of clips, in short:
     def main(call: cli.Call) -> None:
         options = layout_options.from_flags(call)
         path = cli.required_local_path("input")
-        run(lambda: corpus(path), local_output(), options, path)
+        run(lambda: corpus(path), layout_options.output(), options, path)
 
 Inputs are pickled into worker processes, so they hold paths and settings, never open files or decoded data. `episodes`
 must give the same episodes in the same order whenever it is called: a job that was killed continues with the inputs

@@ -9,8 +9,10 @@ from typing import Any
 from absl import flags
 
 from data_prep.codec import check_options
+from data_prep.output import local_output
 from uwm_jax import cli
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place
 
 FLAGS = flags.FLAGS
 
@@ -114,6 +116,11 @@ def from_flags(call: cli.Call) -> Options:
     if call.passed_on and not FLAGS.beam:
         raise UserError(f"{' '.join(call.passed_on)}: what follows ` -- ` is for Beam. Give --beam, or leave it out.")
     return Options(**values | {"task": _share(FLAGS.task), "beam": call.passed_on if FLAGS.beam else None})
+
+
+def output() -> Place:
+    """The path of `--output`, which may be in a bucket with `--beam`; raises UserError as `output.local_output`."""
+    return cli.required_path("output") if FLAGS.beam else local_output()
 
 
 def _share(value: str) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """Runs the tasks of a job on an Apache Beam pipeline: the same function as without, so the dataset is the same.
 
-Every worker must see the input and the output under the same paths, on a file system that renames folders atomically.
-Only the DirectRunner is tested.
+Every worker must see the input and the output under the same paths, on a file system that renames folders atomically;
+the output may also be in a bucket (`bucket_output`). Only the DirectRunner is tested.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from __future__ import annotations
 from absl import flags
 
 from data_prep import layout_options
-from data_prep.output import local_output
 from data_prep.rlds import corpus
 from data_prep.training_layout import run
 from uwm_jax import cli
@@ -30,7 +29,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    source, output = cli.required_local_path("input"), local_output()
+    source, output = cli.required_local_path("input"), layout_options.output()
     run(lambda: corpus(source, FLAGS.split, FLAGS.max_missing_files), output, layout_options.from_flags(call), source)
 
 

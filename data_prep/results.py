@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uwm_jax.errors import UserError
+from uwm_jax.files import Place
 
 MAX_NOTES = 100  # skipped episodes of each reason that are described individually
 
@@ -47,7 +48,7 @@ class Result:
         file.write_text(json.dumps(vars(self) | {"texts": texts}))
 
     @classmethod
-    def load(cls, file: Path) -> Result:
+    def load(cls, file: Place) -> Result:
         """Reads what `save` wrote.
 
         Raises:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import on_beam, rlds
+from data_prep import bucket_output, on_beam, rlds
 from data_prep.assemble import assemble, check_files
 from data_prep.codec import common_size, fit_codec, why_not_fitted
 from data_prep.cutting import Job, run_jobs
@@ -25,13 +25,14 @@ from data_prep.dataset_stats import write_stats
 from data_prep.inputs import Corpus, Missing
 from data_prep.job_folder import MISSING, JobFolder, job_folder
 from data_prep.layout_options import Options
-from data_prep.output import check_output, warn_of_space
+from data_prep.output import check_output, local_place, warn_of_space
 from data_prep.results import Result, first_notes
 from uwm_jax import __version__
 from uwm_jax.data import records
 from uwm_jax.data.chunks import EpisodeError, Layout, camera_features, frame_size, plan_layout
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import RunError, UserError
+from uwm_jax.files import AnyPath, Place, RemotePath, as_place
 from uwm_jax.reading import read_json
 
 _SIZED_EPISODES = 64  # read to find the size of a camera that features.json does not specify
@@ -40,7 +41,7 @@ _PRINTED_NOTES = 20  # in the summary
 
 
 def reshard(
-    source: str | os.PathLike[str], output: str | os.PathLike[str], *, splits: Sequence[str] = (), **options: Any
+    source: str | os.PathLike[str], output: AnyPath, *, splits: Sequence[str] = (), **options: Any
 ) -> dict[str, Any]:
     """`build` for the whole RLDS dataset `source`; returns its manifest.
 
@@ -55,13 +56,14 @@ def reshard(
 
 def build(
     corpus: Corpus | Callable[[], Corpus],
-    output: str | os.PathLike[str],
+    output: AnyPath,
     options: Options,
     source: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any] | None:
     """Makes the training dataset `output` from a corpus, completely or not at all.
 
-    A job that was killed, or that failed, is continued by the next one of the same corpus and options.
+    A job that was killed, or that failed, is continued by the next one of the same corpus and options. Only tasks that
+    Beam does may write into a bucket; the dataset is then assembled on the local disk, in $TMPDIR, and uploaded.
 
     Args:
         corpus: the source of its episodes, or a function that opens it, called after `options` and `output` have been
@@ -74,8 +76,22 @@ def build(
             begun with another corpus or other options (without `overwrite`).
         RunError: more than `max_skipped` was skipped; nothing is published.
     """
-    output = Path(output)
+    output = as_place(output)
     options.check()
+    if isinstance(output, RemotePath) and options.beam is not None:
+        with bucket_output.staged(output, is_training_dataset, overwrite=options.overwrite) as local:
+            return _build(corpus, local, options, source, bucket=output)
+    return _build(corpus, local_place(output, "--output"), options, source)
+
+
+def _build(
+    corpus: Corpus | Callable[[], Corpus],
+    output: Path,
+    options: Options,
+    source: str | os.PathLike[str] | None,
+    bucket: RemotePath | None = None,
+) -> dict[str, Any] | None:
+    """`build` on a local disk; `bucket` is where the dataset will lie in a bucket, and its parts lie next to."""
     where = Path(source) if source is not None else corpus.path if isinstance(corpus, Corpus) else None
     check_output(output, is_training_dataset, "a training dataset", overwrite=options.overwrite, source=where)
     opened = corpus if isinstance(corpus, Corpus) else corpus()
@@ -83,7 +99,7 @@ def build(
     check_files(layout, opened.splits, opened.path)
     plan = _plan(opened, options, layout)
     with job_folder(output, plan, alone=options.task is None, overwrite=options.overwrite) as folder:
-        jobs = _jobs(opened, layout, options, folder)
+        jobs = _jobs(opened, layout, options, bucket_output.parts_of(bucket, plan) if bucket else folder.parts)
         if options.task:
             _do_share(jobs, opened, options, folder)
             return None
@@ -91,15 +107,14 @@ def build(
             print(f"{folder.path}: all was done already; publishing it.")
         else:
             tasks = _do_all(jobs, opened, options, folder)
+            tasks = bucket_output.fetched(tasks, folder.parts) if bucket else tasks
             _derive(folder.dataset, assemble(folder.dataset, opened, layout, tasks), options)
         manifest = read_json(folder.dataset / "manifest.json")
         folder.publish()
     return manifest
 
 
-def run(
-    corpus: Callable[[], Corpus], output: str | os.PathLike[str], options: Options, source: str | os.PathLike[str]
-) -> None:
+def run(corpus: Callable[[], Corpus], output: AnyPath, options: Options, source: str | os.PathLike[str]) -> None:
     """`build` for a command: prints what was made."""
     manifest = build(corpus, output, options, source)
     if manifest is not None:
@@ -133,9 +148,9 @@ def _plan(corpus: Corpus, options: Options, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _jobs(corpus: Corpus, layout: Layout, options: Options, folder: JobFolder) -> list[Job]:
+def _jobs(corpus: Corpus, layout: Layout, options: Options, parts: Place) -> list[Job]:
     return [
-        Job(split, i, part, layout, options.shard_mb << 20, folder.parts)
+        Job(split, i, part, layout, options.shard_mb << 20, parts)
         for split, inputs in corpus.splits.items()
         for i, part in enumerate(inputs)
     ]
@@ -145,7 +160,7 @@ def _is_there(job: Job) -> bool:
     return not isinstance(job.input, Missing) or job.is_done
 
 
-def _do(jobs: Sequence[Job], corpus: Corpus, options: Options, folder: JobFolder) -> dict[Path, Result]:
+def _do(jobs: Sequence[Job], corpus: Corpus, options: Options, folder: JobFolder) -> dict[Place, Result]:
     """Does the tasks that are not done, as far as their inputs are there; returns the results of all by folder."""
     present = [job for job in jobs if _is_there(job)]
     left = [job for job in present if not job.is_done]
@@ -245,7 +260,7 @@ def _first_lines(text: str, count: int) -> str:
     return "\n".join(lines[:count] + (["    ..."] if len(lines) > count else []))
 
 
-def is_training_dataset(directory: Path) -> bool:
+def is_training_dataset(directory: Place) -> bool:
     """Whether a directory is in the training layout, of this or another version."""
     try:
         manifest = read_json(directory / "manifest.json")

@@ -17,7 +17,6 @@ from absl import flags
 
 from data_prep import layout_options
 from data_prep.clips import Sampling
-from data_prep.output import local_output
 from data_prep.training_layout import run
 from data_prep.video_corpus import corpus
 from data_prep.video_labels import read_labels
@@ -59,7 +58,7 @@ def define_flags() -> None:
 
 
 def main(call: cli.Call) -> None:
-    source, output = cli.required_local_path("input"), local_output()
+    source, output = cli.required_local_path("input"), layout_options.output()
     size = layout_options.size("resize", FLAGS.resize)
     if size is None:
         raise UserError("--resize=H,W is required: the size of the robot's images in pixels.")

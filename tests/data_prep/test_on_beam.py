@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import layout_options, reshard
+from data_prep import layout_options, on_beam, reshard
+from data_prep.cutting import run_task
 from data_prep.inputs import Corpus, Found, Input
 from data_prep.layout_options import Options
 from data_prep.training_layout import build
@@ -19,6 +21,7 @@ from uwm_jax import cli
 from uwm_jax.data.episodes import feature_tree, serialize_episode
 from uwm_jax.data.features import Feature
 from uwm_jax.errors import RunError, UserError
+from uwm_jax.files import RemotePath, copy_tree, place
 
 HAS_BEAM = importlib.util.find_spec("apache_beam") is not None
 BEAM = pytest.mark.skipif(
@@ -81,6 +84,38 @@ def test_without_beam_the_message_says_how_to_get_it(corpus: Corpus, tmp_path: P
     with pytest.raises(UserError, match=r"Apache Beam is not installed. .*uwm_jax\[beam\]"):
         build(corpus, tmp_path / "beam", Options(beam=()))
     assert not list(tmp_path.glob(".beam*"))
+
+
+def test_a_dataset_is_made_in_a_bucket(corpus: Corpus, tmp_path: Path, bucket: str, monkeypatch) -> None:
+    """The pipeline is pretended: its tasks travel as Beam's do, and the first fails once it has written half."""
+
+    def run_jobs(jobs, arguments, watch=lambda result: None):
+        for job in pickle.loads(pickle.dumps(jobs)):
+            assert isinstance(job.folder, RemotePath)
+            if not job.is_done:
+                run_task(job)
+        return [job.result() for job in jobs]
+
+    monkeypatch.setattr(on_beam, "run_jobs", run_jobs)
+    output = place(f"{bucket}/toy", "--output")
+    (tmp_path / "seeds" / "input4").unlink()
+    with pytest.raises(FileNotFoundError):
+        build(corpus, output, Options(beam=()))
+    assert not output.exists()
+    [parts] = output.with_name(".toy.building").iterdir()
+    assert sorted(p.parent.name for p in parts.glob("*/result.json")) == [f"train.{i:05d}" for i in range(4)]
+    (parts / "train.00000" / "result.json").unlink()  # as a task that was killed leaves it
+    (tmp_path / "seeds" / "input4").write_text("4")
+    build(corpus, output, Options(beam=()))
+    build(corpus, tmp_path / "plain", Options(workers=1))
+    copy_tree(output, tmp_path / "down")
+    assert tree(tmp_path / "down") == tree(tmp_path / "plain")
+    assert not output.with_name(".toy.building").exists()
+    with pytest.raises(UserError, match="toy exists.*--overwrite"):
+        build(corpus, output, Options(beam=()))
+    build(corpus, output, Options(beam=(), overwrite=True))
+    with pytest.raises(UserError, match="python -m data_prep.copy"):
+        build(corpus, output, Options(workers=1))
 
 
 def test_options_of_the_pipeline_follow_two_dashes(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
