@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from launch.rehearse import Processes
 from tests.training import small_run
 from uwm_jax.benchmarking.fault_proxy import fault_proxy
 from uwm_jax.files import as_place
@@ -127,3 +128,50 @@ def test_a_holder_stopped_in_the_middle_of_a_save_loses_its_lock_and_changes_not
     jax.tree.map(np.testing.assert_array_equal, found.params, small_run.state_at(100).params)
     other.check()
     other.close()
+
+
+# Two processes with the shards of one state, which save it three times, keep one, and end.
+TOGETHER = """
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from tests.training import small_run
+from uwm_jax import cli
+from uwm_jax.parallel import distributed as d
+from uwm_jax.training.checkpoints.checkpoint import Checkpoints
+from uwm_jax.training.checkpoints.retention import Retention
+
+def spread(x):
+    x = np.asarray(x)
+    spec = P("data") if x.ndim and x.shape[0] % 2 == 0 else P()
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
+
+def main(call):
+    with d.session():
+        checkpoints = Checkpoints(flags.FLAGS.workdir, Retention(1), first_start=True)
+        for step in (2, 4, 6):
+            state = jax.tree.map(spread, small_run.state_at(step))
+            checkpoints.save(state, {"position": step}, None, small_run.assets_of())
+        checkpoints.wait()
+        checkpoints.close()
+
+def define_flags():
+    d.define_flags()
+    flags.DEFINE_string("workdir", None, "")
+
+cli.run(main, define_flags)
+"""
+
+
+@pytest.mark.multihost
+def test_two_processes_save_into_a_bucket_together_and_end(storage_emulator, bucket):
+    command = [sys.executable, "-c", TOGETHER, f"--workdir={bucket}"]
+    with Processes(2, command, os.environ) as processes:
+        assert processes.wait(300) == [0, 0], processes.lines
+    directory = as_place(bucket) / "checkpoints"
+    folder = steps.finished_in(directory)[6].name
+    assert steps.names_in(directory) == {folder, f"{folder}.commit"}, "one folder for both; 2 and 4 are gone"
+    state, _ = Checkpoints(bucket, read_only=True).restore_latest(small_run.like())
+    small_run.assert_is_step(state, 6)
