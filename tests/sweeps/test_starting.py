@@ -187,7 +187,7 @@ def test_members_that_have_made_all_steps_are_left_alone(start, tmp_path, capsys
     before = [files(place.workdir) for place in places]
     of_sweep = record.Record(tmp_path, [place.member for place in places], [["a", "b"]], ["sweep"])
     with contextlib.ExitStack() as closing:
-        run.run_group(places, of_sweep, no_describe, no_describe, None, closing)
+        assert not run.run_group(places, of_sweep, no_describe, no_describe, None, None, closing)
     assert "nothing to do: a, b have made all 6 steps" in capsys.readouterr().out
     assert [files(place.workdir) for place in places] == before
     losses = {"loss": 2.5, "loss/action": 1.5}
@@ -199,7 +199,7 @@ def test_a_program_all_of_whose_members_had_diverged_is_passed_over(start, capsy
     for place in places:
         place.diverged = True
     with contextlib.ExitStack() as closing:
-        run.run_group(places, None, no_describe, no_describe, None, closing)
+        assert not run.run_group(places, None, no_describe, no_describe, None, None, closing)
     assert "all 2 members of this program have diverged before" in capsys.readouterr().out
 
 
@@ -209,7 +209,7 @@ def sweep(tmp_path, monkeypatch):
     done = []
 
     def start(train):
-        def run_group(places, record_of_all, describe, draw, began, closing):
+        def run_group(places, record_of_all, describe, draw, began, supervised, closing):
             done.append(([place.name for place in places], began))
             train(len(done) // 2, places, record_of_all)
 
