@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,8 +16,10 @@ import pytest
 wandb = pytest.importorskip("wandb")
 from wandb.proto.wandb_internal_pb2 import Record  # noqa: E402
 
+from uwm_jax import files  # noqa: E402
+from uwm_jax.errors import UserError  # noqa: E402
 from uwm_jax.training.telemetry.tracker import RunFacts  # noqa: E402
-from uwm_jax.training.telemetry.wandb_tracker import Wandb  # noqa: E402
+from uwm_jax.training.telemetry.wandb_tracker import Wandb, _id  # noqa: E402
 
 # Trains nothing: the log of two members of a sweep, from a step on. It ends by itself, or waits to be killed.
 RUN = """
@@ -28,7 +32,7 @@ from uwm_jax.training.telemetry.log import MetricsLog
 folder, start, ends = Path(sys.argv[1]), int(sys.argv[2]), len(sys.argv) > 3
 config = config_lib.base()
 config.trackers = ("wandb",)
-logs = []
+logs, followed = [], []
 for name in ("one", "two"):
     workdir = folder / "members" / name
     workdir.mkdir(parents=True, exist_ok=True)
@@ -37,12 +41,13 @@ for name in ("one", "two"):
         "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
         "0000000c49444154789c63f8cfc0000003010100c9fe92ef0000000049454e44ae426082"
     ))
-    logs.append(MetricsLog(workdir, start, trackers.start(config, workdir, start, True, group=folder.name)))
+    followed.append(trackers.start(config, workdir, start, True, group=folder.name))
+    logs.append(MetricsLog(workdir, start, followed[-1]))
 for step in range(start + 10, 60, 10):
     for log in logs:
         log.write(step, {"loss": 1 / step, "eval/mse": float("nan")}, {"eval/modes": picture} if step == 40 else {})
-for log in logs if ends else []:
-    log.close()
+for each in followed if ends else []:
+    each.close(seconds=120)  # on a machine that has much else to do
 time.sleep(0 if ends else 600)
 """
 
@@ -129,3 +134,13 @@ def test_without_a_key_it_is_told_and_asks_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", open(os.devnull))
     with pytest.raises(wandb.errors.UsageError, match="No API key configured. Use `wandb login`"):
         Wandb().start(RunFacts(workdir=tmp_path, config={}, step=0, group=""))
+
+
+def test_the_id_is_kept_in_a_bucket_too(bucket):
+    run = RunFacts(workdir=files.as_place(bucket) / "run", config={}, step=0, group="")
+    first = _id(run)
+    assert re.fullmatch("[0-9a-f]{8}", first) and _id(run) == first
+    assert _id(dataclasses.replace(run, workdir=files.as_place(bucket) / "other")) != first
+    files.write_text(run.workdir / "wandb.json", "[]")
+    with pytest.raises(UserError, match="wandb.json"):
+        _id(run)

@@ -181,7 +181,7 @@ def _imported(name: str) -> type[Tracker]:
         )
     try:
         found = getattr(importlib.import_module(module), class_name)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(
             f"config.trackers: {name!r} cannot be imported ({type(e).__name__}: {e}). Expected package.module:Class of "
             "a module on the Python path (PYTHONPATH)."
