@@ -57,8 +57,7 @@ def test_what_is_not_there_is_told(folder: RangedFolder) -> None:
     [
         ("UNAVAILABLE: CURL error Could not connect to server", OSError),
         ("DEADLINE_EXCEEDED: Error reading: timed out", OSError),
-        ("PERMISSION_DENIED: Error reading: HTTP response code: 403", StorageError),
-        ("UNAUTHENTICATED: Error reading: HTTP response code: 401", StorageError),
+        ("INVALID_ARGUMENT: Error reading: HTTP response code: 400", StorageError),
         ("OUT_OF_RANGE: Requested byte range [3, 4) is not valid", ValueError),
     ],
 )
@@ -68,7 +67,7 @@ def test_errors_are_passing_or_told(said: str, kind: type[Exception]) -> None:
     if isinstance(found, OSError):
         assert found.errno == errno.EIO and found.filename == "gs://b/a"
     if isinstance(found, StorageError):
-        assert "gs://b/a: reading failed" in str(found) and "gcloud auth application-default login" in str(found)
+        assert "gs://b/a: reading failed: INVALID_ARGUMENT" in str(found)
 
 
 def test_requests_that_fail_are_sent_again(storage_emulator, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +83,19 @@ def test_requests_that_fail_are_sent_again(storage_emulator, bucket: str, monkey
             folder.begin("a", start, start + 1000)
         assert b"".join(folder.read("a", start, start + 1000) for start in (0, 1000, 2000)) == DATA[:3000]
         assert sum(count for kind, count in proxy.requests.items() if kind.startswith("fault")) == 4
+
+
+def test_a_login_that_is_refused_is_refreshed_once(storage_emulator, bucket: str, monkeypatch) -> None:
+    files.write_bytes(f"{bucket}/a", DATA)
+    met = iter(["401"])
+    with fault_proxy(storage_emulator.url, faults=lambda method, path, number: next(met, None)) as proxy:
+        for name, value in proxy.environ.items():
+            monkeypatch.setenv(name, value)
+        folder = RangedFolder(as_place(bucket))
+        assert folder.read("a", 5, 50) == DATA[5:50]
+        met = iter(["401"] * 5)
+        with pytest.raises(StorageError, match="a: reading failed: 401 .*gcloud auth application-default login"):
+            folder.read("a", 5, 50)
 
 
 def test_a_request_that_hangs_is_given_up(storage_emulator, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from uwm_jax.storage import environment
-from uwm_jax.storage.errors import LOGIN, StorageError, is_passing
+from uwm_jax.storage import client, environment
+from uwm_jax.storage.errors import StorageError, is_passing
 from uwm_jax.storage.remote_path import RemotePath
 
 IN_FLIGHT = 64  # requests of this process at a time; more wait for their turn
@@ -62,7 +62,7 @@ class RangedFolder:
             FileNotFoundError: there is no such file.
             ValueError: it ends before `stop`.
             TimeoutError: they did not come in time.
-            StorageError: they cannot be read, and trying again does not help.
+            StorageError: they cannot be read, and trying again does not help; a login was refreshed once.
             OSError: a passing failure, with `errno` EIO.
         """
         wanted, seconds = (name, start, stop), seconds or environment.SILENCE_SECONDS
@@ -74,6 +74,8 @@ class RangedFolder:
             future.cancel()
             raise TimeoutError(errno.ETIMEDOUT, f"no answer in {seconds:g} s", self._where(name)) from None
         except Exception as e:
+            if isinstance(self._place, RemotePath) and _is_refused(e):  # by our own login, or told in its words
+                return client.read_range(self._place.bucket, (self._place / name).key, start, stop)
             raise _told(e, self._where(name)) from e
         if found.state == "missing":
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._where(name))
@@ -130,6 +132,11 @@ def _context() -> Any:
     return tensorstore.Context(limits)
 
 
+def _is_refused(error: Exception) -> bool:
+    """Whether the bucket refused the login, which tensorstore does not refresh then."""
+    return any(word in str(error)[:600] for word in ("UNAUTHENTICATED", "PERMISSION_DENIED"))
+
+
 def _told(error: Exception, where: str) -> Exception:
     """tensorstore's error, a ValueError whose text begins with absl's status, as ours."""
     cause = str(error).strip().splitlines()[0][:300].rstrip(".") if str(error).strip() else type(error).__name__
@@ -137,5 +144,4 @@ def _told(error: Exception, where: str) -> Exception:
         return ValueError("the file ends before the last byte that was asked for")
     if is_passing(error):
         return OSError(errno.EIO, cause, where)
-    advice = LOGIN if "UNAUTHENTICATED" in cause or "PERMISSION_DENIED" in cause else ""
-    return StorageError("reading", where, cause, advice)
+    return StorageError("reading", where, cause)
