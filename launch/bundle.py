@@ -135,7 +135,7 @@ def _requirements(project: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     extras = {extra: lines for extra, lines in project.get("optional-dependencies", {}).items() if extra != "dev"}
     waiting = [(Requirement(line), "", False) for line in project["dependencies"]]
     waiting += [(Requirement(line), "", True) for lines in extras.values() for line in lines]
-    seen = set()
+    seen: set[tuple[Any, ...]] = set()
     while waiting:
         requirement, of_extra, optional = waiting.pop()
         name = canonicalize_name(requirement.name)

@@ -45,7 +45,7 @@ RUN_SECONDS = 1200.0  # for one run, with all that is installed and compiled
 
 # What stands for the image of the machines: nothing is fetched, and what the package needs is what is installed here.
 _IMAGE = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PYTHONPATH": sysconfig.get_path("purelib")}
-_KEPT = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_", "XLA_FLAGS", "LANG", "LC_ALL")  # of this environment
+_KEPT = ("JAX_COMPILATION_", "JAX_PERSISTENT_", "JAX_DISABLE_", "XLA_FLAGS", "LANG", "LC_ALL")  # of this environment
 
 
 def define_flags() -> None:
@@ -58,10 +58,19 @@ def main(call: cli.Call) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending what it has started
     with tempfile.TemporaryDirectory(prefix="uwm_rehearsal_") as temporary, emulator(BUCKET) as storage:
         os.environ.update(storage.environ)
-        rehearsal = Rehearsal(Path(temporary), storage.environ, call.passed_on or _quickstart(Path(temporary)))
+        # Compiling takes most of the time: a few steps need no fast program.
+        os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+        rehearsal = Rehearsal(
+            Path(temporary),
+            storage.environ,
+            call.passed_on or _quickstart(Path(temporary)),
+            FLAGS.topology,
+            FLAGS.slices,
+        )
         try:
-            rehearsal.losses("alone", preempt=False)
-            rehearsal.losses("preempted", preempt=True)
+            rehearsal.train("alone", preempt=False)
+            rehearsal.train("preempted", preempt=True)
+            rehearsal.check("preempted")
             rehearsal.compare("alone", "preempted")
         finally:
             rehearsal.cloud.end()
@@ -74,16 +83,18 @@ class Rehearsal:
       folder: of all that is made.
       storage: the variables that lead to a bucket.
       training: the command of a run, without its workdir.
+      topology, slices: of the TPUs.
     """
 
-    def __init__(self, folder: Path, storage: Mapping[str, str], training: Sequence[str]):
+    def __init__(
+        self, folder: Path, storage: Mapping[str, str], training: Sequence[str], topology: str, slices: int = 1
+    ):
         asked = training_command.read(training)
         if asked.workdir or not asked.config:
             raise UserError("the command after -- has a --config and no --workdir: that is the rehearsal's bucket.")
+        self._size = [f"--topology={topology}", f"--slices={slices}"]
         self._training, self._steps = training, config_lib.load(asked.config, asked.overrides).total_steps
         kept = {name: value for name, value in os.environ.items() if name.startswith(_KEPT)}
-        # Compiling takes most of the time: a few steps need no fast program.
-        kept["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {kept.get('XLA_FLAGS', '')}"
         self.cloud = Cloud(folder / "cloud", {**one_device(kept), **_IMAGE, **storage})
         (self.cloud.folder / "buckets.json").write_text(
             json.dumps({BUCKET: {"location": "US-CENTRAL2", "locationType": "region"}})
@@ -92,11 +103,10 @@ class Rehearsal:
         own = {"XDG_STATE_HOME": str(folder / "state"), "XDG_CACHE_HOME": str(folder / "cache"), SECRET: self._secret}
         self._env = {**os.environ, **self.cloud.environ, **own, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
-    def losses(self, name: str, preempt: bool) -> None:
+    def train(self, name: str, preempt: bool) -> None:
         """Trains on a TPU of this name, which is taken away half-way if `preempt`."""
         training = [*self._training, f"--workdir={self.workdir(name)}"]
-        size = [f"--topology={FLAGS.topology}", f"--slices={FLAGS.slices}", "--spot"]
-        self._launch("create", name, "--no_plan", *size, "--", *training)
+        self._launch("create", name, "--no_plan", "--spot", *self._size, "--", *training)
         self._launch("install", name)
         start = ["start", name, "--no_plan", f"--restart_on_preemption={name}", f"--secret={SECRET}", "--", *training]
         launcher = subprocess.Popen(
@@ -123,7 +133,7 @@ class Rehearsal:
         while (latest_step(self.workdir(name)) or 0) < self._steps // 2:
             if launcher.poll() is not None or time.monotonic() > deadline:
                 raise RunError(f"{name}: it ended before it could be taken away:\n{self._log(name)}")
-            time.sleep(0.1)
+            time.sleep(0.3)
         self.cloud.preempt(name)
         step = latest_step(self.workdir(name))
         if step == self._steps:
@@ -131,23 +141,27 @@ class Rehearsal:
         print(f"{name}: taken away; step {step} is durable", flush=True)
 
     def compare(self, one: str, other: str) -> None:
-        """Raises RunError unless the losses of two runs are equal, and the secret is nowhere to be seen."""
-        losses = {name: self._losses(name) for name in (one, other)}
+        """Raises RunError unless the losses of two runs are equal."""
+        losses = {name: self.losses(name) for name in (one, other)}
         if losses[one] != losses[other] or len(losses[one]) != self._steps:
             raise RunError(f"the losses differ: {losses}")
+        print(f"rehearsed: the losses of {self._steps} steps are equal to the bit", flush=True)
+
+    def check(self, name: str) -> None:
+        """Raises RunError unless a TPU was created twice, and the secret is nowhere to be seen."""
         created = [words[3:5] for words in self.cloud.calls() if words[3] == "create"]
-        if created.count(["create", other]) != 2:
-            raise RunError(f"expected {other} to be created twice, found {created}")
+        if created.count(["create", name]) != 2:
+            raise RunError(f"expected {name} to be created twice, found {created}")
         seen = [self._said, *map(str, self.cloud.calls())]
-        seen += [file.read_text(errors="replace") for name in losses for file in self.workdir(name).glob("*.json*")]
+        seen += [file.read_text(errors="replace") for file in self.workdir(name).glob("*.json*")]
         if any(self._secret in text for text in seen):
             raise RunError(f"the value of {SECRET} can be read where it should not be.")
-        print(f"rehearsed: the losses of {self._steps} steps are equal to the bit", flush=True)
 
     def workdir(self, name: str) -> Place:
         return place(f"gs://{BUCKET}/runs/{name}", "--workdir")
 
-    def _losses(self, name: str) -> list[tuple[int, float]]:
+    def losses(self, name: str) -> list[tuple[int, float]]:
+        """(step, loss) of each line of a run's log."""
         lines = (self.workdir(name) / "metrics.jsonl").read_text().splitlines()
         return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
 

@@ -75,9 +75,10 @@ def main(call: cli.Call) -> None:
 def create(resource: Resource, command: list[str]) -> None:
     extra = [*FLAGS.create_flag, *(["spot"] if FLAGS.spot else [])]
     asked = order(cli.required("topology"), FLAGS.slices, FLAGS.vm, FLAGS.runtime_version, FLAGS.queue_hours, extra)
-    if resource.order is not None and not FLAGS.dry_run and resource.describe() is not None:
+    if resource.order is not None and not FLAGS.dry_run and (state := resource.state()):
         raise UserError(
-            f"{resource.name}: it exists already, created from here. Delete it first, or take another name."
+            f"{resource.name}: it exists already ({state}), created from here. Go on with `launch.tpu install`, delete "
+            "it first, or take another name."
         )
     if command:
         _look_ahead(resource, asked, with_slices(command, asked.slices))
