@@ -84,8 +84,12 @@ def jobset(
                 "env": [{"name": key, "value": value} for key, value in env.items()] + [_secret(s) for s in secrets],
                 "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # of libtpu, between hosts and slices
                 "resources": {"limits": {"google.com/tpu": chips}},
+                # libtpu locks memory for transfers, and talks to its other processes through shared memory.
+                "securityContext": {"privileged": True},
+                "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
             }
         ],
+        "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}],
     }
     if service_account:
         pod["serviceAccountName"] = service_account

@@ -20,6 +20,8 @@ from uwm_jax.sweeps import record, run
 from uwm_jax.sweeps.members import Member, grid, groups, make_members
 from uwm_jax.training.checkpoints.checkpoint import Checkpoints
 from uwm_jax.training.checkpoints.retention import Retention
+from uwm_jax.training.telemetry import trackers
+from uwm_jax.training.telemetry.tracker import RunFacts, Tracker
 from uwm_jax.training.workdir import write_config
 
 
@@ -51,6 +53,31 @@ def start(tmp_path):
     yield make
     for place in opened:
         place.checkpoints.close()
+
+
+class Told(Tracker):
+    """Keeps what it is told of its run."""
+
+    runs: list[RunFacts] = []
+
+    def start(self, run):
+        self.runs.append(run)
+
+    def log(self, step, scalars, pictures):
+        pass
+
+    def close(self, failed):
+        pass
+
+
+def test_trackers_show_the_members_as_one_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "find", lambda names: {name: Told for name in names})
+    places = [run.Place(Member(name, {}, base()), tmp_path / "lr" / "members" / name, False) for name in ("a", "b")]
+    for place in places:
+        place.workdir.mkdir(parents=True)
+        run.open_log(place, 20, writes=True).close()
+        run.open_log(place, 20, writes=False).close()
+    assert [(told.group, told.name, told.step) for told in Told.runs] == [("lr", "a", 20), ("lr", "b", 20)]
 
 
 class Program:
