@@ -164,6 +164,36 @@ def test_a_holder_that_was_stopped_finds_out_before_it_does_anything(tmp_path, c
     assert record_of(tmp_path) == other, "nothing of the other's is written"
 
 
+def test_a_renewal_whose_answer_was_lost_is_no_loss_of_the_lock(tmp_path, clock, monkeypatch):
+    lease = Lease.take(tmp_path, must_not_wait)
+    honest = files.replace_if
+
+    def lost(place, data, generation):
+        honest(place, data, generation)
+        raise StorageError("writing", str(place), "no answer in time")
+
+    monkeypatch.setattr(files, "replace_if", lost)
+    clock[0] += 15
+    with pytest.raises(StorageError):
+        lease.renew()
+    monkeypatch.setattr(files, "replace_if", honest)
+    clock[0] += 55
+    lease.check()  # of a renewal that is 70 s old, as far as this process knows
+    assert record_of(tmp_path).nonce == lease.nonce
+    monkeypatch.setattr(files, "replace_if", lost)
+    with pytest.raises(StorageError):
+        lease.renew()
+    monkeypatch.setattr(files, "replace_if", honest)
+    lease.release()
+    assert record_of(tmp_path).released
+    other = write(tmp_path)  # and one that is really lost stays so
+    second = Lease.take(tmp_path, lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    assert isinstance(second, Lease) and second.nonce != other.nonce
+    write(tmp_path)
+    with pytest.raises(LostLock, match="process 7 on elsewhere"):
+        second.renew()
+
+
 def test_a_bucket_that_cannot_be_reached_is_told_when_the_lease_ends(tmp_path, clock, monkeypatch, capsys):
     taken = Lease.take(tmp_path)
 

@@ -169,7 +169,7 @@ class Lease:
             if self._lost is None:
                 began = _now()
                 record = dataclasses.replace(self._record, renewals=self._record.renewals + 1)
-                generation = files.replace_if(self._file, record.encode(), self._generation)
+                generation = self._replace(record)
                 if generation is None:
                     self._lost = self._describe_loss(began)
                 else:
@@ -186,9 +186,21 @@ class Lease:
             self._lost = f"{self._file}: this lock was given back."
             record = dataclasses.replace(self._record, released=True)
             try:
-                files.replace_if(self._file, record.encode(), self._generation)
+                self._replace(record)
             except (RunError, OSError) as e:
                 warn(f"{e} The lock ends by itself in {self._record.lease_seconds:g} s.")
+
+    def _replace(self, record: Record) -> Generation | None:
+        """Writes the lock, if it is still as this process wrote it; None where somebody else has it.
+
+        A renewal whose answer was lost, for which there was no time left to ask, has this process's nonce.
+        """
+        generation = files.replace_if(self._file, record.encode(), self._generation)
+        if generation is None and (found := files.read_with_generation(self._file)) is not None:
+            stored = Record.parse(found[0])
+            if stored is not None and stored.nonce == record.nonce:
+                return files.replace_if(self._file, record.encode(), found[1])
+        return generation
 
     def _keep(self) -> None:
         pause = self._record.lease_seconds / RENEWALS
