@@ -29,7 +29,7 @@ from absl import flags
 from uwm_jax import host_memory, host_tpu
 from uwm_jax.ending import drop_output, exit_process
 from uwm_jax.errors import Preempted, RunError, UserError
-from uwm_jax.files import Place, local_path, place
+from uwm_jax.files import Place, is_remote, local_path, place
 from uwm_jax.hub import runs as hub_runs
 from uwm_jax.reading import cause_of, no_room
 from uwm_jax.storage.errors import told
@@ -125,7 +125,7 @@ def required_path(name: str) -> Place:
         there: Place = path
         if isinstance(path, Path):
             there = next(p for p in (path, *path.absolute().parents) if p.exists())
-        if there.is_file() or (there.exists() and not there.is_dir()):
+        if there.is_file() if is_remote(there) else not there.is_dir():
             raise UserError(f"--workdir={value}: {there} is a file. Expected a directory, existing or new.")
     return path
 
