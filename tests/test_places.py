@@ -14,6 +14,7 @@ from uwm_jax import cli, files
 from uwm_jax.errors import UserError
 from uwm_jax.files import RemotePath, as_place, place
 from uwm_jax.hub import names
+from uwm_jax.storage import client
 from uwm_jax.storage.errors import StorageError
 
 
@@ -141,6 +142,16 @@ def test_folders_are_listed(folder):
     assert names(folder.rglob("*")) == ["a", "b", "b.d", "b.d/3.json", "b/1.json", "b/2.txt"]
     with pytest.raises(FileNotFoundError):
         list((folder / "none").iterdir())
+
+
+def test_objects_that_are_no_paths_are_told(bucket):
+    folder = place(bucket, "--dataset")
+    client.write(folder.bucket, f"{folder.key}/a/", b"")  # which consoles make for an empty folder
+    assert [p.name for p in folder.iterdir()] == ["a"] and list((folder / "a").iterdir()) == []
+    client.write(folder.bucket, f"{folder.key}/a//b", b"1")
+    for look in (lambda: list((folder / "a").iterdir()), lambda: list(folder.rglob("*"))):
+        with pytest.raises(UserError, match=f"{bucket}/a//?b?.*is no path"):
+            look()
 
 
 def test_folders_are_made_copied_moved_and_removed(folder, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any
 
+from uwm_jax.errors import UserError
 from uwm_jax.storage import client, environment
 
 SCHEME = "gs://"
@@ -171,11 +172,11 @@ class RemotePath:
         """
         prefix = _below(self)
         found = client.listing(self.bucket, prefix, "/")
-        keys = {entry.key for entry in found.objects} | {name.rstrip("/") for name in found.prefixes}
-        keys -= {prefix, prefix.rstrip("/"), ""}  # an empty object of the folder's own name, which consoles make
+        keys = {entry.key for entry in found.objects if entry.key != prefix}  # which consoles make for a folder
+        keys |= {name.removesuffix("/") for name in found.prefixes}
         if not keys and self.key and not found.objects:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        return iter(sorted(RemotePath(f"{SCHEME}{self.bucket}/{key}") for key in keys))
+        return iter(sorted({_listed(self.bucket, key) for key in keys}))
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """What matches a relative pattern of `*`, `?`, `[...]` and `**`, in order."""
@@ -208,7 +209,7 @@ class RemotePath:
     def objects(self) -> list[tuple[RemotePath, SimpleNamespace]]:
         """All objects below with what `stat` says of them, in order; one request for each thousand."""
         found = client.listing(self.bucket, _below(self)).objects
-        return [(RemotePath(f"{SCHEME}{self.bucket}/{e.key}"), _stat(e)) for e in found if not e.key.endswith("/")]
+        return [(_listed(self.bucket, e.key), _stat(e)) for e in found if not e.key.endswith("/")]
 
     # --- contents ---
 
@@ -236,6 +237,15 @@ class RemotePath:
 
 def _made(path: PurePosixPath) -> RemotePath:
     return RemotePath(f"{SCHEME}{path}")
+
+
+def _listed(bucket: str, key: str) -> RemotePath:
+    """An object or folder that a listing names; raises UserError for one that is no path."""
+    if {"", ".", ".."} & set(key.split("/")):
+        raise UserError(
+            f"{SCHEME}{bucket}/{key}: an object whose name has an empty part, . or .. is no path. Rename or delete it."
+        )
+    return RemotePath(f"{SCHEME}{bucket}/{key}")
 
 
 def _stat(entry: client.Entry) -> SimpleNamespace:
