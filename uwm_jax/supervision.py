@@ -68,10 +68,9 @@ class Process:
         _say(f"process {self._popen.pid} is started")
 
     def wait(self) -> int:
-        os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOWAIT)
+        status = self._popen.wait()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)  # what it started and left behind
-        status = self._popen.wait()
         if self._killer is not None:
             self._killer.cancel()
         return status if status >= 0 else 128 - status
