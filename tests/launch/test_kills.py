@@ -14,7 +14,6 @@ import pytest
 from launch import kills
 from launch.kills import Kill, differences, kill_as_planned, plan, supervised
 from launch.rehearse import Processes
-from tests import quick_compile
 from tests.test_processes import command_of
 from uwm_jax.benchmarking.fault_proxy import fault_proxy
 from uwm_jax.files import as_place
@@ -68,19 +67,18 @@ def test_two_processes_under_supervisors_are_killed_twice_and_told_to_end_once(
     """
     flags = command_of(make_tiny_config(), tmp_path)
     more = ("--config.total_steps=15", "--config.checkpoint.every=3", "--config.checkpoint.keep=3")
-    environ = os.environ | {"XLA_FLAGS": quick_compile.FLAGS}
 
     def command(workdir):
         return [sys.executable, "-m", "uwm_jax.train", *flags(workdir, *more)]
 
     alone, killed = tmp_path / "alone", as_place(bucket) / "killed"
-    with Processes(2, command(alone), environ) as processes:
+    with Processes(2, command(alone), os.environ) as processes:
         assert processes.wait(300) == [0, 0], processes.lines
     planned = [Kill(4, 0.0, 0), Kill(7, 0.0, 1), Kill(11, 0.0, 1, signal.SIGTERM)]
     times = []  # of the kills
     with fault_proxy(storage_emulator.url, delay=REQUEST_SECONDS) as proxy:
         began, command_line = time.time(), supervised(command(killed), restarts=5, pause=0.1)
-        with Processes(2, command_line, environ | proxy.environ) as processes:
+        with Processes(2, command_line, os.environ | proxy.environ) as processes:
             assert kill_as_planned(processes, planned, lambda _: times.append(time.monotonic())) == 3
             while not (saved := [line for line in processes.lines[0] if "is saved; the same command" in line]):
                 assert any(p.poll() is None for p in processes.popen), processes.lines
