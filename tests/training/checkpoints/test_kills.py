@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import os
 import random
 import re
@@ -29,45 +31,47 @@ import numpy as np
 from tests.training import small_run
 from uwm_jax.errors import RunError
 from uwm_jax.files import as_place
+from uwm_jax.storage import environment
 from uwm_jax.training.checkpoints import lease
 from uwm_jax.training.checkpoints.checkpoint import Checkpoints, latest_step
 from uwm_jax.training.checkpoints.retention import Retention
 
+environment.SILENCE_SECONDS = 2.0
 lease.LEASE_SECONDS = float(sys.argv[2])
 workdir = as_place(sys.argv[1])
 try:
     checkpoints = Checkpoints(workdir, Retention(2))
     begins = latest_step(workdir) or 0
-    for step in range(begins + 2, begins + 20, 2):
+    for step in range(begins + 2, begins + 2 + 2 * int(sys.argv[3]), 2):
         checkpoints.save(small_run.state_at(step), {"position": step}, small_run.CODEC, small_run.assets_of())
         checkpoints.wait()
         print("durable", step, flush=True)
+    checkpoints.close()
+    state, stored = Checkpoints(workdir, read_only=True).restore_latest(small_run.like())
+    small_run.assert_is_step(state, step)
 except RunError as e:
     sys.exit(f"error: {e}")
 """
 
 
 class Saving:
-    """The program behind a proxy, which gets a signal when it sends the n-th request to write or delete something.
+    """The program behind a proxy.
 
     Args:
-      of: counts requests alone whose path, with the query, has this in it.
+      on_request: gets (this, method, path with the query, number from 1) of each; as `fault_proxy` takes faults.
+      lease: seconds; saves: how many.
     """
 
-    def __init__(self, target: str, workdir, number: int, at: int, of: str = "", lease: float = 60.0):
-        self._number, self._at, self._of, self._seen = number, at, of, 0
-        self._proxy = fault_proxy(target, faults=self._look)
-        environ = os.environ | self._proxy.__enter__().environ
-        arguments = [sys.executable, "-c", SAVES, str(workdir), str(lease)]
+    def __init__(self, target: str, workdir, on_request, lease: float = 60.0, saves: int = 9, **environ: str):
+        self._proxy = fault_proxy(target, faults=lambda *request: on_request(self, *request))
+        proxy = self._proxy.__enter__()
         self.process = subprocess.Popen(
-            arguments, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", SAVES, str(workdir), str(lease), str(saves)],
+            env=os.environ | proxy.environ | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-
-    def _look(self, method: str, path: str, _: int) -> None:
-        if method != "GET" and self._of in path:
-            self._seen += 1
-            if self._seen == self._at:
-                self.process.send_signal(self._number)
 
     def __enter__(self) -> Saving:
         return self
@@ -78,12 +82,23 @@ class Saving:
         self._proxy.__exit__(None, None, None)
 
 
+def signal_at(number: int, at: int, of: str = ""):
+    """Sends a signal at the at-th request that writes or deletes something, and has `of` in its path."""
+    seen = itertools.count(1)
+
+    def on_request(saving: Saving, method: str, path: str, _: int) -> None:
+        if method != "GET" and of in path and next(seen) == at:
+            saving.process.send_signal(number)
+
+    return on_request
+
+
 def test_a_process_killed_at_any_request_leaves_its_durable_checkpoints(storage_emulator, bucket):
     """The same workdir again and again, so each start meets what the kills before it left."""
     workdir, newest, draw = as_place(bucket), 0, random.Random(17)
     for _ in range(3):
         # A save writes some 60 objects, and from the third on as many are deleted.
-        with Saving(storage_emulator.url, workdir, signal.SIGKILL, at=draw.randrange(100, 400)) as saving:
+        with Saving(storage_emulator.url, workdir, signal_at(signal.SIGKILL, draw.randrange(100, 400))) as saving:
             output, errors = saving.process.communicate(timeout=300)
         assert saving.process.returncode == -signal.SIGKILL, errors
         durable = [int(step) for step in re.findall(r"durable (\d+)", output)]
@@ -105,7 +120,8 @@ def test_a_holder_stopped_in_the_middle_of_a_save_loses_its_lock_and_changes_not
         found = (workdir / "checkpoints").objects()
         return {str(path): about.generation for path, about in found if nonce in str(path)}
 
-    with Saving(storage_emulator.url, workdir, signal.SIGSTOP, at=5, of="checkpoints%2F4-", lease=2.0) as stopped:
+    on_request = signal_at(signal.SIGSTOP, 5, of="checkpoints%2F4-")
+    with Saving(storage_emulator.url, workdir, on_request, lease=2.0) as stopped:
         assert os.WIFSTOPPED(os.waitpid(stopped.process.pid, os.WUNTRACED)[1])
         assert latest_step(workdir) == 2
         other = Checkpoints(workdir)
@@ -128,6 +144,32 @@ def test_a_holder_stopped_in_the_middle_of_a_save_loses_its_lock_and_changes_not
     jax.tree.map(np.testing.assert_array_equal, found.params, small_run.state_at(100).params)
     other.check()
     other.close()
+
+
+KINDS = ("503", "reset", "429", "lost", "truncate", "hang")
+
+
+def test_requests_that_fail_are_repeated_and_what_counts_is_whole(storage_emulator, bucket):
+    """Those of saves, of the lock, and of reading it all again; each limit for requests that hang is 2 s here."""
+    seen = collections.Counter()
+
+    def on_request(saving: Saving, method: str, path: str, number: int) -> str | None:
+        if number % 19:
+            return None
+        kind = KINDS[number // 19 % len(KINDS)]
+        if kind in ("lost", "truncate") and "upload_id=" in path:
+            return None  # the emulator forgets an upload that has ended; the service answers again
+        seen[kind] += 1
+        return kind
+
+    limit = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "2"}
+    with Saving(storage_emulator.url, as_place(bucket), on_request, saves=2, **limit) as saving:
+        output, errors = saving.process.communicate(timeout=300)
+    assert saving.process.returncode == 0, errors
+    assert output == "durable 2\ndurable 4\n" and min(seen[kind] for kind in KINDS) > 1
+    state, stored = Checkpoints(bucket, read_only=True).restore_latest(small_run.like())
+    assert stored.step == 4
+    small_run.assert_is_step(state, 4)
 
 
 # Two processes with the shards of one state, which save it three times, keep one, and end.

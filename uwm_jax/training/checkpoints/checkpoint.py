@@ -386,7 +386,8 @@ class Checkpoints:
         whole = [s for s in self._listed() if s != step]
         continued = f"continues from step {whole[-1]}" if whole else "starts anew"
         full = no_room(error)
-        todo = "Free some space" if full else "Check the space and the permissions there"
+        place = "the bucket and the network" if is_remote(self.directory) else "the space and the permissions there"
+        todo = "Free some space" if full else f"Check {place}"
         failure = RunError(
             f"{self._folders.new(step)}: this checkpoint could not be saved: {full or cause_of(error)}. The run "
             f"stops here. {todo}; the same command then {continued}."
