@@ -60,10 +60,15 @@ def five_steps(system: System, state: TrainState, run: OfficialRun) -> None:
     entry_of = systems.official(system.config.system).entry_of(system.config)
     trained, _ = divide(system.config, system, state.params)
     optimizer = state_lib.make_optimizer(system.config)
+
+    @jax.jit
+    def updated(state: TrainState, grads: Any) -> TrainState:
+        return finish(system.config, system, optimizer, state, jnp.zeros(()), ({}, {}), grads, {})[0]
+
     for step in range(run.finished, 5):
         official = gradients(run.trained, run.shapes, step)
         grads = jax.tree.map(jnp.asarray, layout.from_official(official, trained, entry_of, "gradients"))
-        state, _ = finish(system.config, system, optimizer, state, jnp.zeros(()), ({}, {}), grads, {})
+        state = updated(state, grads)
         run.steps(1)
         found, wanted = layout.to_official(state.params, entry_of), run.weights()
         assert found.keys() == set(run.trained)
