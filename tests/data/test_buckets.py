@@ -99,6 +99,9 @@ def test_what_lies_beside_a_dataset(dataset, there):
 def test_a_dataset_is_named_in_full_or_below_the_data_directory(there, monkeypatch):
     monkeypatch.setenv("UWM_DATA_DIR", there.removesuffix("/set"))
     assert str(places.dataset_dir("set")) == there == str(places.find_dataset(there))
+    assert places.dataset_dir("/set") == places.find_dataset("/set") == Path("/set")
+    with pytest.raises(UserError, match="config.data.path='gs://bkt/.*not a usable name"):
+        places.dataset_dir("../set")
     with pytest.raises(UserError, match="gs://bkt/nothing/manifest.json|no training dataset here"):
         Dataset("gs://bkt/nothing")
 

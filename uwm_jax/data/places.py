@@ -13,7 +13,10 @@ def dataset_dir(path: AnyPath, flag: str = "config.data.path") -> Place:
     """A dataset's directory: `path` itself if absolute or in a bucket, else under $UWM_DATA_DIR; `flag` is for
     messages."""
     found = files.place(path, flag)
-    return data_dir() / found if isinstance(found, Path) else found
+    if not isinstance(found, Path) or found.is_absolute():
+        return found
+    root = data_dir()
+    return root / found if isinstance(root, Path) else files.place(f"{root}/{found.as_posix()}", flag)
 
 
 def find_dataset(path: AnyPath, flag: str = "--dataset") -> Place:

@@ -75,6 +75,7 @@ class Source:
             what += f" ({self.selection})"
         self.windows = self._windows(self.episodes, what)
         self.order = StreamOrder(len(self.windows), config.num_streams, seed)
+        self._begun: dict[int, tuple[list[Clip], int]] = {}  # position -> what `_drawn` gave, until it is loaded
         self._config = config
         self._val_ratio = config.val_ratio
 
@@ -150,12 +151,12 @@ class Source:
 
     def load(self, batch: Batch, at: int, row: int, position: int, spec: DataSpec) -> None:
         """Writes the sample at a position of this source's order to index `at` of a batch, as row `row`."""
-        clips, draw = self._drawn(position)
+        clips, draw = self._begun.pop(position, None) or self._drawn(position)
         self.samples.load(batch, at, row, clips, draw, spec)
 
     def begin(self, keys: Container[str], position: int) -> None:
         """Starts to read what `load` takes into a batch with these keys, where that saves time: from a bucket."""
-        clips, draw = self._drawn(position)
+        clips, draw = self._begun[position] = self._drawn(position)
         self.samples.begin(keys, clips, draw)
 
     def _drawn(self, position: int) -> tuple[list[Clip], int]:
