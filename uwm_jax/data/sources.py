@@ -151,7 +151,8 @@ class Source:
 
     def load(self, batch: Batch, at: int, row: int, position: int, spec: DataSpec) -> None:
         """Writes the sample at a position of this source's order to index `at` of a batch, as row `row`."""
-        clips, draw = self._begun.pop(position, None) or self._drawn(position)
+        begun = self._begun.pop(position, None)
+        clips, draw = begun or self._drawn(position)
         self.samples.load(batch, at, row, clips, draw, spec)
 
     def begin(self, keys: Container[str], position: int) -> None:
