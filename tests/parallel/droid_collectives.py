@@ -11,7 +11,9 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+from tests import quick_compile
+
+os.environ["XLA_FLAGS"] = quick_compile.with_devices(8)
 
 import jax
 from ml_collections import ConfigDict

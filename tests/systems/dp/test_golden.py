@@ -118,9 +118,10 @@ def test_flow_with_another_walk():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")  # else a ResNet's maxima are found at other pixels
 @pytest.mark.parametrize("name", reference.DP_NAMES)
-def test_gradients(name):
+def test_gradients(name, request):
+    if name == "dp_flow_small":
+        request.getfixturevalue("optimised")  # else a rounding moves maxima in its ResNet to other pixels
     it = golden(name)
 
     def loss(params: Any) -> jax.Array:
