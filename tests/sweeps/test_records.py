@@ -162,3 +162,17 @@ def test_nothing_is_saved_of_members_that_have_all_diverged(made):
     records.wait()
     assert {x[0] for x in done} == {"wait"} and records.is_over()
     assert [of_sweep.has_diverged(name) for name in NAMES] == [True] * 3
+
+
+def test_members_that_get_more_steps_are_not_done_any_more(made, tmp_path, monkeypatch):
+    """Else a supervisor takes a sweep that dies before it trains for one that is over."""
+    *_, of_sweep = made
+    monkeypatch.setattr("uwm_jax.sweeps.record.time.time", lambda: 5.0)
+    assert of_sweep.open(["a", "b"]) == 5.0
+    of_sweep.set("a", record_lib.DONE)
+    of_sweep.set("b", record_lib.DIVERGED)
+    monkeypatch.setattr("uwm_jax.sweeps.record.time.time", lambda: 9.0)
+    assert of_sweep.open(["a"]) == 5.0 and of_sweep.open(["c"]) == 9.0
+    assert {name: member["status"] for name, member in read(tmp_path).items()} == {
+        "a": "waiting", "b": "diverged", "c": "waiting",
+    }  # fmt: skip

@@ -68,12 +68,17 @@ class Record:
         """The newest step of which this member and all others of its program had a whole checkpoint; 0 for none."""
         return self.members[name].get("saved", 0)
 
-    def begun(self, names: Sequence[str]) -> float:
-        """When these members were first opened, Unix seconds: now, the first time, which is written at once."""
-        new = [name for name in names if "began" not in self.members[name]]
-        for name in new:
-            self.members[name]["began"] = time.time()
-        if new:
+    def open(self, names: Sequence[str]) -> float:
+        """These members have steps to train, also where they were done with fewer; written at once.
+
+        Returns when they were first opened, Unix seconds.
+        """
+        before = {name: dict(self.members[name]) for name in names}
+        for name in names:
+            self.members[name].setdefault("began", time.time())
+            if self.members[name]["status"] == DONE:
+                self.members[name]["status"] = WAITING
+        if any(self.members[name] != before[name] for name in names):
             self.write()
         return min(self.members[name]["began"] for name in names)
 

@@ -228,7 +228,8 @@ def run_group(
         for place in live:
             record.set(place.name, record_lib.DONE, step=start_step, **last_losses(place.workdir, start_step))
         return False
-    supervised = supervised and supervised.after(record.begun([place.name for place in live]))
+    opened = record.open([place.name for place in live])
+    supervised = supervised and supervised.after(opened)
     stored, origin = live[0].stored, None
     if not stored and config.init_from:
         origin = finetune.open_origin(config.init_from, config.init_from_parameters)
