@@ -27,6 +27,7 @@ from uwm_jax.benchmarking.fault_proxy import Proxy, fault_proxy
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.run_data import RunData
 from uwm_jax.errors import UserError
+from uwm_jax.storage import environment
 
 BUCKET = "bkt"
 STREAMED = 4  # --chunk_steps of a dataset that is read from a bucket, as docs/data.md recommends
@@ -119,7 +120,8 @@ def benchmark(
         bucket = closing.enter_context(emulator(BUCKET))
         proxy = closing.enter_context(fault_proxy(bucket.url, delay))
         os.sched_setaffinity(0, {cores[1]})
-        closing.enter_context(_environment(proxy.environ))
+        threads = str(environment.http_threads(1))  # for the one core that a loader is kept on
+        closing.enter_context(_environment({**proxy.environ, "TENSORSTORE_HTTP_THREADS": threads}))
         remote = {number: files.as_place(f"gs://{BUCKET}/{number}") for number in local}
         for number, dataset in local.items():
             Copy(dataset, remote[number]).run()

@@ -77,3 +77,7 @@ def test_tensorstore_repeats_what_hangs(storage_emulator, bucket):
             [sys.executable, "-c", code, str(folder)], env=environ, capture_output=True, text=True, check=True
         )
         assert found.stdout.strip() == "1000" and proxy.requests["fault hang"] == 1
+
+
+def test_few_cores_have_one_thread_that_receives():
+    assert [environment.http_threads(cores) for cores in (1, 2, 4, 8, 16, 96)] == [1, 1, 1, 2, 4, 4]

@@ -26,7 +26,16 @@ def prepare() -> None:
     """Sets the environment variables that are not set yet; child processes inherit them. Costs no import."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("TENSORSTORE_HTTP_THREADS", str(http_threads(cores)))
     os.environ.setdefault("FSSPEC_GCS", json.dumps(GCSFS_SETTINGS))
+
+
+def http_threads(cores: int) -> int:
+    """tensorstore's threads that receive answers, on a host with so many cores: one for four cores, at most 4, its
+    default. Each wakes for every piece of an answer: with 4 of them on one core, a window of 0.66 MB that is read in
+    ranges cost 0.25 ms more CPU time, a twelfth of its decoding."""
+    return max(1, min(4, cores // 4))
 
 
 @functools.cache
