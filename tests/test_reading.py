@@ -37,7 +37,13 @@ def system_error(number: int) -> OSError:
     return OSError(number, os.strerror(number), "/data/x")
 
 
+class ClientConnectorError(OSError):
+    """aiohttp's, by its name: what gcsfs raises where nobody answers at the bucket's address."""
+
+
 FLEETING = [
+    ClientConnectorError(errno.ECONNREFUSED, "Cannot connect to host storage.googleapis.com:443"),
+    ClientConnectorError(-3, "Temporary failure in name resolution"),
     *(system_error(n) for n in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN)),
     RuntimeError("pread() failed: Input/output error; reading /data/x; at byte 200270; Could not read"),
     RuntimeError("read() failed: Stale file handle; reading data/x; at byte 0"),

@@ -58,10 +58,10 @@ def is_fleeting(error: BaseException, path: AnyPath = "") -> bool:
     """Whether reading failed with a transient error, rather than because of the files' contents."""
     if isinstance(error, UserError | RunError):
         return False
+    if is_passing(error):  # first: aiohttp's errors have an `errno` too, also one for a host that has no address
+        return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FLEETING
-    if is_passing(error):
-        return True
     return any(sign in reason_of(error, path) for sign in _SIGNS)
 
 

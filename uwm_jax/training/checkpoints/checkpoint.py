@@ -55,8 +55,6 @@ _Value = TypeVar("_Value")
 
 UNKNOWN_POSITION: dict[str, Any] = {}  # `data_iter` of a converted training state
 
-_UNFINISHED = (".orbax-checkpoint-tmp", ".deleted")
-
 
 def make_assets(config: ConfigDict, spec: DataSpec, **extra: Any) -> dict[str, Any]:
     """The JSON item that makes a checkpoint self-describing."""
