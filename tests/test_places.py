@@ -184,6 +184,18 @@ def test_folders_are_made_copied_moved_and_removed(folder, tmp_path):
         files.copy_tree(folder / "none", tmp_path / "none")
 
 
+@pytest.mark.parametrize("name", ["/outside", "../outside", "a/../../../outside", "./x", "a//x"])
+def test_no_object_leads_out_of_the_folder_that_it_is_copied_to(bucket, tmp_path, name):
+    """Anybody may write such names into a bucket that others read."""
+    source = RemotePath(f"{bucket}/vae")
+    client.write(source.bucket, f"{source.key}/whole", b"")
+    client.write(source.bucket, f"{source.key}/{name.replace('/outside', f'{tmp_path}/outside', 1)}", b"")
+    for copies in (files.local_copy, files.facts_below, lambda found: files.copy_tree(found, tmp_path / "down")):
+        with pytest.raises(UserError, match="vae/.*(outside|x)'.*cannot name a file"):
+            copies(source)
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_an_output_is_checked(bucket):
     there = place(bucket, "--output")
     files.write_text(there / "folder" / "a", "")

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from uwm_jax.errors import UserError
 from uwm_jax.storage import client
 from uwm_jax.storage.client import Entry
 from uwm_jax.storage.remote_path import RemotePath
@@ -75,8 +76,21 @@ def delete_objects(bucket: str, entries: Iterable[Entry]) -> None:
 
 
 def objects_below(place: RemotePath) -> list[Entry]:
+    """All objects below a folder.
+
+    Raises:
+      UserError: the name of one is none of a file in that folder: `folder//etc/passwd` or `folder/../../x`, which a
+        bucket may hold, would lead out of the local folder that it is copied to.
+    """
     found = client.listing(place.bucket, f"{place.key}/" if place.key else "").objects
-    return [entry for entry in found if not entry.key.endswith("/")]  # consoles make those for empty folders
+    entries = [entry for entry in found if not entry.key.endswith("/")]  # consoles make those for empty folders
+    for entry in entries:
+        if not {"", ".", ".."}.isdisjoint(entry.key.split("/")):
+            raise UserError(
+                f"{client.url_of((place.bucket, entry.key))!r}: an object's name with an empty part, . or .. cannot "
+                "name a file. Rename it, or delete it."
+            )
+    return entries
 
 
 def _name_below(folder: RemotePath, entry: Entry) -> str:
