@@ -290,6 +290,8 @@ def run_group(
     logs = [open_log(place, start_step, writes=main and not place.diverged) for place in places]
     for log in logs:
         closing.callback(log.close)
+    for log in logs:
+        closing.callback(log.end_trackers)  # all at once, before the first `close` waits
     progress = stored.assets.get("progress", {}) if stored else {}
     goodput.begin(
         start_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -108,8 +109,10 @@ def within(seconds, function):
 
 
 @pytest.mark.parametrize("where", ["start", "log", "close"])
-def test_one_that_hangs_blocks_neither_a_line_nor_the_end(tmp_path, capfd, where):
-    hangs = threading.Event()
+def test_one_that_hangs_blocks_neither_a_line_nor_the_end(tmp_path, capfd, monkeypatch, where):
+    """Nor the end of the process, which does not wait for what is left behind (`ending.exit_process`)."""
+    hangs, left = threading.Event(), []
+    monkeypatch.setattr(trackers_lib, "leave_behind", left.append)
     stuck = type("Stuck", (Kept,), {where: lambda *_: hangs.wait()})
 
     def write():
@@ -127,8 +130,33 @@ def test_one_that_hangs_blocks_neither_a_line_nor_the_end(tmp_path, capfd, where
             slow, lost = said.splitlines()
             assert "stuck does not keep up: 1000 lines wait for it" in slow
             assert lost.endswith("stuck lacks 1010 of 1010 lines of this start: not all was written in time.")
+        assert left == ["the tracker stuck"]
     finally:
         hangs.set()
+
+
+def test_trackers_of_several_logs_end_side_by_side(tmp_path, monkeypatch):
+    """As those of a sweep's members, each of which closes its own."""
+    ended, feeds, logs = [], [], []
+
+    def join(feed, deadline):
+        ended.append([each._ending for each in feeds])
+        feed._thread.join()
+
+    monkeypatch.setattr(trackers_lib._Feed, "join", join)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        trackers = Trackers({"kept": Kept}, facts(tmp_path))
+        feeds += trackers._feeds
+        logs.append(MetricsLog(tmp_path / name, 20, trackers))
+    with pytest.raises(KeyError), contextlib.ExitStack() as closing:
+        for log in logs:
+            closing.callback(log.close)
+        for log in logs:
+            closing.callback(log.end_trackers)
+        raise KeyError
+    assert ended == [[True] * 3] * 3, "none is waited for before all were told"
+    assert all(feed._run_failed for feed in feeds)
 
 
 def test_lines_that_a_slow_one_drops_are_counted_and_it_goes_on(tmp_path, capfd):

@@ -77,6 +77,11 @@ class MetricsLog:
         if self._lines is not None:
             self._lines.check()
 
+    def end_trackers(self) -> None:
+        """Called before `close` where there are several logs, so that their trackers end side by side."""
+        if self._trackers is not None:
+            self._trackers.end(failed=sys.exc_info()[1] is not None)
+
     def close(self) -> None:
         """Closes the files. Raises as `check`, unless another exception is being handled."""
         another = sys.exc_info()[1] is not None

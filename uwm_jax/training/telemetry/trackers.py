@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from uwm_jax.ending import leave_behind
 from uwm_jax.errors import UserError, suggest, warn
 from uwm_jax.files import AnyPath, Place, as_place
 from uwm_jax.training.telemetry.tensorboard import TensorBoard
@@ -70,6 +71,8 @@ class _Feed:
         """Waits for the thread, and tells how many lines it has not written."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         late = self._thread.is_alive()
+        if late or self._off:  # what its library waits for at the end of the process may never come
+            leave_behind(f"the tracker {self.name}")
         if lost := self._given - self._written:
             why = ": not all was written in time" if late and not self._off else ""
             warn(f"config.trackers: {self.name} lacks {lost} of {self._given} lines of this start{why}.")
@@ -128,23 +131,30 @@ class Trackers:
 
     def __init__(self, makers: Mapping[str, Callable[[], Tracker]], run: RunFacts):
         self._feeds = [_Feed(name, make, run) for name, make in makers.items()]
+        self._deadline: float | None = None
 
     def log(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, Place] | None = None) -> None:
         """Queues a line for each tracker; waits for none. Pictures are read later."""
         for feed in self._feeds:
             feed.put(_Line(step, dict(scalars), dict(pictures or {})))
 
-    def close(self, failed: bool = False, seconds: float = CLOSE_SECONDS) -> None:
-        """Ends all trackers once they have written what is queued, or leaves them behind after `seconds`.
+    def end(self, failed: bool = False, seconds: float = CLOSE_SECONDS) -> None:
+        """Tells all trackers to end once they have written what is queued; `close` waits, for so long from now on.
 
         Args:
           failed: as `Tracker.close` has it.
         """
+        if self._deadline is None:
+            self._deadline = time.monotonic() + seconds
+            for feed in self._feeds:
+                feed.end(failed)
+
+    def close(self, failed: bool = False, seconds: float = CLOSE_SECONDS) -> None:
+        """The same, and waits; what has not ended in time is left behind."""
+        self.end(failed, seconds)
+        assert self._deadline is not None
         for feed in self._feeds:
-            feed.end(failed)
-        deadline = time.monotonic() + seconds
-        for feed in self._feeds:
-            feed.join(deadline)
+            feed.join(self._deadline)
 
 
 def start(config: ConfigDict, workdir: AnyPath, step: int, writes: bool, group: str = "") -> Trackers:
