@@ -22,6 +22,8 @@ from uwm_jax.training.telemetry.log import read_metrics
 
 TIMINGS = ("samples_per_second", "data_wait_fraction", "goodput", "mfu", "time/")  # of a line; they may differ
 
+WITHIN_STEPS = 5  # of a given step, at most, a kill comes
+
 _LOOK_SECONDS = 0.02
 _STEP = re.compile(r"step (\d+)/")
 _STARTED = re.compile(r"supervisor: process (\d+) is started")
@@ -34,8 +36,9 @@ class Kill:
     """One kill.
 
     Attributes:
-      step: the run must have printed the line of this step, or a later one; None: it may be starting.
-      delay: seconds after that, or after the kill before.
+      step: the start after the kill before must have printed the line of this step, or a later one; None: it is still
+        starting.
+      delay: seconds after that, or after the kill before; at most until `WITHIN_STEPS` more, or the first step.
       victim: process number.
       number: of the signal.
     """
@@ -59,7 +62,7 @@ def plan(
         if i % 4 == 3:
             planned.append(Kill(None, draw.uniform(0, start_seconds), victim))
         else:
-            planned.append(Kill(step, draw.uniform(0, 5 * step_seconds), victim))
+            planned.append(Kill(step, draw.uniform(0, WITHIN_STEPS * step_seconds), victim))
     return planned
 
 
@@ -67,11 +70,14 @@ def kill_as_planned(processes: Processes, kills: Sequence[Kill], say: Say) -> in
     """Carries out a plan; returns how many kills there were before the run was over."""
     mark = 0  # lines of process 0 before the last kill
     for done, kill in enumerate(kills):
-        while kill.step is not None and not any(step >= kill.step for step in _steps(processes.lines[0][mark:])):
+        latest = 1 if kill.step is None else kill.step + WITHIN_STEPS
+        while kill.step is not None and not _reached(processes.lines[0], mark, kill.step):
             if not _running(processes):
                 return done
             time.sleep(_LOOK_SECONDS)
-        time.sleep(kill.delay)
+        until = time.monotonic() + kill.delay
+        while time.monotonic() < until and not _reached(processes.lines[0], mark, latest):
+            time.sleep(_LOOK_SECONDS)
         while (pid := _process_of(processes, kill.victim)) is None or not _kill(pid, kill.number):
             if not _running(processes):
                 return done
@@ -165,6 +171,12 @@ def rehearse(
 
 def _steps(lines: Sequence[str]) -> list[int]:
     return [int(found[1]) for line in lines if (found := _STEP.match(line))]
+
+
+def _reached(lines: Sequence[str], mark: int, step: int) -> bool:
+    """Whether the start that began after the first `mark` lines has printed a step of at least this number."""
+    starts = [i for i, line in enumerate(lines) if i >= mark and _STARTED.match(line)]
+    return bool(starts) and any(found >= step for found in _steps(lines[starts[-1] :]))
 
 
 def _running(processes: Processes) -> bool:

@@ -30,6 +30,33 @@ def test_a_plan_is_random_in_order_and_leaves_the_end_alone():
     assert {kill.victim for kill in planned} <= {0, 1, 2, 3} and len({kill.victim for kill in planned}) > 2
 
 
+class Lines:
+    """Stands for `Processes` of a run whose process 0 prints these lines, one at each look."""
+
+    def __init__(self, *lines):
+        self.lines, self._left = [[]], list(lines)
+        self.popen = [self]
+
+    def poll(self):
+        return None if self._left else 0
+
+    def look(self, _):
+        if self._left:
+            self.lines[0].append(self._left.pop(0))
+
+
+def test_kills_come_in_the_start_that_they_are_meant_for(monkeypatch):
+    """Also where a start is quicker, or steps are, than the plan took them for."""
+    started, old = "supervisor: process 7 is started", ["step 3/9", "step 4/9"]
+    run = Lines(started, "step 1/9", "step 2/9", *old, started, "step 3/9", "step 4/9", "step 5/9", *["step 6/9"] * 9)
+    when = []
+    monkeypatch.setattr(kills.time, "sleep", run.look)
+    monkeypatch.setattr(kills.os, "kill", lambda pid, number: when.append((pid, number, len(run.lines[0]))))
+    told = []
+    assert kill_as_planned(run, [Kill(2, 0.0, 0), Kill(None, 1e9, 0), Kill(9, 0.0, 0)], told.append) == 2
+    assert when == [(7, signal.SIGKILL, 3), (7, signal.SIGKILL, 7)] and "kill 2 of 3: SIGKILL to process 0" in told[1]
+
+
 def run_at(folder, *lines):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
