@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import urllib.parse
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import google_crc32c
@@ -110,6 +111,25 @@ def test_a_conditional_write_whose_answer_was_lost_is_ours(faulty, bucket):
     assert files.create(lock, b"mine") is None  # of the same contents, but another's
 
 
+def test_a_conditional_write_whose_answer_was_lost_and_that_is_deleted_since_is_no_longer_ours(
+    faulty, storage_emulator, bucket
+):
+    lock = place(bucket, "--workdir") / "lock"
+    first = files.create(lock, b"mine")
+
+    fails = first_of("lost", "POST")
+
+    def lose_then_delete(method, path, number):
+        fault = fails(method, path, number)
+        if method == "POST" and not fault:
+            url = f"{storage_emulator.url}/storage/v1/b/{lock.bucket}/o/{urllib.parse.quote(lock.key, safe='')}"
+            urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=10).close()
+        return fault
+
+    faulty(lose_then_delete)
+    assert files.replace_if(lock, b"again", first) is None
+
+
 def test_faults_without_end_are_told(faulty, bucket, monkeypatch):
     monkeypatch.setattr(retries, "TOTAL_SECONDS", 0.3)
     path = place(bucket, "--workdir") / "a"
@@ -183,6 +203,15 @@ def test_a_bucket_that_vanishes_is_told(storage_emulator):
     ):
         with pytest.raises(StorageError, match="gs://soon-gone does not exist.*gcloud storage buckets create"):
             call()
+    there = RemotePath("gs://bkt/soon-gone")
+    files.write_text(there, "3")
+    with pytest.raises(StorageError, match="gs://soon-gone does not exist"):
+        files.copy_file(there, path)
+
+
+def test_a_bucket_is_no_object():
+    with pytest.raises(IsADirectoryError, match="gs://bkt"):
+        RemotePath("gs://bkt").read_bytes()
 
 
 # --- logins ----------------------------------------------------------------------------------------------------------

@@ -251,7 +251,11 @@ def copy(source: tuple[str, str], target: tuple[str, str]) -> None:
             query = f"?rewriteToken={quote(token, safe='')}" if token else ""
             return _json(_send("copying", source, "POST", url + query))
 
-        answer = _repeat(attempt, "copying", source)
+        try:
+            answer = _repeat(attempt, "copying", source)
+        except FileNotFoundError:
+            listing(target[0], "", most=1)  # raises where it is the other bucket that does not exist
+            raise
         if answer.get("done", True):
             return
         token = answer["rewriteToken"]
@@ -269,6 +273,8 @@ def _base() -> str:
 
 
 def _object(place: tuple[str, str]) -> str:
+    if not place[1]:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), url_of(place))
     return f"{_base()}/storage/v1/b/{quote(place[0], safe='')}/o/{quote(place[1], safe='')}"
 
 
@@ -433,7 +439,10 @@ def _multipart(described: Mapping[str, Any], data: bytes) -> tuple[dict[str, str
 
 def _written_by(place: tuple[str, str], tag: str) -> Generation | None:
     """The generation of an object if the call with this tag wrote it: its answer was lost, so it was sent again."""
-    answer = _send("looking up", place, "GET", _object(place) + "?fields=generation,metadata")
+    try:
+        answer = _send("looking up", place, "GET", _object(place) + "?fields=generation,metadata")
+    except FileNotFoundError:  # it has been deleted since
+        return None
     described = _json(answer)
     return str(described["generation"]) if described.get("metadata", {}).get(_TAG) == tag else None
 

@@ -239,12 +239,19 @@ def _made(path: PurePosixPath) -> RemotePath:
     return RemotePath(f"{SCHEME}{path}")
 
 
-def _listed(bucket: str, key: str) -> RemotePath:
-    """An object or folder that a listing names; raises UserError for one that is no path."""
+def check_listed(bucket: str, key: str) -> None:
+    """Raises UserError for an object or folder of a listing whose name is no path.
+
+    Joined with a local folder, names such as `folder//etc/passwd` and `folder/../../x` would lead out of it.
+    """
     if {"", ".", ".."} & set(key.split("/")):
         raise UserError(
             f"{SCHEME}{bucket}/{key}: an object whose name has an empty part, . or .. is no path. Rename or delete it."
         )
+
+
+def _listed(bucket: str, key: str) -> RemotePath:
+    check_listed(bucket, key)
     return RemotePath(f"{SCHEME}{bucket}/{key}")
 
 

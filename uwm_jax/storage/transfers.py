@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from uwm_jax.errors import UserError
 from uwm_jax.storage import client
 from uwm_jax.storage.client import Entry
-from uwm_jax.storage.remote_path import RemotePath
+from uwm_jax.storage.remote_path import RemotePath, check_listed
 
 IN_FLIGHT = 16
 
@@ -76,20 +75,11 @@ def delete_objects(bucket: str, entries: Iterable[Entry]) -> None:
 
 
 def objects_below(place: RemotePath) -> list[Entry]:
-    """All objects below a folder.
-
-    Raises:
-      UserError: the name of one is none of a file in that folder: `folder//etc/passwd` or `folder/../../x`, which a
-        bucket may hold, would lead out of the local folder that it is copied to.
-    """
+    """All objects below a folder; raises UserError where the name of one would lead out of a local copy."""
     found = client.listing(place.bucket, f"{place.key}/" if place.key else "").objects
     entries = [entry for entry in found if not entry.key.endswith("/")]  # consoles make those for empty folders
     for entry in entries:
-        if not {"", ".", ".."}.isdisjoint(entry.key.split("/")):
-            raise UserError(
-                f"{client.url_of((place.bucket, entry.key))!r}: an object's name with an empty part, . or .. cannot "
-                "name a file. Rename it, or delete it."
-            )
+        check_listed(place.bucket, entry.key)
     return entries
 
 
