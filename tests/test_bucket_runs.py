@@ -53,9 +53,11 @@ def local(make_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def remote(make_config, storage_emulator):
-    """The same run in a bucket, which is evaluated at its end and traced on its way."""
+    """The same run in a bucket, as are its data, which is evaluated at its end and traced on its way."""
     workdir = files.as_place("gs://bkt/test_bucket_runs/run")
     config = make_config()
+    files.copy_tree(config.data.path, workdir.with_name("data"))
+    config.data.path = str(workdir.with_name("data"))
     config.eval.every = 4
     train(config, workdir, profile="2:2")
     return workdir
@@ -83,7 +85,7 @@ def test_it_is_the_run_in_a_folder(local, remote):
     for step in (2, 4):
         assert arrays_of(remote, step) == arrays_of(local, step)
     configs = [config_lib.flatten(config_lib.read(workdir)) for workdir in (local, remote)]
-    assert {name for name in configs[0] if configs[0][name] != configs[1][name]} == {"eval.every"}
+    assert {name for name in configs[0] if configs[0][name] != configs[1][name]} == {"eval.every", "data.path"}
     assert len(read_starts(remote)) == 1
     assert [place.name for place in (remote / "profile").rglob("*.xplane.pb")], "the trace was uploaded"
 

@@ -102,7 +102,9 @@ def test_a_dataset_is_named_in_full_or_below_the_data_directory(there, monkeypat
     assert places.dataset_dir("/set") == places.find_dataset("/set") == Path("/set")
     with pytest.raises(UserError, match="config.data.path='gs://bkt/.*not a usable name"):
         places.dataset_dir("../set")
-    with pytest.raises(UserError, match="gs://bkt/nothing/manifest.json|no training dataset here"):
+    with pytest.raises(
+        UserError, match="no training dataset here.*--output=DIR.*data_prep.copy --input=DIR --output=gs"
+    ):
         Dataset("gs://bkt/nothing")
 
 

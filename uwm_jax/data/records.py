@@ -113,11 +113,15 @@ def read_manifest(path: AnyPath) -> dict[str, Any]:
         if (as_place(path) / "dataset_info.json").exists():
             hint = f"This is a plain TFDS dataset: run `python -m data_prep.reshard --input={path} --output=DIR`."
         else:
+            into, demo, bring = path, "", ""
+            if is_remote(path):  # which those jobs do not write to
+                into, demo = "DIR", " --output=DIR"
+                bring = f", and bring it there by `python -m data_prep.copy --input=DIR --output={path}`"
             hint = (
-                f"Make it with `python -m data_prep.reshard --input=RLDS_DIR --output={path}`, or the demonstration "
-                "data `pusht` with `python -m data_prep.demo`. A config's relative path is looked up under "
-                f"$UWM_DATA_DIR, which is {os.environ.get('UWM_DATA_DIR', 'not set (default data/)')}. If a run's "
-                "dataset has moved, name its new place with --config.data.path=DIR (for a source: "
+                f"Make it with `python -m data_prep.reshard --input=RLDS_DIR --output={into}`, or the demonstration "
+                f"data `pusht` with `python -m data_prep.demo{demo}`{bring}. A config's relative path is looked up "
+                f"under $UWM_DATA_DIR, which is {os.environ.get('UWM_DATA_DIR', 'not set (default data/)')}. If a "
+                "run's dataset has moved, name its new place with --config.data.path=DIR (for a source: "
                 "--config.data.sources.NAME.path=DIR)."
             )
         raise UserError(f"{path}: no training dataset here (no manifest.json). {hint}")
