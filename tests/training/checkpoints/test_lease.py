@@ -73,6 +73,27 @@ def test_another_process_under_the_number_of_a_dead_holder_is_not_the_holder(tmp
     taken.release()
 
 
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
+def test_a_process_that_proc_hides_is_not_dead(tmp_path, monkeypatch, error):
+    """That of another user where /proc is mounted with hidepid=1 or 2."""
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    record = dataclasses.replace(Record.own({}), pid=other.pid, started=lease_lib._started(other.pid))
+    read_text = lease_lib.Path.read_text
+
+    def hidden(path):
+        if path.name == "stat":
+            raise error
+        return read_text(path)
+
+    monkeypatch.setattr(lease_lib.Path, "read_text", hidden)
+    try:
+        assert not record.is_dead()
+    finally:
+        other.kill()
+        other.wait()
+    assert record.is_dead() == (error is FileNotFoundError)
+
+
 def test_a_holder_without_a_sign_of_life_loses_the_lock_after_its_own_lease(tmp_path, clock, capsys):
     silent = write(tmp_path, lease_seconds=90.0)
 

@@ -33,6 +33,7 @@ RENEWALS = 4  # in a lease
 RELEASE_SECONDS = 10.0  # for giving the lock back; without that the next one waits for the end of the lease
 
 _POLLS = 30  # in a lease, by a process that waits for a sign of life
+_UNKNOWN = "unknown"  # when a process began that /proc does not show, as other users' where it is mounted with hidepid
 
 
 class LostLock(RunError):
@@ -92,7 +93,7 @@ class Record:
     def is_dead(self) -> bool:
         """Whether the holder was a process of this machine, and has ended."""
         same = bool(self.machine) and self.machine == _machine()
-        return same and _started(self.pid) != self.started
+        return same and _started(self.pid) not in (self.started, _UNKNOWN)
 
 
 class Lease:
@@ -276,7 +277,17 @@ def _started(pid: int) -> str:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return ""
+        return _UNKNOWN if _is_there(pid) else ""
     except OSError:
-        return "unknown"
+        return _UNKNOWN
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        pass
+    return True
