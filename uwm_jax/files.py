@@ -67,8 +67,7 @@ def place(value: AnyPath, flag: str) -> Place:
     bucket, *parts = [part for part in text[len("gs:") :].split("/") if part] or [""]
     if not _BUCKET.fullmatch(bucket):
         raise UserError(
-            f"{flag}={text}: {bucket!r} is no name of a bucket (3 to 222 of a-z, 0-9, -, _ and .). "
-            "Expected gs://bucket/key."
+            f"{flag}={text}: {bucket!r} is no name of a bucket (3 to 222 of a-z, 0-9, -, _, .). Expected gs://bucket/key."
         )
     key = "/".join(parts)
     if {".", ".."} & set(parts) or len(key.encode(errors="replace")) > _LONGEST_KEY or not key.isprintable():
@@ -252,11 +251,7 @@ def writing(path: AnyPath, mode: str = "w") -> Iterator[IO[Any]]:
 
 def write_text(path: AnyPath, text: str) -> None:
     """Writes a text file in UTF-8 atomically, as `replacing` does."""
-    if is_remote(path):
-        write_bytes(path, text.encode())
-        return
-    with writing(path) as file:
-        file.write(text)
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: AnyPath, data: bytes) -> None:
