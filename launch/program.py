@@ -15,6 +15,7 @@ from uwm_jax.errors import RunError, UserError
 CALL_SECONDS = 600.0
 
 _RETRY_SECONDS = 20.0
+_END_SECONDS = 10.0  # for a call that is ended to end by itself
 _HEREDOC = "END"  # of what is shown of a call's stdin
 
 
@@ -76,7 +77,7 @@ class Program:
         """The stdout of a call; "" in a dry run.
 
         Raises:
-          RunError: it failed or did not end in time; names its last line of stderr.
+          RunError: it failed or did not end in time; names the line of stderr that tells why.
         """
         command = self._command(arguments)
         if self.dry_run:
@@ -84,7 +85,8 @@ class Program:
             return ""
         status, out, err = self._call(command, seconds, capture=True)
         if status:
-            said = (err.strip().splitlines() or ["it said nothing"])[-1]
+            lines = err.strip().splitlines() or ["it said nothing"]
+            said = next((line for line in lines if line.startswith("ERROR")), lines[-1])  # details may follow it
             raise RunError(f"status {status}: {shlex.join(command)}: {said}")
         return out
 
@@ -120,5 +122,9 @@ class Program:
         finally:
             with contextlib.suppress(ProcessLookupError):  # also where Ctrl-C ends the launcher
                 os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_END_SECONDS)
+                if process.returncode is None:
+                    os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         return process.returncode, out or "", err or ""

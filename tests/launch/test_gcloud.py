@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import launch.program
 from launch import regions
 from launch.gcloud import Gcloud
 from uwm_jax.errors import RunError, UserError
@@ -60,9 +61,22 @@ def test_a_call_that_hangs_is_ended_with_what_it_started(program, ends):
     assert ends(int((Path(os.environ["PATH"].split(os.pathsep)[0]) / "pid").read_text()))
 
 
+def test_a_call_that_ignores_being_ended_is_killed(program, monkeypatch):
+    monkeypatch.setattr(launch.program, "_END_SECONDS", 0.5)
+    program('trap "" TERM; while :; do sleep 0.1; done')
+    began = time.monotonic()
+    with pytest.raises(RunError, match="status 124"):
+        Gcloud(say=lambda line: None).run("ssh", seconds=1)
+    assert time.monotonic() - began < 30
+
+
 def test_what_is_not_there_is_none_and_other_failures_are_told(program):
     program('echo "ERROR: NOT_FOUND: Resource was not found" >&2; exit 1')
     assert Gcloud().read("describe") is None
+    program(
+        r"""printf "ERROR: (gcloud) NOT_FOUND: no\\n- '@type': type.googleapis.com/x\\n  reason: y\\n" >&2; exit 1"""
+    )
+    assert Gcloud().read("describe") is None, "details follow the line that tells why"
     program('echo "ERROR: PERMISSION_DENIED" >&2; exit 1')
     with pytest.raises(RunError, match="status 1: gcloud describe .*PERMISSION_DENIED"):
         Gcloud().read("describe")
