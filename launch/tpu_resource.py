@@ -244,11 +244,18 @@ class Resource:
         self.gcloud.run(*arguments, *self.api.all_workers, seconds=seconds)
 
     def workers(self) -> list[str]:
-        """What each worker's run is: `running`, `ended STATUS`, `lost`, `not started`, or `not installed`."""
+        """What each worker's run is: `running`, `ended STATUS`, `lost`, `not started`, or `not installed`.
+
+        Raises:
+          RunError: none says so.
+        """
         script = "uwm_jax/current/launch/worker.sh"
         command = f"if [ -e {script} ]; then bash {script} status; else echo uwm_jax worker: not installed; fi"
         text = self.gcloud.output(*self._ssh(self.api.all_workers, command), seconds=STATUS_SECONDS)
-        return [match[1] for match in _SAYS.finditer(text)]
+        found = [match[1] for match in _SAYS.finditer(text)]
+        if not found and not self.gcloud.dry_run:
+            raise RunError(f"{self.name}: no worker said how its run is; SSH brought {text[-200:]!r}.")
+        return found
 
     def _ssh(self, workers: Sequence[str], command: str) -> list[str]:
         return [*self.api.group, "ssh", self.name, f"--zone={self.zone}", *workers, f"--command={command}"]

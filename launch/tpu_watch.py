@@ -96,7 +96,7 @@ class Watch:
         if state != self._state:
             self._state, self._state_since = state, self._now()
         if state == resource.api.ready:
-            self._was_ready = True
+            self._was_ready, self._owed = True, False
             return self._care_for(resource.workers())
         self._tell(state)
         if state in resource.api.removable:

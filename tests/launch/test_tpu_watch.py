@@ -98,6 +98,14 @@ def test_a_replacement_that_fails_in_the_middle_is_finished(watched):
     assert done == [AGAIN[0], "create", "create", "install", "start"]
 
 
+def test_a_creation_that_failed_but_happened_is_no_debt(watched):
+    """What this launcher has asked for is there; whoever deletes it later is another."""
+    states = ["ACTIVE", "SUSPENDED", "ACTIVE", None]
+    with pytest.raises(RunError, match="it is gone, deleted by somebody"):
+        watched(states, [["running"], ["running"]], failing=[RunError("status 124: gcloud create")])
+    assert watched.done == AGAIN[:2]
+
+
 def test_nothing_else_is_ever_replaced(watched):
     with pytest.raises(UserError, match="not the resource that was created from here"):
         watched(["ACTIVE", "SUSPENDED"], [["running"]], label="another")
@@ -162,6 +170,13 @@ def test_looks_may_fail_for_a_while(watched, capsys):
     with pytest.raises(RunError, match="no look at it succeeded in 60 min. The run may go on"):
         watched([failed])
     assert UNSEEN_SECONDS <= watched.clock.now < UNSEEN_SECONDS + 120
+
+
+def test_workers_that_say_nothing_are_a_look_that_failed(monkeypatch):
+    resource = Resource(Gcloud(), "my-tpu", "z", ORDER)
+    monkeypatch.setattr(resource.gcloud, "output", lambda *_, **__: "Using ssh batch size of 1\n")
+    with pytest.raises(RunError, match="my-tpu: no worker said how its run is; SSH brought 'Using ssh"):
+        resource.workers()
 
 
 def test_waiting_in_the_queue_has_a_limit():
