@@ -3,7 +3,8 @@
 A file that is read to a local folder grows as `.<name>.<crc32c or size>.part`, which a later job continues, and is
 renamed once its CRC-32C is the one expected: that of the dataset's manifest or the sidecar's, else the one that the
 bucket states. What is written to a bucket appears whole, and the CRC-32C that the bucket states afterwards is compared.
-`manifest.json` and `sidecar.json` come last, so that a folder with them has all that they list.
+`manifest.json` and `sidecar.json` come last, and those that are replaced go first, so that a folder with them has all
+that they list.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ class Copy:
     def run(self, watch: Watch = lambda size: None) -> Copied:
         """Copies what is not there."""
         kept = 0
+        for name in self._outdated():  # what is replaced in part must not be taken for what it was
+            files.remove(self._target / name)
+            del self._there[name]
         for names in self._in_order():
             left = [name for name in names if not self._is_there(name)]
             kept += len(names) - len(left)
@@ -112,19 +116,25 @@ class Copy:
                 f"--output={self._target} holds {len(others)} files that the source lacks, such as {others[0]}. Choose "
                 "another folder, or leave them there with --overwrite."
             )
-        finals = [name for name in LAST if name in ours]
-        for name in finals:
-            if (self._target / name).read_bytes() != (self._source / name).read_bytes():
-                raise UserError(
-                    f"--output={self._target} is complete and has another {name} than the source. Choose another "
-                    "folder, or replace it with --overwrite."
-                )
+        for name in (name for name in self._outdated() if name in LAST):
+            raise UserError(
+                f"--output={self._target} is complete and has another {name} than the source. Choose another folder, "
+                "or replace it with --overwrite."
+            )
+
+    def _outdated(self) -> list[str]:
+        """The files of the target that say what is complete there, and differ from the source's."""
+        finals = [name for name in self._files.keys() & self._there.keys() if name.rpartition("/")[2] in LAST]
+        return sorted(
+            name for name in finals if (self._target / name).read_bytes() != (self._source / name).read_bytes()
+        )
 
     def _is_there(self, name: str) -> bool:
         """Whether the target has a file already, whole."""
-        expected, found = self._expected(name), self._there.get(name)
-        if found is None or found.size != expected.size:
+        found = self._there.get(name)
+        if found is None or found.size != self._files[name].size:
             return False
+        expected = self._expected(name)
         return (found.crc32c if found.crc32c is not None else _checksum(self._target / name)) == expected.crc32c
 
     def _expected(self, name: str) -> Facts:
@@ -158,7 +168,7 @@ class Copy:
         """Reads files to a local folder; their ranges come in order, with as many under way as may be in flight."""
         target = Path(os.fspath(self._target))  # type: ignore[arg-type]
         folder = RangedFolder(self._source)
-        growing = {name: _Growing(target / name, self._files[name]) for name in names}
+        growing = {name: _Growing(target / name, self._expected(name)) for name in names}
         ranges = ((name, start) for name in names for start in growing[name].starts)
         begun: collections.deque[tuple[str, int]] = collections.deque()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,26 @@ def test_another_dataset_is_not_overwritten(tiny_dataset, tmp_path):
     assert contents(target) == contents(tiny_dataset)
 
 
+@pytest.mark.parametrize("up", [False, True])
+def test_what_is_replaced_in_part_is_no_dataset(tiny_dataset, bucket, tmp_path, up):
+    """A manifest never lists files of another dataset, also where the copy that replaces it is killed."""
+    target = as_place(f"{bucket}/target") if up else tmp_path / "target"
+    Copy(tiny_dataset, target).run()
+    source = shutil.copytree(tiny_dataset, tmp_path / "source")
+    for name in ("manifest.json", "latents/x/sidecar.json"):
+        files.write_text(target / name, "{}")
+        files.write_text(source / name, (source / name).read_text() if name == "manifest.json" else '{"files": {}}')
+
+    def killed(size: int) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        Copy(source, target, overwrite=True).run(killed)
+    assert not {"manifest.json", "latents/x/sidecar.json"} & files.facts_below(target).keys()
+    Copy(source, target).run()
+    assert contents(target) == contents(source)
+
+
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
@@ -139,6 +160,17 @@ def test_what_cannot_be_copied_is_named(tiny_dataset, tmp_path, capsys, source, 
     places = [text.format(tmp=tmp_path, set=tiny_dataset) for text in (source, target)]
     status = cli.call(copy.main, ["copy", f"--input={places[0]}", f"--output={places[1]}"], copy.define_flags)
     assert status == 2 and message in capsys.readouterr().err
+
+
+def test_checksums_of_new_files_are_made_as_they_are_copied(tmp_path, bucket, monkeypatch):
+    """By several threads, and not of all files before the first is copied."""
+    (tmp_path / "a").write_bytes(b"unlisted")
+    threads, checksum = [], copying._checksum
+    monkeypatch.setattr(
+        copying, "_checksum", lambda file: threads.append(threading.current_thread().name) or checksum(file)
+    )
+    Copy(tmp_path, as_place(f"{bucket}/up")).run()
+    assert len(threads) == 1 and threads[0].startswith("copy")
 
 
 def test_hidden_files_stay_behind(tmp_path: Path):
