@@ -417,8 +417,7 @@ def local_copy(path: AnyPath) -> Path:
     Raises:
       FileNotFoundError: it does not exist.
     """
-    path = as_place(path)
-    if isinstance(path, Path):
+    if isinstance(path := as_place(path), Path):
         return path
     found = client.stat(path.bucket, path.key) if path.key else None
     entries = transfers.objects_below(path) if found is None else [found]
