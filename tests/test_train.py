@@ -198,12 +198,12 @@ def test_a_workdir_from_python_is_a_path_like_that_of_the_flag(tiny_config, tmp_
     """A URL makes no folder called `gs:`, a home no folder called `~`; also of what reads and exports a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for place in ("gs://bucket/run", Path("gs://bucket/run")):
+    for place in ("s3://bucket/run", Path("s3://bucket/run")):
         for use in (lambda w: train(tiny_config, w), load_for_inference, lambda w: to_torch(w, "a.safetensors")):
-            with pytest.raises(UserError, match=r"workdir=gs:/+bucket/run: gs:// is not supported"):
+            with pytest.raises(UserError, match=r"workdir=s3:/+bucket/run: s3:// is not supported"):
                 use(place)
-    with pytest.raises(UserError, match=r"--output=gs:/+bucket"):
-        to_torch(tmp_path, Path("gs://bucket/a.safetensors"))
+    with pytest.raises(UserError, match=r"--output=s3:/+bucket"):
+        to_torch(tmp_path, Path("s3://bucket/a.safetensors"))
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "home" / "run"))):
         load_for_inference("~/run")
     assert os.listdir(tmp_path) == []
