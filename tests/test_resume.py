@@ -212,7 +212,7 @@ MAY_CHANGE = {
     *("sweep.members_at_once", "sweep.devices"),
     *("accumulation_steps", "compilation_cache_dir", "model.scan_blocks", "model.remat", "model.codec.microbatch"),
     "model.attention",
-    *("data.num_threads", "data.prefetch"),  # how fast the same rows are read
+    *("data.num_threads", "data.read_ahead", "data.prefetch"),  # how fast the same rows are read
     *("data.path", "data.sources.robot.path", "data.sources.robot.weight"),
     *("data.ranges", "data.sources.robot.ranges"),  # whose content the data's state tells
     *("data.max_bad_records", "data.read_timeout_seconds"),  # how long damaged data are borne
