@@ -73,7 +73,10 @@ class Commands:
         """Starts `[module, *flags]`."""
         self._count += 1
         log = Path(self._logs.name) / f"{self._count}.log"
-        return Running(self, self.ask({"run": [str(word) for word in command], "log": str(log)}), log)
+        pid = self.ask({"run": [str(word) for word in command], "log": str(log)})
+        while os.getpgid(pid) != pid:  # until then there is no group to kill
+            time.sleep(0.001)
+        return Running(self, pid, log)
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
         """Exit status and output of a command."""
