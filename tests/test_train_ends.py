@@ -184,10 +184,12 @@ def test_a_tracker_that_fails_ends_nothing_and_holds_nothing_up(make_tiny_config
 
     monkeypatch.setattr(EventFile, "write", fail_later)
     monkeypatch.setattr(pictures, "draw", full)
-    timer = threading.Timer(120, os._exit, (1,))  # instead of a test that never ends
+    timer = threading.Timer(600, os._exit, (1,))  # instead of a test that never ends
     timer.start()
-    train(config, tmp_path / "run")
-    timer.cancel()
+    try:
+        train(config, tmp_path / "run")
+    finally:
+        timer.cancel()
     assert latest_step(tmp_path / "run") == 30
     assert [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").open()] == list(range(1, 31))
     lines = capfd.readouterr().err.splitlines()
