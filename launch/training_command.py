@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from uwm_jax.errors import UserError
+from uwm_jax.supervision import flag_of
 
 TRAINS = ("uwm_jax.train", "launch.sweep")  # commands with a config that trains
 
@@ -39,20 +40,18 @@ def read(command: Sequence[str]) -> TrainingCommand:
             f"expected a command after --, such as: -- python -m uwm_jax.train --config=FILE --workdir=gs://..., found "
             f"{' '.join(command) or 'nothing'}."
         )
-    found = {"config": "", "workdir": ""}
     overrides, grid = [], []
     for word, after in zip(command, [*command[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
         name, value = flag.lstrip("-"), value if equals else after
         if not word.startswith("-"):
             continue
-        if name in found:
-            found[name] = value
-        elif name.startswith("config."):
+        if name.startswith("config."):
             overrides.append((name.removeprefix("config."), value))
         elif name == "grid":
             grid.append(value)
-    return TrainingCommand(command[2], found["config"], found["workdir"], tuple(overrides), tuple(grid))
+    config, workdir = (flag_of(command, name) or "" for name in ("config", "workdir"))
+    return TrainingCommand(command[2], config, workdir, tuple(overrides), tuple(grid))
 
 
 def with_slices(command: Sequence[str], slices: int) -> list[str]:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from absl import flags
 
 from uwm_jax import cli
 from uwm_jax.errors import UserError
 from uwm_jax.files import place
-from uwm_jax.supervision import Process, Supervisor, Workdir
+from uwm_jax.supervision import Process, Supervisor, Workdir, flag_of
 
 FLAGS = flags.FLAGS
 
@@ -53,16 +53,6 @@ def main(call: cli.Call) -> None:
         status = supervisor.run()
     if status:
         sys.exit(status)
-
-
-def flag_of(command: Sequence[str], name: str) -> str | None:
-    """The value of the last `--name=VALUE` or `--name VALUE` of a command; None without one."""
-    found = None
-    for argument, after in zip(command, [*command[1:], ""], strict=True):
-        flag, equals, value = argument.partition("=")
-        if flag.startswith("-") and flag.lstrip("-") == name:
-            found = value if equals else after
-    return found or None
 
 
 command = cli.command(main, define_flags)

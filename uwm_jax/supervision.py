@@ -34,6 +34,16 @@ _REMEMBERED = 50  # starts of which the next one is told
 _LOOK_SECONDS = 0.2  # how often a pause looks whether a signal has come
 
 
+def flag_of(command: Sequence[str], name: str) -> str | None:
+    """The value of the last `--name=VALUE` or `--name VALUE` of a command; None without one."""
+    found = None
+    for argument, after in zip(command, [*command[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("-") and flag.lstrip("-") == name:
+            found = value if equals else after
+    return found or None
+
+
 class Child(Protocol):
     """A started command."""
 
