@@ -20,7 +20,7 @@ only a small dataset lies. It also measures the disk that each layout takes, the
 with a million windows, and how fast `data_prep.reshard` cuts the RLDS.
 
 `--bucket` measures something else: what one core reads from a bucket whose requests take `--delay` seconds, next to
-what it reads from the page cache (`data_prep.bucket_rates`).
+what it reads from the page cache (`data_prep.rates.buckets`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from data_prep import bucket_rates, loader_data, loader_memory, loader_rates
-from data_prep.reshard_speed import mb_per_s_per_core
+from data_prep.rates import buckets, loader, loader_data, loader_memory
+from data_prep.rates.reshard_speed import mb_per_s_per_core
 from uwm_jax import cli, files
 from uwm_jax.errors import UserError
 
@@ -81,7 +81,7 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "also write the numbers to this file")
     flags.DEFINE_string("directory", None, "where to make the data, which are removed at the end; default the system's")
     flags.DEFINE_integer("episodes", default.episodes, "of the data", lower_bound=2)
-    flags.DEFINE_integer("steps", default.steps, "of an episode", lower_bound=2 * loader_rates.SPAN)
+    flags.DEFINE_integer("steps", default.steps, "of an episode", lower_bound=2 * loader.SPAN)
     flags.DEFINE_integer("rounds", default.rounds, "in which every row has its turn", lower_bound=1)
     flags.DEFINE_float("seconds", default.seconds, "of CPU time of a row in a round", lower_bound=0.01)
     flags.DEFINE_integer("windows", default.windows, "of the dataset whose first batch is timed", lower_bound=1)
@@ -114,8 +114,8 @@ def _bucket(directory: Path, given: dict[str, Any]) -> tuple[dict[str, Any], str
     """What `--bucket` finds, and its table."""
     sizes = {name: given[name] for name in ("episodes", "steps", "rounds", "seconds")}
     with tqdm(total=4 * sizes["rounds"], desc="measuring", unit="turn") as bar:
-        found = bucket_rates.benchmark(directory, **sizes, delay=FLAGS.delay, progress=bar.update)
-    return found, bucket_rates.table(found)
+        found = buckets.benchmark(directory, **sizes, delay=FLAGS.delay, progress=bar.update)
+    return found, buckets.table(found)
 
 
 def benchmark(directory: Path, settings: Settings) -> dict[str, Any]:
@@ -128,14 +128,14 @@ def benchmark(directory: Path, settings: Settings) -> dict[str, Any]:
     """
     made = loader_data.make(directory, settings.episodes, settings.steps)
     sizes = made.bytes()
-    loader_rates.make_latents(made)
-    turns = settings.rounds * len(loader_rates.ROWS)
+    loader.make_latents(made)
+    turns = settings.rounds * len(loader.ROWS)
     with tqdm(total=turns, desc="measuring", unit="turn") as bar:
-        rounds = loader_rates.measure(made, settings.rounds, settings.seconds, bar.update)
+        rounds = loader.measure(made, settings.rounds, settings.seconds, bar.update)
     found: dict[str, Any] = {}
     found |= {f"windows_per_s_per_core/{row}": statistics.median(rates) for row, rates in rounds.items()}
     found |= {
-        f"{row}/of_{other}": loader_rates.ratio(rounds, row, other)
+        f"{row}/of_{other}": loader.ratio(rounds, row, other)
         for row, other in (
             *(("pixels", "decode_only"), ("pixels", "official_zarr"), ("pixels", "whole_episode")),
             *(("latents", "pixels"), ("latents", "decode_only_latents")),
@@ -146,9 +146,9 @@ def benchmark(directory: Path, settings: Settings) -> dict[str, Any]:
     found["bytes/training_layout_of_rlds"] = sizes["training_layout"] / sizes["rlds"]
     found["bytes/official_zarr_of_rlds"] = sizes["official_zarr"] / sizes["rlds"]
     (directory / "parts").mkdir()
-    with loader_rates.one_core():
+    with loader.one_core():
         found["reshard/mb_per_s_per_core"] = mb_per_s_per_core(made.rlds, directory / "parts")
-    large = loader_data.repeated(made.dataset, directory / "large", settings.windows, loader_rates.SPAN)
+    large = loader_data.repeated(made.dataset, directory / "large", settings.windows, loader.SPAN)
     cold = loader_memory.first_batch_of_a_process(large)
     found |= {f"million/{name}": value for name, value in cold.items()}
     if settings.pss:

@@ -15,8 +15,8 @@ from __future__ import annotations
 from absl import flags
 from tqdm import tqdm
 
-from data_prep.copying import Copied, Copy
-from data_prep.job_folder import size_in_words
+from data_prep.jobs.copying import Copied, Copy
+from data_prep.jobs.job_folder import size_in_words
 from uwm_jax import cli, files
 from uwm_jax.errors import UserError
 from uwm_jax.files import Place

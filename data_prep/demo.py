@@ -27,8 +27,8 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.output import building, check_output, is_vacant, local_output, local_place
-from data_prep.workers import pool
+from data_prep.jobs.output import building, check_output, is_vacant, local_output, local_place
+from data_prep.jobs.workers import pool
 from uwm_jax import cli
 from uwm_jax.envs.parallel import cores
 from uwm_jax.envs.pusht_expert import PushTExpert
@@ -99,7 +99,10 @@ def make(demo: Demo, output: str | os.PathLike[str], workers: int = 0, overwrite
     Raises:
         UserError: another dataset is there, the extra `demo` is not installed, or the expert fails too often.
     """
-    from data_prep.training_layout import is_training_dataset, reshard  # worker processes import this module without it
+    from data_prep.conversion.training_layout import (  # worker processes import this module without it
+        is_training_dataset,
+        reshard,
+    )
 
     output = Path(output)
     source = Path(f"{os.path.abspath(output)}_rlds")
@@ -249,7 +252,7 @@ def _write_source(demo: Demo, directory: Path, workers: int) -> dict[str, Any]:
     """Writes the RLDS dataset with TFDS, episodes ordered by number; returns its record."""
     import tensorflow_datasets as tfds
 
-    from data_prep.pusht_rlds import PushtExpert
+    from data_prep.sources.pusht_rlds import PushtExpert
 
     tfds.disable_progress_bar()
     counts = {"episodes": 0, "failed": 0, "steps": 0}

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from absl import flags
 
-from data_prep import layout_options
-from data_prep.hdf5_episodes import FLIPS, corpus
-from data_prep.inputs import Corpus
-from data_prep.training_layout import run
+from data_prep.conversion import layout_options
+from data_prep.conversion.training_layout import run
+from data_prep.sources.hdf5.episodes import FLIPS, corpus
+from data_prep.sources.inputs import Corpus
 from uwm_jax import cli
 from uwm_jax.data.episodes import JPEG_QUALITY
 

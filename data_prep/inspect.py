@@ -20,12 +20,12 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw
 
-from data_prep.column_facts import ColumnFacts
-from data_prep.contact_sheet import contact_sheet, font_of, note, printable
-from data_prep.inspect_page import dataset_page, facts_of, run_page, traced_row
-from data_prep.output import local_output, local_place
-from data_prep.trace import TracedRow, open_run, traced
-from data_prep.training_layout import summary
+from data_prep.checks.column_facts import ColumnFacts
+from data_prep.checks.contact_sheet import contact_sheet, font_of, note, printable
+from data_prep.checks.page import dataset_page, facts_of, run_page, traced_row
+from data_prep.checks.trace import TracedRow, open_run, traced
+from data_prep.conversion.training_layout import summary
+from data_prep.jobs.output import local_output, local_place
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
 from uwm_jax.data.places import find_dataset

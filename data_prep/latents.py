@@ -16,7 +16,7 @@ import shlex
 
 from absl import flags
 
-from data_prep.caching import Options, make
+from data_prep.caches.latents.caching import Options, make
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
 from uwm_jax.data.latents import DTYPES

@@ -17,7 +17,7 @@ import shlex
 from absl import flags
 from tqdm import tqdm
 
-from data_prep.idle import IdleRule, make_ranges, summary
+from data_prep.caches.idle import IdleRule, make_ranges, summary
 from uwm_jax import cli
 from uwm_jax.data.limits import NO_RANGES
 from uwm_jax.data.places import find_dataset, local_dataset

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from absl import flags
 
-from data_prep import layout_options
-from data_prep.rlds import corpus
-from data_prep.training_layout import run
+from data_prep.conversion import layout_options
+from data_prep.conversion.training_layout import run
+from data_prep.sources.rlds import corpus
 from uwm_jax import cli
 
 FLAGS = flags.FLAGS

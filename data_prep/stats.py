@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from data_prep.dataset_stats import EPISODES, STATS_FILE, write_stats
+from data_prep.conversion.dataset_stats import EPISODES, STATS_FILE, write_stats
 from uwm_jax import cli
 from uwm_jax.data.normalize import is_constant
 from uwm_jax.data.places import find_dataset

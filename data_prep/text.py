@@ -18,8 +18,8 @@ import shlex
 
 from absl import flags
 
-from data_prep import embedding
-from data_prep.output import local_output
+from data_prep.caches import embedding
+from data_prep.jobs.output import local_output
 from uwm_jax import cli
 from uwm_jax.data.places import find_dataset, local_dataset
 from uwm_jax.envs.parallel import cores

@@ -15,7 +15,7 @@ import json
 
 from absl import flags
 
-from data_prep.validation import ERROR, Limits, validate
+from data_prep.checks.validation import ERROR, Limits, validate
 from uwm_jax import cli
 from uwm_jax.data.places import find_dataset
 from uwm_jax.errors import UserError

@@ -15,11 +15,11 @@ from fractions import Fraction
 
 from absl import flags
 
-from data_prep import layout_options
-from data_prep.clips import Sampling
-from data_prep.training_layout import run
-from data_prep.video_corpus import corpus
-from data_prep.video_labels import read_labels
+from data_prep.conversion import layout_options
+from data_prep.conversion.training_layout import run
+from data_prep.sources.videos.clips import Sampling
+from data_prep.sources.videos.corpus import corpus
+from data_prep.sources.videos.labels import read_labels
 from uwm_jax import cli
 from uwm_jax.errors import UserError
 

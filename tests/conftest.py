@@ -114,7 +114,7 @@ def ends():
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
     """Six short DROID-like episodes in the training layout, with a PCA codec for 16-pixel frames."""
-    from data_prep.training_layout import reshard
+    from data_prep.conversion.training_layout import reshard
     from tests.data import rlds_source
 
     root = tmp_path_factory.mktemp("tiny_dataset")

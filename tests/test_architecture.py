@@ -196,16 +196,61 @@ def test_no_import_of_ours_hides_in_a_function() -> None:
     assert not (gone := sorted(known - found)), f"these are mended: take them off the list: {gone}"
 
 
-def test_commands_of_data_prep_import_no_command() -> None:
-    trees = {file.stem: ast.parse(file.read_text()) for file in sorted((ROOT / "data_prep").glob("*.py"))}
-    starts = {f"data_prep.{name}" for name, tree in trees.items() if "command = cli.command" in ast.unparse(tree)}
-    starts |= {f"uwm_jax.{name}" for name in commands()}
-    assert {"data_prep.demo", "data_prep.reshard", "data_prep.stats", "data_prep.inspect", "uwm_jax.train"} <= starts
-    for name, tree in trees.items():
+# The rooms of `data_prep`, each of which imports itself and those before it that it names. Commands, the modules right
+# below `data_prep`, import all of them, and nothing imports a command.
+PREPARES: dict[str, tuple[str, ...]] = {
+    "jobs": (),
+    "sources": ("jobs",),
+    "conversion": ("jobs", "sources"),
+    "caches": ("jobs",),
+    "checks": ("jobs", "sources"),
+    "rates": ("jobs", "sources", "conversion", "caches"),
+}
+
+
+@functools.cache
+def preparing() -> dict[str, set[str]]:
+    """The modules of `data_prep` by name, and all of ours that each imports."""
+    trees = {file.relative_to(ROOT): ast.parse(file.read_text()) for file in sorted((ROOT / "data_prep").rglob("*.py"))}
+    names = {".".join(file.with_suffix("").parts).removesuffix(".__init__"): tree for file, tree in trees.items()}
+    found: dict[str, set[str]] = {}
+    for name, tree in names.items():
+        found[name] = set()
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom):
-                named = {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-                assert not (found := named & starts), f"data_prep/{name}.py:{node.lineno} imports {sorted(found)}"
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                both = {f"{node.module}.{alias.name}" for alias in node.names}
+                found[name] |= {full if full in names else str(node.module) for full in both} | both & {
+                    f"uwm_jax.{command}" for command in commands()
+                }
+    return found
+
+
+def test_modules_of_data_prep_import_no_command() -> None:
+    starts = {f"uwm_jax.{name}" for name in commands()} | {
+        f"data_prep.{file.stem}"
+        for file in (ROOT / "data_prep").glob("*.py")
+        if "command = cli.command" in ast.unparse(ast.parse(file.read_text()))
+    }
+    assert {"data_prep.demo", "data_prep.reshard", "data_prep.stats", "data_prep.inspect", "uwm_jax.train"} <= starts
+    assert {name for name in preparing() if name.count(".") == 1} - starts == {f"data_prep.{room}" for room in PREPARES}
+    found = {(name, target) for name, targets in preparing().items() for target in targets & starts}
+    assert not found, f"commands that are imported: {sorted(found)}"
+
+
+def test_rooms_of_data_prep_import_only_what_lies_below_them() -> None:
+    used = set()
+    for name, targets in preparing().items():
+        for target in targets:
+            if name.count(".") > 1 and target.startswith("data_prep."):
+                here, there = name.split(".")[1], target.split(".")[1]
+                assert there in (here, *PREPARES[here]), f"{name} imports {target}"
+                used.add((here, there))
+    allowed = {(room, below) for room, rooms in PREPARES.items() for below in rooms}
+    assert not (gone := allowed - used), f"no module does so: take them out of PREPARES: {gone}"
+    circle = in_circles(preparing())
+    assert not circle, f"import circles among {sorted(circle)}"
 
 
 def in_circles(below: dict[str, set[str]]) -> set[str]:

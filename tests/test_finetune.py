@@ -27,7 +27,7 @@ GOLDEN = "uwm_libero_small"
 @pytest.fixture(scope="module")
 def new_dataset(tmp_path_factory):
     """Other episodes than those of `tiny_dataset`, so other statistics and another PCA codec."""
-    from data_prep.training_layout import reshard
+    from data_prep.conversion.training_layout import reshard
 
     root = tmp_path_factory.mktemp("new_dataset")
     rlds_source.make(root / "source", [24, 20, 22], seed=7)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_prep.training_layout import reshard
+from data_prep.conversion.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax.config import base
 from uwm_jax.data.loader import Loader

@@ -9,7 +9,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from data_prep.copying import Copy
+from data_prep.jobs.copying import Copy
 from tests.data.test_fitted import read_pca
 from tests.data.test_source_latents import USE, data_config, write
 from uwm_jax import files

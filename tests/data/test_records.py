@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.training_layout import reshard
+from data_prep.conversion.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax import reading
 from uwm_jax.data import columns, direct, records, shards

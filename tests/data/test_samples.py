@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from data_prep.training_layout import reshard
+from data_prep.conversion.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax.config import base, source
 from uwm_jax.data.loader import Loader

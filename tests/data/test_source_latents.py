@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.latent_files import Block, write_caches
+from data_prep.caches.latents.files import Block, write_caches
 from uwm_jax import reading
 from uwm_jax.config import base, source
 from uwm_jax.data.faults import BadRecord, UnreadRecord

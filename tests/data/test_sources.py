@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_prep.training_layout import reshard
+from data_prep.conversion.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax import config as config_lib
 from uwm_jax.config import base, source

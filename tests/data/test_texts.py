@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_prep import embedding
+from data_prep.caches import embedding
 from tests.data_prep import language_source
 from tests.data_prep.language_source import FIRST, SECOND, TASKS, strings
 from uwm_jax import config as config_lib

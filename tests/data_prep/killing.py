@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data_prep.job_folder import RESULT
+from data_prep.jobs.job_folder import RESULT
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0  # seconds for a command to end, or for a moment to come

@@ -22,7 +22,7 @@ def make(root: Path) -> Path:
     """Writes a split `train` of four episodes and `val` of the last of them; returns the dataset's directory."""
     import tensorflow_datasets as tfds
 
-    from data_prep.training_layout import reshard
+    from data_prep.conversion.training_layout import reshard
     from tests.data import rlds_source
 
     f = tfds.features

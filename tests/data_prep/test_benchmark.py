@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from data_prep import benchmark, bucket_rates, loader_data, loader_memory, loader_rates, rlds
+from data_prep import benchmark
+from data_prep.rates import buckets, loader, loader_data, loader_memory
+from data_prep.sources import rlds
 from uwm_jax.data import example, records
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.records import Dataset
@@ -76,13 +78,13 @@ def test_the_official_layout_is_as_the_official_code_writes_it(made):
 
 
 def test_every_row_reads_windows(made):
-    loader_rates.make_latents(made)
-    for row in loader_rates.ROWS:
-        assert loader_rates.take(loader_rates.Turn(row, made, 0.02)) > 0
-    loader_rates._readers.clear()
+    loader.make_latents(made)
+    for row in loader.ROWS:
+        assert loader.take(loader.Turn(row, made, 0.02)) > 0
+    loader._readers.clear()
     some = {"a": [1.0, 8.0, 3.0], "b": [2.0, 2.0, 2.0]}
-    assert loader_rates.ratio(some, "a", "b") == 1.5
-    batch = next(iter(Loader(RunData(loader_rates.config_of(made.dataset).data, seed=0), batch_size=4)))
+    assert loader.ratio(some, "a", "b") == 1.5
+    batch = next(iter(Loader(RunData(loader.config_of(made.dataset).data, seed=0), batch_size=4)))
     frames = {key: x.shape for key, x in batch.items() if x.dtype == np.uint8}
     assert frames == {f"{g}/{c}": (4, 2, 180, 320, 3) for g in ("obs", "next_obs") for c in loader_data.CAMERAS}
 
@@ -90,7 +92,7 @@ def test_every_row_reads_windows(made):
 def test_rows_read_and_decode_all_that_they_say(made, monkeypatch):
     import zarr
 
-    loader_rates.make_latents(made)
+    loader.make_latents(made)
     decoded, chunks = [], []
 
     def counted(data, out):
@@ -103,16 +105,16 @@ def test_rows_read_and_decode_all_that_they_say(made, monkeypatch):
         chunks.append(key)
         return get(store, key)
 
-    for module in (records, loader_rates):
+    for module in (records, loader):
         monkeypatch.setattr(module, "decode_image", counted)
     monkeypatch.setattr(zarr.DirectoryStore, "__getitem__", got)
     expected = {"pixels": 12, "decode_only": 12, "whole_episode": 12, "latents": 6, "decode_only_latents": 6}
     for row, frames in expected.items():
         decoded.clear()
-        windows = next(loader_rates.reader(row, made))
+        windows = next(loader.reader(row, made))
         assert len(decoded) == windows * frames and {*decoded} == {(180, 320, 3)}, row
     for row, frames in (("official_zarr", 19 * 3), ("zarr_needed", 4 * 3)):
-        reader = loader_rates.reader(row, made)
+        reader = loader.reader(row, made)
         windows = next(reader)
         chunks.clear()
         windows = next(reader)
@@ -121,7 +123,7 @@ def test_rows_read_and_decode_all_that_they_say(made, monkeypatch):
 
 
 def test_a_large_dataset_is_the_small_one_over_and_over(made, tmp_path):
-    large = loader_data.repeated(made.dataset, tmp_path / "large", 500, loader_rates.SPAN)
+    large = loader_data.repeated(made.dataset, tmp_path / "large", 500, loader.SPAN)
     small, dataset = Dataset(made.dataset), Dataset(large)
     copies = dataset.num_episodes // EPISODES
     assert copies * EPISODES * (STEPS - 18) >= 500 > (copies - 1) * EPISODES * (STEPS - 18)
@@ -156,7 +158,7 @@ class Here(contextlib.AbstractContextManager):
         self.function = function
 
     def __exit__(self, *_):
-        loader_rates._readers.clear()
+        loader._readers.clear()
 
     def call(self, argument, seconds):
         return self.function(argument, lambda number: None)
@@ -164,22 +166,22 @@ class Here(contextlib.AbstractContextManager):
 
 @pytest.mark.slow
 def test_a_row_reads_in_a_process_of_its_own(made, monkeypatch):
-    monkeypatch.setattr(loader_rates, "ROWS", ("decode_only",))
+    monkeypatch.setattr(loader, "ROWS", ("decode_only",))
     before = time.process_time()
-    (rates,) = loader_rates.measure(made, 2, 1.0).values()
-    assert len(rates) == 2 and min(rates) > 0 and not loader_rates._readers
+    (rates,) = loader.measure(made, 2, 1.0).values()
+    assert len(rates) == 2 and min(rates) > 0 and not loader._readers
     assert time.process_time() - before < 1, "the time that counts is the child's"
 
 
 @pytest.mark.slow
 def test_the_table_has_what_the_file_has(tmp_path, monkeypatch):
     monkeypatch.setattr(loader_memory, "PROCESSES", 2)
-    monkeypatch.setattr(loader_rates, "Child", Here)
+    monkeypatch.setattr(loader, "Child", Here)
     pytest.importorskip("zarr")
     (tmp_path / "data").mkdir()
     settings = benchmark.Settings(episodes=2, steps=38, rounds=2, seconds=0.02, windows=200, pss=True)
     found = json.loads(json.dumps(benchmark.benchmark(tmp_path / "data", settings)))
-    for row in loader_rates.ROWS:
+    for row in loader.ROWS:
         assert found[f"windows_per_s_per_core/{row}"] == statistics.median(found[f"rounds/{row}"])
     assert found["bytes/training_layout"] / found["bytes/rlds"] == found["bytes/training_layout_of_rlds"]
     assert found["pss/index_of_all_of_one"] == found["pss/index_of_all"] / found["pss/index_of_one"]
@@ -193,22 +195,22 @@ def test_the_table_has_what_the_file_has(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_bucket_is_measured_beside_the_disk(tmp_path, monkeypatch):
     pytest.importorskip("zarr")
-    monkeypatch.setattr(bucket_rates, "Child", Here)
+    monkeypatch.setattr(buckets, "Child", Here)
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
     before, environ = os.sched_getaffinity(0), dict(os.environ)
     sizes = {"episodes": 2, "steps": 38, "rounds": 2, "seconds": 0.02}
-    found = json.loads(json.dumps(bucket_rates.benchmark(tmp_path, delay=0.001, **sizes)))
-    bucket_rates._readers.clear()
+    found = json.loads(json.dumps(buckets.benchmark(tmp_path, delay=0.001, **sizes)))
+    buckets._readers.clear()
     assert (os.sched_getaffinity(0), dict(os.environ)) == (before, environ)
     for kind in ("wall", "cpu"):
         rounds = {row: found[f"rounds/{kind}/{row}"] for row in ("local_8", "local_4", "bucket_8", "bucket_4")}
         assert all(len(rates) == 2 and min(rates) > 0 for rates in rounds.values())
         best = max(("local_8", "local_4"), key=lambda row: statistics.median(rounds[row]))
-        assert found[f"{kind}/of_local"] == loader_rates.ratio(rounds, "bucket_4", best)
+        assert found[f"{kind}/of_local"] == loader.ratio(rounds, "bucket_4", best)
     assert 0 < found["requests/8"] < found["requests/4"] * 2 and found["copy/mb_per_s"] > 0
     for share, verdict in ((0.79, "MISSED"), (0.8, "met")):
-        assert verdict in bucket_rates.table(found | {"wall/of_local": share}).split()
+        assert verdict in buckets.table(found | {"wall/of_local": share}).split()
 
 
 @pytest.mark.parametrize(

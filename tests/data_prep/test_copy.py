@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import copying
-from data_prep.copying import Copy
+from data_prep.jobs import copying
+from data_prep.jobs.copying import Copy
 from uwm_jax import cli, files
 from uwm_jax.data.records import read_manifest
 from uwm_jax.errors import UserError

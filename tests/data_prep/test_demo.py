@@ -146,7 +146,7 @@ def test_an_interrupted_overwrite_loses_nothing_and_is_not_taken_for_done(short_
     assert _files(tmp_path) == before
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.training_layout.run_jobs", interrupted)
+        patch.setattr("data_prep.conversion.training_layout.run_jobs", interrupted)
         with pytest.raises(KeyboardInterrupt):
             demo.make(other, output, workers=1, overwrite=True)
     assert _files(output) == {p.relative_to("pusht"): b for p, b in before.items() if p.parts[0] == "pusht"}

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from data_prep.hdf5_episodes import corpus
-from data_prep.inputs import Found
-from data_prep.layout_options import Options
-from data_prep.training_layout import build
+from data_prep.conversion.layout_options import Options
+from data_prep.conversion.training_layout import build
+from data_prep.sources.hdf5.episodes import corpus
+from data_prep.sources.inputs import Found
 from tests.data_prep import hdf5_source
 from tests.data_prep.clips import number_of, picture
 from uwm_jax.codecs import PCACodec

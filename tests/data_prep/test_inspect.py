@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import data_prep.inspect
+from data_prep.conversion.training_layout import reshard
 from data_prep.inspect import inspect
-from data_prep.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep.inputs import Found
-from data_prep.layout_options import Options
-from data_prep.lerobot_episodes import corpus
-from data_prep.lerobot_keys import our_names
-from data_prep.lerobot_metadata import read_tasks
-from data_prep.training_layout import build
+from data_prep.conversion.layout_options import Options
+from data_prep.conversion.training_layout import build
+from data_prep.sources.inputs import Found
+from data_prep.sources.lerobot.episodes import corpus
+from data_prep.sources.lerobot.keys import our_names
+from data_prep.sources.lerobot.metadata import read_tasks
 from tests.data_prep import lerobot_source
 from tests.data_prep.clips import SIZE, number_of, picture, write_clip
 from uwm_jax.data import example

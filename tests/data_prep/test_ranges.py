@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import idle, ranges
-from data_prep.idle import IdleRule, make_ranges, summary
-from data_prep.training_layout import reshard
+from data_prep import ranges
+from data_prep.caches import idle
+from data_prep.caches.idle import IdleRule, make_ranges, summary
+from data_prep.conversion.training_layout import reshard
 from tests.data import rlds_source
 from tests.data_prep.killing import Commands, kill_and_resume, random_moments, tree
 from uwm_jax import cli

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import rlds
-from data_prep.layout_options import Options
-from data_prep.training_layout import build, reshard, summary
+from data_prep.conversion.layout_options import Options
+from data_prep.conversion.training_layout import build, reshard, summary
+from data_prep.sources import rlds
 from tests.data import rlds_source
 from uwm_jax.codecs import fit_pca
 from uwm_jax.data.records import Dataset
@@ -213,7 +213,7 @@ def test_an_interrupted_overwrite_keeps_the_old_dataset(made, tmp_path: Path, mo
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_prep.training_layout.fit_codec", interrupt)
+    monkeypatch.setattr("data_prep.conversion.training_layout.fit_codec", interrupt)
     with pytest.raises(KeyboardInterrupt):
         reshard(source, tmp_path / "out", chunk_steps=4, codec_size=(16, 16), overwrite=True, **OPTIONS)
     assert Dataset(tmp_path / "out").fingerprint == Dataset(out).fingerprint
@@ -236,14 +236,14 @@ def test_an_interrupted_overwrite_keeps_the_old_dataset(made, tmp_path: Path, mo
 def test_bad_options_are_found_before_any_work(
     made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr("data_prep.training_layout.run_jobs", None)
+    monkeypatch.setattr("data_prep.conversion.training_layout.run_jobs", None)
     with pytest.raises(UserError, match=message):
         reshard(made[0], tmp_path / "out", **OPTIONS | options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_cannot_be_made_is_one_message(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.training_layout.run_jobs", None)
+    monkeypatch.setattr("data_prep.conversion.training_layout.run_jobs", None)
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UserError, match=r"file.out cannot be created: .*Choose another --output"):
         reshard(made[0], tmp_path / "file" / "out", **OPTIONS)
@@ -284,7 +284,7 @@ def test_progress_ends_at_the_size_of_the_input(
             self.n += n
             assert self.n <= self.total
 
-    monkeypatch.setattr("data_prep.cutting.tqdm", Bar)
+    monkeypatch.setattr("data_prep.conversion.cutting.tqdm", Bar)
     info = reshard(tmp_path / "source", tmp_path / "out", **OPTIONS)["splits"]["train"]
     assert sum(info["skipped"].values()) >= 1
     assert bars[0].n == bars[0].total == first.stat().st_size + second.stat().st_size

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.training_layout import reshard, summary
+from data_prep.conversion.training_layout import reshard, summary
 from tests.data import rlds_source
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError

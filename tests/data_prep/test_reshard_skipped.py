@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.cutting import Result
-from data_prep.training_layout import _SkipLimit, reshard, summary
+from data_prep.conversion.cutting import Result
+from data_prep.conversion.training_layout import _SkipLimit, reshard, summary
 from tests.data import rlds_source
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import RunError, UserError
@@ -176,7 +176,7 @@ def test_a_split_that_is_lost_altogether_is_not_left_out_in_silence(tmp_path: Pa
 def test_a_hopeless_source_ends_the_job_at_its_first_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = [_record(_tree(), i, size=(16, 16)) for i in range(4)]
     _write(tmp_path / "source", {"train": [bad, *([r] for r in _records(6))]})
-    monkeypatch.setattr("data_prep.training_layout.assemble", None)
+    monkeypatch.setattr("data_prep.conversion.training_layout.assemble", None)
     with pytest.raises(RunError, match="4 of 10 episodes were skipped"):
         _reshard(tmp_path, max_skipped=0.2)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.job_folder import RESULT
-from data_prep.training_layout import reshard
+from data_prep.conversion.training_layout import reshard
+from data_prep.jobs.job_folder import RESULT
 from tests.data import rlds_source
 from tests.data_prep.killing import Commands, finished_tasks, held, kill_and_resume, random_moments, tree
 

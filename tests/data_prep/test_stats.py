@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.dataset_stats import write_stats
+from data_prep.conversion.dataset_stats import write_stats
+from data_prep.conversion.training_layout import reshard
 from data_prep.stats import table, warnings
-from data_prep.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax.data.records import Dataset
 from uwm_jax.errors import UserError

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import embedding, instructions
 from data_prep import text as text_command
-from data_prep.embedding import make_table, summary
+from data_prep.caches import embedding, instructions
+from data_prep.caches.embedding import make_table, summary
 from tests import clip
 from tests.data_prep import language_source
 from tests.data_prep.language_source import FIRST, SECOND, TASKS, strings

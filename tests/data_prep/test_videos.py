@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_prep import clips, videos
+from data_prep import videos
+from data_prep.sources.videos import clips
 from tests.data_prep.clips import number_of, write_clip
 from uwm_jax import cli
 from uwm_jax.config import source
@@ -107,7 +108,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
         'file,text\ndeep/one.webm,open the drawer\nodd,"lift, then turn"\nelsewhere.mp4,no\n'
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_prep.video_corpus.read_clip", read_or_fail)
+        patch.setattr("data_prep.sources.videos.corpus.read_clip", read_or_fail)
         arguments = [f"--input={root}/clips", f"--output={root}/out", f"--labels={root}/labels.csv"]
         assert run(*arguments, "--fps=5", "--seconds=5", "--max_mb=1") == 0
     return root / "out", unusable
@@ -247,7 +248,7 @@ def test_joined_cameras(tmp_path: Path) -> None:
 
 
 def test_an_input_gives_the_same_episodes_again(tmp_path: Path) -> None:
-    from data_prep.video_corpus import corpus
+    from data_prep.sources.videos.corpus import corpus
 
     for i in range(3):
         write_clip(tmp_path / f"{i}.mp4", range(10 + i))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.video_corpus import GROUP
+from data_prep.sources.videos.corpus import GROUP
 from tests.data_prep.clips import write_clip
 from tests.data_prep.killing import Commands, finished_tasks, tree
 

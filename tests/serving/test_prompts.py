@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import embedding
+from data_prep.caches import embedding
 from tests import clip
 from tests.data_prep import language_source
 from tests.serving.small_model import make_contract, make_server, observation

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import validation
+from data_prep.checks import validation
 from tests.serving.small_model import FRAME, make_contract, make_server, observation
 from uwm_jax.config import base
 from uwm_jax.data.columns import Column

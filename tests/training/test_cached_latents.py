@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_prep.caching import Options, make
+from data_prep.caches.latents.caching import Options, make
 from tests.training import cached_case
 from uwm_jax import codecs, synthetic, systems, train
 from uwm_jax import config as config_lib

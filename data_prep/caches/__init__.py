@@ -1,0 +1,1 @@
+"""Sidecars of a dataset: latents, embedded instructions, ranges."""

@@ -1,0 +1,1 @@
+"""Latents of a frozen codec."""

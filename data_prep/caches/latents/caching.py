@@ -1,0 +1,283 @@
+"""The job of `data_prep.latents`: which caches a config needs, what they cost, and making them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from data_prep.caches.latents.costs import Costs
+from data_prep.caches.latents.encoding import Camera, Encoder
+from data_prep.caches.latents.files import STEPS_PER_PART, layout_of, write_caches
+from data_prep.jobs.output import warn_of_space
+from uwm_jax import config as config_lib
+from uwm_jax import systems
+from uwm_jax.codecs import Codec
+from uwm_jax.data.images import is_augmented
+from uwm_jax.data.latents import KIND, Layout, folder
+from uwm_jax.data.places import local_dataset
+from uwm_jax.data.records import Dataset
+from uwm_jax.data.run_data import RunData
+from uwm_jax.data.sidecar import Sidecar, is_complete, open_sidecar
+from uwm_jax.data.source_latents import expected_fields
+from uwm_jax.errors import UserError
+from uwm_jax.parallel import mesh as mesh_lib
+from uwm_jax.training import cached_latents, codec_store
+from uwm_jax.training.build import Program, build
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How caches are made.
+
+    Attributes:
+        variants: draws of crop and jitter of each episode and camera. seed: of these draws.
+        moments: whether to store mean and log-variance in place of the mode.
+        dtype: of the stored numbers.
+        episodes: `all` of a dataset, or those `used` by the config's selection.
+        steps_per_part: see `Layout`.
+    """
+
+    variants: int = 1
+    seed: int = 0
+    moments: bool = False
+    dtype: str = "float16"
+    episodes: str = "all"
+    steps_per_part: int = STEPS_PER_PART
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """The caches of one split of a dataset.
+
+    Attributes:
+        name: of the source, or sources. dataset: the open split. cameras: that are encoded.
+        fields: {step key: what its cache is made with}. episodes: (n,) that are cached.
+    """
+
+    name: str
+    dataset: Dataset
+    cameras: list[Camera]
+    fields: dict[str, dict[str, Any]]
+    episodes: np.ndarray
+
+    def complete(self) -> list[Sidecar]:
+        """The caches that are there.
+
+        Raises:
+            UserError: one was made with other settings.
+        """
+        found = []
+        for key, fields in self.fields.items():
+            where = folder(fields["codec"], key, self.dataset.split)
+            if is_complete(self.dataset.directory, where):
+                found.append(open_sidecar(self.dataset.directory, where, KIND, fields))
+        return found
+
+    def without(self, complete: Sequence[Sidecar]) -> _Job:
+        """The job for the caches that are not there."""
+        there = {cache.directory for cache in complete}
+        places = {
+            key: Path(local_dataset(self.dataset.directory), folder(fields["codec"], key, self.dataset.split))
+            for key, fields in self.fields.items()
+        }
+        cameras = [camera for camera in self.cameras if places[camera.key] not in there]
+        return dataclasses.replace(self, cameras=cameras, fields={c.key: self.fields[c.key] for c in cameras})
+
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.dataset, next(iter(self.fields.values())), self.episodes)
+
+    @property
+    def frames(self) -> int:
+        """That are encoded."""
+        layout = self.layout
+        return sum(map(layout.steps, range(len(layout.parts)))) * layout.variants * len(self.cameras)
+
+
+def make(
+    config: ConfigDict,
+    options: Options,
+    *,
+    command: str,
+    overwrite: bool = False,
+    estimate: bool = False,
+    say: Callable[[str], Any] = print,
+) -> list[Sidecar]:
+    """Makes the caches that training with `config` reads, of all its sources.
+
+    Args:
+        config: of a run; `config.data.latents` need not be set.
+        command: the command line that continues the job.
+        overwrite: replace caches that are there.
+        estimate: only say what they cost.
+    Returns:
+        The caches, none with `estimate`.
+    Raises:
+        UserError: a system without latents, options that do not fit, a cache of other settings.
+        RunError: a latent is not finite.
+    """
+    config = checked(config, options)
+    with contextlib.closing(RunData(config.data, seed=config_lib.data_seed(config))) as data:
+        codec, frozen = codec_store.open_codec(config, codec_store.in_dataset(config, data))
+        assert codec is not None
+        if options.moments and not codec.has_posterior:
+            raise UserError(f"--moments: latents of the {codec.name} codec have no distribution. Leave it out.")
+        program = build(config, data.spec, codec, mesh_lib.data_mesh(jax.local_devices()))
+        jobs = jobs_of(config, options, data, codec, frozen)
+        complete = [cache for job in jobs for cache in job.complete()] if not (overwrite or estimate) else []
+        if jobs := [job for job in (job.without(complete) for job in jobs) if job.cameras]:
+            encoder = _encoder(program, codec, frozen, jobs[0], options)
+            say(costs(config, program, codec, jobs, encoder.rate(jobs[0].layout)).describe())
+        if estimate:
+            return []
+        if complete:
+            say(f"{len(complete)} caches are complete already")
+        made = complete
+        for number, job in enumerate(jobs):
+            encoder = encoder if number == 0 else _encoder(program, codec, frozen, job, options)
+            made += _write(job, encoder, command, overwrite, say)
+        return made
+
+
+def checked(config: ConfigDict, options: Options) -> ConfigDict:
+    """The config of a run from these caches.
+
+    Raises:
+        UserError: its system has no latents to read, or the options do not fit it.
+    """
+    if "codec" not in config.model or not systems.get(config.system).latents:
+        raise UserError(f"config.system={config.system!r} reads no latents of a codec: there is nothing to cache.")
+    config = config.copy_and_resolve_references()
+    config.data.latents = config.model.codec.name
+    config_lib.validate(config)
+    data = config.data
+    if options.variants > 1 and not is_augmented(data.resize, data.crop, data.augment):
+        raise UserError(
+            f"--variants={options.variants}: config.data.augment changes nothing here, so all variants would be the "
+            "same. Use --variants=1, or turn on random crops or jitter."
+        )
+    return config
+
+
+def jobs_of(config: ConfigDict, options: Options, data: RunData, codec: Codec, frozen: Any) -> list[_Job]:
+    """The caches of a run's sources; sources of one split of a dataset share them."""
+    views = sorted(data.spec.cameras)
+    together: dict[tuple[str, str], list[Any]] = {}
+    for source in data.sources.values():
+        cached_latents.refuse_shared(source.where, codec, source.samples.shown_cameras)
+        together.setdefault((str(source.dataset.directory), source.dataset.split), []).append(source)
+    digests = [cached_latents.encoder_digest(codec, frozen, view) for view in range(len(views))]
+    jobs = []
+    for sources in together.values():
+        dataset = sources[0].dataset
+        cameras: dict[str, Camera] = {}
+        for source in sources:
+            sizes = source.cameras_of(data.spec.cameras)
+            for view, keys in source.samples.shown_cameras.items():
+                for key in keys:
+                    camera = Camera(key, views.index(view), sizes[key])
+                    other = cameras.setdefault(key, camera)
+                    if other.size != camera.size or digests[other.view] != digests[camera.view]:
+                        raise UserError(
+                            f"config.data.sources: {key} of {dataset.directory} is shown by {source.where} and by "
+                            "another source in another way, but it has one cache: name it for the same view in both."
+                        )
+        kept = np.logical_or.reduce([source.selection.kept for source in sources])
+        episodes = np.flatnonzero(kept) if options.episodes == "used" else np.arange(dataset.num_episodes)
+        fields = {
+            c.key: _fields(config, options, codec, digests[c.view], dataset, c, episodes) for c in cameras.values()
+        }
+        ordered = sorted(cameras.values(), key=lambda c: (c.view, c.key))
+        jobs.append(_Job("+".join(s.name for s in sources), dataset, ordered, fields, episodes))
+    return jobs
+
+
+def _fields(
+    config: ConfigDict,
+    options: Options,
+    codec: Codec,
+    digest: str,
+    dataset: Dataset,
+    camera: Camera,
+    episodes: np.ndarray,
+) -> dict[str, Any]:
+    """What a camera's cache is made with."""
+    of_all = len(episodes) == dataset.num_episodes
+    *_, height, width, channels = codec.latent_shape(1, 1, *config.data.crop)
+    return {
+        **expected_fields(config.data, codec.name, dataset.split, camera.key, camera.size),
+        "encoder": digest,
+        "encoder_dtype": str(codec.dtype),
+        "variants": options.variants,
+        "seed": options.seed,
+        "latent": [height, width, channels],
+        "moments": options.moments,
+        "dtype": options.dtype,
+        "episodes": "all" if of_all else hashlib.sha256(episodes.astype("<i8").tobytes()).hexdigest(),
+        "steps_per_part": options.steps_per_part,
+    }
+
+
+def costs(config: ConfigDict, program: Program, codec: Codec, jobs: list[_Job], rate: float) -> Costs:
+    """What the caches of some jobs cost, next to a run of the config.
+
+    Args:
+        rate: frames in a second.
+    """
+    layout, window = jobs[0].layout, program.system.spec.window
+    groups = systems.get(config.system).latents
+    sample = program.system.flops()
+    return Costs(
+        frames=sum(job.frames for job in jobs),
+        variants=layout.variants,
+        record=layout.record,
+        frame_flops=codec.encode_flops(1, *config.data.crop),
+        rate=rate,
+        samples=config.total_steps * config.batch_size,
+        sample_frames=sum(len(window.groups[group]) for group in groups) * len(program.system.cameras),
+        trained=sample.training - sample.frozen,
+        episodes=sum(len(job.episodes) for job in jobs),
+    )
+
+
+def _encoder(program: Program, codec: Codec, frozen: Any, job: _Job, options: Options) -> Encoder:
+    data = program.config.data
+    return Encoder(
+        program,
+        codec,
+        frozen,
+        job.dataset,
+        job.cameras,
+        seed=options.seed,
+        augmented=is_augmented(data.resize, data.crop, data.augment),
+        moments=options.moments,
+        dtype="float32",
+    )
+
+
+def _write(job: _Job, encoder: Encoder, command: str, overwrite: bool, say: Callable[[str], Any]) -> list[Sidecar]:
+    layout = job.layout
+    warn_of_space(
+        local_dataset(job.dataset.directory), layout.total_bytes * len(job.cameras), f"the latents of {job.name}"
+    )
+    total = sum(map(layout.steps, range(len(layout.parts))))
+    with tqdm(total=total, desc=f"encoding {job.name}", unit="step") as bar:
+        return write_caches(
+            job.dataset,
+            job.fields,
+            job.episodes,
+            encoder.blocks,
+            command=command,
+            overwrite=overwrite,
+            progress=bar.update,
+            say=say,
+        )

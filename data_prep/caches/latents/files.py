@@ -1,0 +1,178 @@
+"""Writes caches of latents, a camera each, in parts: a job that was killed continues with the first part it lacks.
+
+The caches of one job are written together, because its cameras are encoded together. What makes the latents is up to
+the caller: `data_prep.caches.latents.encoding` encodes frames, a benchmark may draw random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from uwm_jax.data.latents import EPISODES_FILE, KIND, Layout, folder, part_file, salt_of
+from uwm_jax.data.records import Dataset
+from uwm_jax.data.sidecar import Sidecar, SidecarWriter, writing_sidecar
+from uwm_jax.errors import RunError
+from uwm_jax.files import replacing, writing
+
+STEPS_PER_PART = 2048
+
+
+class Block(NamedTuple):
+    """Latents of consecutive steps of a part.
+
+    Attributes:
+        variant: k. start: the first step, counted from the part's first.
+        latents: {step key of the camera: (n, h, w, C)}; a part's last block may be the black frame (`Layout.black`),
+            whose `variant` is -1.
+    """
+
+    variant: int
+    start: int
+    latents: Mapping[str, np.ndarray]
+
+
+Blocks = Callable[[Layout, int], Iterator[Block]]  # (layout, part) -> its blocks
+
+
+def layout_of(dataset: Dataset, fields: Mapping[str, Any], episodes: np.ndarray) -> Layout:
+    """The layout of a cache made with `fields` that holds some episodes (n,)."""
+    height, width, channels = fields["latent"]
+    shape = (height, width, channels * (2 if fields["moments"] else 1))
+    steps, variants = int(fields["steps_per_part"]), int(fields["variants"])
+    return Layout(dataset.episode_lengths, episodes, shape, fields["dtype"], variants, steps)
+
+
+def write_caches(
+    dataset: Dataset,
+    fields: Mapping[str, Mapping[str, Any]],
+    episodes: np.ndarray,
+    blocks: Blocks,
+    *,
+    command: str,
+    overwrite: bool = False,
+    progress: Callable[[int], Any] = lambda steps: None,
+    say: Callable[[str], Any] = print,
+) -> list[Sidecar]:
+    """Makes the caches of some cameras, or completes them.
+
+    Args:
+        fields: {step key of the camera: what its cache is made with}, as `uwm_jax.data.latents` reads them; all of one
+            layout.
+        episodes: (n,) numbers of the episodes, rising.
+        blocks: makes the latents; called for the parts that are lacking, in order.
+        command: the command line that continues the job.
+        overwrite: replace caches of other settings, and complete ones.
+        progress: is told how many steps are done, those of an earlier job too.
+    Raises:
+        UserError: a cache of other settings is there, or another process writes it.
+        RunError: a latent is not finite in the dtype of the cache.
+    """
+    first = next(iter(fields.values()))
+    layout, codec = layout_of(dataset, first, episodes), first["codec"]
+    with contextlib.ExitStack() as closing:
+        writers: dict[str, SidecarWriter] = {}
+        for key, made_with in fields.items():
+            where = folder(codec, key, dataset.split)
+            one = writing_sidecar(dataset.directory, where, KIND, made_with, command, overwrite=overwrite)
+            writers[key] = closing.enter_context(one)
+        salts = {key: salt_of(dataset.fingerprint, made_with) for key, made_with in fields.items()}
+        if all(writer.complete for writer in writers.values()):
+            say(f"nothing to do: {codec} latents of {', '.join(fields)} are complete")
+        else:
+            _tell(writers, layout, say)
+            _write_parts(layout, writers, salts, blocks, progress)
+        return [_finish(writer, layout, len(dataset.episode_lengths)) for writer in writers.values()]
+
+
+def _tell(writers: Mapping[str, SidecarWriter], layout: Layout, say: Callable[[str], Any]) -> None:
+    if any(writer.continued for writer in writers.values()):
+        done = sum(_is_done(writers, part) for part in range(len(layout.parts)))
+        say(f"continuing a job that was interrupted: {done} of {len(layout.parts)} parts are done")
+
+
+def _is_done(writers: Mapping[str, SidecarWriter], part: int) -> bool:
+    """Whether all caches have a part."""
+    return all(writer.complete or (writer.directory / part_file(part)).exists() for writer in writers.values())
+
+
+def _write_parts(
+    layout: Layout,
+    writers: Mapping[str, SidecarWriter],
+    salts: Mapping[str, int],
+    blocks: Blocks,
+    progress: Callable[[int], Any],
+) -> None:
+    for part in range(len(layout.parts)):
+        if _is_done(writers, part):
+            progress(layout.steps(part))
+            continue
+        # All cameras again, also where one has this part already: what a program computes of a camera may differ in
+        # the last bit from what a program of fewer cameras does.
+        open_ones = [key for key, writer in writers.items() if not writer.complete]
+        with contextlib.ExitStack() as closing:
+            outputs = {}
+            for key in open_ones:
+                file = closing.enter_context(replacing(writers[key].directory / part_file(part)))
+                outputs[key] = closing.enter_context(open(file, "r+b"))
+                outputs[key].truncate(layout.records(part) * layout.record)
+            for variant, start, latents in blocks(layout, part):
+                count = len(next(iter(latents.values())))
+                place = layout.black[1] if variant < 0 else variant * layout.steps(part) + start
+                for key in open_ones:
+                    _require_finite(key, latents[key], layout)
+                    _write(outputs[key].fileno(), layout.pack(latents[key], salts[key]), place * layout.record)
+                if variant == layout.variants - 1:
+                    progress(count)
+
+
+def _write(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _require_finite(key: str, latents: np.ndarray, layout: Layout) -> None:
+    with np.errstate(over="ignore"):
+        stored = latents.astype(layout.dtype)
+    if not np.isfinite(stored).all():
+        largest = float(np.abs(latents[np.isfinite(latents)]).max(initial=0.0))
+        raise RunError(
+            f"{key}: a latent is not finite in {layout.dtype.name} (the largest that is has the absolute value "
+            f"{largest:.3g}): the codec is damaged, or its latents need --dtype=float32."
+        )
+
+
+def _finish(writer: SidecarWriter, layout: Layout, num_episodes: int) -> Sidecar:
+    if writer.complete:
+        return writer.complete
+    files = [part_file(part) for part in range(len(layout.parts))]
+    if len(layout.episodes) < num_episodes:
+        with writing(Path(writer.directory / EPISODES_FILE), "wb") as out:
+            np.save(out, layout.episodes, allow_pickle=False)
+        files.append(EPISODES_FILE)
+    steps = sum(layout.steps(part) for part in range(len(layout.parts)))
+    return writer.finish(files, {"episodes": len(layout.episodes), "steps": steps})
+
+
+def random_blocks(cameras: Sequence[str], seed: int = 0) -> Blocks:
+    """Random latents in place of encoded ones, for benchmarks of reading."""
+
+    def blocks(layout: Layout, part: int) -> Iterator[Block]:
+        rng = np.random.default_rng((seed, part))
+
+        def draw(count: int) -> dict[str, np.ndarray]:
+            return {key: rng.normal(size=(count, *layout.shape)).astype(layout.dtype) for key in cameras}
+
+        for variant in range(layout.variants):
+            yield Block(variant, 0, draw(layout.steps(part)))
+        if part == layout.black[0]:
+            yield Block(-1, 0, draw(1))
+
+    return blocks

@@ -1,0 +1,1 @@
+"""From a corpus to the training layout: cutting, assembly, statistics and the PCA codec."""

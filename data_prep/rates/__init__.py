@@ -1,0 +1,1 @@
+"""What `data_prep.benchmark` measures."""

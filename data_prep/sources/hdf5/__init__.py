@@ -1,0 +1,1 @@
+"""hdf5 files of robomimic and LIBERO."""

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import validate as command
+from data_prep.checks.validation import ERROR, WARNING, Limits, validate
+from data_prep.conversion.training_layout import reshard
+from tests.data import rlds_source
+from uwm_jax import cli
+from uwm_jax.data.records import column_file, text_file
+from uwm_jax.errors import UserError
+
+LIMITS = Limits(min_steps=4)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("validation")
+    rlds_source.make(root / "source", [9, 5, 20])
+    reshard(root / "source", root / "out", codec_size=(16, 16), pca_channels=4, workers=1, chunk_steps=4)
+    return root / "out"
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "copy")
+
+
+def found(directory: Path, level: str, limits: Limits = LIMITS) -> list[str]:
+    return [f"{f.where}: {f.text}" for f in validate(directory, limits, workers=1) if f.level == level]
+
+
+def test_a_dataset_as_it_was_made_has_no_errors(made: Path) -> None:
+    assert found(made, ERROR) == []
+    assert found(made, WARNING) == [
+        "train: action: 1 of 7 dimensions are constant ([6] = 0.5)",
+    ]
+
+
+def test_two_processes_find_the_same_as_one(made: Path) -> None:
+    limits = Limits(min_steps=6, decode=-1)
+    assert validate(made, limits, workers=2) == validate(made, limits, workers=1)
+
+
+def test_short_episodes_are_named(made: Path) -> None:
+    (short,) = [f for f in found(made, WARNING, Limits(min_steps=6)) if "shorter" in f]
+    assert short == "train: shorter than 6 steps, so without a window of that span: 1 episode (1)"
+
+
+def test_values_that_are_not_finite_are_errors_with_their_episode(copy: Path) -> None:
+    column = np.load(copy / column_file("train", "action"))
+    column[9 + 2, 3] = np.nan
+    rlds_source.write_column(copy, "action", column)
+    errors = found(copy, ERROR)
+    assert errors[0] == "train: action: 1 of 34 steps are NaN or infinite, in 1 episode (1)"
+    assert "(episode 1, steps from 0): action has other values than its column" in errors[1] and len(errors) == 2
+
+
+def test_an_outlier_is_named_with_column_value_episode_and_step(copy: Path) -> None:
+    key = "observation/state"
+    column = np.load(copy / column_file("train", key))
+    column[9 + 5 + 7, 2] = -1e4
+    rlds_source.write_column(copy, key, column)
+    # 34 steps are too few for a quantile to be untouched by one of them, so the limit is near.
+    (outlier,) = [f for f in found(copy, WARNING, Limits(min_steps=4, bound=1.2)) if "dimension 2" in f]
+    assert "-10000 in episode 2 at step 7, and 0 other values" in outlier
+
+
+def test_a_flipped_byte_of_a_shard_is_found_whichever_record_it_hits(copy: Path) -> None:
+    shard = sorted(copy.glob("*.array_record*"))[0]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    shard.write_bytes(bytes(data))
+    errors = found(copy, ERROR)
+    assert errors and all(shard.name in error for error in errors)
+
+
+def test_a_missing_shard_is_an_error_of_its_split(copy: Path) -> None:
+    shard = sorted(copy.glob("*.array_record*"))[1]
+    shard.unlink()
+    assert any(f"{shard.name}" in error for error in found(copy, ERROR))
+
+
+def test_damaged_columns_and_strings_are_listed_with_all_else(copy: Path) -> None:
+    (copy / column_file("train", "is_last")).unlink()
+    column = copy / column_file("train", "observation/state")
+    column.write_bytes(column.read_bytes()[:-8])
+    (copy / text_file("train")).write_bytes(b"PK")
+    errors = found(copy, ERROR)
+    assert len(errors) == 3 and "is_last.npy: the column cannot be read" in errors[0]
+    assert errors[1].startswith("train: observation/state: ") and "its checksum" in errors[1]
+    assert text_file("train") in errors[2] and "its checksum" in errors[2]
+    assert found(copy, WARNING) == ["train: action: 1 of 7 dimensions are constant ([6] = 0.5)"]
+
+
+def test_two_json_files_that_disagree(copy: Path) -> None:
+    file = copy / "features.json"
+    file.write_text(file.read_text().replace('"counter"', '"counted"'))
+    errors = found(copy, ERROR)
+    assert "counted: a step key of features.json that manifest.json does not have" in errors
+    assert "counter: a step key of manifest.json that features.json does not have" in errors
+
+
+def test_black_cameras_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = rlds_source.encode
+
+    def dark(rng, height, width, encoding, number, t):  # the wrist (PNG) of episode 1, and all exterior frames
+        black = encoding == "jpeg" or number == 1
+        scale = np.random.default_rng(0) if black else rng
+        image = encode(scale, height, width, encoding, number, t)
+        if not black:
+            return image
+        out = io.BytesIO()
+        Image.new("RGB", (width, height)).save(out, encoding)
+        return out.getvalue()
+
+    monkeypatch.setattr(rlds_source, "encode", dark)
+    rlds_source.make(tmp_path / "source", [5, 6, 7])
+    reshard(tmp_path / "source", tmp_path / "out", codec_size=(16, 16), pca_channels=4, workers=1)
+    warnings = found(tmp_path / "out", WARNING)
+    assert "train: observation/exterior: black in every decoded frame of all 3 episodes: a placeholder?" in warnings
+    assert "train: observation/wrist: black in every decoded frame of 1 episode (1)" in warnings
+
+
+def test_an_image_that_cannot_be_decoded_behind_a_whole_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = rlds_source.encode
+
+    def cut(rng, height, width, encoding, number, t):
+        image = encode(rng, height, width, encoding, number, t)
+        return image[: len(image) // 2] if (encoding, number, t) == ("png", 1, 3) else image
+
+    monkeypatch.setattr(rlds_source, "encode", cut)
+    rlds_source.make(tmp_path / "source", [5, 6])
+    reshard(tmp_path / "source", tmp_path / "out", codec_size=(16, 16), pca_channels=4, workers=1)
+    assert found(tmp_path / "out", ERROR, Limits(min_steps=1, decode=1)) == []
+    (error,) = found(tmp_path / "out", ERROR, Limits(min_steps=1, decode=-1))
+    assert "(episode 1, steps from 0): observation/wrist at step 3 of the record cannot be decoded" in error
+
+
+def test_a_mark_inside_of_an_episode(copy: Path) -> None:
+    column = np.load(copy / column_file("train", "is_first"))
+    column[[3, 9]] = 1
+    rlds_source.write_column(copy, "is_first", column)
+    assert "train: is_first: true at 1 steps inside of episodes, in 1 episode (0)" in found(copy, WARNING)
+
+
+def test_an_unknown_split_is_refused(made: Path) -> None:
+    with pytest.raises(UserError, match="no split 'test'; it has train"):
+        validate(made, LIMITS, ["test"])
+
+
+def test_the_index_is_compared_with_the_records(copy: Path) -> None:
+    # The first two records exchanged: every checksum of the index fits, and the order does not.
+    index = copy / "index" / "train.npz"
+    with np.load(index) as stored:
+        arrays = {name: stored[name] for name in stored}
+    rlds_source.write_index(
+        copy,
+        chunk_record=arrays["chunk_record"][[1, 0]].tolist(),
+        chunk_crc32c=arrays["chunk_crc32c"][[1, 0]].tolist(),
+    )
+    errors = found(copy, ERROR)
+    assert any("expected 4 steps from 0 of 9 by the index, found 4 steps from 4 of 9" in error for error in errors)
+
+
+def test_the_command_ends_with_2_for_errors_and_under_strict(
+    made: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> int:
+        return cli.call(command.main, ["validate", "--workers=1", "--min_steps=4", *arguments], command.define_flags)
+
+    assert run(f"--dataset={made}") == 0
+    assert run(f"--dataset={made}", "--bound=nan") == 2
+    assert "--bound=nan: expected a number" in capsys.readouterr().err
+    assert run(f"--dataset={made}", "--strict") == 2
+    assert "warnings, which --strict does not allow" in capsys.readouterr().err
+    column = np.load(copy / column_file("train", "action"))
+    column[0, 0] = np.inf
+    rlds_source.write_column(copy, "action", column)
+    assert run(f"--dataset={copy}", f"--json={tmp_path / 'found.json'}") == 2
+    assert "has errors" in capsys.readouterr().err
+    listed = json.loads((tmp_path / "found.json").read_text())
+    assert {"level": "error", "where": "train: action"}.items() <= listed[0].items()

@@ -1,0 +1,52 @@
+"""How a command's processes end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.jobs.workers import pool
+from uwm_jax.errors import RunError
+
+ROOT = Path(__file__).parents[3]
+COMMAND = """
+import os, time
+from data_prep.jobs.workers import pool
+executor = pool(1)
+print(executor.submit(os.getpid).result(), executor.submit(os.getppid).result(), flush=True)
+executor.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_processes_end_with_the_command(how: signal.Signals, ends) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-c", COMMAND], cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True
+    )
+    try:
+        worker, parent = map(int, command.stdout.readline().split())
+        assert parent == command.pid
+        assert not ends(worker, 0.1)
+        if how is signal.SIGINT:
+            os.killpg(command.pid, how)  # as a terminal does: to all of them
+        else:
+            command.kill()
+        command.wait(30)
+        assert ends(worker)
+        errors = command.stderr.read()
+        assert errors.count("Traceback") == (how is signal.SIGINT), errors  # the command's own
+    finally:
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_message() -> None:
+    with pytest.raises(RunError, match="a worker process was killed or crashed.*fewer --workers"), pool(1) as executor:
+        executor.submit(os._exit, 9).result()
+    with pytest.raises(ZeroDivisionError), pool(1) as executor:
+        executor.submit(divmod, 1, 0).result()
