@@ -310,10 +310,16 @@ def _check_window(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
 
 
 def _check_choices(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
-    read = {*d.cameras, d.text, *(key for s in d.sources.values() for key in s.cameras)}
-    places = {"config.data.choices": d.choices}
-    places |= {f"config.data.sources.{name}.choices": s.choices for name, s in d.sources.items()}
-    for where, choices in places.items():
+    named = {f"config.data.sources.{name}": s for name, s in d.sources.items()}
+    shown = {f"{where}.cameras": s.cameras for where, s in named.items() if s.cameras}
+    places = [("config.data", d.choices, {"config.data.cameras": d.cameras, **shown})]
+    for where, s in named.items():  # which shows its own cameras, where it has some
+        field = f"{where}.cameras"
+        places.append((where, s.choices, {field: s.cameras} if s.cameras else {"config.data.cameras": d.cameras}))
+    for place, choices, cameras in places:
+        where = f"{place}.choices"
+        read = {**cameras, "config.data.text": d.text}
+        used = {d.text, *(key for keys in cameras.values() for key in keys)}
         for name, keys in choices.items():
             check(name.isidentifier(), f"{where}.{name}: expected a name of letters, digits and underscores.")
             check(
@@ -322,9 +328,9 @@ def _check_choices(d: ConfigDict, check: Callable[[bool, str], None]) -> None:
                 f"'exterior_image_2_left'); found {keys}.",
             )
             check(
-                name in read,
-                f"{where}.{name} is used by none of config.data.cameras={d.cameras}, config.data.text={d.text!r} and "
-                "the sources' cameras: name it there in place of its keys.",
+                name in used,
+                f"{where}.{name} is used by none of {', '.join(f'{field}={value!r}' for field, value in read.items())}:"
+                " name it there in place of its keys.",
             )
 
 

@@ -55,6 +55,9 @@ def describe(spec: str, overrides: Iterable[tuple[str, str]]) -> list[str]:
         lines += _entry(name, value, described[field if field in described else field.rpartition(".")[0]])
     if not config.data.choices:
         lines += _entry("data.choices", {}, known["data.choices"])
+    for name, source in config.data.sources.items():
+        if not source.choices:
+            lines += _entry(f"data.sources.{name}.choices", {}, of_source["choices"])
     if not any(name.startswith("data.sources.") for name in fields):
         lines += ["", f"Each source of a mixture, {_SOURCE} = uwm_jax.config.source(...):"]
         for field, value in config_lib.source().items():

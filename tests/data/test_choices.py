@@ -145,6 +145,11 @@ def test_choices_are_config_fields_by_name() -> None:
     with pytest.raises(UserError, match=r"data\.sources\.x\.choices\.top is used by none of config\.data\.cameras=\("):
         config_lib.apply_overrides(c, [("data.sources.x.choices.top", "a")])
         config_lib.validate(c)
+    c.data.sources.x.choices, c.data.sources.x.cameras = {"exterior": ("e",)}, ("front", "side")
+    with pytest.raises(
+        UserError, match=r"x\.choices\.exterior is used by none of config\.data\.sources\.x\.cameras=\("
+    ):
+        config_lib.validate(c)
     help_lines = config_help.describe("", [("data.cameras", "exterior"), ("data.choices.exterior", "a,b")])
     at = help_lines.index("  data.choices.exterior = ('a', 'b')")
     assert "drawn for each sample" in " ".join(map(str.strip, help_lines[at + 1 : at + 3]))

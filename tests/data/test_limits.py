@@ -15,10 +15,11 @@ from tests.data import loader_case as case
 from tests.data.test_windows import PAPER, window
 from uwm_jax.config import source
 from uwm_jax.data.columns import Column
-from uwm_jax.data.limits import ActionBound, StepRanges, of_openpi
+from uwm_jax.data.limits import ActionBound, StepRanges, _is_beyond, of_openpi
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.selection import steps_where
 from uwm_jax.data.stats import column_stats
+from uwm_jax.data.transforms import Columns
 from uwm_jax.data.windows import Windows, WindowSpec
 from uwm_jax.errors import UserError
 
@@ -99,6 +100,13 @@ def test_ranges_are_told_apart_by_their_content_alone() -> None:
     assert one.rule != StepRanges.of(np.array([1, 2]), np.array([0, 0]), np.array([7, 30]), lengths).rule
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.float32])
+def test_bounds_hold_for_numbers_of_any_type(dtype: type) -> None:
+    values = np.array([[0, 100], [0, 127], [128 if dtype is np.uint8 else -128, 0]], dtype)
+    assert _is_beyond(Columns("a"), 120.0, values).tolist() == [False, True, True]
+    assert _is_beyond(Columns("a", 1), 120.0, values).tolist() == [False, True, False]
+
+
 def test_bounds_are_told_apart_by_all_digits() -> None:
     nowhere = np.zeros(0, np.int64)
     rules = [ActionBound("action", bound, nowhere, nowhere).rule for bound in (2.0, 0.12345678, 0.12345679)]
@@ -121,7 +129,7 @@ def dataset(directory: str = "droid") -> Any:
 
 def test_openpis_json_is_read_as_it_is(tmp_path: Path) -> None:
     file = tmp_path / "droid_sample_ranges.json"
-    stored = {NAMES[2]: [[0, 5], [12, 30]], "elsewhere--x": [[0, 9]], NAMES[0]: [[3, 25]], NAMES[3]: []}
+    stored = {NAMES[2]: [[0, 5], [9, 9], [12, 30]], "elsewhere--x": [[0, 9]], NAMES[0]: [[3, 25]], NAMES[3]: [[7, 3]]}
     file.write_text(json.dumps(stored))
     found = of_openpi(dataset(), file)
     assert found.ends.tolist() == [1, 1, 3, 3]
@@ -130,6 +138,7 @@ def test_openpis_json_is_read_as_it_is(tmp_path: Path) -> None:
         "1 of 4 episodes are not in it and have no windows",
         "1 of its 4 entries match no episode",
         "1 ranges reach beyond their episode's end and were cut there",
+        "2 ranges have no steps",
     )
     # The older form leaves its last steps to the reader.
     file.write_text(json.dumps({"metadata": {"filter_last_n_in_ranges": 4}, "keep_ranges": stored}))
@@ -288,6 +297,14 @@ def test_sources_have_limits_of_their_own(made, config: ConfigDict, tmp_path: Pa
         RunData(config, seed=0)
     config.sources.c.max_action, config.sources.b.ranges = (), "slow"
     with pytest.raises(
-        UserError, match=r"config\.data\.sources\.b\.ranges='slow': .*data_prep\.ranges --dataset=.* --name=slow`"
+        UserError,
+        match=r"config\.data\.sources\.b\.ranges='slow': .*data_prep\.ranges --dataset=.* --name=slow`.* "
+        r"config\.data\.sources\.b\.ranges='none' exempts this source\.",
     ):
         RunData(config, seed=0)
+    for value in ("/data/out/ranges/slow", "../slow"):
+        config.sources.b.ranges = value
+        with pytest.raises(
+            UserError, match=r"sources\.b\.ranges='.*slow': expected the name that data_prep\.ranges gav"
+        ):
+            RunData(config, seed=0)

@@ -49,6 +49,8 @@ def test_grippers() -> None:
     inverted, scaled = get_transform("gripper_inverted"), get_transform("gripper_scaled:-1:1")
     np.testing.assert_array_equal(inverted.apply(g), [[1], [0.75], [0]])
     np.testing.assert_array_equal(scaled.apply(np.float32([[-1], [0], [1]])), [[0], [0.5], [1]])
+    # Statistics are of values as they are stored: percent in bytes.
+    np.testing.assert_array_equal(inverted.apply(np.uint8([[0], [1], [100]])), [[1], [0], [-99]])
     downwards = get_transform("gripper_scaled:0.08:0")  # metres between the fingers
     np.testing.assert_allclose(downwards.apply(np.float32([[0.08], [0.02]])), [[0], [0.75]], atol=1e-7)
     for transform in (inverted, scaled, downwards):

@@ -163,7 +163,11 @@ def find_limits(
     limits: list[Limit] = []
     ranges = fields.ranges or config.ranges
     if ranges and ranges != NO_RANGES:
-        limits.append(open_ranges(dataset, ranges, f"{own if fields.ranges else 'config.data'}.ranges"))
+        exempt = f" {own}.ranges='{NO_RANGES}' exempts this source." if name in config.sources else ""
+        try:
+            limits.append(open_ranges(dataset, ranges, f"{own if fields.ranges else 'config.data'}.ranges"))
+        except UserError as e:
+            raise UserError(f"{e}{exempt}") from e
     field = f"{own if fields.max_action else 'config.data'}.max_action"
     for name, bound in fields.max_action or config.max_action:
         columns = bounded(name, action_keys, field)
@@ -180,7 +184,8 @@ def find_limits(
 
 
 def _is_beyond(columns: Columns, bound: float, rows: np.ndarray) -> np.ndarray:
-    return np.any(np.abs(columns.of(rows)) > bound, axis=1)
+    values = columns.of(rows)  # of any type: the smallest integer has no absolute value
+    return np.any((values > bound) | (values < -bound), axis=1)
 
 
 def bounded(name: str, action_keys: Sequence[str], field: str = "config.data.max_action") -> Columns | None:
@@ -212,6 +217,11 @@ def open_ranges(dataset: Dataset, value: str, field: str) -> StepRanges:
     """
     if value.endswith(".json"):
         return of_openpi(dataset, place(value, field), field)
+    if not all(part.strip(".") for part in value.split("/")):  # a path, as of the folder of ranges
+        raise UserError(
+            f"{field}={value!r}: expected the name that data_prep.ranges gave to ranges of this dataset, such as "
+            "'idle', or the path of a .json of openpi."
+        )
     try:
         command = shlex.join(["python", "-m", "data_prep.ranges", f"--dataset={dataset.directory}", f"--name={value}"])
         sidecar = open_sidecar(dataset.directory, sidecar_folder(value), "ranges", command=command)
@@ -287,6 +297,8 @@ def of_openpi(dataset: Dataset, file: Place, field: str = "config.data.ranges") 
         remarks.append(f"{unknown} of its {len(stored)} entries match no episode")
     if beyond := int((stops > lengths[episodes]).sum()):
         remarks.append(f"{beyond} ranges reach beyond their episode's end and were cut there")
+    if empty := int((np.minimum(stops - shortened, lengths[episodes]) <= starts).sum()):
+        remarks.append(f"{empty} ranges have no steps")
     where = f"the ranges of {file.name}"
     return StepRanges.of(episodes, starts, stops - shortened, lengths, where, tuple(remarks))
 

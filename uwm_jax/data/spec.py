@@ -163,7 +163,7 @@ class DataSpec:
         if not source and not all(first.is_like(robot) for robot in self.robots.values()):
             raise UserError(
                 f"the sources {', '.join(names)} of this model have different transforms of their actions, so it has "
-                "to be said whose robot acts: Policy(..., source=NAME)."
+                "to be said whose robot acts: --source=NAME of a server, or Policy(..., source=NAME)."
             )
         return first
 

@@ -200,7 +200,7 @@ def _plain() -> dict[str, Transform]:
     """The transforms that take no argument, by name."""
     made = [
         Transform("identity", lambda x, _: x, lambda y, _: y),
-        Transform("gripper_inverted", lambda x, _: 1 - x, lambda y, _: 1 - y),
+        Transform("gripper_inverted", _inverted, _inverted),
     ]
     for prefix, position in (("xyz_", 3), ("", 0)):
         for name, rotation in ROTATIONS.items():
@@ -209,6 +209,10 @@ def _plain() -> dict[str, Transform]:
                 maps = _pose(rotation, position)
                 made.append(Transform(f"{prefix}{name}_to_rot6d", *maps, *sizes, rotation=rotation))
     return {t.name: t for t in made}
+
+
+def _inverted(x: np.ndarray, _: np.ndarray | None) -> np.ndarray:
+    return 1 - np.asarray(x, np.float64)  # in bytes, as some datasets record a gripper, 1 - 2 is 255
 
 
 _PLAIN = _plain()
