@@ -15,9 +15,11 @@ from PIL import Image
 from data_prep.conversion.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax import reading
+from uwm_jax.config import source
 from uwm_jax.data import columns, direct, records, shards
 from uwm_jax.data.places import dataset_dir, find_dataset
 from uwm_jax.data.records import Dataset, short_key
+from uwm_jax.data.selection import select
 from uwm_jax.errors import RunError, UserError
 
 LENGTHS = [21, 5, 40]
@@ -267,6 +269,13 @@ def test_the_columns_that_are_used_share_the_memory(copy: Path, monkeypatch: pyt
     assert isinstance(first, np.ndarray) and isinstance(second, np.ndarray)
     assert isinstance(third, columns.DiskColumn)
     assert dataset.column("counter") is third
+
+
+def test_columns_that_choose_episodes_do_not_stay_in_memory(made) -> None:
+    dataset = Dataset(made[0])
+    action = dataset.column("action")
+    assert select(dataset, source(success="reward"), "here").kept.all() and len(dataset.action_lengths) == len(LENGTHS)
+    assert dataset.column_bytes == action.nbytes and dataset.column("action", keep=False) is action
 
 
 def test_manifest_index_and_columns_are_checked(copy: Path) -> None:

@@ -149,8 +149,8 @@ def test_numbers_that_mean_no_rotation_are_named_and_can_be_left_out(
     """Of episodes 1 and 3, a quaternion is zero at one step."""
     read = Dataset.column
 
-    def column(self: Dataset, key: str) -> Any:
-        values = read(self, key)[:]
+    def column(self: Dataset, key: str, keep: bool = True) -> Any:
+        values = read(self, key, keep)[:]
         if key == "action":
             values = values.copy()
             values[[LENGTHS[0] + 4, sum(LENGTHS[:3]) + 11], 3:] = 0

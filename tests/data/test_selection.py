@@ -26,7 +26,7 @@ class FakeDataset:
     def column_key(self, name: str) -> str:
         return name
 
-    def column(self, key: str) -> np.ndarray:
+    def column(self, key: str, keep: bool) -> np.ndarray:
         """Positive at the last step of every third episode, at no other."""
         ends = np.cumsum(self.episode_lengths) - 1
         return np.where(np.isin(np.arange(ends[-1] + 1), ends[::3]), 1.0, -1.0).astype(np.float32)

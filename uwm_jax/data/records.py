@@ -30,6 +30,7 @@ only the frames that it uses.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -208,13 +209,14 @@ class Dataset:
         """Step keys that have a column, sorted."""
         return sorted(k for k, f in self.manifest["step_features"].items() if f["column"])
 
+    @functools.cached_property
     def action_lengths(self) -> np.ndarray:
         """(E,) int64, the number of steps of each episode with an action: all except last steps that `is_last` marks,
         whose action RLDS leaves undefined."""
         if "is_last" not in self.column_keys:
             return self.episode_lengths
         ends = self.episode_starts + self.episode_lengths - 1
-        marked = self.column("is_last")[ends].reshape(len(ends), -1)
+        marked = self.column("is_last", keep=False)[ends].reshape(len(ends), -1)
         return self.episode_lengths - (marked != 0).any(axis=1)
 
     def camera_key(self, name: str) -> str:
@@ -285,18 +287,28 @@ class Dataset:
         """Shape of one step of a step key."""
         return tuple(self.manifest["step_features"][key]["shape"])
 
-    def column(self, key: str) -> Column:
+    def column(self, key: str, keep: bool = True) -> Column:
         """Values of all steps, (steps, ...) float32 or int64: a read-only array as long as the split's used columns
         fit into `COLUMNS_IN_MEMORY`, else a column on disk.
 
+        Args:
+            keep: whether it stays for the next call; not where it is read once, such as to choose episodes.
         Raises:
             UserError: there is no such column, or its file is damaged.
         """
         key = self._resolve(key, self.column_keys, "column")
         with self._lock:
-            if key not in self._columns:
-                self._columns[key] = self._load_column(key)
-            return self._columns[key]
+            column = self._columns.get(key)
+            if column is None:
+                column = self._load_column(key)
+            if keep:
+                self._columns[key] = column
+            return column
+
+    @property
+    def column_bytes(self) -> int:
+        """Memory of the columns that stay."""
+        return sum(column.nbytes for column in self._columns.values() if isinstance(column, np.ndarray))
 
     def locate(self, episode: int, step: int) -> ChunkRef:
         """The location of a step of an episode."""
@@ -413,9 +425,8 @@ class Dataset:
     def _load_column(self, key: str) -> Column:
         name = column_file(self.split, key)
         file = self.directory / name
-        loaded = sum(column.nbytes for column in self._columns.values() if isinstance(column, np.ndarray))
         try:
-            in_memory = loaded + file.stat().st_size <= COLUMNS_IN_MEMORY
+            in_memory = self.column_bytes + file.stat().st_size <= COLUMNS_IN_MEMORY
             own = f"{self.fingerprint[:12]}/{name}"
             column = again(
                 lambda: open_column(file, self._checksums[name], own, in_memory=in_memory, timeout=self._read_timeout),

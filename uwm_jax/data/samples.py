@@ -77,7 +77,7 @@ class Samples:
         self.state_keys: dict[str, str] = {}
         self.action_lengths = dataset.episode_lengths
         if self.use_actions and self.window.action and config.last_action == "drop":
-            self.action_lengths = dataset.action_lengths()
+            self.action_lengths = dataset.action_lengths
         if self.use_actions:
             self.low_dim_keys = {name: dataset.column_key(name) for name in sorted(config.low_dim)}
             if self.window.action:

@@ -128,7 +128,7 @@ def _of_steps(dataset: Dataset, fields: Any) -> dict[str, np.ndarray]:
         found[f"at most {fields.max_steps} steps"] = dataset.episode_lengths <= fields.max_steps
     if fields.success:
         key, lengths = dataset.column_key(fields.success), dataset.episode_lengths
-        episodes, _ = steps_where(lambda x: np.any(x > 0, axis=1), dataset.column(key), lengths, lengths)
+        episodes, _ = steps_where(lambda x: np.any(x > 0, axis=1), dataset.column(key, keep=False), lengths, lengths)
         found[f"{key} above 0 at some step"] = np.bincount(episodes, minlength=len(lengths)) > 0
     return found
 

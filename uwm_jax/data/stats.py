@@ -106,7 +106,7 @@ def dataset_stats(dataset: Dataset) -> dict[str, Stats]:
 def counted_lengths(dataset: Dataset, key: str) -> np.ndarray:
     """(E,) int64, the first steps of each episode whose value of a step key counts: of actions, without last steps that
     `is_last` marks."""
-    return dataset.action_lengths() if is_action(key) else dataset.episode_lengths
+    return dataset.action_lengths if is_action(key) else dataset.episode_lengths
 
 
 def is_action(key: str) -> bool:
