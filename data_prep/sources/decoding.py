@@ -124,6 +124,11 @@ class Video:
         if self._stream.codec_context is None:
             self._container.close()
             raise VideoError("unknown codec", f"{self.path.name}: libav has no decoder for its video")
+        try:
+            _check_size(self._stream.codec_context.width, self._stream.codec_context.height)
+        except VideoError:  # before its frames take memory
+            self._container.close()
+            raise
         self._stream.codec_context.thread_count = 1  # the processes of a job share the cores
         self._at_start = True
 
@@ -231,8 +236,7 @@ def rgb(frame: Any, pixel_aspect: Fraction = Fraction(1)) -> np.ndarray:
             another angle than quarter turns.
     """
     size = max(1, round(frame.width * pixel_aspect)), frame.height
-    if max(size[0], frame.width) * frame.height > MAX_PIXELS:
-        raise VideoError("oversized picture", f"a frame has {max(size[0], frame.width)}x{frame.height} pixels")
+    _check_size(max(size[0], frame.width), frame.height)
     try:
         image = frame.to_ndarray(format="rgb24", threads=1)
     except (_import_av().FFmpegError, ValueError, MemoryError) as e:
@@ -242,6 +246,11 @@ def rgb(frame: Any, pixel_aspect: Fraction = Fraction(1)) -> np.ndarray:
     for matrix in _matrices(frame):
         image = turned(image, struct.unpack("=9i", matrix))
     return np.ascontiguousarray(image)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise VideoError("oversized picture", f"a frame has {width}x{height} pixels")
 
 
 def _matrices(frame: Any) -> list[bytes]:

@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from data_prep.jobs.child import Child, ChildError
@@ -215,7 +215,7 @@ def find_files(source: Path) -> tuple[Path, list[str], collections.Counter[str]]
         names = [name for name in names if not (root / name).is_dir()]
     else:
         raise UserError(f"--input={source} does not exist: expected a folder, a pattern, or a text file of paths.")
-    unique = sorted(set(names))
+    unique = sorted({str(PurePath(name)) for name in names})  # `./a.mp4` is what `find` prints
     if len(unique) < len(names):
         ignored["(listed twice)"] += len(names) - len(unique)
     if not unique:
@@ -235,7 +235,8 @@ def _walk(folder: Path, ignored: collections.Counter[str]) -> list[str]:
 
     for directory, folders, files in os.walk(folder, onerror=failed, followlinks=True):
         status = os.stat(directory)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above, or to one that was searched
+            ignored["(folder linked twice)"] += 1
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -252,7 +253,7 @@ def _walk(folder: Path, ignored: collections.Counter[str]) -> list[str]:
 
 def _listed(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--input={file} is not a text file with one path per line: {e}.") from e
     if any("\0" in line for line in lines):

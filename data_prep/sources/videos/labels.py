@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -54,7 +55,7 @@ def read_labels(file: Path) -> Labels:
       it; the text is the label.
     - Something-Something JSON: the file `<id>`; the text is the label.
 
-    A row with an empty text is no label.
+    A row with an empty text is no label. A text with a comma must stand in quotes; in quotes it may have several lines.
 
     Raises:
         UserError: the file cannot be read or is none of these, or gives one file two texts.
@@ -71,6 +72,7 @@ def read_labels(file: Path) -> Labels:
     for name, label in pairs:
         if not label.strip():
             continue
+        name = str(PurePosixPath(name))  # `./a.mp4` is what `find` prints
         if texts.setdefault(name, label) != label:
             raise UserError(f"--labels={file}: {name!r} has two texts, {texts[name]!r} and {label!r}. Keep one.")
     if not texts:
@@ -93,7 +95,7 @@ def _from_json(file: Path, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _from_csv(file: Path, text: str) -> Iterator[tuple[str, str]]:
-    rows = csv.DictReader(text.splitlines())
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     columns = [column.strip() for column in rows.fieldnames or ()]
     rows.fieldnames = columns
     wanted: tuple[str, ...]
@@ -108,6 +110,11 @@ def _from_csv(file: Path, text: str) -> Iterator[tuple[str, str]]:
         fields = [row[column] for column in wanted]
         if any(field is None for field in fields):
             raise UserError(f"--labels={file}: line {rows.line_num} has fewer columns than the first line.")
+        if any(field.strip() for field in row.get(None) or ()):  # type: ignore[call-overload]
+            raise UserError(
+                f"--labels={file}: line {rows.line_num} has more columns than the first line. Put a text with a comma "
+                'into quotes: a.mp4,"pick, then place".'
+            )
         values.append([str(field).strip() for field in fields])
     if len(wanted) == 2:
         return ((name, label) for name, label in values)

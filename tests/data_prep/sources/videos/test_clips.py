@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.sources.decoding import Video, VideoError
 from data_prep.sources.videos.clips import Clip, Request, Sampling, Unusable, read_clip
 from tests.data_prep.clips import number_of, write_clip
 from uwm_jax.data.records import decode_image
@@ -177,3 +178,5 @@ def test_an_episode_that_would_not_fit_into_a_record(tmp_path: Path, monkeypatch
     assert reason(read(tmp_path / "a.mp4", every=1)) == ("oversized episode", 0)
     monkeypatch.setattr("data_prep.sources.decoding.MAX_PIXELS", 48 * 64 - 1)
     assert reason(read(tmp_path / "a.mp4", every=1)) == ("oversized picture", 0)
+    with pytest.raises(VideoError, match="has 64x48 pixels"):  # before its frames take memory
+        Video(tmp_path / "a.mp4")

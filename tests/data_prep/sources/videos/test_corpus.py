@@ -22,10 +22,11 @@ def test_a_folder_is_searched_and_links_are_followed_once(tmp_path: Path, capsys
     touch(tmp_path, "in/b.mp4", "in/a/c.WEBM", "in/a/d.mkv", "in/a/x.json", "in/.e.mp4", "elsewhere/f.avi", "in/README")
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "linked_again").symlink_to(tmp_path / "elsewhere")
     root, names, ignored = find_files(tmp_path / "in")
     assert (root, names) == (tmp_path / "in", ["a/c.WEBM", "a/d.mkv", "b.mp4", "linked/f.avi"])
-    assert ignored == {".json": 1, ".mp4": 1, "(no suffix)": 1}
-    assert "ignored: 1 (no suffix), 1 .json, 1 .mp4." in capsys.readouterr().out
+    assert ignored == {".json": 1, ".mp4": 1, "(no suffix)": 1, "(folder linked twice)": 2}
+    assert "ignored: 2 (folder linked twice), 1 (no suffix), 1 .json, 1 .mp4." in capsys.readouterr().out
 
 
 def test_patterns_lists_and_single_files(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_patterns_lists_and_single_files(tmp_path: Path) -> None:
     assert find_files(tmp_path / "in" / "*.mp4")[:2] == (tmp_path / "in", ["a.mp4", "b.mp4"])
     assert find_files(tmp_path / "in" / "**" / "*.webm")[:2] == (tmp_path / "in", ["c/d.webm"])
     assert find_files(tmp_path / "in" / "b.mp4")[:2] == (tmp_path / "in", ["b.mp4"])
-    (tmp_path / "in" / "list.txt").write_text("c/d.webm\n\nmissing.mp4\na.mp4\na.mp4\n/abs/z.mp4\n")
+    (tmp_path / "in" / "list.txt").write_text("c/d.webm\n\nmissing.mp4\na.mp4\n./a.mp4\n/abs/z.mp4\n")
     root, names, ignored = find_files(tmp_path / "in" / "list.txt")
     assert (root, names) == (tmp_path / "in", ["/abs/z.mp4", "a.mp4", "c/d.webm", "missing.mp4"])
     assert ignored == {"(listed twice)": 1}

@@ -26,6 +26,11 @@ def test_csv_by_path_and_by_name(tmp_path: Path) -> None:
     assert labels.used == {"a/b.mp4", "c", "d.webm"}
 
 
+def test_csv_in_quotes(tmp_path: Path) -> None:
+    labels = written(tmp_path, "labels.csv", 'file,text\n./a.mp4, "open,\nthen close"\r\nb.mp4,lift\u2028turn\n')
+    assert labels.of(["a.mp4"]) == "open,\nthen close" and labels.of(["b.mp4"]) == "lift\u2028turn"
+
+
 def test_kinetics(tmp_path: Path) -> None:
     labels = written(
         tmp_path,
@@ -55,6 +60,8 @@ def test_something_something(tmp_path: Path) -> None:
         ("a.csv", "file,label\na,b\n", "its columns are file,label. Expected a CSV file with the columns file,text"),
         ("a.csv", "file,text\n", "holds no label"),
         ("a.csv", "file,text\na.mp4\n", "line 2 has fewer columns"),
+        ("a.csv", "file,text\na.mp4,put, then lift\n", "line 2 has more columns than the first line. Put a text with"),
+        ("a.csv", 'file,text\na.mp4,"put\nb.mp4,lift\n', "is not CSV .unexpected end of data"),
         ("a.csv", "file,text\na,x\na,y\n", "'a' has two texts, 'x' and 'y'"),
         ("a.csv", "label,youtube_id,time_start,time_end\nrun,abc,one,2\n", "abc: expected times in seconds"),
         ("a.json", "[", "is not JSON"),
