@@ -12,7 +12,7 @@ labs, in their `recording_folderpath`, whether they succeeded or not. Which 2,00
 It also counts the last action of an episode and draws augmentations once a batch, as the official code does. The first
 lines of a run say how many episodes were found. Other data with these keys need `--config.data.path=DIR` and, where
 nothing tells successes, `--config.data.sources.droid.include="()"`. After `python -m data_prep.ranges --dataset=droid`,
-`--config.data.ranges=idle` leaves out windows whose present frame shows an idle robot (docs/data.md).
+`--config.data.ranges=idle` leaves out windows whose present frame shows an idle robot (docs/choosing.md).
 
 Hardware: accelerators; the global batch of 144 (36 on each of 4 devices in the paper) spreads over all that
 are there. The VAE (stabilityai/sdxl-vae) and ImageNet weights come from the hub at the first start;

@@ -6,7 +6,7 @@
 
 The config is that of the run: its frozen codec, its sources with their cameras, resize, crop and augmentation. It
 first prints what the cache costs and whether it pays. The latents lie in the dataset, in `latents/<codec>/<camera>`,
-and leave it as it is. A job that was killed continues when it is started again. docs/data.md says what training from
+and leave it as it is. A job that was killed continues when it is started again. docs/latents.md says what training from
 latents is.
 """
 

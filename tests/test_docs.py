@@ -1,9 +1,9 @@
-"""The commands of docs/training.md run, in the order of the page, in tiny form; those of other pages name what exists.
+"""The commands of PAGES run, in their order, in tiny form; those of other pages name what exists.
 
-The page is taken as a person would: its Python blocks become the files that it names, its bash blocks are run one
-after the other. What makes them tiny is put before their own flags, by a `python` that stands first on the PATH; the
-values and paths that only a person's machine has are replaced, and each replacement has to happen. Blocks marked `sh`
-in place of `bash` need an official checkpoint or a bucket, and are not run.
+The pages are taken as a person would: their Python blocks become the files that they name, their bash blocks are run
+one after the other. What makes them tiny is put before their own flags, by a `python` that stands first on the PATH;
+the values and paths that only a person's machine has are replaced, and each replacement has to happen. Blocks marked
+`sh` in place of `bash` need an official checkpoint or a bucket, and are not run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from uwm_jax.data.windows import WindowSpec
 from uwm_jax.training.checkpoints.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "training.md").read_text()
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("training", "evaluation", "finetuning")}
+PAGE = "\n".join(PAGES.values())
 
 TINY = (
     *("total_steps=2", "batch_size=4", "log_every=1", "checkpoint.every=2", "eval.num_windows=4"),
@@ -144,9 +145,8 @@ def test_every_metric_is_explained(ran, place):
     keys = {
         key for run in ("profiled", "cotrain", "finetuned") for line in metrics(place / "runs" / run) for key in line
     }
-    # `eval/<metric>` stands for the keys of the table of "Evaluate", in which `<a>` and `...` stand for a word.
-    evaluated = PAGE[PAGE.index("## Evaluate") :].split("\n## ")[0]
-    cells = [row.split("|")[1] for row in evaluated.splitlines() if row.startswith("| `")]
+    # `eval/<metric>` stands for the keys of the table of docs/evaluation.md, in which `<a>` and `...` stand for a word.
+    cells = [row.split("|")[1] for row in PAGES["evaluation"].splitlines() if row.startswith("| `")]
     names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
     assert "`eval/<metric>`" in PAGE
     patterns = ["eval/" + re.sub(r"<\w+>|\.\.\.", r"\\w+?", name) for name in names]
@@ -175,7 +175,8 @@ def test_the_messages_are_those_of_the_code():
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
-    table = PAGE[PAGE.index("| message |") :].splitlines()[2:]
+    page = PAGES["training"]
+    table = page[page.index("| message |") :].splitlines()[2:]
     assert len(table) > 10
     for line in table:
         for quoted in re.findall(r"`([^`]+)`", line.split("|")[1]):
@@ -239,6 +240,25 @@ def test_commands_of_all_pages_name_flags_that_exist(monkeypatch):
             assert good, f"{file}: python -m {name} has no --{flag}"
         seen.add(name)
     assert {"uwm_jax.train", "uwm_jax.evaluate", "uwm_jax.rollout", "uwm_jax.report", "data_prep.demo"} <= seen
+
+
+def test_links_lead_to_pages_and_headings():
+    pages = {file: re.sub(r"```.*?```", "", file.read_text(), flags=re.DOTALL) for file in ROOT.glob("docs/*.md")}
+    pages |= {file: re.sub(r"```.*?```", "", file.read_text(), flags=re.DOTALL) for file in ROOT.glob("*.md")}
+    headings = {
+        file: {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"(?m)^#+ (.*)", text)}
+        for file, text in pages.items()
+    }
+    count = 0
+    for file, text in pages.items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if "://" not in link:
+                path, _, heading = link.partition("#")
+                target = (file.parent / path).resolve() if path else file
+                assert target.exists(), f"{file.name}: {link}"
+                assert not heading or heading in headings[target], f"{file.name}: {link}"
+                count += 1
+    assert count > 50
 
 
 def test_the_runs_of_comparisons_have_configs_that_are_accepted(tmp_path):

@@ -30,7 +30,7 @@ from uwm_jax.errors import UserError
 from uwm_jax.storage import environment
 
 BUCKET = "bkt"
-STREAMED = 4  # --chunk_steps of a dataset that is read from a bucket, as docs/data.md recommends
+STREAMED = 4  # --chunk_steps of a dataset that is read from a bucket, as docs/buckets.md recommends
 COPIES = 4  # of the episodes: windows that are read at the same time should seldom share a record
 BAR = 0.8  # of the rate from the page cache
 

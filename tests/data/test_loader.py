@@ -358,7 +358,7 @@ def test_what_does_not_fit_is_explained(config: ConfigDict) -> None:
     wanted = (
         "no step key for config.data.text, which is a vector of floats, 'language_instruction'; it has: .*embedding.*"
     )
-    with pytest.raises(UserError, match=wanted + r"a precomputed embedding.* \(docs/data.md, Language\)"):
+    with pytest.raises(UserError, match=wanted + r"a precomputed embedding.* \(docs/choosing.md, Language\)"):
         _loader(config)
     config.text, config.action = "", (("actions", "identity"),)
     with pytest.raises(UserError, match="no low-dimensional key 'actions'"):

@@ -133,7 +133,7 @@ def why_unusable(feature: Feature) -> str:
     if dtype == "string":
         return (
             "a string: data_prep.text embeds it for config.data.text_table; config.data.text alone takes a precomputed "
-            "embedding of it, a vector of floats in every step (docs/data.md, Language)"
+            "embedding of it, a vector of floats in every step (docs/choosing.md, Language)"
         )
     if dtype == "unknown":
         return "an unsupported kind of feature"

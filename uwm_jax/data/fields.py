@@ -26,7 +26,7 @@ def data_fields() -> ConfigDict:
     # name of the table of embeddings that data_prep.text made of each dataset's strings, such as "clip"; "" = none
     d.text_table = ""
     # pairs (step key, transform) that make the action, joined in this order, e.g. (("action[:6]", "xyz_rpy_to_rot6d"),
-    # ("action[6:]", "gripper_inverted")): docs/data.md; uwm_jax.config.preset("bridge"), or droid, libero
+    # ("action[6:]", "gripper_inverted")): docs/choosing.md; uwm_jax.config.preset("bridge"), or droid, libero
     d.action = (("action", "identity"),)
     d.window = ConfigDict()  # a group of steps that is () is absent: it is neither in batches nor decoded
     d.window.obs = (0, 1)  # current frames, in steps from the window's origin

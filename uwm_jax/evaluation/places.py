@@ -40,7 +40,7 @@ _NAME = re.compile(r"(?!.*\.(?:json|png|gif)$)[A-Za-z0-9][A-Za-z0-9._=-]{0,63}")
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("name", None, "folder for the results below that of the step; see docs/training.md")
+    flags.DEFINE_string("name", None, "folder for the results below that of the step; see docs/evaluation.md")
     flags.DEFINE_string("output", None, "directory for results and report.html in place of the workdir")
 
 
