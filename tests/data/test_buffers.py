@@ -50,6 +50,13 @@ def test_few_idle_arrays_are_kept() -> None:
     assert [len(idle) for idle in buffers._idle.values()] == [KEPT]
 
 
+def test_all_arrays_of_a_batch_are_kept() -> None:
+    """However many have the same size, as the frames of several cameras do."""
+    buffers, like = Buffers(), {f"camera_{i}": LIKE["x"] for i in range(KEPT + 2)}
+    first = {address(x) for x in buffers.empty(like).values()}
+    assert {address(x) for x in buffers.empty(like).values()} == first
+
+
 def test_an_array_may_die_while_another_is_made() -> None:
     """As where garbage is collected in the middle of it."""
     buffers, batches = Buffers(), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 from collections.abc import Mapping
 
@@ -11,7 +12,7 @@ import numpy as np
 from uwm_jax.data.spec import Batch
 
 WORTH = 1 << 20  # bytes from which an array is worth keeping
-KEPT = 4  # idle arrays of a size; more are given back to the system
+KEPT = 4  # idle arrays of a size, or those of one batch if it has more; others are given back to the system
 
 
 class Buffers:
@@ -24,13 +25,16 @@ class Buffers:
         # Taken again by the same thread where the collection of garbage, at any allocation, frees an array.
         self._lock = threading.RLock()
         self._idle: dict[int, list[np.ndarray]] = {}
+        self._kept: dict[int, int] = {}
 
     def empty(self, like: Mapping[str, jax.ShapeDtypeStruct]) -> Batch:
         """Arrays of these shapes and dtypes, with any content."""
+        for size, count in collections.Counter(map(_size, like.values())).items():
+            self._kept[size] = max(self._kept.get(size, KEPT), count)
         return {key: self._array(one) for key, one in like.items()}
 
     def _array(self, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        size = int(np.prod(like.shape)) * np.dtype(like.dtype).itemsize
+        size = _size(like)
         if size < WORTH:
             return np.empty(like.shape, like.dtype)
         with self._lock:
@@ -43,8 +47,12 @@ class Buffers:
     def _back(self, memory: np.ndarray) -> None:
         with self._lock:
             idle = self._idle.setdefault(memory.nbytes, [])
-            if len(idle) < KEPT:
+            if len(idle) < self._kept[memory.nbytes]:
                 idle.append(memory)
+
+
+def _size(like: jax.ShapeDtypeStruct) -> int:
+    return int(np.prod(like.shape)) * np.dtype(like.dtype).itemsize
 
 
 class _Lease:

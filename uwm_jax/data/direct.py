@@ -12,6 +12,7 @@ one with the place of that chunk (riegeli: doc/riegeli_records_file_format.md; a
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
@@ -23,11 +24,10 @@ import numpy as np
 from uwm_jax.data.example import read_varint
 
 _BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 1 << 16, 24, 40
+_BLOCK_DATA = _BLOCK - _BLOCK_HEADER
 _MOST_PARTS = 512  # of a system call, which takes 1024
-_SPARE = 1 << 20  # bytes that the memory of a thread grows by, at least
+_SPARE = 16  # blocks that the memory of a thread grows by, at least
 _LARGEST_TABLE = 1 << 26  # bytes of the places of a file's records
-
-_memory = threading.local()
 
 
 class RecordPlace(NamedTuple):
@@ -60,8 +60,8 @@ class RecordPlace(NamedTuple):
 def _end(begin: int, size: int) -> int:
     """Where `size` bytes end that begin at `begin`, with the headers of the blocks through which they run."""
     block, offset = divmod(begin, _BLOCK)
-    last = block * (_BLOCK - _BLOCK_HEADER) + max(offset - _BLOCK_HEADER, 0) + size - 1
-    block, offset = divmod(last, _BLOCK - _BLOCK_HEADER)
+    last = block * _BLOCK_DATA + max(offset - _BLOCK_HEADER, 0) + size - 1
+    block, offset = divmod(last, _BLOCK_DATA)
     return block * _BLOCK + _BLOCK_HEADER + offset + 1
 
 
@@ -98,7 +98,10 @@ def read_places(size: int, read: Callable[[int, int], bytes]) -> list[RecordPlac
         footers = _messages(_chunk(read(table, last), table))[1:]  # the first holds the writer's options
         if any(footer[3] != 1 for footer in footers):
             raise ValueError("chunks of several records")
-        return [RecordPlace(footer[1], footer[2]) for footer in footers]
+        places = [RecordPlace(footer[1], footer[2]) for footer in footers]
+        if any(place.begin + place.size > size for place in places):
+            raise ValueError("a record beyond the file's end")
+        return places
     except (KeyError, IndexError) as e:
         raise ValueError("no table of records") from e
 
@@ -108,53 +111,75 @@ class DirectFile:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not of the form that this reads.
-
-    Attributes:
-        places: of its records.
     """
 
     def __init__(self, path: str):
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)  # with the last reference: a thread may be reading
-        self.places = read_places(os.fstat(self._descriptor).st_size, self._bytes)
 
-    def read(self, record: int) -> np.ndarray:
+    @functools.cached_property
+    def places(self) -> list[RecordPlace]:
+        """The places of its records, by the file's own table.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not of the form that this reads.
+        """
+        return read_places(os.fstat(self._descriptor).st_size, self._bytes)
+
+    def read(self, place: RecordPlace) -> np.ndarray:
         """The bytes of a record, (n,) uint8, unverified; they stay until this thread reads again.
 
         Raises:
-            OSError, ValueError, IndexError: it cannot be read.
+            OSError, ValueError: it cannot be read.
         """
-        place = self.places[record]
-        return self._payload(place.begin, place.head + place.size)[place.head :]
+        begin, head = place.begin, place.head
+        size = head + place.size
+        in_block = max(begin % _BLOCK, _BLOCK_HEADER) - _BLOCK_HEADER  # where the chunk begins among a block's data
+        stop = in_block + size
+        blocks = -(-stop // _BLOCK_DATA)
+        memory = _memory.of(blocks)
+        # All data of the blocks, with their headers between them, in one system call; the first header is before it.
+        parts = memory.parts[int(begin % _BLOCK >= _BLOCK_HEADER) : 2 * blocks]
+        parts[-1] = parts[-1][: stop - (blocks - 1) * _BLOCK_DATA]
+        first = int(begin % _BLOCK < _BLOCK_HEADER)
+        if first:
+            parts[0] = parts[0][begin % _BLOCK :]
+        parts[first] = parts[first][in_block:]
+        done, wanted = 0, _end(begin, size) - begin
+        for at in range(0, len(parts), _MOST_PARTS):
+            done += os.preadv(self._descriptor, parts[at : at + _MOST_PARTS], begin + done)
+        if done != wanted:
+            raise ValueError("the file ends before the record")
+        return memory.array[in_block + head : stop]
 
     def _bytes(self, start: int, stop: int) -> bytes:
         return os.pread(self._descriptor, stop - start, start)
 
-    def _payload(self, begin: int, size: int) -> np.ndarray:
-        """Bytes of the file from `begin` on without the blocks' headers, in this thread's memory."""
-        memory = getattr(_memory, "array", None)
-        if memory is None or len(memory) < size:
-            memory = _memory.array = np.empty(size + max(size // 4, _SPARE), np.uint8)
-        view, skipped = memory.data, bytearray(_BLOCK_HEADER)
-        parts: list[memoryview | bytearray] = []
-        at, place = 0, begin
-        while at < size:
-            if place % _BLOCK < _BLOCK_HEADER:
-                header = _BLOCK_HEADER - place % _BLOCK
-                parts.append(skipped[:header])
-                place += header
-            count = min(size - at, _BLOCK - place % _BLOCK)
-            parts.append(view[at : at + count])
-            at, place = at + count, place + count
-        done = 0
-        for first in range(0, len(parts), _MOST_PARTS):
-            some = parts[first : first + _MOST_PARTS]
-            wanted = sum(map(len, some))
-            if os.preadv(self._descriptor, some, begin + done) != wanted:
-                raise ValueError("the file ends before the record")
-            done += wanted
-        return memory[:size]
+
+class _Memory(threading.local):
+    """Memory of a thread for the data of blocks.
+
+    Attributes:
+        array: all of it, uint8.
+        parts: for each block its header, which nothing needs, and its data.
+    """
+
+    def __init__(self) -> None:
+        self.array = np.empty(0, np.uint8)
+        self.parts: list[memoryview] = []
+
+    def of(self, blocks: int) -> _Memory:
+        """Itself, with room for so many blocks."""
+        if 2 * blocks > len(self.parts):
+            count = blocks + max(blocks // 4, _SPARE)
+            self.array, header = np.empty(count * _BLOCK_DATA, np.uint8), memoryview(bytearray(_BLOCK_HEADER))
+            data = (self.array[at : at + _BLOCK_DATA].data for at in range(0, len(self.array), _BLOCK_DATA))
+            self.parts = [part for one in data for part in (header, one)]
+        return self
+
+
+_memory = _Memory()
 
 
 def _chunk(data: bytes, begin: int) -> bytes:

@@ -157,7 +157,7 @@ class Shards:
         """
         if (direct := self._direct_file(chunk.shard)) is not None:
             try:
-                data = direct.read(chunk.record)
+                data = direct.read(chunk.place or direct.places[chunk.record])
                 if google_crc32c.value(data) == chunk.crc32c:
                     return data.data
             except (OSError, ValueError, IndexError):
@@ -176,7 +176,7 @@ class Shards:
                 return self._direct[shard]
         try:
             found = DirectFile(os.fspath(self._files[shard]))
-        except (OSError, ValueError):
+        except OSError:
             found = None
         with self._lock:
             found = self._direct.setdefault(shard, found)
