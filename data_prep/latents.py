@@ -6,8 +6,8 @@
 
 The config is that of the run: its frozen codec, its sources with their cameras, resize, crop and augmentation. It
 first prints what the cache costs and whether it pays. The latents lie in the dataset, in `latents/<codec>/<camera>`,
-and leave it as it is. A job that was killed continues when it is started again. docs/latents.md says what training from
-latents is.
+and leave it as it is. A job that was killed continues when it is started again. Many machines share the work, each
+with its `--task=I/N`; `--assemble` then finishes the caches. docs/latents.md says what training from latents is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shlex
 from absl import flags
 
 from data_prep.caches.latents.caching import Options, make
+from data_prep.jobs import shares
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
 from uwm_jax.data.latents import DTYPES
@@ -36,6 +37,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("estimate", False, "only say what it costs and whether it pays")
     flags.DEFINE_bool("overwrite", False, "replace caches that are there")
+    shares.define_flags("caches")
     cli.accept_config_overrides(config_help.describe)
 
 
@@ -48,8 +50,10 @@ def main(call: cli.Call) -> None:
         dtype=FLAGS.dtype,
         episodes=FLAGS.episodes,
         steps_per_part=FLAGS.steps_per_part,
+        task=shares.from_flags(),
+        assemble=FLAGS.assemble,
     )
-    command = shlex.join(part for part in call.line if part != "--overwrite")
+    command = shlex.join(part for part in shares.without_flags(call.line) if part != "--overwrite")
     for cache in make(config, options, command=command, overwrite=FLAGS.overwrite, estimate=FLAGS.estimate):
         print(f"{cache.directory}: {cache.facts['steps']:,} steps of {cache.facts['episodes']:,} episodes")
 

@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from data_prep.conversion.codec import check_options
+from data_prep.jobs import shares
 from data_prep.jobs.output import local_output
 from uwm_jax import cli
 from uwm_jax.errors import UserError
@@ -49,7 +50,7 @@ class Options:
     overwrite: bool = False
     max_skipped: float = 0.01
     resize: tuple[int, int] | None = None
-    task: tuple[int, int] | None = None
+    task: shares.Share | None = None
     assemble: bool = False
     beam: tuple[str, ...] | None = None
 
@@ -58,10 +59,7 @@ class Options:
         check_options(self.codec_size, self.pca_patch, self.pca_channels, self.val_ratio)
         if not 0 <= self.max_skipped <= 1:  # false for NaN too
             raise UserError(f"--max_skipped={self.max_skipped}: expected a share of the episodes, 0 <= share <= 1.")
-        if self.task is not None and not 0 <= self.task[0] < self.task[1]:
-            raise UserError(f"--task={self.task[0]}/{self.task[1]}: expected I/N with 0 <= I < N, as 0/8 to 7/8.")
-        if self.task is not None and self.assemble:
-            raise UserError("--task does a share of the tasks, and --assemble follows when all are done: give one.")
+        shares.check(self.task, self.assemble)
         if self.beam is not None and (self.task is not None or self.assemble):
             raise UserError("--beam does all tasks and makes the dataset: give neither --task nor --assemble with it.")
 
@@ -97,12 +95,9 @@ def define_flags(
         "max_skipped", max_skipped, "largest share of episodes that may be skipped; one is always allowed"
     )
     flags.DEFINE_list("resize", [], resize)
-    flags.DEFINE_string(
-        "task", "", "I/N, from 0/N to N-1/N: do this share of the tasks only, for N processes on one or more hosts"
-    )
     flags.DEFINE_bool("beam", False, "do the tasks on an Apache Beam pipeline; options after ` -- ` are the pipeline's")
     cli.pass_on()
-    flags.DEFINE_bool("assemble", Options.assemble, "make the dataset of tasks that --task has done, all of them")
+    shares.define_flags("dataset")
 
 
 def from_flags(call: cli.Call) -> Options:
@@ -115,22 +110,12 @@ def from_flags(call: cli.Call) -> Options:
     values |= {name: size(name, values[name]) for name in ("codec_size", "resize")}
     if call.passed_on and not FLAGS.beam:
         raise UserError(f"{' '.join(call.passed_on)}: what follows ` -- ` is for Beam. Give --beam, or leave it out.")
-    return Options(**values | {"task": _share(FLAGS.task), "beam": call.passed_on if FLAGS.beam else None})
+    return Options(**values | {"task": shares.from_flags(), "beam": call.passed_on if FLAGS.beam else None})
 
 
 def output() -> Place:
     """The path of `--output`, which may be in a bucket with `--beam`; raises UserError as `output.local_output`."""
     return cli.required_path("output") if FLAGS.beam else local_output()
-
-
-def _share(value: str) -> tuple[int, int] | None:
-    """(i, n) of the flag `--task`."""
-    if not value:
-        return None
-    part, _, parts = value.partition("/")
-    if not part.isdecimal() or not parts.isdecimal():
-        raise UserError(f"--task={value}: expected I/N, as 0/8 to 7/8.")
-    return int(part), int(parts)
 
 
 def size(flag: str, value: Sequence[str]) -> tuple[int, int] | None:

@@ -127,7 +127,8 @@ def has_finished_tasks(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def claimed(part: Place, *, wait: bool) -> Iterator[bool]:
-    """Whether the task with the folder `part` is this process's own for the block, so that no two do the same work.
+    """Whether the task that makes `part`, a folder or a file, is this process's own for the block, so that no two do
+    the same work.
 
     The remains of a process that was killed in this task are removed.
 
@@ -146,9 +147,11 @@ def claimed(part: Place, *, wait: bool) -> Iterator[bool]:
         except OSError:  # a file system without locks: others may be at it too, and the first to finish counts
             yield True
             return
-        if len(part.name) <= 40:  # `new_folder` shortens others
+        if len(part.name) <= 40:  # `new_folder` and `replacing` shorten others
             for left in part.parent.glob(f".{glob.escape(part.name)}.*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
+            for left in part.parent.glob(f".{glob.escape(part.stem)}.*.tmp{glob.escape(part.suffix)}"):
+                left.unlink(missing_ok=True)
         yield True
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -237,3 +238,31 @@ def test_a_second_writer_is_refused_until_the_first_ends(dataset: Path) -> None:
         child.kill()
         child.wait()
     assert _write(dataset).continued
+
+
+def test_shares_write_together_and_a_whole_job_alone(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from uwm_jax.data import sidecar as module
+
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    begin = functools.partial(writing_sidecar, dataset, "latents/vae/wrist", "latents", command="go on")
+    _write(dataset, {**FIELDS, "variants": 2})
+    with begin(fields=FIELDS, alone=False, overwrite=True) as first:
+        assert not first.continued and not (first.directory / "deep").exists()
+        (first.directory / "part-0").write_text("done")
+        with begin(fields=FIELDS, alone=False, overwrite=True) as second:
+            assert second.continued and (second.directory / "part-0").exists()
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="is being written by process"):
+                _write(dataset, overwrite=overwrite)
+        with pytest.raises(UserError, match="variants: expected 2, found 1"):
+            begin(fields={**FIELDS, "variants": 2}, alone=False).__enter__()
+        with pytest.raises(UserError, match="is being written by process"):
+            begin(fields={**FIELDS, "variants": 2}, alone=False, overwrite=True).__enter__()
+        assert (first.directory / "part-0").exists()
+    with begin(fields=FIELDS):
+        with pytest.raises(UserError, match="is being written by process"):
+            begin(fields=FIELDS, alone=False).__enter__()
+    _write(dataset)
+    with begin(fields=FIELDS, alone=False) as late:
+        assert late.complete is not None
+    assert sorted(path.name for path in (dataset / "latents/vae/wrist").iterdir()) == ["deep", "sidecar.json"]

@@ -24,6 +24,7 @@ import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ FORMAT_VERSION = 1
 KINDS = ("latents", "ranges", "text")
 
 _MANIFEST, _UNFINISHED, _LOCK = "sidecar.json", "unfinished.json", ".lock"
+_PATIENCE = 30.0  # seconds that a share of the work waits for another one to prepare the folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,10 +224,12 @@ def writing_sidecar(
     command: str,
     *,
     overwrite: bool = False,
+    alone: bool = True,
 ) -> Iterator[SidecarWriter]:
     """A new sidecar, or one that a killed job with the same settings has begun.
 
-    Nothing in the folder counts before `SidecarWriter.finish`. The folder is locked for this process.
+    Nothing in the folder counts before `SidecarWriter.finish`. The folder is locked: for this process, or for processes
+    with the same settings that do a share of the work each.
 
     Args:
         folder: relative to the dataset's directory; created.
@@ -233,6 +237,7 @@ def writing_sidecar(
         command: the command line that continues the job.
         overwrite: whether to remove a sidecar that is there, if it is complete or of other settings; an unfinished one
             of the same settings is continued.
+        alone: False for a share of the work, which never calls `finish`: other shares may work here meanwhile.
     Raises:
         UserError: another process writes here; the folder lies inside another sidecar or holds something else, or a
             sidecar of other settings and `overwrite` is not given.
@@ -254,7 +259,7 @@ def writing_sidecar(
             )
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = _hold(directory)
+        lock, exclusive = _hold(directory, alone)
     except OSError as e:
         raise UserError(f"{directory} cannot be written: {e.strerror}. A sidecar lies inside its dataset.") from e
     try:
@@ -274,15 +279,21 @@ def writing_sidecar(
                 + "\n  ".join(problems)
                 + "\nUse the same settings or another name, or replace it with --overwrite."
             )
-        if clearing or (overwrite and others and (done is not None or problems)):
+        replaced = clearing or (overwrite and others and (done is not None or problems))
+        if replaced and not exclusive:
+            raise _in_use(directory, lock)
+        if replaced:
             _write_unfinished(directory, header, command, clearing=True)
             (directory / _MANIFEST).unlink(missing_ok=True)
             _clear(directory, {_UNFINISHED, _LOCK})
             done, begun = None, None
-        if done is not None:
+        if done is not None and exclusive:
             _clear(directory, {*done["files"], _MANIFEST, _LOCK})
-        elif begun is None:
+        elif done is None and begun is None:
             _write_unfinished(directory, header, command)
+        if exclusive and not alone:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_SH)
         yield SidecarWriter(directory, dataset, header, continued=begun is not None, complete=done is not None)
     finally:
         if not (directory / _UNFINISHED).exists():
@@ -418,30 +429,52 @@ def _clear(directory: Path, keep: set[str]) -> None:
             path.unlink()
 
 
-def _hold(directory: Path) -> int:
-    """The descriptor of the folder's lock, which this process holds until it closes it.
+def _hold(directory: Path, alone: bool) -> tuple[int, bool]:
+    """The descriptor of the folder's lock, which this process holds until it closes it, and whether no other holds it.
 
+    Args:
+        alone: False if other shares of the work may hold it too; even then the first one holds it alone.
     Raises:
         UserError: another process holds it.
     """
     file = directory / _LOCK
+    deadline = time.monotonic() + (0 if alone else _PATIENCE)
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            holder = os.read(descriptor, 500).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise UserError(
-                f"{directory} is being written by {holder or 'another process'}. Wait for it, or end it first."
-            ) from e
+            exclusive = _lock(descriptor, fcntl.LOCK_EX)
+            if not exclusive and (alone or not _lock(descriptor, fcntl.LOCK_SH)):
+                if time.monotonic() >= deadline:
+                    raise _in_use(directory, descriptor)
+                time.sleep(0.05)
+                os.close(descriptor)
+                continue
         except OSError as e:
             warn(f"{directory}: this file system has no locks ({e.strerror}): nothing keeps a second job out.")
-            return descriptor
+            return descriptor, True
+        except UserError:
+            os.close(descriptor)
+            raise
         # A job that has just ended may have removed the file that was opened.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == file.stat().st_ino:
-                os.ftruncate(descriptor, 0)
+                if exclusive:
+                    os.ftruncate(descriptor, 0)
+                os.lseek(descriptor, 0, os.SEEK_END)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return descriptor
+                return descriptor, exclusive
         os.close(descriptor)
+
+
+def _lock(descriptor: int, how: int) -> bool:
+    """Whether the lock could be taken; raises OSError on a file system without locks."""
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _in_use(directory: Path, descriptor: int) -> UserError:
+    holders = ", ".join(os.pread(descriptor, 500, 0).decode(errors="replace").split("\n")[:-1])
+    return UserError(f"{directory} is being written by {holders or 'another process'}. Wait for it, or end it first.")

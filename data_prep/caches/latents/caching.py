@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from data_prep.caches.latents.costs import Costs
 from data_prep.caches.latents.encoding import Camera, Encoder
-from data_prep.caches.latents.files import STEPS_PER_PART, layout_of, write_caches
+from data_prep.caches.latents.files import STEPS_PER_PART, finish_caches, layout_of, parts_left, write_caches
+from data_prep.jobs import shares
 from data_prep.jobs.output import warn_of_space
 from uwm_jax import config as config_lib
 from uwm_jax import systems
 from uwm_jax.codecs import Codec
 from uwm_jax.data.images import is_augmented
-from uwm_jax.data.latents import KIND, Layout, folder
+from uwm_jax.data.latents import KIND, Layout, folder, part_file
 from uwm_jax.data.places import local_dataset
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.run_data import RunData
@@ -44,6 +45,8 @@ class Options:
         dtype: of the stored numbers.
         episodes: `all` of a dataset, or those `used` by the config's selection.
         steps_per_part: see `Layout`.
+        task: (i, n) to encode only every n-th part from the i-th on, of 0 to n - 1; None: all, and finish the caches.
+        assemble: only finish caches of which all parts are there.
     """
 
     variants: int = 1
@@ -52,6 +55,8 @@ class Options:
     dtype: str = "float16"
     episodes: str = "all"
     steps_per_part: int = STEPS_PER_PART
+    task: shares.Share | None = None
+    assemble: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,7 @@ class _Job:
     Attributes:
         name: of the source, or sources. dataset: the open split. cameras: that are encoded.
         fields: {step key: what its cache is made with}. episodes: (n,) that are cached.
+        first: number of its first part among those of all jobs, which shares count.
     """
 
     name: str
@@ -68,6 +74,7 @@ class _Job:
     cameras: list[Camera]
     fields: dict[str, dict[str, Any]]
     episodes: np.ndarray
+    first: int
 
     def complete(self) -> list[Sidecar]:
         """The caches that are there.
@@ -95,6 +102,16 @@ class _Job:
     @property
     def layout(self) -> Layout:
         return layout_of(self.dataset, next(iter(self.fields.values())), self.episodes)
+
+    @property
+    def parts_left(self) -> list[int]:
+        """The parts that are not there."""
+        return parts_left(self.dataset, self.fields, self.layout)
+
+    def share(self, task: shares.Share | None) -> range:
+        """The parts that a share does."""
+        share, of = task or (0, 1)
+        return range((share - self.first) % of, len(self.layout.parts), of)
 
     @property
     def frames(self) -> int:
@@ -125,6 +142,10 @@ def make(
         UserError: a system without latents, options that do not fit, a cache of other settings.
         RunError: a latent is not finite.
     """
+    shares.check(options.task, options.assemble)
+    if options.assemble and (estimate or overwrite):
+        flag = "--estimate" if estimate else "--overwrite"
+        raise UserError(f"--assemble only finishes what was encoded: leave {flag} out.")
     config = checked(config, options)
     with contextlib.closing(RunData(config.data, seed=config_lib.data_seed(config))) as data:
         codec, frozen = codec_store.open_codec(config, codec_store.in_dataset(config, data))
@@ -134,18 +155,47 @@ def make(
         program = build(config, data.spec, codec, mesh_lib.data_mesh(jax.local_devices()))
         jobs = jobs_of(config, options, data, codec, frozen)
         complete = [cache for job in jobs for cache in job.complete()] if not (overwrite or estimate) else []
-        if jobs := [job for job in (job.without(complete) for job in jobs) if job.cameras]:
-            encoder = _encoder(program, codec, frozen, jobs[0], options)
-            say(costs(config, program, codec, jobs, encoder.rate(jobs[0].layout)).describe())
-        if estimate:
-            return []
+        jobs = [job for job in (job.without(complete) for job in jobs) if job.cameras]
         if complete:
             say(f"{len(complete)} caches are complete already")
+        if options.assemble:
+            _require_all_parts(jobs)
+            finished = [finish_caches(job.dataset, job.fields, job.episodes, command=command) for job in jobs]
+            return complete + [cache for caches in finished for cache in caches]
+        if jobs:
+            encoder = _encoder(program, codec, frozen, jobs[0], options)
+            say(costs(config, program, codec, jobs, encoder.rate(jobs[0].layout), options.task).describe())
+        if estimate:
+            return []
         made = complete
         for number, job in enumerate(jobs):
             encoder = encoder if number == 0 else _encoder(program, codec, frozen, job, options)
-            made += _write(job, encoder, command, overwrite, say)
+            made += _write(job, encoder, options, command, overwrite, say)
+        if options.task:
+            _tell_what_is_left(jobs, options.task, say)
         return made
+
+
+def _require_all_parts(jobs: Sequence[_Job]) -> None:
+    """Raises UserError that names the parts of some jobs that are not there."""
+    if left := [(job, part) for job in jobs for part in job.parts_left]:
+        total = sum(len(job.layout.parts) for job in jobs)
+        names = ", ".join(f"{job.name} {part_file(part)}" for job, part in left[:3]) + (", ..." if left[3:] else "")
+        numbers = ", ".join(str(job.first + part) for job, part in left[:10]) + (", ..." if left[10:] else "")
+        raise UserError(
+            f"--assemble: {len(left)} of {total} parts are not done: {names}. Share I/N does those whose number is I "
+            f"modulo N, and these have the numbers {numbers}. Do them with --task, or with neither flag, which does "
+            "what is left and finishes the caches."
+        )
+
+
+def _tell_what_is_left(jobs: Sequence[_Job], share: shares.Share, say: Callable[[str], Any]) -> None:
+    total, left = (sum(map(len, lists)) for lists in ([j.layout.parts for j in jobs], [j.parts_left for j in jobs]))
+    rest = f"{left} of {total} parts are left for other shares" if left else "all parts are done"
+    say(
+        f"share {share[0]} of {share[1]} is done ({sum(len(job.share(share)) for job in jobs)} parts); {rest}. "
+        "--assemble instead of --task finishes the caches."
+    )
 
 
 def checked(config: ConfigDict, options: Options) -> ConfigDict:
@@ -176,7 +226,8 @@ def jobs_of(config: ConfigDict, options: Options, data: RunData, codec: Codec, f
         cached_latents.refuse_shared(source.where, codec, source.samples.shown_cameras)
         together.setdefault((str(source.dataset.directory), source.dataset.split), []).append(source)
     digests = [cached_latents.encoder_digest(codec, frozen, view) for view in range(len(views))]
-    jobs = []
+    jobs: list[_Job] = []
+    first = 0
     for sources in together.values():
         dataset = sources[0].dataset
         cameras: dict[str, Camera] = {}
@@ -197,7 +248,8 @@ def jobs_of(config: ConfigDict, options: Options, data: RunData, codec: Codec, f
             c.key: _fields(config, options, codec, digests[c.view], dataset, c, episodes) for c in cameras.values()
         }
         ordered = sorted(cameras.values(), key=lambda c: (c.view, c.key))
-        jobs.append(_Job("+".join(s.name for s in sources), dataset, ordered, fields, episodes))
+        jobs.append(_Job("+".join(s.name for s in sources), dataset, ordered, fields, episodes, first))
+        first += len(jobs[-1].layout.parts)
     return jobs
 
 
@@ -227,11 +279,13 @@ def _fields(
     }
 
 
-def costs(config: ConfigDict, program: Program, codec: Codec, jobs: list[_Job], rate: float) -> Costs:
+def costs(
+    config: ConfigDict, program: Program, codec: Codec, jobs: list[_Job], rate: float, task: shares.Share | None
+) -> Costs:
     """What the caches of some jobs cost, next to a run of the config.
 
     Args:
-        rate: frames in a second.
+        rate: frames in a second. task: the share of the work that is asked for.
     """
     layout, window = jobs[0].layout, program.system.spec.window
     groups = systems.get(config.system).latents
@@ -246,6 +300,7 @@ def costs(config: ConfigDict, program: Program, codec: Codec, jobs: list[_Job], 
         sample_frames=sum(len(window.groups[group]) for group in groups) * len(program.system.cameras),
         trained=sample.training - sample.frozen,
         episodes=sum(len(job.episodes) for job in jobs),
+        shares=task[1] if task else 1,
     )
 
 
@@ -264,13 +319,14 @@ def _encoder(program: Program, codec: Codec, frozen: Any, job: _Job, options: Op
     )
 
 
-def _write(job: _Job, encoder: Encoder, command: str, overwrite: bool, say: Callable[[str], Any]) -> list[Sidecar]:
-    layout = job.layout
-    warn_of_space(
-        local_dataset(job.dataset.directory), layout.total_bytes * len(job.cameras), f"the latents of {job.name}"
-    )
-    total = sum(map(layout.steps, range(len(layout.parts))))
-    with tqdm(total=total, desc=f"encoding {job.name}", unit="step") as bar:
+def _write(
+    job: _Job, encoder: Encoder, options: Options, command: str, overwrite: bool, say: Callable[[str], Any]
+) -> list[Sidecar]:
+    """Writes the parts of a job, or a share of them."""
+    layout, parts = job.layout, job.share(options.task)
+    needed = sum(map(layout.records, job.parts_left)) * layout.record * len(job.cameras)
+    warn_of_space(local_dataset(job.dataset.directory), needed, f"what is left of the latents of {job.name}")
+    with tqdm(total=sum(map(layout.steps, parts)), desc=f"encoding {job.name}", unit="step") as bar:
         return write_caches(
             job.dataset,
             job.fields,
@@ -278,6 +334,7 @@ def _write(job: _Job, encoder: Encoder, command: str, overwrite: bool, say: Call
             encoder.blocks,
             command=command,
             overwrite=overwrite,
+            share=parts if options.task else None,
             progress=bar.update,
             say=say,
         )

@@ -20,6 +20,7 @@ class Costs:
         sample_frames: frames that a run from pixels encodes for a sample.
         trained: operations of a sample's share of a training step, without those of the codec.
         episodes: that are cached.
+        shares: machines like this one that encode a share each.
     """
 
     frames: int
@@ -31,6 +32,7 @@ class Costs:
     sample_frames: int
     trained: float
     episodes: int
+    shares: int = 1
 
     @property
     def disk(self) -> int:
@@ -74,7 +76,8 @@ class Costs:
             f"what the cache costs, computed from the FLOP counter and the rate of its first batches on this machine, "
             f"{self.rate:.4g} frames/s:",
             f"  disk      {_bytes(self.disk)}: {frames:,} frames x {_variants(self.variants)} x {self.record:,} bytes",
-            f"  time      {_time(self.hours)}",
+            f"  time      {_time(self.hours)}"
+            + (f", {_time(self.hours / self.shares)} of each of {self.shares} shares" if self.shares > 1 else ""),
             f"  in runs   {self.of_frames:.2g} of the frames that one run from pixels encodes ({self.samples:,} "
             f"samples of {self.sample_frames} frames), {self.of_runs:.2g} of its operations",
             f"  a step    has {self.ratio:.1f} times fewer operations from latents; a run from pixels would take "

@@ -1,11 +1,13 @@
-"""Writes caches of latents, a camera each, in parts: a job that was killed continues with the first part it lacks.
+"""Writes caches of latents, a camera each, in parts: a job that was killed continues with the parts that it lacks.
 
-The caches of one job are written together, because its cameras are encoded together. What makes the latents is up to
-the caller: `data_prep.caches.latents.encoding` encodes frames, a benchmark may draw random numbers.
+Parts are independent of each other, so that many processes may write a share of them each. The caches of one job are
+written together, because its cameras are encoded together. What makes the latents is up to the caller:
+`data_prep.caches.latents.encoding` encodes frames, a benchmark may draw random numbers.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.jobs.job_folder import claimed
 from uwm_jax.data.latents import EPISODES_FILE, KIND, Layout, folder, part_file, salt_of
+from uwm_jax.data.places import local_dataset
 from uwm_jax.data.records import Dataset
-from uwm_jax.data.sidecar import Sidecar, SidecarWriter, writing_sidecar
-from uwm_jax.errors import RunError
+from uwm_jax.data.sidecar import Sidecar, SidecarWriter, is_complete, writing_sidecar
+from uwm_jax.errors import RunError, UserError
 from uwm_jax.files import replacing, writing
 
 STEPS_PER_PART = 2048
@@ -56,6 +60,7 @@ def write_caches(
     *,
     command: str,
     overwrite: bool = False,
+    share: Sequence[int] | None = None,
     progress: Callable[[int], Any] = lambda steps: None,
     say: Callable[[str], Any] = print,
 ) -> list[Sidecar]:
@@ -68,32 +73,67 @@ def write_caches(
         blocks: makes the latents; called for the parts that are lacking, in order.
         command: the command line that continues the job.
         overwrite: replace caches of other settings, and complete ones.
+        share: only write these parts, while others write theirs; None: write all, and finish the caches.
         progress: is told how many steps are done, those of an earlier job too.
+    Returns:
+        The caches that are complete: all of them, without `share`.
     Raises:
         UserError: a cache of other settings is there, or another process writes it.
         RunError: a latent is not finite in the dtype of the cache.
     """
-    first = next(iter(fields.values()))
-    layout, codec = layout_of(dataset, first, episodes), first["codec"]
-    with contextlib.ExitStack() as closing:
-        writers: dict[str, SidecarWriter] = {}
-        for key, made_with in fields.items():
-            where = folder(codec, key, dataset.split)
-            one = writing_sidecar(dataset.directory, where, KIND, made_with, command, overwrite=overwrite)
-            writers[key] = closing.enter_context(one)
+    layout = layout_of(dataset, next(iter(fields.values())), episodes)
+    with _writing(dataset, fields, command, overwrite=overwrite, alone=share is None) as writers:
         salts = {key: salt_of(dataset.fingerprint, made_with) for key, made_with in fields.items()}
         if all(writer.complete for writer in writers.values()):
-            say(f"nothing to do: {codec} latents of {', '.join(fields)} are complete")
+            say(f"nothing to do: the latents of {', '.join(fields)} are complete")
         else:
-            _tell(writers, layout, say)
-            _write_parts(layout, writers, salts, blocks, progress)
+            parts = range(len(layout.parts)) if share is None else share
+            if done := sum(_is_done(writers, part) for part in parts):
+                say(f"continuing: {done} of {len(parts)} parts are done already")
+            _write_parts(layout, writers, salts, parts, blocks, progress)
+        if share is not None:
+            return [writer.complete for writer in writers.values() if writer.complete]
         return [_finish(writer, layout, len(dataset.episode_lengths)) for writer in writers.values()]
 
 
-def _tell(writers: Mapping[str, SidecarWriter], layout: Layout, say: Callable[[str], Any]) -> None:
-    if any(writer.continued for writer in writers.values()):
-        done = sum(_is_done(writers, part) for part in range(len(layout.parts)))
-        say(f"continuing a job that was interrupted: {done} of {len(layout.parts)} parts are done")
+def finish_caches(
+    dataset: Dataset, fields: Mapping[str, Mapping[str, Any]], episodes: np.ndarray, *, command: str
+) -> list[Sidecar]:
+    """Finishes caches of which `parts_left` is empty.
+
+    Args:
+        as `write_caches` has them.
+    Raises:
+        UserError: another process writes them, or as `write_caches`; a part has another size than it must have.
+    """
+    layout = layout_of(dataset, next(iter(fields.values())), episodes)
+    with _writing(dataset, fields, command, overwrite=False, alone=True) as writers:
+        return [_finish(writer, layout, len(dataset.episode_lengths)) for writer in writers.values()]
+
+
+@contextlib.contextmanager
+def _writing(
+    dataset: Dataset, fields: Mapping[str, Mapping[str, Any]], command: str, *, overwrite: bool, alone: bool
+) -> Iterator[dict[str, SidecarWriter]]:
+    with contextlib.ExitStack() as closing:
+        writers: dict[str, SidecarWriter] = {}
+        for key, made_with in fields.items():
+            where = folder(made_with["codec"], key, dataset.split)
+            one = writing_sidecar(dataset.directory, where, KIND, made_with, command, overwrite=overwrite, alone=alone)
+            writers[key] = closing.enter_context(one)
+        yield writers
+
+
+def parts_left(dataset: Dataset, fields: Mapping[str, Mapping[str, Any]], layout: Layout) -> list[int]:
+    """The parts that a cache of these lacks."""
+    directory = local_dataset(dataset.directory)
+    unfinished = [
+        directory / place
+        for key, made_with in fields.items()
+        if not is_complete(directory, place := folder(made_with["codec"], key, dataset.split))
+    ]
+    parts = range(len(layout.parts))
+    return [part for part in parts if not all((place / part_file(part)).exists() for place in unfinished)]
 
 
 def _is_done(writers: Mapping[str, SidecarWriter], part: int) -> bool:
@@ -105,30 +145,51 @@ def _write_parts(
     layout: Layout,
     writers: Mapping[str, SidecarWriter],
     salts: Mapping[str, int],
+    parts: Sequence[int],
     blocks: Blocks,
     progress: Callable[[int], Any],
 ) -> None:
-    for part in range(len(layout.parts)):
-        if _is_done(writers, part):
-            progress(layout.steps(part))
-            continue
-        # All cameras again, also where one has this part already: what a program computes of a camera may differ in
-        # the last bit from what a program of fewer cameras does.
-        open_ones = [key for key, writer in writers.items() if not writer.complete]
-        with contextlib.ExitStack() as closing:
-            outputs = {}
+    """Writes the parts that are lacking; those on which another process is at work come last."""
+    unfinished = [writer.directory for writer in writers.values() if not writer.complete]
+    waiting = collections.deque((part, False) for part in parts)
+    while waiting:
+        part, wait = waiting.popleft()
+        with contextlib.ExitStack() as claims:
+            files = [directory / part_file(part) for directory in unfinished]
+            # Who has the first of them gets the others.
+            if not all(claims.enter_context(claimed(file, wait=wait or file != files[0])) for file in files):
+                waiting.append((part, True))
+            elif _is_done(writers, part):
+                progress(layout.steps(part))
+            else:
+                _write_part(layout, writers, salts, part, blocks, progress)
+
+
+def _write_part(
+    layout: Layout,
+    writers: Mapping[str, SidecarWriter],
+    salts: Mapping[str, int],
+    part: int,
+    blocks: Blocks,
+    progress: Callable[[int], Any],
+) -> None:
+    # All cameras again, also where one has this part already: what a program computes of a camera may differ in the
+    # last bit from what a program of fewer cameras does.
+    open_ones = [key for key, writer in writers.items() if not writer.complete]
+    with contextlib.ExitStack() as closing:
+        outputs = {}
+        for key in open_ones:
+            file = closing.enter_context(replacing(writers[key].directory / part_file(part)))
+            outputs[key] = closing.enter_context(open(file, "r+b"))
+            outputs[key].truncate(layout.records(part) * layout.record)
+        for variant, start, latents in blocks(layout, part):
+            count = len(next(iter(latents.values())))
+            place = layout.black[1] if variant < 0 else variant * layout.steps(part) + start
             for key in open_ones:
-                file = closing.enter_context(replacing(writers[key].directory / part_file(part)))
-                outputs[key] = closing.enter_context(open(file, "r+b"))
-                outputs[key].truncate(layout.records(part) * layout.record)
-            for variant, start, latents in blocks(layout, part):
-                count = len(next(iter(latents.values())))
-                place = layout.black[1] if variant < 0 else variant * layout.steps(part) + start
-                for key in open_ones:
-                    _require_finite(key, latents[key], layout)
-                    _write(outputs[key].fileno(), layout.pack(latents[key], salts[key]), place * layout.record)
-                if variant == layout.variants - 1:
-                    progress(count)
+                _require_finite(key, latents[key], layout)
+                _write(outputs[key].fileno(), layout.pack(latents[key], salts[key]), place * layout.record)
+            if variant == layout.variants - 1:
+                progress(count)
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:
@@ -153,6 +214,10 @@ def _finish(writer: SidecarWriter, layout: Layout, num_episodes: int) -> Sidecar
     if writer.complete:
         return writer.complete
     files = [part_file(part) for part in range(len(layout.parts))]
+    for part, name in enumerate(files):
+        file, size = writer.directory / name, layout.records(part) * layout.record
+        if (found := file.stat().st_size) != size:
+            raise UserError(f"{file}: expected {size} bytes, found {found}: remove it, and start the job again.")
     if len(layout.episodes) < num_episodes:
         with writing(Path(writer.directory / EPISODES_FILE), "wb") as out:
             np.save(out, layout.episodes, allow_pickle=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import fcntl
 import shutil
 from pathlib import Path
 
@@ -78,6 +81,38 @@ def test_a_finished_cache_is_left_alone_and_another_one_is_refused_by_field(data
     assert len(quietly(config, Options(variants=3))) == 2
 
 
+def test_shares_of_two_sources_make_what_one_process_makes(dataset, tmp_path):
+    other = shutil.copytree(dataset, tmp_path / "other")
+    config = config_of(dataset)
+    config.data.path, source = "", cached_case.config_lib.source
+    config.data.sources = {name: source(path=str(path)) for name, path in (("a", dataset), ("b", other))}
+    options = Options(variants=2, steps_per_part=60)  # two parts of each
+    expected = [tree(cache.directory) for cache in quietly(config, options)]
+    shutil.rmtree(dataset / "latents"), shutil.rmtree(other / "latents")
+    with pytest.raises(UserError, match=r"--assemble: 4 of 4 parts are not done: a part-00000.latents, .*0, 1, 2, 3\."):
+        quietly(config, dataclasses.replace(options, assemble=True))
+    assert not (dataset / "latents").exists()
+    said = []
+    for share, left in ((2, 3), (0, 1), (0, 1)):
+        one = dataclasses.replace(options, task=(share, 3))
+        assert make(config, one, command="again", say=said.append) == []
+        assert said[-1].startswith(f"share {share} of 3 is done") and f"{left} of 4 parts are left" in said[-1]
+    with pytest.raises(UserError, match=r"1 of 4 parts are not done: a part-00001.latents.* numbers 1\."):
+        quietly(config, dataclasses.replace(options, assemble=True))
+    quietly(config, dataclasses.replace(options, task=(1, 3)))
+    part = dataset / "latents/pixels/wrist/train/part-00001.latents"
+    part.write_bytes((data := part.read_bytes())[:-1])
+    with pytest.raises(UserError, match=rf"part-00001.latents: expected {len(data)} bytes, found {len(data) - 1}"):
+        quietly(config, dataclasses.replace(options, assemble=True))
+    part.write_bytes(data)
+    made = quietly(config, dataclasses.replace(options, assemble=True))
+    assert [tree(cache.directory) for cache in made] == expected
+    assert quietly(config, dataclasses.replace(options, assemble=True)) == made
+    for wrong in ({"estimate": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match=f"leave --{next(iter(wrong))} out"):
+            quietly(config, dataclasses.replace(options, assemble=True), **wrong)
+
+
 def test_an_estimate_writes_nothing(dataset, capsys):
     assert make(config_of(dataset), Options(), command="again", estimate=True) == []
     out = capsys.readouterr().out
@@ -147,29 +182,55 @@ def test_a_killed_job_continues_and_ends_as_an_uninterrupted_one_on_two_devices(
     quietly(config, Options(variants=2, steps_per_part=20))
 
     monkeypatch.setenv("XLA_FLAGS", quick_compile.with_devices(2))
-    commands = Commands("data_prep.latents")
     folder = dataset / "latents/pixels/wrist/train"
-    parts = lambda: len(list(folder.glob("part-*.latents")))  # noqa: E731
-    try:
-        outputs = kill_and_resume(
-            commands,
-            ["data_prep.latents", f"--config={file}", "--variants=2", "--steps_per_part=20"],
-            [lambda: (folder / "unfinished.json").exists(), lambda: parts() >= 2, lambda: parts() >= 4],
-            lambda: (folder / "sidecar.json").exists(),
-        )
-    finally:
-        commands.close()
-    assert "parts are done" in outputs[-1]
-    assert tree(folder) == tree(tmp_path / "whole/latents/pixels/wrist/train")
+    line = ["data_prep.latents", f"--config={file}", "--variants=2", "--steps_per_part=20"]
+    with contextlib.closing(Commands("data_prep.latents")) as commands:
+        _kill_and_resume(commands, line, folder)
+        expected = tree(tmp_path / "whole/latents/pixels/wrist/train")
+        assert tree(folder) == expected
+        shutil.rmtree(folder)
+        _share_and_kill(commands, line, folder)
+    assert tree(folder) == expected
+
+
+def _parts(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("part-*.latents"))
+
+
+def _kill_and_resume(commands: Commands, line: list[str], folder: Path) -> None:
+    moments = [(folder / "unfinished.json").exists, *(lambda n=n: len(_parts(folder)) >= n for n in (2, 4))]
+    outputs = kill_and_resume(commands, line, moments, (folder / "sidecar.json").exists)
+    assert "parts are done already" in outputs[-1]
+
+
+def _share_and_kill(commands: Commands, line: list[str], folder: Path) -> None:
+    """Two shares at once, of which the second is killed before it has done part 3, and done again."""
+    first = commands.start([*line, "--task=0/2"])
+    assert first.until((folder / "unfinished.json").exists) is None, first.output
+    with (folder / "part-00003.latents.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = commands.start([*line, "--task=1/2"])
+        assert second.until((folder / "part-00001.latents").exists) is None, second.output
+        second.kill()
+    assert first.wait() == 0 and "of each of 2 shares" in first.output, first.output
+    status, printed = commands.run([*line, "--assemble"])
+    assert status == 2 and "part-00003.latents" in printed and "these have the numbers 3" in printed, printed
+    (left := folder / ".part-00003.00ff00ff.tmp.latents").touch()  # as a killed process leaves it
+    status, printed = commands.run([*line, "--task=1/2"])
+    assert status == 0 and "share 1 of 2 is done" in printed and "all parts are done" in printed, printed
+    assert not left.exists() and not (folder / "sidecar.json").exists()
+    status, printed = commands.run([*line, "--assemble"])
+    assert status == 0, printed
 
 
 def test_the_command_reads_its_flags(monkeypatch):
     calls = []
     monkeypatch.setattr(command, "make", lambda config, options, **more: calls.append((config, options, more)) or [])
     line = ["latents", "--config=configs/droid.py", "--config.data.path=here", "--variants=4", "--seed=7", "--moments"]
-    line += ["--dtype=float32", "--episodes=used", "--steps_per_part=9", "--overwrite"]
+    line += ["--dtype=float32", "--episodes=used", "--steps_per_part=9", "--overwrite", "--task", "1/3"]
     assert cli.call(command.main, line, command.define_flags) == 0
     ((config, options, more),) = calls
-    assert options == Options(variants=4, seed=7, moments=True, dtype="float32", episodes="used", steps_per_part=9)
+    expected = Options(variants=4, seed=7, moments=True, dtype="float32", episodes="used", steps_per_part=9)
+    assert options == dataclasses.replace(expected, task=(1, 3))
     assert config.data.path == "here" and more["overwrite"] and not more["estimate"]
-    assert "--variants=4" in more["command"] and "--overwrite" not in more["command"]
+    assert "--variants=4" in more["command"] and not {"--overwrite", "--task", "1/3"} & set(more["command"].split())
