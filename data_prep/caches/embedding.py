@@ -72,12 +72,12 @@ def make_table(
         texts = _distinct(runs for of_split in found.values() for runs in of_split.values())
         files = _write_index(out.directory, texts, found)
         opened = clip_text.ClipText(encoder)
-        _embed(out.directory, texts, opened, batch_size)
+        cut_off = _embed(out.directory, texts, opened, batch_size)
         facts = {
             "encoder": encoder,
             "width": opened.width,
             "texts": len(texts),
-            "cut_off": opened.too_long(texts),
+            "cut_off": cut_off,
             "splits": {
                 split: {
                     key: instructions.counts(
@@ -129,12 +129,13 @@ def _write_index(directory: Path, texts: Sequence[str], found: Mapping[str, Mapp
     return list(arrays)
 
 
-def _embed(directory: Path, texts: Sequence[str], encoder: Encoder, batch_size: int) -> None:
-    """Fills `embeddings.npy` batch by batch, from where an earlier job left off."""
+def _embed(directory: Path, texts: Sequence[str], encoder: Encoder, batch_size: int) -> int:
+    """Fills `embeddings.npy` batch by batch, from where an earlier job left off; how many texts were cut off."""
     file, progress = directory / "embeddings.npy", directory / _PROGRESS
     shape = (len(texts), encoder.width)
-    done = read_json(progress)["rows"] if progress.exists() else 0
-    if not progress.exists():
+    state = read_json(progress) if progress.exists() else {}
+    done, cut_off = (state["rows"], state["cut_off"]) if "cut_off" in state else (0, 0)
+    if not done:
         np.lib.format.open_memmap(file, "w+", np.float32, shape).flush()
     out: Any = np.lib.format.open_memmap(file, "r+")
     with tqdm(total=len(texts), initial=done, desc="embedding", unit=" strings") as bar:
@@ -146,8 +147,10 @@ def _embed(directory: Path, texts: Sequence[str], encoder: Encoder, batch_size: 
                 raise RunError(f"the embedding of {bad!r} is not finite: check the encoder's weights.")
             out[start:stop] = embeddings
             out.flush()
-            write_text(progress, json.dumps({"rows": stop}) + "\n")  # after what it counts
+            cut_off += encoder.too_long(texts[start:stop])
+            write_text(progress, json.dumps({"rows": stop, "cut_off": cut_off}) + "\n")  # after what it counts
             bar.update(stop - start)
+    return cut_off
 
 
 def write_embedding(sentence: str, output: Path, encoder: str, sha256: str = "") -> np.ndarray:

@@ -140,6 +140,31 @@ def test_a_job_that_was_interrupted_anywhere_ends_with_the_same_bytes(
     assert make_table(dataset, "clip", str(encoder), command="go on")[1]
 
 
+class Interrupted:
+    """An encoder that cuts off all texts, and is interrupted in its second batch and its third one."""
+
+    width, batches = 2, 0
+
+    def embed(self, texts):
+        self.batches += 1
+        if self.batches in (2, 3):
+            raise KeyboardInterrupt
+        return np.asarray([[len(text)] * self.width for text in texts], np.float32)
+
+    def too_long(self, texts):
+        assert len(texts) <= 2, "all texts at once would take memory"
+        return len(texts)
+
+
+def test_texts_that_are_cut_off_are_counted_over_interruptions(tmp_path: Path) -> None:
+    encoder, texts = Interrupted(), ["a" * n for n in range(5)]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            embedding._embed(tmp_path, texts, encoder, 2)
+    assert embedding._embed(tmp_path, texts, encoder, 2) == 5 and encoder.batches == 5
+    assert np.load(tmp_path / "embeddings.npy")[:, 1].tolist() == [0, 1, 2, 3, 4]
+
+
 def test_workers_and_tasks_change_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instructions, "_TASK_RECORDS", 1)
     opened = Dataset(made)
