@@ -22,12 +22,13 @@ from PIL import Image, ImageDraw
 
 from data_prep.checks.column_facts import ColumnFacts
 from data_prep.checks.contact_sheet import contact_sheet, font_of, note, printable
-from data_prep.checks.page import dataset_page, facts_of, run_page, traced_row
+from data_prep.checks.page import Language, dataset_page, facts_of, language_of, run_page, traced_row
 from data_prep.checks.trace import TracedRow, open_run, traced
 from data_prep.conversion.training_layout import summary
 from data_prep.jobs.output import local_output, local_place
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
+from uwm_jax.data.normalize import is_constant
 from uwm_jax.data.places import find_dataset
 from uwm_jax.data.records import Dataset, read_manifest
 from uwm_jax.data.run_data import RunData
@@ -44,7 +45,8 @@ FLAGS = flags.FLAGS
 _BINS = 60
 _IDLE = 0.2  # a larger share of idle steps is remarked
 _MOST_TILES = 64  # a larger contact sheet would take all memory
-_MOST_PANELS = 32  # dimensions of a column that are drawn
+_MOST_PANELS, _MOST_DRAWN = 32, 128  # dimensions of a column, and of all of them, that are drawn
+_MOST_NAMED = 10  # dimensions in a remark
 
 
 PAGE = "index.html"
@@ -60,20 +62,25 @@ def inspect(dataset: Dataset, output: Path, num_episodes: int = 6, num_frames: i
     """
     _make(output)
     sheet, remarks = contact_sheet(dataset, num_episodes, num_frames)
-    with replacing(output / "contact_sheet.png") as file:
-        sheet.save(file)
+    if sheet is None:
+        (output / "contact_sheet.png").unlink(missing_ok=True)  # of a dataset that was here before
+    else:
+        with replacing(output / "contact_sheet.png") as file:
+            sheet.save(file)
     facts = facts_of(dataset)
+    language = language_of(dataset)
     actions = [key for key in facts if is_action(key)]
     states = [key for key in facts if key.startswith("observation/") and not is_action(key)]
-    with replacing(output / "actions.png") as file:
-        remarks += _plot(dataset, actions, file, "no numeric step key that begins with `action`", "no actions")
-    with replacing(output / "states.png") as file:
-        _plot(dataset, states, file, "no numeric key below `observation/`", "")
+    if not actions:
+        remarks.append("no actions: no numeric step key begins with `action`")
+    if not states:
+        remarks.append("no states: no numeric step key lies below `observation/`")
+    remarks += _plot(dataset, actions, output / "actions.png") + _plot(dataset, states, output / "states.png")
     with replacing(output / "episode_lengths.png") as file:
         _plot_lengths(dataset, file)
-    remarks += _about(facts)
+    remarks += _about(facts) + _about_language(language)
     about = summary(dataset.manifest)
-    write_text(output / PAGE, dataset_page(dataset, about, remarks, facts, output))
+    write_text(output / PAGE, dataset_page(dataset, about, remarks, facts, language, output))
     return remarks
 
 
@@ -88,16 +95,37 @@ def _about(facts: Mapping[str, ColumnFacts]) -> list[str]:
     """Remarks on columns that a model would learn from."""
     lines = []
     for key, found in facts.items():
-        if found.idle > _IDLE and (found.high > found.low).any():
+        width = len(found.low)
+        never = [i for i in range(width) if found.low[i] > found.high[i]]
+        lines += [f"{key}: never finite in {_some([f'[{i}]' for i in never])}"] if never else []
+        constant = np.flatnonzero(is_constant(found.low, found.high) & (found.low <= found.high))
+        if is_action(key) and len(constant):
+            lines.append(f"{key}: constant in {_some([f'[{i}] = {found.low[i]:g}' for i in constant])}")
+    for key, found in facts.items():
+        moves = is_action(key) or key.startswith("observation/")
+        # One number, such as a gripper's or the reward, is still most of the time.
+        if moves and len(found.low) > 1 and found.idle > _IDLE and (found.high > found.low).any():
             lines.append(f"{key}: {found.idle:.0%} of the steps change nothing; data_prep.ranges leaves out idle steps")
         if found.wraps:
-            count = sum(found.wraps.values())
-            lines.append(f"{key}: {count} turns through +-pi; xyz_euler_to_rot6d has none")
+            which = _some([f"[{i}] ({count})" for i, count in found.wraps.items()])
+            lines.append(f"{key}: turns through +-pi in {which}; of Euler angles, xyz_euler_to_rot6d has none")
         if found.jumps:
-            most, episode, step = max(found.jumps.values())
-            which = ", ".join(f"[{i}]" for i in found.jumps)
-            lines.append(f"{key}: discontinuities in {which}, up to {most} (such as episode {episode}, step {step})")
+            _, episode, step = max(found.jumps.values())
+            which = _some([f"[{i}] ({count})" for i, (count, *_) in found.jumps.items()])
+            lines.append(f"{key}: discontinuities in {which}, such as episode {episode}, step {step}")
     return lines
+
+
+def _about_language(language: Language) -> list[str]:
+    if not language.texts:
+        return ["no instructions: no string whose key names language or instructions"]
+    share = f"{language.without} of the {language.read} episodes read"
+    return [f"{share} have no instruction"] if language.without else []
+
+
+def _some(names: list[str]) -> str:
+    more = [f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
+    return ", ".join([*names[:_MOST_NAMED], *more])
 
 
 def inspect_run(
@@ -144,45 +172,54 @@ def _frames(found: TracedRow) -> Image.Image:
     return sheet
 
 
-def _plot(dataset: Dataset, keys: list[str], file: Path, lacks: str, remark: str) -> list[str]:
-    """Histograms of every dimension of some columns."""
+def _plot(dataset: Dataset, keys: list[str], file: Path) -> list[str]:
+    """Writes histograms of the dimensions of some columns; without a column, there is no such file afterwards.
+
+    Returns:
+        Remarks on dimensions that are not drawn.
+    """
     if not keys:
-        note(f"this dataset has {lacks}").save(file)
-        return [remark] if remark else []
-    panels = []
+        file.unlink(missing_ok=True)
+        return []
+    panels: list[tuple[str, np.ndarray]] = []
+    remarks = []
     for key in keys:
+        width = int(np.prod(dataset.column(key).shape[1:], dtype=np.int64))
+        drawn = min(width, _MOST_PANELS, _MOST_DRAWN - len(panels))
+        if drawn < width:
+            remarks.append(f"{key}: {width - drawn} of {width} dimensions are not drawn")
+        if not drawn:
+            continue
         shown = np.flatnonzero(counted_steps(dataset.episode_lengths, counted_lengths(dataset, key)))
         # A few hundred thousand rows show the shape of any distribution.
         shown = shown[:: max(1, len(shown) // 300_000)]
-        values = np.asarray(dataset.column(key)[shown], np.float64).reshape(len(shown), -1)[:, :_MOST_PANELS]
-        panels += [(f"{key}[{i}]" if values.shape[1] > 1 else key, values[:, i]) for i in range(values.shape[1])]
-    figure, remarks = _histograms(panels)
-    figure.savefig(file, dpi=100)
+        values = np.asarray(dataset.column(key)[shown], np.float64).reshape(len(shown), -1)
+        panels += [(f"{key}[{i}]" if width > 1 else key, values[:, i].copy()) for i in range(drawn)]
+    figure = _histograms(panels)
+    with replacing(file) as place:
+        figure.savefig(place, dpi=100)
     return remarks
 
 
-def _histograms(panels: list[tuple[str, np.ndarray]]) -> tuple[Figure, list[str]]:
-    """A panel per (name, values), and remarks on values that are never finite or constant."""
+def _histograms(panels: list[tuple[str, np.ndarray]]) -> Figure:
+    """A panel per (name, values); an empty one where no value is finite."""
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = _figure(4 * columns, 2.4 * rows)
-    remarks = []
+    figure = _figure(3.1 * columns, 2.4 * rows)  # at 100 dots per inch no wider than the page
     for i, (name, column) in enumerate(panels):
         axis = figure.add_subplot(rows, columns, i + 1)
         column = column[np.isfinite(column)]
-        if not len(column):
-            remarks.append(f"{name}: never finite")
-            continue
-        axis.hist(column, bins=_edges(column).tolist())
-        axis.set_yscale("log")
-        title = [*textwrap.wrap(printable(name), 40), f"mean {column.mean():.3g}, std {column.std():.3g}"]
+        about = "never finite"
+        if len(column):
+            axis.hist(column, bins=_edges(column).tolist())
+            axis.set_yscale("log")
+            about = f"mean {column.mean():.3g}, std {column.std():.3g}"
+        title = [*textwrap.wrap(printable(name), 34), about]
         axis.set_title("\n".join(title), fontsize=9, parse_math=False)
         axis.tick_params(labelsize=8)
-        axis.locator_params(axis="x", nbins=5)
-        if np.ptp(column) == 0:
-            remarks.append(f"{name}: always {column[0]:g}")
+        axis.locator_params(axis="x", nbins=4)
     figure.supylabel("steps (log scale)")
-    return figure, remarks
+    return figure
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
@@ -198,13 +235,19 @@ def _plot_lengths(dataset: Dataset, file: Path) -> None:
     lengths = dataset.episode_lengths
     figure = _figure(8, 4)
     axis = figure.add_subplot()
-    single = [n - 0.5 for n in range(lengths.min(), lengths.max() + 2)]  # edges of a bar for each length
-    axis.hist(lengths, bins=single if len(single) <= _BINS + 1 else _BINS)
+    low, high = int(lengths.min()), int(lengths.max())
+    if high - low < _BINS:  # a bar for each length, and room for ticks next to it
+        axis.hist(lengths, bins=[n - 0.5 for n in range(low, high + 2)])
+        axis.set_xlim(low - 2, high + 2)
+    else:
+        axis.hist(lengths, bins=_BINS)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("steps in an episode")
     axis.set_ylabel("episodes")
     axis.set_title(
-        f"{len(lengths)} episodes: shortest {lengths.min()}, median {np.median(lengths):g}, longest {lengths.max()}"
+        f"{len(lengths)} episode{'s' * (len(lengths) != 1)}: shortest {low}, median {np.median(lengths):g}, "
+        f"longest {high}"
     )
     figure.savefig(file, dpi=100)
 

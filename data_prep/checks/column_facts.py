@@ -19,6 +19,7 @@ _WRAP = 1.5 * np.pi  # a change by more, inside of [-pi, pi], is a turn through 
 _ANGLE = np.pi + 0.05  # largest angle, with its rounding
 _JUMP = 0.5  # of a dimension's range: a change of more in one step is a discontinuity, unless it has two values
 _BLOCK = 1 << 18  # steps
+_SAMPLE = 100_000  # steps that a column's usual range is estimated from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +28,12 @@ class ColumnFacts:
 
     Attributes:
         steps: number of steps that count, finite ones.
-        idle: share of the steps after an episode's first in which no dimension changes by more than `STILL` of its
-            range.
+        idle: share of the steps after an episode's first in which no dimension changes by more than `STILL` of the
+            range of 98 % of its values, so that an outlier makes no step idle.
         two_valued: {dimension: its two values}.
         wraps: {dimension: number of turns through +-pi}, for dimensions within [-pi, pi].
         jumps: {dimension: (number of discontinuities, episode and step of the largest)}.
-        low, high: (D,) the range of the finite values.
+        low, high: (D,) the range of the finite values; inf and -inf of a dimension without one.
     """
 
     steps: int
@@ -53,29 +54,34 @@ def column_facts(dataset: Dataset, key: str, counted: np.ndarray) -> ColumnFacts
     column = dataset.column(key)
     width = int(np.prod(column.shape[1:], dtype=np.int64))
     low, high = np.full(width, np.inf), np.full(width, -np.inf)
-    steps = 0
-    for values, _, keep in _blocks(dataset, column, counted):
-        kept = values[keep & np.isfinite(values).all(axis=1)]
-        steps += len(kept)
-        if len(kept):
-            low, high = np.minimum(low, kept.min(axis=0)), np.maximum(high, kept.max(axis=0))
-    if not steps:
+    sample, stride = [], -(-len(column) // _SAMPLE)
+    for values, first, keep in _blocks(dataset, column, counted):
+        finite = keep[:, None] & np.isfinite(values)
+        low = np.minimum(low, values.min(axis=0, initial=np.inf, where=finite))
+        high = np.maximum(high, values.max(axis=0, initial=-np.inf, where=finite))
+        some = slice(-first % stride, None, stride)
+        sample.append(np.where(finite[some], values[some], np.nan))
+    known = low <= high  # dimensions that are finite somewhere
+    if not known.any():
         return ColumnFacts(0, 0.0, {}, {}, {}, low, high)
-    span = high - low
+    span = np.where(known, high, 0.0) - np.where(known, low, 0.0)
+    usual = _usual(np.concatenate(sample), span)
     varies = span > 0
     angle = varies & (low >= -_ANGLE) & (high <= _ANGLE) & (span > _WRAP)
     two = varies.copy()
-    still = changes = 0
+    steps = still = changes = 0
     wraps, jumps = np.zeros(width, np.int64), np.zeros(width, np.int64)
     largest, at = np.zeros(width), np.zeros(width, np.int64)
     for values, first, keep in _blocks(dataset, column, counted):
+        values[:, ~known] = 0
         keep = keep & np.isfinite(values).all(axis=1)
         kept = values[keep]
+        steps += len(kept)
         two &= ((kept == low) | (kept == high)).all(axis=0)
         inside = np.flatnonzero(keep[1:] & keep[:-1] & ~_starts(dataset, first, len(values))[1:])
         change = np.abs(values[inside + 1] - values[inside])
         changes += len(inside)
-        still += int((change[:, varies] <= STILL * span[varies]).all(axis=1).sum())
+        still += int((change[:, varies] <= STILL * usual[varies]).all(axis=1).sum())
         turned = angle & (change > _WRAP)
         wraps += turned.sum(axis=0)
         jumped = ~turned & (change > _JUMP * span) & varies
@@ -96,6 +102,16 @@ def column_facts(dataset: Dataset, key: str, counted: np.ndarray) -> ColumnFacts
         low=low,
         high=high,
     )
+
+
+def _usual(sample: np.ndarray, span: np.ndarray) -> np.ndarray:
+    """(D,) the range of 98 % of the finite values of a sample (n, D); `span` where these are all equal."""
+    usual = span.copy()
+    for i in np.flatnonzero(span > 0):
+        values = sample[np.isfinite(sample[:, i]), i]
+        low, high = np.quantile(values, (0.01, 0.99)) if len(values) else (0.0, 0.0)
+        usual[i] = high - low if high > low else span[i]
+    return usual
 
 
 def _blocks(dataset: Dataset, column: Column, counted: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:

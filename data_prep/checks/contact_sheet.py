@@ -13,19 +13,28 @@ from uwm_jax.data.records import Dataset, short_key
 
 DARK = 16  # a frame whose pixels are all darker counts as black
 _TILE_HEIGHT = 128
+_LEAST_TILE = 72  # pixels of height; a sheet of many columns is wider than the page instead
+_PAGE = 1248  # pixels that a page is wide: a sheet that is wider is scrolled
 _LABEL_WIDTH = 190
 _MARGIN = 4
 
 
-def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple[Image.Image, list[str]]:
-    """Evenly spaced episodes as rows, a strip per camera; evenly spaced frames as columns."""
+def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple[Image.Image | None, list[str]]:
+    """Evenly spaced episodes as rows, a strip per camera; evenly spaced frames as columns.
+
+    Returns:
+        The sheet, None without a camera; and remarks.
+    """
     cameras = sorted(dataset.cameras)
     if not cameras:
-        return note("this dataset has no cameras"), ["no cameras"]
+        return None, ["no cameras"]
     episodes = spread(dataset.num_episodes, num_episodes)
     font, small = font_of(13), font_of(11)
-    widths = {c: round(_TILE_HEIGHT * dataset.cameras[c][1] / dataset.cameras[c][0]) for c in cameras}
-    line = _TILE_HEIGHT + 18
+    aspect = {c: dataset.cameras[c][1] / dataset.cameras[c][0] for c in cameras}
+    room = (_PAGE - _LABEL_WIDTH) // num_frames - _MARGIN
+    tall = min(_TILE_HEIGHT, max(_LEAST_TILE, int(room / max(aspect.values()))))
+    widths = {c: max(1, round(tall * aspect[c])) for c in cameras}
+    line = tall + 18
     block = 24 + len(cameras) * line + 10
     size = (_LABEL_WIDTH + num_frames * (max(widths.values()) + _MARGIN), len(episodes) * block)
     sheet = Image.new("RGB", size, "white")
@@ -38,7 +47,7 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
         dataset.frames(episode, dict.fromkeys(cameras, steps), frames)
         top = row * block
         draw.line([(0, top), (size[0], top)], fill="black", width=2)
-        text = f"episode {episode}: {length} steps: {language(dataset, episode)}"
+        text = ": ".join(filter(None, [f"episode {episode}", f"{length} steps", language(dataset, episode)]))
         draw.text((6, top + 4), fitting(text, font, size[0] - 12), "black", font)
         for i, camera in enumerate(cameras):
             y = top + 24 + i * line
@@ -50,8 +59,8 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
                 draw.text((x, y + 1), f"step {step}", "gray", small)
                 # Nearest neighbour keeps enlarged pixels sharp.
                 tile = Image.fromarray(frame).resize(
-                    (widths[camera], _TILE_HEIGHT),
-                    Image.Resampling.NEAREST if height < _TILE_HEIGHT else Image.Resampling.LANCZOS,
+                    (widths[camera], tall),
+                    Image.Resampling.NEAREST if height < tall else Image.Resampling.LANCZOS,
                 )
                 sheet.paste(tile, (x, y + 16))
             brightest[camera] = max(brightest[camera], int(frames[camera].max()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from uwm_jax.data.records import Dataset
 from uwm_jax.data.run_data import RunData
 from uwm_jax.data.stats import counted_lengths
 from uwm_jax.reporting.markup import Html, fill
-from uwm_jax.reporting.page import NOTHING, Section, figure, head, number_head, page, table
+from uwm_jax.reporting.page import NOTHING, Section, figure, head, number_head, page, table, two_lines
 
 MOST_READ = 512  # episodes whose instructions are read: each costs a record
 _MOST_SHOWN = 10  # instructions in a table, dimensions in a cell
@@ -30,10 +30,42 @@ def facts_of(dataset: Dataset) -> dict[str, ColumnFacts]:
     return {key: column_facts(dataset, key, counted_lengths(dataset, key)) for key in keys}
 
 
+class Language(NamedTuple):
+    """The instructions of some episodes.
+
+    Attributes:
+        texts: {key: {instruction: number of episodes}}; "" is an episode without.
+        read: number of episodes that were read, evenly spaced.
+        without: of these, the episodes that have no instruction under any key.
+    """
+
+    texts: Mapping[str, collections.Counter[str]]
+    read: int
+    without: int
+
+
+def language_of(dataset: Dataset) -> Language:
+    """The instructions of at most `MOST_READ` episodes."""
+    episodes = spread(dataset.num_episodes, MOST_READ)
+    texts: dict[str, collections.Counter[str]] = {}
+    without = 0
+    for episode in episodes:
+        found = instructions(dataset, episode)
+        without += not any(found.values())
+        for key, text in found.items():
+            texts.setdefault(key, collections.Counter())[text] += 1
+    return Language(texts, len(episodes), without)
+
+
 def dataset_page(
-    dataset: Dataset, about: str, remarks: Sequence[str], facts: Mapping[str, ColumnFacts], at: Path
+    dataset: Dataset,
+    about: str,
+    remarks: Sequence[str],
+    facts: Mapping[str, ColumnFacts],
+    language: Language,
+    at: Path,
 ) -> str:
-    """The page of a split.
+    """The page of a split; of pictures that are not there, it has no section.
 
     Args:
         about: the summary of the dataset, lines of text.
@@ -49,7 +81,7 @@ def dataset_page(
         Section("actions", "Actions", _picture(at, "actions.png", "How often each value occurs (log scale).")),
         Section("states", "States", _picture(at, "states.png", "How often each value occurs (log scale).")),
         Section("lengths", "Lengths", _picture(at, "episode_lengths.png", "Steps in an episode.")),
-        Section("language", "Language", _language(dataset)),
+        Section("language", "Language", _language(dataset, language)),
     ]
     top = fill("<h1>{}: {}</h1><pre>{}</pre>", dataset.directory.name, dataset.split, about)
     return page(f"{dataset.directory.name}: {dataset.split}", top, sections)
@@ -61,22 +93,26 @@ def _picture(folder: Path, name: str, caption: str) -> Html:
 
 def _columns(facts: Mapping[str, ColumnFacts]) -> Html:
     heads = ["key", number_head("dimensions"), "range", number_head("idle", "share of steps that change nothing")]
-    heads += ["two values", "turns through ±π", "discontinuities"]
+    jumps = fill('<th scope="col">{}</th>', two_lines("discontinuities", "number, and place of the largest"))
+    heads += ["two values", "turns through ±π", jumps]
     rows = []
     for key, found in facts.items():
         ranges = zip(found.low, found.high, strict=True)
-        ends = [f"[{i}]:\u00a0{low:.4g}\u00a0to\u00a0{high:.4g}" for i, (low, high) in enumerate(ranges)]
+        ends = [
+            f"[{i}]:\u00a0{low:.4g}\u00a0to\u00a0{high:.4g}" if low <= high else f"[{i}]:\u00a0never finite"
+            for i, (low, high) in enumerate(ranges)
+        ]
         rows.append(
             [
                 head(fill("<code>{}</code>", key)),
                 fill('<td class="number">{}</td>', len(found.low)),
-                _listed(ends if found.steps else ["never finite"]),
+                _listed(ends),
                 fill('<td class="number">{}</td>', f"{found.idle:.1%}"),
                 _listed([f"[{i}]: {low:g} or {high:g}" for i, (low, high) in found.two_valued.items()]),
                 _listed([f"[{i}]: {count}" for i, count in found.wraps.items()]),
                 _listed(
                     [
-                        f"[{i}]: {count}, the largest in episode {episode} at step {step}"
+                        f"[{i}]: {count}, episode {episode}, step {step}".replace(" ", "\u00a0")
                         for i, (count, episode, step) in found.jumps.items()
                     ]
                 ),
@@ -90,23 +126,19 @@ def _listed(lines: Sequence[str]) -> Html:
     return fill("<td>{}</td>", [fill("{}<br>", line) for line in [*lines[:_MOST_SHOWN], *more]])
 
 
-def _language(dataset: Dataset) -> Html:
-    """How many episodes have an instruction, and the commonest ones; of at most `MOST_READ` episodes."""
-    episodes = spread(dataset.num_episodes, MOST_READ)
-    found: dict[str, collections.Counter[str]] = {}
-    for episode in episodes:
-        for key, text in instructions(dataset, episode).items():
-            found.setdefault(key, collections.Counter())[text] += 1
-    if not found:
+def _language(dataset: Dataset, language: Language) -> Html:
+    """How many episodes have an instruction, and the commonest ones."""
+    if not language.texts:
         return fill("<p>No string whose key names language or instructions.</p>")
     rows = []
-    for key, texts in found.items():
-        empty = texts.pop("", 0)
+    for key, counts in language.texts.items():
+        texts = counts.copy()
+        del texts[""]
         common = [f"{count} × {text}" for text, count in texts.most_common(_MOST_SHOWN)]
-        share = fill('<td class="number">{}</td>', f"{texts.total() / (texts.total() + empty):.1%}")
+        share = fill('<td class="number">{}</td>', f"{texts.total() / counts.total():.1%}")
         distinct = fill('<td class="number">{}</td>', len(texts))
         rows.append([head(fill("<code>{}</code>", key)), share, distinct, _listed(common)])
-    read = f"{len(episodes)} of {dataset.num_episodes} episodes, evenly spaced, were read."
+    read = f"{language.read} of {dataset.num_episodes} episodes, evenly spaced, were read."
     heads = ["key", number_head("with text"), number_head("distinct"), "commonest"]
     return fill("<p>{}</p>{}", read, table(heads, rows, "language"))
 

@@ -330,9 +330,9 @@ def summary(manifest: dict[str, Any]) -> str:
         lines += [f"    {note}" for note in s["skipped_notes"][:_PRINTED_NOTES]]
         lines += [f"    missing files: {', '.join(s['missing_files'])}"] if s.get("missing_files") else []
         lines += [f"    {count} x {remark} (kept)" for remark, count in s.get("remarks", {}).items()]
-    cameras = [f"{k} {c['height']}x{c['width']}" for k, c in manifest["cameras"].items()]
+    cameras = [f"{k} {c['height']}x{c['width']}" for k, c in sorted(manifest["cameras"].items())]
     lines.append(f"  cameras: {', '.join(cameras) or 'none'}")
-    columns = [f"{k} {v['shape']}" for k, v in manifest["step_features"].items() if v["column"]]
+    columns = [f"{k} {v['shape']}" for k, v in sorted(manifest["step_features"].items()) if v["column"]]
     lines.append(f"  columns: {', '.join(columns)}")
     unusable = manifest.get("unusable_keys", {})
     lines += ["  neither camera nor column:"] * bool(unusable) + [f"    {k}: {why}" for k, why in unusable.items()]

@@ -304,7 +304,7 @@ th small, thead small { font-weight: normal; } td:not([class]) { min-width: 6rem
 .tiles td small { display: block; text-align: center; line-height: 1.2; }
 .moving { display: grid; width: max-content; gap: 0 .5rem; } .moving div { display: grid; }
 .heads span { padding: 0 .5rem .25rem 0; } .sides span { align-self: center; overflow-wrap: anywhere; }
-img { max-width: 100%; background: #fff; }
+img { max-width: 100%; background: #fff; } .scroll > img { max-width: none; }
 ul.key { list-style: none; padding: 0; margin: .5rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
 ul.key li { display: flex; gap: .4rem; align-items: center; min-width: 0; }
 ul.key svg { background: #fff; border-radius: 2px; flex: none; }

@@ -32,6 +32,20 @@ def test_idle_steps_are_those_that_change_nothing(block: None) -> None:
     assert found.low.tolist() == [0, 0] and found.high.tolist() == [1, 1]
 
 
+def test_an_outlier_makes_no_step_idle(block: None) -> None:
+    steps = np.linspace(0, 1, 500)  # each moves by 0.002
+    steps[250] = 1e6
+    assert facts([steps]).idle == 0.0
+    resting = np.where(np.arange(500) < 250, 0.5, steps)
+    assert facts([resting]).idle == 249 / 499
+
+
+def test_a_dimension_without_a_finite_value_hides_no_other(block: None) -> None:
+    found = facts([[[0.0, np.nan], [1.0, np.inf], [0.0, np.nan]]])
+    assert found.steps == 3 and found.two_valued == {0: (0.0, 1.0)} and found.idle == 0.0
+    assert (found.low[0], found.high[0]) == (0.0, 1.0) and found.low[1] > found.high[1]
+
+
 def test_two_values(block: None) -> None:
     found = facts([[[0, 0.0], [1, 0.3], [0, 0.7]], [[1, 1], [1, 1]]])
     assert found.two_valued == {0: (0.0, 1.0)} and not {0} & found.jumps.keys()

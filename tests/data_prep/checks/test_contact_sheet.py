@@ -35,6 +35,18 @@ def test_the_contact_sheet_shows_the_right_frames(out: Path) -> None:
     assert not ((pixels[..., 0] == 40) & (pixels[..., 1] == 6 * 7)).sum() > 128 * 100
 
 
+def test_a_sheet_of_wide_cameras_is_no_wider_than_the_page(out: Path) -> None:
+    dataset = Dataset(out)
+    dataset.cameras["observation/exterior"] = (24, 32)
+    heights = {}
+    for frames in (4, 8, 64):
+        sheet, _ = contact_sheet(dataset, num_episodes=1, num_frames=frames)
+        assert sheet is not None
+        heights[frames] = sheet.height
+        assert (sheet.width <= 1248) == (frames < 64), "so many would be too small to see"
+    assert heights[4] > heights[8] > heights[64] > 2 * 72
+
+
 def test_what_the_font_lacks_is_escaped() -> None:
     font = font_of(13)
     assert printable("Nimm die Tasse über\n den Löffel, возьми") == "Nimm die Tasse über den Löffel, возьми"
