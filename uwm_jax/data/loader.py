@@ -139,7 +139,8 @@ class Loader:
         threads = self.data.config.num_threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, 2 * threads) if threads else 0)
         rows = _Rows(self)
-        elements = grain.MapDataset.source(rows).to_iter_dataset(options)
+        # Not `source`, which measures the size of each element for metrics: these have none.
+        elements = grain.MapDataset.range(len(rows)).map(rows.__getitem__).to_iter_dataset(options)
         batches = elements.batch(self.local_batch_size, drop_remainder=True, batch_fn=rows.take)
         for step, batch in enumerate(batches, self.start_step + 1):
             self.data.faults.check(step)

@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,6 +64,7 @@ COLUMN_MAX_SIZE = 256
 COLUMNS_IN_MEMORY = 1 << 31  # bytes of a split's used columns in memory; further columns stay on disk
 
 _BLOCK = 1 << 22
+_offset = operator.itemgetter(0)
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -193,6 +195,7 @@ class Dataset:
         self.episode_lengths = self._index.episode_length
         self.episode_starts = np.concatenate([[0], np.cumsum(self.episode_lengths)[:-1]]).astype(np.int64)
         self._columns: dict[str, Column] = {}
+        self._names = {camera: f"steps/{camera}".encode() for camera in self.cameras}
         self._lock = threading.Lock()
 
     @property
@@ -296,6 +299,8 @@ class Dataset:
         Raises:
             UserError: there is no such column, or its file is damaged.
         """
+        if (column := self._columns.get(key)) is not None:
+            return column
         key = self._resolve(key, self.column_keys, "column")
         with self._lock:
             column = self._columns.get(key)
@@ -350,21 +355,21 @@ class Dataset:
             into: camera key -> for each step, the (H, W, 3) uint8 C-contiguous array that receives the frame
                 (or one array of them all).
         """
-        wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
+        wanted: dict[int, dict[str, list[tuple[int, np.ndarray]]]] = {}
         for camera, indices in steps.items():
-            for place, step in enumerate(indices):
+            for step, out in zip(indices, into[camera], strict=True):
                 chunk, offset = divmod(step, self.chunk_steps)
-                wanted.setdefault(chunk, {}).setdefault(camera, []).append((offset, place))
+                wanted.setdefault(chunk, {}).setdefault(camera, []).append((offset, out))
         for chunk, cameras in wanted.items():
             record = self.view(episode, chunk)  # slices of a view are not copied; a record has about a megabyte
-            names = {b"steps/" + camera.encode(): camera for camera in cameras}
+            names = {self._names[camera]: frames for camera, frames in cameras.items()}
             try:
                 fields = example.scan(record, names)
-                for name, camera in names.items():
-                    last = max(offset for offset, _ in cameras[camera])
-                    spans = example.bytes_spans(record, fields[name], last + 1)
-                    for offset, place in cameras[camera]:
-                        decode_image(record[slice(*spans[offset])], into[camera][place])
+                for name, frames in names.items():
+                    spans = example.bytes_spans(record, fields[name], max(frames, key=_offset)[0] + 1)
+                    for offset, out in frames:
+                        start, stop = spans[offset]
+                        decode_image(record[start:stop], out)
             except (ValueError, KeyError, IndexError, OSError) as e:
                 ref = self.locate(episode, chunk * self.chunk_steps)
                 raise BadRecord(

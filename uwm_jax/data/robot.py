@@ -123,6 +123,8 @@ def parse_limits(text: str, width: int, flag: str = "--limits") -> tuple[np.ndar
 
 
 def _split(actions: np.ndarray, widths: list[int]) -> list[np.ndarray]:
+    if len(widths) == 1:  # which is most robots, and split takes as long as all else
+        return [actions]
     return np.split(actions, np.cumsum(widths)[:-1], axis=-1)
 
 

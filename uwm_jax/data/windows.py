@@ -267,8 +267,9 @@ class Windows:
 
     def locate(self, window: int) -> tuple[int, int]:
         """(episode number in the split, origin step) of a window."""
-        episodes, origins = self.locate_all(np.asarray([window]))
-        return int(episodes[0]), int(origins[0])
+        i = int(self._ends.searchsorted(window, side="right"))
+        start = int(self._ends[i - 1]) if i else 0
+        return int(self.episodes[i]), window - start + int(self.origins[i])
 
     def locate_all(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) int64 episode numbers in the split, and (n,) int64 origin steps, of windows (n,)."""
