@@ -179,9 +179,15 @@ def corpus(
     inputs = [_group(number, group, reading) for number, group in enumerate(groups)]
     how = {"fps": float(sampling.fps)} if sampling.fps is not None else {"every": sampling.every}
     stored = {"min_steps": sampling.min_steps, "resize": list(sampling.size), "quality": sampling.quality}
-    digest = hashlib.sha256()
-    for episode in episodes:
-        digest.update(repr(tuple(episode)).encode("utf-8", "surrogateescape"))
+    options = {
+        **(how | stored),
+        "layout": layout,
+        "cameras": list(cameras),
+        "labels": None if labels is None else _identity([(e.name, e.text) for e in episodes if e.text is not None]),
+        "seconds": seconds,
+        "max_mb": max_mb,
+        "input: files": _identity(names),
+    }
     return Corpus(
         name="videos",
         version="1.0.0",
@@ -191,8 +197,16 @@ def corpus(
         info={"description": "Video files as episodes without actions."},
         source={"files": len(names), "ignored": dict(sorted(ignored.items())), "layout": layout},
         facts={**({"fps": float(sampling.fps)} if sampling.fps is not None else {}), "sampling": how | stored},
-        options={"sampling": how | stored, "seconds": seconds, "max_mb": max_mb, "files": digest.hexdigest()},
+        options=options,
     )
+
+
+def _identity(values: Sequence[Any]) -> str:
+    """The number of some values, and a hash of them, by which a change shows."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(repr(value).encode("utf-8", "surrogateescape"))
+    return f"{len(values)} of sha256 {digest.hexdigest()[:16]}"
 
 
 def find_files(source: Path) -> tuple[Path, list[str], collections.Counter[str]]:

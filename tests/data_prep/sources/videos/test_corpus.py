@@ -9,6 +9,7 @@ import pytest
 from data_prep.sources.videos import corpus as video_corpus
 from data_prep.sources.videos.clips import Sampling
 from data_prep.sources.videos.corpus import Episode, corpus, find_files, joined
+from data_prep.sources.videos.labels import Labels
 from uwm_jax.errors import UserError
 
 
@@ -97,8 +98,16 @@ def test_groups_are_stable_and_what_they_hold_is_part_of_the_job(
     ]
     assert [part.promised for part in made.splits["train"]] == [2, 2, 1]
     assert len({part.name for part in made.splits["train"]}) == 3
+    options = dict(made.options)
+    files = options.pop("input: files")
+    assert files.startswith("5 of sha256 ") and (options["every"], options["labels"]) == (2, None)
     touch(tmp_path, "f.mp4")
-    assert corpus(tmp_path, sampling).options != made.options
+    more = corpus(tmp_path, sampling, labels=Labels({"a": "push"})).options
+    assert more["input: files"].startswith("6 of sha256 ") and more["labels"].startswith("1 of sha256 ")
+    assert more.keys() == made.options.keys()
+    moved, other = (corpus(tmp_path, sampling, labels=Labels(x)).options for x in ({"b": "push"}, {"a": "lift"}))
+    assert more["input: files"] == moved["input: files"]
+    assert len({more["labels"], moved["labels"], other["labels"]}) == 3
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
