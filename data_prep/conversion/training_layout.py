@@ -8,6 +8,7 @@ dataset is ready to train on.
 from __future__ import annotations
 
 import collections
+import datetime
 import hashlib
 import itertools
 import json
@@ -130,6 +131,7 @@ def _plan(corpus: Corpus, options: Options, layout: Layout) -> dict[str, Any]:
             part.name: {
                 "number": number,
                 "size": MISSING if isinstance(part, Missing) else part.size,
+                "modified": MISSING if isinstance(part, Missing) else _time(part.modified),
                 "promised": part.promised,
             }
             for number, part in enumerate(inputs)
@@ -147,6 +149,10 @@ def _plan(corpus: Corpus, options: Options, layout: Layout) -> dict[str, Any]:
         "facts": dict(corpus.facts),
         "inputs": inputs,
     }
+
+
+def _time(seconds: int) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(" ")
 
 
 def _jobs(corpus: Corpus, layout: Layout, options: Options, parts: Place) -> list[Job]:
@@ -224,12 +230,17 @@ class _SkipLimit:
         self._share = share
         self._promised = None if any(n is None for n in totals) else sum(n or 0 for n in totals)
         self._seen: list[Result] = []
+        self._episodes = self._skipped = 0  # of those seen: there may be a million of them
 
     def watch(self, result: Result) -> None:
         """Takes the result of a file; ends the job as soon as the share is exceeded; other files cannot change that."""
         self._seen.append(result)
+        self._episodes += result.episodes
+        self._skipped += result.skipped.total()
         if self._promised is not None:
-            self._check("", self._seen, max(self._promised, sum(r.episodes for r in self._seen)))
+            total = max(self._promised, self._episodes)
+            if self._exceeds(self._skipped, total):
+                self._check("", self._seen, total)
 
     def check(self, by_split: Mapping[str, Sequence[Result]]) -> None:
         """Checks each split, and all splits together, after all files are read."""
@@ -238,10 +249,13 @@ class _SkipLimit:
         everything = [r for parts in by_split.values() for r in parts]
         self._check("", everything, sum(r.episodes for r in everything))
 
+    def _exceeds(self, skipped: int, total: int) -> bool:
+        return skipped > max(1, self._share * total)
+
     def _check(self, of: str, results: Sequence[Result], total: int) -> None:
         reasons: collections.Counter[str] = sum((r.skipped for r in results), collections.Counter())
         skipped = reasons.total()
-        if skipped <= max(1, self._share * total):
+        if not self._exceeds(skipped, total):
             return
         counts = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common())
         notes = "\n".join(f"    {note}" for _, note in first_notes(results))

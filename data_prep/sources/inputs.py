@@ -38,9 +38,10 @@ that it had not finished, and ends with the same bytes as one that was not.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -78,12 +79,15 @@ class Input(abc.ABC):
     Attributes:
         name: unique within a split; in messages, and in the plan by which a killed job is recognised.
         size: bytes to read, for the progress bar and for recognising a changed file.
+        modified: when the newest of its files was modified, in seconds since 1970, for recognising one that changed and
+            kept its size; 0 if it has no files.
         promised: number of episodes that the source declares for it; None if it declares none. What is missing is
             counted as skipped.
     """
 
     name: str
     size: int
+    modified: int = 0
     promised: int | None = None
 
     declared_by: ClassVar[str] = "its metadata"  # where `promised` is from, for messages
@@ -95,6 +99,15 @@ class Input(abc.ABC):
         Raises:
             RunError, OSError: ends the job. What concerns one episode is a `Found` with a reason.
         """
+
+
+def modified(files: Iterable[Path]) -> int:
+    """When the newest of some files was modified, in seconds since 1970; those that cannot be found do not count."""
+    newest = 0
+    for file in files:
+        with contextlib.suppress(OSError):  # whoever reads it says why
+            newest = max(newest, int(file.stat().st_mtime))
+    return newest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

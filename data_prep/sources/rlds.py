@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.sources.inputs import Corpus, Found, Input, Missing
+from data_prep.sources.inputs import Corpus, Found, Input, Missing, modified
 from data_prep.sources.source_files import read_records, starts_with_record
 from uwm_jax.data.features import STEPS, Feature, flatten, upgrade
 from uwm_jax.data.names import check_name, not_the_data
@@ -102,7 +102,14 @@ def corpus(path: Path, splits: Sequence[str] = (), max_missing: int = 0) -> Corp
 def _input(file: Path, promised: int | None, file_format: str) -> Input:
     if not file.exists():
         return Missing(name=file.name, promised=promised)
-    return RldsFile(name=file.name, size=file.stat().st_size, promised=promised, path=file, file_format=file_format)
+    return RldsFile(
+        name=file.name,
+        size=file.stat().st_size,
+        modified=modified([file]),
+        promised=promised,
+        path=file,
+        file_format=file_format,
+    )
 
 
 def open_source(path: Place, only: Iterable[str] = (), max_missing: int = 0) -> Source:

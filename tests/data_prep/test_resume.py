@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -161,6 +163,17 @@ def test_a_changed_input_is_another_job(commands, source, tmp_path: Path) -> Non
     copy, output = shutil.copytree(source, tmp_path / "source"), tmp_path / "out"
     _kill_after(commands, _command(copy, output), output, 2)
     last = next(copy.glob("*val*"))
-    last.write_bytes(last.read_bytes()[:-1])
+    data, seconds = last.read_bytes(), last.stat().st_mtime
+    last.write_bytes(data[:-1] + b"\0")
+    os.utime(last, (seconds + 60, seconds + 60))
+    status, printed = commands.run(_command(copy, output))
+    was, now = (str(datetime.datetime.fromtimestamp(int(seconds) + more, datetime.UTC)) for more in (0, 60))
+    assert status == 2 and f"inputs: val: {last.name}: modified was {was}, now {now}." in printed
+    last.write_bytes(data[:-1])
+    os.utime(last, (seconds, seconds))
     status, printed = commands.run(_command(copy, output))
     assert status == 2 and re.search(rf"inputs: val: {last.name}: size was \d+, now \d+\.", printed)
+    last.write_bytes(data)
+    os.utime(last, (seconds, seconds))
+    status, printed = commands.run(_command(copy, output))
+    assert status == 0 and f"2 of {FILES} tasks are done already; continuing" in printed

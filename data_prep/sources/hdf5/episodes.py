@@ -20,7 +20,7 @@ from data_prep.sources.hdf5.files import (
     remarks_of,
     split_demos,
 )
-from data_prep.sources.inputs import Corpus, Found, Input
+from data_prep.sources.inputs import Corpus, Found, Input, modified
 from uwm_jax.data.chunks import EpisodeError
 from uwm_jax.data.episodes import encode_jpeg, encode_png, feature_tree, resize_image, serialize_episode
 from uwm_jax.data.features import STEPS, Feature
@@ -194,6 +194,7 @@ def _inputs(file: File, demos: Sequence[str], common: Mapping[str, Any]) -> Iter
         yield Demos(
             name=f"{file.name}: {group[0]} to {group[-1]}",
             size=round(per_step * sum(steps[demo] for demo in group)),
+            modified=modified([file.path]),
             promised=len(group),
             path=file.path,
             file=file.name,

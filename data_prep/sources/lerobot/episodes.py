@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_prep.sources.decoding import Video, VideoError, nearest, rgb
-from data_prep.sources.inputs import Corpus, Found, Input
+from data_prep.sources.inputs import Corpus, Found, Input, modified
 from data_prep.sources.lerobot.keys import Key, kept_keys
 from data_prep.sources.lerobot.metadata import Clip, EpisodeFiles, Metadata, read_metadata, read_tasks
 from data_prep.sources.lerobot.rows import Rows, image_bytes, numbers, strings
@@ -236,6 +236,7 @@ def _inputs(
         yield Episodes(
             name=f"episodes {first} to {last}" if last > first else f"episode {first}",
             size=sum(sizes),
+            modified=modified(metadata.root / file for file in {file for e in group for file in _files(e)}),
             promised=len(group),
             root=metadata.root,
             major=metadata.version[0],

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from data_prep.jobs.child import Child, ChildError
-from data_prep.sources.inputs import Corpus, Found, Input
+from data_prep.sources.inputs import Corpus, Found, Input, modified
 from data_prep.sources.videos.clips import Clip, Request, Sampling, Unusable, read_clip
 from data_prep.sources.videos.labels import Labels
 from uwm_jax.data.episodes import feature_tree, serialize_episode
@@ -334,9 +334,16 @@ def _labelled(episodes: Sequence[Episode], labels: Labels, source: Path) -> list
 
 
 def _group(number: int, group: Sequence[Episode], reading: Reading) -> Clips:
-    size = sum(_size(reading.root / file) for episode in group for file in episode.files)
+    files = [reading.root / file for episode in group for file in episode.files]
     name = f"group {number:06d}, from {_shown(group[0].name)}"
-    return Clips(name=name, size=size, promised=len(group), group=tuple(group), reading=reading)
+    return Clips(
+        name=name,
+        size=sum(map(_size, files)),
+        modified=modified(files),
+        promised=len(group),
+        group=tuple(group),
+        reading=reading,
+    )
 
 
 def _size(file: Path) -> int:
