@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -22,6 +23,8 @@ from data_prep.sources.inputs import Input
 from uwm_jax.data.chunks import EpisodeError, Layout, cut_episode
 from uwm_jax.data.writing import ShardWriter
 from uwm_jax.files import Place, copy_tree, new_folder
+
+_AHEAD = 4  # tasks for each process that are handed out: to wait for one of many takes as long as there are many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,19 +176,23 @@ def run_jobs(jobs: Sequence[Job], workers: int, watch: Callable[[Result], None] 
             bar.update(done + counters[0].value - bar.n)
 
         executor: concurrent.futures.Executor
-        if (processes := min(workers, len(left))) > 1:
+        if (processes := max(1, min(workers, len(left)))) > 1:
             executor = pool(processes, _init_worker, tuple(counters))
         else:
             executor = concurrent.futures.ThreadPoolExecutor(1, initializer=_init_worker, initargs=tuple(counters))
         with executor:
-            waiting = {executor.submit(run_task, job, False): job for job in left}
+            todo = collections.deque((job, False) for job in left)
+            waiting: dict[concurrent.futures.Future[bool], Job] = {}
             try:
-                while waiting:
+                while todo or waiting:
+                    while todo and len(waiting) < _AHEAD * processes:
+                        job, wait = todo.popleft()
+                        waiting[executor.submit(run_task, job, wait)] = job
                     finished, _ = concurrent.futures.wait(waiting, timeout=0.5, return_when="FIRST_COMPLETED")
                     for future in finished:
                         job = waiting.pop(future)
                         if not future.result():  # a failure ends all tasks immediately
-                            waiting[executor.submit(run_task, job, True)] = job
+                            todo.append((job, True))
                             continue
                         results[job.folder] = job.result()
                         watch(results[job.folder])

@@ -138,7 +138,9 @@ def claimed(part: Place, *, wait: bool) -> Iterator[bool]:
     if not isinstance(part, Path):  # a bucket has no locks
         yield True
         return
-    with part.with_name(part.name + ".lock").open("a") as lock:
+    lock_file = part.with_name(part.name + ".lock")
+    begun = lock_file.exists()
+    with lock_file.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -147,7 +149,8 @@ def claimed(part: Place, *, wait: bool) -> Iterator[bool]:
         except OSError:  # a file system without locks: others may be at it too, and the first to finish counts
             yield True
             return
-        if len(part.name) <= 40:  # `new_folder` and `replacing` shorten others
+        # A task that nobody has begun left nothing: to look for it, among as many files as there are tasks, takes long.
+        if begun and len(part.name) <= 40:  # `new_folder` and `replacing` shorten others
             for left in part.parent.glob(f".{glob.escape(part.name)}.*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
             for left in part.parent.glob(f".{glob.escape(part.stem)}.*.tmp{glob.escape(part.suffix)}"):

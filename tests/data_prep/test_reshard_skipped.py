@@ -157,6 +157,16 @@ def test_a_job_that_ends_early_says_that_it_read_only_a_part() -> None:
     assert str(caught.value).endswith("--max_skipped=0.13, or more: not all files were read.")
 
 
+def test_each_result_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million files would otherwise be counted half a million million times."""
+    counted: list[Result] = []
+    monkeypatch.setattr(Result, "episodes", property(lambda self: counted.append(self) or len(self.lengths)))
+    limit = _SkipLimit(0.01, [100])
+    for _ in range(10):
+        limit.watch(Result(lengths=[5] * 10))
+    assert len(counted) == 10
+
+
 def test_one_episode_may_always_be_skipped_in_all(tmp_path: Path) -> None:
     records, bad = _records(4), _record(_tree(), 9, size=(16, 16))
     _write(tmp_path / "source", {"train": [records + [bad]], "val": [records + [bad]]})

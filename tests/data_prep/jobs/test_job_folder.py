@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,13 @@ def test_a_live_folder_is_left_alone(tmp_path: Path) -> None:
         (job.path / "replaced").mkdir()
         settle(output, output)
         assert (job.path / "replaced").exists() and not output.exists()
+
+
+def test_a_new_task_is_claimed_without_a_look_at_all_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a million tasks a listing of all for each of them would take longer than the work."""
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda *path: listed.append(path) or scandir(*path))
+    with claimed(tmp_path / "train.00001", wait=False):
+        assert not listed
+    with claimed(tmp_path / "train.00001", wait=False):
+        assert listed  # somebody was at it before, and may have been killed
