@@ -17,6 +17,7 @@ from absl import flags
 
 from data_prep.conversion import layout_options
 from data_prep.conversion.training_layout import run
+from data_prep.sources.decoding import time_limit
 from data_prep.sources.videos.clips import Sampling
 from data_prep.sources.videos.corpus import corpus
 from data_prep.sources.videos.labels import read_labels
@@ -24,8 +25,6 @@ from uwm_jax import cli
 from uwm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
-
-MAX_SECONDS = 86_400  # for decoding one file
 
 
 def define_flags() -> None:
@@ -66,8 +65,7 @@ def main(call: cli.Call) -> None:
         raise UserError("Expected one of --fps=N (steps per second) and --every=N (one step for every N frames).")
     if FLAGS.fps is not None and not 0 < FLAGS.fps < 1e6:
         raise UserError(f"--fps={FLAGS.fps:g}: expected a positive number of steps per second.")
-    if not 0 < FLAGS.seconds <= MAX_SECONDS:
-        raise UserError(f"--seconds={FLAGS.seconds:g}: expected a time limit of at most {MAX_SECONDS} s.")
+    seconds = time_limit(FLAGS.seconds)
     if importlib.util.find_spec("av") is None:
         raise UserError(
             "PyAV (av) is not installed. Run `pip install 'uwm_jax[videos]'` (`-e '.[videos]'` in a clone)."
@@ -82,7 +80,7 @@ def main(call: cli.Call) -> None:
             layout=FLAGS.layout,
             cameras=FLAGS.cameras,
             labels=read_labels(labels) if labels else None,
-            seconds=FLAGS.seconds,
+            seconds=seconds,
             max_mb=FLAGS.max_mb,
         ),
         output,

@@ -19,10 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_prep.jobs.child import ChildError
 from uwm_jax.data.names import not_the_data
 from uwm_jax.errors import UserError
 
 MAX_PIXELS = 1 << 26  # of a frame; 8K video has half of that
+MAX_ENCODED_BYTES = 1 << 30  # of an episode's images; a tf.Example must stay below 2 GiB
+MAX_SECONDS = 86_400  # for decoding one file
 _SLACK = Fraction(1, 1_000_000)  # seconds; times in metadata are rounded to floats
 _VARIABLE = Fraction(3, 2)  # ratio of two intervals between frames that rounding cannot explain
 _UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16)  # the first numbers of a display matrix that changes nothing
@@ -35,6 +38,18 @@ class VideoError(Exception):
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
         self.reason = reason
+
+
+def decoder_failure(error: ChildError) -> VideoError:
+    """The reason for a file whose decoder was replaced."""
+    return VideoError("decoder crashed" if error.crashed else "decoder exceeded the time limit", str(error))
+
+
+def time_limit(seconds: float) -> float:
+    """The value of `--seconds`; UserError if it is no time limit."""
+    if not 0 < seconds <= MAX_SECONDS:
+        raise UserError(f"--seconds={seconds:g}: expected a time limit of at most {MAX_SECONDS} s.")
+    return seconds
 
 
 class Video:
@@ -50,7 +65,7 @@ class Video:
     def __init__(self, path: Path):
         self.path = path
         self.remarks: set[str] = set()
-        self._av = _import_av()
+        self._av = import_av()
         self._open()
         self.pixel_aspect = Fraction(self._stream.sample_aspect_ratio or 1)
 
@@ -239,7 +254,7 @@ def rgb(frame: Any, pixel_aspect: Fraction = Fraction(1)) -> np.ndarray:
     _check_size(max(size[0], frame.width), frame.height)
     try:
         image = frame.to_ndarray(format="rgb24", threads=1)
-    except (_import_av().FFmpegError, ValueError, MemoryError) as e:
+    except (import_av().FFmpegError, ValueError, MemoryError) as e:
         raise VideoError("video cannot be decoded", f"a frame of format {frame.format.name}: {e}") from e
     if pixel_aspect != 1:
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
@@ -335,7 +350,8 @@ def nearest(
         yield chosen
 
 
-def _import_av() -> Any:
+def import_av() -> Any:
+    """The module `av`; UserError if it is not installed."""
     try:
         import av
     except ImportError as e:

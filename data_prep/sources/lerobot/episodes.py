@@ -7,18 +7,18 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar
 
 import numpy as np
 
-from data_prep.sources.decoding import Video, VideoError, nearest, rgb
+from data_prep.sources.decoding import MAX_ENCODED_BYTES, VideoError
 from data_prep.sources.inputs import Corpus, Found, Input, modified
+from data_prep.sources.lerobot.frames import Decoder, Request, decoder
 from data_prep.sources.lerobot.keys import Key, kept_keys
 from data_prep.sources.lerobot.metadata import Clip, EpisodeFiles, Metadata, read_metadata, read_tasks
 from data_prep.sources.lerobot.rows import Rows, image_bytes, numbers, strings
 from uwm_jax.data.chunks import EpisodeError
-from uwm_jax.data.episodes import encode_jpeg, encode_png, feature_tree, resize_image, serialize_episode
+from uwm_jax.data.episodes import feature_tree, serialize_episode
 from uwm_jax.data.features import STEPS, Feature
 from uwm_jax.data.names import check_name
 
@@ -33,6 +33,7 @@ class Episodes(Input):
 
     Attributes:
         quality: of JPEG; None for PNG.
+        seconds: time limit for decoding one camera of an episode.
     """
 
     root: Path
@@ -43,19 +44,20 @@ class Episodes(Input):
     keys: tuple[Key, ...]
     features: dict[str, Feature]
     quality: int | None
+    seconds: float
 
     declared_by: ClassVar[str] = "meta/episodes"
 
     def episodes(self) -> Iterator[Found]:
-        with Rows(self.root) as rows, _Videos(self.root) as videos:
+        with Rows(self.root) as rows, decoder() as decoding:
             for episode, size in zip(self.parts, self.sizes, strict=True):
                 name = f"episode {episode.number}"
                 try:
-                    yield Found(self._record(episode, rows, videos), size=size, name=name)
+                    yield Found(self._record(episode, rows, decoding), size=size, name=name)
                 except (EpisodeError, VideoError) as e:
                     yield Found(None, e.reason, str(e), size, name)
 
-    def _record(self, episode: EpisodeFiles, rows: Rows, videos: _Videos) -> bytes:
+    def _record(self, episode: EpisodeFiles, rows: Rows, decoding: Decoder) -> bytes:
         table = rows.read(episode, [key.source for key in self.keys] + ["frame_index", "task_index"])
         length = table.num_rows
         if not length:
@@ -72,9 +74,12 @@ class Episodes(Input):
             at = _integers("frame_index", table)
         if _TEXT in self.features:
             values[_TEXT] = self._instructions(table)
+        encoded = 0  # bytes of frames
         for key in self.keys:
             if key.kind == "video":
-                values[key.path] = self._frames(key, episode.clips[key.source], at, videos)
+                left = MAX_ENCODED_BYTES - encoded
+                values[key.path] = self._frames(key, episode.clips[key.source], at, decoding, left)
+                encoded += sum(map(len, values[key.path]))
                 continue
             if key.source not in table.column_names:
                 raise EpisodeError("key missing", f"{episode.data} has no column {key.source}")
@@ -96,31 +101,30 @@ class Episodes(Input):
             raise EpisodeError("unknown task", f"meta/tasks has no task_index {min(unknown)}")
         return [tasks[i] for i in indices]
 
-    def _frames(self, key: Key, clip: Clip, at: np.ndarray, videos: _Videos) -> list[bytes]:
+    def _frames(self, key: Key, clip: Clip, at: np.ndarray, decoding: Decoder, max_bytes: int) -> list[bytes]:
         """The encoded frames of a video, that nearest to each row's time."""
         start, tolerance = Fraction(clip.start), 1 / (2 * self.fps)
-        times = [start + int(i) / self.fps for i in at]
+        times = tuple(start + int(i) / self.fps for i in at)
         if clip.stop is not None and times[-1] > clip.stop + tolerance:
             raise EpisodeError(
                 "no frame at its time",
                 f"{key.source}: the last step is at {float(times[-1]):.3f} s, to_timestamp is {clip.stop:.3f} s",
             )
-        shape = key.feature.shape or ()
-        encoded = []
+        height, width, _ = key.feature.shape or ()
+        request = Request(
+            file=self.root / clip.file,
+            camera=key.source,
+            times=times,
+            tolerance=tolerance,
+            size=key.size,
+            resize=(height, width),
+            quality=self.quality,
+            max_bytes=max_bytes,
+        )
         try:
-            frames = videos.open(key.source, clip.file).frames(times[0] - tolerance)
-            for _, frame in nearest(frames, times, tolerance):
-                image = rgb(frame)
-                if image.shape[:2] != key.size:
-                    raise EpisodeError(
-                        "another image size", f"{key.source}: expected {key.size}, found {image.shape[:2]}"
-                    )
-                if image.shape != shape:
-                    image = resize_image(image, (shape[0], shape[1]))
-                encoded.append(encode_png(image) if self.quality is None else encode_jpeg(image, self.quality))
+            return decoding.frames(request, self.seconds)
         except VideoError as e:
             raise EpisodeError(e.reason, f"{key.source}: {e}") from e
-        return encoded
 
 
 def _integers(name: str, table: Any) -> np.ndarray:
@@ -139,34 +143,6 @@ def _typed(key: Key, values: np.ndarray) -> np.ndarray:
     return values
 
 
-class _Videos:
-    """The open video of each camera; a context manager."""
-
-    def __init__(self, root: Path):
-        self._root = root
-        self._open: dict[str, tuple[str, Video]] = {}
-
-    def open(self, camera: str, file: str) -> Video:
-        name, video = self._open.get(camera, ("", None))
-        if name == file and video is not None:
-            return video
-        if video is not None:
-            del self._open[camera]
-            video.close()
-        video = Video(self._root / file)
-        self._open[camera] = file, video
-        return video
-
-    def __enter__(self) -> _Videos:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for _, video in self._open.values():
-            video.close()
-
-
 def corpus(
     root: Path,
     *,
@@ -175,6 +151,7 @@ def corpus(
     encoding: str = "jpeg",
     quality: int = 95,
     resize: tuple[int, int] | None = None,
+    seconds: float = 300.0,
 ) -> Corpus:
     """The corpus of a LeRobot dataset.
 
@@ -183,11 +160,12 @@ def corpus(
         encoding, quality: of the frames of videos, "jpeg" or "png"; quality of JPEG.
         resize: (height, width) to which frames of videos are resized before they are encoded; None: their own. Images
             in parquet files are left to `training_layout.build`.
+        seconds: time limit for decoding one camera of an episode.
     Raises:
         UserError: as `lerobot_metadata.read_metadata`, or a camera has no readable image.
     """
     metadata = read_metadata(root, cameras, splits)
-    keys, encodings, left_out = kept_keys(metadata, encoding, resize)
+    keys, encodings, left_out = kept_keys(metadata, encoding, resize, seconds)
     for source, reason in left_out.items():
         print(f"{source} is left out: {reason}.")
     features = {key.path: key.feature for key in keys}
@@ -208,13 +186,15 @@ def corpus(
         path=root,
         tree=feature_tree(features, encodings),
         splits={
-            split: list(_inputs(metadata, parts, tuple(keys), features, quality if encoding == "jpeg" else None))
+            split: list(
+                _inputs(metadata, parts, tuple(keys), features, quality if encoding == "jpeg" else None, seconds)
+            )
             for split, parts in metadata.splits.items()
         },
         info={"description": f"Converted from a LeRobot dataset of codebase {version}."},
         source={"format": f"LeRobot {version}"},
         facts={"robot": _facts(metadata, keys, left_out, encoding, quality)},
-        options={"cameras": sorted(cameras), "encoding": encoding, "quality": quality},
+        options={"cameras": sorted(cameras), "encoding": encoding, "quality": quality, "seconds": seconds},
     )
 
 
@@ -224,6 +204,7 @@ def _inputs(
     keys: tuple[Key, ...],
     features: dict[str, Feature],
     quality: int | None,
+    seconds: float,
 ) -> Iterator[Episodes]:
     steps: collections.Counter[str] = collections.Counter()
     for episode in (e for part in metadata.splits.values() for e in part):
@@ -246,6 +227,7 @@ def _inputs(
             keys=keys,
             features=features,
             quality=quality,
+            seconds=seconds,
         )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.sources.decoding import Video, VideoError
+from data_prep.sources.decoding import VideoError, import_av
+from data_prep.sources.lerobot.frames import Decoder, decoder
 from data_prep.sources.lerobot.metadata import EpisodeFiles, Metadata
 from data_prep.sources.lerobot.rows import Rows, image_bytes
 from uwm_jax.data.chunks import EpisodeError
@@ -63,13 +64,14 @@ def our_names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def kept_keys(
-    metadata: Metadata, encoding: str, resize: tuple[int, int] | None
+    metadata: Metadata, encoding: str, resize: tuple[int, int] | None, seconds: float
 ) -> tuple[list[Key], dict[str, str], dict[str, str]]:
     """The features that are kept, the encoding of each camera ("jpeg" or "png") by path, and the reasons for which
     further ones are left out.
 
     Args:
         encoding, resize: that video frames get, and their (height, width); None: their own.
+        seconds: time limit for decoding the first frame of a video.
     Raises:
         UserError: a camera has no readable image, or names collide.
     """
@@ -77,10 +79,15 @@ def kept_keys(
     sources = [k for k in metadata.features if k not in left_out and k not in (*BOOKKEEPING, *_PLACES)]
     names = our_names(sources)
     keys, encodings = [], {}
+    sizes: dict[str, tuple[int, int]] = {}
+    if metadata.videos:
+        import_av()  # if it is not installed, that is said here and not in a decoder's process
+        with decoder() as decoding:
+            sizes = {key: _video_size(metadata, key, decoding, seconds) for key in metadata.videos}
     for source in sources:
         path = STEPS + check_name(names[source], "the name of a feature", metadata.root, nested=True)
         if source in metadata.videos:
-            size = _video_size(metadata, source)
+            size = sizes[source]
             keys.append(Key(source, path, Feature((*(resize or size), 3), "uint8", image=True), "video", size))
             encodings[path] = encoding
         elif source in metadata.images:
@@ -132,12 +139,11 @@ def _sampled(metadata: Metadata) -> Iterator[EpisodeFiles]:
     yield from episodes[:_SAMPLED]
 
 
-def _video_size(metadata: Metadata, key: str) -> tuple[int, int]:
+def _video_size(metadata: Metadata, key: str, decoding: Decoder, seconds: float) -> tuple[int, int]:
     problems = []
     for file in dict.fromkeys(episode.clips[key].file for episode in _sampled(metadata)):
         try:
-            with Video(metadata.root / file) as video:
-                return video.size()
+            return decoding.size(metadata.root / file, seconds)
         except VideoError as e:
             problems.append(f"{file}: {e}")
     raise _unreadable(metadata, key, problems)

@@ -10,11 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.decoding import Nearest, Video, VideoError, rgb
+from data_prep.sources.decoding import MAX_ENCODED_BYTES, Nearest, Video, VideoError, rgb
 from uwm_jax.data.cover import cover
 from uwm_jax.data.episodes import JPEG_QUALITY, encode_jpeg
-
-MAX_ENCODED_BYTES = 1 << 30  # of an episode's JPEGs; a tf.Example must stay below 2 GiB
 
 Row = list[tuple[Fraction, Any]]  # a step: (time, frame) of each camera
 

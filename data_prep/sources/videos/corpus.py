@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from data_prep.jobs.child import Child, ChildError
+from data_prep.sources.decoding import decoder_failure
 from data_prep.sources.inputs import Corpus, Found, Input, modified
 from data_prep.sources.videos.clips import Clip, Request, Sampling, Unusable, read_clip
 from data_prep.sources.videos.labels import Labels
@@ -112,8 +113,8 @@ class Clips(Input):
         try:
             return child.call(Request(files, reading.sampling), reading.seconds * len(files))
         except ChildError as e:
-            reason = "decoder crashed" if e.crashed else "decoder exceeded the time limit"
-            return Unusable(reason, str(e), e.mark)
+            failure = decoder_failure(e)
+            return Unusable(failure.reason, str(failure), e.mark)
 
     def _values(self, episode: Episode, clip: Clip) -> dict[str, Any]:
         """The values of a record."""
