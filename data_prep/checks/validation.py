@@ -25,6 +25,7 @@ from uwm_jax.data import example
 from uwm_jax.data.chunks import EpisodeError, Layout, cut_episode, plan_layout, step_features
 from uwm_jax.data.columns import Column
 from uwm_jax.data.features import STEPS
+from uwm_jax.data.fitted import PATCHES, read_stored
 from uwm_jax.data.normalize import is_constant
 from uwm_jax.data.records import Dataset, decode_image, read_manifest
 from uwm_jax.data.selection import not_finite, some_episodes
@@ -83,28 +84,28 @@ def validate(directory: Place, limits: Limits, splits: Iterable[str] = (), worke
     layout, found = _schema(directory, manifest)
     for split in sorted(splits or manifest["splits"]):
         try:
-            dataset = Dataset(directory, split)
+            dataset = Dataset(directory, split, bear=True)
         except UserError as e:
-            found.append(Finding(ERROR, split, str(e)))
+            found.append(Finding(ERROR, split, f"{e} Nothing else of this split was checked."))
             continue
         keys, unreadable = _files(dataset)
-        found += unreadable
+        found += unreadable + _lost(dataset)
         found += _lengths(dataset, limits.min_steps)
         found += [finding for key in keys for finding in _column(dataset, key, keys, limits.bound)]
         found += _flags(dataset, keys)
         if layout is not None:
             columns = {key: layout.columns[key] for key in layout.columns if key in keys}
             found += _records(dataset, dataclasses.replace(layout, columns=columns), limits.decode, workers)
-    found += _sidecars(directory)
+    found += _codecs(directory) + _sidecars(directory)
     return sorted(found, key=lambda finding: finding.level != ERROR)
 
 
 def _schema(directory: Place, manifest: dict[str, Any]) -> tuple[Layout | None, list[Finding]]:
     """The layout of the records by the two files of TFDS; whether these agree with the manifest."""
     try:
-        source = open_source(directory)
+        source = open_source(directory, max_missing=1 << 40)  # `_lost` names them
     except UserError as e:
-        return None, [Finding(ERROR, "schema", str(e))]
+        return None, [Finding(ERROR, "schema", f"{e} No record was checked.")]
     found = []
     for split, info in manifest["splits"].items():
         shards = [(shard["file"], shard["records"]) for shard in info["shards"]]
@@ -151,6 +152,15 @@ def _files(dataset: Dataset) -> tuple[list[str], list[Finding]]:
     return keys, found
 
 
+def _lost(dataset: Dataset) -> list[Finding]:
+    """Shards that are missing or have another size; `_records` leaves them out."""
+    records = {shard["file"]: shard["records"] for shard in dataset.manifest["splits"][dataset.split]["shards"]}
+    lost = list(dataset.lost_shards.items())
+    texts = [f"{reason} Its {records[name]} records were not checked." for name, reason in lost[:MAX_NAMED]]
+    texts += [f"{len(lost) - MAX_NAMED} more shards like these"] * (len(lost) > MAX_NAMED)
+    return [Finding(ERROR, dataset.split, text) for text in texts]
+
+
 def _lengths(dataset: Dataset, least: int) -> list[Finding]:
     short = np.flatnonzero(dataset.episode_lengths < least)
     if not len(short):
@@ -179,7 +189,8 @@ def _column(dataset: Dataset, key: str, keys: Collection[str], bound: float) -> 
     if "min" not in stats or key.rpartition("/")[2].startswith("is_"):
         return found
     low, high = np.asarray(stats["min"]), np.asarray(stats["max"])
-    if len(constant := np.flatnonzero(is_constant(low, high))):
+    # RLDS has these two in every step, and most datasets fill them with one number.
+    if key not in ("discount", "reward") and len(constant := np.flatnonzero(is_constant(low, high))):
         values = ", ".join(f"[{i}] = {low[i]:g}" for i in constant[:MAX_NAMED])
         found.append(Finding(WARNING, where, f"{len(constant)} of {len(low)} dimensions are constant ({values})"))
     return found + _outliers(dataset, where, column, keep, stats, bound)
@@ -194,24 +205,27 @@ def _outliers(
     half = np.where(is_constant(q01, q99), np.inf, half)
     reach = np.maximum(np.abs(high - middle), np.abs(low - middle)) / half
     found = []
-    for i in np.flatnonzero(reach > bound):
-        beyond, worst, row = 0, -1.0, 0
-        for start in range(0, len(column), _BLOCK):
-            values = np.asarray(column[start : start + _BLOCK], np.float64).reshape(-1, len(low))[:, i]
-            distance = np.abs(values - middle[i]) / half[i]
-            distance[~(keep[start : start + _BLOCK] & np.isfinite(values))] = 0
-            beyond += int((distance > bound).sum())
-            if distance.max() > worst:
-                worst, row = float(distance.max()), start + int(distance.argmax())
+    dims = np.flatnonzero(reach > bound)
+    beyond, rows = np.zeros((2, len(dims)), np.int64)
+    worst = np.full(len(dims), -1.0)
+    for start in range(0, len(column) if len(dims) else 0, _BLOCK):
+        values = np.asarray(column[start : start + _BLOCK], np.float64).reshape(-1, len(low))[:, dims]
+        distance = np.abs(values - middle[dims]) / half[dims]
+        distance[~(keep[start : start + _BLOCK, None] & np.isfinite(values))] = 0
+        beyond += (distance > bound).sum(axis=0)
+        most = distance.max(axis=0)
+        rows = np.where(most > worst, start + distance.argmax(axis=0), rows)
+        worst = np.maximum(worst, most)
+    for i, row, count in zip(dims, rows, beyond, strict=True):
         episode = int(np.searchsorted(dataset.episode_starts, row, side="right")) - 1
-        value = np.asarray(column[row : row + 1], np.float64).reshape(-1)[i]
+        value = np.asarray(column[int(row) : int(row) + 1], np.float64).reshape(-1)[i]
         found.append(
             Finding(
                 WARNING,
                 where,
                 f"dimension {i} lies {reach[i]:.3g} times as far from its middle as 98 % of its values do (the limit "
                 f"is {bound:g}): {value:g} in episode {episode} at step {row - int(dataset.episode_starts[episode])}, "
-                f"and {beyond - 1} other values",
+                f"and {count - 1} other values",
             )
         )
     return found
@@ -252,7 +266,7 @@ _opened: tuple[Dataset, Layout, int] | None = None  # of this process
 
 def _open(directory: str, split: str, layout: Layout, decode: int) -> None:
     global _opened
-    _opened = Dataset(directory, split), layout, decode
+    _opened = Dataset(directory, split, bear=True), layout, decode
 
 
 def _check_batch(start: int, stop: int) -> _Counts:
@@ -272,6 +286,8 @@ def _check_episode(dataset: Dataset, layout: Layout, decode: int, episode: int, 
     for chunk, first in enumerate(range(0, length, dataset.chunk_steps)):
         steps = min(dataset.chunk_steps, length - first)
         place = dataset.locate(episode, first)
+        if place.shard in dataset.lost_shards:
+            continue
         where = f"{place.shard}: record {place.record} (episode {episode}, steps from {first})"
         try:
             record = dataset.record(episode, chunk)
@@ -372,6 +388,18 @@ def _parts(processes: int, edges: list[int], opening: tuple[str, str, Layout, in
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _codecs(directory: Place) -> list[Finding]:
+    """Codecs fitted to the dataset, which it need not have: whether they can be read and are this dataset's."""
+    found = []
+    for name in PATCHES:
+        if (directory / "codec" / f"{name}.npz").is_file():
+            try:
+                read_stored(directory, name)
+            except UserError as e:
+                found.append(Finding(ERROR, f"codec/{name}.npz", str(e)))
+    return found
 
 
 def _sidecars(directory: Place) -> list[Finding]:

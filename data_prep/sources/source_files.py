@@ -35,8 +35,11 @@ def read_records(path: Path, file_format: str) -> Iterator[tuple[bytes | None, s
 
 def starts_with_record(path: Place) -> bool:
     """Whether a file begins with a length and its checksum, as TFRecord files do."""
-    with path.open("rb") as f:
-        header = f.read(12)
+    try:
+        with path.open("rb") as f:
+            header = f.read(12)
+    except IsADirectoryError:
+        return False
     return len(header) == 12 and struct.unpack("<I", header[8:])[0] == masked_crc(header[:8])
 
 

@@ -41,6 +41,7 @@ def test_files_that_are_not_the_data(tmp_path: Path) -> None:
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
     assert "is a Git LFS pointer" in not_the_data(file) and "git lfs pull" in not_the_data(file)
     file.write_bytes(gzip.compress(b"records"))
+    assert "is a directory" in not_the_data(tmp_path)
     assert "is compressed by gzip" in not_the_data(file)
     for data in (b"", b"version", b"\x10\0\0\0\0\0\0\0"):
         file.write_bytes(data)

@@ -20,7 +20,7 @@ from uwm_jax.files import AnyPath, as_place
 from uwm_jax.reading import again
 
 # Codecs that data_prep.reshard fits, with the side of their patches in pixels unless its flags say otherwise.
-_PATCHES = {"pca": 8}
+PATCHES = {"pca": 8}
 
 
 def read_fitted(
@@ -50,29 +50,15 @@ def read_fitted(
     path = as_place(dataset) / "codec" / f"{name}.npz"
     if not path.is_file():
         advice = "; the data jobs do not fit it"
-        if name in _PATCHES:
+        if name in PATCHES:
             advice = (
                 ", which data_prep.reshard fits on the training episodes, by itself where all cameras have one size. "
-                f"{_codec_size(crop, _PATCHES[name])}"
+                f"{_codec_size(crop, PATCHES[name])}"
             )
         raise UserError(
             f"config.model.codec.name={name!r} needs {path}{advice}, or use config.model.codec.name='pixels'."
         )
-    try:
-        with np.load(io.BytesIO(again(path.read_bytes, path)), allow_pickle=False) as npz:
-            stored = {name: npz[name] for name in npz.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"{path} cannot be read ({e}): copy it again, or reshard the dataset again.") from e
-    if str(stored.pop("digest", "")) != content_digest(stored):
-        raise UserError(
-            f"{path} has been damaged or edited (its digest differs from that of its content). Copy it again, or "
-            "reshard the dataset again."
-        )
-    if (fitted_on := str(stored["fingerprint"])) != (found := fingerprint(read_manifest(dataset))):
-        raise UserError(
-            f"{path} was fitted on another dataset (fingerprint {fitted_on[:12]}, this one is {found[:12]}). "
-            "Reshard the dataset again, or copy codec/pca.npz together with it."
-        )
+    stored = read_stored(dataset, name)
     keys = [short_key(cameras[c] if isinstance(cameras, Mapping) else c) for c in sorted(cameras)]
     per_view = [array for array, names in axes.items() if names[:1] == ("view",)]
     missing = [key for key in keys if any(f"{key}/{array}" not in stored for array in per_view)]
@@ -97,6 +83,31 @@ def read_fitted(
             f"or reshard with --val_ratio={val_ratio:g}."
         )
     return {array: value.astype(np.float32) for array, value in arrays.items()}
+
+
+def read_stored(dataset: AnyPath, name: str) -> dict[str, np.ndarray]:
+    """All arrays of `<dataset>/codec/<name>.npz`, which exists.
+
+    Raises:
+      UserError: it is damaged or edited, or was fitted on another dataset.
+    """
+    path = as_place(dataset) / "codec" / f"{name}.npz"
+    try:
+        with np.load(io.BytesIO(again(path.read_bytes, path)), allow_pickle=False) as npz:
+            stored = {name: npz[name] for name in npz.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"{path} cannot be read ({e}): copy it again, or reshard the dataset again.") from e
+    if str(stored.pop("digest", "")) != content_digest(stored):
+        raise UserError(
+            f"{path} has been damaged or edited (its digest differs from that of its content). Copy it again, or "
+            "reshard the dataset again."
+        )
+    if (fitted_on := str(stored["fingerprint"])) != (found := fingerprint(read_manifest(dataset))):
+        raise UserError(
+            f"{path} was fitted on another dataset (fingerprint {fitted_on[:12]}, this one is {found[:12]}). "
+            "Reshard the dataset again, or copy codec/pca.npz together with it."
+        )
+    return stored
 
 
 def _codec_size(crop: tuple[int, int], patch: int) -> str:

@@ -40,12 +40,15 @@ def check_name(name: object, what: str, where: object, *, nested: bool = False) 
 
 
 def not_the_data(file: AnyPath) -> str:
-    """The kind of placeholder that a file is, with the remedy: a Git LFS pointer or a gzip file; "" for neither."""
+    """The kind of placeholder that a file is, with the remedy: a Git LFS pointer, a gzip file, a directory; else ""."""
     place = as_place(file)
     if not isinstance(place, Path) and place.stat().st_size > _SMALL:  # an object comes whole
         return ""
-    with place.open("rb") as f:
-        head = f.read(len(_LFS))
+    try:
+        with place.open("rb") as f:
+            head = f.read(len(_LFS))
+    except IsADirectoryError:
+        return "is a directory, not a file: remove it and copy the file again"
     if head == _LFS:
         return "is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"
     if head[:2] == _GZIP:

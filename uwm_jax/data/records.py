@@ -156,7 +156,7 @@ class Dataset:
         path: of the directory.
         split: its name.
         read_timeout: seconds that a read of a record may take before it is tried again; 0 for any time.
-        bear: whether a missing or damaged shard is only told, so that each of its records is bad when it is read.
+        bear: whether a missing or damaged shard is no error, but each of its records is bad when it is read.
     Raises:
         UserError: manifest, index or shards are missing, damaged or do not fit each other.
 
@@ -166,16 +166,10 @@ class Dataset:
         episode_lengths: (E,) int64.
         episode_starts: (E,) int64, where an episode begins in the columns.
         cameras: step key -> (height, width) of the 3-channel uint8 image features.
+        lost_shards: file name -> what is wrong with it, of missing or damaged shards.
     """
 
-    def __init__(
-        self,
-        path: AnyPath,
-        split: str = "train",
-        *,
-        read_timeout: float = 0.0,
-        bear: bool = False,
-    ):
+    def __init__(self, path: AnyPath, split: str = "train", *, read_timeout: float = 0.0, bear: bool = False):
         self.directory = as_place(path)
         self.is_remote = is_remote(path)
         self.split = split
@@ -191,6 +185,7 @@ class Dataset:
         self.chunk_steps = int(self.manifest["chunk_steps"])
         self.cameras = {k: (c["height"], c["width"]) for k, c in self.manifest["cameras"].items()}
         self._shards = Shards(self.directory, info["shards"], self.fingerprint[:12], timeout=read_timeout, bear=bear)
+        self.lost_shards = self._shards.lost
         self._index = self._open_index(info)
         self.episode_lengths = self._index.episode_length
         self.episode_starts = np.concatenate([[0], np.cumsum(self.episode_lengths)[:-1]]).astype(np.int64)

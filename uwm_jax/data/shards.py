@@ -18,7 +18,7 @@ from uwm_jax.data.heap import keep_freed_memory
 from uwm_jax.data.index import Chunk
 from uwm_jax.data.names import not_the_data
 from uwm_jax.data.timed import within
-from uwm_jax.errors import RunError, UserError, warn
+from uwm_jax.errors import RunError, UserError
 from uwm_jax.files import Facts, Place, facts_below, is_remote
 from uwm_jax.reading import again, is_fleeting
 from uwm_jax.storage.ranged import RangedFolder
@@ -38,12 +38,13 @@ class Shards:
         entries: the shards as manifest.json lists them, with `file` and `bytes`.
         dataset: identifies the dataset in the names of bad records.
         timeout: seconds that a read of a record may take, 0 for any time.
-        bear: whether a shard that is missing or has another size is only told: its records are bad.
+        bear: whether a shard that is missing or has another size is no error: its records are bad.
     Raises:
         UserError: a shard is listed twice, is missing or has another size.
 
     Attributes:
         names: file name of each shard.
+        lost: {file name: what is wrong with it} of the shards that are missing or have another size.
     """
 
     def __init__(
@@ -69,11 +70,9 @@ class Shards:
             for i, (entry, file) in enumerate(zip(entries, self._files, strict=True))
             if (reason := self._unlike(entry, file, None if there is None else there.get(file.name, _MISSING).size))
         }
-        if self._lost:
-            first = next(iter(self._lost.values()))
-            if not bear:
-                raise UserError(first)
-            warn(f"{len(self._lost)} of {len(entries)} shards are missing or damaged; their records are bad: {first}")
+        if self._lost and not bear:
+            raise UserError(next(iter(self._lost.values())))
+        self.lost = {self.names[i]: reason for i, reason in self._lost.items()}
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._direct: collections.OrderedDict[int, DirectFile | None] = collections.OrderedDict()
         self._ranged = RangedFolder(directory) if is_remote(directory) else None

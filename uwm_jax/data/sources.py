@@ -27,7 +27,8 @@ from uwm_jax.data.spec import Batch, DataSpec
 from uwm_jax.data.stats import OfWindows, Stats, counted_steps, join_stats, key_stats, pool_stats
 from uwm_jax.data.transforms import Columns, Transform, get_transform
 from uwm_jax.data.windows import Windows, split_episodes
-from uwm_jax.errors import UserError
+from uwm_jax.errors import UserError, warn
+from uwm_jax.files import AnyPath
 
 _BLOCK = 1 << 18  # actions in memory at a time
 
@@ -267,6 +268,16 @@ class Source:
         )
 
 
+def _open(path: AnyPath, split: str, **reads: Any) -> Dataset:
+    """The dataset; shards that it has to do without are told."""
+    dataset = Dataset(path, split, **reads)
+    if lost := dataset.lost_shards:
+        shards = len(dataset.manifest["splits"][split]["shards"])
+        first = next(iter(lost.values()))
+        warn(f"{len(lost)} of {shards} shards are missing or damaged; their records are bad: {first}")
+    return dataset
+
+
 def open_sources(config: Any, seed: int) -> dict[str, Source]:
     """The sources of `config.data` by name, sorted; all of them, in every process.
 
@@ -278,7 +289,7 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     reads = {"read_timeout": config.read_timeout_seconds, "bear": config.max_bad_records > 0}
     if not config.sources:
-        dataset = Dataset(dataset_dir(config.path), config.split, **reads)
+        dataset = _open(dataset_dir(config.path), config.split, **reads)
         name = dataset.directory.name
         sources[name] = Source(name, str(dataset.directory), dataset, config, fields_lib.source(), seed)
     opened: dict[tuple[str, str], Dataset] = {}
@@ -287,7 +298,7 @@ def open_sources(config: Any, seed: int) -> dict[str, Source]:
         place = (str(dataset_dir(fields.path or config.path, field)), fields.split or config.split)
         if place not in opened:
             try:
-                opened[place] = Dataset(*place, **reads)
+                opened[place] = _open(*place, **reads)
             except UserError as e:
                 raise UserError(f"{field}={fields.path or config.path}: source {name!r}: {e}") from e
         dataset = opened[place]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep import validate as command
+from data_prep.checks import validation
 from data_prep.checks.validation import ERROR, WARNING, Limits, validate
 from data_prep.conversion.training_layout import reshard
 from tests.data import rlds_source
@@ -30,7 +31,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(made: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(made, tmp_path / "copy")
+    # Without its codec, which belongs to the columns as they were made.
+    return shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("codec"))
 
 
 def found(directory: Path, level: str, limits: Limits = LIMITS) -> list[str]:
@@ -73,6 +75,36 @@ def test_an_outlier_is_named_with_column_value_episode_and_step(copy: Path) -> N
     assert "-10000 in episode 2 at step 7, and 0 other values" in outlier
 
 
+def test_outliers_of_all_dimensions_are_those_of_a_loop(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "_BLOCK", 8)
+    key = "observation/state"
+    column = np.random.default_rng(0).normal(size=(34, 3)).astype(np.float32)
+    column[20, 0] = -70
+    column[33, 2] = 40
+    column[5, 1] = np.nan
+    rlds_source.write_column(copy, key, column)
+    warnings = [f for f in found(copy, WARNING, Limits(min_steps=4, bound=1.2)) if key in f]
+    finite = np.delete(column.astype(np.float64), 5, axis=0)
+    low, high = np.quantile(finite.astype(np.float32), [0.01, 0.99], axis=0)
+    starts = np.array([0, 9, 14])
+    expected = []
+    for i in range(3):
+        far = np.abs(column[:, i] - (low[i] + high[i]) / 2) / ((high[i] - low[i]) / 2)
+        if np.nanmax(far) > 1.2:
+            row = int(np.nanargmax(far))
+            episode = np.searchsorted(starts, row, side="right") - 1
+            others = int((far > 1.2).sum()) - 1
+            expected.append(
+                f"{column[row, i]:g} in episode {episode} at step {row - starts[episode]}, and {others} other values"
+            )
+    assert [warning.partition("): ")[2] for warning in warnings] == expected and len(expected) >= 2
+
+
+def test_rewards_and_discounts_of_one_value_are_no_warning(copy: Path) -> None:
+    rlds_source.write_column(copy, "reward", np.zeros(34, np.float32))
+    assert not any("reward" in warning for warning in found(copy, WARNING))
+
+
 def test_a_flipped_byte_of_a_shard_is_found_whichever_record_it_hits(copy: Path) -> None:
     shard = sorted(copy.glob("*.array_record*"))[0]
     data = bytearray(shard.read_bytes())
@@ -86,6 +118,30 @@ def test_a_missing_shard_is_an_error_of_its_split(copy: Path) -> None:
     shard = sorted(copy.glob("*.array_record*"))[1]
     shard.unlink()
     assert any(f"{shard.name}" in error for error in found(copy, ERROR))
+
+
+def test_each_missing_shard_is_named_and_the_rest_is_checked(copy: Path) -> None:
+    shards = sorted(copy.glob("*.array_record*"))
+    column = np.load(copy / column_file("train", "counter"))
+    column[0] += 1  # of the first record, which is in the first shard
+    rlds_source.write_column(copy, "counter", column)
+    shards[1].unlink()
+    errors = found(copy, ERROR)
+    assert len(shards) == 2 and len(errors) == 2, errors
+    assert errors[0].startswith(f"train: {shards[1]} is missing") and "Its 5 records were not checked" in errors[0]
+    assert shards[0].name in errors[1] and "counter has other values than its column" in errors[1]
+    shards[0].unlink()
+    shards[0].mkdir()
+    assert [error for error in found(copy, ERROR) if f"{shards[0]} is a directory, not a file" in error]
+
+
+def test_a_damaged_codec_is_an_error(copy: Path, made: Path) -> None:
+    assert found(copy, ERROR) == [], "a dataset need not have one"
+    file = copy / "codec" / "pca.npz"
+    file.parent.mkdir()
+    file.write_bytes((made / "codec" / "pca.npz").read_bytes()[:-100])
+    (error,) = found(copy, ERROR)
+    assert error.startswith(f"codec/pca.npz: {file} cannot be read")
 
 
 def test_damaged_columns_and_strings_are_listed_with_all_else(copy: Path) -> None:
