@@ -116,8 +116,12 @@ def is_action(key: str) -> bool:
 
 def counted_steps(lengths: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """(rows,) bool of all episodes' steps, one episode after another: True for the first `counted` (E,) of each."""
-    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return np.arange(len(starts)) - starts < np.repeat(counted, lengths)
+    # Where a count begins and where it ends: sums of one byte a step, for a corpus has many.
+    change = np.zeros(int(lengths.sum()) + 1, np.int8)
+    starts = np.cumsum(lengths) - lengths
+    np.add.at(change, starts, 1)
+    np.add.at(change, starts + np.clip(counted, 0, lengths), -1)
+    return np.cumsum(change[:-1], dtype=np.int8) > 0
 
 
 @dataclasses.dataclass(frozen=True)
