@@ -172,6 +172,11 @@ def is_complete(dataset: AnyPath, folder: str) -> bool:
     return (_place(dataset, folder) / _MANIFEST).exists()
 
 
+def is_begun(dataset: AnyPath, folder: str) -> bool:
+    """Whether a folder of a dataset holds an unfinished sidecar."""
+    return (_place(dataset, folder) / _UNFINISHED).exists()
+
+
 def find_sidecars(dataset: AnyPath) -> list[Sidecar]:
     """The complete sidecars of a dataset, sorted by folder; sizes of files are checked as `open_sidecar` does.
 

@@ -16,7 +16,14 @@ from tqdm import tqdm
 
 from data_prep.caches.latents.costs import Costs
 from data_prep.caches.latents.encoding import Camera, Encoder
-from data_prep.caches.latents.files import STEPS_PER_PART, finish_caches, layout_of, parts_left, write_caches
+from data_prep.caches.latents.files import (
+    STEPS_PER_PART,
+    finish_caches,
+    layout_of,
+    parts_left,
+    refuse_others,
+    write_caches,
+)
 from data_prep.jobs import shares
 from data_prep.jobs.output import warn_of_space
 from uwm_jax import config as config_lib
@@ -159,19 +166,22 @@ def make(
         if complete:
             say(f"{len(complete)} caches are complete already")
         if options.assemble:
+            for job in jobs:
+                refuse_others(job.dataset, job.fields, command=command)
             _require_all_parts(jobs)
             finished = [finish_caches(job.dataset, job.fields, job.episodes, command=command) for job in jobs]
             return complete + [cache for caches in finished for cache in caches]
-        if jobs:
-            encoder = _encoder(program, codec, frozen, jobs[0], options)
-            say(costs(config, program, codec, jobs, encoder.rate(jobs[0].layout), options.task).describe())
+        mine = jobs if estimate else [job for job in jobs if job.share(options.task)]
+        if mine:
+            encoder = _encoder(program, codec, frozen, mine[0], options)
+            say(costs(config, program, codec, jobs, encoder.rate(mine[0].layout), options.task).describe())
         if estimate:
             return []
         made = complete
-        for number, job in enumerate(jobs):
+        for number, job in enumerate(mine):
             encoder = encoder if number == 0 else _encoder(program, codec, frozen, job, options)
             made += _write(job, encoder, options, command, overwrite, say)
-        if options.task:
+        if options.task and jobs:
             _tell_what_is_left(jobs, options.task, say)
         return made
 

@@ -20,7 +20,7 @@ from data_prep.jobs.job_folder import claimed
 from uwm_jax.data.latents import EPISODES_FILE, KIND, Layout, folder, part_file, salt_of
 from uwm_jax.data.places import local_dataset
 from uwm_jax.data.records import Dataset
-from uwm_jax.data.sidecar import Sidecar, SidecarWriter, is_complete, writing_sidecar
+from uwm_jax.data.sidecar import Sidecar, SidecarWriter, is_begun, is_complete, writing_sidecar
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.files import replacing, writing
 
@@ -109,6 +109,17 @@ def finish_caches(
     layout = layout_of(dataset, next(iter(fields.values())), episodes)
     with _writing(dataset, fields, command, overwrite=False, alone=True) as writers:
         return [_finish(writer, layout, len(dataset.episode_lengths)) for writer in writers.values()]
+
+
+def refuse_others(dataset: Dataset, fields: Mapping[str, Mapping[str, Any]], *, command: str) -> None:
+    """Raises UserError where unfinished caches of other settings are there, naming the settings."""
+    begun = {
+        key: made_with
+        for key, made_with in fields.items()
+        if is_begun(dataset.directory, folder(made_with["codec"], key, dataset.split))
+    }
+    with _writing(dataset, begun, command, overwrite=False, alone=False):
+        pass
 
 
 @contextlib.contextmanager

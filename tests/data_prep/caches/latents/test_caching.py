@@ -92,6 +92,8 @@ def test_shares_of_two_sources_make_what_one_process_makes(dataset, tmp_path):
     with pytest.raises(UserError, match=r"--assemble: 4 of 4 parts are not done: a part-00000.latents, .*0, 1, 2, 3\."):
         quietly(config, dataclasses.replace(options, assemble=True))
     assert not (dataset / "latents").exists()
+    quietly(config, dataclasses.replace(options, task=(4, 5)))  # there is no fifth part
+    assert not (dataset / "latents").exists()
     said = []
     for share, left in ((2, 3), (0, 1), (0, 1)):
         one = dataclasses.replace(options, task=(share, 3))
@@ -100,6 +102,10 @@ def test_shares_of_two_sources_make_what_one_process_makes(dataset, tmp_path):
     with pytest.raises(UserError, match=r"1 of 4 parts are not done: a part-00001.latents.* numbers 1\."):
         quietly(config, dataclasses.replace(options, assemble=True))
     quietly(config, dataclasses.replace(options, task=(1, 3)))
+    with pytest.raises(
+        UserError, match=r"unfinished .*other settings:\n  fields.steps_per_part: expected 30, found 60"
+    ):
+        quietly(config, dataclasses.replace(options, assemble=True, steps_per_part=30))
     part = dataset / "latents/pixels/wrist/train/part-00001.latents"
     part.write_bytes((data := part.read_bytes())[:-1])
     with pytest.raises(UserError, match=rf"part-00001.latents: expected {len(data)} bytes, found {len(data) - 1}"):
