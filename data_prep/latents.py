@@ -1,8 +1,8 @@
 """Encodes the frames of a dataset once, so that training reads latents in place of encoding frames in every step.
 
-    python -m data_prep.latents --config=configs/droid.py --estimate
-    python -m data_prep.latents --config=configs/droid.py --variants=2
-    python -m uwm_jax.train --config=configs/droid.py --config.data.latents=vae --config.model.codec.posterior=mode ...
+    python -m data_prep.latents --config=FILE.py --config.model.codec.posterior=mode --estimate
+    python -m data_prep.latents --config=FILE.py --config.model.codec.posterior=mode --variants=2
+    python -m uwm_jax.train --config=FILE.py --config.model.codec.posterior=mode --config.data.latents=vae --workdir=DIR
 
 The config is that of the run: its frozen codec, its sources with their cameras, resize, crop and augmentation. It
 first prints what the cache costs and whether it pays. The latents lie in the dataset, in `latents/<codec>/<camera>`,

@@ -159,6 +159,11 @@ def make(
         assert codec is not None
         if options.moments and not codec.has_posterior:
             raise UserError(f"--moments: latents of the {codec.name} codec have no distribution. Leave it out.")
+        if codec.has_posterior and config.model.codec.posterior == "sample" and not options.moments:
+            raise UserError(
+                "config.model.codec.posterior='sample' needs the mean and variance that --moments stores: "
+                "give that, or set it to 'mode', here and for the run."
+            )
         program = build(config, data.spec, codec, mesh_lib.data_mesh(jax.local_devices()))
         jobs = jobs_of(config, options, data, codec, frozen)
         complete = [cache for job in jobs for cache in job.complete()] if not (overwrite or estimate) else []

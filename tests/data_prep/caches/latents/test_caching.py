@@ -142,6 +142,15 @@ def test_options_that_do_not_fit_are_refused(dataset, options, fields, message):
     assert not (dataset / "latents").exists()
 
 
+def test_a_cache_of_modes_is_refused_for_a_run_that_samples(dataset, tmp_path):
+    config = config_of(dataset)
+    config.model.codec.name, config.model.codec.vae = "vae", str(cached_case.write_vae(tmp_path / "vae"))
+    config.model.codec.posterior = "sample"
+    with pytest.raises(UserError, match=r"posterior='sample' needs .*that --moments stores.* set it to 'mode'"):
+        quietly(config)
+    assert not (dataset / "latents").exists()
+
+
 def test_a_system_without_latents_is_refused(dataset):
     config = cached_case.small_config("dp")
     config.data.path = str(dataset)
