@@ -1,14 +1,17 @@
 """Runs the tasks of a job on an Apache Beam pipeline: the same function as without, so the dataset is the same.
 
 Every worker must see the input and the output under the same paths, on a file system that renames folders atomically;
-the output may also be in a bucket (`bucket_output`). Only the DirectRunner is tested.
+the output may also be in a bucket (`bucket_output`). Tested are the DirectRunner, and the PortableRunner with Beam's
+local job service, whose workers are processes of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -31,7 +34,7 @@ def run_jobs(
     """
     try:
         import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
+        from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
     except ImportError as e:
         raise UserError(
             "--beam: Apache Beam is not installed. Make an environment of its own for it and run "
@@ -40,16 +43,28 @@ def run_jobs(
     left = [job for job in jobs if not job.is_done]
     if left:
         try:
-            pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
+            options = PipelineOptions(list(arguments))
+            if "Direct" in (options.view_as(StandardOptions).runner or "DirectRunner"):
+                _check_known(options, arguments)
+            pipeline = beam.Pipeline(options=options)
         except (SystemExit, ValueError) as e:  # for some, Beam has printed the reason
             raise UserError(f"--beam: Beam refuses its options, {' '.join(arguments)!r}: {e}") from e
-        with _progress(jobs), _errors(), pipeline:
+        with _progress(jobs, left), _errors(), pipeline:
             tasks = pipeline | "Tasks" >> beam.Create(left)
             _ = tasks | "Spread" >> beam.Reshuffle() | "Cut" >> beam.Map(run_task)
     results = [job.result() for job in jobs]
     for result in results:
         watch(result)
     return results
+
+
+def _check_known(options: Any, arguments: Sequence[str]) -> None:
+    """Raises ValueError that names options which Beam would ignore; a runner elsewhere may know more than Beam does."""
+    unknown = set(options.get_all_options(retain_unknown_options=True)) - set(options.get_all_options())
+    pairs = zip(arguments, ("", *arguments), strict=False)  # each with the one before it
+    stray = [a for a, b in pairs if a[:1] != "-" and (b[:2] != "--" or "=" in b)]
+    if unknown or stray:
+        raise ValueError(f"the DirectRunner does not know {', '.join([*map('--{}'.format, sorted(unknown)), *stray])}")
 
 
 @contextlib.contextmanager
@@ -64,18 +79,22 @@ def _errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(jobs: Sequence[Job]) -> Iterator[None]:
-    """A bar of the bytes of finished tasks, while the pipeline runs."""
+def _progress(jobs: Sequence[Job], left: Sequence[Job]) -> Iterator[None]:
+    """A bar of the bytes of finished tasks, while the pipeline does those that are left."""
     ended = threading.Event()
+    total = sum(job.input.size for job in jobs)
 
     def show() -> None:
-        done = sum(job.input.size for job in jobs if job.is_done)
+        waiting, seconds = list(left), 0.0
         with tqdm(
-            total=sum(job.input.size for job in jobs), initial=done, desc="tasks", unit="B", unit_scale=True
+            total=total, initial=total - sum(job.input.size for job in left), desc="tasks", unit="B", unit_scale=True
         ) as bar:
-            while not ended.wait(2.0):
-                bar.update(sum(job.input.size for job in jobs if job.is_done) - bar.n)
-            bar.update(sum(job.input.size for job in jobs if job.is_done) - bar.n)
+            while waiting and not ended.wait(max(2.0, 10 * seconds)):  # in a bucket, to look at many takes long
+                start = time.monotonic()
+                waiting = [job for job in waiting if not job.is_done]
+                seconds = time.monotonic() - start
+                bar.update(total - sum(job.input.size for job in waiting) - bar.n)
+            bar.update(total - sum(job.input.size for job in waiting if not job.is_done) - bar.n)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

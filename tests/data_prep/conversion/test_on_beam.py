@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import pickle
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +29,12 @@ from uwm_jax.data.features import Feature
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.files import RemotePath, copy_tree, place
 
+ROOT = Path(__file__).parents[3]
 HAS_BEAM = importlib.util.find_spec("apache_beam") is not None
-BEAM = pytest.mark.skipif(
-    not HAS_BEAM, reason="needs Apache Beam: `pip install 'uwm_jax[beam]' pytest` in an environment of its own"
-)
+BEAM = pytest.mark.skipif(not HAS_BEAM, reason="needs Apache Beam, in an environment of its own")
+BEAM_PYTHON = Path(sys.prefix) / "beam/bin/python"  # launch/test.sh makes it
+SUBPROCESSES = ("--environment_type=beam:env:harness_subprocess_python:v1",)
+SUBPROCESSES += (f"--environment_config={sys.executable} -m apache_beam.runners.worker.sdk_worker_main",)
 FEATURES = {"steps/action": Feature((2,), "float32"), "language_instruction": Feature((), "string")}
 
 
@@ -75,9 +82,67 @@ def test_what_a_failed_pipeline_finished_is_kept(corpus: Corpus, tmp_path: Path)
 
 
 @BEAM
-def test_options_that_beam_does_not_know(corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Beam refuses its options, '--runner=NoSuchRunner'"):
-        build(corpus, tmp_path / "beam", Options(beam=("--runner=NoSuchRunner",)))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--runner=NoSuchRunner",), "'--runner=NoSuchRunner'"),
+        (("--runer=FlinkRunner", "--direct_num_workers", "1"), ".*the DirectRunner does not know --runer$"),
+        (("--direct_num_workers=1", "FlinkRunner"), ".*the DirectRunner does not know FlinkRunner$"),
+    ],
+)
+def test_options_that_beam_does_not_know(corpus: Corpus, tmp_path: Path, options: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=f"Beam refuses its options, {message}"):
+        build(corpus, tmp_path / "beam", Options(beam=options))
+
+
+@pytest.fixture
+def job_service(storage_emulator, tmp_path: Path) -> Iterator[str]:
+    """Options that lead to Beam's local job service, a process of its own, as those of Flink or Spark are."""
+    port = tmp_path / "service" / "port"
+    with (tmp_path / "service.log").open("wb") as log:
+        service = subprocess.Popen(
+            [sys.executable, "-m", "apache_beam.runners.portability.local_job_service_main", f"--port_file={port}"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not port.exists():
+            assert service.poll() is None and time.monotonic() < deadline, (tmp_path / "service.log").read_text()
+            time.sleep(0.02)
+        yield f"--job_endpoint=localhost:{port.read_text()}"
+    finally:
+        service.terminate()
+        service.wait(60)
+
+
+@BEAM
+def test_another_runner_makes_the_same_bytes(corpus: Corpus, tmp_path: Path, bucket: str, job_service: str) -> None:
+    """The tasks run in this process, in processes of the job service, and there with a bucket as output."""
+    build(corpus, tmp_path / "plain", Options(workers=1))
+    runner = ("--runner=PortableRunner", job_service)
+    build(corpus, tmp_path / "loopback", Options(beam=(*runner, "--environment_type=LOOPBACK")))
+    (tmp_path / "seeds" / "input4").unlink()
+    with pytest.raises(RunError, match="a task failed on the Beam pipeline"):
+        build(corpus, tmp_path / "processes", Options(beam=(*runner, *SUBPROCESSES)))
+    (tmp_path / "seeds" / "input4").write_text("4")
+    build(corpus, tmp_path / "processes", Options(beam=(*runner, *SUBPROCESSES)))
+    output = place(f"{bucket}/toy", "--output")
+    build(corpus, output, Options(beam=(*runner, *SUBPROCESSES)))
+    copy_tree(output, tmp_path / "bucket")
+    for made in ("loopback", "processes", "bucket"):
+        assert tree(tmp_path / made) == tree(tmp_path / "plain"), made
+    assert "sdk_worker_main" in (tmp_path / "service.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(HAS_BEAM or not BEAM_PYTHON.exists(), reason="no environment with Beam, which launch/test.sh makes")
+def test_the_above_in_an_environment_with_beam() -> None:
+    command = [str(BEAM_PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "beam or pipeline or runner"]
+    done = subprocess.run([*command, __file__], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"[6-9] passed", done.stdout), done.stdout + done.stderr
 
 
 @pytest.mark.skipif(HAS_BEAM, reason="Beam is installed here")
