@@ -42,6 +42,8 @@ def test_windows_equal_a_plain_loop_over_ranges_and_actions(spec: WindowSpec) ->
     ranges = StepRanges.of(which, starts, stops, lengths)
     values = np.where(rng.random((lengths.sum(), 2)) < 0.01, -3.0, 0.5)
     begins = np.cumsum(lengths) - lengths
+    first, last = (np.flatnonzero(actions)[i::8] for i in (0, 4))  # large at the ends, which padded windows repeat
+    values[begins[first]] = values[begins[last] + actions[last] - 1] = 2.5
     bound = ActionBound("action", 2.0, *_beyond(values, 2.0, lengths, actions))
 
     free = Windows(spec, lengths, used, action_lengths=actions)
