@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -15,6 +16,8 @@ from tests.data import loader_case as case
 from uwm_jax.data.loader import Loader
 from uwm_jax.data.normalize import Normalizer
 from uwm_jax.data.records import Dataset
+from uwm_jax.data.stats import key_stats
+from uwm_jax.data.transforms import Columns, get_transform
 from uwm_jax.data.windows import split_episodes
 from uwm_jax.errors import UserError
 
@@ -53,6 +56,16 @@ def test_transformed_statistics_are_kept_and_never_stale(
     ):
         _loader(config)
     file.unlink()
+
+
+def test_statistics_of_long_names_are_kept_too(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = shutil.copytree(made[0], tmp_path / "copy", ignore=shutil.ignore_patterns("derived_stats"))
+    dataset, columns = Dataset(directory), Columns("action", 0, 6)
+    first, second = (dataclasses.replace(get_transform("identity"), name="n" * 300 + end) for end in "ab")
+    found = [key_stats(dataset, columns, transform, 0.05, selection="some") for transform in (first, second)]
+    assert len(list((directory / "derived_stats").iterdir())) == 2
+    monkeypatch.setattr(Dataset, "column", None)  # not read again
+    assert [key_stats(dataset, columns, transform, 0.05, selection="some") for transform in (first, second)] == found
 
 
 def _entries(loader: Loader) -> dict[str, list[list[float]]]:

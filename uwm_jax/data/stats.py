@@ -26,6 +26,7 @@ Stats = dict[str, Any]
 
 _BLOCK = 1 << 18  # rows in memory at a time
 _QUANTILE_VALUES = 1 << 26  # values that quantiles are computed from; more are thinned evenly
+_LONGEST_NAME = 120  # characters of keys and transform in a file's name, of which file systems take 255 in all
 _FIELDS = ("min", "max", "mean", "std", "q01", "q99")
 
 
@@ -171,6 +172,8 @@ def key_stats(
     chosen = f".last_dropped{chosen}" if dropped else chosen
     chosen += f".{hashlib.sha256(of_windows.meaning.encode()).hexdigest()[:8]}" if of_windows else ""
     what = re.sub(r"[^\w.-]", "_", f"{columns}.{transform.name}".replace("/", "."))
+    if is_long := len(what) > _LONGEST_NAME:
+        what = f"{what[:_LONGEST_NAME]}.{hashlib.sha256(what.encode()).hexdigest()[:8]}"
     name = f"derived_stats/{dataset.split}.{what}.val_{val_ratio:g}{chosen}.json"
     meaning: dict[str, Any] = {"fingerprint": dataset.fingerprint, "val_ratio": float(val_ratio)}
     meaning["last_action"] = "drop" if dropped else "keep"
@@ -178,7 +181,7 @@ def key_stats(
         meaning["selection"] = selection
     if of_windows:
         meaning["windows"] = of_windows.meaning
-    if columns != Columns(columns.key) or transform.state or ":" in transform.name:
+    if is_long or columns != Columns(columns.key) or transform.state or ":" in transform.name:
         meaning |= {"columns": str(columns), "transform": transform.name}  # which the file's name does not tell exactly
     file = dataset.directory / name
     stored = _read_derived(file)
