@@ -23,9 +23,6 @@ torch = pytest.importorskip("torch")
 
 from uwm_jax.benchmarking import torch_rows  # noqa: E402
 
-# what is compared with torch is what the rows compute, not how it is compiled
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +47,7 @@ def test_parts_agree(tiny: ConfigDict) -> None:
 
     def both(row):
         inputs = model.inputs(row)
-        return fast_jit(model.function(row))(params, frozen, inputs), side.call(row, inputs)()
+        return jax.jit(model.function(row))(params, frozen, inputs), side.call(row, inputs)()
 
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     ours, theirs = both("network/forward")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from uwm_jax.codecs import convolution
 from uwm_jax.codecs.convolution import convolution as conv
 
 OPTIONS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": jax.lax.Precision.HIGHEST}
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def ours(x, kernel):
@@ -49,11 +46,11 @@ def test_equals_plain_convolution(monkeypatch, strip_bytes, outputs):
     monkeypatch.setattr(convolution, "STRIP_BYTES", strip_bytes)
     args = arrays((2, 18, 13, 32), outputs)
     with jax.enable_x64():
-        exact = [np.asarray(a) for a in fast_jit(with_gradients(plain))(*(np.float64(a) for a in args))]
-    assert "36,32," in fast_jit(ours).lower(*args[:2]).as_text().replace("x", ",")  # the transformed kernel
-    found = fast_jit(with_gradients(ours))(*args)
+        exact = [np.asarray(a) for a in jax.jit(with_gradients(plain))(*(np.float64(a) for a in args))]
+    assert "36,32," in jax.jit(ours).lower(*args[:2]).as_text().replace("x", ",")  # the transformed kernel
+    found = jax.jit(with_gradients(ours))(*args)
     assert max(distances(found, exact)) < 1e-6
-    mapped = fast_jit(jax.checkpoint(jax.vmap(with_gradients(ours), in_axes=(0, None, 0))))(
+    mapped = jax.jit(jax.checkpoint(jax.vmap(with_gradients(ours), in_axes=(0, None, 0))))(
         *(np.stack([a, a[::-1]]) if i != 1 else a for i, a in enumerate(args))
     )
     assert max(distances([a[0] for a in mapped], exact)) < 1e-6
@@ -72,7 +69,7 @@ def test_under_shard_map():
     mapped = jax.shard_map(
         summed, mesh=mesh, in_specs=(split, whole, split), out_specs=(split, split, whole), check_vma=False
     )
-    for a, b in zip(fast_jit(mapped)(*args), fast_jit(with_gradients(plain))(*args), strict=True):
+    for a, b in zip(jax.jit(mapped)(*args), jax.jit(with_gradients(plain))(*args), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
 
 

@@ -87,7 +87,6 @@ def test_layouts_of_conditions_and_modulations(rows, cut):
 STACK = functools.partial(BlockStack, 12, 3, 3)  # three blocks of width 12
 SHARED, LOW_RANK = Variant("shared"), Variant("low_rank", rank=2)
 FEATURES, TIME, ROWS, LENGTH, STEPS = 4, 6, 2, 5, 2
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def random(seed: int, *shape: int) -> jax.Array:
@@ -135,7 +134,7 @@ def test_a_variant_is_the_official_one_with_its_kernels_written_out(variant):
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, cond)
 
-    @fast_jit
+    @jax.jit
     def both(params, x, cond):
         return run(stack, params, x, cond), run(STACK(), as_official(params, variant), x, cond)
 
@@ -149,7 +148,7 @@ def test_the_sampler_of_a_variant_makes_the_modulations_of_its_official_form(var
     features, time = random(102, ROWS, FEATURES), random(103, STEPS, TIME)
     held = layers.apart(jax.tree.map(jnp.copy, params)) if form == "apart" else params
 
-    @fast_jit
+    @jax.jit
     def both(held, params):
         conditions = StepConditions.join(features, time)
         official = STACK().modulation(as_official(params, variant), conditions)
@@ -170,7 +169,7 @@ def test_variants_start_as_the_identity_and_learn_from_there(variant):
     stack, (x, cond) = STACK(variant=variant), tokens()
     owner = Owner(stack)
 
-    @fast_jit
+    @jax.jit
     def start(key):
         params = owner.init(key, x, cond)["params"]
         gradients = jax.grad(lambda p: jnp.sum(owner.apply({"params": p}, x, cond)[0] * x))(params)

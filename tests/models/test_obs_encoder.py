@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 
 import jax
@@ -12,8 +11,6 @@ import pytest
 
 from uwm_jax.models.obs_encoder import ObsEncoder
 from uwm_jax.models.resnet import ResNet
-
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def u(n: int, k: int) -> np.ndarray:
@@ -95,10 +92,10 @@ def small(**fields) -> ObsEncoder:
 @pytest.mark.parametrize("outermost", ["view", "frame"])
 def test_order_of_features(inputs, outermost):
     encoder = small(use_low_dim=True, use_language=True, outermost=outermost)
-    variables = fast_jit(encoder.init)(jax.random.key(0), **inputs)
-    features = np.asarray(fast_jit(encoder.apply)(variables, **inputs))
+    variables = jax.jit(encoder.init)(jax.random.key(0), **inputs)
+    features = np.asarray(jax.jit(encoder.apply)(variables, **inputs))
     assert features.shape == (2, 3 * 2 * 4 + 2 * (3 + 2) + 4)
-    net = fast_jit(ResNet((1,), width=16, embed_dim=4).apply)
+    net = jax.jit(ResNet((1,), width=16, embed_dim=4).apply)
     for view in range(3):
         for frame in range(2):
             start = 4 * (view * 2 + frame if outermost == "view" else frame * 3 + view)
@@ -120,7 +117,7 @@ def test_width_of_features(inputs, fields, width):
 
 def test_text_head_starts_as_torch_does(inputs):
     wide = {**inputs, "text": jnp.ones((2, 400))}
-    head = fast_jit(small(use_language=True).init)(jax.random.key(0), **wide)["params"]["text_head"]
+    head = jax.jit(small(use_language=True).init)(jax.random.key(0), **wide)["params"]["text_head"]
     kernel = np.asarray(head["kernel"])
     assert kernel.shape == (400, 4) and 0.045 < np.abs(kernel).max() <= 0.05
     assert 0 < np.abs(np.asarray(head["bias"])).max() <= 0.05

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,8 +9,6 @@ import numpy as np
 import pytest
 
 from uwm_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD, ResNet, max_pool
-
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def random_params(net: ResNet, images, seed: int) -> dict:
@@ -87,8 +83,8 @@ def test_bfloat16_stays_close():
     images = np.random.default_rng(1).random((2, 32, 32, 3), np.float32)
     net = ResNet((1, 1), width=16, embed_dim=8)
     params = random_params(net, images, seed=3)
-    wanted = fast_jit(net.apply)({"params": params}, images)
-    actual = fast_jit(net.clone(dtype=jnp.bfloat16).apply)({"params": params}, images)
+    wanted = jax.jit(net.apply)({"params": params}, images)
+    actual = jax.jit(net.clone(dtype=jnp.bfloat16).apply)({"params": params}, images)
     assert actual.dtype == jnp.float32
     assert 0 < float(jnp.abs(actual - wanted).max()) < 0.05 * float(jnp.abs(wanted).max())
 
@@ -112,7 +108,7 @@ def test_names_and_size_of_resnet18():
 
 def test_initialisation():
     net = ResNet((1, 1), width=32, embed_dim=64)
-    params = fast_jit(net.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         name, leaf = "/".join(key.key for key in path), np.asarray(leaf)
         if name.startswith("fc/"):  # torch's default: uniform in +-1/sqrt(inputs), bias too

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,6 @@ import pytest
 from uwm_jax.models import layers
 from uwm_jax.models.stack import Stack
 
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32))
 
 
@@ -28,7 +25,7 @@ LAYER, SHARED = Layer(parent=None), jnp.array([1.0, 2.0, 0.5, -1.0])
 
 @pytest.fixture(scope="module")
 def params():
-    return fast_jit(Stack(LAYER, 3).init)(jax.random.key(0), X)["params"]
+    return jax.jit(Stack(LAYER, 3).init)(jax.random.key(0), X)["params"]
 
 
 def test_layers_start_differently(params):
@@ -49,7 +46,7 @@ def test_values_and_gradients_of_the_layers_in_turn(params, scan, remat, held):
         return (y**2).mean(), y
 
     given = layers.apart(jax.tree.map(jnp.copy, params)) if held else params
-    wanted, found = (fast_jit(jax.value_and_grad(f, has_aux=True))(p) for f, p in ((in_turn, params), (stacked, given)))
+    wanted, found = (jax.jit(jax.value_and_grad(f, has_aux=True))(p) for f, p in ((in_turn, params), (stacked, given)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), layers.stacked(found), wanted)
 
 

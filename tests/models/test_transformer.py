@@ -13,9 +13,6 @@ from uwm_jax.models import layers
 from uwm_jax.models.adaln import StepConditions
 from uwm_jax.models.transformer import BlockStack, Head, layer_norm, sinusoid
 
-# Half the compile time.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 WIDTH, HEADS, DEPTH, ROWS, LENGTH, FEATURES, TIME, STEPS = 12, 3, 2, 3, 5, 4, 6, 2
 
 
@@ -75,7 +72,7 @@ def test_hidden_keys_have_no_influence(blocks, stream):
     x, cond = stream
     stack, kept, params = BlockStack(WIDTH, DEPTH, HEADS, remat="dots"), LENGTH - 2, {"blocks": blocks}
 
-    @fast_jit
+    @jax.jit
     def gradients(x, mask=None):
         """Of the last tokens' squares, by all tokens; and all tokens."""
 
@@ -89,7 +86,7 @@ def test_hidden_keys_have_no_influence(blocks, stream):
     gradient, hidden = gradients(x, keys)
     assert not np.asarray(gradient[:, :-kept]).any()
     close((gradient[:, -kept:], hidden[:, -kept:]), gradients(x[:, -kept:]))
-    full, mixed = fast_jit(lambda x, masks: (stack(params, x, cond)[0], stack(params, x, cond, masks)[0]))(
+    full, mixed = jax.jit(lambda x, masks: (stack(params, x, cond)[0], stack(params, x, cond, masks)[0]))(
         x, jnp.broadcast_to(keys.at[1:].set(True)[:, None], (ROWS, LENGTH, LENGTH))
     )
     close((mixed[1:], mixed[:1]), (full[1:], hidden[:1]))
@@ -109,7 +106,7 @@ def test_modulations_of_all_steps(blocks, stream, order, form):
     held = layers.apart({"blocks": jax.tree.map(jnp.array, blocks)})["blocks"] if form == "apart" else blocks
     stack = BlockStack(WIDTH, DEPTH, HEADS)
 
-    @fast_jit
+    @jax.jit
     def at_once(held, features, time):
         conditions = StepConditions.join(features, time, time_first=order == "time first")
         modulation = stack.modulation({"blocks": held}, conditions)
@@ -117,7 +114,7 @@ def test_modulations_of_all_steps(blocks, stream, order, form):
         of_head = jnp.broadcast_to(of_head, (STEPS, ROWS, 2, WIDTH))
         return [stack.apply_modulated({"blocks": held}, x, modulation[s]) for s in range(STEPS)], of_head
 
-    @fast_jit
+    @jax.jit
     def one_by_one(cond):
         of_head = jnp.einsum("bc,ckd->bkd", cond, head["adaln"]["kernel"]) + head["adaln"]["bias"]
         return stack({"blocks": blocks}, x, cond), of_head
@@ -144,8 +141,8 @@ def test_scanned_parameters_are_cast_once(blocks, stream, monkeypatch):
         kernels = {leaf.shape for leaf in jax.tree.leaves(blocks)}
         return [v.aval.dtype for e in loops for v in (*e.invars, *e.outvars) if v.aval.shape in kernels]
 
-    once = fast_jit(jax.value_and_grad(loss))(blocks)
+    once = jax.jit(jax.value_and_grad(loss))(blocks)
     assert set(stacks_of_loops()) == {jnp.dtype(jnp.bfloat16)}
     monkeypatch.setattr(layers, "in_dtype", lambda layers, dtype, scan: layers)
     assert jnp.dtype(jnp.float32) in stacks_of_loops()
-    jax.tree.map(np.testing.assert_array_equal, once, fast_jit(jax.value_and_grad(loss))(blocks))
+    jax.tree.map(np.testing.assert_array_equal, once, jax.jit(jax.value_and_grad(loss))(blocks))

@@ -15,8 +15,6 @@ import pytest
 from tests.golden.reference import filler
 from uwm_jax.models.unet1d import UNet1D
 
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def filled(shape: tuple[int, ...], k: int, scale: float) -> np.ndarray:
     return (scale * filler(math.prod(shape), k)).astype(np.float32).reshape(shape)
@@ -94,9 +92,9 @@ def test_published_predictions(expected):
 def test_modulations_of_all_steps_at_once(params, inputs, expected):
     cond, noisy, _ = inputs
     net, steps = tiny(), jnp.array([90, 50, 7])
-    modulation = fast_jit(functools.partial(net.apply, method="modulation"))({"params": params}, cond, steps)
+    modulation = jax.jit(functools.partial(net.apply, method="modulation"))({"params": params}, cond, steps)
     assert modulation["up_1_0"].shape == (3, 2, 2, 16) and len(modulation) == 12
-    predict = fast_jit(functools.partial(net.apply, method="predict"))
+    predict = jax.jit(functools.partial(net.apply, method="predict"))
     for step, row in ((2, 0), (0, 1)):  # the timesteps of the two rows of `expected`
         now = jax.tree.map(lambda m, s=step: m[s], modulation)
         np.testing.assert_allclose(predict({"params": params}, noisy, now)[row], expected[row], atol=2e-6)
@@ -104,7 +102,7 @@ def test_modulations_of_all_steps_at_once(params, inputs, expected):
 
 def test_bfloat16_stays_close_and_ends_in_float32(params, inputs, expected):
     net = tiny(dtype=jnp.bfloat16)
-    predicted = fast_jit(net.apply)({"params": params}, *inputs)
+    predicted = jax.jit(net.apply)({"params": params}, *inputs)
     assert predicted.dtype == jnp.float32
     assert 0 < np.abs(predicted - expected).max() < 3e-2 * np.abs(expected).max()
     grads = jax.eval_shape(jax.grad(lambda p: jnp.square(net.apply({"params": p}, *inputs)).mean()), params)
@@ -121,7 +119,7 @@ def test_start(inputs):
     """torch's: kernels and biases uniform in +-1/sqrt(inputs); a transposed convolution's are its outputs there."""
     inputs_of = {"down_2_0/block1/conv": 32 * 3, "down_1_1/film": 36, "double_0": 32 * 4, "timestep_embedding/fc1": 16}
 
-    @fast_jit
+    @jax.jit
     def start(key):  # a few of the arrays, because each takes long to compile
         params = tiny(fourier=True).init(key, *inputs)["params"]
         flat = {"/".join(k.key for k in path): x for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}

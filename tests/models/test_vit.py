@@ -11,7 +11,6 @@ import pytest
 
 from uwm_jax.models.vit import ViT
 
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 NET = ViT(patch=8, width=128, depth=2, mlp_dim=48)
 IMAGES = np.random.default_rng(1).normal(size=(2, 16, 24, 3)).astype(np.float32)
 
@@ -54,10 +53,10 @@ def test_against_torch():
     rng = np.random.default_rng(2)
     shapes = jax.eval_shape(NET.init, jax.random.key(0), IMAGES)["params"]
     params = jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype(np.float32), shapes)
-    found = fast_jit(NET.apply)({"params": params}, IMAGES)
+    found = jax.jit(NET.apply)({"params": params}, IMAGES)
     assert found.shape == (2, 1 + 2 * 3, 128)
     np.testing.assert_allclose(found, torch_forward(params, IMAGES), atol=1e-5)
-    half = fast_jit(NET.clone(dtype=jnp.bfloat16).apply)({"params": params}, IMAGES)
+    half = jax.jit(NET.clone(dtype=jnp.bfloat16).apply)({"params": params}, IMAGES)
     assert half.dtype == jnp.float32
     assert 0 < float(jnp.abs(half - found).max()) < 0.05 * float(jnp.abs(found).max())
 
@@ -70,7 +69,7 @@ def test_size_of_vit_b_32():
 
 def test_initialisation():
     start = functools.partial(ViT(patch=4, width=64, depth=2, mlp_dim=32).init, jax.random.key(0))
-    params = fast_jit(start)(jnp.zeros((1, 8, 8, 3)))["params"]
+    params = jax.jit(start)(jnp.zeros((1, 8, 8, 3)))["params"]
     assert not params["class_token"].any() and not params["conv_proj"]["bias"].any()
     blocks = params["encoder"]["blocks"]
     for name, bound in (("qkv", np.sqrt(6 / 256)), ("fc1", np.sqrt(6 / 96)), ("proj", 1 / 8)):

@@ -36,9 +36,6 @@ ARM = {
     "states": {"pose": 7},
 }
 
-# Half the compile time: what is compared is what a program computes, not how it is compiled.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @dataclasses.dataclass(frozen=True)
 class Export:
@@ -95,7 +92,7 @@ class Export:
         return results
 
     def backend(self) -> JaxBackend:
-        act = fast_jit(answering(self.system, (self.system.acting,), actions_only=True))
+        act = jax.jit(answering(self.system, (self.system.acting,), actions_only=True))
         return JaxBackend(self.system, self.params, self.frozen, act=act)
 
 
@@ -109,7 +106,7 @@ def _program(system: System, uses: tuple[str, ...], guided: bool) -> Any:
         return {use: out | ({"frames": system.frames(frozen, latents[use])} if latents[use] else {})
                 for use, out in made.items()}  # fmt: skip
 
-    return fast_jit(run)
+    return jax.jit(run)
 
 
 def export(folder: Path, variant: str, robot: dict[str, Any] | None = None, **fields: Any) -> Export:

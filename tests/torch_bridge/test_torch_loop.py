@@ -155,7 +155,6 @@ def test_samples_are_those_of_our_sampler(fields):
     sample = jax.jit(
         lambda params, given, use, noise: system.sample(params, system.encode({}, given), use, noise),
         static_argnums=2,
-        compiler_options={"xla_backend_optimization_level": 0},
     )
     for mode in ("policy", "forward", "inverse"):
         wanted = sample(params, given, mode, noise)

@@ -30,9 +30,6 @@ from uwm_jax.torch_bridge import torch_network  # noqa: E402
 
 DROID = "uwm_droid_small"
 
-# Half the compile time: what is compared with torch is what the network computes, not how it is compiled.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def relative(found, wanted) -> float:
     """Largest difference relative to the largest value."""
@@ -145,7 +142,7 @@ def test_our_flax_network_agrees_in_values_and_gradients(encoder):
         pred, _ = net.apply({"params": params}, *obs.values(), noisy, timestep, method="init_all")
         return sum(jnp.mean((pred[m] - target[m]) ** 2) for m in pred), pred
 
-    (wanted_loss, wanted), grads = fast_jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (wanted_loss, wanted), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     torch_net = torch_network.UWM(
         model, action_shape=(4, 3), latent_shape=latent_shape, crop=(21, 30), low_dim=low_dim, text_dim=text_dim
@@ -248,17 +245,17 @@ def test_an_export_of_ours_loads_and_agrees(codec, tmp_path):
     assert network.state_dict().keys() == load_file(tmp_path / "out.safetensors").keys()
 
     batch = synthetic_batch(system, 2)
-    current, following = fast_jit(system.images)(batch)
-    noise = fast_jit(system.noise, static_argnums=2)(jax.random.key(1), batch["row"], "policy")
+    current, following = jax.jit(system.images)(batch)
+    noise = jax.jit(system.noise, static_argnums=2)(jax.random.key(1), batch["row"], "policy")
     timestep = {"action": jnp.array([5, 60]), "next_obs": jnp.array([99, 20])}
     draws = {"noise": noise, "timestep": timestep}
-    wanted = fast_jit(lambda params, batch: system.losses(params, system.encode(frozen, batch), draws))(params, batch)
+    wanted = jax.jit(lambda params, batch: system.losses(params, system.encode(frozen, batch), draws))(params, batch)
     wanted = wanted.outputs
     with torch.no_grad():
         latents = network.encode_frames(tensors(following))
         features = network.encode_obs(tensors(current), {"state": tensors(batch["obs/state"])})
         clean = {"action": batch["action"], "next_obs": jnp.asarray(latents.numpy())}
-        noisy = {m: fast_jit(system.schedule.add_noise)(clean[m], noise[m], timestep[m]) for m in clean}
+        noisy = {m: jax.jit(system.schedule.add_noise)(clean[m], noise[m], timestep[m]) for m in clean}
         pred = network(features, tensors(noisy), tensors(timestep))
     assert relative(latents, wanted["next_obs_latent"]) < 2e-5
     assert relative(features, wanted["obs_feat"]) < 2e-5

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.torch_bridge.exports import fast_jit
 from uwm_jax.codecs import PCACodec, PixelsCodec, VAECodec
 from uwm_jax.torch_bridge import diffusers_vae
 
@@ -51,9 +51,9 @@ def test_the_autoencoder_in_passes(vae):
     tensors = {name: x.numpy() for name, x in vae.vae.state_dict().items()}
     params = diffusers_vae.params_from_tensors(CONFIG, tensors)
     codec = VAECodec(diffusers_vae.module_from_config(CONFIG), microbatch=72)
-    latents = fast_jit(lambda p, x: codec.encode(p, x, None))(params, frames())
+    latents = jax.jit(lambda p, x: codec.encode(p, x, None))(params, frames())
     close(vae.encode(torch.from_numpy(frames()).movedim(-1, -3)), latents)
-    close(vae.decode(torch.tensor(latents)), np.moveaxis(fast_jit(codec.decode)(params, latents), -1, -3))
+    close(vae.decode(torch.tensor(latents)), np.moveaxis(jax.jit(codec.decode)(params, latents), -1, -3))
 
 
 def test_an_autoencoder_from_before_diffusers_018(vae, tmp_path):

@@ -26,7 +26,6 @@ from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import build
 
 STEPS = 3
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def steps_of(config, batches):
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda x: jnp.asarray(0.05 * rng.normal(size=x.shape), x.dtype), program.shapes.params)
         state = program.system.held(state_lib.create(config, params, program.optimizer))
-        compiled = program.lower_step(frozen, batches[0]).compile(compiler_options=QUICKLY)
+        compiled = program.lower_step(frozen, batches[0]).compile()
         losses = []
         for batch in batches:
             state, metrics = compiled(state, frozen, batch)
@@ -121,7 +120,7 @@ def test_samples_of_stored_moments_are_those_of_the_posterior(cached, vae):
             codec, frozen = codec_store.open_codec(run, codec_store.in_dataset(run, loader.data))
             system = systems.make(run, loader.data.spec, codec)
         for key in (None, jax.random.key(3)):
-            encode = jax.jit(system.encode).lower(frozen, batch, key).compile(compiler_options=QUICKLY)
+            encode = jax.jit(system.encode).lower(frozen, batch, key).compile()
             found = encode(frozen, batch, key)
             encoded[latents, key is None] = {
                 name: np.asarray(found[name]) for name in ("obs_latent", "next_obs_latent")

@@ -16,8 +16,6 @@ from uwm_jax.systems.dp.network import ActionTransformer
 
 DIM, HEADS, DEPTH, STEPS, COND = 24, 3, 2, 16, 20
 
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def filled(shape: tuple[int, ...], k: int, scale: float) -> np.ndarray:
     return (scale * filler(math.prod(shape), k)).astype(np.float32).reshape(shape)
@@ -85,17 +83,17 @@ def test_published_predictions(expected):
 def test_modulations_of_all_steps_at_once(params, inputs, expected, scan):
     cond, noisy, _ = inputs
     net, steps = tiny(scan_blocks=scan), jnp.array([90, 50, 7])
-    modulation = fast_jit(functools.partial(net.apply, method="modulation"))({"params": params}, cond, steps)
+    modulation = jax.jit(functools.partial(net.apply, method="modulation"))({"params": params}, cond, steps)
     assert modulation["blocks"].shape == (3, DEPTH, 2, 6, DIM) and modulation["head"].shape == (3, 2, 2, DIM)
-    predict = fast_jit(functools.partial(net.apply, method="predict"))
+    predict = jax.jit(functools.partial(net.apply, method="predict"))
     for step, row in ((2, 0), (0, 1)):  # the timesteps of the two rows of `expected`
         now = jax.tree.map(lambda m, s=step: m[s], modulation)
         np.testing.assert_allclose(predict({"params": params}, noisy, now)[row], expected[row], atol=2e-6)
 
 
 def test_prediction_is_zero_at_the_start(inputs):
-    variables = fast_jit(tiny().init)(jax.random.key(0), *inputs)
-    assert (np.asarray(fast_jit(tiny().apply)(variables, *inputs)) == 0).all()
+    variables = jax.jit(tiny().init)(jax.random.key(0), *inputs)
+    assert (np.asarray(jax.jit(tiny().apply)(variables, *inputs)) == 0).all()
 
 
 def test_unfit_inputs_are_named(inputs):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import functools
 import math
 
 import jax
@@ -20,7 +19,6 @@ from uwm_jax.data.windows import WindowSpec
 from uwm_jax.systems.dp.system import DP
 
 KINDS = [("transformer", "ddim"), ("unet", "ddim"), ("transformer", "flow")]
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def small(predictor: str = "transformer", kind: str = "ddim", count: int = 1) -> DP:
@@ -77,7 +75,7 @@ def test_the_loss_of_a_row_is_the_mean_over_its_draws(kind):
     encoded = system.encode({}, batch)
     several = system.draws(jax.random.key(3), batch["row"])
 
-    @fast_jit
+    @jax.jit
     def losses(params):
         apart = [system.losses(params, encoded, jax.tree.map(lambda x, i=i: x[:, i], several)) for i in range(2)]
         return system.losses(params, encoded, several), apart

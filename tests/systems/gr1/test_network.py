@@ -15,7 +15,6 @@ from uwm_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD
 from uwm_jax.systems.gr1 import official
 from uwm_jax.torch_bridge import layout
 
-fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
@@ -40,7 +39,7 @@ def test_published_predictions_of_given_tokens():
     tensors["decoder_pos_embed"] = np.asarray(network.decoder.table())[None]
     rest = {name: np.zeros(shape, np.float32) for name, shape in names.items() if name not in tensors}
     params = layout.from_official(tensors | rest, shapes, entry_of, "x")
-    made = fast_jit(partial(network.apply, method="predict"))({"params": params}, case.inputs((2, 12, 32), 1006))
+    made = jax.jit(partial(network.apply, method="predict"))({"params": params}, case.inputs((2, 12, 32), 1006))
     case.check(
         np.moveaxis(made["next_obs"], -1, 2),
         mean=0.0181004,
@@ -96,7 +95,7 @@ class Golden:
     def check(self) -> None:
         one = {"atol": 2e-5, "rtol": 2e-5}
         self.compare("enc/next_imgs", self.target, **one)
-        evaluate = fast_jit(jax.value_and_grad(self.losses, has_aux=True))
+        evaluate = jax.jit(jax.value_and_grad(self.losses, has_aux=True))
         for prefix, mask in (("", np.ones(2, bool)), ("masked/", self.numbers["action_mask"])):
             with jax.default_matmul_precision("highest"):
                 (_, found), gradients = evaluate(self.params, mask)
@@ -136,7 +135,7 @@ def test_hidden_actions_change_no_frame():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape).astype(np.float32)), shapes)
     tokens = jnp.asarray(rng.normal(size=(2, 8, 16)).astype(np.float32))
-    predict = fast_jit(partial(network.apply, method="predict"))
+    predict = jax.jit(partial(network.apply, method="predict"))
     mask = jnp.array([True, False])
     before = predict({"params": params}, tokens, mask)
     after = predict({"params": {**params, "action_queries": params["action_queries"][..., ::-1]}}, tokens, mask)
@@ -150,7 +149,7 @@ def test_hidden_actions_change_no_frame():
 @pytest.mark.slow
 def test_initialisation():
     network, _ = case.build(case.model_fields(), action_dim=7, views=2, size=64)
-    params = fast_jit(network.init)(jax.random.key(0), jnp.zeros((1, 2, 2, 64, 64, 3)))["params"]
+    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 2, 2, 64, 64, 3)))["params"]
     expected = case.reference.numbers("gr1_tiny")["const/decoder_pos_embed"]
     np.testing.assert_allclose(params["decoder"]["pos_embed"], expected, atol=1e-6)
     for name in ("pos_scale", "pos_shift"):

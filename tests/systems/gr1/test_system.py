@@ -25,7 +25,6 @@ from uwm_jax.training import pretrained
 from uwm_jax.training import state as state_lib
 from uwm_jax.training.build import build
 
-fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 MEAN, STD = np.array([IMAGENET_MEAN, IMAGENET_STD], np.float32)
 CAMERAS = {"front": (12, 16), "wrist": (16, 20)}
 
@@ -71,7 +70,7 @@ def batch(system):
 
 
 def test_images_are_normalised_and_augmented_row_by_row(system, batch):
-    encode = fast_jit(partial(system.encode, {}))
+    encode = jax.jit(partial(system.encode, {}))
     plain = encode(batch)
     assert plain["images"].shape == plain["next_images"].shape == (4, 2, 2, 16, 16, 3)
     current, following = system.images(batch)
@@ -86,7 +85,7 @@ def test_images_are_normalised_and_augmented_row_by_row(system, batch):
 
 
 def test_rows_without_actions_train_the_frames_alone(system, params, batch):
-    @fast_jit
+    @jax.jit
     def evaluate(params, batch):
         def loss(params):
             losses = system.losses(params, system.encode({}, batch), {})
@@ -115,10 +114,10 @@ def test_rows_without_actions_train_the_frames_alone(system, params, batch):
 
 
 def test_samples_are_the_predictions_in_units_of_images(system, params, batch):
-    encoded = fast_jit(partial(system.encode, {}))({k: v for k, v in batch.items() if k.startswith("obs/")})
+    encoded = jax.jit(partial(system.encode, {}))({k: v for k, v in batch.items() if k.startswith("obs/")})
     assert set(encoded) == {"images"} and system.noise(jax.random.key(0), batch["row"], "joint") == {}
-    made = fast_jit(partial(system.sample, use="joint", noise={}))(params, encoded)
-    predicted, _ = fast_jit(system.predict)(params, encoded)
+    made = jax.jit(partial(system.sample, use="joint", noise={}))(params, encoded)
+    predicted, _ = jax.jit(system.predict)(params, encoded)
     assert made["action"].shape == (4, 3, 5)
     np.testing.assert_allclose(made["action"], predicted["action"], atol=1e-6)
     frames = system.frames({}, made)
@@ -160,7 +159,7 @@ def test_bfloat16_stays_close(params, batch):
         config = tiny_config()
         config.model.dtype = dtype
         system = make(config)
-        evaluate = fast_jit(lambda params, batch, system=system: system.losses(params, system.encode({}, batch), {}))
+        evaluate = jax.jit(lambda params, batch, system=system: system.losses(params, system.encode({}, batch), {}))
         found[dtype] = evaluate(params, batch).parts
         assert all(part.dtype == jnp.float32 for part in found[dtype].values())
     for name, part in found["float32"].items():

@@ -19,9 +19,6 @@ from uwm_jax.systems.pad import official
 from uwm_jax.systems.pad.network import PADNet
 from uwm_jax.torch_bridge import layout
 
-# Half the compile time.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 PATCH = (2, 4, 4)
 ENTRY_OF = official.entry_of(PATCH)
 TINY = {
@@ -72,7 +69,7 @@ def evaluate(net: PADNet):
         with jax.default_matmul_precision("highest"):
             return net.apply({"params": params}, obs_latent, noisy, timestep, action_mask)[0]
 
-    return fast_jit(run)
+    return jax.jit(run)
 
 
 # --- published numbers ---------------------------------------------------------------------------------
@@ -147,7 +144,7 @@ def with_gradients(name: str, masked: bool) -> tuple[dict, dict, dict]:
     noisy, noise = ({m: noisy_and_target(numbers, m)[i] for m in MODALITIES} for i in range(2))
     mask = numbers["action_mask"] if masked else np.ones(3, bool)
 
-    @fast_jit
+    @jax.jit
     def run(params):
         def loss(params):
             pred, _ = net.apply(
@@ -266,7 +263,7 @@ def test_bfloat16_stays_close_and_ends_in_float32(tiny):
 
 def test_initialisation(tiny):
     net, _, inputs = tiny
-    params = fast_jit(net.init)(jax.random.key(0), *inputs)["params"]
+    params = jax.jit(net.init)(jax.random.key(0), *inputs)["params"]
     pred = evaluate(net)(params, *inputs)
     bias = np.asarray(params["patch_decoder"]["bias"])
     np.testing.assert_array_equal(pred["action"], 0)

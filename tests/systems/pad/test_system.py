@@ -26,9 +26,6 @@ from uwm_jax.systems.pad.system import PAD
 from uwm_jax.torch_bridge import layout
 from uwm_jax.training.patterns import matches
 
-# Half the compile time.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 MODALITIES = ("action", "next_obs")
 
 
@@ -77,7 +74,7 @@ def program(system: PAD):
         gradients, (parts, found) = jax.grad(loss, has_aux=True)(params)
         return parts, gradients, found, encoded, draws
 
-    return fast_jit(run)
+    return jax.jit(run)
 
 
 def test_protocol(system):
@@ -90,7 +87,7 @@ def test_protocol(system):
 
 def test_one_timestep_and_independent_noise(system):
     rows = jnp.arange(64)
-    draws = fast_jit(system.draws)(jax.random.key(3), rows)
+    draws = jax.jit(system.draws)(jax.random.key(3), rows)
     np.testing.assert_array_equal(draws["timestep"]["action"], draws["timestep"]["next_obs"])
     steps = np.asarray(draws["timestep"]["action"])
     assert steps.min() >= 0 and steps.max() < 100 and len(set(steps.tolist())) > 20
@@ -98,7 +95,7 @@ def test_one_timestep_and_independent_noise(system):
     assert {m: x.shape[1:] for m, x in noise.items()} == {"action": (4, 3), "next_obs": (2, 2, 8, 8, 3)}
     for m in MODALITIES:
         assert abs(np.asarray(noise[m]).std() - 1) < 0.1
-    again = fast_jit(system.draws)(jax.random.key(3), rows[10:12])
+    again = jax.jit(system.draws)(jax.random.key(3), rows[10:12])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[10:12]), again, draws)
 
 
@@ -170,7 +167,7 @@ def with_codec(config: config_lib.ConfigDict, codec: Codec) -> PAD:
 def test_latents_of_current_and_next_frames(posterior):
     """Samples of the posterior in training, independent of each other; the mode without a key."""
     system = with_codec(small(**{"model.codec.posterior": posterior}), Posterior())
-    encode = fast_jit(lambda batch, key=None: system.encode({}, batch, key))
+    encode = jax.jit(lambda batch, key=None: system.encode({}, batch, key))
     batch = synthetic_batch(system, 2)
     mode = encode(batch)
     for name, group in (("obs_latent", "obs"), ("next_obs_latent", "next_obs")):
@@ -199,7 +196,7 @@ def test_latents_that_are_given_or_not_asked_for(system):
 def test_sample_goes_with_its_noise_and_observation(system, params):
     encoded = system.encode({}, synthetic_batch(system, 3))
     noise = system.noise(jax.random.key(0), jnp.arange(3), "joint")
-    sample = fast_jit(functools.partial(system.sample, use="joint"), static_argnames="trace")
+    sample = jax.jit(functools.partial(system.sample, use="joint"), static_argnames="trace")
     made = sample(params, encoded, noise=noise)
     assert {k: x.shape for k, x in made.items()} == {"action": (3, 4, 3), "next_obs_latent": (3, 2, 2, 8, 8, 3)}
     assert all(np.abs(x).max() <= 1 for x in made.values())
@@ -245,7 +242,7 @@ def test_official_losses():
         "timestep": {m: numbers[f"timestep/{m}"].astype(np.int32) for m in MODALITIES},
         "noise": {"action": numbers["noise/action"], "next_obs": channels_last(numbers["noise/next_obs"])},
     }
-    losses = fast_jit(system.losses)
+    losses = jax.jit(system.losses)
     for prefix, mask in (("", None), ("masked/", numbers["action_mask"])):
         found = losses(params, encoded if mask is None else {**encoded, "action_mask": mask}, draws)
         shares = system.shares({"action_mask": jnp.ones(3, bool) if mask is None else mask}, jax.random.key(0))

@@ -41,10 +41,6 @@ def tiny(**fields) -> DiT:
     return DiT(**{**defaults, **fields})
 
 
-# Half the compile time; the published numbers below are met by code compiled as in production.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @functools.cache
 def compiled(net: DiT, method: str = "__call__"):
     return jax.jit(functools.partial(net.apply, method=method))
@@ -150,7 +146,7 @@ def loss_and_grads(net, params, inputs):
         pred, _ = net.apply({"params": params}, cond, noisy, inputs[2])
         return sum(jnp.mean((p - 0.3) ** 2) for p in pred.values()), pred
 
-    return fast_jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(params, inputs[0], inputs[1])
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(params, inputs[0], inputs[1])
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +252,7 @@ def test_bfloat16_precomputed_modulation(params, inputs, expected):
 
 def test_initialisation(inputs):
     net = tiny(embed_dim=48, depth=3)
-    variables = fast_jit(net.init)(jax.random.key(0), *inputs)
+    variables = jax.jit(net.init)(jax.random.key(0), *inputs)
     pred, _ = compiled(net)(variables, *inputs)
     assert all((np.asarray(p) == 0).all() for p in pred.values())
     for path, leaf in jax.tree_util.tree_flatten_with_path(variables["params"])[0]:

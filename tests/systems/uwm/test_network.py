@@ -13,7 +13,6 @@ from uwm_jax.config import base
 from uwm_jax.systems.uwm.network import UWMNetwork, network_from_config
 
 B, LATENT = 2, (1, 2, 8, 8, 12)
-fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def quickstart_model():
@@ -83,7 +82,7 @@ def test_parts_make_the_whole(params, batch):
     network, steps = small(), {"action": jnp.array([90, 10]), "next_obs": jnp.array([90, 0])}
     variables = {"params": params}
 
-    @fast_jit
+    @jax.jit
     def both(variables):
         cond = network.apply(variables, batch["images"], batch["low_dim"], None, method="encode_obs")
         modulation = network.apply(variables, cond, steps, method="modulation")
@@ -109,7 +108,7 @@ def test_gradients_reach_every_parameter(params, batch):
         pred, _ = small().apply({"params": params}, **batch, method="init_all")
         return sum(jnp.mean((p - 1) ** 2) for p in pred.values())
 
-    for path, leaf in jax.tree_util.tree_flatten_with_path(fast_jit(jax.grad(loss))(params))[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(jax.jit(jax.grad(loss))(params))[0]:
         assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
 
 
