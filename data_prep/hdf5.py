@@ -14,9 +14,7 @@ from absl import flags
 from data_prep.conversion import layout_options
 from data_prep.conversion.training_layout import run
 from data_prep.sources.hdf5.episodes import FLIPS, corpus
-from data_prep.sources.inputs import Corpus
 from uwm_jax import cli
-from uwm_jax.data.episodes import JPEG_QUALITY
 
 FLAGS = flags.FLAGS
 
@@ -31,27 +29,13 @@ def define_flags() -> None:
         "how stored pictures become upright: rows in reverse order, a turn by 180 degrees, or none; default rows for "
         "LIBERO and none for robomimic",
     )
-    flags.DEFINE_enum("encoding", "jpeg", ["jpeg", "png"], "encoding of pictures")
-    flags.DEFINE_integer("quality", JPEG_QUALITY, "JPEG quality", lower_bound=1, upper_bound=100)
-    layout_options.define_flags(resize="H,W of all cameras: resized to it before they are encoded; default: their own")
+    layout_options.define_flags_of_pictures("pictures")
 
 
 def main(call: cli.Call) -> None:
     source, output = cli.required_local_path("input"), layout_options.output()
-
-    options = layout_options.from_flags(call)
-
-    def opened() -> Corpus:
-        return corpus(
-            source,
-            splits=FLAGS.split,
-            flip=FLAGS.flip,
-            encoding=FLAGS.encoding,
-            quality=FLAGS.quality,
-            resize=options.resize,
-        )
-
-    run(opened, output, options, source)
+    options, pictures = layout_options.from_flags(call), layout_options.pictures()
+    run(lambda: corpus(source, splits=FLAGS.split, flip=FLAGS.flip, pictures=pictures), output, options, source)
 
 
 command = cli.command(main, define_flags)

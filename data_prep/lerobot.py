@@ -14,10 +14,8 @@ from absl import flags
 from data_prep.conversion import layout_options
 from data_prep.conversion.training_layout import run
 from data_prep.sources.decoding import time_limit
-from data_prep.sources.inputs import Corpus
 from data_prep.sources.lerobot.episodes import corpus
 from uwm_jax import cli
-from uwm_jax.data.episodes import JPEG_QUALITY
 
 FLAGS = flags.FLAGS
 
@@ -26,30 +24,20 @@ def define_flags() -> None:
     flags.DEFINE_string("input", None, "directory of a LeRobot dataset, with meta/info.json")
     flags.DEFINE_list("split", [], "splits of info.json to take, separated by commas; default all")
     flags.DEFINE_list("cameras", [], "cameras to take, separated by commas; default all but depth")
-    flags.DEFINE_enum("encoding", "jpeg", ["jpeg", "png"], "encoding of frames that come from videos")
-    flags.DEFINE_integer("quality", JPEG_QUALITY, "JPEG quality of these frames", lower_bound=1, upper_bound=100)
     flags.DEFINE_float("seconds", 300.0, "time limit for decoding one camera of an episode", lower_bound=0)
-    layout_options.define_flags(resize="H,W of all cameras: resized to it before they are encoded; default: their own")
+    layout_options.define_flags_of_pictures("frames that come from videos")
 
 
 def main(call: cli.Call) -> None:
     source, output = cli.required_local_path("input"), layout_options.output()
-
+    options, pictures = layout_options.from_flags(call), layout_options.pictures()
     seconds = time_limit(FLAGS.seconds)
-    options = layout_options.from_flags(call)
-
-    def opened() -> Corpus:
-        return corpus(
-            source,
-            cameras=FLAGS.cameras,
-            splits=FLAGS.split,
-            encoding=FLAGS.encoding,
-            quality=FLAGS.quality,
-            resize=options.resize,
-            seconds=seconds,
-        )
-
-    run(opened, output, options, source)
+    run(
+        lambda: corpus(source, cameras=FLAGS.cameras, splits=FLAGS.split, pictures=pictures, seconds=seconds),
+        output,
+        options,
+        source,
+    )
 
 
 command = cli.command(main, define_flags)

@@ -11,6 +11,7 @@ from absl import flags
 from data_prep.conversion.codec import check_options
 from data_prep.jobs import shares
 from data_prep.jobs.output import local_output
+from data_prep.sources.pictures import ENCODINGS, Pictures
 from uwm_jax import cli
 from uwm_jax.errors import UserError
 from uwm_jax.files import Place
@@ -98,6 +99,18 @@ def define_flags(
     flags.DEFINE_bool("beam", False, "do the tasks on an Apache Beam pipeline; options after ` -- ` are the pipeline's")
     cli.pass_on()
     shares.define_flags("dataset")
+
+
+def define_flags_of_pictures(which: str) -> None:
+    """As `define_flags`, with the flags of `Pictures`; `which` are encoded, for the help."""
+    flags.DEFINE_enum("encoding", Pictures.encoding, ENCODINGS, f"encoding of {which}")
+    flags.DEFINE_integer("quality", Pictures.quality, "JPEG quality of these", lower_bound=1, upper_bound=100)
+    define_flags(resize="H,W of all cameras: resized to it before they are encoded; default: their own")
+
+
+def pictures() -> Pictures:
+    """What the flags of `define_flags_of_pictures` say."""
+    return Pictures(FLAGS.encoding, FLAGS.quality, size("resize", FLAGS.resize))
 
 
 def from_flags(call: cli.Call) -> Options:

@@ -18,6 +18,7 @@ from data_prep.conversion.layout_options import Options
 from data_prep.conversion.training_layout import build
 from data_prep.sources.hdf5.episodes import corpus
 from data_prep.sources.inputs import Found
+from data_prep.sources.pictures import Pictures
 from tests.data_prep import hdf5_source
 from tests.data_prep.clips import number_of, picture
 from uwm_jax.codecs import PCACodec
@@ -113,7 +114,7 @@ def test_demonstrations_in_numeric_order(tmp_path: Path) -> None:
 def test_orientation(tmp_path: Path, kind: str, flip: str | None, expected: str) -> None:
     file = tmp_path / "a.hdf5"
     getattr(hdf5_source, kind)(file, [2])
-    made = corpus(file, flip=flip, encoding="png")
+    made = corpus(file, flip=flip, pictures=Pictures("png"))
     assert made.facts["robot"]["flip"] == made.options["flip"] == expected
     image = pictures(next(made.splits["train"][0].episodes()).record or b"", next(iter(_cameras(made))))[1]
     stored = picture(1, hdf5_source.SIZE)[::-1] if kind == "libero" else picture(1, hdf5_source.SIZE)
@@ -135,7 +136,7 @@ def test_jpeg_quality_is_stated_and_kept(tmp_path: Path) -> None:
         opened["data/demo_0/obs/agentview_image"][...] = noise
     sizes = []
     for quality in (30, 95):
-        made = corpus(file, quality=quality)
+        made = corpus(file, pictures=Pictures(quality=quality))
         assert made.facts["robot"]["frames"] == {"encoding": "jpeg", "quality": quality}
         record = next(made.splits["train"][0].episodes()).record or b""
         sizes.append(len(record))
@@ -351,7 +352,7 @@ def test_the_orientation_reaches_checkpoint_and_export(tmp_path: Path) -> None:
 def test_pictures_are_resized_before_they_are_encoded(tmp_path: Path) -> None:
     file = tmp_path / "a.hdf5"
     hdf5_source.libero(file, [2])
-    made = corpus(file, encoding="png", resize=(16, 24))
+    made = corpus(file, pictures=Pictures("png", resize=(16, 24)))
     assert made.features["steps/observation/agentview_rgb"].shape == (16, 24, 3)
     record = next(made.splits["train"][0].episodes()).record or b""
     field = example.scan(record)[b"steps/observation/agentview_rgb"]

@@ -24,6 +24,7 @@ from data_prep.sources.inputs import Found
 from data_prep.sources.lerobot.episodes import corpus
 from data_prep.sources.lerobot.keys import our_names
 from data_prep.sources.lerobot.metadata import read_tasks
+from data_prep.sources.pictures import Pictures
 from tests.data_prep import lerobot_source
 from tests.data_prep.clips import SIZE, number_of, picture, write_clip
 from uwm_jax.data import example
@@ -132,7 +133,7 @@ def test_versions_and_layouts_of_files(tmp_path: Path, version: str, files: tupl
 
 def test_frames_are_those_of_an_independent_decoder(tmp_path: Path) -> None:
     lerobot_source.make(tmp_path / "arm", "v2.1", [6], videos=[TOP])
-    record = found(tmp_path / "arm", encoding="png")[0].record or b""
+    record = found(tmp_path / "arm", pictures=Pictures("png"))[0].record or b""
     with av.open(str(clip(tmp_path / "arm", 0))) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     image = np.empty((*SIZE, 3), np.uint8)
@@ -444,7 +445,7 @@ def test_tasks_by_the_name_of_their_index(tmp_path: Path, name: str, named: bool
 
 def test_frames_of_videos_are_resized_before_they_are_encoded(tmp_path: Path) -> None:
     lerobot_source.make(tmp_path / "arm", "v2.1", [3], videos=[TOP], info={"features": _with(TOP)})
-    made = corpus(tmp_path / "arm", encoding="png", resize=(24, 32))
+    made = corpus(tmp_path / "arm", pictures=Pictures("png", resize=(24, 32)))
     assert made.features["steps/observation/top"].shape == (24, 32, 3)
     assert made.facts["robot"]["frames"] == {"encoding": "png", "stored_size": {"observation/top": list(SIZE)}}
     record = next(made.splits["train"][0].episodes()).record or b""

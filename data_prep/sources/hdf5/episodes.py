@@ -21,8 +21,9 @@ from data_prep.sources.hdf5.files import (
     split_demos,
 )
 from data_prep.sources.inputs import Corpus, Found, Input, modified
+from data_prep.sources.pictures import JPEG, Pictures
 from uwm_jax.data.chunks import EpisodeError
-from uwm_jax.data.episodes import encode_jpeg, encode_png, feature_tree, resize_image, serialize_episode
+from uwm_jax.data.episodes import feature_tree, serialize_episode
 from uwm_jax.data.features import STEPS, Feature
 from uwm_jax.data.names import check_name
 from uwm_jax.reading import again
@@ -41,7 +42,6 @@ class Demos(Input):
     Attributes:
         masks: of each demonstration, the names of the subsets that it belongs to.
         keys: our name of a key -> how it is stored.
-        quality: of JPEG; None for PNG.
     """
 
     path: Path
@@ -52,8 +52,7 @@ class Demos(Input):
     features: Mapping[str, Feature]
     language: str
     flip: str
-    quality: int | None
-    resize: tuple[int, int] | None
+    pictures: Pictures
 
     declared_by: ClassVar[str] = "its group `data`"
 
@@ -114,10 +113,7 @@ class Demos(Input):
         image = flipped(image, self.flip)
         if image.shape[-1] == 1:
             image = np.repeat(image, 3, -1)
-        image = np.ascontiguousarray(image)
-        if self.resize not in (None, stored.size):
-            image = resize_image(image, self.resize)
-        return encode_png(image) if self.quality is None else encode_jpeg(image, self.quality)
+        return self.pictures.encode(np.ascontiguousarray(image))
 
 
 def flipped(image: np.ndarray, flip: str) -> np.ndarray:
@@ -130,17 +126,14 @@ def corpus(
     *,
     splits: Sequence[str] = (),
     flip: str | None = None,
-    encoding: str = "jpeg",
-    quality: int = 95,
-    resize: tuple[int, int] | None = None,
+    pictures: Pictures = JPEG,
 ) -> Corpus:
     """The corpus of a file, or of the files below a directory.
 
     Args:
         splits: those to take; () for all that share no demonstration (`hdf5_files.split_demos`).
         flip: one of `FLIPS`; None: `rows` for LIBERO, whose pictures are upside down, `none` for robomimic.
-        encoding, quality: of pictures, "jpeg" or "png"; quality of JPEG.
-        resize: (height, width) to which pictures are resized before they are encoded; None: their own.
+        pictures: how they are stored.
     Raises:
         UserError: as `hdf5_files.find_files` and `common_keys`, or an unknown split.
     """
@@ -150,7 +143,7 @@ def corpus(
     keys, left_out = common_keys(files)
     for source, reason in left_out.items():
         print(f"{source} is left out: {reason}.")
-    features = {STEPS + name: _feature(stored, resize) for name, stored in keys.items()}
+    features = {STEPS + name: _feature(stored, pictures.resize) for name, stored in keys.items()}
     features |= {STEPS + name: Feature((), "bool") for name in ("is_first", "is_last", "is_terminal")}
     if _TEXT not in features and any(file.language for file in files):
         features[_TEXT] = Feature((), "string")
@@ -162,21 +155,20 @@ def corpus(
         print(f"masks that share demonstrations with another split are left out: {', '.join(passed)} (see --split).")
     if unused := count_unused(files, demos):
         print(f"{unused} demonstrations are in none of the splits {', '.join(demos)}.")
-    how = {"flip": chosen, "quality": quality if encoding == "jpeg" else None, "resize": resize}
-    common = {"keys": keys, "features": features, **how}
+    common = {"keys": keys, "features": features, "flip": chosen, "pictures": pictures}
     return Corpus(
         name=check_name(path.resolve().stem if path.is_file() else path.resolve().name, "the name of the input", path),
         version="1.0.0",
         path=path,
-        tree=feature_tree(features, {name: encoding for name in features}),
+        tree=feature_tree(features, {name: pictures.encoding for name in features}),
         splits={
             split: [part for file, names in zip(files, parts, strict=True) for part in _inputs(file, names, common)]
             for split, parts in demos.items()
         },
         info={"description": f"Converted from hdf5 files of {kind}."},
         source={"format": f"hdf5 of {kind}"},
-        facts={"robot": _facts(files, keys, left_out, chosen, encoding, quality)},
-        options={"flip": chosen, "encoding": encoding, "quality": quality},
+        facts={"robot": _facts(files, keys, left_out, chosen, pictures)},
+        options={"flip": chosen, **pictures.options},
     )
 
 
@@ -210,8 +202,7 @@ def _facts(
     keys: Mapping[str, Stored],
     left_out: Mapping[str, str],
     flip: str,
-    encoding: str,
-    quality: int,
+    pictures: Pictures,
 ) -> dict[str, Any]:
     """Robot facts of the files, for the manifest."""
     env = files[0].env
@@ -225,7 +216,7 @@ def _facts(
         "flip": flip,
         "keys": {name: {"source": s.source, "dtype": s.dtype, "shape": list(s.shape)} for name, s in keys.items()},
         "left_out": dict(left_out),
-        "frames": {"encoding": encoding} | ({"quality": quality} if encoding == "jpeg" else {}),
+        "frames": pictures.facts,
         "environments": sorted({str(file.env.get("env_name", "")) for file in files} - {""}),
         # Of the first file: controller with the units of its actions, camera sizes.
         "env_args": dict(env),

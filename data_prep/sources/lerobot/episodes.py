@@ -17,6 +17,7 @@ from data_prep.sources.lerobot.frames import Decoder, Request, decoder
 from data_prep.sources.lerobot.keys import Key, kept_keys
 from data_prep.sources.lerobot.metadata import Clip, EpisodeFiles, Metadata, read_metadata, read_tasks
 from data_prep.sources.lerobot.rows import Rows, image_bytes, numbers, strings
+from data_prep.sources.pictures import JPEG, Pictures
 from uwm_jax.data.chunks import EpisodeError
 from uwm_jax.data.episodes import feature_tree, serialize_episode
 from uwm_jax.data.features import STEPS, Feature
@@ -32,7 +33,7 @@ class Episodes(Input):
     """Consecutive episodes of one split, and of one data file where several share it.
 
     Attributes:
-        quality: of JPEG; None for PNG.
+        pictures: how frames of videos are stored.
         seconds: time limit for decoding one camera of an episode.
     """
 
@@ -43,7 +44,7 @@ class Episodes(Input):
     sizes: tuple[int, ...]
     keys: tuple[Key, ...]
     features: dict[str, Feature]
-    quality: int | None
+    pictures: Pictures
     seconds: float
 
     declared_by: ClassVar[str] = "meta/episodes"
@@ -110,15 +111,13 @@ class Episodes(Input):
                 "no frame at its time",
                 f"{key.source}: the last step is at {float(times[-1]):.3f} s, to_timestamp is {clip.stop:.3f} s",
             )
-        height, width, _ = key.feature.shape or ()
         request = Request(
             file=self.root / clip.file,
             camera=key.source,
             times=times,
             tolerance=tolerance,
             size=key.size,
-            resize=(height, width),
-            quality=self.quality,
+            pictures=self.pictures,
             max_bytes=max_bytes,
         )
         try:
@@ -148,24 +147,20 @@ def corpus(
     *,
     cameras: Sequence[str] = (),
     splits: Sequence[str] = (),
-    encoding: str = "jpeg",
-    quality: int = 95,
-    resize: tuple[int, int] | None = None,
+    pictures: Pictures = JPEG,
     seconds: float = 300.0,
 ) -> Corpus:
     """The corpus of a LeRobot dataset.
 
     Args:
         cameras, splits: those to take; all if empty.
-        encoding, quality: of the frames of videos, "jpeg" or "png"; quality of JPEG.
-        resize: (height, width) to which frames of videos are resized before they are encoded; None: their own. Images
-            in parquet files are left to `training_layout.build`.
+        pictures: how frames of videos are stored. Images in parquet files are left to `training_layout.build`.
         seconds: time limit for decoding one camera of an episode.
     Raises:
         UserError: as `lerobot_metadata.read_metadata`, or a camera has no readable image.
     """
     metadata = read_metadata(root, cameras, splits)
-    keys, encodings, left_out = kept_keys(metadata, encoding, resize, seconds)
+    keys, encodings, left_out = kept_keys(metadata, pictures, seconds)
     for source, reason in left_out.items():
         print(f"{source} is left out: {reason}.")
     features = {key.path: key.feature for key in keys}
@@ -186,15 +181,13 @@ def corpus(
         path=root,
         tree=feature_tree(features, encodings),
         splits={
-            split: list(
-                _inputs(metadata, parts, tuple(keys), features, quality if encoding == "jpeg" else None, seconds)
-            )
+            split: list(_inputs(metadata, parts, tuple(keys), features, pictures, seconds))
             for split, parts in metadata.splits.items()
         },
         info={"description": f"Converted from a LeRobot dataset of codebase {version}."},
         source={"format": f"LeRobot {version}"},
-        facts={"robot": _facts(metadata, keys, left_out, encoding, quality)},
-        options={"cameras": sorted(cameras), "encoding": encoding, "quality": quality, "seconds": seconds},
+        facts={"robot": _facts(metadata, keys, left_out, pictures)},
+        options={"cameras": sorted(cameras), **pictures.options, "seconds": seconds},
     )
 
 
@@ -203,7 +196,7 @@ def _inputs(
     episodes: Sequence[EpisodeFiles],
     keys: tuple[Key, ...],
     features: dict[str, Feature],
-    quality: int | None,
+    pictures: Pictures,
     seconds: float,
 ) -> Iterator[Episodes]:
     steps: collections.Counter[str] = collections.Counter()
@@ -226,7 +219,7 @@ def _inputs(
             sizes=tuple(sizes),
             keys=keys,
             features=features,
-            quality=quality,
+            pictures=pictures,
             seconds=seconds,
         )
 
@@ -248,9 +241,7 @@ def _grouped(episodes: Sequence[EpisodeFiles]) -> Iterator[list[EpisodeFiles]]:
         yield group
 
 
-def _facts(
-    metadata: Metadata, keys: Sequence[Key], left_out: dict[str, str], encoding: str, quality: int
-) -> dict[str, Any]:
+def _facts(metadata: Metadata, keys: Sequence[Key], left_out: dict[str, str], pictures: Pictures) -> dict[str, Any]:
     """Robot facts of `info.json`, for the manifest."""
     facts: dict[str, Any] = {
         "format": "LeRobot",
@@ -263,6 +254,6 @@ def _facts(
     }
     videos = {key.path.removeprefix(STEPS): list(key.size) for key in keys if key.kind == "video"}
     if videos:
-        facts["frames"] = {"encoding": encoding} | ({"quality": quality} if encoding == "jpeg" else {})
+        facts["frames"] = pictures.facts
         facts["frames"]["stored_size"] = videos
     return facts

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep.jobs.child import Child, ChildError
 from data_prep.sources.decoding import MAX_ENCODED_BYTES, Video, VideoError, decoder_failure, nearest, rgb
-from uwm_jax.data.episodes import encode_jpeg, encode_png, resize_image
+from data_prep.sources.pictures import Pictures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,7 @@ class Request:
         times: in seconds, increasing.
         tolerance: largest distance in seconds between a frame and its time.
         size: (height, width) that the frames must have.
-        resize: (height, width) of the result.
-        quality: of JPEG; None for PNG.
+        pictures: how the result is stored.
         max_bytes: of the result.
     """
 
@@ -33,8 +32,7 @@ class Request:
     times: tuple[Fraction, ...]
     tolerance: Fraction
     size: tuple[int, int]
-    resize: tuple[int, int]
-    quality: int | None
+    pictures: Pictures
     max_bytes: int = MAX_ENCODED_BYTES
 
 
@@ -73,9 +71,7 @@ class Reader:
             image = rgb(frame)
             if image.shape[:2] != request.size:
                 raise VideoError("another image size", f"expected {request.size}, found {image.shape[:2]}")
-            if request.resize != request.size:
-                image = resize_image(image, request.resize)
-            encoded.append(encode_png(image) if request.quality is None else encode_jpeg(image, request.quality))
+            encoded.append(request.pictures.encode(image))
             total += len(encoded[-1])
             if total > request.max_bytes:
                 raise VideoError("oversized episode", f"{len(encoded)} of its frames have {total / 1e9:.2f} GB")

@@ -15,6 +15,7 @@ from data_prep.sources.decoding import VideoError, import_av
 from data_prep.sources.lerobot.frames import Decoder, decoder
 from data_prep.sources.lerobot.metadata import EpisodeFiles, Metadata
 from data_prep.sources.lerobot.rows import Rows, image_bytes
+from data_prep.sources.pictures import Pictures
 from uwm_jax.data.chunks import EpisodeError
 from uwm_jax.data.features import STEPS, Feature
 from uwm_jax.data.names import check_name
@@ -64,13 +65,13 @@ def our_names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def kept_keys(
-    metadata: Metadata, encoding: str, resize: tuple[int, int] | None, seconds: float
+    metadata: Metadata, pictures: Pictures, seconds: float
 ) -> tuple[list[Key], dict[str, str], dict[str, str]]:
     """The features that are kept, the encoding of each camera ("jpeg" or "png") by path, and the reasons for which
     further ones are left out.
 
     Args:
-        encoding, resize: that video frames get, and their (height, width); None: their own.
+        pictures: how frames of videos are stored.
         seconds: time limit for decoding the first frame of a video.
     Raises:
         UserError: a camera has no readable image, or names collide.
@@ -88,8 +89,8 @@ def kept_keys(
         path = STEPS + check_name(names[source], "the name of a feature", metadata.root, nested=True)
         if source in metadata.videos:
             size = sizes[source]
-            keys.append(Key(source, path, Feature((*(resize or size), 3), "uint8", image=True), "video", size))
-            encodings[path] = encoding
+            keys.append(Key(source, path, Feature((*(pictures.resize or size), 3), "uint8", image=True), "video", size))
+            encodings[path] = pictures.encoding
         elif source in metadata.images:
             shape, found = _image_shape(metadata, source)
             if shape is None:

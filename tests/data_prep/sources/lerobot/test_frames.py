@@ -18,6 +18,7 @@ from data_prep.sources.decoding import VideoError
 from data_prep.sources.lerobot import frames
 from data_prep.sources.lerobot.episodes import corpus
 from data_prep.sources.lerobot.frames import Decoder, Reader, Request
+from data_prep.sources.pictures import Pictures
 from tests.data_prep import lerobot_source
 from tests.data_prep.clips import SIZE, number_of, write_clip
 from uwm_jax.data.records import decode_image
@@ -80,7 +81,7 @@ def test_a_camera_whose_decoder_crashes_at_once(
 
 
 def request(file: Path, **fields: object) -> Request:
-    values: dict = {"camera": TOP, "tolerance": Fraction(1, 20), "size": SIZE, "resize": SIZE, "quality": None}
+    values: dict = {"camera": TOP, "tolerance": Fraction(1, 20), "size": SIZE, "pictures": Pictures("png")}
     times = tuple(Fraction(i, 10) for i in range(3))
     return Request(file=file, times=times, **values | fields)  # type: ignore[arg-type]
 
