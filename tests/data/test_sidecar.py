@@ -37,7 +37,9 @@ def _write(dataset: Path, fields=FIELDS, overwrite: bool = False, values=(1.0, 2
             (out.directory / "deep").mkdir(exist_ok=True)
             np.save(out.directory / "deep" / "a.npy", np.asarray(values, np.float16))
             (out.directory / "part-0").write_text("a working file of the job")
-            out.finish(["deep/a.npy"], facts={"frames": 2})
+            sizes: list[int] = []
+            out.finish(["deep/a.npy"], facts={"frames": 2}, progress=sizes.append)
+            assert sizes == [(out.directory / "deep" / "a.npy").stat().st_size]
         return out
 
 

@@ -25,7 +25,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +200,18 @@ class SidecarWriter:
         self._dataset, self._header = dataset, dict(header)
         self.complete = _read(directory, dataset) if complete else None
 
-    def finish(self, files: Iterable[str], facts: Mapping[str, Any] | None = None) -> Sidecar:
+    def finish(
+        self,
+        files: Iterable[str],
+        facts: Mapping[str, Any] | None = None,
+        progress: Callable[[int], Any] = lambda size: None,
+    ) -> Sidecar:
         """Writes `sidecar.json`, and removes what the job has left in the folder besides these files.
 
         Args:
             files: names relative to the folder, in it already.
             facts: results for people, in types of JSON.
+            progress: is told the bytes of each file that was read for its checksum.
         """
         listed = {}
         for name in sorted(files):
@@ -213,6 +219,7 @@ class SidecarWriter:
             file = self.directory / name
             sync(file)  # after a crash, the manifest must not list what is not there
             listed[name] = {"bytes": file.stat().st_size, "crc32c": checksum(file)}
+            progress(listed[name]["bytes"])
         content = {**self._header, "facts": dict(facts or {}), "files": listed}
         write_text(self.directory / _MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
         _clear(self.directory, {*listed, _MANIFEST, _LOCK})

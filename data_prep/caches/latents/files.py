@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from data_prep.jobs.job_folder import claimed
 from uwm_jax.data.latents import EPISODES_FILE, KIND, Layout, folder, part_file, salt_of
@@ -234,7 +235,9 @@ def _finish(writer: SidecarWriter, layout: Layout, num_episodes: int) -> Sidecar
             np.save(out, layout.episodes, allow_pickle=False)
         files.append(EPISODES_FILE)
     steps = sum(layout.steps(part) for part in range(len(layout.parts)))
-    return writer.finish(files, {"episodes": len(layout.episodes), "steps": steps})
+    facts = {"episodes": len(layout.episodes), "steps": steps}
+    with tqdm(total=layout.total_bytes, desc="checksums", unit="B", unit_scale=True, delay=1) as bar:
+        return writer.finish(files, facts, bar.update)
 
 
 def random_blocks(cameras: Sequence[str], seed: int = 0) -> Blocks:
