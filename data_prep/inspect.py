@@ -47,6 +47,7 @@ _IDLE = 0.2  # a larger share of idle steps is remarked
 _MOST_TILES = 64  # a larger contact sheet would take all memory
 _MOST_PANELS, _MOST_DRAWN = 32, 128  # dimensions of a column, and of all of them, that are drawn
 _MOST_NAMED = 10  # dimensions in a remark
+_SEEN = 128  # pixels of height up to which a small frame is enlarged, each pixel by the same whole number
 
 
 PAGE = "index.html"
@@ -158,7 +159,11 @@ def inspect_run(
 
 def _frames(found: TracedRow) -> Image.Image:
     """The frames of a row, a strip for each of its keys."""
-    strips = {key: x[0] for key, x in found.batch.items() if x.dtype == np.uint8}
+    strips = {}
+    for key, x in found.batch.items():
+        if x.dtype == np.uint8:
+            larger = max(1, _SEEN // x.shape[2])
+            strips[key] = x[0].repeat(larger, axis=1).repeat(larger, axis=2)
     if not strips:
         return note("this window has no frames")
     height = 18 + max(x.shape[1] for x in strips.values())
@@ -299,7 +304,9 @@ def main(call: cli.Call) -> None:
     data.close()
     print(data.summary())
     if found:
-        print(f"step {step}, row {row}: {found.place}{', replaced: it needs a bad record' if found.replaced else ''}")
+        source, dataset, shard, episode, origin = found.place
+        where = f"source {source}, {dataset}, {shard}, episode {episode}, window from step {origin}"
+        print(f"step {step}, row {row}: {where}{', replaced: it needs a bad record' if found.replaced else ''}")
     print(f"wrote {page}")
 
 

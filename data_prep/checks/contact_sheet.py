@@ -47,7 +47,7 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
         dataset.frames(episode, dict.fromkeys(cameras, steps), frames)
         top = row * block
         draw.line([(0, top), (size[0], top)], fill="black", width=2)
-        text = ": ".join(filter(None, [f"episode {episode}", f"{length} steps", language(dataset, episode)]))
+        text = ": ".join(filter(None, [f"episode {episode}", f"{length} steps", instruction(dataset, episode)]))
         draw.text((6, top + 4), fitting(text, font, size[0] - 12), "black", font)
         for i, camera in enumerate(cameras):
             y = top + 24 + i * line
@@ -84,7 +84,7 @@ def instructions(dataset: Dataset, episode: int) -> dict[str, str]:
     return found
 
 
-def language(dataset: Dataset, episode: int) -> str:
+def instruction(dataset: Dataset, episode: int) -> str:
     """The first of the episode's instructions that is not empty; "" without one."""
     return next(filter(None, instructions(dataset, episode).values()), "")
 

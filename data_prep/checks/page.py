@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.checks.column_facts import ColumnFacts, column_facts
-from data_prep.checks.contact_sheet import instructions, spread
+from data_prep.checks.contact_sheet import instruction, instructions, spread
 from data_prep.checks.trace import TracedRow
 from uwm_jax.data.mixture import shares_of
 from uwm_jax.data.records import Dataset
@@ -200,6 +200,7 @@ def traced_row(data: RunData, found: TracedRow, picture: Path, step: int, row: i
         "shard": place.shard,
         "episode": place.episode,
         "first step of the window": place.origin,
+        "instruction": instruction(data.sources[place.source].dataset, place.episode) or "none",
         "weights of the mixture": "as recorded"
         if found.known
         else "of the config: no checkpoint lies behind this step",
@@ -223,6 +224,8 @@ def traced_row(data: RunData, found: TracedRow, picture: Path, step: int, row: i
 def _numbers(value: Any) -> Html:
     value = np.asarray(value)
     if value.ndim > 2:  # latents
-        return fill("<td>{} {}, {} to {}</td>", value.dtype, value.shape, f"{value.min():.4g}", f"{value.max():.4g}")
-    text = np.array2string(value, precision=4, suppress_small=True, threshold=200, max_line_width=90)
+        shape = " x ".join(map(str, value.shape))
+        return fill("<td>{} {}, {} to {}</td>", value.dtype, shape, f"{value.min():.4g}", f"{value.max():.4g}")
+    # A row of the array is a line, however long: the table scrolls.
+    text = np.array2string(value, precision=4, suppress_small=True, threshold=400, max_line_width=10_000)
     return fill("<td><pre>{}</pre></td>", text)

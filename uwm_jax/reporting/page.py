@@ -312,6 +312,7 @@ ul.key svg { background: #fff; border-radius: 2px; flex: none; }
 .curves figure { margin: 0 0 1.5rem; min-width: 0; } .curve svg { width: 100%; height: auto; }
 .wide .curve { max-width: 52rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding-left: 1rem; }
+td pre { white-space: pre; border: 0; margin: 0; padding: 0; }
 .bar { min-width: 8rem; width: 20rem; }
 .bar i { display: block; height: 1rem; background: #0072b2; margin-top: .25rem; }
 @media (max-width: 40rem) {

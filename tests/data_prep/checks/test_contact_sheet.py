@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.checks.contact_sheet import contact_sheet, fitting, font_of, language, printable
+from data_prep.checks.contact_sheet import contact_sheet, fitting, font_of, instruction, printable
 from data_prep.conversion.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax.data.records import Dataset
@@ -63,7 +63,7 @@ def test_what_the_font_lacks_is_escaped() -> None:
 def test_language_is_text_not_an_encoded_embedding(out: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(out, tmp_path / "copy")
     manifest = json.loads((copy / "manifest.json").read_text())
-    assert language(Dataset(copy), 2) == "do thing 2"
+    assert instruction(Dataset(copy), 2) == "do thing 2"
     manifest["step_features"]["language_instruction"] |= {"dtype": "float32", "encoding": "zlib"}
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert language(Dataset(copy), 2) == ""
+    assert instruction(Dataset(copy), 2) == ""

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep import inspect
+from data_prep.checks import page
 from data_prep.checks.page import mixture
 from data_prep.checks.trace import traced
 from tests.data import rlds_source
@@ -106,8 +108,19 @@ def test_a_row_with_choices_and_limits_that_needs_a_bad_record(config, made, tmp
         assert found.replaced == (position in bad)
         for key in found.batch.keys() - {"row"}:
             np.testing.assert_array_equal(found.batch[key][0], seen[position // 8][key][position % 8])
-        page = inspect.inspect_run(data, 128, "a run", tmp_path / "out", found, (position // 8 + 1, position % 8))
-        assert ("which needs a bad record" in page.read_text()) == (position in bad)
+        written = inspect.inspect_run(data, 128, "a run", tmp_path / "out", found, (position // 8 + 1, position % 8))
+        text = written.read_text()
+        assert ("which needs a bad record" in text) == (position in bad)
+        assert f"<dt>instruction</dt><dd>do thing {found.place.episode}</dd>" in text
+        with Image.open(written.with_suffix(".png")) as picture:
+            strips = [x[0].shape for x in found.batch.values() if x.dtype == np.uint8]
+            assert picture.height == len(strips) * (18 + max(128 // h * h for _, h, _, _ in strips)), strips
+
+
+def test_numbers_of_a_row_keep_their_rows() -> None:
+    wide = np.arange(40.0).reshape(2, 20)
+    assert page._numbers(wide).count("\n") == 1
+    assert "float64 3 x 2 x 8 x 8 x 4, 0 to 0" in page._numbers(np.zeros((3, 2, 8, 8, 4)))
 
 
 def test_rows_that_do_not_exist_are_refused(config) -> None:  # noqa: F811
