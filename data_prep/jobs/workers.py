@@ -26,7 +26,11 @@ def pool(
       initializer: called once in each process with `initargs`; like submitted functions, importable by name.
     """
     context = multiprocessing.get_context("spawn")
+    _shared.append(initargs)
     return _Pool(processes, context, start, (initializer, initargs))
+
+
+_shared: list[Any] = []  # `initargs`: a shared number that ends with the block fails processes that are starting then
 
 
 class _Pool(concurrent.futures.ProcessPoolExecutor):

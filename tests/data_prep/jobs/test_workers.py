@@ -50,3 +50,20 @@ def test_a_worker_that_is_killed_is_one_message() -> None:
         executor.submit(os._exit, 9).result()
     with pytest.raises(ZeroDivisionError), pool(1) as executor:
         executor.submit(divmod, 1, 0).result()
+
+
+ENDS_AT_ONCE = """
+import multiprocessing
+from data_prep.jobs.workers import pool
+counter = multiprocessing.get_context("spawn").Value("q", 0)
+executor = pool(1, id, (counter,))
+executor.submit(abs, 1)
+executor.shutdown(wait=False, cancel_futures=True)
+del counter, executor
+"""
+
+
+def test_a_process_that_starts_while_the_command_fails_is_silent() -> None:
+    command = [sys.executable, "-c", ENDS_AT_ONCE]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
