@@ -99,7 +99,7 @@ class Encoder:
         self._encode = program.compile(encode, self._frozen, *inputs)
 
     def blocks(self, layout: Layout, part: int) -> Iterator[Block]:
-        """The latents of a part, as `latent_files.write_caches` takes them."""
+        """The latents of a part, as `files.write_caches` takes them."""
         first, last = layout.parts[part]
         with contextlib.closing(self._read_ahead(self._places(layout.episodes[first:last]))) as batches:
             start = 0

@@ -131,11 +131,11 @@ def corpus(
     """The corpus of a file, or of the files below a directory.
 
     Args:
-        splits: those to take; () for all that share no demonstration (`hdf5_files.split_demos`).
+        splits: those to take; () for all that share no demonstration (`files.split_demos`).
         flip: one of `FLIPS`; None: `rows` for LIBERO, whose pictures are upside down, `none` for robomimic.
         pictures: how they are stored.
     Raises:
-        UserError: as `hdf5_files.find_files` and `common_keys`, or an unknown split.
+        UserError: as `files.find_files` and `common_keys`, or an unknown split.
     """
     files = find_files(path)
     kind = files[0].kind

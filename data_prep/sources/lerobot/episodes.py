@@ -157,7 +157,7 @@ def corpus(
         pictures: how frames of videos are stored. Images in parquet files are left to `training_layout.build`.
         seconds: time limit for decoding one camera of an episode.
     Raises:
-        UserError: as `lerobot_metadata.read_metadata`, or a camera has no readable image.
+        UserError: as `metadata.read_metadata`, or a camera has no readable image.
     """
     metadata = read_metadata(root, cameras, splits)
     keys, encodings, left_out = kept_keys(metadata, pictures, seconds)
