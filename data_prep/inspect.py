@@ -24,7 +24,7 @@ from data_prep.checks.column_facts import ColumnFacts
 from data_prep.checks.contact_sheet import contact_sheet, font_of, note, printable
 from data_prep.checks.page import Language, dataset_page, facts_of, language_of, run_page, traced_row
 from data_prep.checks.trace import TracedRow, open_run, traced
-from data_prep.conversion.training_layout import summary
+from data_prep.conversion.training_layout import main_split, summary
 from data_prep.jobs.output import local_output, local_place
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
@@ -321,7 +321,7 @@ def _inspect_dataset() -> None:
     directory = find_dataset(cli.required("dataset"))
     output = local_output() if FLAGS.output else local_place(directory / "inspect", "--output")
     manifest = read_manifest(directory)
-    split = FLAGS.split or ("train" if "train" in manifest["splits"] else sorted(manifest["splits"])[0])
+    split = FLAGS.split or main_split(manifest)
     remarks = inspect(Dataset(directory, split), output, FLAGS.episodes, FLAGS.frames)
     print(f"{directory}: {summary(manifest)}")
     for remark in remarks:

@@ -10,14 +10,13 @@ by reason in `manifest.json`, and the first hundred files of each reason are nam
 
 from __future__ import annotations
 
-import importlib.util
 from fractions import Fraction
 
 from absl import flags
 
 from data_prep.conversion import layout_options
 from data_prep.conversion.training_layout import run
-from data_prep.sources.decoding import time_limit
+from data_prep.sources.decoding import import_av, time_limit
 from data_prep.sources.videos.clips import Sampling
 from data_prep.sources.videos.corpus import corpus
 from data_prep.sources.videos.labels import read_labels
@@ -66,10 +65,7 @@ def main(call: cli.Call) -> None:
     if FLAGS.fps is not None and not 0 < FLAGS.fps < 1e6:
         raise UserError(f"--fps={FLAGS.fps:g}: expected a positive number of steps per second.")
     seconds = time_limit(FLAGS.seconds)
-    if importlib.util.find_spec("av") is None:
-        raise UserError(
-            "PyAV (av) is not installed. Run `pip install 'uwm_jax[videos]'` (`-e '.[videos]'` in a clone)."
-        )
+    import_av()
     fps = None if FLAGS.fps is None else Fraction(str(FLAGS.fps))
     sampling = Sampling(size, fps, FLAGS.every or 1, FLAGS.min_steps, FLAGS.quality)
     labels = cli.optional_local_path("labels")

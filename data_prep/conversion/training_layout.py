@@ -284,6 +284,11 @@ def is_training_dataset(directory: Place) -> bool:
     return manifest.get("format") == records.FORMAT
 
 
+def main_split(manifest: Mapping[str, Any]) -> str:
+    """`train`, else the first of a dataset's splits: the one that its codec is fitted on and that is shown."""
+    return "train" if "train" in manifest["splits"] else next(iter(manifest["splits"]))
+
+
 def _camera_sizes(corpus: Corpus) -> dict[str, tuple[int, int]]:
     """Sizes of the cameras; for one that features.json does not specify, the most frequent in the first episodes."""
     sizes: dict[str, tuple[int, int]] = {}
@@ -320,7 +325,7 @@ def _camera_sizes(corpus: Corpus) -> dict[str, tuple[int, int]]:
 def _derive(directory: Path, manifest: dict[str, Any], options: Options) -> None:
     """Computes statistics from the finished records, and fits the PCA codec on the `train` split, else the first."""
     write_stats(directory)
-    dataset = Dataset(directory, "train" if "train" in manifest["splits"] else next(iter(manifest["splits"])))
+    dataset = Dataset(directory, main_split(manifest))
     patch = options.pca_patch
     size = options.codec_size or common_size(dataset.cameras, patch)
     if not dataset.cameras or size is None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data_prep.conversion.layout_options import Options
-from data_prep.conversion.training_layout import build, reshard, summary
+from data_prep.conversion.training_layout import build, main_split, reshard, summary
 from data_prep.sources import rlds
 from tests.data import rlds_source
 from uwm_jax.codecs import fit_pca
@@ -375,3 +375,8 @@ def test_command_line(made, tmp_path: Path) -> None:
     )
     again = run(f"--input={source}", f"--output={tmp_path / 'out'}")
     assert again.returncode == 2 and "--overwrite" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_the_main_split_is_train_or_the_first_as_stored() -> None:
+    assert main_split({"splits": {"a": {}, "train": {}}}) == "train"
+    assert main_split({"splits": {"b": {}, "a": {}}}) == "b"
