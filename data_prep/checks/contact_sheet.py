@@ -15,7 +15,7 @@ DARK = 16  # a frame whose pixels are all darker counts as black
 _TILE_HEIGHT = 128
 _LEAST_TILE = 72  # pixels of height; a sheet of many columns is wider than the page instead
 _PAGE = 1248  # pixels that a page is wide: a sheet that is wider is scrolled
-_LABEL_WIDTH = 190
+_LABEL_WIDTH, _STEP_WIDTH = 190, 64  # pixels of a camera's name, and of a step's number
 _MARGIN = 4
 
 
@@ -34,9 +34,10 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
     room = (_PAGE - _LABEL_WIDTH) // num_frames - _MARGIN
     tall = min(_TILE_HEIGHT, max(_LEAST_TILE, int(room / max(aspect.values()))))
     widths = {c: max(1, round(tall * aspect[c])) for c in cameras}
+    column = max(_STEP_WIDTH, *widths.values()) + _MARGIN
     line = tall + 18
     block = 24 + len(cameras) * line + 10
-    size = (_LABEL_WIDTH + num_frames * (max(widths.values()) + _MARGIN), len(episodes) * block)
+    size = (_LABEL_WIDTH + num_frames * column, len(episodes) * block)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     brightest = dict.fromkeys(cameras, 0)
@@ -55,7 +56,7 @@ def contact_sheet(dataset: Dataset, num_episodes: int, num_frames: int) -> tuple
             height, width = dataset.cameras[camera]
             draw.multiline_text((6, y + 18), "\n".join([*name, f"{height} x {width}"]), "black", font)
             for j, (step, frame) in enumerate(zip(steps, frames[camera], strict=True)):
-                x = _LABEL_WIDTH + j * (max(widths.values()) + _MARGIN)
+                x = _LABEL_WIDTH + j * column
                 draw.text((x, y + 1), f"step {step}", "gray", small)
                 # Nearest neighbour keeps enlarged pixels sharp.
                 tile = Image.fromarray(frame).resize(

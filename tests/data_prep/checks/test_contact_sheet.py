@@ -44,6 +44,11 @@ def test_a_sheet_of_wide_cameras_is_no_wider_than_the_page(out: Path) -> None:
         assert sheet is not None
         heights[frames] = sheet.height
         assert (sheet.width <= 1248) == (frames < 64), "so many would be too small to see"
+    dataset.cameras.pop("observation/exterior")
+    dataset.cameras["observation/wrist"] = (16, 2)
+    dataset.frames = lambda *_: None  # type: ignore[method-assign]
+    narrow, _ = contact_sheet(dataset, num_episodes=1, num_frames=3)
+    assert narrow is not None and narrow.width >= 190 + 3 * font_of(11).getlength("step 99999")
     assert heights[4] > heights[8] > heights[64] > 2 * 72
 
 
