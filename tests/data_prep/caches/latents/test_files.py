@@ -25,7 +25,7 @@ def test_a_part_that_two_shares_have_is_made_once(tiny_dataset: Path, tmp_path: 
     layout = layout_of(dataset, fields[CAMERAS[0]], episodes)
     parts, random, made = range(len(layout.parts)), random_blocks(CAMERAS), collections.Counter[int]()
     assert len(parts) > 2
-    both_started = threading.Barrier(2, timeout=10)
+    both_started = threading.Barrier(2, timeout=60)
 
     def share(order: list[int]) -> list:
         def blocks(layout, part):
