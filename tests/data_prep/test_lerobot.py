@@ -299,7 +299,7 @@ def test_a_group_is_a_part_of_one_file(tmp_path: Path) -> None:
 
 def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
     root = tmp_path / "arm"
-    lerobot_source.make(root, "v2.1", [3] * 10, videos=[TOP], info={"features": _with(TOP)})
+    lerobot_source.make(root, "v2.1", [3] * 11, videos=[TOP], info={"features": _with(TOP, "note")})
     data(root, 1).write_bytes(data(root, 1).read_bytes()[:-20])
     lerobot_source.write_parquet(data(root, 2), lerobot_source.rows([lerobot_source.episode(1, 3)], 0))
     lerobot_source.write_parquet(data(root, 3), lerobot_source.rows([lerobot_source.episode(3, 4)], 0))
@@ -310,6 +310,7 @@ def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
         (7, {"action": np.zeros((3, 3))}),
         (8, {"task_index": [7] * 3}),
         (9, {"frame_index": [0.0, float("nan"), 2.0]}),
+        (10, {"note": pa.array([b"a", b"\xe3", b""]).cast(pa.string(), safe=False)}),
     ):
         table = lerobot_source.rows([lerobot_source.episode(number, 3) | column], 0)
         lerobot_source.write_parquet(data(root, number), table)
@@ -325,6 +326,7 @@ def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
         "another shape",
         "unknown task",
         "another type",
+        "unreadable parquet file",
     ]
 
 
@@ -401,6 +403,15 @@ def test_damaged_metadata(tmp_path: Path) -> None:
         lerobot_source.write_parquet(root / "meta/tasks.parquet", tasks)
         read_tasks.cache_clear()
         with pytest.raises(UserError, match=f"tasks.parquet: task_index is {index!r}; expected an integer"):
+            corpus(root)
+    whole = pa.table({"task_index": [0], "task": ["lift"]})
+    for damaged in (
+        pa.table({"task_index": [0], "task": pa.array([b"\xe3"]).cast(pa.string(), safe=False)}),
+        *(whole.replace_schema_metadata({"pandas": text}) for text in ("{", "[1]", b"\xe3")),
+    ):
+        lerobot_source.write_parquet(root / "meta/tasks.parquet", damaged)
+        read_tasks.cache_clear()
+        with pytest.raises(UserError, match=r"tasks.parquet is damaged"):
             corpus(root)
     read_tasks.cache_clear()
     (root / "meta/tasks.parquet").write_bytes(b"PAR1")

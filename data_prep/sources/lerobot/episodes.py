@@ -88,7 +88,7 @@ class Episodes(Input):
             if key.kind == "image":
                 values[key.path] = image_bytes(self.root, key.source, column)
             elif key.kind == "string":
-                values[key.path] = strings(column)
+                values[key.path] = strings(key.source, column)
             else:
                 values[key.path] = _typed(key, numbers(key.source, column, key.feature.shape or ()))
         return serialize_episode(self.features, values)

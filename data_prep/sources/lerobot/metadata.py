@@ -133,16 +133,24 @@ def read_tasks(root: Path, major: int) -> dict[int, str]:
     if not file.exists():
         return {}
     table = read_table(file)
-    # The text is pandas' index, which has had the names "task" and none.
-    pandas = table.schema.pandas_metadata or {}
-    names = [n for n in pandas.get("index_columns", ()) if isinstance(n, str)]
-    text = next((n for n in (*names, "task", _INDEX) if n in table.column_names), None)
-    if text is None or "task_index" not in table.column_names:
+    try:
+        # The text is pandas' index, which has had the names "task" and none.
+        pandas = table.schema.pandas_metadata or {}
+        names = [n for n in pandas.get("index_columns", ()) if isinstance(n, str)]
+        columns = {
+            name: table[name].to_pylist()
+            for name in ("task_index", *names, "task", _INDEX)
+            if name in table.column_names
+        }
+    except (ValueError, AttributeError, TypeError) as e:  # texts, or pandas' JSON, that are damaged
+        raise UserError(f"{file} is damaged ({str(e)[:200]}). Copy it again.") from e
+    text = next((name for name in columns if name != "task_index"), None)
+    if text is None or "task_index" not in columns:
         raise UserError(
             f"{file}: expected the columns `task_index` and the index of texts, found {', '.join(table.column_names)}."
         )
     tasks: dict[int, str] = {}
-    for index, task in zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True):
+    for index, task in zip(columns["task_index"], columns[text], strict=True):
         _integer({"task_index": index}, "task_index", str(file))
         tasks[index] = "" if task is None else str(task)
     return tasks

@@ -121,9 +121,9 @@ def numbers(key: str, column: Any, shape: tuple[int, ...]) -> np.ndarray:
         ) from e
 
 
-def strings(column: Any) -> list[str]:
-    """A column of strings, or of lists of one string; null is the empty string."""
-    values = (value[0] if isinstance(value, list) and value else value for value in column.to_pylist())
+def strings(key: str, column: Any) -> list[str]:
+    """A column of strings, or of lists of one string; null is the empty string. EpisodeError if one is no UTF-8."""
+    values = (value[0] if isinstance(value, list) and value else value for value in _values(key, column))
     return ["" if value is None or value == [] else str(value) for value in values]
 
 
@@ -133,8 +133,15 @@ def image_bytes(root: Path, key: str, column: Any, most: int | None = None) -> l
     Raises:
         EpisodeError: an image has neither, or its path leads out of the dataset.
     """
-    values = column.slice(0, most).to_pylist() if most is not None else column.to_pylist()
+    values = _values(key, column if most is None else column.slice(0, most))
     return [_image(root, key, step, value) for step, value in enumerate(values)]
+
+
+def _values(key: str, column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as e:  # files seldom hold checksums
+        raise EpisodeError(_BROKEN, f"{key}: a string is no UTF-8 ({e})") from e
 
 
 def _image(root: Path, key: str, step: int, value: Any) -> bytes:
