@@ -20,7 +20,7 @@ from data_prep.caches.latents.caching import Options, make
 from data_prep.jobs import shares
 from uwm_jax import cli, config_help
 from uwm_jax import config as config_lib
-from uwm_jax.data.latents import DTYPES
+from uwm_jax.data.latents import DTYPES, MOST_PARTS
 
 FLAGS = flags.FLAGS
 
@@ -33,7 +33,10 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", Options.dtype, DTYPES, "of the stored numbers")
     flags.DEFINE_enum("episodes", Options.episodes, ("all", "used"), "of the dataset, or those that the config selects")
     flags.DEFINE_integer(
-        "steps_per_part", Options.steps_per_part, "steps of a file, which is what a killed job loses", lower_bound=1
+        "steps_per_part",
+        Options.steps_per_part,
+        f"steps of a file, which is what a killed job loses; more where a split would have over {MOST_PARTS} files",
+        lower_bound=1,
     )
     flags.DEFINE_bool("estimate", False, "only say what it costs and whether it pays")
     flags.DEFINE_bool("overwrite", False, "replace caches that are there")
