@@ -8,6 +8,7 @@ local job service, whose workers are processes of their own.
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from data_prep.conversion.cutting import Job, run_task
 from data_prep.conversion.results import Result
 from uwm_jax.errors import RunError, UserError
+
+_PATIENCE = 20.0  # seconds to reach a job service
 
 
 def run_jobs(
@@ -34,7 +37,7 @@ def run_jobs(
     """
     try:
         import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+        from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
     except ImportError as e:
         raise UserError(
             "--beam: Apache Beam is not installed. Make an environment of its own for it and run "
@@ -46,6 +49,7 @@ def run_jobs(
             options = PipelineOptions(list(arguments))
             if "Direct" in (options.view_as(StandardOptions).runner or "DirectRunner"):
                 _check_known(options, arguments)
+            _check_reachable(options.view_as(PortableOptions).job_endpoint or "")
             pipeline = beam.Pipeline(options=options)
         except (SystemExit, ValueError) as e:  # for some, Beam has printed the reason
             raise UserError(f"--beam: Beam refuses its options, {' '.join(arguments)!r}: {e}") from e
@@ -65,6 +69,16 @@ def _check_known(options: Any, arguments: Sequence[str]) -> None:
     stray = [a for a, b in pairs if a[:1] != "-" and (b[:2] != "--" or "=" in b)]
     if unknown or stray:
         raise ValueError(f"the DirectRunner does not know {', '.join([*map('--{}'.format, sorted(unknown)), *stray])}")
+
+
+def _check_reachable(endpoint: str) -> None:
+    """Raises ValueError if nothing answers at `host:port` of a job service, for which Beam would wait for minutes."""
+    host, colon, port = endpoint.rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+        except (OSError, OverflowError) as e:
+            raise ValueError(f"no job service answers at {endpoint} ({e})") from e
 
 
 @contextlib.contextmanager

@@ -87,6 +87,10 @@ def test_what_a_failed_pipeline_finished_is_kept(corpus: Corpus, tmp_path: Path)
     [
         (("--runner=NoSuchRunner",), "'--runner=NoSuchRunner'"),
         (("--runer=FlinkRunner", "--direct_num_workers", "1"), ".*the DirectRunner does not know --runer$"),
+        (
+            ("--runner=PortableRunner", "--job_endpoint=localhost:1"),
+            ".*no job service answers at localhost:1 .*refused",
+        ),
         (("--direct_num_workers=1", "FlinkRunner"), ".*the DirectRunner does not know FlinkRunner$"),
     ],
 )
