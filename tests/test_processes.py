@@ -17,8 +17,12 @@ import pytest
 
 from launch.rehearse import Processes, one_device
 from tests import quick_compile
+from tests.data.test_faults import unique
 from tests.systems.small import on_tiny_dataset, small_config
 from uwm_jax import config as config_lib
+from uwm_jax.data.loader import Loader
+from uwm_jax.data.records import Dataset
+from uwm_jax.data.run_data import RunData
 from uwm_jax.parallel.distributed import SILENCE_SECONDS
 
 EVALUATES = ("--config.eval.every=4", "--config.eval.num_windows=6")  # all modes, at the end
@@ -85,6 +89,16 @@ def command_of(config, folder):
         f"def get_config():\n    return config.from_json({config_lib.to_json(config)!r}, 'test')\n"
     )
     return lambda workdir, *more: [f"--config={file}", f"--workdir={workdir}", *more]
+
+
+def spoil_first_row(config):
+    """Flips a byte of the record with the first frame of a run's first row."""
+    loader = Loader(RunData(config.data, seed=config.seed), batch_size=8)
+    trace, dataset = loader.describe(0), Dataset(config.data.path)
+    file, record = dataset.directory / trace.shard, dataset.record(trace.episode, trace.origin // dataset.chunk_steps)
+    data = bytearray(file.read_bytes())
+    data[unique(data, record)] ^= 1
+    file.write_bytes(data)
 
 
 def add_video(config):
@@ -183,7 +197,11 @@ def assert_the_same(runs, name, other, keys):
 
 @pytest.mark.parametrize("variant", ["dp", "gr1"])
 def test_two_processes_train_and_finetune_other_systems(variant, tiny_dataset, tmp_path):
+    """One of them on data with a bad record, whose rows are replaced and counted as one process does it."""
     config = on_tiny_dataset(small_config(variant), tiny_dataset)
+    if variant == "dp":
+        config.data.path, config.data.max_bad_records = str(shutil.copytree(tiny_dataset, tmp_path / "data")), 1
+        spoil_first_row(config)
     if variant != "dp":  # which refuses video without actions
         add_video(config)
     command = command_of(config, tmp_path)
@@ -192,6 +210,9 @@ def test_two_processes_train_and_finetune_other_systems(variant, tiny_dataset, t
         start([job], 2)  # processes join once
     start([command(tmp_path / "one"), command(tmp_path / "one_finetuned", finetune)], 1)
     keys = ("loss", *(f"loss/{part}" for part in config.loss.weights), "grad_norm")
+    if variant == "dp":
+        keys += ("data/bad_records", "data/bad_rows")
+        assert metrics(tmp_path, "one")[0]["data/bad_rows"] > 0
     assert_the_same(tmp_path, "two", "one", keys)
     assert_the_same(tmp_path, "two_finetuned", "one_finetuned", keys)
     assert metrics(tmp_path, "two_finetuned")[0]["loss"] < metrics(tmp_path, "two")[0]["loss"]
