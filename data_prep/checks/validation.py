@@ -404,14 +404,10 @@ def _codecs(directory: Place) -> list[Finding]:
 
 def _sidecars(directory: Place) -> list[Finding]:
     """Latents, texts and ranges inside the dataset: whether they fit it and their files are complete."""
-    try:
-        sidecars = find_sidecars(directory)
-    except UserError as e:
-        return [Finding(ERROR, "sidecars", str(e))]
-    found = []
-    for sidecar in sidecars:
+    refused: list[tuple[Place, UserError]] = []
+    for sidecar in find_sidecars(directory, refused):
         try:
             sidecar.verify()
         except UserError as e:
-            found.append(Finding(ERROR, str(sidecar.directory).removeprefix(f"{directory}/"), str(e)))
-    return found
+            refused.append((sidecar.directory, e))
+    return [Finding(ERROR, str(folder).removeprefix(f"{directory}/"), str(e)) for folder, e in refused]

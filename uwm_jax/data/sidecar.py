@@ -177,13 +177,21 @@ def is_begun(dataset: AnyPath, folder: str) -> bool:
     return (_place(dataset, folder) / _UNFINISHED).exists()
 
 
-def find_sidecars(dataset: AnyPath) -> list[Sidecar]:
+def find_sidecars(dataset: AnyPath, refused: list[tuple[Place, UserError]] | None = None) -> list[Sidecar]:
     """The complete sidecars of a dataset, sorted by folder; sizes of files are checked as `open_sidecar` does.
 
     Raises:
-        UserError: one is damaged or belongs to another dataset.
+        UserError: one is damaged or belongs to another dataset, and `refused` does not take it: (folder, error).
     """
-    return [_read(file.parent, dataset) for file in _manifests(dataset)]
+    found = []
+    for file in _manifests(dataset):
+        try:
+            found.append(_read(file.parent, dataset))
+        except UserError as e:
+            if refused is None:
+                raise
+            refused.append((file.parent, e))
+    return found
 
 
 class SidecarWriter:

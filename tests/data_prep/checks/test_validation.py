@@ -16,6 +16,7 @@ from data_prep.conversion.training_layout import reshard
 from tests.data import rlds_source
 from uwm_jax import cli
 from uwm_jax.data.records import column_file, text_file
+from uwm_jax.data.sidecar import writing_sidecar
 from uwm_jax.errors import UserError
 
 LIMITS = Limits(min_steps=4)
@@ -46,9 +47,13 @@ def test_a_dataset_as_it_was_made_has_no_errors(made: Path) -> None:
     ]
 
 
-def test_two_processes_find_the_same_as_one(made: Path) -> None:
+def test_two_processes_find_the_same_as_one(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "_BATCH", 1)
+    rlds_source.write_column(copy, "counter", np.zeros(34, np.int64))
     limits = Limits(min_steps=6, decode=-1)
-    assert validate(made, limits, workers=2) == validate(made, limits, workers=1)
+    alone = validate(copy, limits, workers=1)
+    assert validate(copy, limits, workers=2) == alone
+    assert sum("counter has other values" in finding.text for finding in alone) == 10
 
 
 def test_short_episodes_are_named(made: Path) -> None:
@@ -162,6 +167,46 @@ def test_two_json_files_that_disagree(copy: Path) -> None:
     errors = found(copy, ERROR)
     assert "counted: a step key of features.json that manifest.json does not have" in errors
     assert "counter: a step key of manifest.json that features.json does not have" in errors
+
+
+def test_types_that_differ_from_what_is_declared(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["step_features"]["counter"]["dtype"] = "float32"
+    manifest["step_features"]["embedding"] |= {"image": True}
+    manifest["step_features"]["reward"]["shape"] = [1]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    info = json.loads((copy / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"][0] = "7"
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+    errors = found(copy, ERROR)
+    assert "train: dataset_info.json lists other shards or numbers of records than manifest.json" in errors
+    assert "train: counter: float32 by manifest.json, but its column holds int64" in errors
+    assert "counter: int64 of shape [] by features.json, float32 of shape [] by manifest.json" in errors
+    assert "reward: float32 of shape [] by features.json, float32 of shape [1] by manifest.json" in errors
+    assert "embedding: an image by manifest.json, but not by features.json" in errors
+
+
+def test_a_damaged_index_is_told_with_what_was_not_checked(copy: Path) -> None:
+    (copy / "index" / "train.npz").write_bytes(b"PK")
+    (error,) = found(copy, ERROR)
+    assert "index/train.npz" in error and error.endswith("Nothing else of this split was checked.")
+    (copy / "features.json").write_text("{")
+    assert any("features.json" in e and e.endswith("No record was checked.") for e in found(copy, ERROR))
+
+
+def test_every_damaged_sidecar_is_named(copy: Path) -> None:
+    for name in ("a", "b", "c"):
+        with writing_sidecar(copy, f"latents/{name}/wrist", "latents", {"k": 1}, "continue", overwrite=False) as out:
+            (out.directory / "x.npy").write_bytes(b"0123")
+            out.finish(["x.npy"])
+    assert found(copy, ERROR) == []
+    (copy / "latents/a/wrist/x.npy").write_bytes(b"012")
+    (copy / "latents/b/wrist/x.npy").write_bytes(b"0124")
+    (copy / "latents/c/wrist/sidecar.json").write_text("{")
+    errors = found(copy, ERROR)
+    assert len(errors) == 3
+    for name in ("a", "b", "c"):
+        assert any(error.startswith(f"latents/{name}/wrist: ") for error in errors), name
 
 
 def test_black_cameras_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
