@@ -45,7 +45,8 @@ def assemble(
         if any(part.lengths for part in parts):
             splits[split] = _assemble_split(dataset, corpus, layout, split, tasks[split])
         else:
-            notes = "\n  ".join(note for _, note in first_notes(parts, 5)) or "its files hold no record"
+            counts = [f"{count} x {reason}" for reason, count in _skipped(parts)["skipped"].items()]
+            notes = "\n  ".join([*counts, *(note for _, note in first_notes(parts, 5))]) or "its files hold no record"
             if len(results) == 1:
                 raise UserError(f"{corpus.path}: no usable episode in split {split!r}:\n  {notes}")
             print(f"split {split!r} has no usable episode and is left out:\n  {notes}")

@@ -195,6 +195,11 @@ def test_what_is_skipped_is_fatal_when_asked_for(tmp_path: Path, capsys: pytest.
     arguments = [f"--input={tmp_path}/clips", f"--output={tmp_path}/out", "--every=2"]
     assert run(*arguments, "--max_skipped=0.5") == 1
     assert "2 of 3 episodes" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (tmp_path / "clips" / "a.mp4").unlink()
+    assert run(*arguments, "--overwrite") == 2
+    assert (
+        "no usable episode in split 'train':\n  2 x video cannot be opened\n  b.mp4: video" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from data_prep.jobs.child import Child, ChildError
 from data_prep.sources.decoding import decoder_failure
 from data_prep.sources.inputs import Corpus, Found, Input, modified
@@ -177,7 +179,8 @@ def corpus(
         max_bytes=max_mb << 20,
     )
     groups = [episodes[first : first + GROUP] for first in range(0, len(episodes), GROUP)]
-    inputs = [_group(number, group, reading) for number, group in enumerate(groups)]
+    bar = tqdm(groups, desc="sizes of files", unit=" groups", delay=5)  # where each file is asked for over a network
+    inputs = [_group(number, group, reading) for number, group in enumerate(bar)]
     how = {"fps": float(sampling.fps)} if sampling.fps is not None else {"every": sampling.every}
     stored = {"min_steps": sampling.min_steps, "resize": list(sampling.size), "quality": sampling.quality}
     options = {
