@@ -444,16 +444,6 @@ def test_a_split_without_a_usable_episode_is_in_the_manifest(tmp_path: Path) -> 
     assert left_out["skipped_notes"][0].startswith("episode 1: unreadable parquet file: ")
 
 
-@pytest.mark.parametrize("name, named", [("__index_level_0__", False), ("task", False), ("text", True)])
-def test_tasks_by_the_name_of_their_index(tmp_path: Path, name: str, named: bool) -> None:
-    # As pandas writes it: an index without a name, with one, and any name that its metadata give.
-    table = pa.table({"task_index": [4, 0], name: ["lift", "push"]})
-    if named:
-        table = table.replace_schema_metadata({"pandas": json.dumps({"index_columns": [name], "columns": []})})
-    lerobot_source.write_parquet(tmp_path / "meta" / "tasks.parquet", table)
-    assert read_tasks(tmp_path, 3) == {4: "lift", 0: "push"}
-
-
 def test_frames_of_videos_are_resized_before_they_are_encoded(tmp_path: Path) -> None:
     lerobot_source.make(tmp_path / "arm", "v2.1", [3], videos=[TOP], info={"features": _with(TOP)})
     made = corpus(tmp_path / "arm", pictures=Pictures("png", resize=(24, 32)))

@@ -142,6 +142,19 @@ def _typed(key: Key, values: np.ndarray) -> np.ndarray:
     return values
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Absent(Input):
+    """Episodes that `info.json` declares and the metadata do not list, so that they are counted as missing."""
+
+    name: str = "meta/episodes"
+    size: int = 0
+
+    declared_by: ClassVar[str] = "total_episodes of meta/info.json"
+
+    def episodes(self) -> Iterator[Found]:
+        return iter(())
+
+
 def corpus(
     root: Path,
     *,
@@ -181,7 +194,10 @@ def corpus(
         path=root,
         tree=feature_tree(features, encodings),
         splits={
-            split: list(_inputs(metadata, parts, tuple(keys), features, pictures, seconds))
+            split: [
+                *_inputs(metadata, parts, tuple(keys), features, pictures, seconds),
+                *([Absent(promised=metadata.absent[split])] if split in metadata.absent else []),
+            ]
             for split, parts in metadata.splits.items()
         },
         info={"description": f"Converted from a LeRobot dataset of codebase {version}."},

@@ -57,6 +57,7 @@ class Metadata:
         videos, images: names of the cameras that are stored as video files, and as images in the parquet files.
         left_out: names of features that no dataset of ours holds -> reason.
         splits: split -> its episodes in order.
+        absent: split -> number of episodes that `info.json` declares and the metadata do not list.
     """
 
     root: Path
@@ -68,6 +69,7 @@ class Metadata:
     images: tuple[str, ...]
     left_out: dict[str, str]
     splits: dict[str, list[EpisodeFiles]]
+    absent: dict[str, int]
 
 
 def read_metadata(root: Path, cameras: Sequence[str] = (), splits: Sequence[str] = ()) -> Metadata:
@@ -99,7 +101,8 @@ def read_metadata(root: Path, cameras: Sequence[str] = (), splits: Sequence[str]
     for before, episode in itertools.pairwise(episodes):  # in order of their numbers
         if before.number == episode.number:
             raise UserError(f"{root}: its metadata list episode {episode.number} twice. {_HELP}")
-    by_split = _split(episodes, info, file)
+    ranges = _ranges(info, file)
+    by_split = _split(episodes, ranges, file)
     if unknown := [name for name in splits if name not in by_split]:
         raise UserError(f"{file}: no split {unknown[0]!r}; it has {', '.join(by_split)}.")
     by_split = {name: part for name, part in by_split.items() if not splits or name in splits}
@@ -113,6 +116,7 @@ def read_metadata(root: Path, cameras: Sequence[str] = (), splits: Sequence[str]
         images=tuple(key for key in chosen if found[key] == "image"),
         left_out=left_out,
         splits=by_split,
+        absent=_absent(episodes, info, ranges),
     )
     _check_files(metadata)
     return metadata
@@ -315,8 +319,20 @@ def _path(root: Path, info: Mapping[str, Any], field: str, values: Mapping[str, 
     return check_name(path, field, file, nested=True)
 
 
-def _split(episodes: list[EpisodeFiles], info: Mapping[str, Any], file: Path) -> dict[str, list[EpisodeFiles]]:
-    """The episodes by the ranges of `splits` in `info.json`; those in none of them go into `train`."""
+def _absent(episodes: Sequence[EpisodeFiles], info: Mapping[str, Any], ranges: Mapping[str, range]) -> dict[str, int]:
+    """The number of episodes of each split that `total_episodes` of `info.json` counts and the metadata do not list."""
+    total = info.get("total_episodes")
+    if not isinstance(total, int) or total <= len(episodes):
+        return {}
+    lacking = {}
+    for name, numbers in (ranges or {"train": range(total)}).items():
+        listed = sum(episode.number in numbers for episode in episodes)
+        lacking[name] = min(total - len(episodes), min(numbers.stop, total) - numbers.start - listed)
+    return {name: count for name, count in lacking.items() if count > 0}
+
+
+def _ranges(info: Mapping[str, Any], file: Path) -> dict[str, range]:
+    """The numbers of each split, by `splits` in `info.json`."""
     stored = info.get("splits") or {}
     ranges = {}
     for name, value in stored.items() if isinstance(stored, dict) else [("", stored)]:
@@ -325,6 +341,11 @@ def _split(episodes: list[EpisodeFiles], info: Mapping[str, Any], file: Path) ->
             raise UserError(f"{file}: expected ranges such as '0:50' in `splits`, found {str(stored)[:80]}.")
         check_name(name, "the name of a split", file)
         ranges[name] = range(int(match[1] or 0), int(match[2]) if match[2] else 1 << 62)
+    return ranges
+
+
+def _split(episodes: list[EpisodeFiles], ranges: Mapping[str, range], file: Path) -> dict[str, list[EpisodeFiles]]:
+    """The episodes by the ranges of `info.json`; those in none of them go into `train`."""
     by_split: dict[str, list[EpisodeFiles]] = {name: [] for name in ranges}
     outside, several = [], []
     for episode in episodes:
