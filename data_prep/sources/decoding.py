@@ -131,7 +131,8 @@ class Video:
             raise VideoError("video cannot be opened", f"{self.path.name}: {not_the_data(self.path) or e}") from e
         streams = [s for s in self._container.streams.video if not _is_cover(s)]
         if not streams:
-            kinds = ", ".join(sorted(s.type for s in self._container.streams)) or "nothing"
+            found = ("cover picture" if s.type == "video" else s.type for s in self._container.streams)
+            kinds = ", ".join(sorted(found)) or "nothing"
             self._container.close()
             raise VideoError("no video stream", f"{self.path.name} holds no video stream, but {kinds}")
         self._stream = streams[0]

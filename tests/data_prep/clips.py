@@ -9,6 +9,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 SIZE = (48, 64)
 _STEP = 8  # grey levels between two frames
@@ -69,3 +70,18 @@ def write_clip(
             frame.time_base = Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def write_sound(path: Path, cover: bool = False) -> None:
+    """Writes a file with sound alone, or with a cover picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        if cover:
+            album = container.add_stream("mjpeg", rate=1)
+            (album.height, album.width), album.pix_fmt = SIZE, "yuvj420p"
+            album.disposition = Disposition.attached_pic
+            image = av.VideoFrame.from_ndarray(picture(0), format="rgb24")
+            container.mux([*album.encode(image), *album.encode()])
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 8000, 0
+        container.mux([*stream.encode(frame), *stream.encode()])

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from data_prep import videos
 from data_prep.sources.videos import clips
-from tests.data_prep.clips import number_of, write_clip
+from tests.data_prep.clips import number_of, write_clip, write_sound
 from uwm_jax import cli
 from uwm_jax.config import source
 from uwm_jax.data.loader import Loader
@@ -41,14 +40,6 @@ def read_or_fail(request: clips.Request, mark: Callable[[int], None]) -> clips.C
     if name == "crashes.mp4":
         os.kill(os.getpid(), signal.SIGSEGV)
     return clips.read_clip(request, mark)
-
-
-def write_sound(path: Path) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 8000, 0
-        container.mux([*stream.encode(frame), *stream.encode()])
 
 
 def write_all_kinds(folder: Path) -> dict[str, str]:

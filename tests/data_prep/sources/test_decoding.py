@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.sources.decoding import Video, VideoError, nearest, rgb
-from tests.data_prep.clips import SIZE, number_of, picture, write_clip
+from tests.data_prep.clips import SIZE, number_of, picture, write_clip, write_sound
 
 
 def taken(file: Path, times: list[Fraction], tolerance: Fraction = Fraction(1, 20)) -> list[int]:
@@ -69,14 +69,11 @@ def test_files_that_are_no_video(tmp_path: Path) -> None:
     (tmp_path / "pointer.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(VideoError, match="is a Git LFS pointer"):
         Video(tmp_path / "pointer.mp4")
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 8000, 0
-        container.mux([*stream.encode(frame), *stream.encode()])
-    with pytest.raises(VideoError) as raised:
-        Video(tmp_path / "sound.mp4")
-    assert raised.value.reason == "no video stream"
+    for name, kinds in (("sound.mp4", "audio"), ("album.mp4", "audio, cover picture")):
+        write_sound(tmp_path / name, cover=name == "album.mp4")
+        with pytest.raises(VideoError, match=f"holds no video stream, but {kinds}$") as raised:
+            Video(tmp_path / name)
+        assert raised.value.reason == "no video stream"
 
 
 def test_damage_is_an_error_and_no_shorter_video(tmp_path: Path) -> None:
