@@ -78,8 +78,24 @@ def dataset_page(
             "frames", "Frames", _picture(at, "contact_sheet.png", "Evenly spaced episodes, every camera over time.")
         ),
         Section("columns", "Columns", _columns(facts)),
-        Section("actions", "Actions", _picture(at, "actions.png", "How often each value occurs (log scale).")),
-        Section("states", "States", _picture(at, "states.png", "How often each value occurs (log scale).")),
+        Section(
+            "actions",
+            "Actions",
+            _picture(
+                at,
+                "actions.png",
+                "Number of steps with each value (log scale); above, the dimension, its mean and standard deviation.",
+            ),
+        ),
+        Section(
+            "states",
+            "States",
+            _picture(
+                at,
+                "states.png",
+                "Number of steps with each value (log scale); above, the dimension, its mean and standard deviation.",
+            ),
+        ),
         Section("lengths", "Lengths", _picture(at, "episode_lengths.png", "Steps in an episode.")),
         Section("language", "Language", _language(dataset, language)),
     ]

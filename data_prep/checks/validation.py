@@ -82,7 +82,7 @@ def validate(directory: Place, limits: Limits, splits: Iterable[str] = (), worke
     if unknown := sorted(set(splits) - manifest["splits"].keys()):
         raise UserError(f"{directory}: no split {unknown[0]!r}; it has {', '.join(sorted(manifest['splits']))}.")
     layout, found = _schema(directory, manifest)
-    for split in sorted(splits or manifest["splits"]):
+    for split in sorted(set(splits) or manifest["splits"]):
         try:
             dataset = Dataset(directory, split, bear=True)
         except UserError as e:

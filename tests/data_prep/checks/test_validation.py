@@ -252,6 +252,10 @@ def test_a_mark_inside_of_an_episode(copy: Path) -> None:
     assert "train: is_first: true at 1 steps inside of episodes, in 1 episode (0)" in found(copy, WARNING)
 
 
+def test_a_split_that_is_named_twice_is_checked_once(made: Path) -> None:
+    assert validate(made, LIMITS, ["train", "train"], workers=1) == validate(made, LIMITS, workers=1)
+
+
 def test_an_unknown_split_is_refused(made: Path) -> None:
     with pytest.raises(UserError, match="no split 'test'; it has train"):
         validate(made, LIMITS, ["test"])
