@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +136,37 @@ def test_where_the_index_tells_the_places_no_table_is_read(tmp_path, monkeypatch
     for number, (record, place) in enumerate(zip(records, places, strict=True)):
         assert bytes(opened.view(Chunk(0, number, google_crc32c.value(record), place))) == record
     assert not opened._readers, "ArrayRecord's reader was not asked"
+
+
+@pytest.fixture
+def few_files() -> Iterator[Callable[[], None]]:
+    """A function that lets the process open no more than five files more, by its soft limit."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit() -> None:
+        descriptor = os.open(os.devnull, os.O_RDONLY)  # the lowest that is free
+        os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 5, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_shards_are_open_than_the_soft_limit_allows(tmp_path, few_files, monkeypatch):
+    import google_crc32c
+
+    entries = []
+    for number in range(20):
+        size = os.path.getsize(write(tmp_path / f"file{number}", [bytes([number])]))
+        entries.append({"file": f"file{number}", "bytes": size, "records": 1})
+    chunks = [Chunk(number, 0, google_crc32c.value(bytes([number]))) for number in range(20)]
+    few_files()
+    opened = shards.Shards(tmp_path, entries, "d")
+    assert [bytes(opened.view(chunk)) for chunk in chunks] == [bytes([number]) for number in range(20)]
+    opened.close()
+    monkeypatch.setattr(shards, "_allow_open_files", lambda: None)
+    few_files()
+    opened = shards.Shards(tmp_path, entries, "d")
+    with pytest.raises(shards.UnreadRecord, match=r"file\d+: Too many open files. Allow more with `ulimit -n`"):
+        for chunk in chunks:
+            opened.view(chunk)

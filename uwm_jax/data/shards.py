@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import errno
 import os
+import resource
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +28,7 @@ from uwm_jax.storage.ranged import RangedFolder
 
 # Number of shards that stay open; a reader holds a descriptor and its shard's index.
 _MAX_OPEN_SHARDS = 256
+_OPEN_FILES = 1 << 16  # of the process, that it asks the system for: shards of each dataset, parts of caches
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 1 << 15
 _MISSING = Facts(-1, None)
@@ -57,6 +61,7 @@ class Shards:
         bear: bool = False,
     ):
         keep_freed_memory()
+        _allow_open_files()
         self._dataset, self._timeout = dataset, timeout
         self.names = [entry["file"] for entry in entries]
         self._files = [directory / name for name in self.names]  # made once: a path costs as much as 10 kB of a record
@@ -248,6 +253,17 @@ class Shards:
             except RuntimeError as e:
                 if is_fleeting(e, file):
                     raise
+                if os.strerror(errno.EMFILE) in str(e):
+                    raise RunError(f"{file}: {os.strerror(errno.EMFILE)}. Allow more with `ulimit -n`.") from e
             what = "is not a complete ArrayRecord file" if file.exists() else "is missing"
             raise UserError(f"{file} {what}. Copy it again.")
         return reader
+
+
+def _allow_open_files() -> None:
+    """Raises this process's soft limit of open files, often 1024, which are four datasets' shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # a system may allow less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
