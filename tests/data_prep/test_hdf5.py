@@ -306,8 +306,23 @@ def test_masks_of_demonstrations_that_are_not_there(tmp_path: Path, capsys: pyte
     hdf5_source.robomimic(file, [2], {"valid": ["demo_7"]})
     assert [*corpus(file).splits] == ["train"]
     assert "its masks name 1 demonstrations that it lacks (demo_7)" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--split: .*valid names no demonstration"):
+    with pytest.raises(UserError, match="no mask of valid names a demonstration that is there"):
         corpus(file, splits=["valid"])
+
+
+def test_what_is_passed_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hdf5_source.robomimic(tmp_path / "in" / "a.hdf5", [3, 3], {"train": ["0", "1"]})
+    (tmp_path / "in" / "._a.hdf5").write_bytes(b"\0\5\x16\7")
+    with h5py.File(tmp_path / "in" / "a.hdf5", "r+") as file:
+        file.copy("data/demo_0", "data/episode_2")
+    with pytest.raises(UserError, match=r"no mask of train names a demonstration that is there, such as demo_0"):
+        corpus(tmp_path / "in")
+    with h5py.File(tmp_path / "in" / "a.hdf5", "r+") as file:
+        del file["mask"]
+    assert len(found(tmp_path / "in")) == 2
+    printed = capsys.readouterr().out
+    assert "1 hidden files are passed over (._a.hdf5)" in printed
+    assert "a.hdf5: data holds 1 items that are no demo_N, and left out (episode_2)." in printed
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ class File:
         steps: number of steps of each.
         masks: name of a subset -> its demonstrations.
         keys: name in a demonstration -> how it is stored, by the first one.
+        others: what else `data` holds.
         language: the instruction; "" if the file has none.
         env: `env_args`, with which the simulator was made; {} if the file has none.
     """
@@ -76,6 +77,7 @@ class File:
     steps: tuple[int, ...]
     masks: Mapping[str, frozenset[str]]
     keys: Mapping[str, Stored]
+    others: tuple[str, ...]
     language: str
     env: Mapping[str, Any]
 
@@ -91,6 +93,10 @@ def find_files(path: Path) -> list[File]:
         found, root = [path], path.parent
     else:
         found, root = sorted(p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5") and p.is_file()), path
+        hidden = [p for p in found if p.name.startswith(".")]  # such as macOS puts next to each file of an archive
+        if hidden:
+            print(f"{path}: {len(hidden)} hidden files are passed over ({hidden[0].name}).")
+        found = [p for p in found if not p.name.startswith(".")]
     if not found:
         raise UserError(f"--input={path}: no hdf5 file there. Expected a .hdf5 or .h5 file, or a directory of them.")
     names = [check_name(str(file.relative_to(root)), "the name of a file", root, nested=True) for file in found]
@@ -189,7 +195,10 @@ def split_demos(files: Sequence[File], wanted: Sequence[str]) -> tuple[dict[str,
         )
     splits = {name: parts for name, parts in splits.items() if any(parts)}
     if not splits:
-        raise UserError(f"--split: {files[0].path}: {', '.join(wanted)} names no demonstration.")
+        raise UserError(
+            f"{files[0].path}: no mask of {', '.join(wanted or names)} names a demonstration that is there, such as "
+            f"{files[0].demos[0]}. Correct the masks under `mask/`, or choose others with --split."
+        )
     return splits, passed
 
 
@@ -208,6 +217,10 @@ def remarks_of(files: Sequence[File]) -> list[str]:
             f"{len(without)} of {len(files)} files have no instruction ({without[0]}): an empty one is stored."
         )
     for file in files:
+        if file.others:
+            found.append(
+                f"{file.name}: data holds {len(file.others)} items that are no demo_N, and left out ({file.others[0]})."
+            )
         absent = set().union(*file.masks.values()) - set(file.demos)
         if absent:
             found.append(f"{file.name}: its masks name {len(absent)} demonstrations that it lacks ({min(absent)}).")
@@ -225,6 +238,7 @@ def _read(path: Path, name: str) -> File:
                 raise UserError(
                     f"{path}: no groups data/demo_N, as robomimic and LIBERO have them; it holds {', '.join(file)}."
                 )
+            others = tuple(sorted(set(data) - set(demos)))
             demos.sort(key=lambda demo: int(demo.removeprefix("demo_")))
             steps = tuple(len(data[d]["actions"]) if "actions" in data[d] else 0 for d in demos)
             masks = {
@@ -235,7 +249,7 @@ def _read(path: Path, name: str) -> File:
             kind = LIBERO if {"problem_info", "bddl_file_name"} & attributes.keys() else ROBOMIMIC
             language = _language(attributes.get("problem_info"), path)
             env = parse_json(attributes.get("env_args") or "{}", f"{path}: data.attrs['env_args']")
-            return File(name, path, kind, tuple(demos), steps, masks, _keys(data[demos[0]]), language, env)
+            return File(name, path, kind, tuple(demos), steps, masks, _keys(data[demos[0]]), others, language, env)
     except (OSError, RuntimeError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is not a complete hdf5 file ({str(e)[:200]}). Copy it again.") from e
 
