@@ -57,7 +57,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Decoder]]:
 def test_the_other_episodes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idle: list[Decoder]) -> None:
     monkeypatch.setattr(frames, "Reader", Failing)
     lerobot_source.make(tmp_path / "arm", "v3.0", [5] * 5, videos=[TOP], info={"features": FEATURES})
-    source = corpus(tmp_path / "arm", seconds=3)
+    source = corpus(tmp_path / "arm", seconds=5)
     options = Options(workers=1, max_skipped=0.5, pca_channels=4)
     manifest = build(source, tmp_path / "out", options)
     assert manifest is not None
@@ -66,7 +66,7 @@ def test_the_other_episodes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert split["skipped"] == {"decoder crashed": 1, "decoder exceeded the time limit": 1}
     assert [note.split(" (")[0] for note in split["skipped_notes"]] == [
         f"episode 1: decoder crashed: {TOP}: SIGSEGV",
-        f"episode 3: decoder exceeded the time limit: {TOP}: no result within 3 s",
+        f"episode 3: decoder exceeded the time limit: {TOP}: no result within 5 s",
     ]
     assert [decoder._child.started for decoder in idle] == [3]  # one, which serves until it fails
 
