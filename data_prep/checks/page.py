@@ -12,6 +12,7 @@ import numpy as np
 from data_prep.checks.column_facts import ColumnFacts, column_facts
 from data_prep.checks.contact_sheet import instruction, instructions, spread
 from data_prep.checks.trace import TracedRow
+from uwm_jax.data.faults import BAD
 from uwm_jax.data.mixture import shares_of
 from uwm_jax.data.records import Dataset
 from uwm_jax.data.run_data import RunData
@@ -216,7 +217,7 @@ def traced_row(data: RunData, found: TracedRow, picture: Path, step: int, row: i
         "shard": place.shard,
         "episode": place.episode,
         "first step of the window": place.origin,
-        "instruction": instruction(data.sources[place.source].dataset, place.episode) or "none",
+        "instruction": _instruction(data.sources[place.source].dataset, place.episode),
         "weights of the mixture": "as recorded"
         if found.known
         else "of the config: no checkpoint lies behind this step",
@@ -235,6 +236,13 @@ def traced_row(data: RunData, found: TracedRow, picture: Path, step: int, row: i
     frames = figure(picture, "frames of the row", "The frames as they were loaded, before resizing and augmentation.")
     numbers = table(["key", "as loaded (normalised)", "raw"], rows, "numbers")
     return fill('<dl class="facts">{}</dl>{}{}', listed, frames, numbers)
+
+
+def _instruction(dataset: Dataset, episode: int) -> str:
+    try:
+        return instruction(dataset, episode) or "none"
+    except BAD as e:  # whichever record the row needs itself
+        return f"cannot be read: {e}"
 
 
 def _numbers(value: Any) -> Html:
