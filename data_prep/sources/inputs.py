@@ -45,6 +45,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
+from uwm_jax.data.chunks import EpisodeError
 from uwm_jax.data.features import Feature, flatten
 
 
@@ -108,6 +111,28 @@ def modified(files: Iterable[Path]) -> int:
         with contextlib.suppress(OSError):  # whoever reads it says why
             newest = max(newest, int(file.stat().st_mtime))
     return newest
+
+
+def storable(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """The same numbers, which a record keeps as float32 (rounded) or int64.
+
+    Args:
+        dtype: of the feature in the record.
+        name: of the key in the source, for messages.
+    Raises:
+        EpisodeError: one is finite and too large for that: it would become infinite, or wrap.
+    """
+    if dtype.startswith("float"):
+        with np.errstate(over="ignore"):
+            beyond = np.isinf(values.astype(np.float32)) & np.isfinite(values)
+    elif values.dtype == np.uint64 and dtype != "bool":
+        beyond = values > np.iinfo(np.int64).max
+    else:
+        return values
+    if beyond.any():
+        largest = "float32" if dtype.startswith("float") else "int64"
+        raise EpisodeError("number too large", f"{name}: {values[beyond].flat[0]} is beyond {largest}")
+    return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

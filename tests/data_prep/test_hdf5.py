@@ -223,12 +223,14 @@ def test_damaged_demonstrations_are_counted(tmp_path: Path) -> None:
 def test_odd_demonstrations_are_counted(tmp_path: Path) -> None:
     """What differs from the first demonstration: neither a conversion by accident nor the end of the job."""
     file = tmp_path / "lift.hdf5"
-    hdf5_source.robomimic(file, [3] * 7)
+    hdf5_source.robomimic(file, [3] * 9)
     odd: dict[str, Any] = {
         "demo_1/rewards": 1.0,
         "demo_2/actions": np.full((3, 7), b"a"),
         "demo_3/obs/agentview_image": np.zeros((3, *hdf5_source.SIZE, 3)),
         "demo_4/obs/ee_pos": h5py.SoftLink("/nowhere"),
+        "demo_7/actions": np.full((3, 7), [1e39, *[0] * 6]),
+        "demo_8/rewards": np.full(3, np.inf),
     }
     with h5py.File(file, "r+") as opened:
         for name, value in odd.items():
@@ -236,8 +238,12 @@ def test_odd_demonstrations_are_counted(tmp_path: Path) -> None:
             opened["data"][name] = value
         del opened["data/demo_5/obs/ee_pos"]
         opened.create_group("data/demo_5/obs/ee_pos")
-    reasons = [episode.reason for episode in found(file)]
-    assert reasons == ["", "another shape", "another type", "another type", "key missing", "another shape", ""]
+    episodes = found(file)
+    reasons = [episode.reason for episode in episodes]
+    expected = ["", "another shape", "another type", "another type", "key missing", "another shape", ""]
+    assert reasons == [*expected, "number too large", ""]
+    assert episodes[7].detail == "actions: 1e+39 is beyond float32"
+    np.testing.assert_array_equal(numbers(episodes[8].record or b"", "reward"), [np.inf] * 3)
 
 
 def test_rewards_and_dones_of_one_column(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def test_a_group_is_a_part_of_one_file(tmp_path: Path) -> None:
 
 def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
     root = tmp_path / "arm"
-    lerobot_source.make(root, "v2.1", [3] * 11, videos=[TOP], info={"features": _with(TOP, "note")})
+    lerobot_source.make(root, "v2.1", [3] * 12, videos=[TOP], info={"features": _with(TOP, "note")})
     data(root, 1).write_bytes(data(root, 1).read_bytes()[:-20])
     lerobot_source.write_parquet(data(root, 2), lerobot_source.rows([lerobot_source.episode(1, 3)], 0))
     lerobot_source.write_parquet(data(root, 3), lerobot_source.rows([lerobot_source.episode(3, 4)], 0))
@@ -311,6 +311,7 @@ def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
         (8, {"task_index": [7] * 3}),
         (9, {"frame_index": [0.0, float("nan"), 2.0]}),
         (10, {"note": pa.array([b"a", b"\xe3", b""]).cast(pa.string(), safe=False)}),
+        (11, {"observation.state.pose": np.full((3, 2, 2), 1e39)}),
     ):
         table = lerobot_source.rows([lerobot_source.episode(number, 3) | column], 0)
         lerobot_source.write_parquet(data(root, number), table)
@@ -327,6 +328,7 @@ def test_damaged_and_mismatched_episodes_are_counted(tmp_path: Path) -> None:
         "unknown task",
         "another type",
         "unreadable parquet file",
+        "number too large",
     ]
 
 

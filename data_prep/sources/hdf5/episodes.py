@@ -20,7 +20,7 @@ from data_prep.sources.hdf5.files import (
     remarks_of,
     split_demos,
 )
-from data_prep.sources.inputs import Corpus, Found, Input, modified
+from data_prep.sources.inputs import Corpus, Found, Input, modified, storable
 from data_prep.sources.pictures import JPEG, Pictures
 from uwm_jax.data.chunks import EpisodeError
 from uwm_jax.data.episodes import feature_tree, serialize_episode
@@ -68,7 +68,8 @@ class Demos(Input):
 
     def _record(self, data: Any, demo: str, masks: str) -> bytes:
         values: dict[str, Any] = {
-            STEPS + name: self._read(data, f"{demo}/{stored.source}", stored) for name, stored in self.keys.items()
+            STEPS + name: self._read(data, f"{demo}/{stored.source}", stored, self.features[STEPS + name].dtype)
+            for name, stored in self.keys.items()
         }
         lengths = {self.keys[name.removeprefix(STEPS)].source: len(value) for name, value in values.items()}
         length = lengths["actions"]
@@ -87,7 +88,7 @@ class Demos(Input):
         values["episode_metadata/masks"] = masks
         return serialize_episode(self.features, values)
 
-    def _read(self, data: Any, name: str, stored: Stored) -> Any:
+    def _read(self, data: Any, name: str, stored: Stored, dtype: str) -> Any:
         try:
             found = data[name]
             values = again(lambda: found[()], self.path)
@@ -105,6 +106,7 @@ class Demos(Input):
             raise EpisodeError("another type", f"{stored.source}: expected {stored.dtype}, found {values.dtype}")
         if stored.image:
             return [self._encoded(image, stored) for image in values]
+        values = storable(values, dtype, stored.source)
         return values.reshape(len(values)) if stored.scalar else values
 
     def _encoded(self, image: np.ndarray, stored: Stored) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_prep.sources.decoding import MAX_ENCODED_BYTES, VideoError
-from data_prep.sources.inputs import Corpus, Found, Input, modified
+from data_prep.sources.inputs import Corpus, Found, Input, modified, storable
 from data_prep.sources.lerobot.frames import Decoder, Request, decoder
 from data_prep.sources.lerobot.keys import Key, kept_keys
 from data_prep.sources.lerobot.metadata import Clip, EpisodeFiles, Metadata, read_metadata, read_tasks
@@ -135,11 +135,11 @@ def _integers(name: str, table: Any) -> np.ndarray:
 
 
 def _typed(key: Key, values: np.ndarray) -> np.ndarray:
-    """Numbers of the kind that info.json declares; EpisodeError if the file has others."""
+    """Numbers of the kind that info.json declares; EpisodeError if the file has others, or too large ones."""
     if not np.can_cast(values.dtype, np.float64 if key.feature.dtype == "float32" else np.int64, "same_kind"):
         declared = key.feature.dtype
         raise EpisodeError("another type", f"{key.source}: info.json declares {declared}, found {values.dtype}")
-    return values
+    return storable(values, key.feature.dtype, key.source)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ import pytest
 
 from data_prep.conversion.layout_options import Options
 from data_prep.conversion.training_layout import build, summary
-from data_prep.sources.inputs import Corpus, Found, Input
+from data_prep.sources.inputs import Corpus, Found, Input, storable
+from uwm_jax.data.chunks import EpisodeError
 from uwm_jax.data.episodes import encode_jpeg, encode_png, feature_tree, serialize_episode
 from uwm_jax.data.features import Feature, flatten
 from uwm_jax.data.records import Dataset, read_manifest
@@ -170,3 +171,23 @@ def test_pictures_are_jpeg_of_their_size() -> None:
     found = np.empty_like(image)
     decode_image(encode_jpeg(image), found)
     assert np.abs(found.astype(int) - image).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "message"),
+    [
+        (np.array([1.0, -3.5e38]), "float32", r"state: -3.5e\+38 is beyond float32"),
+        (np.array([[2**63 - 1], [2**63]], np.uint64), "int64", "state: 9223372036854775808 is beyond int64"),
+        (np.array([3.4e38, np.inf, np.nan, 1e-50]), "float32", ""),
+        (np.array([2**63], np.uint64), "float32", ""),
+        (np.array([2**63], np.uint64), "bool", ""),
+        (np.array([-(2**63)]), "int64", ""),
+    ],
+)
+def test_numbers_that_a_record_would_change_are_refused(values: np.ndarray, dtype: str, message: str) -> None:
+    if not message:
+        assert storable(values, dtype, "state") is values
+        return
+    with pytest.raises(EpisodeError, match=message) as raised:
+        storable(values, dtype, "state")
+    assert raised.value.reason == "number too large"
