@@ -86,11 +86,19 @@ class Child(Generic[A, R]):
         self.close()
 
     def _start(self) -> Connection:
-        self._pipe, theirs = self._context.Pipe()
-        # daemon: ended with this process
-        self._process = self._context.Process(target=_serve, args=(self._function, theirs, self._mark), daemon=True)
-        self._process.start()
-        theirs.close()
+        try:
+            self._pipe, theirs = self._context.Pipe()
+            with theirs:
+                # daemon: ended with this process
+                process = self._context.Process(target=_serve, args=(self._function, theirs, self._mark), daemon=True)
+                process.start()
+        except OSError as e:
+            self.close()
+            raise RunError(
+                f"the operating system starts no further process for {self._function.__module__} ({e.strerror}): "
+                "rerun the same command with fewer --workers, or raise the limits of processes and memory."
+            ) from e
+        self._process = process
         self.started += 1
         try:
             ready = self._pipe.poll(_START_SECONDS) and self._pipe.recv()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing.process
 import os
 import signal
 import time
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from data_prep.jobs.child import Child, ChildError
+from uwm_jax.errors import RunError
 
 
 def work(argument: str, mark: Callable[[int], None]) -> tuple[str, int]:
@@ -54,3 +57,17 @@ def test_a_crash_is_named(child: Child[str, tuple[str, int]], how: str, message:
 def test_a_mistake_in_the_function_is_no_crash(child: Child[str, tuple[str, int]]) -> None:
     with pytest.raises(RuntimeError, match="a mistake"):
         child.call("raise", 60)
+
+
+def test_a_process_that_the_operating_system_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(process: multiprocessing.process.BaseProcess) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    with Child(work) as child:
+        with monkeypatch.context() as patch:
+            patch.setattr(multiprocessing.process.BaseProcess, "start", refused)
+            before = len(os.listdir("/proc/self/fd"))
+            with pytest.raises(RunError, match=r"starts no further process .*temporarily unavailable.*fewer --workers"):
+                child.call("a", 60)
+            assert len(os.listdir("/proc/self/fd")) == before
+        assert child.call("a", 60)[0] == "A" and child.started == 1
