@@ -63,6 +63,17 @@ def test_the_fingerprint_is_that_of_the_files_that_decide_the_embeddings(encoder
     found = clip_text.fingerprint(str(encoder))
     (copy / "README.md").write_text("another file")
     assert clip_text.fingerprint(str(copy)) == found
+    # Of settings of special tokens too: with each of these, transformers makes other tokens of "push".
+    expected = clip_text.embed(str(copy), ["push"])
+    for name, settings in (
+        ("tokenizer_config.json", {"pad_token": "u"}),
+        ("special_tokens_map.json", {"unk_token": "u"}),
+        ("added_tokens.json", {"pus": 53}),
+    ):
+        (copy / name).write_text(json.dumps(settings))
+        assert clip_text.fingerprint(str(copy)) != found
+        assert np.abs(clip_text.embed(str(copy), ["push"]) - expected).max() > 0.01, name
+        (copy / name).unlink()
     (copy / "merges.txt").write_text("#version: 0.2\np u\n")
     assert clip_text.fingerprint(str(copy)) != found
 
@@ -110,6 +121,7 @@ def test_a_hub_name_is_fetched_file_by_file_and_is_the_same_encoder(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert clip_text.fingerprint("owner/clip@main/text") == clip_text.fingerprint(str(encoder))
     files = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]
+    files += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
     assert asked == [("owner/clip", file, "text", "main") for file in files]
     np.testing.assert_array_equal(
         clip_text.embed("owner/clip", ["push"]),

@@ -22,6 +22,8 @@ from uwm_jax.torch_bridge import hub
 _WHAT = "CLIP text encoder"
 _WEIGHTS = (("model.safetensors",), ("pytorch_model.bin",))
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+# Settings of special tokens, as far as a folder has them: they decide tokens beside the tokenizer's own files.
+_SPECIAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MODEL_TYPES = ("clip", "clip_text_model")
 _ARGMAX = 2  # `eos_token_id` of OpenAI's configurations, for which transformers takes the token with the largest number
 
@@ -37,7 +39,7 @@ def files_of(encoder: str) -> list[Path]:
     files = hub.fetch(encoder, ["config.json"], _WHAT)
     for alternatives in (_WEIGHTS, _TOKENIZERS):
         files += _first_of(encoder, alternatives)
-    return files
+    return files + hub.fetch(encoder, [], _WHAT, optional=_SPECIAL)
 
 
 def fingerprint(encoder: str) -> str:

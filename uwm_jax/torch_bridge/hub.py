@@ -18,8 +18,8 @@ DEFAULT_FILE = "model.safetensors"  # the name that hub repositories of classifi
 _HUB_NAME = re.compile(r"([^/@~\s]+/[^/@\s]+)(?:@([^/@\s]+))?(?:/([^@]*[^/@]))?")
 
 
-def fetch(path_or_hub_name: AnyPath, files: Sequence[str], what: str) -> list[Path]:
-    """Local paths of `files` in a folder or in a hub repository.
+def fetch(path_or_hub_name: AnyPath, files: Sequence[str], what: str, optional: Sequence[str] = ()) -> list[Path]:
+    """Local paths of `files`, and of those of `optional` that are there, in a folder or in a hub repository.
 
     Args:
         path_or_hub_name: an existing folder, or a string "owner/name[@revision][/subfolder]" on the hub, where a
@@ -36,7 +36,7 @@ def fetch(path_or_hub_name: AnyPath, files: Sequence[str], what: str) -> list[Pa
         if missing:
             raise UserError(f"{folder}: expected {' and '.join(files)} of the {what}, but {missing[0]} is missing")
         local = local_copy(folder)
-        return [local / file for file in files]
+        return [local / file for file in (*files, *(file for file in optional if (folder / file).is_file()))]
     parsed = _HUB_NAME.fullmatch(name)
     if is_remote(folder) or isinstance(path_or_hub_name, os.PathLike) or name.startswith(".") or parsed is None:
         raise UserError(
@@ -44,18 +44,36 @@ def fetch(path_or_hub_name: AnyPath, files: Sequence[str], what: str) -> list[Pa
             "'owner/name@revision', but there is no such folder"
         )
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     download.without_tokens_in_log()
     repo, revision, subfolder = parsed.groups()
     try:
-        return [Path(hf_hub_download(repo, file, subfolder=subfolder, revision=revision)) for file in files]
+        found = [Path(hf_hub_download(repo, file, subfolder=subfolder, revision=revision)) for file in files]
+        for file in optional:
+            try:
+                found.append(Path(hf_hub_download(repo, file, subfolder=subfolder, revision=revision)))
+            except EntryNotFoundError as error:
+                if not _known_to_lack(error, repo, f"{subfolder}/{file}" if subfolder else file, revision):
+                    raise
+        return found
     except Exception as error:  # offline, unknown, private, malformed name, full disk: the hub has a class for each
         raise UserError(
-            f"{name!r} is not a local folder, and the {what} ({', '.join(files)}) could not be fetched from the "
-            f"Hugging Face hub: {download.reason(error, HubName(repo, revision))}\n"
+            f"{name!r} is not a local folder, and the {what} ({', '.join((*files, *optional))}) could not be fetched "
+            f"from the Hugging Face hub: {download.reason(error, HubName(repo, revision))}\n"
             "Check the name, the revision and the network (and HF_TOKEN for a private repository), or download it "
-            f"elsewhere and give the folder that holds {' and '.join(files)}."
+            f"elsewhere and give the folder that holds {' and '.join(files or optional)}."
         ) from None
+
+
+def _known_to_lack(error: Exception, repo: str, file: str, revision: str | None) -> bool:
+    """Whether a repository lacks a file that was not found, by the hub or, without network, by what the cache knows."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if not isinstance(error, LocalEntryNotFoundError):
+        return True
+    return try_to_load_from_cache(repo, file, revision=revision) is _CACHED_NO_EXIST
 
 
 def locate_weights(path_or_hub: AnyPath, names: str) -> Path:
