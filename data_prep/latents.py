@@ -39,7 +39,7 @@ def define_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_bool("estimate", False, "only say what it costs and whether it pays")
-    flags.DEFINE_bool("overwrite", False, "replace caches that are there")
+    flags.DEFINE_bool("overwrite", False, "replace caches that are there; with --task, those of other settings")
     shares.define_flags("caches")
     cli.accept_config_overrides(config_help.describe)
 

@@ -10,7 +10,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from uwm_jax.data.sidecar import find_sidecars, open_sidecar, writing_sidecar
+from uwm_jax.data.sidecar import find_sidecars, open_sidecar, state_of, writing_sidecar
 from uwm_jax.errors import UserError
 
 FIELDS = {"encoder": "ab" * 32, "resize": (240, 320), "variants": 1}
@@ -265,6 +265,8 @@ def test_shares_write_together_and_a_whole_job_alone(dataset: Path, monkeypatch:
         with pytest.raises(UserError, match="is being written by process"):
             begin(fields=FIELDS, alone=False).__enter__()
     _write(dataset)
-    with begin(fields=FIELDS, alone=False) as late:
-        assert late.complete is not None
+    for overwrite in (False, True):
+        with begin(fields=FIELDS, alone=False, overwrite=overwrite) as late:
+            assert late.complete is not None
+    assert state_of(dataset, "latents/vae/wrist", "latents", FIELDS) == "complete"
     assert sorted(path.name for path in (dataset / "latents/vae/wrist").iterdir()) == ["deep", "sidecar.json"]

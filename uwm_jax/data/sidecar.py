@@ -27,7 +27,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -177,6 +177,17 @@ def is_begun(dataset: AnyPath, folder: str) -> bool:
     return (_place(dataset, folder) / _UNFINISHED).exists()
 
 
+def state_of(dataset: AnyPath, folder: str, kind: str, fields: Mapping[str, Any]) -> Literal["complete", "begun", ""]:
+    """Whether a folder of a dataset holds a complete or an unfinished sidecar of this kind, made of this dataset with
+    these fields; else ""."""
+    directory = _place(dataset, folder)
+    done, begun = (_header(directory / name, overwrite=True) for name in (_MANIFEST, _UNFINISHED))
+    there = begun if done is None or (begun or {}).get("clearing") else done
+    if there is None or there.get("clearing") or _differences(_new_header(dataset, kind, fields), there):
+        return ""
+    return "begun" if done is None else "complete"
+
+
 def find_sidecars(dataset: AnyPath, refused: list[tuple[Place, UserError]] | None = None) -> list[Sidecar]:
     """The complete sidecars of a dataset, sorted by folder; sizes of files are checked as `open_sidecar` does.
 
@@ -257,19 +268,15 @@ def writing_sidecar(
         command: the command line that continues the job.
         overwrite: whether to remove a sidecar that is there, if it is complete or of other settings; an unfinished one
             of the same settings is continued.
-        alone: False for a share of the work, which never calls `finish`: other shares may work here meanwhile.
+        alone: False for a share of the work, which never calls `finish`: other shares may work here meanwhile. A share
+            that is started again after the job was finished leaves the complete sidecar of the same settings, unless a
+            file of it is lost.
     Raises:
         UserError: another process writes here; the folder lies inside another sidecar or holds something else, or a
             sidecar of other settings and `overwrite` is not given.
     """
     dataset = local_dataset(as_place(dataset))
-    header = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
-        "fingerprint": fingerprint(read_manifest(dataset)),
-        "fields": _plain(fields),
-    }
+    header = _new_header(dataset, kind, fields)
     directory = dataset / _checked(folder, dataset)
     for outer in directory.parents[: len(directory.parts) - len(dataset.parts) - 1]:
         if any((outer / name).exists() for name in (_MANIFEST, _UNFINISHED)):
@@ -299,7 +306,8 @@ def writing_sidecar(
                 + "\n  ".join(problems)
                 + "\nUse the same settings or another name, or replace it with --overwrite."
             )
-        replaced = clearing or (overwrite and others and (done is not None or problems))
+        kept = not (alone or clearing or problems) and done is not None and _is_whole(directory, dataset)
+        replaced = clearing or (overwrite and others and not kept and (done is not None or problems))
         if replaced and not exclusive:
             raise _in_use(directory, lock)
         if replaced:
@@ -319,6 +327,16 @@ def writing_sidecar(
         if not (directory / _UNFINISHED).exists():
             (directory / _LOCK).unlink(missing_ok=True)
         os.close(lock)
+
+
+def _new_header(dataset: AnyPath, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "fingerprint": fingerprint(read_manifest(dataset)),
+        "fields": _plain(fields),
+    }
 
 
 def _manifests(dataset: AnyPath) -> list[Place]:
@@ -377,6 +395,14 @@ def _read(directory: Place, dataset: AnyPath) -> Sidecar:
     _check_sizes(directory, files)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Sidecar(directory, content["kind"], fields, facts, files, digest)
+
+
+def _is_whole(directory: Place, dataset: AnyPath) -> bool:
+    try:
+        _read(directory, dataset)
+    except UserError:
+        return False
+    return True
 
 
 def _check_sizes(directory: Place, listed: Mapping[str, Mapping[str, int]]) -> None:

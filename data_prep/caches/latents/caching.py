@@ -83,17 +83,23 @@ class _Job:
     episodes: np.ndarray
     first: int
 
-    def complete(self) -> list[Sidecar]:
+    def complete(self, overwrite: bool) -> list[Sidecar]:
         """The caches that are there.
 
+        Args:
+            overwrite: pass over those that will be replaced.
         Raises:
-            UserError: one was made with other settings.
+            UserError: one was made with other settings, or is damaged.
         """
         found = []
         for key, fields in self.fields.items():
             where = folder(fields["codec"], key, self.dataset.split)
             if is_complete(self.dataset.directory, where):
-                found.append(open_sidecar(self.dataset.directory, where, KIND, fields))
+                try:
+                    found.append(open_sidecar(self.dataset.directory, where, KIND, fields))
+                except UserError:
+                    if not overwrite:
+                        raise
         return found
 
     def without(self, complete: Sequence[Sidecar]) -> _Job:
@@ -141,7 +147,7 @@ def make(
     Args:
         config: of a run; `config.data.latents` need not be set.
         command: the command line that continues the job.
-        overwrite: replace caches that are there.
+        overwrite: replace caches that are there; a share of the work leaves complete ones of the same settings.
         estimate: only say what they cost.
     Returns:
         The caches, none with `estimate`.
@@ -166,10 +172,13 @@ def make(
             )
         program = build(config, data.spec, codec, mesh_lib.data_mesh(jax.local_devices()))
         jobs = jobs_of(config, options, data, codec, frozen)
-        complete = [cache for job in jobs for cache in job.complete()] if not (overwrite or estimate) else []
+        # A share that a scheduler starts again, with all its flags, must not destroy what the shares have made.
+        keep = not estimate and (not overwrite or options.task is not None)
+        complete = [cache for job in jobs for cache in job.complete(overwrite)] if keep else []
         jobs = [job for job in (job.without(complete) for job in jobs) if job.cameras]
         if complete:
-            say(f"{len(complete)} caches are complete already")
+            again = "; without --task, --overwrite makes them anew" if overwrite else ""
+            say(f"{len(complete)} caches are complete already{again}")
         if options.assemble:
             for job in jobs:
                 refuse_others(job.dataset, job.fields, command=command)

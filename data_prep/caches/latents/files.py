@@ -21,7 +21,7 @@ from data_prep.jobs.job_folder import claimed
 from uwm_jax.data.latents import EPISODES_FILE, KIND, Layout, folder, part_file, salt_of
 from uwm_jax.data.places import local_dataset
 from uwm_jax.data.records import Dataset
-from uwm_jax.data.sidecar import Sidecar, SidecarWriter, is_begun, is_complete, writing_sidecar
+from uwm_jax.data.sidecar import Sidecar, SidecarWriter, is_begun, state_of, writing_sidecar
 from uwm_jax.errors import RunError, UserError
 from uwm_jax.files import replacing, writing
 
@@ -73,7 +73,7 @@ def write_caches(
         episodes: (n,) numbers of the episodes, rising.
         blocks: makes the latents; called for the parts that are lacking, in order.
         command: the command line that continues the job.
-        overwrite: replace caches of other settings, and complete ones.
+        overwrite: replace caches of other settings, and complete ones; a share leaves those of the same settings.
         share: only write these parts, while others write theirs; None: write all, and finish the caches.
         progress: is told how many steps are done, those of an earlier job too.
     Returns:
@@ -137,14 +137,14 @@ def _writing(
 
 
 def parts_left(dataset: Dataset, fields: Mapping[str, Mapping[str, Any]], layout: Layout) -> list[int]:
-    """The parts that a cache of these lacks."""
+    """The parts that a cache of these lacks; those of other settings do not count."""
     directory = local_dataset(dataset.directory)
-    unfinished = [
-        directory / place
-        for key, made_with in fields.items()
-        if not is_complete(directory, place := folder(made_with["codec"], key, dataset.split))
-    ]
+    places = {key: folder(made_with["codec"], key, dataset.split) for key, made_with in fields.items()}
+    states = {key: state_of(directory, place, KIND, fields[key]) for key, place in places.items()}
     parts = range(len(layout.parts))
+    if "" in states.values():
+        return list(parts)
+    unfinished = [directory / places[key] for key, state in states.items() if state == "begun"]
     return [part for part in parts if not all((place / part_file(part)).exists() for place in unfinished)]
 
 

@@ -119,6 +119,38 @@ def test_shares_of_two_sources_make_what_one_process_makes(dataset, tmp_path):
             quietly(config, dataclasses.replace(options, assemble=True), **wrong)
 
 
+def test_a_share_that_overwrites_keeps_what_the_shares_have_made(dataset, tmp_path):
+    other = shutil.copytree(dataset, tmp_path / "other")
+    config = config_of(dataset)
+    config.data.path, source = "", cached_case.config_lib.source
+    config.data.sources = {name: source(path=str(path)) for name, path in (("a", dataset), ("b", other))}
+    options = Options(steps_per_part=60)  # two parts of each
+    first, second = (cache.directory for cache in quietly(config, options))
+    (second / "sidecar.json").rename(second / "unfinished.json")  # one of the old caches was not even finished
+    options, said = dataclasses.replace(options, variants=2), []
+
+    def share(i: int) -> None:
+        one = dataclasses.replace(options, task=(i, 4))
+        make(config, one, command="again", overwrite=True, say=said.append)
+
+    for i, left in enumerate(("3 of 4 parts are left", "2 of 4 parts", "1 of 4 parts", "all parts are done")):
+        share(i)
+        assert left in said[-1], said
+    made = quietly(config, dataclasses.replace(options, assemble=True))
+    before = tree(first), tree(second)
+    share(0)
+    assert said[-1] == "2 caches are complete already; without --task, --overwrite makes them anew"
+    assert (tree(first), tree(second)) == before
+    (first / "part-00001.latents").unlink()
+    share(0)  # of a damaged one nothing is kept
+    assert "1 of 2 parts are left" in said[-1], said
+    share(1)
+    assert quietly(config, dataclasses.replace(options, assemble=True)) == [made[1], made[0]]
+    assert (tree(first), tree(second)) == before
+    quietly(config, options, overwrite=True)
+    assert (tree(first), tree(second)) == before
+
+
 def test_an_estimate_writes_nothing(dataset, capsys):
     assert make(config_of(dataset), Options(), command="again", estimate=True) == []
     out = capsys.readouterr().out
