@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import pickle
-import re
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +31,8 @@ from uwm_jax.files import RemotePath, copy_tree, place
 
 ROOT = Path(__file__).parents[3]
 HAS_BEAM = importlib.util.find_spec("apache_beam") is not None
-BEAM = pytest.mark.skipif(not HAS_BEAM, reason="needs Apache Beam, in an environment of its own")
+NEEDS_BEAM = "needs Apache Beam, in an environment of its own"
+BEAM = pytest.mark.skipif(not HAS_BEAM, reason=NEEDS_BEAM)
 BEAM_PYTHON = Path(sys.prefix) / "beam/bin/python"  # launch/test.sh makes it
 SUBPROCESSES = ("--environment_type=beam:env:harness_subprocess_python:v1",)
 SUBPROCESSES += (f"--environment_config={sys.executable} -m apache_beam.runners.worker.sdk_worker_main",)
@@ -144,9 +145,14 @@ def test_another_runner_makes_the_same_bytes(corpus: Corpus, tmp_path: Path, buc
 @pytest.mark.slow
 @pytest.mark.skipif(HAS_BEAM or not BEAM_PYTHON.exists(), reason="no environment with Beam, which launch/test.sh makes")
 def test_the_above_in_an_environment_with_beam() -> None:
-    command = [str(BEAM_PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "beam or pipeline or runner"]
-    done = subprocess.run([*command, __file__], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and re.search(r"[6-9] passed", done.stdout), done.stdout + done.stderr
+    command = [str(BEAM_PYTHON), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__]
+    tests = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-2, text=True, start_new_session=True)
+    try:
+        printed, _ = tests.communicate(timeout=600)
+    finally:
+        if tests.poll() is None:
+            os.killpg(tests.pid, signal.SIGKILL)
+    assert tests.returncode == 0 and NEEDS_BEAM not in printed, printed
 
 
 @pytest.mark.skipif(HAS_BEAM, reason="Beam is installed here")
