@@ -10,6 +10,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
+from uwm_jax.data import folder_lock
 from uwm_jax.data.sidecar import find_sidecars, open_sidecar, state_of, writing_sidecar
 from uwm_jax.errors import UserError
 
@@ -243,9 +244,7 @@ def test_a_second_writer_is_refused_until_the_first_ends(dataset: Path) -> None:
 
 
 def test_shares_write_together_and_a_whole_job_alone(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from uwm_jax.data import sidecar as module
-
-    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(folder_lock, "_PATIENCE", 0.1)
     begin = functools.partial(writing_sidecar, dataset, "latents/vae/wrist", "latents", command="go on")
     _write(dataset, {**FIELDS, "variants": 2})
     with begin(fields=FIELDS, alone=False, overwrite=True) as first:

@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -32,11 +29,13 @@ from typing import Any, Literal
 import google_crc32c
 import numpy as np
 
+from uwm_jax.data import folder_lock
 from uwm_jax.data.columns import npy_header
+from uwm_jax.data.folder_lock import LOCK
 from uwm_jax.data.names import check_name, not_the_data
 from uwm_jax.data.places import local_dataset
 from uwm_jax.data.records import checksum, fingerprint, read_manifest
-from uwm_jax.errors import UserError, warn
+from uwm_jax.errors import UserError
 from uwm_jax.files import AnyPath, Place, as_place, facts_below, is_remote, sync, write_text
 from uwm_jax.reading import again, read_json
 
@@ -44,8 +43,7 @@ FORMAT = "uwm_jax/sidecar"
 FORMAT_VERSION = 1
 KINDS = ("latents", "ranges", "text")
 
-_MANIFEST, _UNFINISHED, _LOCK = "sidecar.json", "unfinished.json", ".lock"
-_PATIENCE = 30.0  # seconds that a share of the work waits for another one to prepare the folder
+_MANIFEST, _UNFINISHED = "sidecar.json", "unfinished.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +239,7 @@ class SidecarWriter:
             progress(listed[name]["bytes"])
         content = {**self._header, "facts": dict(facts or {}), "files": listed}
         write_text(self.directory / _MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
-        _clear(self.directory, {*listed, _MANIFEST, _LOCK})
+        _clear(self.directory, {*listed, _MANIFEST, LOCK})
         self.complete = _read(self.directory, self._dataset)
         return self.complete
 
@@ -286,7 +284,7 @@ def writing_sidecar(
             )
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock, exclusive = _hold(directory, alone)
+        lock, exclusive = folder_lock.hold(directory, alone)
     except OSError as e:
         raise UserError(f"{directory} cannot be written: {e.strerror}. A sidecar lies inside its dataset.") from e
     try:
@@ -309,23 +307,22 @@ def writing_sidecar(
         kept = not (alone or clearing or problems) and done is not None and _is_whole(directory, dataset)
         replaced = clearing or (overwrite and others and not kept and (done is not None or problems))
         if replaced and not exclusive:
-            raise _in_use(directory, lock)
+            raise folder_lock.in_use(directory, lock)
         if replaced:
             _write_unfinished(directory, header, command, clearing=True)
             (directory / _MANIFEST).unlink(missing_ok=True)
-            _clear(directory, {_UNFINISHED, _LOCK})
+            _clear(directory, {_UNFINISHED, LOCK})
             done, begun = None, None
         if done is not None and exclusive:
-            _clear(directory, {*done["files"], _MANIFEST, _LOCK})
+            _clear(directory, {*done["files"], _MANIFEST, LOCK})
         elif done is None and begun is None:
             _write_unfinished(directory, header, command)
         if exclusive and not alone:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_SH)
+            folder_lock.share(lock)
         yield SidecarWriter(directory, dataset, header, continued=begun is not None, complete=done is not None)
     finally:
         if not (directory / _UNFINISHED).exists():
-            (directory / _LOCK).unlink(missing_ok=True)
+            (directory / LOCK).unlink(missing_ok=True)
         os.close(lock)
 
 
@@ -473,54 +470,3 @@ def _clear(directory: Path, keep: set[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _hold(directory: Path, alone: bool) -> tuple[int, bool]:
-    """The descriptor of the folder's lock, which this process holds until it closes it, and whether no other holds it.
-
-    Args:
-        alone: False if other shares of the work may hold it too; even then the first one holds it alone.
-    Raises:
-        UserError: another process holds it.
-    """
-    file = directory / _LOCK
-    deadline = time.monotonic() + (0 if alone else _PATIENCE)
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            exclusive = _lock(descriptor, fcntl.LOCK_EX)
-            if not exclusive and (alone or not _lock(descriptor, fcntl.LOCK_SH)):
-                if time.monotonic() >= deadline:
-                    raise _in_use(directory, descriptor)
-                time.sleep(0.05)
-                os.close(descriptor)
-                continue
-        except OSError as e:
-            warn(f"{directory}: this file system has no locks ({e.strerror}): nothing keeps a second job out.")
-            return descriptor, True
-        except UserError:
-            os.close(descriptor)
-            raise
-        # A job that has just ended may have removed the file that was opened.
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == file.stat().st_ino:
-                if exclusive:
-                    os.ftruncate(descriptor, 0)
-                os.lseek(descriptor, 0, os.SEEK_END)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return descriptor, exclusive
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, how: int) -> bool:
-    """Whether the lock could be taken; raises OSError on a file system without locks."""
-    try:
-        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _in_use(directory: Path, descriptor: int) -> UserError:
-    holders = ", ".join(os.pread(descriptor, 500, 0).decode(errors="replace").split("\n")[:-1])
-    return UserError(f"{directory} is being written by {holders or 'another process'}. Wait for it, or end it first.")
