@@ -178,7 +178,7 @@ def is_begun(dataset: AnyPath, folder: str) -> bool:
 def state_of(dataset: AnyPath, folder: str, kind: str, fields: Mapping[str, Any]) -> Literal["complete", "begun", ""]:
     """Whether a folder of a dataset holds a complete or an unfinished sidecar of this kind, made of this dataset with
     these fields; else ""."""
-    directory = _place(dataset, folder)
+    directory = local_dataset(as_place(dataset)) / _checked(folder, dataset)
     done, begun = (_header(directory / name, overwrite=True) for name in (_MANIFEST, _UNFINISHED))
     there = begun if done is None or (begun or {}).get("clearing") else done
     if there is None or there.get("clearing") or _differences(_new_header(dataset, kind, fields), there):
