@@ -72,13 +72,20 @@ def _check_known(options: Any, arguments: Sequence[str]) -> None:
 
 
 def _check_reachable(endpoint: str) -> None:
-    """Raises ValueError if nothing answers at `host:port` of a job service, for which Beam would wait for minutes."""
+    """Waits for a job service that is starting at `host:port`; raises ValueError if none answers, for which Beam would
+    wait for minutes. Endpoints of other forms are left to Beam."""
     host, colon, port = endpoint.rpartition(":")
-    if colon and port.isdecimal():
+    if not colon or not port.isdecimal() or "/" in host:  # such as dns:///host:port
+        return
+    deadline = time.monotonic() + _PATIENCE
+    while True:
         try:
-            socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+            return
         except (OSError, OverflowError) as e:
-            raise ValueError(f"no job service answers at {endpoint} ({e})") from e
+            if time.monotonic() > deadline:
+                raise ValueError(f"no job service answers at {endpoint} ({e})") from e
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,10 @@ import importlib.util
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,9 +97,23 @@ def test_what_a_failed_pipeline_finished_is_kept(corpus: Corpus, tmp_path: Path)
         (("--direct_num_workers=1", "FlinkRunner"), ".*the DirectRunner does not know FlinkRunner$"),
     ],
 )
-def test_options_that_beam_does_not_know(corpus: Corpus, tmp_path: Path, options: tuple, message: str) -> None:
+def test_options_that_beam_does_not_know(
+    corpus: Corpus, tmp_path: Path, options: tuple, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_beam, "_PATIENCE", 0.1)
     with pytest.raises(UserError, match=f"Beam refuses its options, {message}"):
         build(corpus, tmp_path / "beam", Options(beam=options))
+
+
+def test_a_job_service_that_is_starting_is_waited_for() -> None:
+    with socket.socket() as service:
+        service.bind(("localhost", 0))
+        later = threading.Timer(0.3, service.listen)
+        later.start()
+        on_beam._check_reachable(f"localhost:{service.getsockname()[1]}")
+        assert not later.is_alive()
+        later.join()
+    on_beam._check_reachable("dns:///localhost:1")  # which Beam may know how to reach
 
 
 @pytest.fixture
