@@ -111,7 +111,6 @@ def test_a_job_service_that_is_starting_is_waited_for() -> None:
         later = threading.Timer(0.3, service.listen)
         later.start()
         on_beam._check_reachable(f"localhost:{service.getsockname()[1]}")
-        assert not later.is_alive()
         later.join()
     on_beam._check_reachable("dns:///localhost:1")  # which Beam may know how to reach
 
