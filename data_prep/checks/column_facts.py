@@ -74,10 +74,10 @@ def column_facts(dataset: Dataset, key: str, counted: np.ndarray) -> ColumnFacts
     largest, at = np.zeros(width), np.zeros(width, np.int64)
     for values, first, keep in _blocks(dataset, column, counted):
         values[:, ~known] = 0
-        keep = keep & np.isfinite(values).all(axis=1)
-        kept = values[keep]
-        steps += len(kept)
-        two &= ((kept == low) | (kept == high)).all(axis=0)
+        finite = np.isfinite(values)
+        two &= ((values == low) | (values == high) | ~(keep[:, None] & finite)).all(axis=0)
+        keep = keep & finite.all(axis=1)
+        steps += int(keep.sum())
         inside = np.flatnonzero(keep[1:] & keep[:-1] & ~_starts(dataset, first, len(values))[1:])
         change = np.abs(values[inside + 1] - values[inside])
         changes += len(inside)

@@ -50,6 +50,8 @@ def test_two_values(block: None) -> None:
     found = facts([[[0, 0.0], [1, 0.3], [0, 0.7]], [[1, 1], [1, 1]]])
     assert found.two_valued == {0: (0.0, 1.0)} and not {0} & found.jumps.keys()
     assert facts([[[5.0], [5.0]]]).two_valued == {}, "a constant has one"
+    never_together = [[0.0, np.nan], [0.5, np.nan], [1.0, np.nan], [np.nan, 1.0], [np.nan, 2.0]]
+    assert facts([never_together]).two_valued == {1: (1.0, 2.0)}
 
 
 def test_a_turn_through_pi_is_no_jump(block: None) -> None:
