@@ -269,3 +269,23 @@ def test_shares_write_together_and_a_whole_job_alone(dataset: Path, monkeypatch:
             assert late.complete is not None
     assert state_of(dataset, "latents/vae/wrist", "latents", FIELDS) == "complete"
     assert sorted(path.name for path in (dataset / "latents/vae/wrist").iterdir()) == ["deep", "sidecar.json"]
+
+
+def test_the_state_of_a_sidecar_is_that_of_its_own_settings(dataset: Path) -> None:
+    def state(**changed: object) -> str:
+        return state_of(dataset, "latents/vae/wrist", "latents", {**FIELDS, **changed})
+
+    folder = dataset / "latents/vae/wrist"
+    assert state() == ""
+    with writing_sidecar(dataset, "latents/vae/wrist", "latents", FIELDS, "go on"):
+        assert (state(), state(variants=2)) == ("begun", "")
+    unfinished = json.loads((folder / "unfinished.json").read_text())
+    _write(dataset)
+    assert (state(), state(variants=2)) == ("complete", "")
+    (folder / "unfinished.json").write_text(json.dumps(unfinished))  # of a job killed before it removed this
+    assert state() == "complete"
+    (folder / "unfinished.json").write_text(json.dumps({**unfinished, "clearing": True}))  # an overwrite begins
+    assert state() == ""
+    (folder / "unfinished.json").unlink()
+    (folder / "sidecar.json").write_text("{")
+    assert state() == ""

@@ -179,7 +179,8 @@ def state_of(dataset: AnyPath, folder: str, kind: str, fields: Mapping[str, Any]
     """Whether a folder of a dataset holds a complete or an unfinished sidecar of this kind, made of this dataset with
     these fields; else ""."""
     directory = local_dataset(as_place(dataset)) / _checked(folder, dataset)
-    done, begun = (_header(directory / name, overwrite=True) for name in (_MANIFEST, _UNFINISHED))
+    # In this order, since a job that finishes meanwhile writes the one before it removes the other.
+    begun, done = (_header(directory / name, overwrite=True) for name in (_UNFINISHED, _MANIFEST))
     there = begun if done is None or (begun or {}).get("clearing") else done
     if there is None or there.get("clearing") or _differences(_new_header(dataset, kind, fields), there):
         return ""
@@ -447,12 +448,12 @@ def _plain(value: Any) -> Any:
 def _header(file: Path, overwrite: bool) -> dict[str, Any] | None:
     """The content of a sidecar's manifest, or of what an unfinished one has in its place; None if there is none. A
     damaged file raises UserError, or gives {} where it will be overwritten."""
-    if not file.exists():
-        return None
     try:
         content = read_json(file)
         if file.name == _MANIFEST and not isinstance(content.get("files"), dict):
             raise UserError(f"{file} has been damaged or edited: expected an object `files`.")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except UserError as e:
         if overwrite:
             return {}
