@@ -125,7 +125,7 @@ def _columns(facts: Mapping[str, ColumnFacts]) -> Html:
                 fill('<td class="number">{}</td>', len(found.low)),
                 _listed(ends),
                 fill('<td class="number">{}</td>', f"{found.idle:.1%}"),
-                _listed([f"[{i}]: {low:g} or {high:g}" for i, (low, high) in found.two_valued.items()]),
+                _listed([f"[{i}]:\u00a0{low:g}\u00a0or\u00a0{high:g}" for i, (low, high) in found.two_valued.items()]),
                 _listed([f"[{i}]: {count}" for i, count in found.wraps.items()]),
                 _listed(
                     [
