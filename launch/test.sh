@@ -21,9 +21,12 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
   "$python" -m pip --python .venv/numpy1 install --quiet --disable-pip-version-check --only-binary=:all: 'numpy<2' msgpack websockets ||
     echo "launch/test.sh: there is no numpy 1 for this Python, so the test of a client under it is skipped." >&2
   # Beam wants an older protobuf: its tests run in an environment with both on top of .venv's packages.
+  beam=.venv/beam/bin/python
   "$python" -m venv --without-pip .venv/beam
-  "$python" -c 'import site, sys; print(site.getsitepackages()[0])' > "$(.venv/beam/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth"
-  .venv/beam/bin/python -m pip install --quiet --disable-pip-version-check --only-binary=:all: 'apache-beam>=2.60,<3' 2> .venv/beam/pip.log || {
+  below=$("$python" -c 'import site; print(site.getsitepackages()[0])')
+  packages=$("$beam" -c 'import site; print(site.getsitepackages()[0])')
+  echo "$below" > "$packages/below.pth"
+  "$beam" -m pip install --quiet --disable-pip-version-check --only-binary=:all: 'apache-beam>=2.60,<3' 2> .venv/beam/pip.log || {
     cat .venv/beam/pip.log >&2
     rm -r .venv/beam
     echo "launch/test.sh: Apache Beam cannot be installed for this Python, so the tests on its pipelines are skipped." >&2

@@ -77,10 +77,14 @@ def test_without_a_browser_no_test_runs(ci: Path, user: str) -> None:
 
 def test_what_is_installed_follows_the_files_that_name_it(clone: Path) -> None:
     """The client comes without its requirements, so that numpy stays; the second run installs nothing."""
-    (clone / ".venv/bin").mkdir(parents=True)
-    python = clone / ".venv/bin/python"
-    python.write_text(f'#!/usr/bin/env bash\n{SAYS}\n[ "$1" != -c ] || exec {shutil.which("sha256sum")}\n')
-    python.chmod(0o755)
+    packages = clone / ".venv/packages"  # of .venv and of the environments in it
+    packages.mkdir(parents=True)
+    for folder in (".venv", ".venv/beam"):
+        python = clone / folder / "bin/python"
+        python.parent.mkdir(parents=True)
+        answers = f'*hashlib*) exec {shutil.which("sha256sum")} ;; *"import site"*) echo {packages} ;;'
+        python.write_text(f'#!/usr/bin/env bash\n{SAYS}\ncase "$1 ${{2-}}" in {answers} esac\n')
+        python.chmod(0o755)
 
     def installs() -> list[str]:
         done, calls = run(clone, "launch/test.sh")
@@ -91,6 +95,9 @@ def test_what_is_installed_follows_the_files_that_name_it(clone: Path) -> None:
     first = installs()
     assert "--no-deps openpi-client>=" in first[-1] and not any("openpi" in call for call in first[:-1])
     assert any("dm-tree" in call for call in first[:-1])
+    assert any("apache-beam" in call for call in first[:-1]) and (packages / "below.pth").read_text().strip() == str(
+        packages
+    )
     assert installs() == []
     for name in ("pyproject.toml", "launch/constraints.txt", "launch/test.sh"):
         with (clone / name).open("a") as file:
