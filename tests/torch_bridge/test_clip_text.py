@@ -120,8 +120,8 @@ def test_a_hub_name_is_fetched_file_by_file_and_is_the_same_encoder(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert clip_text.fingerprint("owner/clip@main/text") == clip_text.fingerprint(str(encoder))
-    files = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]
-    files += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    files = ["config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    files += ["model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]
     assert asked == [("owner/clip", file, "text", "main") for file in files]
     np.testing.assert_array_equal(
         clip_text.embed("owner/clip", ["push"]),

@@ -36,10 +36,10 @@ def files_of(encoder: str) -> list[Path]:
     Raises:
         UserError: a file is missing, or the hub cannot serve it.
     """
-    files = hub.fetch(encoder, ["config.json"], _WHAT)
+    files = hub.fetch(encoder, ["config.json"], _WHAT, optional=_SPECIAL)
     for alternatives in (_WEIGHTS, _TOKENIZERS):
         files += _first_of(encoder, alternatives)
-    return files + hub.fetch(encoder, [], _WHAT, optional=_SPECIAL)
+    return files
 
 
 def fingerprint(encoder: str) -> str:

@@ -43,18 +43,21 @@ def fetch(path_or_hub_name: AnyPath, files: Sequence[str], what: str, optional: 
             f"{name!r}: expected a folder with the {what} ({', '.join(files)}) or a hub name like 'owner/name' or "
             "'owner/name@revision', but there is no such folder"
         )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     download.without_tokens_in_log()
     repo, revision, subfolder = parsed.groups()
     try:
         found = [Path(hf_hub_download(repo, file, subfolder=subfolder, revision=revision)) for file in files]
-        for file in optional:
+        for file in optional:  # the cache knows the revision that `files` were just fetched of, and what it lacks
+            cached = try_to_load_from_cache(repo, f"{subfolder}/{file}" if subfolder else file, revision=revision)
+            if cached is _CACHED_NO_EXIST:
+                continue
             try:
-                found.append(Path(hf_hub_download(repo, file, subfolder=subfolder, revision=revision)))
+                found.append(Path(cached or hf_hub_download(repo, file, subfolder=subfolder, revision=revision)))
             except EntryNotFoundError as error:
-                if not _known_to_lack(error, repo, f"{subfolder}/{file}" if subfolder else file, revision):
+                if isinstance(error, LocalEntryNotFoundError):  # no network: it may be there
                     raise
         return found
     except Exception as error:  # offline, unknown, private, malformed name, full disk: the hub has a class for each
@@ -62,18 +65,8 @@ def fetch(path_or_hub_name: AnyPath, files: Sequence[str], what: str, optional: 
             f"{name!r} is not a local folder, and the {what} ({', '.join((*files, *optional))}) could not be fetched "
             f"from the Hugging Face hub: {download.reason(error, HubName(repo, revision))}\n"
             "Check the name, the revision and the network (and HF_TOKEN for a private repository), or download it "
-            f"elsewhere and give the folder that holds {' and '.join(files or optional)}."
+            f"elsewhere and give the folder that holds {' and '.join(files)}."
         ) from None
-
-
-def _known_to_lack(error: Exception, repo: str, file: str, revision: str | None) -> bool:
-    """Whether a repository lacks a file that was not found, by the hub or, without network, by what the cache knows."""
-    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    if not isinstance(error, LocalEntryNotFoundError):
-        return True
-    return try_to_load_from_cache(repo, file, revision=revision) is _CACHED_NO_EXIST
 
 
 def locate_weights(path_or_hub: AnyPath, names: str) -> Path:
