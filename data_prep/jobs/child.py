@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
-from data_prep.jobs.workers import start
+from data_prep.jobs.workers import refused, start
 from uwm_jax.errors import RunError
 
 A = TypeVar("A")
@@ -94,10 +94,7 @@ class Child(Generic[A, R]):
                 process.start()
         except OSError as e:
             self.close()
-            raise RunError(
-                f"the operating system starts no further process for {self._function.__module__} ({e.strerror}): "
-                "rerun the same command with fewer --workers, or raise the limits of processes and memory."
-            ) from e
+            raise refused(e) from e
         self._process = process
         self.started += 1
         try:

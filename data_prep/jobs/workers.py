@@ -20,7 +20,8 @@ def pool(
 ) -> concurrent.futures.ProcessPoolExecutor:
     """A pool of spawned processes that exit silently with the command, on Ctrl-C as well as if it is killed.
 
-    As a context manager it raises RunError if one of its processes ended unasked, and the block failed of it.
+    As a context manager it raises RunError if one of its processes ended unasked, and the block failed of it; `submit`
+    does so if the operating system starts none.
 
     Args:
       initializer: called once in each process with `initargs`; like submitted functions, importable by name.
@@ -33,7 +34,21 @@ def pool(
 _shared: list[Any] = []  # `initargs`: a shared number that ends with the block fails processes that are starting then
 
 
+def refused(error: OSError) -> RunError:
+    """What to tell where the operating system starts no further process."""
+    return RunError(
+        f"the operating system starts no further process ({error.strerror}). Rerun the same command with fewer "
+        "--workers, or raise the limits of processes, open files and memory."
+    )
+
+
 class _Pool(concurrent.futures.ProcessPoolExecutor):
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except OSError as e:  # it starts a process
+            raise refused(e) from e
+
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> bool | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing.process
 import os
 import signal
 import subprocess
@@ -50,6 +52,16 @@ def test_a_worker_that_is_killed_is_one_message() -> None:
         executor.submit(os._exit, 9).result()
     with pytest.raises(ZeroDivisionError), pool(1) as executor:
         executor.submit(divmod, 1, 0).result()
+
+
+def test_a_worker_that_the_operating_system_refuses_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(process: multiprocessing.process.BaseProcess) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    with pytest.raises(RunError, match="no further process.*fewer --workers"), pool(2) as executor:
+        executor.submit(abs, 1)
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refused)
+        executor.submit(abs, 2)
 
 
 ENDS_AT_ONCE = """
